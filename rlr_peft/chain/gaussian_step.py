@@ -1,0 +1,179 @@
+"""One denoising step as a Gaussian: its mean, its standard deviation and its prediction of the clean latents.
+
+Every supported model lives on a path ``x = alpha * x_0 + sigma * eps`` (diffusion: ``alpha**2 + sigma**2 = 1``;
+flow matching: ``alpha + sigma = 1``). A step moves from one point of the path to the next:
+
+    next = mean + std * noise,        noise ~ N(0, I)
+
+and the four kinds of steps differ in ``mean`` and ``std`` alone. Everything here is a pure function.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
+PredictionType = Literal["epsilon", "v_prediction", "flow_prediction"]
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A place on the noising path ``x = alpha * x_0 + sigma * eps``.
+
+    Attributes:
+        alpha: weight of the clean latents, in [0, 1].
+        sigma: weight of the noise, in [0, 1].
+    """
+
+    alpha: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class GaussianStep:
+    """The distribution of the next latents given the current ones.
+
+    Attributes:
+        mean: mean of the next latents, (B, ...).
+        std: standard deviation of the next latents, the same for every element; 0 for a deterministic step.
+        pred_original_sample: the denoiser's own prediction of the clean latents x_0, (B, ...).
+    """
+
+    mean: torch.Tensor
+    std: float
+    pred_original_sample: torch.Tensor
+
+    def next_latents(self, noise: torch.Tensor) -> torch.Tensor:
+        """``mean + std * noise``, (B, ...)."""
+        return self.mean + self.std * noise if self.std > 0 else self.mean
+
+
+def predict_original_and_noise(
+    prediction_type: PredictionType, sample: torch.Tensor, model_output: torch.Tensor, point: PathPoint
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits the latents into predicted clean latents and predicted noise.
+
+    Args:
+        prediction_type: what the denoiser was trained to output.
+        sample: current latents x_t, (B, ...).
+        model_output: output of the denoiser after guidance, (B, ...).
+        point: where on the path ``sample`` lies.
+
+    Returns:
+        ``(pred_original_sample, pred_noise)``, each (B, ...).
+
+    Raises:
+        ValueError: epsilon prediction at pure noise (alpha = 0), where the clean latents are undetermined, or an
+            unknown prediction type.
+    """
+    alpha, sigma = point.alpha, point.sigma
+    if prediction_type == "epsilon":
+        if alpha == 0:
+            raise ValueError(
+                "Expected alpha > 0 for epsilon prediction, got a step at pure noise (alpha = 0). "
+                "Load the scheduler with rescale_betas_zero_snr=False or use a v-prediction model."
+            )
+        return (sample - sigma * model_output) / alpha, model_output
+    if prediction_type == "v_prediction":
+        return alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+    if prediction_type == "flow_prediction":
+        return sample - sigma * model_output, sample + alpha * model_output
+    raise ValueError(f"Expected prediction_type in {get_args(PredictionType)}, got {prediction_type!r}.")
+
+
+def gaussian_step(
+    kind: StepKind,
+    prediction_type: PredictionType,
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    current: PathPoint,
+    following: PathPoint,
+    eta: float,
+) -> GaussianStep:
+    """The Gaussian step from ``current`` to ``following``.
+
+    Args:
+        kind: ``ancestral`` (equals DDIM with the same eta, Euler-ancestral and first-order SDE-DPM-Solver++),
+            ``cps`` (coefficient-preserving sampling), ``flow-sde`` (Flow-GRPO, on any path by rescaling it to the
+            flow-matching path) or ``ode`` (no noise).
+        prediction_type: what the denoiser outputs.
+        sample: current latents x_t, (B, ...).
+        model_output: output of the denoiser after guidance, (B, ...).
+        current: path point of ``sample``.
+        following: path point of the next latents, with less noise.
+        eta: amount of noise; 0 gives the deterministic step, 1 the kind's full noise.
+    """
+    pred_original_sample, pred_noise = predict_original_and_noise(prediction_type, sample, model_output, current)
+    if kind == "flow-sde":
+        mean, std = _flow_sde(pred_original_sample, pred_noise, current, following, eta)
+    else:
+        std = step_std(kind, current, following, eta)
+        mean = following.alpha * pred_original_sample + math.sqrt(following.sigma**2 - std**2) * pred_noise
+    return GaussianStep(mean, std, pred_original_sample)
+
+
+def step_std(kind: StepKind, current: PathPoint, following: PathPoint, eta: float) -> float:
+    """Standard deviation of a step; it depends on the grid alone, not on the latents.
+
+    Raises:
+        ValueError: unknown kind, or eta outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"Expected eta in [0, 1], got {eta}.")
+    if kind == "ode":
+        return 0.0
+    if kind == "ancestral":
+        ratio = current.alpha * following.sigma / (following.alpha * current.sigma)
+        return eta * following.sigma * math.sqrt(max(0.0, 1 - ratio**2))
+    if kind == "cps":
+        return following.sigma * math.sin(eta * math.pi / 2)
+    if kind == "flow-sde":
+        sigma, next_sigma = _flow_sigma(current), _flow_sigma(following)
+        return (following.alpha + following.sigma) * _flow_sde_std(sigma, next_sigma, eta)
+    raise ValueError(f"Expected step_kind in {get_args(StepKind)}, got {kind!r}.")
+
+
+def output_sensitivity(
+    kind: StepKind, prediction_type: PredictionType, current: PathPoint, following: PathPoint, eta: float
+) -> float:
+    """``|d mean / d model_output|`` of a step: a number, since the mean is affine in the denoiser's output."""
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    return abs(float(gaussian_step(kind, prediction_type, zero, one, current, following, eta).mean))
+
+
+def _flow_sde(
+    pred_original_sample: torch.Tensor,
+    pred_noise: torch.Tensor,
+    current: PathPoint,
+    following: PathPoint,
+    eta: float,
+) -> tuple[torch.Tensor, float]:
+    """Flow-GRPO's step. Dividing x by ``alpha + sigma`` turns any path into the flow path, where it is defined."""
+    sigma, next_sigma = _flow_sigma(current), _flow_sigma(following)
+    latents = (1 - sigma) * pred_original_sample + sigma * pred_noise
+    velocity = pred_noise - pred_original_sample
+    scale = following.alpha + following.sigma
+    step = next_sigma - sigma
+    if next_sigma == 0:  # noise here would stay in the image: the last step is the plain flow
+        return scale * (latents + velocity * step), 0.0
+    diffusion = _flow_sde_diffusion(sigma, next_sigma, eta)
+    drift = diffusion**2 / (2 * sigma)
+    mean = latents * (1 + drift * step) + velocity * (1 + drift * (1 - sigma)) * step
+    return scale * mean, scale * _flow_sde_std(sigma, next_sigma, eta)
+
+
+def _flow_sde_diffusion(sigma: float, next_sigma: float, eta: float) -> float:
+    clean_share = 1 - (next_sigma if sigma == 1 else sigma)
+    return eta * math.sqrt(sigma / clean_share)
+
+
+def _flow_sde_std(sigma: float, next_sigma: float, eta: float) -> float:
+    if next_sigma == 0:
+        return 0.0
+    return _flow_sde_diffusion(sigma, next_sigma, eta) * math.sqrt(sigma - next_sigma)
+
+
+def _flow_sigma(point: PathPoint) -> float:
+    return point.sigma / (point.alpha + point.sigma)

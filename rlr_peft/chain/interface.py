@@ -1,0 +1,46 @@
+"""What estimators need of a chain. They never see a pipeline: a closed-form chain proves them unbiased."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from rlr_peft.chain.gaussian_step import GaussianStep
+from rlr_peft.chain.trajectory import Trajectory
+
+
+class Chain(Protocol):
+    """A chain ``x_T -> ... -> x_0`` of Gaussian steps with trainable parameters; t = T is the first step, 1 the last.
+
+    Attributes:
+        num_steps: T.
+        parameters: the trainable parameters, in a fixed order.
+        denoiser_evaluations: number of single-sample denoiser evaluations so far; a guided pair counts once.
+    """
+
+    num_steps: int
+    parameters: Sequence[torch.nn.Parameter]
+    denoiser_evaluations: int
+
+    def std(self, t: int) -> float:
+        """Standard deviation of step t; 0 where the step is deterministic."""
+
+    def output_sensitivity(self, t: int) -> float:
+        """``|d mean / d denoiser output|`` of step t."""
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Trajectory:
+        """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch."""
+
+    def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
+        """Step t once more, on the tape if gradients are enabled; from ``latents`` instead of the stored x_t if given."""
+
+    def rollout(
+        self, trajectory: Trajectory, start: int, latents: torch.Tensor, stop: int = 0, noises: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Runs steps ``start, ..., stop + 1`` without a tape from x_start = ``latents``; returns x_stop, (B, ...).
+
+        The trajectory lends its prompts, and its noises unless others are given in the same layout.
+        """
+
+    def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
+        """Standard normal noises in the layout of ``Trajectory.noises``, (T + 1, B, ...)."""

@@ -1,0 +1,57 @@
+"""Coverage: the expected weight with which the terms of an estimator cover every step.
+
+An estimator is unbiased when every step's expected weight is 1; a step below 1 biases it, and that must be a choice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+class CoverageError(ValueError):
+    """An estimator's terms do not cover the chain as they claim."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Expected weight of every step and the reasons where it is not 1.
+
+    Attributes:
+        weights: ``weights[t - 1]`` is the expected weight of step t, (T,), float64.
+        gaps: reason by step for every step that is left out by choice.
+    """
+
+    weights: torch.Tensor
+    gaps: Mapping[int, str]
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether every step is covered with expected weight 1."""
+        return bool(torch.allclose(self.weights, torch.ones_like(self.weights), rtol=0, atol=1e-9))
+
+    def check(self) -> None:
+        """Raises:
+        CoverageError: a step's weight is not 1 and no reason was given.
+        """
+        for t, weight in enumerate(self.weights.tolist(), start=1):
+            if abs(weight - 1) > 1e-9 and t not in self.gaps:
+                raise CoverageError(f"Expected coverage 1 at step {t} of {len(self.weights)}, got {weight:.6g}.")
+
+    def describe(self) -> str:
+        """One sentence for logs and cards."""
+        if self.unbiased:
+            return "Every step is covered with expected weight 1: the gradient estimate is unbiased."
+        reasons = sorted(set(self.gaps.values()))
+        steps = [t for t, weight in enumerate(self.weights.tolist(), start=1) if abs(weight - 1) > 1e-9]
+        return f"Biased by choice: steps {_ranges(steps)} of {len(self.weights)} are left out ({'; '.join(reasons)})."
+
+
+def _ranges(steps: list[int]) -> str:
+    parts: list[list[int]] = []
+    for t in steps:
+        if parts and t == parts[-1][-1] + 1:
+            parts[-1].append(t)
+        else:
+            parts.append([t])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -1,0 +1,117 @@
+"""Half order (HO): the sampler's own noise as likelihood ratio, times the Jacobian of a short block of steps.
+
+A block ``j..j+h-1`` contributes the gradient of ``A < eps_j / sigma_j, mu_{j:j+h-1}(x_{j+h-1}) >`` with the noises inside
+the block held fixed. With h = 1 on every step this is REINFORCE (DDPO on policy).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rlr_peft.chain.adjoint import Segment
+from rlr_peft.estimators.rollout import Rollout
+
+StartSampler = Literal["uniform", "gradient-norm", "window"]
+
+# Share of uniform draws mixed into gradient-norm sampling where its probabilities become weights 1 / q.
+DEFENSIVE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class HalfOrder:
+    """How half-order blocks are laid and drawn.
+
+    Attributes:
+        length: h, steps per block.
+        blocks: "all" tiles every step beyond the first-order tail; a number M draws that many blocks at random.
+        start: how random blocks are drawn: uniformly, by the softmax of running gradient norms (paper, section 3.2),
+            or uniformly within a window of steps (paper, section on DCoT).
+        window: first and last step t in which a block may start, with ``start="window"``.
+    """
+
+    length: int
+    blocks: int | Literal["all"]
+    start: StartSampler = "uniform"
+    window: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps ``first_step, ..., first_step + length - 1``."""
+
+    first_step: int
+    length: int
+
+    @property
+    def steps(self) -> range:
+        """The steps t of the block."""
+        return range(self.first_step, self.first_step + self.length)
+
+
+def tiles(first_step: int, last_step: int, length: int) -> list[Block]:
+    """Disjoint blocks that cover ``first_step..last_step``; the last one is shorter if need be."""
+    return [Block(j, min(length, last_step - j + 1)) for j in range(first_step, last_step + 1, length)]
+
+
+def free_blocks(first_step: int, last_step: int, length: int) -> list[Block]:
+    """Every block of the given length within ``first_step..last_step``; they overlap."""
+    return [Block(j, length) for j in range(first_step, last_step - length + 2)]
+
+
+def draw_probabilities(
+    blocks: Sequence[Block], half_order: HalfOrder, running_norms: dict[int, float], defensive_share: float = 0.0
+) -> torch.Tensor:
+    """Probability of every block in a single draw, (len(blocks),), float64.
+
+    Args:
+        blocks: candidates.
+        half_order: the sampler and its window.
+        running_norms: running gradient norm by first step; blocks never drawn count as average.
+        defensive_share: share of uniform probability mixed in, in [0, 1].
+
+    Raises:
+        ValueError: no block starts within the window.
+    """
+    if half_order.start == "window":
+        if half_order.window is None:
+            raise ValueError("Expected a window (a, b) for start='window', got none.")
+        low, high = half_order.window
+        inside = torch.tensor([float(low <= block.first_step <= high) for block in blocks], dtype=torch.float64)
+        if inside.sum() == 0:
+            raise ValueError(
+                f"Expected a block that starts within steps {low}..{high}, got starts "
+                f"{[block.first_step for block in blocks]}. Widen ho_window, or lower fo_steps or ho_length."
+            )
+        return inside / inside.sum()
+    uniform = torch.full((len(blocks),), 1 / len(blocks), dtype=torch.float64)
+    known = [running_norms[block.first_step] for block in blocks if block.first_step in running_norms]
+    if half_order.start == "uniform" or not known:
+        return uniform
+    average = sum(known) / len(known)
+    norms = torch.tensor([running_norms.get(block.first_step, average) for block in blocks], dtype=torch.float64)
+    return (1 - defensive_share) * norms.softmax(0) + defensive_share * uniform
+
+
+def expected_draws(probabilities: torch.Tensor, num_draws: int) -> torch.Tensor:
+    """Expected number of times that ``draw`` returns every block, (number of blocks,)."""
+    return torch.clamp(probabilities * num_draws, max=1.0) if _is_uniform(probabilities) else probabilities * num_draws
+
+
+def draw(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator) -> list[int]:
+    """Indices of the drawn blocks: distinct ones where the draw is uniform, independent draws otherwise."""
+    distinct = _is_uniform(probabilities)
+    possible = int((probabilities > 0).sum())
+    count = min(num_draws, possible) if distinct else num_draws
+    return torch.multinomial(probabilities, count, replacement=not distinct, generator=generator).tolist()
+
+
+def half_order_segment(rollout: Rollout, block: Block, weight: float = 1.0) -> Segment:
+    """The segment of a block; its weight is 1 if the block is always used and 1 / q if it is drawn with probability q."""
+    return Segment(block.first_step, block.length, rollout.score_cotangent(block.first_step), weight)
+
+
+def _is_uniform(probabilities: torch.Tensor) -> bool:
+    positive = probabilities[probabilities > 0]
+    return bool(torch.all(positive == positive[0]))

@@ -1,0 +1,69 @@
+"""Chooses K and h: from measured variances, a compute budget or a memory budget."""
+
+import math
+
+import torch
+
+
+def crossing(first_order_variances: torch.Tensor, half_order_variances: torch.Tensor) -> int:
+    """The K in 0..T with the smallest summed variance if steps 1..K are first order and the rest half order.
+
+    Both terms of a step cost one denoiser evaluation and one backward pass, so variance alone decides.
+
+    Args:
+        first_order_variances: V_G(t) at index t - 1, (T,).
+        half_order_variances: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
+    """
+    zero = torch.zeros(1, dtype=torch.float64)
+    pathwise = torch.cat([zero, first_order_variances.double().cumsum(0)])
+    score = torch.cat([half_order_variances.double().flip(0).cumsum(0).flip(0), zero])
+    return int((pathwise + score).argmin())
+
+
+def half_order_length_for_compute(
+    nfe_budget: float, num_steps: int, first_order_steps: int, num_blocks: int, zeroth_order_evaluations: int
+) -> int:
+    """The longest block that a compute budget allows, at least 1.
+
+    Args:
+        nfe_budget: denoiser evaluations per sample and update.
+        num_steps: T, spent on sampling.
+        first_order_steps: K, replayed by the first-order term.
+        num_blocks: M, half-order blocks per update.
+        zeroth_order_evaluations: denoiser evaluations of the zeroth-order term.
+
+    Raises:
+        ValueError: the budget does not even allow h = 1.
+    """
+    fixed = num_steps + first_order_steps + zeroth_order_evaluations
+    length = math.floor((nfe_budget - fixed) / num_blocks)
+    if length < 1:
+        raise ValueError(
+            f"Expected nfe_budget >= {fixed + num_blocks} (sampling {num_steps}, first order {first_order_steps}, zeroth "
+            f"order {zeroth_order_evaluations}, one step for each of {num_blocks} blocks), got {nfe_budget}."
+        )
+    return min(length, num_steps - first_order_steps)
+
+
+def half_order_length_for_memory(
+    memory_budget: float, half_order_step: float, zeroth_order_step: float, num_steps: int
+) -> int:
+    """The paper's budget rule ``h* = floor((B - B_z (T - 1)) / (B_h - B_z))``, within 1..T - 1.
+
+    It is about a tape that holds all h steps. Ours holds one (see ``rlr_peft.chain.adjoint``), so memory never forces a
+    small h here; the rule is kept for comparison with the paper, whose second bound never acts.
+
+    Args:
+        memory_budget: B in GB.
+        half_order_step: B_h, GB per half-order step on the tape.
+        zeroth_order_step: B_z, GB per zeroth-order step.
+        num_steps: T.
+
+    Raises:
+        ValueError: the budget does not allow h = 1.
+    """
+    length = math.floor((memory_budget - zeroth_order_step * (num_steps - 1)) / (half_order_step - zeroth_order_step))
+    if length < 1:
+        needed = half_order_step + zeroth_order_step * (num_steps - 2)
+        raise ValueError(f"Expected memory_budget >= {needed:.2f} GB for h = 1, got {memory_budget} GB.")
+    return min(length, num_steps - 1)

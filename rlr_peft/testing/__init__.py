@@ -1,0 +1,1 @@
+"""Closed-form stand-ins that the tests and benchmarks measure estimators against."""

@@ -1,0 +1,135 @@
+"""Stepwise backpropagation against plain autograd, and its memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from rlr_peft.chain.adjoint import Segment, run
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from tests.pipelines import tiny_stable_diffusion
+
+
+def small_chain(num_steps: int, dtype: torch.dtype = torch.float64, **arguments) -> DenoisingChain:
+    pipeline = tiny_stable_diffusion("v_prediction", dtype=dtype)
+    pipeline.unet.requires_grad_(False)
+    for name, parameter in pipeline.unet.named_parameters():
+        parameter.requires_grad_("attn2.to_" in name)
+    return DenoisingChain(pipeline, num_inference_steps=num_steps, guidance_scale=3.0, **arguments)
+
+
+def through_the_whole_tape(chain: DenoisingChain, trajectory, first: int, length: int, cotangent: torch.Tensor) -> list:
+    """Plain autograd: the steps in sequence on one tape, x at the noisy end held fixed."""
+    latents = trajectory.latents[first + length - 1]
+    for t in range(first + length - 1, first - 1, -1):
+        step = chain.replay(trajectory, t, latents)
+        latents = step.mean if t == first else step.next_latents(trajectory.noise(t))
+    return torch.autograd.grad((latents * cotangent).sum(), chain.parameters)
+
+
+@pytest.mark.parametrize(("first", "length"), [(1, 5), (1, 1), (2, 3), (4, 2)])
+def test_segment_gradient_is_that_of_plain_autograd(first: int, length: int) -> None:
+    chain = small_chain(5)
+    trajectory = chain.sample(["red", "blue"], [0, 1])
+    cotangent = torch.randn_like(trajectory.latents[0])
+    run(chain, trajectory, Segment(first, length, cotangent, weight=2.5))
+    expected = through_the_whole_tape(chain, trajectory, first, length, 2.5 * cotangent)
+    for parameter, gradient in zip(chain.parameters, expected, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
+
+
+def test_full_backpropagation_of_a_reward_equals_plain_autograd() -> None:
+    chain = small_chain(4)
+    trajectory = chain.sample(["red", "blue"], [0, 1])
+    latents = trajectory.latents[4]
+    for t in range(4, 0, -1):
+        latents = chain.replay(trajectory, t, latents).next_latents(trajectory.noise(t))
+    reward = chain.decode(latents, trajectory.prompts).square().sum()
+    expected = torch.autograd.grad(reward, chain.parameters)
+
+    leaf = trajectory.latents[0].clone().requires_grad_()
+    (cotangent,) = torch.autograd.grad(chain.decode(leaf, trajectory.prompts).square().sum(), leaf)
+    run(chain, trajectory, Segment(1, 4, cotangent))
+    for parameter, gradient in zip(chain.parameters, expected, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
+
+
+def test_gradients_add_up() -> None:
+    chain = small_chain(3)
+    trajectory = chain.sample(["red"], [0])
+    cotangent = torch.randn_like(trajectory.latents[0])
+    norm = run(chain, trajectory, Segment(1, 2, cotangent))
+    once = [parameter.grad.clone() for parameter in chain.parameters]
+    assert norm == pytest.approx(torch.cat([gradient.flatten() for gradient in once]).norm().item())
+    run(chain, trajectory, Segment(1, 2, cotangent))
+    for parameter, gradient in zip(chain.parameters, once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient)
+
+
+def test_tiny_cotangents_survive_half_precision() -> None:
+    """A cotangent below the smallest bf16/fp16 normal gives the scaled gradient, bit for bit."""
+    chain = small_chain(2, torch.bfloat16)
+    trajectory = chain.sample(["red"], [0])
+    cotangent = torch.randn_like(trajectory.latents[0])
+    run(chain, trajectory, Segment(1, 2, cotangent))
+    expected = [parameter.grad.clone() for parameter in chain.parameters]
+    for parameter in chain.parameters:
+        parameter.grad = None
+    run(chain, trajectory, Segment(1, 2, cotangent * 2.0**-60))
+    for parameter, gradient in zip(chain.parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, gradient * 2.0**-60)
+
+
+def test_bad_segments_and_derivatives_are_refused() -> None:
+    chain = small_chain(3)
+    trajectory = chain.sample(["red"], [0])
+    cotangent = torch.zeros_like(trajectory.latents[0])
+    for first, length in [(0, 1), (2, 3), (1, 0)]:
+        with pytest.raises(ValueError, match=r"within steps 1\.\.3"):
+            run(chain, trajectory, Segment(first, length, cotangent))
+    with pytest.raises(FloatingPointError, match="finite derivatives at step 2"):
+        run(chain, trajectory, Segment(2, 1, cotangent * float("nan")))
+
+
+class _Saved:
+    """A tensor on the tape; its bytes count as long as the tape holds it."""
+
+    live = 0
+    peak = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+        _Saved.live += self.size
+        _Saved.peak = max(_Saved.peak, _Saved.live)
+
+    def __del__(self) -> None:
+        _Saved.live -= self.size
+
+
+@contextmanager
+def counted_tape() -> Iterator[type[_Saved]]:
+    _Saved.live = _Saved.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(_Saved, lambda saved: saved.tensor):
+        yield _Saved
+
+
+def peak_bytes(num_steps: int, first: int, length: int) -> int:
+    chain = small_chain(num_steps)
+    trajectory = chain.sample(["red", "blue"], [0, 1])
+    with counted_tape() as tape:
+        run(chain, trajectory, Segment(first, length, torch.ones_like(trajectory.latents[0])))
+    return tape.peak
+
+
+def test_peak_memory_grows_neither_with_t_nor_k_nor_h() -> None:
+    """The tape holds one denoiser step: the peak of a two-step walk is that of any longer one, at any T."""
+    two_steps = peak_bytes(4, 1, 2)
+    assert two_steps > 0
+    for num_steps, first, length in [(4, 1, 4), (12, 1, 12), (12, 1, 3), (12, 5, 2), (12, 3, 8)]:
+        assert peak_bytes(num_steps, first, length) == two_steps
+    chain = small_chain(4)  # and plain autograd does grow, by this very count
+    trajectory = chain.sample(["red", "blue"], [0, 1])
+    with counted_tape() as tape:
+        through_the_whole_tape(chain, trajectory, 1, 4, torch.ones_like(trajectory.latents[0]))
+    assert tape.peak > 3.5 * two_steps

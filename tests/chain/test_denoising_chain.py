@@ -1,0 +1,198 @@
+"""The chain against the pipeline's own call, its own records, and central differences."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from tests.pipelines import tiny_stable_diffusion
+
+PROMPTS = ["red", "a blue b"]
+KINDS = ("ancestral", "flow-sde", "cps", "ode")
+
+
+def own_images(pipeline, prompts: list[str], noises: torch.Tensor, steps: int, **arguments) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompts, latents=noises, num_inference_steps=steps, output_type="pt", **arguments).images
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_without_noise_the_images_are_the_pipelines_own(
+    prediction_type: str, spacing: str, guidance_scale: float
+) -> None:
+    pipeline = tiny_stable_diffusion(prediction_type, timestep_spacing=spacing)
+    chain = DenoisingChain(
+        pipeline, num_inference_steps=5, eta=0.0, guidance_scale=guidance_scale, negative_prompt="ugly"
+    )
+    trajectory = chain.sample(PROMPTS, [3, 4])
+    with torch.no_grad():
+        images = chain.decode(trajectory.latents[0], PROMPTS)
+    expected = own_images(
+        pipeline, PROMPTS, trajectory.latents[5], 5, guidance_scale=guidance_scale, negative_prompt=["ugly"] * 2
+    )
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_initial_latents_are_those_of_the_pipelines_generator() -> None:
+    pipeline = tiny_stable_diffusion()
+    chain = DenoisingChain(pipeline, num_inference_steps=4, eta=0.0, guidance_scale=3.0)
+    trajectory = chain.sample(["red"], [11])
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(11)
+    expected = pipeline(
+        ["red"], num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="pt"
+    ).images
+    with torch.no_grad():
+        torch.testing.assert_close(chain.decode(trajectory.latents[0], ["red"]), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_replay_is_bit_exact(kind: str, prediction_type: str) -> None:
+    chain = DenoisingChain(tiny_stable_diffusion(prediction_type), num_inference_steps=6, step_kind=kind)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    for t in range(6, 0, -1):
+        for step in (chain.replay(trajectory, t), torch.no_grad()(chain.replay)(trajectory, t)):
+            assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1])
+            assert torch.equal(step.pred_original_sample, trajectory.pred_original_samples[t - 1])
+            assert step.std == trajectory.std(t)
+    assert torch.equal(chain.rollout(trajectory, 4, trajectory.latents[4], 1), trajectory.latents[1])
+
+
+def test_a_sample_depends_on_its_own_seed_only() -> None:
+    chain = DenoisingChain(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=4)
+    together = chain.sample([*PROMPTS, "c"], [7, 8, 9])
+    alone = chain.sample(["a blue b"], [8])
+    torch.testing.assert_close(together.latents[:, 1:2], alone.latents, rtol=0, atol=1e-10)
+    assert torch.equal(together.select([1]).noises, alone.noises)
+
+
+def central_difference(value: Callable[[float], torch.Tensor], h: float) -> float:
+    """Fourth-order central difference of ``value`` at 0."""
+    differences = 8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))
+    return differences.item() / (12 * h)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_gradients_of_a_replayed_step_equal_central_differences(kind: str, prediction_type: str) -> None:
+    pipeline = tiny_stable_diffusion(prediction_type, dtype=torch.float64)
+    weight = pipeline.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight")
+    pipeline.unet.requires_grad_(False)
+    weight.requires_grad_()
+    chain = DenoisingChain(pipeline, num_inference_steps=5, step_kind=kind, guidance_scale=4.0)
+    trajectory = chain.sample(["red"], [0])
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+    cotangent = normal(trajectory.latents[0])
+
+    def value(latents: torch.Tensor, t: int) -> torch.Tensor:
+        return (chain.replay(trajectory, t, latents).mean * cotangent).sum()
+
+    @torch.no_grad()
+    def value_at_moved_weight(direction: torch.Tensor, shift: float, t: int) -> torch.Tensor:
+        original = weight.clone()
+        weight.add_(direction, alpha=shift)
+        result = value(trajectory.latents[t], t)
+        weight.copy_(original)
+        return result
+
+    for t in (1, 3, 5):
+        latents = trajectory.latents[t].clone().requires_grad_()
+        by_weight, by_latents = torch.autograd.grad(value(latents, t), [weight, latents])
+        direction = normal(latents)
+        # A random direction plus the gradient's own, so that the derivative is not small by accident.
+        direction = normal(latents) / latents.numel() ** 0.5 + by_latents / by_latents.norm()
+        difference = central_difference(lambda shift: value(trajectory.latents[t] + shift * direction, t), h=1e-3)
+        assert difference == pytest.approx((by_latents * direction).sum().item(), rel=1e-5)
+        direction = normal(weight) / weight.numel() ** 0.5 + by_weight / by_weight.norm()
+        difference = central_difference(lambda shift: value_at_moved_weight(direction, shift, t), h=1e-3)
+        assert difference == pytest.approx((by_weight * direction).sum().item(), rel=1e-5)
+
+
+def test_dropout_masks_are_replayed() -> None:
+    pipeline = tiny_stable_diffusion()
+    attention = pipeline.unet.mid_block.attentions[0].transformer_blocks[0]
+    attention.attn1.to_out[1].p = 0.5
+    pipeline.unet.train()
+    chain = DenoisingChain(pipeline, num_inference_steps=4)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    before = torch.get_rng_state()
+    for t in range(1, 5):
+        assert torch.equal(chain.replay(trajectory, t).next_latents(trajectory.noise(t)), trajectory.latents[t - 1])
+    assert torch.equal(torch.get_rng_state(), before), "the global random state must not move"
+    other = chain.sample(PROMPTS, [5, 6], noises=trajectory.noises)
+    assert not torch.equal(other.latents[0], trajectory.latents[0]), "other seeds drop other activations"
+
+
+def test_the_pipeline_is_left_as_it_was() -> None:
+    pipeline = tiny_stable_diffusion()
+    scheduler, encode = pipeline.scheduler, pipeline.encode_prompt
+    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    chain.replay(trajectory, 2)
+    assert pipeline.scheduler is scheduler
+    assert pipeline.encode_prompt == encode
+    assert pipeline.config["scheduler"] == ("diffusers", "DDIMScheduler")
+
+
+def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny_stable_diffusion()
+    calls = []
+    pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    calls.clear()
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    encoded = len(calls)
+    for t in (3, 2, 1):
+        chain.replay(trajectory, t)
+    chain.sample(PROMPTS[::-1], [4, 5])
+    assert len(calls) == encoded == 4  # two prompts, each with its empty negative
+
+
+def test_denoiser_evaluations_are_counted() -> None:
+    pipeline = tiny_stable_diffusion()
+    rows = []
+    pipeline.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    chain.replay(trajectory, 2)
+    chain.rollout(trajectory, 2, trajectory.latents[2])
+    assert chain.denoiser_evaluations == sum(rows) // 2 == 2 * (3 + 1 + 2)  # a guided pair counts once
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, DPMSolverMultistepScheduler])
+def test_other_schedulers_are_converted(scheduler: type) -> None:
+    pipeline = tiny_stable_diffusion()
+    reference = DenoisingChain(pipeline, num_inference_steps=4).sample(PROMPTS, [0, 1])
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    converted = DenoisingChain(pipeline, num_inference_steps=4).sample(PROMPTS, [0, 1])
+    assert converted.stds == reference.stds
+    assert torch.equal(converted.latents, reference.latents)
+
+
+def test_half_precision_keeps_float32_latents() -> None:
+    pipeline = tiny_stable_diffusion().to(torch.bfloat16)
+    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    assert trajectory.latents.dtype == torch.float32
+    latents = trajectory.latents[0].clone().requires_grad_()
+    images = chain.decode(latents, PROMPTS)
+    (gradient,) = torch.autograd.grad(images.float().sum(), latents)
+    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+def test_clear_errors() -> None:
+    pipeline = tiny_stable_diffusion()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
+    with pytest.raises(ValueError, match="clip_sample=False"):
+        DenoisingChain(pipeline)
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline, got object"):
+        DenoisingChain(object())  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""Random-weight pipelines, as small as their classes allow: real diffusers classes, real block types, no download."""
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+PROMPT_LENGTH = 16
+"""Tokens in an encoded prompt, start and end included."""
+
+
+def letter_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose vocabulary is the printable ASCII characters, made in memory; saves and loads as any other."""
+    characters = [chr(code) for code in range(33, 127)]
+    tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=PROMPT_LENGTH)
+
+
+def tiny_stable_diffusion(
+    prediction_type: str = "epsilon",
+    *,
+    seed: int = 0,
+    sample_size: int = 8,
+    timestep_spacing: str = "leading",
+    dtype: torch.dtype = torch.float32,
+) -> StableDiffusionPipeline:
+    """A `StableDiffusionPipeline` with SD's block types, 4 latent channels and a factor-2 VAE; eval mode, on the CPU.
+
+    Args:
+        prediction_type: what the UNet predicts: `epsilon`, `v_prediction` or `sample`.
+        seed: of the random weights; the same seed gives the same weights, and the global RNG state is left as it was.
+        sample_size: side of the latents; images are `2 * sample_size` pixels wide.
+        timestep_spacing: the DDIM grid: `leading`, `trailing` or `linspace`.
+        dtype: of all weights.
+
+    `save_pretrained(folder)` and `StableDiffusionPipeline.from_pretrained(folder)` give the same pipeline back, so the
+    folder serves as a model id in tests.
+    """
+    tokenizer = letter_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=PROMPT_LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=8,
+            norm_num_groups=4,
+        )
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=2 * sample_size,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        timestep_spacing=timestep_spacing,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline if dtype == torch.float32 else pipeline.to(dtype=dtype)
