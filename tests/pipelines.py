@@ -9,7 +9,7 @@ PROMPT_LENGTH = 16
 
 
 def letter_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary is the printable ASCII characters, made in memory; saves and loads as any other."""
+    """A CLIP tokenizer whose vocabulary is the printable ASCII characters; made in memory."""
     characters = [chr(code) for code in range(33, 127)]
     tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -23,6 +23,7 @@ class DenoisingChain:
     """A diffusers pipeline as a ``Chain``; see ``rlr_peft.chain.interface`` for the members shared with other chains.
 
     The pipeline is left as it was after every call: its scheduler and ``encode_prompt`` are exchanged only meanwhile.
+    (A half-precision denoiser and decoder keep a hook that casts their inputs.)
     Latents stay in float32 (float64 if the denoiser is), whatever the precision of the denoiser.
 
     Args:
@@ -192,7 +193,7 @@ class DenoisingChain:
             return
         devices = [self.pipeline.device] if self.pipeline.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            self._scheduler.on_step = lambda t: torch.manual_seed(seed * (self.num_steps + 1) + t)
+            self._scheduler.on_step = lambda t: torch.manual_seed(seed + t)
             try:
                 yield
             finally:
@@ -205,14 +206,22 @@ class DenoisingChain:
         return tuple(self._call([""], None).shape[1:])
 
 
+class _InputCast:
+    """Lets float32 latents enter a half-precision module; a forward pre-hook."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return tuple(map(self._cast, args)), {name: self._cast(value) for name, value in kwargs.items()}
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+
 def _cast_inputs_to_weights(module: torch.nn.Module) -> None:
-    """Lets float32 latents enter a half-precision module."""
+    """Adds the cast once, and only where weights are in half precision."""
     dtype = next(module.parameters()).dtype
-
-    def cast(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def convert(value: Any) -> Any:
-            return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-
-        return tuple(map(convert, args)), {name: convert(value) for name, value in kwargs.items()}
-
-    module.register_forward_pre_hook(cast, with_kwargs=True)
+    has_cast = any(isinstance(hook, _InputCast) for hook in module._forward_pre_hooks.values())
+    if dtype in (torch.float16, torch.bfloat16) and not has_cast:
+        module.register_forward_pre_hook(_InputCast(dtype), with_kwargs=True)

@@ -36,6 +36,13 @@ class HalfOrder:
     start: StartSampler = "uniform"
     window: tuple[int, int] | None = None
 
+    def describe(self) -> str:
+        """In words, for logs and cards."""
+        if self.blocks == "all":
+            return f"half order in blocks of h = {self.length} on all steps beyond"
+        how = {"uniform": "uniformly", "gradient-norm": "by gradient norm", "window": f"from steps {self.window}"}
+        return f"half order on {self.blocks} block(s) of h = {self.length}, drawn {how[self.start]}"
+
 
 @dataclass(frozen=True)
 class Block:

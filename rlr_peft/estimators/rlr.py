@@ -5,7 +5,7 @@ gradient of E[R(x_0)]: the pathwise tail (FO) takes steps 1..K, half-order block
 Full backpropagation, truncated backpropagation and REINFORCE are the special cases K = T, no HO, and K = 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from rlr_peft.chain import adjoint
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.black_box_tail import black_box_segment
-from rlr_peft.estimators.coverage import Coverage
+from rlr_peft.estimators.coverage import Coverage, CoverageError
 from rlr_peft.estimators.first_order import first_order_segment
 from rlr_peft.estimators.half_order import (
     DEFENSIVE_SHARE,
@@ -94,11 +94,16 @@ class RLREstimator:
     Args:
         settings: what the estimator is made of.
         norm_decay: decay of the running gradient norms of gradient-norm sampling.
+
+    Attributes:
+        step_variances: running per-step variances, None before the first calibration.
+        last_coverage: coverage of the last plan that was carried out, None before.
     """
 
     def __init__(self, settings: RLRSettings, norm_decay: float = 0.9) -> None:
         self.settings = settings
         self.step_variances: StepVariances | None = None
+        self.last_coverage: Coverage | None = None
         self._norm_decay = norm_decay
         self._running_norms: dict[int, float] = {}
 
@@ -107,9 +112,9 @@ class RLREstimator:
         """Whether K is to be chosen by measurement."""
         return self.settings.first_order_steps == "auto"
 
-    def calibrate(self, chain: Chain, rollout: Rollout, decay: float) -> StepVariances:
-        """Measures the per-step variances on a rollout that no update uses, and blends them into the running ones."""
-        measured = measure_step_variances(chain, rollout)
+    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> StepVariances:
+        """Measures the per-step variances on rollouts that no update uses, and blends them into the running ones."""
+        measured = measure_step_variances(chain, rollouts)
         self.step_variances = measured if self.step_variances is None else self.step_variances.blend(measured, decay)
         return measured
 
@@ -132,6 +137,11 @@ class RLREstimator:
         elif settings.half_order is not None:
             blocks, expected = self._tiles(chain, covered, generator)
             weights += expected
+        if not weights.any():
+            raise CoverageError(
+                "Expected an estimator with a term for this reward, got none: the reward has no gradient (or K is 0) and "
+                "there are no half-order or zeroth-order terms. Use estimator rlr."
+            )
         coverage = Coverage(weights, self._gaps(weights, chain))
         coverage.check()
         return Plan(tail, black_box, blocks, zeroth, coverage)
@@ -141,6 +151,7 @@ class RLREstimator:
     ) -> EstimatorReport:
         """Adds the estimated gradient of the micro-batch's SUMMED reward to ``.grad`` of the chain's parameters."""
         plan = self.plan(chain, rollout.reward_gradient is not None, generator)
+        self.last_coverage = plan.coverage
         trajectory, batch_size = rollout.trajectory, rollout.trajectory.batch_size
         norms: dict[str, float] = {}
         segments = 0
@@ -163,6 +174,17 @@ class RLREstimator:
             )
             norms["zeroth_order"] = total / batch_size
         return EstimatorReport(plan, norms, segments)
+
+    def describe(self) -> str:
+        """The terms in words, for logs and cards."""
+        settings = self.settings
+        tail = "K measured" if settings.first_order_steps == "auto" else f"K = {settings.first_order_steps}"
+        terms = [f"first order on steps 1..K, {tail}"]
+        if settings.half_order is not None:
+            terms.append(settings.half_order.describe())
+        if settings.zeroth_order is not None:
+            terms.append(f"{settings.zeroth_order.form} zeroth order with s = {settings.zeroth_order.scale:g} on the rest")
+        return "; ".join(terms)
 
     def hot_steps(self, chain: Chain, plan: Plan) -> dict[int, float]:
         """Steps under a score term whose mean reacts too strongly to the denoiser, with ``|d mean / d output| / std``."""

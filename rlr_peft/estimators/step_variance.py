@@ -4,6 +4,7 @@ Pathwise gradients grow towards the noise, because the chain amplifies; score te
 there. Where they cross depends on the model, T and the reward, so it is measured.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +33,21 @@ class StepVariances:
         )
 
 
-def measure_step_variances(chain: Chain, rollout: Rollout) -> StepVariances:
-    """V_G and V_H over the samples of a rollout; costs two replays per sample and step, one sample at a time.
+def measure_step_variances(chain: Chain, rollouts: Sequence[Rollout]) -> StepVariances:
+    """V_G and V_H over the samples of some rollouts; costs two replays per sample and step, one sample at a time.
 
     Raises:
         ValueError: fewer than two samples.
     """
-    if len(rollout.rewards) < 2:
-        raise ValueError(f"Expected at least 2 samples to measure a variance, got {len(rollout.rewards)}.")
-    samples = [rollout.select([i]) for i in range(len(rollout.rewards))]
+    samples = [rollout.select([i]) for rollout in rollouts for i in range(len(rollout.rewards))]
+    if len(samples) < 2:
+        raise ValueError(f"Expected at least 2 samples to measure a variance, got {len(samples)}.")
     cotangents = [sample.reward_gradient for sample in samples]
-    num_steps = rollout.trajectory.num_steps
+    num_steps = chain.num_steps
     first_order = torch.full((num_steps,), torch.inf, dtype=torch.float64)
     half_order = first_order.clone()
     for t in range(1, num_steps + 1):
-        if rollout.reward_gradient is not None:
+        if cotangents[0] is not None:
             moments = _Moments()
             for i, sample in enumerate(samples):
                 cotangent = cotangents[i]
@@ -54,7 +55,7 @@ def measure_step_variances(chain: Chain, rollout: Rollout) -> StepVariances:
                 gradients, cotangents[i] = pull_back(chain, sample.trajectory, t, cotangent)
                 moments.add(gradients)
             first_order[t - 1] = moments.variance()
-        if rollout.trajectory.std(t) > 0:
+        if chain.std(t) > 0:
             moments = _Moments()
             for sample in samples:
                 gradients, _ = pull_back(chain, sample.trajectory, t, sample.score_cotangent(t), into_latents=False)

@@ -68,7 +68,7 @@ def measure_bias(
     if estimator.needs_calibration:
         calibration = LinearGaussianChain(num_steps=num_steps, replicates=1, last_std=last_std)
         measured = _rollout(calibration, QuadraticReward(calibration, differentiable), 64, group_size, generator)
-        estimator.calibrate(calibration, measured, decay=0.0)
+        estimator.calibrate(calibration, [measured], decay=0.0)
     estimates = []
     unbiased = True
     for _ in range(calls):

@@ -1,0 +1,1 @@
+"""Console commands: `rlr-peft COMMAND`. Each is a thin file that calls the library."""

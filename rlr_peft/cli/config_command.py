@@ -1,0 +1,11 @@
+"""`rlr-peft config`: is this configuration fit to run, and what does it say in full?"""
+
+from collections.abc import Sequence
+
+from rlr_peft.config import config_to_yaml, load_config_or_exit
+
+
+def config_command(words: Sequence[str]) -> int:
+    """Prints the resolved YAML of `--config FILE` and flags; an error leaves with exit code 2."""
+    print(config_to_yaml(load_config_or_exit(words, prog="rlr-peft config")), end="")
+    return 0

@@ -1,0 +1,28 @@
+"""The console script `rlr-peft`: picks a command and hands it the rest of the line."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from rlr_peft import __version__
+from rlr_peft.cli.config_command import config_command
+
+# name -> (one line for --help, function of the remaining words that returns the exit code)
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "config": ("check a configuration and print it in full as YAML", config_command),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (2 for a wrong command line)."""
+    parser = argparse.ArgumentParser(
+        prog="rlr-peft",
+        description="Reward fine-tuning of LoRA adapters of diffusers pipelines. Training: train_rlr_lora.py.",
+        epilog="commands:\n" + "\n".join(f"  {name:<10} {line}" for name, (line, _) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the command's own flags (try --help)")
+    parsed = parser.parse_args(argv)
+    _, run = COMMANDS[parsed.command]
+    return run(parsed.words)

@@ -1,0 +1,301 @@
+"""Every knob: its name, default, unit and one plain sentence.
+
+A field's name is its flag (`--rank 4`) and its YAML name (`rank: 4`); names are unique over all groups, so both stay
+flat. A group's docstring is its title in `--help`. Ranges are declared here, combinations in `checks.py`.
+"""
+
+from dataclasses import MISSING, dataclass
+from typing import Literal
+
+from rlr_peft.config.knob import knob
+
+EstimatorName = Literal["rlr", "rlr-paper", "full-bp", "truncated-bp", "reinforce"]
+StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
+# `piecewise_constant` is left out: diffusers' get_scheduler wants a rule string for it, which has no flag here.
+LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Model: the pretrained pipeline and how it is held in memory"""
+
+    pretrained_model_name_or_path: str = knob(
+        MISSING, "Hub id or local folder of a diffusers pipeline, or `tiny-shapes` for the embedded one."
+    )
+    revision: str | None = knob(None, "Branch, tag or commit of the Hub repository to load.")
+    variant: str | None = knob(None, "Variant of the weight files to load, for example `fp16`.")
+    cache_dir: str | None = knob(None, "Folder in which files downloaded from the Hub are kept.")
+    pretrained_vae_model_name_or_path: str | None = knob(
+        None, "Hub id or local folder of a VAE that replaces the pipeline's own, for example an fp16-safe SDXL VAE."
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = knob(
+        "no", "Number format of the frozen base weights and of autocast; LoRA weights always stay fp32."
+    )
+    gradient_checkpointing: bool = knob(
+        False, "Recompute the denoiser's activations in the backward pass: less memory, more time."
+    )
+    vae_gradient_checkpointing: bool = knob(
+        False, "Recompute the VAE decoder's activations in the backward pass: less memory, more time."
+    )
+    allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    """LoRA: the adapter that is trained"""
+
+    rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", at_least=1)
+    lora_alpha: float | None = knob(
+        None, "LoRA scale: the update is multiplied by lora_alpha / rank; null means equal to rank.", above=0
+    )
+    lora_dropout: float = knob(
+        0.0, "Share of the adapter's inputs dropped in training.", unit="fraction", at_least=0, below=1
+    )
+    lora_layers: str | None = knob(
+        None, "Comma-separated names of the modules that get an adapter; null means the family's default."
+    )
+    use_dora: bool = knob(False, "Train DoRA: magnitude and direction of the weights apart.")
+    use_rslora: bool = knob(False, "Scale the update by lora_alpha / sqrt(rank) instead of lora_alpha / rank.")
+    init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = knob(
+        "gaussian", "How the LoRA matrices start; every choice starts at the base model's function."
+    )
+
+
+@dataclass(frozen=True)
+class ChainArguments:
+    """Chain: how images are sampled while training"""
+
+    num_inference_steps: int = knob(50, "Number T of denoising steps of a chain.", unit="steps", at_least=1)
+    step_kind: StepKind = knob("ancestral", "Kind of denoising step; `ode` adds no noise at all.")
+    eta: float = knob(
+        1.0,
+        "Noise added at each step relative to the kind's own: 0 is deterministic, 1 the full noise.",
+        unit="factor",
+        at_least=0,
+    )
+    guidance_scale: float | None = knob(
+        None, "Classifier-free guidance scale; null means the pipeline's own default.", unit="factor", at_least=0
+    )
+    resolution: int | None = knob(
+        None, "Height and width of the images; null means the pipeline's default.", unit="pixels", at_least=1
+    )
+    negative_prompt: str | None = knob(None, "Text that guidance leads away from, used for every prompt.")
+
+
+@dataclass(frozen=True)
+class PromptArguments:
+    """Prompts: what is drawn while training"""
+
+    prompt_path: str = knob(
+        MISSING, "Text file with one training prompt a line, or `tiny-shapes/train` or `tiny-shapes/test`."
+    )
+    max_train_samples: int | None = knob(
+        None, "Use only the first so many training prompts; null means all.", unit="prompts", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class RewardArguments:
+    """Reward: what the adapter is trained to raise"""
+
+    reward_fn: str = knob(
+        MISSING, "Reward: a registered name, `package.module:callable` or `file.py:callable`, for training."
+    )
+    heldout_reward_fn: str | None = knob(
+        None, "Reward that is only ever measured, never trained on: it exposes reward hacking."
+    )
+    decode_batch_size: int | None = knob(
+        None,
+        "Images decoded and scored on the tape at once; null means train_batch_size.",
+        unit="images",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True)
+class EstimatorArguments:
+    """Estimator: how the gradient of the reward is estimated (null leaves a knob to the preset)"""
+
+    estimator: EstimatorName = knob("rlr", "Preset of gradient terms; the knobs below override its parts.")
+    fo_steps: int | Literal["auto"] | None = knob(
+        None,
+        "Number K of last steps covered by the first-order term; `auto` measures the best K.",
+        unit="steps",
+        at_least=0,
+    )
+    ho_length: int | Literal["auto"] | None = knob(
+        None,
+        "Length h of a half-order block; `auto` derives it from nfe_budget and memory_budget.",
+        unit="steps",
+        at_least=1,
+    )
+    ho_blocks: int | Literal["all"] | None = knob(
+        None,
+        "Half-order blocks drawn for each update, weighted to stay unbiased; `all` tiles every remaining step.",
+        unit="blocks",
+        at_least=1,
+    )
+    ho_start: Literal["uniform", "gradient-norm", "window"] | None = knob(
+        None, "How the start of a half-order block is drawn: evenly, by running gradient norms, or from ho_window."
+    )
+    ho_window: tuple[int, ...] | None = knob(
+        None,
+        "First and last step `a b`, counted from 1 (clean) to T (noise), from which `ho_start: window` draws.",
+        unit="steps",
+    )
+    zo: Literal["none", "one-point", "two-point"] | None = knob(
+        None, "Zeroth-order term on the steps that no other term covers."
+    )
+    zo_scale: float = knob(
+        0.01, "Standard deviation s of the zeroth-order parameter perturbation.", unit="LoRA weight units", above=0
+    )
+    zo_samples: int = knob(1, "Parameter perturbations drawn for each update.", unit="perturbations", at_least=1)
+    black_box_steps: int | None = knob(
+        None,
+        "Number of last steps covered by reward differences where the reward has no gradient; 0 is off.",
+        unit="steps",
+        at_least=0,
+    )
+    calibration_interval: int = knob(
+        25,
+        "How often the per-step variances behind `fo_steps: auto` are measured again.",
+        unit="optimiser steps",
+        at_least=1,
+    )
+    calibration_samples: int = knob(
+        16, "Images sampled for one measurement of the per-step variances.", unit="images", at_least=2
+    )
+    calibration_decay: float = knob(
+        0.5,
+        "Weight of the past in the running means of the per-step variances.",
+        unit="fraction",
+        at_least=0,
+        below=1,
+    )
+    nfe_budget: float | None = knob(
+        None,
+        "Compute that `ho_length: auto` may spend.",
+        unit="denoiser evaluations per sample and optimiser step",
+        above=0,
+    )
+    memory_budget: float | None = knob(
+        None,
+        "Peak memory that `ho_length: auto` may use, by the paper's rule for a tape of h steps.",
+        unit="GB",
+        above=0,
+    )
+    ho_step_memory: float | None = knob(
+        None, "Memory of one half-order step on the tape, for memory_budget.", unit="GB", above=0
+    )
+    zo_step_memory: float | None = knob(
+        None, "Memory of one zeroth-order step, for memory_budget.", unit="GB", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """Training: batches, length and seed"""
+
+    output_dir: str = knob("outputs/rlr-lora", "Folder that receives the adapter, checkpoints, logs and the card.")
+    seed: int = knob(0, "Seed of every random number; the same seed gives the same run.", at_least=0)
+    train_batch_size: int = knob(
+        4, "Samples drawn and held on the tape at once on each process.", unit="samples", at_least=1
+    )
+    gradient_accumulation_steps: int = knob(
+        1, "Micro-batches whose gradients are summed into one update.", unit="micro-batches", at_least=1
+    )
+    num_images_per_prompt: int = knob(
+        4, "Size of a prompt's group, within which rewards are compared.", unit="images", at_least=1
+    )
+    num_train_epochs: int = knob(1, "Passes over the prompts; max_train_steps overrides it.", unit="epochs", at_least=1)
+    max_train_steps: int | None = knob(
+        None, "Number of updates; null means num_train_epochs decides.", unit="optimiser steps", at_least=1
+    )
+    max_grad_norm: float = knob(1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", above=0)
+
+
+@dataclass(frozen=True)
+class OptimizerArguments:
+    """Optimiser: how gradients become updates"""
+
+    optimizer: Literal["AdamW"] = knob("AdamW", "Optimiser of the LoRA weights.")
+    learning_rate: float = knob(1e-4, "Peak learning rate of the optimiser.", unit="weight units per step", above=0)
+    scale_lr: bool = knob(
+        False, "Multiply the learning rate by the number of samples of an update (batch, accumulation, processes)."
+    )
+    lr_scheduler: LrScheduler = knob("constant", "Course of the learning rate, by diffusers' names.")
+    lr_warmup_steps: int = knob(
+        0, "Updates over which the learning rate rises from 0.", unit="optimiser steps", at_least=0
+    )
+    lr_num_cycles: int = knob(1, "Hard restarts of the cosine_with_restarts schedule.", unit="cycles", at_least=1)
+    lr_power: float = knob(1.0, "Power of the polynomial schedule.", unit="exponent", above=0)
+    use_8bit_adam: bool = knob(False, "Keep the optimiser's state in 8 bits (bitsandbytes): less memory.")
+    adam_beta1: float = knob(0.9, "Decay of Adam's mean of gradients.", unit="fraction", at_least=0, below=1)
+    adam_beta2: float = knob(0.999, "Decay of Adam's mean of squared gradients.", unit="fraction", at_least=0, below=1)
+    adam_weight_decay: float = knob(
+        1e-4, "Decoupled weight decay of the LoRA weights.", unit="fraction per unit of learning rate", at_least=0
+    )
+    adam_epsilon: float = knob(1e-8, "Term that keeps Adam's division finite.", unit="gradient units", above=0)
+
+
+@dataclass(frozen=True)
+class ValidationArguments:
+    """Validation: images while training, and the comparison of base and adapter"""
+
+    validation_prompt: tuple[str, ...] | None = knob(
+        None, "One or more prompts drawn at fixed seeds while training; null means none."
+    )
+    num_validation_images: int = knob(4, "Images for each validation prompt.", unit="images", at_least=1)
+    validation_steps: int | None = knob(
+        None, "How often validation images are drawn; null means only at the end.", unit="optimiser steps", at_least=1
+    )
+    evaluation_prompt_path: str | None = knob(
+        None, "Unseen prompts on which base and adapter are compared; null means no comparison."
+    )
+    num_evaluation_images: int = knob(
+        256, "Images drawn from the base and from the adapter for the comparison.", unit="images", at_least=2
+    )
+    evaluation_batch_size: int = knob(16, "Images drawn at once in the comparison.", unit="images", at_least=1)
+    evaluation_eta: float = knob(
+        0.0, "The chain's eta while evaluating; 0 is what a deterministic sampler draws.", unit="factor", at_least=0
+    )
+    skip_final_inference: bool = knob(False, "Draw no validation images after training.")
+
+
+@dataclass(frozen=True)
+class CheckpointingArguments:
+    """Checkpointing: saving the state and resuming from it"""
+
+    checkpointing_steps: int = knob(500, "How often a checkpoint is saved.", unit="optimiser steps", at_least=1)
+    checkpoints_total_limit: int | None = knob(
+        None, "Checkpoints kept, the oldest go first; null means all.", unit="checkpoints", at_least=1
+    )
+    resume_from_checkpoint: str | None = knob(
+        None, "Checkpoint to go on from: `latest`, a name such as `checkpoint-500`, or a path."
+    )
+
+
+@dataclass(frozen=True)
+class LoggingArguments:
+    """Logging: where the curves go"""
+
+    logging_dir: str = knob("logs", "Folder of the tracker's files, inside output_dir.")
+    report_to: Literal["tensorboard", "none"] = knob("tensorboard", "Tracker that receives the curves and images.")
+    tracker_name: str = knob("rlr-lora", "Name of the run in the tracker.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, fully resolved: hashable, immutable, checked by `load_config`."""
+
+    model: ModelArguments
+    lora: LoraArguments
+    chain: ChainArguments
+    prompts: PromptArguments
+    reward: RewardArguments
+    estimator: EstimatorArguments
+    training: TrainingArguments
+    optimizer: OptimizerArguments
+    validation: ValidationArguments
+    checkpointing: CheckpointingArguments
+    logging: LoggingArguments

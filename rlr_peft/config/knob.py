@@ -1,0 +1,37 @@
+"""`knob`: a dataclass field that carries its own sentence, unit and range."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run; the message says what was expected, what was got and what to do."""
+
+
+def knob(
+    default: Any,
+    sentence: str,
+    *,
+    unit: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare one knob of a frozen arguments dataclass.
+
+    Args:
+        default: the default value; `MISSING` makes the knob required.
+        sentence: one plain sentence, shown by `--help`.
+        unit: what one of it is, shown by `--help` in brackets.
+        at_least, above, at_most, below: the allowed range of a number (of every number, where the knob is a list).
+    """
+    metadata: Mapping[str, Any] = {
+        "sentence": sentence,
+        "unit": unit,
+        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
+    }
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -1,0 +1,122 @@
+"""From command line and YAML file to a checked Config; jsonargparse does the typing."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from rlr_peft.config.arguments import Config
+from rlr_peft.config.flat import check_names, config_from_dict, knobs
+from rlr_peft.config.knob import ConfigError
+from rlr_peft.config.wording import element_type, explain, help_text, placeholder, takes_text, type_in_words
+from rlr_peft.config.yaml_files import read_yaml
+
+_CONFIG_HELP = "YAML file with the same flat names as the flags below; flags win over it wherever they stand."
+
+
+def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
+    """Reads flags and, with `--config FILE`, a YAML file of the same flat names; flags win. `--help` prints and exits.
+
+    Args:
+        argv: the command line without the program's name.
+        prog: the program's name in `--help`; None takes it from `sys.argv`.
+
+    Raises:
+        ConfigError: unknown name, wrong type, number out of range, or a combination that cannot be run.
+    """
+    path, words = _split_config_file(argv)
+    flags = [word[2:].split("=")[0] for word in words if _is_flag(word)]
+    check_names(iter(flags), "command line")
+    parser = _build_parser(prog)
+    from_file = {} if path is None else _read_config_file(parser, path)
+    try:
+        values = vars(parser.parse_args(words))
+    except argparse.ArgumentError as error:
+        raise ConfigError(explain(str(error), {})) from None
+    for name in _list_knobs():
+        if values[name] in ([None], ["null"]):  # `--ho_window null` takes back what a file says
+            values[name] = None
+    values.update({name: value for name, value in from_file.items() if name not in flags})
+    return config_from_dict({name: values[name] for name in knobs()})
+
+
+def load_config_or_exit(argv: Sequence[str], prog: str | None = None) -> Config:
+    """`load_config` for scripts: an error becomes one line on stderr and exit code 2, without a traceback."""
+    try:
+        return load_config(argv, prog)
+    except ConfigError as error:
+        exit_with(error)
+
+
+def exit_with(error: ConfigError) -> NoReturn:
+    """Prints the error for a person and leaves with exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") and word not in ("--", "--help")
+
+
+def _split_config_file(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Takes `--config FILE` out of the command line, so that the order of file and flags cannot matter."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", action="append", default=[])
+    try:
+        found, rest = finder.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        raise ConfigError("--config: expected the path of a YAML file, got nothing.") from None
+    if len(found.config) > 1:
+        raise ConfigError(f"--config: expected one file, got {' and '.join(found.config)}; merge them into one.")
+    return (Path(found.config[0]) if found.config else None), rest
+
+
+def _build_parser(prog: str | None) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--name VALUE ...]",
+        description="Train a LoRA adapter of a diffusers pipeline on a reward.",
+        formatter_class=argparse.HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=str, metavar="FILE", help=_CONFIG_HELP)
+    groups: dict[str, Any] = {}
+    for knob in knobs().values():
+        if knob.group not in groups:
+            groups[knob.group] = parser.add_argument_group(knob.group_title)
+        options: dict[str, Any] = {"type": knob.type, "help": help_text(knob), "metavar": placeholder(knob)}
+        options["default"] = None if knob.required else knob.field.default
+        element = element_type(knob)
+        if element is not None:
+            options.update(type=element | None if element is int else element, nargs="+")
+        elif knob.type is bool:
+            options.update(nargs="?", const=True, metavar="true|false")
+        groups[knob.group].add_argument(f"--{knob.name}", **options)
+    return parser
+
+
+def _read_config_file(parser: ArgumentParser, path: Path) -> dict[str, Any]:
+    """The typed values of the YAML file; a single value of a list knob stands for a list of one."""
+    values = read_yaml(path)
+    for name in _list_knobs():
+        if values.get(name) is not None and not isinstance(values[name], list):
+            values[name] = [values[name]]
+    for name, value in values.items():
+        # jsonargparse lets null pass for every type.
+        if value is None and not knobs()[name].optional:
+            expected = type_in_words(knobs()[name])
+            raise ConfigError(f"--config {path}: {name}: expected {expected}, got null; give a value.")
+    try:
+        typed = vars(parser.parse_object(values))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--config {path}: {explain(str(error), values)}") from None
+    # jsonargparse reads a text such as `~` or `#` as YAML once more; what the file says as text stays as it is.
+    return {name: values[name] if takes_text(knobs()[name], values[name]) else typed[name] for name in values}
+
+
+def _list_knobs() -> list[str]:
+    return [name for name, knob in knobs().items() if element_type(knob) is not None]

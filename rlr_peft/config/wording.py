@@ -1,0 +1,86 @@
+"""Knobs and parser errors in a person's words."""
+
+import re
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from rlr_peft.config.flat import Knob, knobs
+
+
+def element_type(knob: Knob) -> type | None:
+    """The type of a list knob's elements; None for a knob that is not a list."""
+    for option in get_args(knob.type):
+        if get_origin(option) is tuple:
+            element: type = get_args(option)[0]
+            return element
+    return None
+
+
+def takes_text(knob: Knob, value: Any) -> bool:
+    """Whether the value is a text and the knob takes any text."""
+    return isinstance(value, str) and str in _options(knob)
+
+
+def placeholder(knob: Knob) -> str:
+    """What `--help` shows as the value: the choices, or N (whole number), X (number), TEXT."""
+    choices = [str(choice) for option in _options(knob) if get_origin(option) is Literal for choice in get_args(option)]
+    for type_, word in ((int, "N"), (float, "X"), (str, "TEXT")):
+        if type_ in _options(knob) or element_type(knob) is type_:
+            choices.insert(0, word)
+    return choices[0] if len(choices) == 1 else "{" + ",".join(choices) + "}"
+
+
+def help_text(knob: Knob) -> str:
+    """The knob's sentence, unit and default, as `--help` shows them."""
+    unit = f" [{knob.field.metadata['unit']}]" if knob.field.metadata["unit"] else ""
+    if knob.required:
+        end = "(required)"
+    else:
+        default = knob.field.default
+        end = f"(default: {'null' if default is None else str(default).lower() if knob.type is bool else default})"
+    return f"{knob.field.metadata['sentence']}{unit} {end}".replace("%", "%%")
+
+
+def type_in_words(knob: Knob) -> str:
+    """The type of a knob: `a whole number or auto or null`."""
+    element = element_type(knob)
+    if element is not None:
+        return ("whole numbers" if element is int else "one or more texts") + " or null"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+    words: list[str] = []
+    for option in _options(knob):
+        words.extend(map(str, get_args(option)) if get_origin(option) is Literal else [names[option]])
+    return " or ".join(words)
+
+
+def explain(message: str, given: Mapping[str, Any]) -> str:
+    """One plain line for an error message of jsonargparse; one of unknown form is passed on, joined to one line.
+
+    Args:
+        message: the text of the error.
+        given: the values of the YAML file, empty for an error in the flags.
+    """
+    joined = " ".join(message.split())
+    stray = re.fullmatch(r"[Uu]nrecognized arguments: (.*)", joined)
+    if stray:
+        return f"expected --name VALUE, got the stray {stray[1]}; put quotes around a value that holds spaces."
+    named = re.search(r'(?:key "|argument --)(\w+)', joined)
+    if named is None or named[1] not in knobs():
+        return joined
+    name = named[1]
+    expected = type_in_words(knobs()[name])
+    if re.search(r"expected (one|at least one) argument", joined):
+        return f"{name}: expected {expected}, got nothing; write --{name} VALUE (--{name}=VALUE if it starts with -)."
+    value = re.search(r"(?:Got|Given) value: (.*)$", joined)
+    got = repr(given[name]) if name in given else value[1] if value else joined
+    got = {"None": "null", "True": "true", "False": "false"}.get(got, got)
+    advice = f"write {name}: VALUE" if name in given else f"write --{name} VALUE"
+    if name in given and "text" in expected:
+        advice = "put quotes around it"
+    return f"{name}: expected {expected}, got {got}; {advice}."
+
+
+def _options(knob: Knob) -> tuple[Any, ...]:
+    is_union = get_origin(knob.type) not in (None, Literal, tuple)
+    return get_args(knob.type) if is_union else (knob.type,)

@@ -1,0 +1,50 @@
+"""Files that are complete or absent, even after a power cut: write aside, fsync, rename, fsync the folder."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until the file's contents, or the folder's list of names, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder for this, and needs no such call
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; on leaving without an error, what was written there takes the place of `path` at once.
+
+    Args:
+        path: the file to create or replace. Its folder is created when missing. After an error (disk full, Ctrl-C) the
+            old file is untouched and nothing is left behind; after a kill a hidden `.writing-*` folder may remain.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+    probe = aside / ".probe"
+    probe.touch()
+    try:
+        yield aside / path.name
+        os.chmod(aside / path.name, probe.stat().st_mode)  # safetensors makes files that only their owner can read
+        flush_to_disk(aside / path.name)
+        os.replace(aside / path.name, path)
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def rename_directory(source: Path, target: Path) -> None:
+    """Renames a finished folder into place after everything inside has reached the disk; `target` must not exist."""
+    for path in sorted(source.rglob("*")):
+        flush_to_disk(path)
+    flush_to_disk(source)
+    os.rename(source, target)
+    flush_to_disk(target.parent)

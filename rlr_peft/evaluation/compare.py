@@ -1,0 +1,179 @@
+"""Base against adapter: the same prompts and the same initial noise, hence paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlr_peft.rewards.base import Reward, score_images
+
+# Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1].
+Render = Callable[[list[str], list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pipeline reached on a plan.
+
+    Attributes:
+        prompts: of the n images.
+        seeds: of the n images.
+        scores: per reward (n,) float32 on the CPU.
+        images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    scores: dict[str, Tensor]
+    images: Tensor
+
+
+def evaluation_plan(prompts: Sequence[str], num_images: int, seed: int) -> tuple[list[str], list[int]]:
+    """Which images to draw: prompts in shuffled order, again and again, and a seed for each image.
+
+    The order is shuffled so that fewer images than prompts are still a fair sample of them. A longer plan starts with
+    the images of a shorter one, as long as the prompts are the same.
+
+    Args:
+        prompts: at least one.
+        num_images: at least one.
+        seed: of the order and of the images' seeds.
+
+    Returns:
+        (num_images prompts, num_images seeds).
+    """
+    if not prompts or num_images < 1:
+        raise ValueError(f"expected at least one prompt and one image, got {len(prompts)} and {num_images}")
+    # SeedSequence promises the same numbers on every platform and in every version of numpy.
+    words = numpy.random.SeedSequence(seed).generate_state(len(prompts) + num_images, numpy.uint32)
+    order = numpy.argsort(words[: len(prompts)], kind="stable")
+    chosen = [prompts[order[index % len(prompts)]] for index in range(num_images)]
+    return chosen, [int(word) for word in words[len(prompts) :]]
+
+
+def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image, as diffusers pipelines take them: an image's noise depends on its own seed only,
+    not on its place in the batch or on the device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def evaluate(
+    render: Render,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    rewards: Mapping[str, Reward],
+    batch_size: int,
+    *,
+    num_kept_images: int = 6,
+    description: str = "Evaluating",
+    show_progress: bool = True,
+) -> Evaluation:
+    """Draw and score every image of a plan.
+
+    Args:
+        render: draws a batch; must use `image_generators(seeds)` for its noise. Called under `no_grad`.
+        prompts: n prompts.
+        seeds: n seeds.
+        rewards: by the name under which the scores are kept, for example "reward" and "heldout".
+        batch_size: images drawn at once.
+        num_kept_images: how many of the first images to keep.
+        description: of the tqdm bar.
+        show_progress: False hides the bar.
+
+    Raises:
+        ValueError: prompts and seeds differ in number, or `render` returns something else than B images in [0, 1].
+        RewardError: a reward fails.
+    """
+    if len(prompts) != len(seeds) or not prompts or batch_size < 1:
+        raise ValueError(
+            f"expected as many seeds as prompts, at least one, and batch_size >= 1; got {len(prompts)} prompts, "
+            f"{len(seeds)} seeds, batch_size {batch_size}"
+        )
+    scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    kept: list[Tensor] = []
+    with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar, torch.no_grad():
+        for start in range(0, len(prompts), batch_size):
+            batch_prompts = list(prompts[start : start + batch_size])
+            images = render(batch_prompts, list(seeds[start : start + batch_size]))
+            _check_images(images, len(batch_prompts))
+            for name, reward in rewards.items():
+                scores[name].append(score_images(reward, images, batch_prompts).cpu())
+            if start < num_kept_images:
+                kept.append(images[: num_kept_images - start].float().cpu())
+            bar.update(len(batch_prompts))
+    return Evaluation(
+        prompts=list(prompts),
+        seeds=list(seeds),
+        scores={name: torch.cat(parts) for name, parts in scores.items()},
+        images=torch.cat(kept) if kept else torch.empty(0, 3, 0, 0),
+    )
+
+
+def mean_and_standard_error(scores: Tensor) -> tuple[float, float]:
+    """Mean of (n,) scores and its standard error, sample standard deviation / sqrt(n), computed in float64.
+
+    Raises:
+        ValueError: fewer than two scores have no standard error.
+    """
+    if scores.ndim != 1 or len(scores) < 2:
+        raise ValueError(f"expected at least 2 scores for a standard error, got shape {tuple(scores.shape)}")
+    scores = scores.double()
+    return scores.mean().item(), scores.std(correction=1).item() / math.sqrt(len(scores))
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+    """Paired comparison per reward.
+
+    Returns:
+        For each reward: `before`, `before_se`, `after`, `after_se` (means and their standard errors), `gain` (mean of
+        after - before, image by image), `gain_se` (its paired standard error), `n` (images) and `win_rate` (share of
+        images that got better; ties count one half).
+
+    Raises:
+        ValueError: the two were not made from the same plan and rewards, or hold fewer than two images.
+    """
+    if before.prompts != after.prompts or before.seeds != after.seeds or before.scores.keys() != after.scores.keys():
+        raise ValueError(
+            "expected the same prompts, seeds and rewards before and after; evaluate both with the same plan"
+        )
+    comparison = {}
+    for name in before.scores:
+        old, new = before.scores[name].double(), after.scores[name].double()
+        gain = new - old
+        mean_before, se_before = mean_and_standard_error(old)
+        mean_after, se_after = mean_and_standard_error(new)
+        mean_gain, se_gain = mean_and_standard_error(gain)
+        comparison[name] = {
+            "before": mean_before,
+            "before_se": se_before,
+            "after": mean_after,
+            "after_se": se_after,
+            "gain": mean_gain,
+            "gain_se": se_gain,
+            "n": len(gain),
+            "win_rate": ((gain > 0).double() + 0.5 * (gain == 0).double()).mean().item(),
+        }
+    return comparison
+
+
+def flat_metrics(comparison: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The comparison with one level of keys, as in `metrics.json`: `reward_before`, ..., `heldout_gain_se`, one `n`."""
+    flat = {
+        f"{name}_{key}": value for name, values in comparison.items() for key, value in values.items() if key != "n"
+    }
+    counts = {values["n"] for values in comparison.values()}
+    return {**flat, "n": counts.pop()} if counts else flat
+
+
+def _check_images(images: Tensor, num_images: int) -> None:
+    if images.ndim != 4 or images.shape[0] != num_images or images.shape[1] != 3:
+        raise ValueError(f"expected `render` to return ({num_images}, 3, height, width), got {tuple(images.shape)}")
+    low, high = images.min().item(), images.max().item()
+    if not (math.isfinite(low) and math.isfinite(high)) or low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; decode and clamp them")

@@ -1,0 +1,16 @@
+"""LoRA weights of a denoiser: attaching them, saving them so that diffusers loads them, and proving that it does."""
+
+from rlr_peft.lora.attach import adapter_disabled, attach_lora, denoiser_name, lora_parameters
+from rlr_peft.lora.export import WEIGHT_NAME, save_lora
+from rlr_peft.lora.verify import AdapterMismatchError, verify_lora_reloads
+
+__all__ = [
+    "WEIGHT_NAME",
+    "AdapterMismatchError",
+    "adapter_disabled",
+    "attach_lora",
+    "denoiser_name",
+    "lora_parameters",
+    "save_lora",
+    "verify_lora_reloads",
+]

@@ -1,0 +1,87 @@
+"""Saves the adapter as the one file that `pipeline.load_lora_weights` reads exactly."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.lora.attach import denoiser_name
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+"""The one name that `pipeline.load_lora_weights(folder_or_repo)` finds by itself."""
+
+METADATA_KEYS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+)
+"""What a reader must know to apply the weights, and no more: a key that its peft lacks is a TypeError there."""
+
+
+def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False, adapter_name: str = "default") -> Path:
+    """Writes `pytorch_lora_weights.safetensors`: native PEFT keys, float32, and the metadata to scale them by.
+
+    Args:
+        pipeline: with the trained denoiser inside.
+        directory: created when missing. An adapter file that is already there is replaced at once, or kept on an error.
+        fold_alpha: multiply the scale into lora_B and say `lora_alpha = r`, for readers that ignore the metadata
+            (diffusers before 0.35, other programs). Equal up to rounding, and exactly when the scale is a power of two.
+        adapter_name: peft's name of the adapter inside the denoiser.
+
+    Returns:
+        The file's path.
+    """
+    name = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, name)
+    save = getattr(pipeline, "save_lora_weights", None)
+    if save is None or f"{name}_lora_adapter_metadata" not in inspect.signature(save).parameters:
+        raise ValueError(
+            f"{type(pipeline).__name__} cannot save a LoRA of its {name} with metadata: expected a pipeline "
+            f"whose save_lora_weights takes {name}_lora_adapter_metadata. Use diffusers >= 0.35 and such a pipeline."
+        )
+    # native keys: convert_state_dict_to_diffusers silently loses convolutions and projections
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+    tensors = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
+    config = denoiser.peft_config[adapter_name].to_dict()
+    metadata = {key: config[key] for key in METADATA_KEYS}
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order changes from run to run
+    if fold_alpha:
+        for module_name, module in denoiser.named_modules():
+            if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+                for key in (f"{module_name}.lora_B.weight", f"{module_name}.lora_B.bias"):
+                    if key in tensors:
+                        tensors[key] = tensors[key] * module.scaling[adapter_name]
+        metadata |= {"lora_alpha": metadata["r"], "alpha_pattern": dict(metadata["rank_pattern"]), "use_rslora": False}
+    path = Path(directory) / WEIGHT_NAME
+    with replacing_file(path) as aside:
+        save(
+            save_directory=aside.parent,
+            weight_name=aside.name,
+            **{f"{name}_lora_layers": tensors, f"{name}_lora_adapter_metadata": metadata},
+        )
+        _sort_header(aside)
+    return path
+
+
+def _sort_header(path: Path) -> None:
+    """Puts the file's metadata in alphabetical order: safetensors writes them in an order that changes at random.
+
+    So equal adapters are equal files, byte for byte, and pushing one again uploads nothing.
+    """
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

@@ -1,0 +1,129 @@
+"""Proves that the saved adapter, loaded as users load it, makes the images that the trained one makes."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rlr_peft.lora.attach import denoiser_name, lora_parameters
+from rlr_peft.lora.export import WEIGHT_NAME
+
+
+class AdapterMismatchError(RuntimeError):
+    """What diffusers loads from the saved files is not the adapter that was trained."""
+
+
+def verify_lora_reloads(
+    trained_pipeline: Any,
+    fresh_pipeline: Any,
+    directory: str | Path,
+    render: Callable[[Any], Tensor],
+    *,
+    adapter_name: str = "default",
+) -> None:
+    """Loads the saved adapter into a fresh pipeline and compares the two pipelines' images bit for bit.
+
+    Args:
+        trained_pipeline: as trained; rendered in eval mode, left in the mode it was in.
+        fresh_pipeline: the same base in the same dtype, on the same device, without any adapter; it gets the adapter.
+            diffusers casts a loaded adapter to the base's dtype, so on a half-precision base the trained weights are
+            rounded likewise for the comparison, and put back.
+        directory: what `save_lora` wrote into, without `fold_alpha` (folding changes the rounding).
+        render: makes images from a pipeline, the same for the same weights: fixed seeds, eta = 0 or a fixed generator.
+        adapter_name: peft's name of the trained adapter inside the denoiser.
+
+    Raises:
+        AdapterMismatchError: nothing was loaded, other layers were loaded than trained, or an image differs.
+    """
+    name = denoiser_name(trained_pipeline)
+    trained, fresh = getattr(trained_pipeline, name), getattr(fresh_pipeline, name)
+    if any(isinstance(module, LoraLayer) for module in fresh.modules()):
+        raise ValueError("verify_lora_reloads expects a fresh pipeline without adapters, got one that has some.")
+    with _without_text_encoder_notice():
+        fresh_pipeline.load_lora_weights(str(directory))
+    expected = _named_without_adapter(trained, adapter_name)
+    active = fresh_pipeline.get_active_adapters()
+    loaded = _named_without_adapter(fresh, active[0]) if active else {}
+    if not loaded:
+        raise AdapterMismatchError(
+            f"load_lora_weights({str(directory)!r}) loaded nothing, without an error: expected {len(expected)} LoRA "
+            f"tensors for the {name}. The folder must hold {WEIGHT_NAME} as save_lora writes it (a folder of peft's "
+            "save_pretrained has other names and is ignored). Save the adapter again with save_lora."
+        )
+    if loaded.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - loaded.keys()), sorted(loaded.keys() - expected.keys())
+        raise AdapterMismatchError(
+            f"{directory} holds another set of layers than was trained: expected {len(expected)} LoRA tensors, got "
+            f"{len(loaded)}; missing {missing[:3]}, unexpected {extra[:3]}. Save the adapter again with save_lora."
+        )
+    with _eval_mode(trained), _rounded(expected, loaded), torch.no_grad():
+        differing = [key for key in expected if not torch.equal(expected[key].to(loaded[key].device), loaded[key])]
+        images, reloaded = render(trained_pipeline), render(fresh_pipeline)
+    if images.shape == reloaded.shape and torch.equal(images, reloaded):
+        return
+    if images.shape != reloaded.shape:
+        difference = f"their shapes are {tuple(images.shape)} and {tuple(reloaded.shape)}"
+    elif not images.isfinite().all():
+        difference = "the trained pipeline's images are not finite"
+    else:
+        difference = f"the largest difference is {(images.double() - reloaded.double()).abs().max().item():.3g}"
+    cause = (
+        f"{len(differing)} of {len(expected)} LoRA tensors differ, the first is {differing[0]}: the file was changed "
+        "or belongs to another step, so save the adapter again"
+        if differing
+        else "all LoRA tensors are equal, so the scale, the base weights, the scheduler or the rendering differ: check "
+        "the file's metadata, and that both pipelines were loaded alike and render() fixes its seeds"
+    )
+    raise AdapterMismatchError(
+        f"The reloaded adapter does not make the trained adapter's images: {difference}. {cause[0].upper()}{cause[1:]}."
+    )
+
+
+def _named_without_adapter(denoiser: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    adapter = re.compile(rf"(?<=\.)(lora_\w+)\.{re.escape(adapter_name)}(?=\.|$)")
+    return {adapter.sub(r"\1", name): value for name, value in lora_parameters(denoiser, adapter_name).items()}
+
+
+@contextmanager
+def _rounded(expected: dict[str, nn.Parameter], loaded: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Casts the trained weights to the dtypes that the reader gave its own; puts them back afterwards."""
+    full = {key: parameter.data for key, parameter in expected.items()}
+    try:
+        for key, parameter in expected.items():
+            parameter.data = full[key].to(loaded[key].dtype)
+        yield
+    finally:
+        for key, parameter in expected.items():
+            parameter.data = full[key]
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    was_training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in was_training:
+            child.training = True
+
+
+@contextmanager
+def _without_text_encoder_notice() -> Iterator[None]:
+    """Drops diffusers' long notice that an adapter of the denoiser has no part for the text encoder."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to")
+
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

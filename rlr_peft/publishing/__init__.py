@@ -1,0 +1,1 @@
+"""Publishing: what a run tells the world about itself."""

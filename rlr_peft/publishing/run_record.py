@@ -1,0 +1,73 @@
+"""What the model card needs to know about a run, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Facts about a run. What is unknown stays at its default and is left out of the card.
+
+    Attributes:
+        base_model: as given to `--pretrained_model_name_or_path`: "tiny-shapes", a Hub id or a local folder.
+        reward_name: name of the reward that was trained on.
+        config: the resolved configuration, name to plain value.
+        heldout_name: name of the held-out reward.
+        metrics: as in `metrics.json`: `reward_before`, `reward_before_se`, `reward_after`, `reward_after_se`,
+            `reward_gain`, `reward_gain_se`, the same with `heldout_`, `n`, `seconds` (of training),
+            `peak_memory_mb`, `denoiser_evaluations`. A reward with any of its six numbers or `n` missing gets no row.
+        evaluation_prompts: what the numbers were measured on, as it stands in "On ... its reward rose"; say "unseen
+            prompts" only if none of them was trained on.
+        evaluation: sentences on how the numbers were measured (steps, guidance, seeds).
+        estimator: sentences on the gradient estimator.
+        coverage: a sentence on the weights of the steps (unbiased, or biased by choice).
+        pipeline_tag: the Hub's task name.
+        license: the Hub's licence id; inherited from the base.
+        license_name: for licence "other".
+        license_link: for licence "other".
+        tags: of the pipeline's family, for example "stable-diffusion"; the common ones are added, and "rlr" if
+            `config["estimator"]` is one of its presets.
+        dtype: torch dtype of the snippet's pipeline, "float32", "float16" or "bfloat16".
+        inference: further arguments of the pipeline's call in the snippet, for example `num_inference_steps`.
+        repo_id: of the adapter on the Hub; None makes a snippet that runs in the adapter's folder.
+        weight_name: file name of the adapter.
+        prompts: the training prompts.
+        before_after: file name of the before/after figure in the card's folder.
+        before_after_prompts: the prompts in that figure.
+        reward_curve: file name of the reward curve in the card's folder.
+        images: file name in the card's folder and prompt of images drawn with the adapter, for the gallery.
+        command: the command line of the run.
+        hardware: for example "1 x NVIDIA H200" or "2 CPU cores".
+        versions: package name to version.
+        commit: of rlr-peft.
+    """
+
+    base_model: str
+    reward_name: str
+    config: Mapping[str, object]
+    heldout_name: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation_prompts: str = "the evaluation prompts"
+    evaluation: str | None = None
+    estimator: Sequence[str] = ()
+    coverage: str | None = None
+    pipeline_tag: str = "text-to-image"
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    tags: Sequence[str] = ()
+    dtype: str = "float32"
+    inference: Mapping[str, object] = field(default_factory=dict)
+    repo_id: str | None = None
+    weight_name: str = "pytorch_lora_weights.safetensors"
+    prompts: Sequence[str] = ()
+    before_after: str | None = None
+    before_after_prompts: Sequence[str] = ()
+    reward_curve: str | None = None
+    images: Sequence[tuple[str, str]] = ()
+    command: str | None = None
+    hardware: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None

@@ -1,0 +1,1 @@
+"""Rewards: what an image is worth, given its prompt."""

@@ -1,0 +1,235 @@
+"""Rewards from user code: `package.module:callable` and `path/to/file.py:callable`.
+
+The callable is a function or an object, or a class that is instantiated without arguments (and may keep state). It
+takes `(images, prompts)` or `(images, prompts, metadata)` and returns what `base.check_scores` accepts. A third
+positional argument receives the metadata when it is called `metadata` or has no default value.
+
+Whether it is differentiable is read from its attribute `differentiable` when there is one. Otherwise it is found out
+once, by `CallableReward.probe` on the first images of the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlr_peft.rewards.base import RewardError, check_scores, is_attached
+
+logger = logging.getLogger(__name__)
+
+# Enough to find out about the gradient, few enough to be cheap.
+PROBE_BATCH_SIZE = 2
+
+EXPECTED_ARGUMENTS = "(images, prompts) or (images, prompts, metadata)"
+
+
+class CallableReward:
+    """A user's callable as a `Reward`.
+
+    Args:
+        name: the reward's name in metrics and messages.
+        function: the callable.
+
+    Raises:
+        RewardError: `function` cannot take the arguments of a reward, or its `differentiable` is not a bool.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self._function = function
+        self._passes_metadata = _passes_metadata(name, function)
+        declared = getattr(function, "differentiable", None)
+        if declared is not None and not isinstance(declared, bool):
+            raise RewardError(
+                f"reward '{name}': its attribute `differentiable` must be True or False, got {declared!r}"
+            )
+        self._differentiable: bool | None = declared
+
+    @property
+    def differentiable(self) -> bool:
+        """Declared by the callable or found by `probe`.
+
+        Raises:
+            RewardError: neither has happened yet.
+        """
+        if self._differentiable is None:
+            raise RewardError(
+                f"reward '{self.name}': not known yet whether it is differentiable; set `differentiable = True` or "
+                "`False` on the callable, or let `base.settle_differentiable` try it on images first"
+            )
+        return self._differentiable
+
+    def probe(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bool:
+        """Find out, once, whether scores carry a gradient to images; later calls return the first answer.
+
+        The callable is called on the first two images, which require grad. It is differentiable if its scores are
+        connected to them; it is not if they are cut off, or if it raises and works on images that do not require grad
+        (as `images.numpy()` does). Torch's random state is left as it was.
+
+        Returns:
+            `differentiable`.
+
+        Raises:
+            RewardError: the callable fails on the images either way, or its scores are refused.
+        """
+        if self._differentiable is not None:
+            return self._differentiable
+        few = images[:PROBE_BATCH_SIZE].detach().clone()
+        arguments = (prompts[:PROBE_BATCH_SIZE], metadata[:PROBE_BATCH_SIZE])
+        with torch.random.fork_rng(devices=[few.device] if few.is_cuda else []), torch.enable_grad():
+            leaf = few.clone().requires_grad_(True)
+            try:
+                # A copy, because decoded images are no leaf of the graph either: code may change them in place.
+                self._differentiable = is_attached(self._call(leaf.clone(), *arguments), leaf)
+            except RewardError as error:
+                self._call(few, *arguments)
+                self._differentiable = False
+                logger.warning("Treated as not differentiable, as it only works on images without gradient: %s", error)
+        return self._differentiable
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """(B,) finite float32; see `base.Reward`.
+
+        Raises:
+            RewardError: the callable raised, or its scores are refused by `base.check_scores`.
+        """
+        # Code that is not differentiable often calls `.numpy()`, which fails on images that require grad.
+        if images.requires_grad and not self.probe(images, prompts, metadata):
+            images = images.detach()
+        attached_to = images if images.requires_grad and torch.is_grad_enabled() else None
+        return check_scores(self.name, self._call(images, prompts, metadata), prompts, attached_to=attached_to)
+
+    def _call(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        arguments: tuple[Any, ...] = (images, prompts)
+        keywords: dict[str, Any] = {}
+        if self._passes_metadata == "positional":
+            arguments = (images, prompts, metadata)
+        elif self._passes_metadata == "keyword":
+            keywords = {"metadata": metadata}
+        try:
+            scores = self._function(*arguments, **keywords)
+        except (RewardError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward '{self.name}' raised {type(error).__name__}: {error} (called with images of shape "
+                f"{tuple(images.shape)} and {len(prompts)} prompts; the traceback above points into it)"
+            ) from error
+        return check_scores(self.name, scores, prompts)
+
+
+def load_callable_reward(spec: str, device: str | torch.device = "cpu") -> CallableReward:
+    """Load `package.module:callable` or `path/to/file.py:callable`.
+
+    Args:
+        spec: what to load. A file is imported under a private name, and its folder is not put on the import path.
+        device: where a `torch.nn.Module` is moved to (it is also put in evaluation mode and frozen); other callables
+            must follow the device of the images themselves.
+
+    Raises:
+        RewardError: nothing there, it fails while being imported or instantiated, or it is not callable.
+    """
+    location, _, attribute = spec.rpartition(":")
+    if not location or not attribute:
+        raise RewardError(f"reward '{spec}': expected `package.module:callable` or `path/to/file.py:callable`")
+    is_file = location.endswith(".py")
+    module = _import_file(Path(location).expanduser()) if is_file else _import_module(location)
+    # Only the file's own name goes into metrics and the model card: folders are nobody else's business.
+    name = f"{Path(location).name if is_file else location}:{attribute}"
+    function = getattr(module, attribute, None)
+    if function is None:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(attribute, public, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(sorted(public)) or 'no callable'}"
+        raise RewardError(f"reward '{spec}': '{location}' has no '{attribute}'; {hint}")
+    if inspect.isclass(function):
+        try:
+            function = function()
+        except Exception as error:
+            raise RewardError(
+                f"reward '{spec}': the class cannot be instantiated without arguments: {type(error).__name__}: {error}"
+            ) from error
+    if not callable(function):
+        raise RewardError(
+            f"reward '{spec}': expected a function or a callable object taking {EXPECTED_ARGUMENTS}, "
+            f"got {type(function).__name__}"
+        )
+    if isinstance(function, torch.nn.Module):
+        function.to(device).eval().requires_grad_(False)
+    return CallableReward(name, function)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RewardError(f"reward file '{path}' {what} (looked for it from {Path.cwd()}); give the path of a .py file")
+    name = f"_rlr_peft_reward_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise RewardError(f"reward file '{path}' cannot be imported as Python code")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up here
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RewardError(
+            f"reward file '{path}' failed while it was imported: {type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise RewardError(
+                f"reward module '{name}' was not found (no module '{error.name}'); install its package, put its folder "
+                "on PYTHONPATH, or give the file itself as `path/to/file.py:callable`"
+            ) from error
+        raise RewardError(f"reward module '{name}' needs '{error.name}', which is not installed") from error
+    except Exception as error:
+        raise RewardError(
+            f"reward module '{name}' failed while it was imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _passes_metadata(name: str, function: Callable[..., Any]) -> str:
+    """How the callable wants its metadata: "positional", "keyword" or "no"."""
+    # The signature of a module's `__call__` says nothing; its `forward` does.
+    inspected = function.forward if isinstance(function, torch.nn.Module) else function
+    try:
+        parameters = list(inspect.signature(inspected).parameters.values())
+    except (TypeError, ValueError):  # some builtins and extension functions have none
+        return "no"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    required = [p for p in positional if p.default is p.empty]
+    other_required = [
+        p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "metadata"
+    ]
+    if len(required) > 3 or other_required or (len(positional) < 2 and not takes_any_number):
+        raise RewardError(
+            f"reward '{name}': expected a callable taking {EXPECTED_ARGUMENTS}, got {inspect.signature(inspected)}"
+        )
+    if any(p.kind is p.KEYWORD_ONLY and p.name == "metadata" for p in parameters):
+        return "keyword"
+    if len(positional) > 2:
+        third = positional[2]
+        if third.default is third.empty or third.name == "metadata":
+            return "positional"
+        return "keyword" if any(p.name == "metadata" for p in positional[3:]) else "no"
+    return "positional" if takes_any_number else "no"

@@ -1,0 +1,88 @@
+"""Does the image show what the prompt asks? Asked of one of the two judges of tiny-shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlr_peft.rewards.base import RewardError, describe_samples
+from rlr_peft.tiny_shapes.judges import JudgeName, load_judge
+from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption
+
+SPEC_OF_JUDGE: dict[JudgeName, str] = {"reward": "tiny-shapes", "heldout": "tiny-shapes-heldout"}
+
+
+class TinyShapesJudgeReward:
+    """Probability, in [0, 1], that the image shows the asked value of each attribute, averaged over the attributes.
+
+    A probability rather than its logarithm: log-probabilities have heavy tails that drown the mean, and are measured
+    badly with a few hundred images.
+
+    Args:
+        judge: "reward" (to train against) or "heldout" (never to be trained against).
+        attribute: ask for this attribute only, for example "texture"; None asks for all that the prompt names.
+        device: where the judge runs; images are moved there.
+
+    Raises:
+        RewardError: unknown attribute.
+    """
+
+    differentiable = True
+
+    def __init__(self, judge: JudgeName, attribute: str | None = None, device: str | torch.device = "cpu") -> None:
+        if attribute is not None and attribute not in ATTRIBUTES:
+            raise RewardError(f"unknown tiny-shapes attribute '{attribute}'; there are: {', '.join(ATTRIBUTES)}")
+        self.name = SPEC_OF_JUDGE[judge] + (f"/{attribute}" if attribute else "")
+        self.attribute = attribute
+        self.device = torch.device(device)
+        self._judge = load_judge(judge).to(self.device)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Score a batch.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; the judge itself resizes to 64x64.
+            prompts: B prompts in the words of tiny-shapes.
+            metadata: not looked at.
+
+        Returns:
+            (B,) float32 in [0, 1] on the images' device, differentiable with respect to the images.
+
+        Raises:
+            RewardError: a prompt is not in the words of tiny-shapes, or does not name what is asked.
+        """
+        asked = [self._asked_values(index, prompts) for index in range(len(prompts))]
+        log_probabilities = self._judge(images.to(self.device, torch.float32))
+        scores = []
+        for index, values in enumerate(asked):
+            probabilities = [
+                log_probabilities[attribute][index, ATTRIBUTES[attribute].index(value)].exp()
+                for attribute, value in values.items()
+            ]
+            scores.append(torch.stack(probabilities).mean())
+        return torch.stack(scores).to(images.device)
+
+    def _asked_values(self, index: int, prompts: list[str]) -> dict[str, str]:
+        sample = describe_samples([index], prompts)
+        try:
+            values = parse_caption(prompts[index])
+        except ValueError as error:
+            raise RewardError(
+                f"reward '{self.name}' cannot read the prompt of {sample}: {error}. It only judges prompts written in "
+                "the words of tiny-shapes, such as those of `tiny-shapes/train`; use another reward for other prompts"
+            ) from error
+        if self.attribute is not None:
+            if self.attribute not in values:
+                raise RewardError(
+                    f"reward '{self.name}': the prompt of {sample} does not name the attribute '{self.attribute}'; "
+                    f"add one of: {', '.join(ATTRIBUTES[self.attribute])}"
+                )
+            return {self.attribute: values[self.attribute]}
+        if not values:
+            raise RewardError(
+                f"reward '{self.name}': the prompt of {sample} names no attribute at all; "
+                f"name at least one of: {', '.join(ATTRIBUTES)}"
+            )
+        return values

@@ -1,0 +1,27 @@
+"""tiny-shapes: a small Stable Diffusion pipeline, the drawings it was trained on, and two judges of its images.
+
+Importing this package is cheap: nothing here loads torch. The parts are
+
+- ``scenes``: what can be drawn, captions and the train/test split;
+- ``drawing``: a scene as a 64x64 picture;
+- ``judges``: two frozen classifiers that read every attribute off an image;
+- ``build``: how the shipped weights were made (``python -m rlr_peft.tiny_shapes.build``).
+"""
+
+from pathlib import Path
+
+PIPELINE_NAME = "tiny-shapes"
+"""The name that stands for the shipped pipeline wherever a model name or path is asked for."""
+
+IMAGE_SIZE = 64
+"""Side of every drawing and of every generated image, in pixels."""
+
+
+def pipeline_path() -> Path:
+    """Folder of the shipped pipeline, for ``StableDiffusionPipeline.from_pretrained``."""
+    return Path(__file__).parent / "pipeline"
+
+
+def judges_path() -> Path:
+    """Folder of the two shipped judges (one safetensors file each)."""
+    return Path(__file__).parent / "judges"

@@ -1,0 +1,1 @@
+"""How the shipped weights were made: data, training loops and export. Not needed to use them."""

@@ -1,0 +1,66 @@
+"""Exports: the pipeline folder and the judges, in fp16, each replaced as a whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, judge_file
+from rlr_peft.tiny_shapes.training.text import create_tokenizer, write_legacy_tokenizer_files
+from rlr_peft.tiny_shapes.training.train_judges import finished_judge
+from rlr_peft.tiny_shapes.training.train_unet import create_scheduler, finished_denoiser
+from rlr_peft.tiny_shapes.training.train_vae import finished_vae
+
+
+def export_all(drawings_path: Path, work_dir: Path, package_dir: Path) -> None:
+    """Export whatever has a checkpoint: ``package_dir/judges`` and, once the denoiser has one, ``.../pipeline``."""
+    package_dir.mkdir(parents=True, exist_ok=True)
+    for name in JUDGE_NAMES:
+        folder = work_dir / f"judge_{name}"
+        if (folder / "checkpoint.pt").exists():
+            weights = {
+                key: value.half().contiguous() for key, value in finished_judge(name, folder).state_dict().items()
+            }
+            target = judge_file(name, package_dir / "judges")
+            target.parent.mkdir(exist_ok=True)
+            save_file(weights, target.with_suffix(".unfinished"))
+            target.with_suffix(".unfinished").replace(target)
+    if (work_dir / "unet" / "checkpoint.pt").exists():
+        export_pipeline(drawings_path, work_dir, package_dir / "pipeline")
+
+
+def export_pipeline(drawings_path: Path, work_dir: Path, folder: Path) -> None:
+    """Write the pipeline from the newest checkpoints to ``folder``, replacing an older one in one go."""
+    unet, text_encoder = finished_denoiser(work_dir / "unet")
+    tokenizer = create_tokenizer()
+    pipeline = StableDiffusionPipeline(
+        vae=finished_vae(drawings_path, work_dir / "vae"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=create_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    unfinished, old = folder.with_name(folder.name + ".unfinished"), folder.with_name(folder.name + ".old")
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(unfinished)
+    write_legacy_tokenizer_files(unfinished / "tokenizer")
+    _forget_paths(unfinished)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop ``_name_or_path`` from the configurations: it would name a folder of the machine that built them."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""The denoiser and the text encoder, trained together on the latents of the drawings (v-prediction)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel
+
+from rlr_peft.tiny_shapes.scenes import describe
+from rlr_peft.tiny_shapes.training.dataset import scene_at
+from rlr_peft.tiny_shapes.training.loop import LoopSettings, load_averaged_weights, train
+from rlr_peft.tiny_shapes.training.text import create_text_encoder, token_ids
+
+_EMPTY_SHARE = 0.1
+_PARTIAL_SHARE = 0.25
+_DENSE_PHASE = 0.5
+_LOWEST_TIMESTEP = 20
+_TIMESTEP_POWER = 0.8
+
+
+def create_unet() -> UNet2DConditionModel:
+    """An untrained denoiser for 16x16 latents with about 5 million parameters."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 96, 128),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=96,
+        norm_num_groups=16,
+    )
+
+
+def create_scheduler() -> DDIMScheduler:
+    """The noise schedule: ends in pure noise, and its inference steps start there."""
+    # steps_offset has no effect with trailing spacing; 1 is what StableDiffusionPipeline insists on.
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def create_denoiser() -> nn.ModuleDict:
+    """``unet`` and ``text_encoder``, untrained."""
+    return nn.ModuleDict({"unet": create_unet(), "text_encoder": create_text_encoder()})
+
+
+def train_unet(latents_path: Path, folder: Path, settings: LoopSettings, batch_size: int) -> bool:
+    """Train on the latents, ``batch_size`` per process; returns whether all steps are done."""
+    torch.manual_seed(settings.seed)
+    denoiser = create_denoiser()
+    unet, text_encoder = denoiser["unet"], denoiser["text_encoder"]
+    latents = torch.from_numpy(np.load(latents_path))
+    alphas = create_scheduler().alphas_cumprod.clamp(0, 1)
+
+    def loss_function(step: int, generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        clean = latents[rows].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = sample_timesteps(batch_size, generator)
+        signal = alphas[timesteps].sqrt()[:, None, None, None]
+        spread = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
+        partial_share = 0.0 if step < _DENSE_PHASE * settings.steps else _PARTIAL_SHARE
+        tokens = token_ids([training_caption(row, partial_share, generator) for row in rows.tolist()])
+        with torch.autocast("cpu", torch.bfloat16):
+            context = text_encoder(tokens).last_hidden_state
+            velocity = unet(signal * clean + spread * noise, timesteps, context).sample
+        return functional.mse_loss(velocity.float(), signal * noise - spread * clean)
+
+    return train(denoiser, loss_function, settings, folder)
+
+
+def finished_denoiser(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Denoiser and text encoder with averaged weights, in evaluation mode."""
+    denoiser = create_denoiser()
+    load_averaged_weights(denoiser, folder)
+    denoiser.eval().requires_grad_(False)
+    return denoiser["unet"], denoiser["text_encoder"]
+
+
+def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps with a mild preference for strong noise, where layout and shape are decided.
+
+    The weakest noise levels are left out: even a chain of 50 steps never visits them.
+    """
+    uniform = torch.rand(count, generator=generator)
+    return (_LOWEST_TIMESTEP + (1000 - _LOWEST_TIMESTEP) * uniform**_TIMESTEP_POWER).long().clamp(max=999)
+
+
+def training_caption(row: int, partial_share: float, generator: torch.Generator) -> str:
+    """The caption of drawing ``row``: mostly dense, sometimes a random part of it, sometimes empty."""
+    kind, *coins = torch.rand(9, generator=generator).tolist()
+    if kind < _EMPTY_SHARE:
+        return ""
+    scene = scene_at(row)
+    if kind < _EMPTY_SHARE + partial_share:
+        keep_share = coins[-1]
+        return describe(_subset(asdict(scene), coins, keep_share))
+    return scene.caption()
+
+
+def _subset(attributes: dict[str, str], coins: Sequence[float], keep_share: float) -> dict[str, str]:
+    kept = {name: value for (name, value), coin in zip(attributes.items(), coins, strict=False) if coin < keep_share}
+    return kept or attributes

@@ -1,0 +1,229 @@
+"""Checkpoints that are complete or absent: folders `checkpoint-N` of the adapter, the state and a manifest."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlr_peft.durable_files import rename_directory
+from rlr_peft.training.manifest import CheckpointError, package_versions, read_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
+
+_PROCESS_STATES = "process_states"
+# `.checkpoint-N.replaced-PID` is a complete checkpoint that a newer one of the same step was just taking the place of
+_COMPLETE_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.replaced-\d+")
+_LEFTOVER_NAME = re.compile(r"\.checkpoint-\d+\.(tmp|replaced)-\d+")
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What a checkpoint holds, on the CPU.
+
+    Attributes:
+        path: its folder, which also holds the adapter's files.
+        step: finished optimiser steps.
+        state: the mapping given to `save`.
+        process_state: what this process gave to `save`.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    process_state: Any
+
+
+class CheckpointManager:
+    """Writes, finds, verifies, reads and deletes the checkpoints of one output folder.
+
+    Args:
+        output_dir: where the `checkpoint-N` folders are.
+        total_limit: how many complete checkpoints to keep, at least 1; None keeps all.
+        num_processes: of this run; a checkpoint of another number is refused.
+        process_index: of this process; 0 writes, the others only hand over their state.
+        gather: collects a list from every process into one list, in the order of the processes (accelerate's
+            `gather_object`). Every process must call `save` when there are several.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        total_limit: int | None = None,
+        num_processes: int = 1,
+        process_index: int = 0,
+        gather: Callable[[list[Any]], list[Any]] = list,
+    ) -> None:
+        if total_limit is not None and total_limit < 1:
+            raise ValueError(f"checkpoints_total_limit must be at least 1, or unset to keep all; got {total_limit}.")
+        self.output_dir = Path(output_dir)
+        self.total_limit = total_limit
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.gather = gather
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        adapter_writer: Callable[[Path], object],
+        *,
+        process_state: Any = None,
+    ) -> Path:
+        """Writes `checkpoint-{step}` aside, forces it to the disk, and renames it into place.
+
+        Args:
+            step: finished optimiser steps.
+            state: name -> tensors, numbers, strings, and dicts, lists or tuples of them; each becomes `{name}.pt`.
+                What `torch.load(weights_only=True)` would refuse is refused here, while the run can still be mended.
+            adapter_writer: writes the adapter's files into the folder that it is given.
+            process_state: of the same kinds as `state`, but one for each process: its random states, for example.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: it could not be written (disk full, for example); the earlier checkpoints are untouched.
+        """
+        target = self.output_dir / f"checkpoint-{step}"
+        process_states = self.gather([process_state])
+        if len(process_states) != self.num_processes:
+            raise ValueError(
+                f"gather returned the states of {len(process_states)} processes, expected {self.num_processes}: "
+                "give CheckpointManager a gather that reaches all processes."
+            )
+        if self.process_index != 0:
+            return target
+        aside = self.output_dir / f".checkpoint-{step}.tmp-{os.getpid()}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)  # in containers process numbers come again
+            aside.mkdir(parents=True)
+            adapter_writer(aside)
+            for name, value in {**state, _PROCESS_STATES: process_states}.items():
+                torch.save(value, aside / f"{name}.pt")
+                _load(aside / f"{name}.pt")
+            write_manifest(aside, step=step, num_processes=self.num_processes)
+            replaced = self.output_dir / f".checkpoint-{step}.replaced-{os.getpid()}"
+            if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(target, replaced)
+            rename_directory(aside, target)
+        except Exception as error:
+            raise CheckpointError(
+                f"Could not write {target}: {type(error).__name__}: {error}. The earlier checkpoints are untouched: "
+                "mend the cause (free disk space, for example) and go on with --resume_from_checkpoint latest."
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._delete_old(newest=target)
+        return target
+
+    def resolve(self, resume_from_checkpoint: str | None) -> Path | None:
+        """The folder to resume from, verified against its manifest; None to start from scratch.
+
+        Args:
+            resume_from_checkpoint: None; `latest`, the newest complete checkpoint, passing over damaged ones with a
+                warning for each; or the name of a folder in `output_dir`, or a path.
+
+        Raises:
+            CheckpointError: the named checkpoint is missing or damaged, or any was written by another number of
+                processes.
+        """
+        if resume_from_checkpoint is None:
+            return None
+        if resume_from_checkpoint == "latest":
+            path = self._latest()
+            if path is None:
+                logger.warning("No complete checkpoint in %s: starting from scratch.", self.output_dir)
+                return None
+        else:
+            inside = self.output_dir / resume_from_checkpoint
+            path = inside if inside.is_dir() else Path(resume_from_checkpoint)
+            if not path.is_dir():
+                raise CheckpointError(
+                    f"No checkpoint {resume_from_checkpoint!r}: neither {inside} nor {path} is a folder. "
+                    f"There are: {', '.join(folder.name for _, folder in self._folders()) or 'none'}."
+                )
+            try:
+                read_manifest(path)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"The checkpoint {path} cannot be used: {error}. Name another one, or `latest` to take the newest "
+                    "complete one."
+                ) from None
+        written_by = read_manifest(path, check_sums=False)["num_processes"]
+        if written_by != self.num_processes:
+            raise CheckpointError(
+                f"The checkpoint {path} was written by {written_by} processes and this run has {self.num_processes}: "
+                f"start it with {written_by}, because the random states of each process are part of the checkpoint."
+            )
+        return path
+
+    def load(self, checkpoint: Path) -> LoadedCheckpoint:
+        """Reads a folder that `resolve` returned; warns when packages have other versions than those that wrote it."""
+        manifest = read_manifest(checkpoint, check_sums=False)
+        here = package_versions()
+        changed = [
+            f"{name} {written} -> {here.get(name, 'none')}"
+            for name, written in manifest["packages"].items()
+            if here.get(name) != written
+        ]
+        if changed:
+            logger.warning(
+                "%s was written with other package versions (%s): the resumed run may differ in the last digits.",
+                checkpoint,
+                ", ".join(changed),
+            )
+        state = {
+            name.removesuffix(".pt"): _load(checkpoint / name) for name in manifest["files"] if name.endswith(".pt")
+        }
+        process_states = state.pop(_PROCESS_STATES)
+        return LoadedCheckpoint(checkpoint, manifest["step"], state, process_states[self.process_index])
+
+    def _folders(self) -> list[tuple[int, Path]]:
+        """Step and path of what is named like a finished checkpoint, oldest step first."""
+        found = []
+        for path in self.output_dir.iterdir() if self.output_dir.is_dir() else ():
+            match = _COMPLETE_NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1] or match[2]), path))
+        return sorted(found, key=lambda item: (item[0], not item[1].name.startswith(".")))
+
+    def _latest(self) -> Path | None:
+        for _, path in reversed(self._folders()):
+            try:
+                read_manifest(path)
+                return path
+            except CheckpointError as error:
+                logger.warning("Passing over %s: %s.", path, error)
+        return None
+
+    def _delete_old(self, newest: Path) -> None:
+        """Removes leftovers of interrupted saves, and the oldest complete checkpoints beyond the limit."""
+        for path in self.output_dir.iterdir():
+            if _LEFTOVER_NAME.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        if self.total_limit is None:
+            return
+        complete = []
+        for _, path in self._folders():
+            try:
+                read_manifest(path, check_sums=False)
+            except CheckpointError:
+                continue  # damaged ones neither count nor get deleted: their owner may want to look
+            if path != newest:
+                complete.append(path)
+        for path in complete[: max(0, len(complete) + 1 - self.total_limit)]:
+            doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+            os.rename(path, doomed)  # first out of sight, so that a kill leaves no half-deleted checkpoint
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)

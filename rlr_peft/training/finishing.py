@@ -1,0 +1,153 @@
+"""What a finished run leaves: the adapter, proven to reload; figures, numbers and the card."""
+
+import json
+import logging
+import shlex
+import sys
+
+from rlr_peft.config import config_to_dict
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.evaluation.compare import compare, evaluation_plan, flat_metrics
+from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.lora import save_lora, verify_lora_reloads
+from rlr_peft.publishing.model_card import write_model_card
+from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.tiny_shapes import PIPELINE_NAME
+from rlr_peft.training.hardware import describe_hardware, peak_memory_mb
+from rlr_peft.training.loading import DTYPES, load_pipeline
+from rlr_peft.training.manifest import package_versions
+from rlr_peft.training.run import Run, build_chain
+from rlr_peft.training.seeds import derive_seed
+from rlr_peft.training.tracking import read_metrics
+from rlr_peft.training.trainer import METRICS_LOG, Progress
+from rlr_peft.training.validation import evaluate_base_and_adapter, render, save_validation_images
+
+logger = logging.getLogger(__name__)
+
+BEFORE_AFTER = "before_after.png"
+REWARD_CURVE = "reward_curve.png"
+METRICS = "metrics.json"
+NUM_PAIRS = 6
+
+
+def finish(run: Run, progress: Progress) -> dict[str, float]:
+    """Saves and checks the adapter, measures it, and writes metrics, figures and card; on the main process only.
+
+    Returns:
+        The contents of ``metrics.json``.
+
+    Raises:
+        AdapterMismatchError: the saved adapter does not reproduce the trained one.
+    """
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    save_lora(run.pipeline, run.output_dir)
+    _verify_adapter(run)
+    if not run.config.validation.skip_final_inference:
+        save_validation_images(run, progress.step, "test")
+    metrics = {
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "peak_memory_mb": peak_memory_mb(run.accelerator.device),
+        "denoiser_evaluations": progress.denoiser_evaluations,
+    }
+    pair_prompts: list[str] = []
+    if run.evaluation_prompts is not None:
+        before, after = evaluate_base_and_adapter(run)
+        metrics = flat_metrics(compare(before, after)) | metrics
+        pair_prompts = before.prompts[:NUM_PAIRS]
+        save_before_after(
+            run.output_dir / BEFORE_AFTER,
+            before.images,
+            after.images,
+            pair_prompts,
+            before.scores["reward"][:NUM_PAIRS].tolist(),
+            after.scores["reward"][:NUM_PAIRS].tolist(),
+        )
+    _save_curve(run)
+    with replacing_file(run.output_dir / METRICS) as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_model_card(run.output_dir, record=_record(run, metrics, pair_prompts))
+    return metrics
+
+
+def summary(run: Run, metrics: dict[str, float]) -> str:
+    """The last lines that a run prints: what came out, and how to load it."""
+    lines = [f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time."]
+    for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
+        if reward is not None and f"{name}_gain" in metrics:
+            lines.append(
+                f"  {name} ({reward.name}): {metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain "
+                f"{metrics[f'{name}_gain']:+.4f} +- {metrics[f'{name}_gain_se']:.4f} (n = {metrics['n']:.0f} unseen images)"
+            )
+    base = run.config.model.pretrained_model_name_or_path
+    load_from = "rlr_peft.tiny_shapes.pipeline_path()" if base == PIPELINE_NAME else repr(base)
+    lines += [
+        f"  card, figures and numbers: {run.output_dir}/README.md",
+        "Load the adapter with",
+        f"  pipe = diffusers.DiffusionPipeline.from_pretrained({load_from})",
+        f"  pipe.load_lora_weights({str(run.output_dir)!r})",
+    ]
+    return "\n".join(lines)
+
+
+def _verify_adapter(run: Run) -> None:
+    prompts, seeds = evaluation_plan(run.prompts, 2, derive_seed(run.config.training.seed, "validation"))
+    eta = run.config.validation.evaluation_eta
+    fresh = load_pipeline(run.config.model, run.accelerator.device)
+    verify_lora_reloads(
+        run.pipeline,
+        fresh,
+        run.output_dir,
+        lambda pipeline: render(build_chain(run.config, pipeline, eta), prompts, seeds),
+    )
+    logger.info("The saved adapter, loaded into a fresh pipeline, draws the same images bit for bit.")
+
+
+def _save_curve(run: Run) -> None:
+    records = read_metrics(run.output_dir / METRICS_LOG)
+
+    def points(name: str) -> list[CurvePoint]:
+        return [
+            CurvePoint(record["step"], record[name], record[f"{name}_se"], record["denoiser_evaluations"])
+            for record in records
+        ]
+
+    heldout = {run.heldout.name: points("heldout")} if run.heldout is not None else None
+    save_reward_curve(run.output_dir / REWARD_CURVE, points("reward"), heldout, reward_name=run.reward.name)
+
+
+def _record(run: Run, metrics: dict[str, float], pair_prompts: list[str]) -> RunRecord:
+    config, arithmetic = run.config, run.arithmetic
+    unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
+    plan_text = [
+        f"Gradient estimator `{config.estimator.estimator}` ({run.estimator.describe()}) over a chain of "
+        f"{run.chain.num_steps} {config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale "
+        f"{run.chain.guidance_scale:g}.",
+        f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
+        "prompt.",
+    ]
+    return RunRecord(
+        base_model=config.model.pretrained_model_name_or_path,
+        reward_name=run.reward.name,
+        heldout_name=None if run.heldout is None else run.heldout.name,
+        config=config_to_dict(config),
+        metrics=metrics,
+        evaluation_prompts="unseen prompts" if unseen else "the evaluation prompts",
+        evaluation=f"Base and adapter drew the same prompts from the same noise: {run.chain.num_steps} DDIM steps with eta "
+        f"{config.validation.evaluation_eta:g} and guidance scale {run.chain.guidance_scale:g}; errors are standard "
+        "errors of the mean, those of gains are paired.",
+        estimator=plan_text,
+        coverage=run.estimator.last_coverage.describe() if run.estimator.last_coverage is not None else None,
+        pipeline_tag=run.family.pipeline_tag,
+        license="apache-2.0" if config.model.pretrained_model_name_or_path == PIPELINE_NAME else None,
+        tags=run.family.tags,
+        dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
+        inference={"num_inference_steps": run.chain.num_steps, "guidance_scale": run.chain.guidance_scale},
+        prompts=run.prompts,
+        before_after=BEFORE_AFTER if pair_prompts else None,
+        before_after_prompts=pair_prompts,
+        reward_curve=REWARD_CURVE,
+        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        hardware=describe_hardware(run.accelerator.device, run.accelerator.num_processes),
+        versions=package_versions(),
+    )

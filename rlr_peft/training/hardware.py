@@ -1,0 +1,23 @@
+"""What a run ran on, in words and numbers."""
+
+import os
+import platform
+import resource
+import sys
+
+import torch
+
+
+def describe_hardware(device: torch.device, num_processes: int = 1) -> str:
+    """For example ``1 x NVIDIA H200`` or ``2 CPU cores (x86_64)``."""
+    if device.type == "cuda":
+        return f"{num_processes} x {torch.cuda.get_device_name(device)}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process in MB (2**20 bytes): of the GPU's allocator, or of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,58 @@
+"""Stopping between two steps: the first SIGTERM or Ctrl-C asks for a checkpoint and an orderly end."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class GracefulInterruption:
+    """Inside this context, SIGTERM and SIGINT set a flag instead of ending the process.
+
+    The training loop looks at `requested` after every step; when it is set, the loop saves a checkpoint, leaves the
+    context and exits with `exit_code`. A SIGINT after that first signal raises KeyboardInterrupt at once. The former
+    handlers are back when the context ends. Only the main thread can enter it (as Python demands for signals).
+
+    With several processes a signal may reach one of them a step before the others: combine `requested` over all
+    processes (any of them) at the same place of every step before acting on it.
+
+    Attributes:
+        signal_number: the first signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._former_handlers: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal_number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it: 143 for SIGTERM, 130 for SIGINT; 0 when none came."""
+        return 128 + self.signal_number if self.signal_number is not None else 0
+
+    def __enter__(self) -> "GracefulInterruption":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._former_handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._former_handlers.items():
+            # None stands for a handler that was not set from Python: it cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._former_handlers.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal_number = number
+        name = signal.Signals(number).name
+        # straight to the file: a print may be what the signal has interrupted, and print cannot be entered twice
+        os.write(2, f"\n{name}: finishing this step, then saving a checkpoint. Ctrl-C now stops at once.\n".encode())

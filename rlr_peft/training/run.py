@@ -1,0 +1,198 @@
+"""Builds everything that a run needs from its config: the cheap parts first, so that a mistake costs seconds."""
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import DiffusionPipeline
+
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.families import Family, family_of
+from rlr_peft.config import Config, ConfigError
+from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.estimators.presets import settings_from_arguments
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.lora import attach_lora
+from rlr_peft.prompts.sources import PromptSampler, load_prompts
+from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.registry import load_reward
+from rlr_peft.training.loading import load_pipeline
+from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
+from rlr_peft.training.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The derived numbers of a run.
+
+    Attributes:
+        prompts_per_process: prompts that one process samples for one update.
+        samples_per_process: samples of one process in one update.
+        samples_per_update: samples of all processes in one update.
+        max_train_steps: optimiser steps of the whole run.
+    """
+
+    prompts_per_process: int
+    samples_per_process: int
+    samples_per_update: int
+    max_train_steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run.
+
+    Attributes:
+        config: what was asked for.
+        accelerator: device, processes and trackers.
+        pipeline: the base with the trainable adapter inside.
+        family: what is particular to the pipeline's class.
+        chain: the pipeline as the chain that is trained.
+        reward: what is raised.
+        heldout: what is only measured; None without one.
+        objective: decodes and scores.
+        estimator: turns rollouts into gradients.
+        prompts: all training prompts.
+        sampler: which prompts an update uses.
+        evaluation_prompts: prompts of the comparison of base and adapter; None for no comparison.
+        optimizer: of the LoRA weights.
+        lr_scheduler: its learning rate.
+        arithmetic: the derived numbers.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    pipeline: DiffusionPipeline
+    family: Family
+    chain: DenoisingChain
+    reward: Reward
+    heldout: Reward | None
+    objective: DecodedReward
+    estimator: RLREstimator
+    prompts: list[str]
+    sampler: PromptSampler
+    evaluation_prompts: list[str] | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    arithmetic: Arithmetic
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder that receives everything."""
+        return Path(self.config.training.output_dir)
+
+
+def build_run(config: Config) -> Run:
+    """Loads prompts and rewards, then the pipeline, attaches the adapter and prepares the training state.
+
+    Raises:
+        ConfigError: the process launcher and accelerate disagree on the number of processes, or a budget is too small.
+        PromptError, RewardError: prompts or rewards that cannot be loaded.
+    """
+    prompts = load_prompts(config.prompts.prompt_path, config.prompts.max_train_samples)
+    evaluation_path = config.validation.evaluation_prompt_path
+    evaluation_prompts = None if evaluation_path is None else load_prompts(evaluation_path)
+    accelerator = _accelerator(config)
+    if config.model.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
+    try:
+        settings = settings_from_arguments(config.estimator, config.chain.num_inference_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    reward = load_reward(config.reward.reward_fn, accelerator.device)
+    heldout_fn = config.reward.heldout_reward_fn
+    heldout = None if heldout_fn is None else load_reward(heldout_fn, accelerator.device)
+    pipeline = load_pipeline(config.model, accelerator.device)
+    family = family_of(pipeline)
+    parameters = _attach(config, pipeline, family)
+    chain = build_chain(config, pipeline, config.chain.eta)
+    arithmetic = _arithmetic(config, len(prompts), accelerator.num_processes)
+    optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
+    decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        pipeline=pipeline,
+        family=family,
+        chain=chain,
+        reward=reward,
+        heldout=heldout,
+        objective=DecodedReward(chain, reward, decode_batch_size, heldout),
+        estimator=RLREstimator(settings),
+        prompts=prompts,
+        sampler=PromptSampler(prompts, config.training.seed),
+        evaluation_prompts=evaluation_prompts,
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
+        arithmetic=arithmetic,
+    )
+
+
+def build_chain(config: Config, pipeline: DiffusionPipeline, eta: float) -> DenoisingChain:
+    """The config's chain over a pipeline, with another eta where images are only looked at."""
+    return DenoisingChain(
+        pipeline,
+        num_inference_steps=config.chain.num_inference_steps,
+        step_kind=config.chain.step_kind,
+        eta=eta,
+        guidance_scale=config.chain.guidance_scale,
+        negative_prompt=config.chain.negative_prompt,
+        resolution=config.chain.resolution,
+    )
+
+
+def _accelerator(config: Config) -> Accelerator:
+    output_dir = config.training.output_dir
+    accelerator = Accelerator(
+        log_with=None if config.logging.report_to == "none" else config.logging.report_to,
+        project_config=ProjectConfiguration(output_dir, logging_dir=f"{output_dir}/{config.logging.logging_dir}"),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"Expected {launched} processes, as launched, to find each other; accelerate sees {accelerator.num_processes}. "
+            "On a machine without GPU set ACCELERATE_USE_CPU=1 before launching."
+        )
+    return accelerator
+
+
+def _attach(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
+    denoiser = getattr(pipeline, family.denoiser)
+    lora = config.lora
+    targets = family.lora_targets if lora.lora_layers is None else [name.strip() for name in lora.lora_layers.split(",")]
+    parameters = attach_lora(
+        denoiser,
+        target_modules=targets,
+        rank=lora.rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        init_lora_weights=lora.init_lora_weights,
+        seed=derive_seed(config.training.seed, "lora"),
+    )
+    if config.model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train(lora.lora_dropout > 0)
+    return parameters
+
+
+def _arithmetic(config: Config, num_prompts: int, num_processes: int) -> Arithmetic:
+    training = config.training
+    samples = training.train_batch_size * training.gradient_accumulation_steps
+    prompts = samples // training.num_images_per_prompt
+    steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
+    return Arithmetic(
+        prompts_per_process=prompts,
+        samples_per_process=samples,
+        samples_per_update=samples * num_processes,
+        max_train_steps=training.max_train_steps or training.num_train_epochs * steps_per_epoch,
+    )

@@ -1,0 +1,14 @@
+"""Every random draw of a run is a pure function of the seed and of what it is for, so a resumed run repeats it."""
+
+from typing import Literal
+
+from numpy.random import SeedSequence
+
+Purpose = Literal["lora", "samples", "calibration", "estimator", "validation", "evaluation", "process"]
+_PURPOSES: tuple[Purpose, ...] = ("lora", "samples", "calibration", "estimator", "validation", "evaluation", "process")
+
+
+def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:
+    """A seed in 0..2**62 - 1 that differs for every purpose and key, such as (step, sample)."""
+    state = SeedSequence([seed, _PURPOSES.index(purpose), *key]).generate_state(2)
+    return (int(state[0]) << 32 | int(state[1])) >> 2

@@ -1,0 +1,188 @@
+"""The training loop: updates, logs, images, checkpoints, and an orderly end whatever comes."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from rlr_peft.config import config_to_dict, save_config
+from rlr_peft.lora import lora_parameters, save_lora
+from rlr_peft.training.checkpoints import CheckpointManager
+from rlr_peft.training.interruption import GracefulInterruption
+from rlr_peft.training.random_states import capture_random_states, restore_random_states
+from rlr_peft.training.run import Run
+from rlr_peft.training.tracking import MetricsLog
+from rlr_peft.training.update import Update, calibrate, take_update
+from rlr_peft.training.validation import save_validation_images
+
+logger = logging.getLogger(__name__)
+
+METRICS_LOG = "metrics.jsonl"
+
+
+@dataclass
+class Progress:
+    """How far a run has come, over all its sessions.
+
+    Attributes:
+        step: finished optimiser steps.
+        seconds: time spent training.
+        denoiser_evaluations: of all processes, for training.
+        interrupted_by: exit code of the signal that ended this session early; 0 for none.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    denoiser_evaluations: int = 0
+    interrupted_by: int = 0
+
+
+def train(run: Run) -> Progress:
+    """Trains from the start, or from the checkpoint that the config names, to the last step or the first signal.
+
+    Returns:
+        How far it came; ``interrupted_by`` is not 0 if a signal ended it early, after a checkpoint.
+    """
+    checkpoints = CheckpointManager(
+        run.output_dir,
+        total_limit=run.config.checkpointing.checkpoints_total_limit,
+        num_processes=run.accelerator.num_processes,
+        process_index=run.accelerator.process_index,
+        gather=gather_object,
+    )
+    progress = _resume(run, checkpoints)
+    if run.accelerator.is_main_process:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(run.config, run.output_dir / "config.yaml")
+    run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run))
+    log_path = run.output_dir / (METRICS_LOG if run.accelerator.is_main_process else f".{METRICS_LOG}.discarded")
+    _announce(run, progress)
+    with GracefulInterruption() as interruption, MetricsLog(log_path, progress.step) as log:
+        _loop(run, progress, checkpoints, log, interruption)
+        progress.interrupted_by = interruption.exit_code if progress.step < run.arithmetic.max_train_steps else 0
+    return progress
+
+
+def _loop(
+    run: Run, progress: Progress, checkpoints: CheckpointManager, log: MetricsLog, interruption: GracefulInterruption
+) -> None:
+    config, last_step = run.config, run.arithmetic.max_train_steps
+    if progress.step == 0 and config.validation.validation_steps:
+        save_validation_images(run, 0, "validation")
+    bar = tqdm(
+        desc="Steps", initial=progress.step, total=last_step, disable=not run.accelerator.is_local_main_process
+    )
+    with bar:
+        while progress.step < last_step:
+            started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
+            if run.estimator.needs_calibration and progress.step % config.estimator.calibration_interval == 0:
+                calibrate(run, progress.step)
+            update = take_update(run, progress.step)
+            progress.step += 1
+            progress.seconds += time.monotonic() - started
+            progress.denoiser_evaluations += _total(run, run.chain.denoiser_evaluations - evaluated)
+            _log(run, progress, update, log)
+            bar.update()
+            bar.set_postfix(reward=f"{update.rewards.mean():.4f}", lr=f"{run.lr_scheduler.get_last_lr()[0]:.2e}")
+            if _due(progress.step, config.validation.validation_steps) and progress.step < last_step:
+                save_validation_images(run, progress.step, "validation")
+            stop = _total(run, int(interruption.requested)) > 0
+            if stop or progress.step == last_step or _due(progress.step, config.checkpointing.checkpointing_steps):
+                log.synchronize()
+                _save(run, progress, checkpoints)
+            if stop:
+                break
+
+
+def _log(run: Run, progress: Progress, update: Update, log: MetricsLog) -> None:
+    metrics = update.metrics() | {
+        "lr": run.lr_scheduler.get_last_lr()[0],
+        "denoiser_evaluations": progress.denoiser_evaluations,
+    }
+    log.log(metrics, progress.step)
+    run.accelerator.log(metrics | {"seconds": progress.seconds}, step=progress.step)
+    if progress.step == 1:
+        plan = update.reports[0].plan
+        logger.info("Coverage: %s", plan.coverage.describe())
+        if not plan.coverage.unbiased:
+            logger.warning("The gradient estimate is biased by choice, see the coverage above.")
+        for t, ratio in run.estimator.hot_steps(run.chain, plan).items():
+            logger.warning("Step %d is left to a score term although it is hot (|d mean / d output| / std = %.1f).", t, ratio)
+
+
+def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
+    state = {
+        "lora": {name: value.detach().cpu() for name, value in lora_parameters(run.chain.denoiser).items()},
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.lr_scheduler.state_dict(),
+        "estimator": run.estimator.state_dict(),
+        "progress": {"seconds": progress.seconds, "denoiser_evaluations": progress.denoiser_evaluations},
+    }
+    checkpoints.save(
+        progress.step,
+        state,
+        lambda folder: save_lora(run.pipeline, folder),
+        process_state=capture_random_states(run.accelerator.device),
+    )
+
+
+def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
+    path = checkpoints.resolve(run.config.checkpointing.resume_from_checkpoint)
+    if path is None:
+        return Progress()
+    loaded = checkpoints.load(path)
+    saved: dict[str, torch.Tensor] = loaded.state["lora"]
+    current = lora_parameters(run.chain.denoiser)
+    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in current.items()}:
+        raise ValueError(
+            f"Expected the adapter of {path} to have the layers and ranks of this config, got others. Resume with the "
+            f"config that it was trained with: {path.parent / 'config.yaml'}."
+        )
+    with torch.no_grad():
+        for name, value in saved.items():
+            current[name].copy_(value)
+    run.optimizer.load_state_dict(loaded.state["optimizer"])
+    run.lr_scheduler.load_state_dict(loaded.state["lr_scheduler"])
+    run.estimator.load_state_dict(loaded.state["estimator"])
+    restore_random_states(loaded.process_state, run.accelerator.device)
+    logger.info("Resuming from %s.", path)
+    return Progress(step=loaded.step, **loaded.state["progress"])
+
+
+def _announce(run: Run, progress: Progress) -> None:
+    training, arithmetic = run.config.training, run.arithmetic
+    trainable = sum(parameter.numel() for parameter in run.chain.parameters)
+    for line in (
+        "***** Running training *****",
+        f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",
+        f"  Trainable LoRA parameters = {trainable:,}",
+        f"  Prompts = {len(run.prompts)}",
+        f"  Samples per update = {training.train_batch_size} on the tape x {training.gradient_accumulation_steps} "
+        f"accumulation steps x {run.accelerator.num_processes} processes = {arithmetic.samples_per_update} "
+        f"({training.num_images_per_prompt} per prompt)",
+        f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
+        f"  Optimization steps = {arithmetic.max_train_steps}, {progress.step} done",
+        f"  Estimator = {run.config.estimator.estimator}: {run.estimator.describe()}",
+    ):
+        logger.info(line)
+
+
+def _tracker_config(run: Run) -> dict[str, Any]:
+    values = config_to_dict(run.config).items()
+    return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in values}
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _total(run: Run, count: int) -> int:
+    """Sum of a count over all processes."""
+    if run.accelerator.num_processes == 1:
+        return count
+    return int(run.accelerator.reduce(torch.tensor(count, device=run.accelerator.device), reduction="sum"))
+

@@ -1,0 +1,78 @@
+"""Looks at the images: grids at fixed seeds while training, base against adapter at the end."""
+
+from pathlib import Path
+
+import numpy
+import torch
+
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
+from rlr_peft.evaluation.figures import save_image_grid
+from rlr_peft.lora import adapter_disabled
+from rlr_peft.training.run import Run, build_chain
+from rlr_peft.training.seeds import derive_seed
+
+
+@torch.no_grad()
+def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+    """Images (B, 3, H, W) in [0, 1]; sample i depends on its prompt and seed alone."""
+    was_training = chain.denoiser.training
+    chain.denoiser.eval()
+    try:
+        return chain.decode(chain.sample(prompts, seeds).latents[0], prompts).float()
+    finally:
+        chain.denoiser.train(was_training)
+
+
+def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
+    """Draws every validation prompt at the same seeds as ever, into ``validation/`` and the trackers.
+
+    Args:
+        run: the run; only its main process draws.
+        step: finished optimiser steps.
+        phase: ``validation`` or ``test``, the images' name in the tracker.
+
+    Returns:
+        The grid's path; None without validation prompts.
+    """
+    arguments = run.config.validation
+    if not arguments.validation_prompt or not run.accelerator.is_main_process:
+        return None
+    chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
+    prompts = [prompt for prompt in arguments.validation_prompt for _ in range(arguments.num_validation_images)]
+    seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
+    size = arguments.evaluation_batch_size
+    parts = [render(chain, prompts[i : i + size], seeds[i : i + size]).cpu() for i in range(0, len(prompts), size)]
+    images = torch.cat(parts)
+    path = run.output_dir / "validation" / f"step-{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image_grid(path, images, prompts, columns=arguments.num_validation_images)
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy().astype(numpy.uint8)
+            tracker.log_images({phase: pixels}, step=step, dataformats="NHWC")
+    return path
+
+
+def evaluate_base_and_adapter(run: Run) -> tuple[Evaluation, Evaluation]:
+    """Scores the base (the same weights with the adapter off) and the adapter on the same unseen prompts and seeds."""
+    arguments = run.config.validation
+    assert run.evaluation_prompts is not None
+    seed = derive_seed(run.config.training.seed, "evaluation")
+    prompts, seeds = evaluation_plan(run.evaluation_prompts, arguments.num_evaluation_images, seed)
+    chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
+    rewards = {"reward": run.reward} | ({} if run.heldout is None else {"heldout": run.heldout})
+
+    def measure(description: str) -> Evaluation:
+        return evaluate(
+            lambda texts, numbers: render(chain, texts, numbers),
+            prompts,
+            seeds,
+            rewards,
+            arguments.evaluation_batch_size,
+            description=description,
+        )
+
+    with adapter_disabled(chain.denoiser):
+        before = measure("Evaluating the base")
+    return before, measure("Evaluating the adapter")

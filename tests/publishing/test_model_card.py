@@ -1,0 +1,291 @@
+"""The card: its metadata parse, its snippet runs, and it says nothing that the run does not know."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from rlr_peft.lora import attach_lora, save_lora
+from rlr_peft.publishing.model_card import fenced, with_error, write_model_card
+from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.usage_snippet import base_kind
+from rlr_peft.tiny_shapes import pipeline_path
+from tests.pipelines import tiny_stable_diffusion
+
+METRICS = {
+    "reward_before": 0.6123,
+    "reward_before_se": 0.0123,
+    "reward_after": 0.91,
+    "reward_after_se": 0.0061,
+    "reward_gain": 0.2977,
+    "reward_gain_se": 0.0131,
+    "heldout_before": 0.6,
+    "heldout_before_se": 0.01,
+    "heldout_after": 0.8,
+    "heldout_after_se": 0.01,
+    "heldout_gain": 0.2,
+    "heldout_gain_se": 0.012,
+    "n": 256,
+    "seconds": 222.0,
+    "peak_memory_mb": 1912.3,
+    "denoiser_evaluations": 34000,
+}
+MINIMAL = RunRecord(base_model="CompVis/stable-diffusion-v1-4", reward_name="jpeg-compressibility", config={"rank": 4})
+FULL = RunRecord(
+    base_model="tiny-shapes",
+    reward_name="tiny-shapes",
+    heldout_name="tiny-shapes-heldout",
+    config={"rank": 4, "estimator": "rlr", "lora_alpha": None, "validation_prompt": ["a ``` b", "c: d"]},
+    metrics=METRICS,
+    evaluation_prompts="unseen prompts",
+    evaluation="20 steps, eta 0.",
+    estimator=["Steps 1 to 6 are first order.", "The others are half order."],
+    coverage="Every step has weight 1.",
+    license="apache-2.0",
+    tags=["stable-diffusion", "lora"],
+    inference={"num_inference_steps": 2, "guidance_scale": 4.0},
+    prompts=[f'prompt "{index}" with \\ and \'' for index in range(12)],
+    before_after="before_after.png",
+    reward_curve="reward_curve.png",
+    images=[("images/one.png", "a small red star"), ("images/two.png", "a ring: blue")],
+    command="accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml",
+    hardware="2 CPU cores",
+    versions={"torch": "2.13.0", "diffusers": "0.42.1"},
+    commit="abc123",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An output folder with the images that `FULL` names."""
+    path = tmp_path / "my-adapter"
+    for name in ("before_after.png", "reward_curve.png", "images/one.png", "images/two.png"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path / name)
+    return path
+
+
+def outside_code(text: str) -> str:
+    """The card without its code blocks."""
+    return re.sub(r"^(`{3,}).*?^\1$", "CODE", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def check_sections(text: str) -> None:
+    body = outside_code(text)
+    assert "TODO" not in body
+    assert "None" not in body
+    assert "{" not in body
+    assert "\n\n\n" not in text
+    # What follows a heading is no other heading, and not the end.
+    for match in re.finditer(r"^#+ .*\n+(.*)", body, flags=re.MULTILINE):
+        assert match.group(1).strip(), match.group(0)
+        assert not match.group(1).startswith("#"), match.group(0)
+
+
+def test_metadata_of_a_full_record(folder: Path) -> None:
+    data = ModelCard.load(write_model_card(folder, record=FULL)).data
+    assert data.library_name == "diffusers"
+    assert data.license == "apache-2.0"
+    assert data.pipeline_tag == "text-to-image"
+    assert data.tags.count("lora") == 1
+    assert {"rlr", "reward-fine-tuning", "template:sd-lora", "stable-diffusion", "text-to-image"} <= set(data.tags)
+    assert data.widget[1] == {"text": "a ring: blue", "output": {"url": "images/two.png"}}
+    assert data.base_model is None  # the embedded pipeline is no repository on the Hub
+    assert data.model_name == "my-adapter"
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        "tiny-shapes": 0.91,
+        "tiny-shapes-heldout": 0.8,
+    }
+
+
+def test_metadata_of_a_base_on_the_hub(folder: Path) -> None:
+    record = replace(MINIMAL, license="other", license_name="sd", license_link="https://example.org/licence")
+    data = ModelCard.load(write_model_card(folder, record=record)).data.to_dict()
+    assert data["base_model"] == "CompVis/stable-diffusion-v1-4"
+    assert data["base_model_relation"] == "adapter"
+    assert (data["license"], data["license_name"]) == ("other", "sd")
+    assert "widget" not in data
+    assert "model-index" not in data
+    assert "rlr" not in data["tags"]  # the configuration does not say that RLR was used
+
+
+def test_a_full_card_tells_what_was_measured(folder: Path) -> None:
+    text = write_model_card(folder, record=FULL).read_text()
+    check_sections(text)
+    assert "| `tiny-shapes` (trained on) | 0.612 ± 0.012 | 0.9100 ± 0.0061 | +0.298 ± 0.013 | 256 |" in text
+    assert "| `tiny-shapes-heldout` (held out) | 0.600 ± 0.010 | 0.800 ± 0.010 | +0.200 ± 0.012 | 256 |" in text
+    assert "On unseen prompts its reward rose (+0.298 ± 0.013)." in text
+    assert "| time | 3 min 42 s |" in text
+    assert "| peak memory | 1,912 MB |" in text
+    assert "| denoiser evaluations | 34,000 |" in text
+    assert "Steps 1 to 6 are first order. The others are half order. Every step has weight 1." in text
+    assert "https://arxiv.org/abs/2502.00639" in text
+    assert "The first 10 of its 12 training prompts:" in text
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (folder / path).is_file()
+
+
+def test_the_configuration_can_be_read_back(folder: Path) -> None:
+    text = write_model_card(folder, record=FULL).read_text()
+    block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", text, flags=re.MULTILINE | re.DOTALL)
+    assert block
+    assert yaml.safe_load(block.group(2)) == dict(FULL.config)
+
+
+def test_a_minimal_card_has_no_empty_section(tmp_path: Path) -> None:
+    text = write_model_card(tmp_path / "new", record=MINIMAL).read_text()
+    check_sections(text)
+    for absent in ("<Gallery", "## Results", "![", "held-out reward `", "The command", "training prompts:", "| | |"):
+        assert absent not in text
+
+
+@pytest.mark.parametrize("field", ["metrics", "estimator", "coverage", "prompts", "command", "hardware", "evaluation"])
+def test_any_single_unknown_leaves_no_hole(folder: Path, field: str) -> None:
+    check_sections(write_model_card(folder, record=replace(FULL, **{field: getattr(MINIMAL, field)})).read_text())
+    check_sections(write_model_card(folder, record=replace(MINIMAL, **{field: getattr(FULL, field)})).read_text())
+
+
+def test_images_that_are_not_there_are_left_out(folder: Path, tmp_path: Path) -> None:
+    text = write_model_card(tmp_path / "elsewhere", record=FULL).read_text()
+    check_sections(text)
+    assert ".png)" not in text
+    assert "widget" not in text
+    figure_only = replace(FULL, images=(), before_after_prompts=["a small red star"])
+    data = ModelCard.load(write_model_card(folder, record=figure_only)).data
+    assert data.widget == [{"text": "a small red star", "output": {"url": "before_after.png"}}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"heldout_gain": 0.01}, "never trained on, did not change measurably"),
+        ({"heldout_gain": -0.2}, "The two disagree: this adapter probably exploits a flaw"),
+        ({"reward_gain": -0.2}, "its reward fell"),
+        ({"reward_gain": 0.0, "reward_gain_se": 0.0}, "its reward did not change measurably"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(folder: Path, changes: dict[str, float], expected: str) -> None:
+    text = write_model_card(folder, record=replace(FULL, metrics={**METRICS, **changes})).read_text()
+    assert expected in text
+    assert ("The two disagree" in text) == ("disagree" in expected)
+
+
+def test_a_reward_with_missing_numbers_gets_no_row(folder: Path) -> None:
+    partial = {key: value for key, value in METRICS.items() if key != "heldout_gain_se"}
+    text = write_model_card(folder, record=replace(FULL, metrics=partial)).read_text()
+    check_sections(text)
+    assert "(held out)" not in text
+    assert "No held-out reward was measured" in text
+
+
+def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
+    first = write_model_card(folder, record=FULL).read_bytes()
+    (folder / "README.md").write_text("something old that must not survive\n" * 100)
+    assert write_model_card(folder, record=FULL).read_bytes() == first
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.md").write_text("---\n{{ card_data }}\n---\n\n# {{ title }}\n")
+    text = write_model_card(tmp_path, record=MINIMAL, template_path=tmp_path / "mine.md").read_text()
+    assert text.endswith("# LoRA of stable-diffusion-v1-4 for the reward jpeg-compressibility\n")
+
+
+def run_snippet(folder: Path) -> None:
+    """Run the card's code as a reader would, in the adapter's folder and without a network."""
+    text = (folder / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)\n```$", text, flags=re.MULTILINE | re.DOTALL)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def save_adapter(pipeline: object, folder: Path) -> None:
+    """An adapter that visibly changes the images."""
+    parameters = attach_lora(pipeline.unet, target_modules=["to_q", "to_k", "to_v", "to_out.0"], rank=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    save_lora(pipeline, folder)
+
+
+def test_the_snippet_draws_the_image_of_the_adapter_on_a_local_pipeline(tmp_path: Path) -> None:
+    base, adapter = tmp_path / 'a "base" folder', tmp_path / "adapter"
+    pipeline = tiny_stable_diffusion()
+    pipeline.save_pretrained(base)
+    prompt, inference = 'say "hi" {{ 7 }} \\ é', {"num_inference_steps": 2, "negative_prompt": 'a "bad" \\ one'}
+
+    def draw() -> Image.Image:
+        return pipeline(prompt, **inference, generator=torch.Generator().manual_seed(0)).images[0]
+
+    without_adapter = draw()
+    save_adapter(pipeline, adapter)
+    write_model_card(
+        adapter, record=replace(MINIMAL, base_model=str(base), inference=inference, prompts=[prompt, "another"])
+    )
+    run_snippet(adapter)
+    with Image.open(adapter / "image.png") as picture:
+        drawn = picture.convert("RGB").tobytes()
+    assert drawn == draw().tobytes()
+    assert drawn != without_adapter.tobytes()
+
+
+@pytest.mark.skipif(not (pipeline_path() / "model_index.json").is_file(), reason="tiny-shapes has not been trained yet")
+def test_the_snippet_runs_on_tiny_shapes(folder: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    save_adapter(StableDiffusionPipeline.from_pretrained(pipeline_path()), folder)
+    write_model_card(folder, record=FULL)
+    run_snippet(folder)
+    with Image.open(folder / "image.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_a_published_adapter_is_loaded_from_the_hub(folder: Path) -> None:
+    text = write_model_card(folder, record=replace(FULL, repo_id="someone/their-adapter")).read_text()
+    expected = 'pipe.load_lora_weights("someone/their-adapter", weight_name="pytorch_lora_weights.safetensors")'
+    assert expected in text
+    assert "In the folder of this file" not in text
+
+
+def test_where_a_base_comes_from(tmp_path: Path) -> None:
+    assert base_kind("tiny-shapes") == "embedded"
+    assert base_kind(str(tmp_path)) == "folder"
+    assert base_kind("CompVis/stable-diffusion-v1-4") == "hub"
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "expected"),
+    [
+        (0.61234, 0.0123, "0.612 ± 0.012"),
+        (0.91, 0.0061, "0.9100 ± 0.0061"),
+        (-12.345, 1.26, "-12.3 ± 1.3"),
+        (1234.5, 56.7, "1234 ± 57"),
+        (0.5, 0.0, "0.5000 ± 0.0000"),
+    ],
+)
+def test_numbers_are_shown_to_two_digits_of_their_error(mean: float, error: float, expected: str) -> None:
+    assert with_error(mean, error) == expected
+
+
+def test_a_fence_is_longer_than_those_inside() -> None:
+    assert fenced("a ```` b", "text") == "`````text\na ```` b\n`````"

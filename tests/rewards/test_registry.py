@@ -1,0 +1,48 @@
+"""Names of rewards."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rlr_peft.rewards.base import RewardError
+from rlr_peft.rewards.registry import available_rewards, load_reward
+
+
+def test_the_list_holds_every_form() -> None:
+    names = available_rewards()
+    assert {"jpeg-compressibility", "tiny-shapes", "tiny-shapes/texture", "tiny-shapes-heldout/shape"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("spec", "nearest"),
+    [
+        ("jpeg-compresibility", "jpeg-compressibility"),
+        ("tiny-shape", "tiny-shapes"),
+        ("tiny-shapes/textur", "tiny-shapes/texture"),
+        ("tiny_shapes_heldout", "tiny-shapes-heldout"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_and_the_list(spec: str, nearest: str) -> None:
+    with pytest.raises(RewardError, match=f"unknown reward '{spec}'. Did you mean '{nearest}'") as caught:
+        load_reward(spec)
+    assert "jpeg-incompressibility" in str(caught.value)
+    assert "file.py:callable" in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["", "aesthetic-and-much-more", "http://127.0.0.1:8000/score", "tiny-shapes/"])
+def test_what_resembles_nothing_still_gets_the_list(spec: str) -> None:
+    with pytest.raises(RewardError, match="There are: jpeg-compressibility"):
+        load_reward(spec)
+
+
+def test_a_file_without_a_function_is_told_how_to_name_one() -> None:
+    with pytest.raises(RewardError, match=r"name it: `mine.py:callable`"):
+        load_reward("mine.py")
+
+
+def test_importing_rewards_imports_neither_torchvision_nor_diffusers() -> None:
+    code = "import sys, rlr_peft.rewards.registry; print({'torchvision', 'diffusers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

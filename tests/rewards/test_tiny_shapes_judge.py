@@ -1,0 +1,143 @@
+"""The judges as rewards: the arithmetic with untrained judges, the meaning with the shipped ones."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlr_peft.rewards.base import Reward, RewardError, score_images
+from rlr_peft.rewards.registry import load_reward
+from rlr_peft.tiny_shapes.drawing import draw
+from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge, judge_file
+from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, scenes
+
+needs_judges = pytest.mark.skipif(
+    not all(judge_file(name).is_file() for name in JUDGE_NAMES), reason="the judges have not been trained yet"
+)
+PROMPT = "a large red striped star with no outline in the center on a navy background"
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """A judge with random weights in place of the shipped one: same code, no meaning."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        judge = create_judge("reward").eval().requires_grad_(False)
+    monkeypatch.setattr("rlr_peft.rewards.tiny_shapes_judge.load_judge", lambda name: judge)
+    return judge
+
+
+def random_images(count: int) -> torch.Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_score_is_the_mean_probability_of_the_named_values(untrained: torch.nn.Module) -> None:
+    images, prompts = random_images(2), [PROMPT, "a blue ring"]
+    log_probabilities = untrained(images)
+    expected = []
+    for index, prompt in enumerate(prompts):
+        asked = parse_caption(prompt)
+        values = [
+            log_probabilities[name][index].exp()[ATTRIBUTES[name].index(value)].item() for name, value in asked.items()
+        ]
+        expected.append(sum(values) / len(values))
+    assert len(parse_caption(prompts[0])) == 7
+    assert score_images(load_reward("tiny-shapes"), images, prompts).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_attribute_alone(untrained: torch.nn.Module) -> None:
+    images = random_images(1)
+    expected = untrained(images)["texture"][0].exp()[ATTRIBUTES["texture"].index("striped")].item()
+    reward = load_reward("tiny-shapes-heldout/texture")
+    assert reward.name == "tiny-shapes-heldout/texture"
+    assert score_images(reward, images, [PROMPT]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_equal_central_differences(untrained: torch.nn.Module) -> None:
+    untrained.double()
+    reward = load_reward("tiny-shapes")
+    images = random_images(1).double()
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def probability(at: torch.Tensor) -> torch.Tensor:
+        # Through the judge in float64: float32 scores are too coarse for a difference.
+        judged = untrained(at)
+        asked = parse_caption(PROMPT)
+        return torch.stack(
+            [judged[name][0, ATTRIBUTES[name].index(value)].exp() for name, value in asked.items()]
+        ).mean()
+
+    difference = (probability(images + 1e-5 * direction) - probability(images - 1e-5 * direction)) / 2e-5
+    untrained.float()
+    leaf = images.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(score_images(reward, leaf, [PROMPT]).sum(), leaf)
+    assert (gradient.double() * direction).sum().item() == pytest.approx(difference.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "prompt", "message"),
+    [
+        (
+            "tiny-shapes",
+            "a photo of a cat",
+            r"cannot read the prompt of sample 1 \"a photo of a cat\".*unknown word 'photo'",
+        ),
+        ("tiny-shapes", "a shape", "names no attribute at all"),
+        (
+            "tiny-shapes/texture",
+            "a red star",
+            r"sample 1 \"a red star\" does not name the attribute 'texture'.*striped",
+        ),
+        ("tiny-shapes", "a red blue star", "color is both"),
+    ],
+)
+def test_prompts_that_cannot_be_judged(untrained: torch.nn.Module, spec: str, prompt: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        score_images(load_reward(spec), random_images(2), [PROMPT, prompt])
+
+
+def drawings(count: int) -> tuple[torch.Tensor, list[str]]:
+    chosen = scenes("test")[:count]
+    rng = np.random.default_rng(0)
+    pixels = np.stack([draw(scene, rng) for scene in chosen])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, [scene.caption() for scene in chosen]
+
+
+@pytest.fixture(params=JUDGE_NAMES)
+def shipped(request: pytest.FixtureRequest) -> Reward:
+    name: JudgeName = request.param
+    return load_reward({"reward": "tiny-shapes", "heldout": "tiny-shapes-heldout"}[name])
+
+
+@needs_judges
+def test_the_right_drawing_scores_highest(shipped: Reward) -> None:
+    images, prompts = drawings(24)
+    count = len(prompts)
+    table = torch.stack([score_images(shipped, images, [prompt] * count) for prompt in prompts])
+    assert (table >= 0).all()
+    assert (table <= 1).all()
+    assert table.argmax(dim=1).tolist() == list(range(count))
+    assert table.diagonal().mean() > 0.95
+
+
+@needs_judges
+def test_one_changed_attribute_costs_its_share(shipped: Reward) -> None:
+    images, _ = drawings(1)
+    right = scenes("test")[0]
+    other = next(texture for texture in ATTRIBUTES["texture"] if texture != right.texture)
+    wrong = right.caption().replace(right.texture, other)
+    difference = score_images(shipped, images, [right.caption()]) - score_images(shipped, images, [wrong])
+    assert difference.item() == pytest.approx(1 / 7, abs=0.03)
+
+
+@needs_judges
+def test_the_gradient_reaches_every_image_and_climbs(shipped: Reward) -> None:
+    images, prompts = drawings(8)
+    asked = prompts[1:] + prompts[:1]  # wrong prompts: there is something to climb
+    leaf = images.clone().requires_grad_()
+    scores = score_images(shipped, leaf, asked)
+    (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    assert torch.isfinite(gradient).all()
+    sizes = gradient.flatten(1).norm(dim=1)
+    assert (sizes > 0).all()
+    climbed = images + 1e-2 * gradient / sizes[:, None, None, None]
+    assert score_images(shipped, climbed, asked).mean() > scores.mean()

@@ -1,0 +1,94 @@
+"""The console script, as a process: what it prints, where, and its exit codes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlr_peft import __version__
+from rlr_peft.cli.main import main
+from rlr_peft.config.flat import knobs
+
+REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlr_peft.cli", *words], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"rlr-peft {__version__}\n")
+
+
+def test_installed_script_is_the_same_program() -> None:
+    script = Path(sys.executable).parent / "rlr-peft"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"rlr-peft {__version__}\n")
+
+
+def test_config_prints_yaml_that_it_accepts_again(tmp_path: Path) -> None:
+    first = run("config", *REQUIRED, "--rank", "7")
+    assert first.returncode == 0
+    assert first.stderr == ""
+    assert yaml.safe_load(first.stdout)["rank"] == 7
+    path = tmp_path / "config.yaml"
+    path.write_text(first.stdout, encoding="utf-8")
+    again = run("config", "--config", str(path))
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["config", *REQUIRED, "--rnk", "7"], "error: command line: unknown name rnk; did you mean rank?\n"),
+        (["config", *REQUIRED, "--rank", "x"], "error: rank: expected a whole number, got x; write --rank VALUE.\n"),
+        (["config"], "error: missing pretrained_model_name_or_path, prompt_path, reward_fn; "),
+        (["config", *REQUIRED, "--eta", "0"], "error: estimator: expected noise in the chain"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(words: list[str], message: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["trane"]])
+def test_wrong_command_is_exit_code_2_and_names_the_commands(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "check a configuration" in capsys.readouterr().out
+
+
+def test_config_help_is_grouped_complete_and_quick() -> None:
+    started = time.perf_counter()
+    done = run("config", "--help")
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split()).replace("- ", "-")
+    position = 0
+    for name, knob in knobs().items():
+        title = " ".join(knob.group_title.split())
+        sentence = knob.field.metadata["sentence"].replace("- ", "-")
+        assert text.index(f"{title}:") < text.index(f" --{name} "), name
+        assert text.index(f" --{name} ", position) > position, f"{name} is out of order"
+        position = text.index(f" --{name} ", position)
+        assert sentence in text[position : position + 500], name
+    assert seconds < 5, "--help must not load torch (it takes about 0.2 s on a quiet machine)"

@@ -1,0 +1,406 @@
+"""The configuration: flags and YAML, the errors a person meets, and the round trip through a saved file."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlr_peft.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml, save_config
+from rlr_peft.config import load_config as load
+from rlr_peft.config.flat import Knob, knobs
+
+REQUIRED = [
+    *("--pretrained_model_name_or_path", "tiny-shapes"),
+    *("--prompt_path", "tiny-shapes/train"),
+    *("--reward_fn", "tiny-shapes"),
+]
+DEMO = Path(__file__).parent.parent / "configs" / "tiny_shapes.yaml"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load([*REQUIRED, *argv])
+    return str(caught.value)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_that_diffusers_users_know() -> None:
+    config = load(REQUIRED)
+    assert config.lora.rank == 4
+    assert config.training.train_batch_size == 4
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.lr_scheduler == "constant"
+    assert config.checkpointing.checkpointing_steps == 500
+    assert config.chain.num_inference_steps == 50
+    assert config.model.mixed_precision == "no"
+    assert config.lora.lora_alpha is None
+
+
+def test_flags_reach_their_groups_with_their_types() -> None:
+    config = load(
+        [
+            *REQUIRED,
+            *"--rank 8 --learning_rate 3e-3 --gradient_checkpointing --allow_tf32 false --fo_steps auto".split(),
+            *"--ho_start window --ho_window 30 40 --ho_blocks 1 --zo none --mixed_precision bf16".split(),
+            *("--validation_prompt", "a cat: asleep, grey", "a dog", "--negative_prompt", ""),
+        ]
+    )
+    assert config.lora.rank == 8
+    assert config.optimizer.learning_rate == 3e-3
+    assert config.model.gradient_checkpointing is True
+    assert config.model.allow_tf32 is False
+    assert config.estimator.fo_steps == "auto"
+    assert config.estimator.ho_window == (30, 40)
+    assert config.estimator.ho_blocks == 1
+    assert config.estimator.zo == "none"
+    assert config.model.mixed_precision == "bf16"
+    assert config.validation.validation_prompt == ("a cat: asleep, grey", "a dog")
+    assert config.chain.negative_prompt == ""
+
+
+def test_yaml_values_have_the_same_names_and_types(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "mixed_precision: no\nlearning_rate: 1e-3\nuse_dora: true\nho_blocks: all\nnegative_prompt: ~\n"
+        "adam_weight_decay: 0\nvalidation_prompt:\n  - 'a: b'\n  - c\nrevision: '12e4'\n",
+    )
+    config = load([*REQUIRED, "--config", path])
+    assert config.model.mixed_precision == "no"
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.lora.use_dora is True
+    assert config.estimator.ho_blocks == "all"
+    assert config.chain.negative_prompt is None
+    assert config.optimizer.adam_weight_decay == 0.0
+    assert isinstance(config.optimizer.adam_weight_decay, float)
+    assert config.validation.validation_prompt == ("a: b", "c")
+    assert config.model.revision == "12e4"
+
+
+def test_one_validation_prompt_needs_no_list(tmp_path: Path) -> None:
+    path = write(tmp_path, "validation_prompt: a red star\n")
+    assert load([*REQUIRED, "--config", path]).validation.validation_prompt == ("a red star",)
+
+
+@pytest.mark.parametrize("file_first", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_flags_win_over_yaml_wherever_they_stand(tmp_path: Path, file_first: bool, joined: bool) -> None:
+    path = write(tmp_path, "rank: 16\nlearning_rate: 0.5\nho_window: [1, 2]\nuse_dora: true\nfo_steps: 3\n")
+    file = [f"--config={path}"] if joined else ["--config", path]
+    flags = ["--rank", "2", "--ho_window", "null", "--use_dora", "false", "--fo_steps", "null"]
+    config = load([*REQUIRED, *(file + flags if file_first else flags + file)])
+    assert config.lora.rank == 2
+    assert config.optimizer.learning_rate == 0.5
+    assert config.estimator.ho_window is None
+    assert config.lora.use_dora is False
+    assert config.estimator.fo_steps is None
+
+
+def test_required_knobs_may_come_from_either(tmp_path: Path) -> None:
+    path = write(tmp_path, "pretrained_model_name_or_path: m\nreward_fn: tiny-shapes\n")
+    assert load(["--config", path, "--prompt_path", "tiny-shapes/test"]).model.pretrained_model_name_or_path == "m"
+    with pytest.raises(ConfigError, match=r"missing prompt_path; give it as a flag \(--prompt_path VALUE\)"):
+        load(["--config", path])
+
+
+def test_config_is_frozen_and_hashable() -> None:
+    config = load([*REQUIRED, "--validation_prompt", "a", "b"])
+    assert hash(config) == hash(load([*REQUIRED, "--validation_prompt", "a", "b"]))
+    assert config != load([*REQUIRED, "--seed", "1"])
+    with pytest.raises(FrozenInstanceError):
+        config.lora.rank = 5  # type: ignore[misc]
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_file_holds_every_knob_and_loads_equal(tmp_path: Path) -> None:
+    config = load([*REQUIRED, *"--ho_start window --ho_blocks 1 --ho_window 3 9 --adam_epsilon 1e-11".split()])
+    path = tmp_path / "run" / "config.yaml"
+    save_config(config, path)
+    assert load(["--config", str(path)]) == config
+    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == set(knobs())
+    save_config(load([*REQUIRED, "--rank", "5"]), path)
+    assert load(["--config", str(path)]).lora.rank == 5
+    assert [entry.name for entry in path.parent.iterdir()] == ["config.yaml"]
+
+
+def test_saved_file_means_the_same_to_a_yaml_1_1_reader(tmp_path: Path) -> None:
+    config = load([*REQUIRED, "--zo", "none", "--revision", "12e4", "--negative_prompt", "off"])
+    assert yaml.safe_load(config_to_yaml(config)) == config_to_dict(config)
+
+
+awkward_text = st.one_of(
+    st.sampled_from(
+        ["no", "null", "~", "12e4", "1_000", "0x1f", "2020-01-01", "a: b", "- x", "#", "'", '"', "1:30", "é 日"]
+    ),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(str.strip),
+)
+
+
+@settings(max_examples=25)
+@given(text=awkward_text, prompts=st.lists(awkward_text, min_size=1), rate=st.floats(1e-300, 1e300))
+def test_any_text_and_number_survives_saving(
+    tmp_path_factory: pytest.TempPathFactory, text: str, prompts: list[str], rate: float
+) -> None:
+    values = config_to_dict(load(REQUIRED))
+    values.update(negative_prompt=text, validation_prompt=prompts, learning_rate=rate)
+    config = config_from_dict(values)
+    path = tmp_path_factory.mktemp("saved") / "config.yaml"
+    save_config(config, path)
+    assert load(["--config", str(path)]) == config
+
+
+def test_dict_form_is_plain_and_invertible() -> None:
+    config = load([*REQUIRED, "--validation_prompt", "a", "b"])
+    values = config_to_dict(config)
+    assert values["validation_prompt"] == ["a", "b"]
+    assert config_from_dict(json.loads(json.dumps(values))) == config
+
+
+# --- names and types --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [("--rnk", "rank"), ("--learning-rate", "learning_rate"), ("--lr_schedular=cosine", "lr_scheduler")],
+)
+def test_unknown_flag_suggests_the_nearest(flag: str, nearest: str) -> None:
+    assert f"did you mean {nearest}?" in refusal(flag, "1")
+
+
+def test_unknown_yaml_name_suggests_the_nearest_and_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank: 3\nnum_inference_step: 4\n")
+    message = refusal("--config", path)
+    assert message == f"--config {path}: unknown name num_inference_step; did you mean num_inference_steps?"
+
+
+def test_unknown_name_like_nothing_points_to_help() -> None:
+    assert "see --help" in refusal("--zzzzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--rank four", "rank: expected a whole number, got four; write --rank VALUE."),
+        ("--rank 4.5", "rank: expected a whole number, got 4.5; write --rank VALUE."),
+        ("--rank null", "rank: expected a whole number, got null; write --rank VALUE."),
+        ("--learning_rate fast", "learning_rate: expected a number, got fast; write --learning_rate VALUE."),
+        ("--mixed_precision fp8", "mixed_precision: expected no or fp16 or bf16, got fp8"),
+        ("--use_dora maybe", "use_dora: expected true or false, got maybe"),
+        ("--fo_steps most", "fo_steps: expected a whole number or auto or null, got most"),
+        ("--lr_scheduler sawtooth", "lr_scheduler: expected linear or cosine or"),
+        ("--optimizer SGD", "optimizer: expected AdamW, got SGD"),
+        ("--seed", "seed: expected a whole number, got nothing"),
+        ("--ho_window 1 b", "ho_window: expected whole numbers or null, got b"),
+        ("--validation_prompt", "validation_prompt: expected one or more texts or null, got nothing"),
+        ("stray", "got the stray stray"),
+        ("--config", "--config: expected the path of a YAML file, got nothing"),
+        ("--config a.yaml --config b.yaml", "--config: expected one file, got a.yaml and b.yaml"),
+    ],
+)
+def test_wrong_flag_value_is_one_clear_line(argv: str, message: str) -> None:
+    got = refusal(*argv.split())
+    assert message in got
+    assert "\n" not in got
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rank: four", "rank: expected a whole number, got 'four'"),
+        ("rank: true", "rank: expected a whole number, got true"),
+        ("rank: 4.0", "rank: expected a whole number, got 4.0"),
+        ("rank:", "rank: expected a whole number, got null"),
+        ("revision: 12", "revision: expected a text or null, got 12; put quotes around it"),
+        ("use_dora: 1", "use_dora: expected true or false, got 1"),
+        ("ho_window: [1, x]", "ho_window: expected whole numbers or null, got [1, 'x']"),
+        ("rank: 3\nrank: 4", "rank is given twice"),
+        ("rank: [3", "not valid YAML"),
+        ("- rank", "expected lines of `name: value`, got a list"),
+        ("lora:\n  rank: 3", "unknown name lora"),
+        ("3: 4", "unknown name 3"),
+    ],
+)
+def test_wrong_yaml_value_is_one_clear_line_that_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    got = refusal("--config", path)
+    assert got.startswith(f"--config {path}: ")
+    assert message in got
+    assert "\n" not in got
+
+
+def test_wrong_yaml_value_is_refused_though_a_flag_overrides_it(tmp_path: Path) -> None:
+    assert "rank: expected a whole number" in refusal("--rank", "3", "--config", write(tmp_path, "rank: x"))
+
+
+def test_missing_config_file(tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory)" in refusal("--config", str(tmp_path / "none.yaml"))
+
+
+def test_empty_yaml_file_is_no_settings(tmp_path: Path) -> None:
+    assert load([*REQUIRED, "--config", write(tmp_path, "# nothing\n")]) == load(REQUIRED)
+
+
+# --- combinations -----------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ("--train_batch_size 3", "num_images_per_prompt: expected a divisor of the 3 samples"),
+    ("--train_batch_size 0", "train_batch_size: expected at least 1, got 0"),
+    ("--gradient_accumulation_steps=-1", "gradient_accumulation_steps: expected at least 1, got -1"),
+    ("--zo_scale 0", "zo_scale: expected above 0, got 0.0"),
+    ("--learning_rate .nan", "learning_rate: expected a finite number"),
+    ("--max_grad_norm .inf", "max_grad_norm: expected a finite number"),
+    ("--lora_dropout 1", "lora_dropout: expected at least 0 and below 1, got 1.0"),
+    ("--num_images_per_prompt 1", "num_images_per_prompt: expected 2 or more with rlr"),
+    ("--num_images_per_prompt 1 --estimator reinforce", "num_images_per_prompt: expected 2 or more with reinforce"),
+    ("--eta 0", "estimator: expected noise in the chain for the score terms of rlr, got eta 0.0"),
+    ("--step_kind ode --estimator reinforce", "score terms of reinforce, got step_kind ode"),
+    ("--step_kind ode --black_box_steps 50", "expected noise in the chain"),
+    ("--eta 1.5", "eta: expected 0 to 1 with step_kind ancestral, got 1.5"),
+    ("--fo_steps 51", "fo_steps: expected at most num_inference_steps (50), got 51"),
+    ("--black_box_steps 51", "black_box_steps: expected at most num_inference_steps (50), got 51"),
+    ("--estimator full-bp --fo_steps 3", "fo_steps: expected 50 (every step) with full-bp, got 3"),
+    ("--estimator truncated-bp --fo_steps auto", "fo_steps: expected a number of 1 or more with truncated-bp"),
+    ("--estimator truncated-bp --fo_steps 0", "fo_steps: expected a number of 1 or more with truncated-bp"),
+    ("--estimator reinforce --fo_steps 1", "fo_steps: expected 0 with reinforce"),
+    ("--estimator full-bp --black_box_steps 2", "black_box_steps: expected none with full-bp"),
+    (
+        "--ho_length auto --memory_budget 8",
+        "ho_step_memory: expected a larger number than zo_step_memory",
+    ),
+    (
+        "--ho_length auto --memory_budget 8 --ho_step_memory 1 --zo_step_memory 1",
+        "ho_step_memory: expected a larger number than zo_step_memory beside memory_budget, got 1.0 and 1.0",
+    ),
+    ("--estimator full-bp --ho_blocks 1", "ho_blocks: expected none with full-bp"),
+    ("--estimator truncated-bp --ho_length 2", "ho_length: expected none with truncated-bp"),
+    ("--estimator reinforce --ho_length 2", "ho_length: expected 1 with reinforce"),
+    ("--ho_start window --ho_blocks 1", "ho_window: expected together with ho_start window, got ho_start window and"),
+    ("--ho_window 1 2", "ho_window: expected together with ho_start window"),
+    ("--ho_start window --ho_blocks 1 --ho_window 0 5", "ho_window: expected two steps a b with 1 <= a <= b"),
+    ("--ho_start window --ho_blocks 1 --ho_window 9 51", "num_inference_steps (50), got 9 51"),
+    ("--ho_start window --ho_blocks 1 --ho_window 9 5", "ho_window: expected two steps a b"),
+    ("--ho_start window --ho_blocks 1 --ho_window 9", "ho_window: expected two steps a b"),
+    ("--ho_start window --ho_blocks 1 --ho_window 2 9 --fo_steps 3", "expected steps above the 3 last ones"),
+    ("--ho_start uniform", "ho_start: expected a number of ho_blocks to draw, got ho_blocks all"),
+    ("--fo_steps 45 --ho_length 6", "ho_length: expected at most 5 (num_inference_steps 50 minus 45"),
+    ("--estimator rlr-paper --ho_length 50", "ho_length: expected at most 49"),
+    ("--ho_length auto", "ho_length: expected a budget beside auto, got none"),
+    ("--ho_length 2 --nfe_budget 100", "nfe_budget: expected only with ho_length auto, got ho_length 2"),
+    ("--zo one-point", "ho_blocks: expected 1 with a zeroth-order term (one-point zo)"),
+    ("--zo two-point --ho_blocks 2", "ho_blocks: expected 1 with a zeroth-order term (two-point zo)"),
+    ("--estimator rlr-paper --ho_blocks all", "ho_blocks: expected 1 with a zeroth-order term (the preset's zo)"),
+    ("--estimator full-bp --zo one-point", "zo: expected none with full-bp"),
+    ("--lr_warmup_steps 5", "lr_warmup_steps: expected 0 with lr_scheduler constant, got 5"),
+    ("--lr_scheduler cosine --lr_warmup_steps 5 --max_train_steps 4", "expected at most max_train_steps (4), got 5"),
+    ("--heldout_reward_fn tiny-shapes", "heldout_reward_fn: expected another reward than reward_fn"),
+    ("--logging_dir ../logs", "logging_dir: expected a relative folder inside output_dir"),
+    ("--logging_dir /logs", "logging_dir: expected a relative folder inside output_dir"),
+    ("--output_dir pyproject.toml/x", "output_dir: expected a folder or a place for one"),
+    ("--prompt_path nowhere.txt", "prompt_path: expected an existing text file"),
+    ("--evaluation_prompt_path tiny-shapes/all", "evaluation_prompt_path: expected an existing text file"),
+    ("--resume_from_checkpoint some/checkpoint-3", "resume_from_checkpoint: expected latest, a name or an existing"),
+    ("--output_dir=", "output_dir: expected a text, got an empty one"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[argv for argv, _ in REFUSED])
+def test_impossible_combination_says_expected_got_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, argv: str, message: str
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    got = refusal(*argv.split())
+    assert message in got
+    assert "\n" not in got, "one problem must be one line"
+    assert re.fullmatch(r"\w+: expected .*, got .*; .+\.", got)
+
+
+ALLOWED = [
+    "--estimator full-bp --eta 0 --num_images_per_prompt 1",
+    "--estimator truncated-bp --step_kind ode --fo_steps 4",
+    "--fo_steps 50 --step_kind ode --num_images_per_prompt 1",
+    "--estimator rlr-paper",
+    "--estimator rlr-paper --zo none --ho_blocks 3 --ho_start gradient-norm",
+    "--estimator rlr-paper --ho_length auto --nfe_budget 100",
+    "--ho_length auto --memory_budget 8 --ho_step_memory 1 --zo_step_memory 0.5",
+    "--fo_steps 2 --black_box_steps 3 --reward_fn jpeg-compressibility",
+    "--estimator reinforce --step_kind flow-sde --eta 1.3",
+    "--step_kind cps --eta 0.7",
+    "--fo_steps 2 --ho_length 48",
+    "--ho_start window --ho_blocks 1 --ho_window 50 50",
+    "--train_batch_size 2 --gradient_accumulation_steps 2",
+    "--lr_scheduler constant_with_warmup --lr_warmup_steps 5",
+    "--resume_from_checkpoint checkpoint-20",
+]
+
+
+@pytest.mark.parametrize("argv", ALLOWED)
+def test_possible_combination_is_accepted(argv: str) -> None:
+    assert isinstance(load([*REQUIRED, *argv.split()]), Config)
+
+
+def test_several_problems_are_told_in_one_error() -> None:
+    got = refusal(*"--train_batch_size 3 --eta 0 --ho_length 99".split())
+    assert got.splitlines()[0] == "3 problems in the configuration:"
+    assert len(got.splitlines()) == 4
+
+
+def test_prompt_file_may_be_any_existing_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n", encoding="utf-8")
+    assert load([*REQUIRED, "--prompt_path", str(path)]).prompts.prompt_path == str(path)
+
+
+# --- the knobs themselves ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knob", knobs().values(), ids=str(list(knobs())).strip("[]").replace("'", "").split(", "))
+def test_every_knob_has_a_plain_sentence_and_numbers_a_range(knob: Knob) -> None:
+    sentence: str = knob.field.metadata["sentence"]
+    assert len(sentence.split()) >= 4
+    assert sentence[0].isupper()
+    assert sentence.endswith(".")
+    is_number = any(type_ in (int, float) for type_ in (knob.type, *getattr(knob.type, "__args__", ())))
+    if is_number:
+        assert any(bound is not None for bound in knob.field.metadata["bounds"].values())
+        assert knob.field.metadata["unit"] or knob.name in ("seed", "lora_alpha")
+
+
+def test_every_group_is_documented_and_reachable() -> None:
+    groups: dict[str, Any] = {knob.group: knob.group_title for knob in knobs().values()}
+    assert list(groups) == [field.name for field in fields(Config)]
+    assert all(": " in title for title in groups.values())
+
+
+def test_demo_config_is_valid() -> None:
+    config = load(["--config", str(DEMO)])
+    assert config.model.pretrained_model_name_or_path == "tiny-shapes"
+    assert config.reward.heldout_reward_fn not in (None, config.reward.reward_fn)
+    assert config.validation.num_evaluation_images >= 256
+
+
+def test_no_model_library_is_imported() -> None:
+    """A refusal must not wait for torch: the whole check runs without it, and for `--help` within a second."""
+    program = (
+        "import sys; from rlr_peft.config import load_config, config_to_yaml; "
+        f"config_to_yaml(load_config({REQUIRED!r})); "
+        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'accelerate', 'numpy'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,123 @@
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlr_peft.config import OptimizerArguments
+from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
+
+
+def new_parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    # 64 x 64 = 4096 elements: the smallest tensor whose state bitsandbytes keeps in 8 bits
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 64), (8, 4))]
+
+
+def gradients(parameters: list[nn.Parameter], step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [torch.randn(parameter.shape, generator=generator) for parameter in parameters]
+
+
+def take_steps(
+    parameters: list[nn.Parameter], optimizer: Optimizer, scheduler: LRScheduler, first: int, last: int
+) -> None:
+    for step in range(first, last):
+        for parameter, gradient in zip(parameters, gradients(parameters, step), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def through_a_file(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_one_step_follows_the_formula_of_adamw() -> None:
+    arguments = OptimizerArguments(
+        learning_rate=0.01, adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.1, adam_epsilon=1e-3
+    )
+    parameters = new_parameters()
+    before, gradient = parameters[0].detach().clone(), gradients(parameters, 0)[0]
+    optimizer = build_optimizer(parameters, arguments)
+    take_steps(parameters, optimizer, build_lr_scheduler(optimizer, arguments, 10), 0, 1)
+    # after one step the corrected mean is g and the corrected mean square is g^2
+    expected = before * (1 - 0.01 * 0.1) - 0.01 * gradient / (gradient.abs() + 1e-3)
+    torch.testing.assert_close(parameters[0].detach(), expected)
+
+
+def test_the_8_bit_step_is_near_the_full_one_and_its_state_is_in_8_bits() -> None:
+    results = []
+    for use_8bit_adam in (False, True):
+        arguments = OptimizerArguments(learning_rate=0.01, use_8bit_adam=use_8bit_adam)
+        parameters = new_parameters()
+        optimizer = build_optimizer(parameters, arguments)
+        take_steps(parameters, optimizer, build_lr_scheduler(optimizer, arguments, 10), 0, 3)
+        results.append([parameter.detach() for parameter in parameters])
+        if use_8bit_adam:
+            assert optimizer.state[parameters[0]]["state1"].dtype == torch.uint8
+            assert optimizer.state[parameters[1]]["state1"].dtype == torch.float32
+    moved = (results[0][0] - new_parameters()[0].detach()).abs().mean()
+    assert (results[0][0] - results[1][0]).abs().mean() < 0.05 * moved
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("use_8bit_adam", [False, True])
+def test_a_resumed_optimizer_repeats_the_uninterrupted_one_bit_for_bit(use_8bit_adam: bool) -> None:
+    arguments = OptimizerArguments(
+        learning_rate=0.01, use_8bit_adam=use_8bit_adam, lr_scheduler="cosine", lr_warmup_steps=2
+    )
+    whole = new_parameters()
+    optimizer = build_optimizer(whole, arguments)
+    scheduler = build_lr_scheduler(optimizer, arguments, 8)
+    take_steps(whole, optimizer, scheduler, 0, 4)
+    saved = through_a_file(
+        {
+            "parameters": [parameter.detach() for parameter in whole],
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+    )
+    take_steps(whole, optimizer, scheduler, 4, 8)
+
+    resumed = new_parameters()
+    for parameter, value in zip(resumed, saved["parameters"], strict=True):
+        parameter.data.copy_(value)
+    optimizer = build_optimizer(resumed, arguments)
+    scheduler = build_lr_scheduler(optimizer, arguments, 8)
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["scheduler"])
+    take_steps(resumed, optimizer, scheduler, 4, 8)
+    for left, right in zip(whole, resumed, strict=True):
+        assert torch.equal(left, right)
+
+
+def learning_rates(arguments: OptimizerArguments, steps: int, samples_per_step: int = 1) -> list[float]:
+    parameters = new_parameters()
+    optimizer = build_optimizer(parameters, arguments, samples_per_step=samples_per_step)
+    scheduler = build_lr_scheduler(optimizer, arguments, steps)
+    rates = []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        take_steps(parameters, optimizer, scheduler, step, step + 1)
+    return rates
+
+
+def test_schedules_count_optimizer_steps() -> None:
+    linear = OptimizerArguments(learning_rate=1.0, lr_scheduler="linear", lr_warmup_steps=2)
+    assert learning_rates(linear, 6) == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+    assert learning_rates(OptimizerArguments(learning_rate=0.3), 3) == [0.3, 0.3, 0.3]
+    polynomial = OptimizerArguments(learning_rate=1.0, lr_scheduler="polynomial", lr_power=2.0)
+    assert learning_rates(polynomial, 2) == pytest.approx([1, 0.25], abs=1e-6)
+
+
+def test_scale_lr_multiplies_by_the_samples_of_an_update() -> None:
+    assert learning_rates(OptimizerArguments(learning_rate=0.5, scale_lr=True), 1, samples_per_step=8) == [4.0]
+    assert learning_rates(OptimizerArguments(learning_rate=0.5), 1, samples_per_step=8) == [0.5]

@@ -1,0 +1,233 @@
+"""The training script as users run it: real processes, real files, real signals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from rlr_peft.training.tracking import read_metrics
+from tests.pipelines import tiny_stable_diffusion
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+REWARDS = """
+import time
+
+def redness(images, prompts):
+    return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
+
+def slow_redness(images, prompts):
+    time.sleep(0.3)
+    return redness(images, prompts)
+
+def blind_redness(images, prompts):
+    return redness(images, prompts).detach().numpy()
+
+class BreaksLater:
+    differentiable = True
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        scores = redness(images, prompts)
+        return scores / 0 if self.calls > 3 else scores
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base pipeline, prompts and rewards."""
+    folder = tmp_path_factory.mktemp("workplace")
+    pipeline = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)  # sigma_1 = 0
+    pipeline.save_pretrained(folder / "base")
+    (folder / "prompts.txt").write_text("red ball\nblue box\ngreen tree\nsky\nsea\n")
+    (folder / "unseen.txt").write_text("a cat\na dog\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def config_file(workplace: Path, output_dir: Path, reward: str = "redness", **values: object) -> Path:
+    config = {
+        "pretrained_model_name_or_path": str(workplace / "base"),
+        "prompt_path": str(workplace / "prompts.txt"),
+        "reward_fn": f"{workplace / 'rewards.py'}:{reward}",
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_images_per_prompt": 2,
+        "calibration_samples": 4,
+        "learning_rate": 0.01,
+        "report_to": "none",
+        "skip_final_inference": True,
+        "output_dir": str(output_dir),
+        **values,
+    }
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "train_rlr_lora.py"), "--config", str(config), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def finish(process: subprocess.Popen[str], expected_code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expected_code, output
+    return output
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def images(folder: Path, adapter: Path | None, prompts: Sequence[str]) -> torch.Tensor:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    return pipeline(list(prompts), generator=generators, num_inference_steps=4, output_type="pt").images
+
+
+def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = config_file(
+        workplace,
+        out,
+        max_train_steps=2,
+        report_to="tensorboard",
+        skip_final_inference=False,
+        validation_prompt=["red ball"],
+        num_validation_images=2,
+        validation_steps=1,
+        evaluation_prompt_path=str(workplace / "unseen.txt"),
+        heldout_reward_fn="jpeg-compressibility",
+        num_evaluation_images=4,
+        checkpointing_steps=1,
+        checkpoints_total_limit=1,
+    )
+    output = finish(start(config, "--rank", "2", "--lora_alpha", "4"))
+    assert "draws the same images bit for bit" in output
+    assert f"pipe.load_lora_weights({str(out)!r})" in output
+    for name in ("README.md", "config.yaml", "reward_curve.png", "before_after.png", "metrics.json", WEIGHTS):
+        assert (out / name).stat().st_size > 0, name
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert sorted(path.name for path in (out / "validation").iterdir()) == [f"step-00000{i}.png" for i in range(3)]
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+    assert yaml.safe_load((out / "config.yaml").read_text())["rank"] == 2
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    for score in ("reward", "heldout"):
+        assert {f"{score}_{key}" for key in ("before", "before_se", "after", "after_se", "gain", "gain_se")} <= set(
+            metrics
+        )
+        assert metrics[f"{score}_gain"] == pytest.approx(
+            metrics[f"{score}_after"] - metrics[f"{score}_before"], abs=1e-6
+        )
+    assert metrics["n"] == 4 and metrics["seconds"] > 0 and metrics["peak_memory_mb"] > 50
+    # 2 updates x 4 samples x (4 sampled + 4 differentiated steps), and the calibration's 4 x (4 + 2 x 4 - 1)
+    assert metrics["denoiser_evaluations"] == 2 * 4 * 8 + 4 * 11
+    log = read_metrics(out / "metrics.jsonl")
+    assert [line["step"] for line in log] == [1, 2]
+
+    base, adapted = images(workplace / "base", None, ["a cat"]), images(workplace / "base", out, ["a cat"])
+    assert not torch.equal(base, adapted), "the adapter must do something"
+    assert torch.equal(images(workplace / "base", out / "checkpoint-2", ["a cat"]), adapted)
+
+
+def test_killed_and_resumed_equals_uninterrupted(workplace: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle; with dropout, random blocks, running statistics and a learning-rate schedule."""
+    values = {
+        "reward": "slow_redness",
+        "max_train_steps": 6,
+        "checkpointing_steps": 2,
+        "estimator": "rlr",
+        "fo_steps": 1,
+        "ho_blocks": 2,
+        "ho_start": "gradient-norm",
+        "lora_dropout": 0.2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+    }
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    uninterrupted = start(config_file(workplace, whole, **values))
+    config = config_file(workplace, parts, **values)
+    killed = start(config)
+    wait_for(parts / "checkpoint-4", killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (parts / "checkpoint-6").exists()
+    with (parts / "checkpoint-4" / "optimizer.pt").open("r+b") as file:  # the newest is truncated: an older one must do
+        file.truncate(100)
+    output = finish(start(config, "--resume_from_checkpoint", "latest"))
+    assert "Passing over" in output and "checkpoint-4" in output
+    assert "Resuming from" in output and "checkpoint-2" in output
+    finish(uninterrupted)
+    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_and_ends(workplace: Path, tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "out"
+    process = start(config_file(workplace, out, "slow_redness", max_train_steps=500, checkpointing_steps=1000))
+    wait_for(out / "config.yaml", process)
+    time.sleep(2)
+    process.send_signal(number)
+    output = finish(process, expected_code=code)
+    steps = len(read_metrics(out / "metrics.jsonl"))
+    assert f"Interrupted after step {steps}" in output and "--resume_from_checkpoint latest" in output
+    assert (out / f"checkpoint-{steps}" / WEIGHTS).exists()
+    assert "Traceback" not in output
+
+
+def test_a_bad_reward_stops_the_run_and_keeps_the_last_checkpoint(workplace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = config_file(workplace, out, "BreaksLater", max_train_steps=9, checkpointing_steps=1, estimator="full-bp")
+    output = finish(start(config), expected_code=1)
+    message = output.strip().splitlines()[-1]
+    assert message.startswith("error: reward 'rewards.py:BreaksLater': expected finite scores, got")
+    assert 'sample 0 "' in message
+    assert "Traceback" not in output
+    assert (out / "checkpoint-1" / WEIGHTS).exists() and not (out / WEIGHTS).exists()
+
+
+def test_a_reward_without_gradient_trains(workplace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = finish(start(config_file(workplace, out, "blind_redness", max_train_steps=1, num_inference_steps=6)))
+    assert "Biased by choice: steps 1 of 6 are left out (no noise there and no reward gradient)" in output
+    (line,) = read_metrics(out / "metrics.jsonl")
+    assert line["first_order_steps"] == 0
+    assert line["gradient_norm/black_box"] > 0 and line["gradient_norm/half_order"] > 0
+
+
+@pytest.mark.parametrize("flags", [["--estimator", "full-bp"], ["--estimator", "truncated-bp", "--fo_steps", "2"]])
+def test_backpropagation_without_a_gradient_is_refused(workplace: Path, tmp_path: Path, flags: list[str]) -> None:
+    output = finish(start(config_file(workplace, tmp_path / "out", "blind_redness", max_train_steps=1), *flags), 1)
+    assert "error: Expected an estimator with a term for this reward" in output.strip().splitlines()[-1]
+
+
+def test_mistakes_are_refused_at_once(workplace: Path, tmp_path: Path) -> None:
+    config = config_file(workplace, tmp_path / "out")
+    assert "did you mean" in finish(start(config, "--learning_rat", "1"), expected_code=2).lower()
+    assert "nowhere.txt" in finish(start(config, "--prompt_path", "nowhere.txt"), expected_code=2)
+    assert not (tmp_path / "out").exists()

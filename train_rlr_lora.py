@@ -1,0 +1,34 @@
+"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, train, finish.
+
+    accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
+"""
+
+import sys
+
+from rlr_peft.config import load_config_or_exit
+
+
+def main() -> int:
+    """Runs what the command line asks for; returns the exit code."""
+    config = load_config_or_exit(sys.argv[1:])
+
+    # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.training.console import reporting_errors, set_up_logging
+    from rlr_peft.training.finishing import finish, summary
+    from rlr_peft.training.run import build_run
+    from rlr_peft.training.trainer import train
+
+    with reporting_errors():
+        set_up_logging()
+        run = build_run(config)
+        progress = train(run)
+        if not progress.interrupted_by and run.accelerator.is_main_process:
+            print(summary(run, finish(run, progress)))
+        run.accelerator.end_training()
+    if progress.interrupted_by:
+        print(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", file=sys.stderr)
+    return progress.interrupted_by
+
+
+if __name__ == "__main__":
+    sys.exit(main())
