@@ -1,6 +1,6 @@
 """Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, train, finish.
 
-    accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
+accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 """
 
 import sys

@@ -17,7 +17,9 @@ from rlr_peft.chain.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the chain to differentiate: ``weight * < cotangent, x_{first_step - 1}(x_{first_step + length - 1}) >``.
+    """A stretch of the chain to differentiate.
+
+    Its gradient is that of ``weight * < cotangent, x_{first_step - 1}(x_{first_step + length - 1}) >``.
 
     Attributes:
         first_step: the step nearest to the image, in 1..T; the walk goes up in t from here.
@@ -75,8 +77,8 @@ def pull_back(
         mean = chain.replay(trajectory, t, latents).mean
     inputs = [*parameters, latents] if into_latents else parameters
     gradients = torch.autograd.grad(mean, inputs, cotangent / scale, allow_unused=True, materialize_grads=True)
-    gradients = [gradient * scale for gradient in gradients]
-    return gradients[: len(parameters)], gradients[-1] if into_latents else None
+    unscaled = [gradient * scale for gradient in gradients]
+    return unscaled[: len(parameters)], unscaled[-1] if into_latents else None
 
 
 def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> float:

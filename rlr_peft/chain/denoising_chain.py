@@ -1,11 +1,12 @@
 """Drives a diffusers pipeline as a chain of Gaussian steps, through the pipeline's own ``__call__``.
 
-Sampling is the pipeline's call under ``no_grad``; replaying step t is the same call on a slice of one step, with a tape;
-decoding is the same call on an empty slice. Guidance, conditioning and decoding are therefore exactly those of
+Sampling is the pipeline's call under ``no_grad``; replaying step t is the same call on a slice of one step, with a
+tape; decoding is the same call on an empty slice. Guidance, conditioning and decoding are therefore exactly those of
 inference, and nothing of a model family is written twice.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +59,7 @@ class DenoisingChain:
         self.pipeline = pipeline
         self.denoiser: torch.nn.Module = getattr(pipeline, self.family.denoiser)
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
-        self.parameters = list(parameters) if parameters is not None else trainable
+        self.parameters: Sequence[torch.nn.Parameter] = list(parameters) if parameters is not None else trainable
         self.num_steps = num_inference_steps
         self.guidance_scale = self.family.default_guidance_scale if guidance_scale is None else guidance_scale
         self.negative_prompt = negative_prompt
@@ -86,7 +87,7 @@ class DenoisingChain:
     def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
         """Standard normal noises (T + 1, B, ...); a sample's depend on its seed alone, on every device.
 
-        ``noises[T]``, the initial latents, equal those that the pipeline itself draws with a CPU generator of that seed.
+        ``noises[T]``, the initial latents, equal those that the pipeline itself draws with a CPU generator of the seed.
         """
         samples = []
         for seed in seeds:
@@ -117,7 +118,7 @@ class DenoisingChain:
         )
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
-        """Step t once more, on the tape if gradients are enabled; from ``latents`` instead of the stored x_t if given."""
+        """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""
         latents = trajectory.latents[t] if latents is None else latents
         self._scheduler.expose(t, t - 1, None)
         with self._seeded_dropout(trajectory.dropout_seed):
@@ -160,8 +161,9 @@ class DenoisingChain:
         arguments: dict[str, Any] = {"height": self.resolution, "width": self.resolution} if self.resolution else {}
         if self.negative_prompt is not None:
             arguments["negative_prompt"] = [self.negative_prompt] * len(prompts)
+        undecorated_call: Callable[..., Any] = inspect.unwrap(type(self.pipeline).__call__)  # without its no_grad
         with self._driven_pipeline() as pipeline:
-            output = type(pipeline).__call__.__wrapped__(
+            output = undecorated_call(
                 pipeline,
                 prompt=prompts,
                 num_inference_steps=self.num_steps,

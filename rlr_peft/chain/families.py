@@ -59,7 +59,7 @@ def stochastic_scheduler(pipeline: DiffusionPipeline) -> DDIMScheduler:
     """The DDIM scheduler with the noise levels that the pipeline was trained on, whatever scheduler it came with.
 
     Raises:
-        ValueError: the pipeline's scheduler clips or thresholds the predicted clean sample, which no Gaussian step does.
+        ValueError: the pipeline's scheduler clips or thresholds the predicted clean sample; no Gaussian step does.
     """
     config = dict(pipeline.scheduler.config)
     if config.get("thresholding") or (config.get("clip_sample") and isinstance(pipeline.scheduler, DDIMScheduler)):

@@ -14,13 +14,15 @@ class Chain(Protocol):
 
     Attributes:
         num_steps: T.
-        parameters: the trainable parameters, in a fixed order.
         denoiser_evaluations: number of single-sample denoiser evaluations so far; a guided pair counts once.
     """
 
     num_steps: int
-    parameters: Sequence[torch.nn.Parameter]
     denoiser_evaluations: int
+
+    @property
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """The trainable parameters, in a fixed order."""
 
     def std(self, t: int) -> float:
         """Standard deviation of step t; 0 where the step is deterministic."""
@@ -32,10 +34,15 @@ class Chain(Protocol):
         """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch."""
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
-        """Step t once more, on the tape if gradients are enabled; from ``latents`` instead of the stored x_t if given."""
+        """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""
 
     def rollout(
-        self, trajectory: Trajectory, start: int, latents: torch.Tensor, stop: int = 0, noises: torch.Tensor | None = None
+        self,
+        trajectory: Trajectory,
+        start: int,
+        latents: torch.Tensor,
+        stop: int = 0,
+        noises: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs steps ``start, ..., stop + 1`` without a tape from x_start = ``latents``; returns x_stop, (B, ...).
 

@@ -84,7 +84,7 @@ class RecordingScheduler:
         self.prediction_type: PredictionType = base.config.prediction_type
         self.timesteps = grid.timesteps
         self.recorded = RecordedSteps()
-        self.on_step: Callable[[int], None] | None = None
+        self.on_step: Callable[[int], object] | None = None
         self._noises: torch.Tensor | None = None
         self._next_step = 0
         self._exposed = range(0)

@@ -1,7 +1,8 @@
 """Black-box tail (FB): low-variance score terms next to the image for rewards without a gradient.
 
-For each step t the sample is continued once more from ``x'_{t-1} = x_{t-1} - 2 sigma_t eps_t``, the mirror image of its
-noise, with the same later noises. ``A = (R(x_0) - R(x'_0)) / 2`` then cancels all of the reward that step t did not cause.
+For each step t the sample is continued once more from ``x'_{t-1} = x_{t-1} - 2 sigma_t eps_t``, the mirror image of
+its noise, with the same later noises. ``A = (R(x_0) - R(x'_0)) / 2`` then cancels all of the reward that step t did not
+cause.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
 """Half order (HO): the sampler's own noise as likelihood ratio, times the Jacobian of a short block of steps.
 
-A block ``j..j+h-1`` contributes the gradient of ``A < eps_j / sigma_j, mu_{j:j+h-1}(x_{j+h-1}) >`` with the noises inside
-the block held fixed. With h = 1 on every step this is REINFORCE (DDPO on policy).
+A block ``j..j+h-1`` contributes the gradient of ``A < eps_j / sigma_j, mu_{j:j+h-1}(x_{j+h-1}) >`` with the noises
+inside the block held fixed. With h = 1 on every step this is REINFORCE (DDPO on policy).
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,9 +57,20 @@ class Block:
         return range(self.first_step, self.first_step + self.length)
 
 
-def tiles(first_step: int, last_step: int, length: int) -> list[Block]:
-    """Disjoint blocks that cover ``first_step..last_step``; the last one is shorter if need be."""
-    return [Block(j, min(length, last_step - j + 1)) for j in range(first_step, last_step + 1, length)]
+def tiles(first_step: int, last_step: int, length: int, noiseless: Container[int] = ()) -> list[Block]:
+    """Disjoint blocks that cover ``first_step..last_step``; the last one is shorter if need be.
+
+    No block starts at a noiseless step, which has no likelihood ratio: such a step is skipped unless a block that
+    started before it reaches over it.
+    """
+    blocks, t = [], first_step
+    while t <= last_step:
+        if t in noiseless:
+            t += 1
+            continue
+        blocks.append(Block(t, min(length, last_step - t + 1)))
+        t += length
+    return blocks
 
 
 def free_blocks(first_step: int, last_step: int, length: int) -> list[Block]:
@@ -115,7 +126,7 @@ def draw(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator
 
 
 def half_order_segment(rollout: Rollout, block: Block, weight: float = 1.0) -> Segment:
-    """The segment of a block; its weight is 1 if the block is always used and 1 / q if it is drawn with probability q."""
+    """The segment of a block; its weight is 1 for a block that is always used, 1 / q for one drawn with chance q."""
     return Segment(block.first_step, block.length, rollout.score_cotangent(block.first_step), weight)
 
 

@@ -39,8 +39,8 @@ def half_order_length_for_compute(
     length = math.floor((nfe_budget - fixed) / num_blocks)
     if length < 1:
         raise ValueError(
-            f"Expected nfe_budget >= {fixed + num_blocks} (sampling {num_steps}, first order {first_order_steps}, zeroth "
-            f"order {zeroth_order_evaluations}, one step for each of {num_blocks} blocks), got {nfe_budget}."
+            f"Expected nfe_budget >= {fixed + num_blocks} (sampling {num_steps}, first order {first_order_steps}, "
+            f"zeroth order {zeroth_order_evaluations}, one step for each of {num_blocks} blocks), got {nfe_budget}."
         )
     return min(length, num_steps - first_order_steps)
 

@@ -82,6 +82,7 @@ def _half_order_length(
             )
         )
     if arguments.memory_budget is not None:
+        assert arguments.ho_step_memory is not None and arguments.zo_step_memory is not None  # the config's checks
         lengths.append(
             half_order_length_for_memory(
                 arguments.memory_budget, arguments.ho_step_memory, arguments.zo_step_memory, num_inference_steps

@@ -1,8 +1,8 @@
 """The Recursive Likelihood Ratio (RLR) estimator: first order + half order (+ zeroth order), one sum, one step.
 
 Every step of the chain is covered by exactly one strategy in expectation, so the sum is an unbiased estimate of the
-gradient of E[R(x_0)]: the pathwise tail (FO) takes steps 1..K, half-order blocks (HO) or the zeroth order (ZO) the rest.
-Full backpropagation, truncated backpropagation and REINFORCE are the special cases K = T, no HO, and K = 0.
+gradient of E[R(x_0)]: the pathwise tail (FO) takes steps 1..K, half-order blocks (HO) or the zeroth order (ZO) the
+rest. Full backpropagation, truncated backpropagation and REINFORCE are the special cases K = T, no HO, and K = 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -139,8 +139,8 @@ class RLREstimator:
             weights += expected
         if not weights.any():
             raise CoverageError(
-                "Expected an estimator with a term for this reward, got none: the reward has no gradient (or K is 0) and "
-                "there are no half-order or zeroth-order terms. Use estimator rlr."
+                "Expected an estimator with a term for this reward, got none: the reward has no gradient (or K is 0) "
+                "and there are no half-order or zeroth-order terms. Use estimator rlr."
             )
         coverage = Coverage(weights, self._gaps(weights, chain))
         coverage.check()
@@ -183,11 +183,13 @@ class RLREstimator:
         if settings.half_order is not None:
             terms.append(settings.half_order.describe())
         if settings.zeroth_order is not None:
-            terms.append(f"{settings.zeroth_order.form} zeroth order with s = {settings.zeroth_order.scale:g} on the rest")
+            terms.append(
+                f"{settings.zeroth_order.form} zeroth order with s = {settings.zeroth_order.scale:g} on the rest"
+            )
         return "; ".join(terms)
 
     def hot_steps(self, chain: Chain, plan: Plan) -> dict[int, float]:
-        """Steps under a score term whose mean reacts too strongly to the denoiser, with ``|d mean / d output| / std``."""
+        """``|d mean / d output| / std`` of the score-term steps whose mean reacts too strongly to the denoiser."""
         first_steps = [block.first_step for block, _ in plan.blocks]
         ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in first_steps}
         return {t: ratio for t, ratio in ratios.items() if ratio > HOT_STEP}
@@ -220,7 +222,8 @@ class RLREstimator:
         """Blocks that tile the steps beyond ``covered``, all of them or M drawn ones, and their expected weights."""
         half_order = self.settings.half_order
         assert half_order is not None
-        blocks = [b for b in tiles(covered + 1, chain.num_steps, half_order.length) if chain.std(b.first_step) > 0]
+        noiseless = [t for t in range(1, chain.num_steps + 1) if chain.std(t) == 0]
+        blocks = tiles(covered + 1, chain.num_steps, half_order.length, noiseless)
         expected = torch.zeros(chain.num_steps, dtype=torch.float64)
         if not blocks:
             return [], expected

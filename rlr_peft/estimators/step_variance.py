@@ -1,7 +1,7 @@
 """Measures, step by step, how noisy the pathwise and the score-function gradient are.
 
-Pathwise gradients grow towards the noise, because the chain amplifies; score terms shrink, because the steps are noisier
-there. Where they cross depends on the model, T and the reward, so it is measured.
+Pathwise gradients grow towards the noise, because the chain amplifies; score terms shrink, because the steps are
+noisier there. Where they cross depends on the model, T and the reward, so it is measured.
 """
 
 from collections.abc import Sequence

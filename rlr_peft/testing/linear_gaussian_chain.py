@@ -4,8 +4,8 @@
 
 with parameters W and v. All moments of x_0 are polynomials of the parameters, so the gradient of E[R] is exact.
 
-The parameters carry a leading replicate dimension: replicate r has its own (equal) copy and its own samples, so one pass
-of an estimator over R * n samples yields R independent gradient estimates in the parameters' ``.grad``.
+The parameters carry a leading replicate dimension: replicate r has its own (equal) copy and its own samples, so one
+pass of an estimator over R * n samples yields R independent gradient estimates in the parameters' ``.grad``.
 """
 
 from collections.abc import Sequence

@@ -85,7 +85,9 @@ def _rollout(
     seeds = torch.randint(2**62, (samples,), generator=generator).tolist()
     trajectory = chain.sample([""] * samples, seeds)
     rewards, gradient = objective.score_with_gradient(trajectory.latents[0], trajectory.prompts)
-    return Rollout(trajectory, rewards, leave_one_out(rewards, group_size), gradient if objective.differentiable else None)
+    return Rollout(
+        trajectory, rewards, leave_one_out(rewards, group_size), gradient if objective.differentiable else None
+    )
 
 
 def _gradients_by_replicate(chain: LinearGaussianChain) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: folders `checkpoint-N` of the adapter, the state and a manifest."""
 
+import itertools
 import logging
 import os
 import re
@@ -123,6 +124,22 @@ class CheckpointManager:
             shutil.rmtree(aside, ignore_errors=True)
         self._delete_old(newest=target)
         return target
+
+    def set_aside_earlier(self) -> Path | None:
+        """Moves the checkpoints of an earlier run away, so that `latest` can never mean one of them.
+
+        Returns:
+            The new folder `earlier-checkpoints-K` that holds them; None if there were none.
+        """
+        folders = self._folders()
+        if not folders or self.process_index != 0:
+            return None
+        names = (self.output_dir / f"earlier-checkpoints-{number}" for number in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        aside.mkdir()
+        for _, path in folders:
+            os.rename(path, aside / path.name)
+        return aside
 
     def resolve(self, resume_from_checkpoint: str | None) -> Path | None:
         """The folder to resume from, verified against its manifest; None to start from scratch.

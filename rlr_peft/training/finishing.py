@@ -10,7 +10,7 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.lora import save_lora, verify_lora_reloads
-from rlr_peft.publishing.model_card import write_model_card
+from rlr_peft.publishing.model_card import with_error, write_model_card
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.hardware import describe_hardware, peak_memory_mb
@@ -76,8 +76,9 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
     for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
         if reward is not None and f"{name}_gain" in metrics:
             lines.append(
-                f"  {name} ({reward.name}): {metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain "
-                f"{metrics[f'{name}_gain']:+.4f} +- {metrics[f'{name}_gain_se']:.4f} (n = {metrics['n']:.0f} unseen images)"
+                f"  {name} ({reward.name}): {metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, "
+                f"gain {with_error(metrics[f'{name}_gain'], metrics[f'{name}_gain_se'], sign=True)} "
+                f"(n = {metrics['n']:.0f} images)"
             )
     base = run.config.model.pretrained_model_name_or_path
     load_from = "rlr_peft.tiny_shapes.pipeline_path()" if base == PIPELINE_NAME else repr(base)
@@ -133,9 +134,8 @@ def _record(run: Run, metrics: dict[str, float], pair_prompts: list[str]) -> Run
         config=config_to_dict(config),
         metrics=metrics,
         evaluation_prompts="unseen prompts" if unseen else "the evaluation prompts",
-        evaluation=f"Base and adapter drew the same prompts from the same noise: {run.chain.num_steps} DDIM steps with eta "
-        f"{config.validation.evaluation_eta:g} and guidance scale {run.chain.guidance_scale:g}; errors are standard "
-        "errors of the mean, those of gains are paired.",
+        evaluation=f"Drawn with {run.chain.num_steps} DDIM steps, eta {config.validation.evaluation_eta:g} and "
+        f"guidance scale {run.chain.guidance_scale:g}.",
         estimator=plan_text,
         coverage=run.estimator.last_coverage.describe() if run.estimator.last_coverage is not None else None,
         pipeline_tag=run.family.pipeline_tag,

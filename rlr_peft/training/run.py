@@ -158,8 +158,8 @@ def _accelerator(config: Config) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigError(
-            f"Expected {launched} processes, as launched, to find each other; accelerate sees {accelerator.num_processes}. "
-            "On a machine without GPU set ACCELERATE_USE_CPU=1 before launching."
+            f"Expected {launched} processes, as launched, to find each other; accelerate sees "
+            f"{accelerator.num_processes}. On a machine without GPU set ACCELERATE_USE_CPU=1 before launching."
         )
     return accelerator
 
@@ -167,7 +167,9 @@ def _accelerator(config: Config) -> Accelerator:
 def _attach(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
     denoiser = getattr(pipeline, family.denoiser)
     lora = config.lora
-    targets = family.lora_targets if lora.lora_layers is None else [name.strip() for name in lora.lora_layers.split(",")]
+    targets = (
+        family.lora_targets if lora.lora_layers is None else [name.strip() for name in lora.lora_layers.split(",")]
+    )
     parameters = attach_lora(
         denoiser,
         target_modules=targets,

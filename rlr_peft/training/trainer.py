@@ -73,9 +73,7 @@ def _loop(
     config, last_step = run.config, run.arithmetic.max_train_steps
     if progress.step == 0 and config.validation.validation_steps:
         save_validation_images(run, 0, "validation")
-    bar = tqdm(
-        desc="Steps", initial=progress.step, total=last_step, disable=not run.accelerator.is_local_main_process
-    )
+    bar = tqdm(desc="Steps", initial=progress.step, total=last_step, disable=not run.accelerator.is_local_main_process)
     with bar:
         while progress.step < last_step:
             started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
@@ -111,7 +109,9 @@ def _log(run: Run, progress: Progress, update: Update, log: MetricsLog) -> None:
         if not plan.coverage.unbiased:
             logger.warning("The gradient estimate is biased by choice, see the coverage above.")
         for t, ratio in run.estimator.hot_steps(run.chain, plan).items():
-            logger.warning("Step %d is left to a score term although it is hot (|d mean / d output| / std = %.1f).", t, ratio)
+            logger.warning(
+                "Step %d is left to a score term although it is hot (|d mean / d output| / std = %.1f).", t, ratio
+            )
 
 
 def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
@@ -133,6 +133,9 @@ def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
 def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
     path = checkpoints.resolve(run.config.checkpointing.resume_from_checkpoint)
     if path is None:
+        aside = checkpoints.set_aside_earlier()
+        if aside is not None:
+            logger.warning("Starting from scratch: checkpoints of an earlier run were moved to %s.", aside)
         return Progress()
     loaded = checkpoints.load(path)
     saved: dict[str, torch.Tensor] = loaded.state["lora"]
@@ -185,4 +188,3 @@ def _total(run: Run, count: int) -> int:
     if run.accelerator.num_processes == 1:
         return count
     return int(run.accelerator.reduce(torch.tensor(count, device=run.accelerator.device), reduction="sum"))
-

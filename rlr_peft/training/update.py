@@ -47,7 +47,9 @@ class Update:
         return metrics
 
 
-def sample_for(run: Run, step: int, purpose: Purpose, num_prompts: int, process_index: int, num_processes: int) -> Batch:
+def sample_for(
+    run: Run, step: int, purpose: Purpose, num_prompts: int, process_index: int, num_processes: int
+) -> Batch:
     """The batch of one process for a step; a pure function of the config's seed and the arguments."""
     training = run.config.training
     group_size = training.num_images_per_prompt
@@ -99,7 +101,7 @@ def take_update(run: Run, step: int) -> Update:
 
 
 def to_mean_descent(parameters: Sequence[torch.nn.Parameter], samples: int, accelerator: Accelerator) -> None:
-    """Turns every process's summed ascent gradients into the descent gradient of minus the mean reward, all-reduced once.
+    """Turns the summed ascent gradients of all processes into the gradient of minus the mean reward, all-reduced once.
 
     A flat buffer travels, because terms come from several backward passes and may leave parameters without gradient.
     """

@@ -104,17 +104,19 @@ def test_gradients_of_a_replayed_step_equal_central_differences(kind: str, predi
         weight.copy_(original)
         return result
 
-    for t in (1, 3, 5):
+    def check(t: int) -> None:
         latents = trajectory.latents[t].clone().requires_grad_()
         by_weight, by_latents = torch.autograd.grad(value(latents, t), [weight, latents])
-        direction = normal(latents)
         # A random direction plus the gradient's own, so that the derivative is not small by accident.
-        direction = normal(latents) / latents.numel() ** 0.5 + by_latents / by_latents.norm()
-        difference = central_difference(lambda shift: value(trajectory.latents[t] + shift * direction, t), h=1e-3)
-        assert difference == pytest.approx((by_latents * direction).sum().item(), rel=1e-5)
-        direction = normal(weight) / weight.numel() ** 0.5 + by_weight / by_weight.norm()
-        difference = central_difference(lambda shift: value_at_moved_weight(direction, shift, t), h=1e-3)
-        assert difference == pytest.approx((by_weight * direction).sum().item(), rel=1e-5)
+        along = normal(latents) / latents.numel() ** 0.5 + by_latents / by_latents.norm()
+        difference = central_difference(lambda shift: value(trajectory.latents[t] + shift * along, t), h=1e-3)
+        assert difference == pytest.approx((by_latents * along).sum().item(), rel=1e-5)
+        turn = normal(weight) / weight.numel() ** 0.5 + by_weight / by_weight.norm()
+        difference = central_difference(lambda shift: value_at_moved_weight(turn, shift, t), h=1e-3)
+        assert difference == pytest.approx((by_weight * turn).sum().item(), rel=1e-5)
+
+    for t in (1, 3, 5):
+        check(t)
 
 
 def test_dropout_masks_are_replayed() -> None:

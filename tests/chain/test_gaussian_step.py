@@ -14,7 +14,9 @@ DIFFUSION = PathPoint(0.6, 0.8), PathPoint(0.8, 0.6)
 FLOW = PathPoint(0.3, 0.7), PathPoint(0.5, 0.5)
 
 
-def model_output_of(prediction_type: str, original: torch.Tensor, noise: torch.Tensor, point: PathPoint) -> torch.Tensor:
+def model_output_of(
+    prediction_type: str, original: torch.Tensor, noise: torch.Tensor, point: PathPoint
+) -> torch.Tensor:
     return {
         "epsilon": noise,
         "v_prediction": point.alpha * noise - point.sigma * original,
@@ -34,7 +36,8 @@ def test_a_perfect_denoiser_keeps_the_marginal(kind: str, prediction_type: str, 
     tolerance = 1e-12
     if kind == "flow-sde":
         following = PathPoint(
-            current.alpha + 1e-4 * (following.alpha - current.alpha), current.sigma + 1e-4 * (following.sigma - current.sigma)
+            current.alpha + 1e-4 * (following.alpha - current.alpha),
+            current.sigma + 1e-4 * (following.sigma - current.sigma),
         )
         tolerance = 1e-6
     original = torch.tensor([0.7, -1.2], dtype=torch.float64)
@@ -48,7 +51,9 @@ def test_a_perfect_denoiser_keeps_the_marginal(kind: str, prediction_type: str, 
         (slope if noise.any() else offset).append(step.mean)
     coefficient = slope[0] - offset[0]
     torch.testing.assert_close(offset[0], following.alpha * original, rtol=0, atol=tolerance)
-    torch.testing.assert_close(coefficient**2 + step.std**2, torch.full_like(original, following.sigma**2), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        coefficient**2 + step.std**2, torch.full_like(original, following.sigma**2), rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +87,9 @@ def test_every_kind_is_finite_from_pure_noise_and_ends_clean(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("points", [DIFFUSION, (PathPoint(0.0, 1.0), PathPoint(0.6, 0.8)), (PathPoint(0.6, 0.8), PathPoint(1.0, 0.0))])
+@pytest.mark.parametrize(
+    "points", [DIFFUSION, (PathPoint(0.0, 1.0), PathPoint(0.6, 0.8)), (PathPoint(0.6, 0.8), PathPoint(1.0, 0.0))]
+)
 def test_std_is_known_without_the_latents(kind: str, points: tuple) -> None:
     x = torch.randn(4)
     assert gaussian_step(kind, "v_prediction", x, x, *points, 0.8).std == step_std(kind, *points, 0.8)
@@ -92,7 +99,9 @@ def test_output_sensitivity_is_the_derivative() -> None:
     output = torch.randn(1, dtype=torch.float64, requires_grad=True)
     step = gaussian_step("ancestral", "epsilon", torch.randn(1, dtype=torch.float64), output, *DIFFUSION, 1.0)
     (derivative,) = torch.autograd.grad(step.mean.sum(), output)
-    assert output_sensitivity("ancestral", "epsilon", *DIFFUSION, 1.0) == pytest.approx(abs(derivative.item()), rel=1e-12)
+    assert output_sensitivity("ancestral", "epsilon", *DIFFUSION, 1.0) == pytest.approx(
+        abs(derivative.item()), rel=1e-12
+    )
 
 
 def test_clear_errors() -> None:

@@ -5,7 +5,6 @@ component by component, at a familywise confidence of 99 % (Bonferroni over the 
 """
 
 import pytest
-import torch
 
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.rlr import RLRSettings
@@ -84,7 +83,9 @@ def test_unbiased_without_a_baseline() -> None:
         pytest.param(RLRSettings(1, None), {}, id="truncated-bp K=1"),
         pytest.param(RLRSettings(3, None), {}, id="truncated-bp K=3"),
         pytest.param(RLRSettings(1, HalfOrder(1, 1, "window", (3, 4))), {}, id="window without ZO"),
-        pytest.param(RLRSettings("auto", SINGLE), {"differentiable": False, "last_std": 0.0}, id="no gradient, sigma_1 = 0"),
+        pytest.param(
+            RLRSettings("auto", SINGLE), {"differentiable": False, "last_std": 0.0}, id="no gradient, sigma_1 = 0"
+        ),
     ],
 )
 def test_bias_by_choice_is_detected_and_declared(settings: RLRSettings, arguments: dict) -> None:
