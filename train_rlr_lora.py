@@ -6,20 +6,22 @@ accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 import sys
 
 from rlr_peft.config import load_config_or_exit
+from rlr_peft.training.logs import set_up_logging
 
 
 def main() -> int:
     """Runs what the command line asks for; returns the exit code."""
     config = load_config_or_exit(sys.argv[1:])
 
+    set_up_logging()
+
     # Only now the heavy imports: a wrong flag is refused at once.
-    from rlr_peft.training.console import reporting_errors, set_up_logging
+    from rlr_peft.training.errors import reporting_errors
     from rlr_peft.training.finishing import finish, summary
     from rlr_peft.training.run import build_run
     from rlr_peft.training.trainer import train
 
     with reporting_errors():
-        set_up_logging()
         run = build_run(config)
         progress = train(run)
         if not progress.interrupted_by and run.accelerator.is_main_process:

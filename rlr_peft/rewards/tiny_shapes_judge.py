@@ -55,14 +55,15 @@ class TinyShapesJudgeReward:
         """
         asked = [self._asked_values(index, prompts) for index in range(len(prompts))]
         log_probabilities = self._judge(images.to(self.device, torch.float32))
-        scores = []
-        for index, values in enumerate(asked):
-            probabilities = [
-                log_probabilities[attribute][index, ATTRIBUTES[attribute].index(value)].exp()
-                for attribute, value in values.items()
-            ]
-            scores.append(torch.stack(probabilities).mean())
-        return torch.stack(scores).to(images.device)
+        total = torch.zeros(len(prompts), device=self.device)
+        for attribute, words in ATTRIBUTES.items():
+            rows = [index for index, values in enumerate(asked) if attribute in values]
+            columns = [words.index(asked[index][attribute]) for index in rows]
+            if rows:
+                probabilities = log_probabilities[attribute][rows, columns].exp()
+                total = total.index_add(0, torch.tensor(rows, device=self.device), probabilities)
+        counts = torch.tensor([len(values) for values in asked], device=self.device)
+        return (total / counts).to(images.device)
 
     def _asked_values(self, index: int, prompts: list[str]) -> dict[str, str]:
         sample = describe_samples([index], prompts)

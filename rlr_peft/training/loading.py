@@ -5,6 +5,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from rlr_peft.config import ModelArguments
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
+from rlr_peft.training.logs import hide_loading_bars
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -15,6 +16,7 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
     Raises:
         OSError: the folder or the Hub repository does not hold a diffusers pipeline.
     """
+    hide_loading_bars()
     dtype = DTYPES[arguments.mixed_precision]
     name = arguments.pretrained_model_name_or_path
     replaced = {}

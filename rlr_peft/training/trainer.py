@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,16 +60,19 @@ def train(run: Run) -> Progress:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         save_config(run.config, run.output_dir / "config.yaml")
     run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run))
-    log_path = run.output_dir / (METRICS_LOG if run.accelerator.is_main_process else f".{METRICS_LOG}.discarded")
     _announce(run, progress)
-    with GracefulInterruption() as interruption, MetricsLog(log_path, progress.step) as log:
+    with ExitStack() as stack:
+        interruption = stack.enter_context(GracefulInterruption())
+        log = None
+        if run.accelerator.is_main_process:
+            log = stack.enter_context(MetricsLog(run.output_dir / METRICS_LOG, progress.step))
         _loop(run, progress, checkpoints, log, interruption)
         progress.interrupted_by = interruption.exit_code if progress.step < run.arithmetic.max_train_steps else 0
     return progress
 
 
 def _loop(
-    run: Run, progress: Progress, checkpoints: CheckpointManager, log: MetricsLog, interruption: GracefulInterruption
+    run: Run, progress: Progress, checkpoints: CheckpointManager, log: MetricsLog | None, interruption: GracefulInterruption
 ) -> None:
     config, last_step = run.config, run.arithmetic.max_train_steps
     if progress.step == 0 and config.validation.validation_steps:
@@ -90,18 +94,20 @@ def _loop(
                 save_validation_images(run, progress.step, "validation")
             stop = _total(run, int(interruption.requested)) > 0
             if stop or progress.step == last_step or _due(progress.step, config.checkpointing.checkpointing_steps):
-                log.synchronize()
+                if log is not None:
+                    log.synchronize()
                 _save(run, progress, checkpoints)
             if stop:
                 break
 
 
-def _log(run: Run, progress: Progress, update: Update, log: MetricsLog) -> None:
+def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -> None:
     metrics = update.metrics() | {
         "lr": run.lr_scheduler.get_last_lr()[0],
         "denoiser_evaluations": progress.denoiser_evaluations,
     }
-    log.log(metrics, progress.step)
+    if log is not None:
+        log.log(metrics, progress.step)
     run.accelerator.log(metrics | {"seconds": progress.seconds}, step=progress.step)
     if progress.step == 1:
         plan = update.reports[0].plan

@@ -1,6 +1,7 @@
 """The training script as users run it: real processes, real files, real signals."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from rlr_peft.training.tracking import read_metrics
 from tests.pipelines import tiny_stable_diffusion
@@ -231,3 +233,21 @@ def test_mistakes_are_refused_at_once(workplace: Path, tmp_path: Path) -> None:
     assert "did you mean" in finish(start(config, "--learning_rat", "1"), expected_code=2).lower()
     assert "nowhere.txt" in finish(start(config, "--prompt_path", "nowhere.txt"), expected_code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path) -> None:
+    """The same seed and global batch: one process with two micro-batches against two processes with one each."""
+    values = {"reward": "redness", "max_train_steps": 2, "fo_steps": 1, "ho_blocks": 2}
+    finish(start(config_file(workplace, tmp_path / "one", gradient_accumulation_steps=2, **values)))
+    config = config_file(workplace, tmp_path / "two", gradient_accumulation_steps=1, **values)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train_rlr_lora.py"]
+    subprocess.run(
+        [*command, "--config", str(config)], cwd=ROOT, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "1"}
+    )
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    rewards = [[line["reward"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+    states = torch.load(tmp_path / "two" / "checkpoint-2" / "process_states.pt", weights_only=True)
+    assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])

@@ -68,6 +68,7 @@ def train_unet(latents_path: Path, folder: Path, settings: LoopSettings, batch_s
     unet, text_encoder = denoiser["unet"], denoiser["text_encoder"]
     # For so few tokens plain matrix products are much faster on a CPU than the fused attention kernels.
     unet.set_attn_processor(AttnProcessor())
+    text_encoder.set_attn_implementation("eager")
     latents = torch.from_numpy(np.load(latents_path))
     alphas = create_scheduler().alphas_cumprod.clamp(0, 1)
 

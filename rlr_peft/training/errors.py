@@ -1,7 +1,5 @@
-"""What a person at the console sees: calm logs, and one clear message where a run cannot go on."""
+"""Errors that explain themselves end the program with one clear message."""
 
-import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +22,9 @@ EXPLAINED_ERRORS = (
 )
 
 
-def set_up_logging() -> None:
-    """Our messages at INFO from the main process, warnings from all, on stderr."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("rlr_peft").setLevel(logging.INFO if is_main else logging.WARNING)
-
-
 @contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Errors that explain themselves end the program with their message and exit code 1, without a traceback."""
+    """Prints an explained error instead of a traceback and leaves with exit code 1."""
     try:
         yield
     except EXPLAINED_ERRORS as error:

@@ -1,0 +1,34 @@
+"""The machine in words, and results as JSON files that state it."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, GPU and versions: what a measured number must be read with."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+    }
+
+
+def write_results(name: str, results: dict[str, Any]) -> Path:
+    """Writes ``benchmarks/results/{name}.json``, the machine first."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": describe_machine(), **results}, indent=2) + "\n")
+    return path

@@ -1,0 +1,70 @@
+"""Bias and variance of every estimator on a linear-Gaussian chain with a closed-form gradient.
+
+    python -m benchmarks.unbiasedness
+
+Writes ``benchmarks/results/unbiasedness.json`` and prints the table of ``docs/estimators.md``.
+"""
+
+import argparse
+
+from benchmarks.machine import write_results
+from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.rlr import RLRSettings
+from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.testing.unbiasedness import critical_z, measure_bias
+
+T = 6
+COMPONENTS = 12  # parameters of the chain: a 3 x 3 matrix and a vector
+SINGLE = HalfOrder(length=1, blocks="all")
+TWO_POINT = ZerothOrder("two-point", 0.01)
+PERTURBED = {"replicates": 1, "group_size": 16}  # a perturbation serves a whole batch
+
+ESTIMATORS: dict[str, tuple[RLRSettings, dict]] = {
+    "`rlr` (K measured, then all single steps)": (RLRSettings("auto", SINGLE), {}),
+    "`rlr`, reward without gradient, sigma_1 > 0": (
+        RLRSettings("auto", SINGLE, black_box_steps=3),
+        {"differentiable": False, "last_std": 0.2},
+    ),
+    "FO_1 + all single steps": (RLRSettings(1, SINGLE), {}),
+    "FO_3 + all single steps": (RLRSettings(3, SINGLE), {}),
+    "FO_2 + tiles of h = 2": (RLRSettings(2, HalfOrder(2, "all")), {}),
+    "FO_1 + 2 random single steps, weight 1/q": (RLRSettings(1, HalfOrder(1, 2)), {}),
+    "FO_1 + 1 random block of h = 2, weight 1/q": (RLRSettings(1, HalfOrder(2, 1)), {}),
+    "FO_1 + 2 blocks by gradient norm, weight 1/q": (RLRSettings(1, HalfOrder(1, 2, "gradient-norm")), {}),
+    "`full-bp`": (RLRSettings(T, None), {}),
+    "`reinforce` (sigma_1 > 0)": (RLRSettings(0, SINGLE), {"last_std": 0.2}),
+    "`rlr-paper`: FO_1 + block of h = 2 + ZO two-point s = .01": (RLRSettings(1, HalfOrder(2, 1), TWO_POINT), PERTURBED),
+    "the same, block from a window": (RLRSettings(1, HalfOrder(2, 1, "window", (3, 4)), TWO_POINT), PERTURBED),
+    "the same, ZO one-point s = .1": (
+        RLRSettings(1, HalfOrder(2, 1), ZerothOrder("one-point", 0.1)),
+        PERTURBED,
+    ),
+    "`truncated-bp` K = 1 (biased)": (RLRSettings(1, None), {}),
+    "`truncated-bp` K = 3 (biased)": (RLRSettings(3, None), {}),
+    "FO_1 + block from a window, no ZO (biased)": (RLRSettings(1, HalfOrder(1, 1, "window", (3, 4))), {}),
+    "ZO two-point s = 1 (biased)": (RLRSettings(0, None, ZerothOrder("two-point", 1.0)), PERTURBED),
+}
+
+
+def main() -> None:
+    """Measures every estimator and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=1000, help="independent estimates without a perturbation")
+    parser.add_argument("--perturbed_calls", type=int, default=20_000, help="independent estimates with one")
+    parser.add_argument("--seed", type=int, default=7)
+    arguments = parser.parse_args()
+    critical = critical_z(COMPONENTS * len(ESTIMATORS), confidence=0.99)
+    rows = []
+    print(f"critical |z| = {critical:.2f} (99 % over all components of all rows)\n")
+    print("| estimator | estimates | max abs z | mean / exact | says unbiased |\n|---|---|---|---|---|")
+    for name, (settings, options) in ESTIMATORS.items():
+        calls = arguments.perturbed_calls if options is PERTURBED or settings.zeroth_order else arguments.calls
+        bias = measure_bias(settings, num_steps=T, calls=calls, seed=arguments.seed, **options)
+        rows.append({"estimator": name, **vars(bias)})
+        claim = "yes" if bias.coverage_unbiased else "no"
+        print(f"| {name} | {bias.estimates} | {bias.max_abs_z:.2f} | {bias.projection:.3f} | {claim} |", flush=True)
+    write_results("unbiasedness", {"critical_z": critical, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
