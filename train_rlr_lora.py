@@ -1,4 +1,4 @@
-"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, train, finish.
+"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, measure the base, train, finish.
 
 accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 """
@@ -20,14 +20,16 @@ def main() -> int:
     from rlr_peft.training.finishing import finish, summary
     from rlr_peft.training.run import build_run
     from rlr_peft.training.trainer import train
+    from rlr_peft.training.validation import evaluate_base
 
     with reporting_errors():
         run = build_run(config)
+        base = evaluate_base(run)
         progress = train(run)
         if not progress.interrupted_by and run.accelerator.is_main_process:
-            print(summary(run, finish(run, progress)))
+            print(summary(run, finish(run, progress, base)))
         run.accelerator.end_training()
-    if progress.interrupted_by:
+    if progress.interrupted_by and run.accelerator.is_main_process:
         print(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", file=sys.stderr)
     return progress.interrupted_by
 

@@ -73,7 +73,7 @@ def main() -> None:
     phases = {name: seconds[name] for name in ("sampling", "reward", "adjoint")}
     models = {name: value for name, value in seconds.items() if name not in phases}
     per_step = total / STEPS
-    results = {
+    results: dict[str, Any] = {
         "config": config_to_dict(config),
         "seconds_per_step": per_step,
         "phases": phases | {"rest": per_step - sum(phases.values())},

@@ -6,13 +6,18 @@ Peak memory is one denoiser step, whatever the number of steps, and the gradient
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.errors import UserError
+
+
+class DerivativeError(UserError, FloatingPointError):
+    """A derivative is not finite."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def walk(chain: Chain, trajectory: Trajectory, segment: Segment) -> Iterator[tup
 
     Raises:
         ValueError: the segment leaves the chain.
-        FloatingPointError: a cotangent is not finite.
+        DerivativeError: a cotangent is not finite.
     """
     if segment.first_step < 1 or segment.length < 1 or segment.steps[-1] > trajectory.num_steps:
         raise ValueError(
@@ -64,21 +69,16 @@ def pull_back(
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Vector-Jacobian product of step t: from a cotangent at its mean to the parameters and to its input x_t.
 
-    The backward pass starts from the cotangent scaled to about 1 by a power of two, which is undone exactly: half
-    precision neither underflows nor needs a loss scaler.
-
     Returns:
         One gradient per parameter, and the cotangent at x_t, (B, ...), if ``into_latents``.
     """
-    scale = _power_of_two_above(cotangent, t)
     latents = trajectory.latents[t].detach().requires_grad_(into_latents)
     parameters = list(chain.parameters)
     with torch.enable_grad():
         mean = chain.replay(trajectory, t, latents).mean
     inputs = [*parameters, latents] if into_latents else parameters
-    gradients = torch.autograd.grad(mean, inputs, cotangent / scale, allow_unused=True, materialize_grads=True)
-    unscaled = [gradient * scale for gradient in gradients]
-    return unscaled[: len(parameters)], unscaled[-1] if into_latents else None
+    gradients = scaled_gradients(mean, inputs, cotangent, f"step {t}")
+    return gradients[: len(parameters)], gradients[-1] if into_latents else None
 
 
 def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> float:
@@ -101,11 +101,30 @@ def add_to_gradients(chain: Chain, gradients: list[torch.Tensor]) -> None:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _power_of_two_above(cotangent: torch.Tensor, t: int) -> float:
+def scaled_gradients(
+    output: torch.Tensor, inputs: Sequence[torch.Tensor], cotangent: torch.Tensor, place: str
+) -> list[torch.Tensor]:
+    """Vector-Jacobian product whose backward pass starts from the cotangent scaled to about 1.
+
+    The scale is a power of two and undone exactly: half precision neither underflows nor needs a loss scaler.
+
+    Args:
+        output: end of a tape.
+        inputs: what to differentiate by; those that the tape does not reach get zeros.
+        cotangent: derivative by ``output``, of its shape.
+        place: named in the error.
+
+    Raises:
+        DerivativeError: the cotangent is not finite.
+    """
     largest = float(cotangent.abs().max())
     if not math.isfinite(largest):
-        raise FloatingPointError(
-            f"Expected finite derivatives at step {t}, got {largest}. Lower the learning rate, clip the reward, or "
-            "train in bf16 or fp32."
+        raise DerivativeError(
+            f"Expected finite derivatives at {place}, got {largest}. Lower the learning rate, clip the reward, or "
+            "train in bf16 or fp32; the last checkpoint is untouched."
         )
-    return 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
+    scale = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
+    gradients = torch.autograd.grad(
+        output, inputs, (cotangent / scale).to(output.dtype), allow_unused=True, materialize_grads=True
+    )
+    return [gradient * scale for gradient in gradients]

@@ -124,7 +124,8 @@ class DenoisingChain:
         with self._seeded_dropout(trajectory.dropout_seed):
             self._call(trajectory.prompts, latents)
         self.denoiser_evaluations += trajectory.batch_size
-        return self._scheduler.recorded.steps[0]
+        (step,), self._scheduler.recorded = self._scheduler.recorded.steps, RecordedSteps()
+        return step
 
     def rollout(
         self,
@@ -205,7 +206,8 @@ class DenoisingChain:
     def _find_latents_shape(self) -> tuple[int, ...]:
         """Shape of one sample's latents, asked of the pipeline itself: an empty slice returns its initial latents."""
         self._scheduler.expose(0, 0, None)
-        return tuple(self._call([""], None).shape[1:])
+        with torch.random.fork_rng(devices=[]):
+            return tuple(self._call([""], None).shape[1:])
 
 
 class _InputCast:

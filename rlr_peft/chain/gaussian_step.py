@@ -118,10 +118,10 @@ def step_std(kind: StepKind, current: PathPoint, following: PathPoint, eta: floa
     """Standard deviation of a step; it depends on the grid alone, not on the latents.
 
     Raises:
-        ValueError: unknown kind, or eta outside [0, 1].
+        ValueError: unknown kind, or eta out of range: at least 0, and at most 1 except for ``flow-sde``.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"Expected eta in [0, 1], got {eta}.")
+    if eta < 0 or (eta > 1 and kind in ("ancestral", "cps")):
+        raise ValueError(f"Expected eta in [0, 1] for {kind} steps, got {eta}.")
     if kind == "ode":
         return 0.0
     if kind == "ancestral":

@@ -51,3 +51,10 @@ class Chain(Protocol):
 
     def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
         """Standard normal noises in the layout of ``Trajectory.noises``, (T + 1, B, ...)."""
+
+
+class Decoder(Protocol):
+    """Turns clean latents into images."""
+
+    def decode(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] of clean latents (B, ...), on the tape if gradients are enabled."""

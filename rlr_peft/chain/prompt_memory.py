@@ -18,7 +18,7 @@ class PromptMemory:
         max_prompts: how many prompts are remembered.
     """
 
-    def __init__(self, encode_prompt: Callable[..., Embeddings], max_prompts: int = 4096) -> None:
+    def __init__(self, encode_prompt: Callable[..., Embeddings], max_prompts: int = 256) -> None:
         self._encode_prompt = encode_prompt
         self._signature = inspect.signature(encode_prompt)
         self._max_prompts = max_prompts
@@ -36,6 +36,8 @@ class PromptMemory:
     @torch.no_grad()
     def _encode_one(self, index: int, batch_size: int, arguments: dict[str, Any]) -> Embeddings:
         for name, value in arguments.items():
+            if torch.is_tensor(value):
+                raise ValueError(f"Expected prompts as text, got a tensor for {name}.")
             if isinstance(value, list) and len(value) == batch_size:
                 arguments[name] = [value[index]]
         key = tuple((name, str(value)) for name, value in sorted(arguments.items()))

@@ -24,7 +24,7 @@ class Grid:
 
     Attributes:
         timesteps: what the denoiser is told at every step, noise first, (T,).
-        points: path points, length T + 1; step t goes from ``points[T - t]`` to ``followings[T - t]``.
+        points: where each step starts, noise first, length T.
         followings: where each step leads, length T.
     """
 

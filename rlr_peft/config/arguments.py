@@ -29,7 +29,7 @@ class ModelArguments:
         None, "Hub id or local folder of a VAE that replaces the pipeline's own, for example an fp16-safe SDXL VAE."
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = knob(
-        "no", "Number format of the frozen base weights and of autocast; LoRA weights always stay fp32."
+        "no", "Number format of the frozen base weights; LoRA weights and latents always stay fp32."
     )
     gradient_checkpointing: bool = knob(
         False, "Recompute the denoiser's activations in the backward pass: less memory, more time."

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, field
 from typing import Any
 
+from rlr_peft.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """The configuration cannot be run; the message says what was expected, what was got and what to do."""
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from rlr_peft.errors import UserError
 
-class CoverageError(ValueError):
+
+class CoverageError(UserError, ValueError):
     """An estimator's terms do not cover the chain as they claim."""
 
 
@@ -20,13 +22,16 @@ class Coverage:
     Attributes:
         weights: ``weights[t - 1]`` is the expected weight of step t, (T,), float64.
         gaps: reason by step for every step that is left out by choice.
+        smoothing: scale s of the zeroth order's perturbation where there is one: its gradient is that of the smoothed
+            objective, biased in the order of s squared; None without it.
     """
 
     weights: torch.Tensor
     gaps: Mapping[int, str]
+    smoothing: float | None = None
 
     @property
-    def unbiased(self) -> bool:
+    def complete(self) -> bool:
         """Whether every step is covered with expected weight 1."""
         return bool(torch.allclose(self.weights, torch.ones_like(self.weights), rtol=0, atol=1e-9))
 
@@ -40,8 +45,13 @@ class Coverage:
 
     def describe(self) -> str:
         """One sentence for logs and cards."""
-        if self.unbiased:
+        if self.complete and self.smoothing is None:
             return "Every step is covered with expected weight 1: the gradient estimate is unbiased."
+        if self.complete:
+            return (
+                "Every step is covered with expected weight 1; the zeroth-order term estimates the gradient of the "
+                f"objective smoothed at s = {self.smoothing:g}, with a bias of order s squared."
+            )
         reasons = sorted(set(self.gaps.values()))
         steps = [t for t, weight in enumerate(self.weights.tolist(), start=1) if abs(weight - 1) > 1e-9]
         return f"Biased by choice: steps {_ranges(steps)} of {len(self.weights)} are left out ({'; '.join(reasons)})."

@@ -4,13 +4,14 @@ A block ``j..j+h-1`` contributes the gradient of ``A < eps_j / sigma_j, mu_{j:j+
 inside the block held fixed. With h = 1 on every step this is REINFORCE (DDPO on policy).
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from rlr_peft.chain.adjoint import Segment
+from rlr_peft.estimators.coverage import CoverageError
 from rlr_peft.estimators.rollout import Rollout
 
 StartSampler = Literal["uniform", "gradient-norm", "window"]
@@ -79,7 +80,7 @@ def free_blocks(first_step: int, last_step: int, length: int) -> list[Block]:
 
 
 def draw_probabilities(
-    blocks: Sequence[Block], half_order: HalfOrder, running_norms: dict[int, float], defensive_share: float = 0.0
+    blocks: Sequence[Block], half_order: HalfOrder, running_norms: Mapping[int, float], defensive_share: float = 0.0
 ) -> torch.Tensor:
     """Probability of every block in a single draw, (len(blocks),), float64.
 
@@ -90,7 +91,7 @@ def draw_probabilities(
         defensive_share: share of uniform probability mixed in, in [0, 1].
 
     Raises:
-        ValueError: no block starts within the window.
+        CoverageError: no block starts within the window.
     """
     if half_order.start == "window":
         if half_order.window is None:
@@ -98,7 +99,7 @@ def draw_probabilities(
         low, high = half_order.window
         inside = torch.tensor([float(low <= block.first_step <= high) for block in blocks], dtype=torch.float64)
         if inside.sum() == 0:
-            raise ValueError(
+            raise CoverageError(
                 f"Expected a block that starts within steps {low}..{high}, got starts "
                 f"{[block.first_step for block in blocks]}. Widen ho_window, or lower fo_steps or ho_length."
             )

@@ -6,8 +6,9 @@ from typing import Protocol
 
 import torch
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.rewards.base import Reward, score_images
+from rlr_peft.chain.adjoint import scaled_gradients
+from rlr_peft.chain.interface import Decoder
+from rlr_peft.rewards.base import Reward, RewardError, score_images
 
 
 class Objective(Protocol):
@@ -36,25 +37,29 @@ class DecodedReward:
     """Decodes clean latents and scores the images; the tape lives for ``batch_size`` images and no longer.
 
     Args:
-        chain: decodes latents.
+        decoder: decodes latents.
         reward: scores images.
         batch_size: images decoded and scored at once.
         heldout: a reward that is only measured, never differentiated.
+
+    Attributes:
+        has_gradient: whether the reward has a gradient; of a callable that does not say so itself it is taken to have
+            one until the first ``measure``.
     """
 
-    def __init__(self, chain: DenoisingChain, reward: Reward, batch_size: int, heldout: Reward | None = None) -> None:
-        self._chain = chain
+    def __init__(self, decoder: Decoder, reward: Reward, batch_size: int, heldout: Reward | None = None) -> None:
+        self._decoder = decoder
         self._reward = reward
         self._batch_size = batch_size
         self._heldout = heldout
-        self._has_gradient = getattr(reward, "probe", None) is not None or reward.differentiable
+        self.has_gradient = _may_have_gradient(reward)
 
     @torch.no_grad()
     def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Rewards (B,) of clean latents (B, ...), without a tape."""
         scores = []
         for part, texts in self._parts(latents, prompts):
-            scores.append(score_images(self._reward, self._chain.decode(part, texts).float(), texts))
+            scores.append(score_images(self._reward, self._decoder.decode(part, texts).float(), texts))
         return torch.cat(scores)
 
     def measure(self, latents: torch.Tensor, prompts: Sequence[str]) -> Measurement:
@@ -67,24 +72,36 @@ class DecodedReward:
         """
         parts = [self._measure_part(part, texts) for part, texts in self._parts(latents, prompts)]
         rewards, gradients, heldout = zip(*parts, strict=True)
-        self._has_gradient = gradients[0] is not None
+        self.has_gradient = gradients[0] is not None
         return Measurement(
             torch.cat(rewards),
-            torch.cat(gradients) if self._has_gradient else None,
+            torch.cat(gradients) if self.has_gradient else None,
             torch.cat(heldout) if self._heldout is not None else None,
         )
 
     def _measure_part(
         self, latents: torch.Tensor, prompts: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        latents = latents.detach().requires_grad_(self._has_gradient)
-        with torch.set_grad_enabled(self._has_gradient):
-            images = self._chain.decode(latents, prompts).float()
-            rewards = score_images(self._reward, images, prompts)
-        heldout = None if self._heldout is None else score_images(self._heldout, images.detach(), prompts)
-        gradient = torch.autograd.grad(rewards.sum(), latents)[0] if rewards.requires_grad else None
+        latents = latents.detach().requires_grad_(self.has_gradient)
+        with torch.set_grad_enabled(self.has_gradient):
+            images = self._decoder.decode(latents, prompts)
+            # Cut here: the reward's tape is gone before the decoder's backward pass, whose cotangent is then scaled.
+            pixels = images.detach().float().requires_grad_(self.has_gradient)
+            rewards = score_images(self._reward, pixels, prompts)
+        gradient = None
+        if rewards.requires_grad:
+            (pixel_gradient,) = torch.autograd.grad(rewards.sum(), pixels)
+            (gradient,) = scaled_gradients(images, [latents], pixel_gradient, f"the images of {self._reward.name}")
+        heldout = None if self._heldout is None else score_images(self._heldout, pixels.detach(), prompts)
         return rewards.detach(), gradient, heldout
 
     def _parts(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[tuple[torch.Tensor, list[str]]]:
         starts = range(0, len(prompts), self._batch_size)
         return [(latents[i : i + self._batch_size], list(prompts[i : i + self._batch_size])) for i in starts]
+
+
+def _may_have_gradient(reward: Reward) -> bool:
+    try:
+        return reward.differentiable
+    except RewardError:  # a user's callable that does not say; the first images will tell
+        return True

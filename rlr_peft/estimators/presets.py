@@ -5,8 +5,8 @@ from typing import Literal
 
 from rlr_peft.config import EstimatorArguments
 from rlr_peft.estimators.half_order import HalfOrder, StartSampler
+from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory
-from rlr_peft.estimators.rlr import RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 
@@ -37,7 +37,7 @@ def settings_from_arguments(arguments: EstimatorArguments, num_inference_steps: 
     """The estimator's settings: the preset's, with the config's explicit values in their place.
 
     Raises:
-        ValueError: a budget that does not allow a block of one step.
+        ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
     """
     preset = PRESETS[arguments.estimator]
     fo_steps = _or(arguments.fo_steps, preset.fo_steps)
@@ -73,12 +73,20 @@ def _half_order_length(
         return length
     lengths = []
     if arguments.nfe_budget is not None:
-        tail = 0 if first_order_steps == "auto" else first_order_steps
+        if blocks == "all" or first_order_steps == "auto":
+            raise ValueError(
+                "Expected numbers for ho_blocks and fo_steps beside ho_length auto and nfe_budget, got "
+                f"ho_blocks = {blocks} and fo_steps = {first_order_steps}: tiling every step costs the same for every "
+                "length, and a measured K is not known beforehand. Set both, or use --estimator rlr-paper."
+            )
         rollouts = {"none": 0, "one-point": 1, "two-point": 2}[zo] * arguments.zo_samples
-        count = 1 if blocks == "all" else blocks
         lengths.append(
             half_order_length_for_compute(
-                arguments.nfe_budget, num_inference_steps, tail, count, rollouts * num_inference_steps
+                arguments.nfe_budget,
+                num_inference_steps,
+                first_order_steps,
+                blocks,
+                rollouts * num_inference_steps,
             )
         )
     if arguments.memory_budget is not None:

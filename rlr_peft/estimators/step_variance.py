@@ -52,7 +52,7 @@ def measure_step_variances(chain: Chain, rollouts: Sequence[Rollout]) -> StepVar
             for i, sample in enumerate(samples):
                 cotangent = cotangents[i]
                 assert cotangent is not None
-                gradients, cotangents[i] = pull_back(chain, sample.trajectory, t, cotangent)
+                gradients, cotangents[i] = pull_back(chain, sample.trajectory, t, cotangent, into_latents=t < num_steps)
                 moments.add(gradients)
             first_order[t - 1] = moments.variance()
         if chain.std(t) > 0:
@@ -86,4 +86,4 @@ class _Moments:
 
 
 def _blend(older: torch.Tensor, newer: torch.Tensor, decay: float) -> torch.Tensor:
-    return torch.where(newer.isinf(), newer, decay * older + (1 - decay) * newer)
+    return torch.where(newer.isinf() | older.isinf(), newer, decay * older + (1 - decay) * newer)

@@ -11,11 +11,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from rlr_peft.errors import UserError
 from rlr_peft.lora.attach import denoiser_name, lora_parameters
 from rlr_peft.lora.export import WEIGHT_NAME
 
 
-class AdapterMismatchError(RuntimeError):
+class AdapterMismatchError(UserError, RuntimeError):
     """What diffusers loads from the saved files is not the adapter that was trained."""
 
 

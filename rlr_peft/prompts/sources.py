@@ -6,10 +6,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlr_peft.errors import UserError
 from rlr_peft.tiny_shapes import scenes
 
 
-class PromptError(ValueError):
+class PromptError(UserError, ValueError):
     """The prompts could not be read; the message says what was expected, what was found and what to do."""
 
 

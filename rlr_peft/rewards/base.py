@@ -9,12 +9,14 @@ import numpy
 import torch
 from torch import Tensor
 
+from rlr_peft.errors import UserError
+
 # An error message shows at most this many bad samples; the rest are counted.
 MAX_SAMPLES_IN_MESSAGE = 4
 MAX_PROMPT_LENGTH_IN_MESSAGE = 80
 
 
-class RewardError(ValueError):
+class RewardError(UserError, ValueError):
     """A reward could not be loaded, failed, or returned something that is not one finite number per image."""
 
 

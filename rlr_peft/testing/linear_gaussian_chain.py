@@ -59,7 +59,7 @@ class LinearGaussianChain:
         return float(self._gain[t - 1])
 
     def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
-        """Standard normal noises (T + 1, B, d) from the first seed."""
+        """Standard normal noises (T + 1, B, d); fast, so all from the first seed."""
         generator = torch.Generator().manual_seed(seeds[0])
         return torch.randn(self.num_steps + 1, len(seeds), self.dimension, generator=generator, dtype=torch.float64)
 

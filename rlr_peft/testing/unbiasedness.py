@@ -7,7 +7,8 @@ import torch
 from scipy.stats import norm
 
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.plan import RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
 
@@ -21,14 +22,14 @@ class EstimatorBias:
         projection: mean estimate projected on the exact gradient, relative to it; 1 without bias.
         variance: trace of the covariance of one group's estimate of the mean reward's gradient.
         estimates: number of independent estimates.
-        coverage_unbiased: what the estimator says of itself.
+        coverage_complete: whether the estimator says that it covers every step with weight 1.
     """
 
     max_abs_z: float
     projection: float
     variance: float
     estimates: int
-    coverage_unbiased: bool
+    coverage_complete: bool
 
 
 def critical_z(comparisons: int, confidence: float) -> float:
@@ -70,13 +71,14 @@ def measure_bias(
         measured = _rollout(calibration, QuadraticReward(calibration, differentiable), 64, group_size, generator)
         estimator.calibrate(calibration, [measured], decay=0.0)
     estimates = []
-    unbiased = True
+    complete = True
     for _ in range(calls):
         rollout = _rollout(chain, objective, replicates * group_size, group_size, generator)
         report = estimator.accumulate(chain, objective, rollout, generator)
-        unbiased = unbiased and report.plan.coverage.unbiased
+        complete = complete and report.plan.coverage.complete
+        estimator.remember(report.block_norms)
         estimates.append(_gradients_by_replicate(chain) / group_size)
-    return _compare(torch.stack(estimates), torch.cat([g.flatten() for g in chain.exact_gradient()]), unbiased)
+    return _compare(torch.stack(estimates), torch.cat([g.flatten() for g in chain.exact_gradient()]), complete)
 
 
 def _rollout(
@@ -99,7 +101,7 @@ def _gradients_by_replicate(chain: LinearGaussianChain) -> torch.Tensor:
     return torch.cat(gradients, dim=1)
 
 
-def _compare(estimates: torch.Tensor, exact: torch.Tensor, unbiased: bool) -> EstimatorBias:
+def _compare(estimates: torch.Tensor, exact: torch.Tensor, complete: bool) -> EstimatorBias:
     """``estimates`` is (calls, replicates, components)."""
     by_call = estimates.mean(dim=1)
     mean, standard_error = by_call.mean(0), by_call.std(0) / math.sqrt(len(by_call))
@@ -108,5 +110,5 @@ def _compare(estimates: torch.Tensor, exact: torch.Tensor, unbiased: bool) -> Es
         projection=float(mean @ exact / (exact @ exact)),
         variance=float(estimates.flatten(0, 1).var(dim=0).sum()),
         estimates=len(by_call),
-        coverage_unbiased=unbiased,
+        coverage_complete=complete,
     )

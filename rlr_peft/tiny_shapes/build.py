@@ -1,14 +1,15 @@
 """Makes everything that tiny-shapes ships, from nothing: ``python -m rlr_peft.tiny_shapes.build``.
 
 Stages, in order: ``drawings``, ``vae``, ``latents``, ``judges``, ``unet``, ``export``. Each one can be run by itself,
-may be killed at any time and goes on from its last checkpoint when it is called again; a finished stage costs nothing.
-The defaults take about an hour and a half on two CPU cores. The denoiser trains faster with one process per core:
-
-    torchrun --nproc_per_node 2 -m rlr_peft.tiny_shapes.build --stage unet
+may be killed at any time: called again, a training goes on from its last checkpoint and a finished stage costs little.
+The defaults take about an hour and a half on two quiet CPU cores. ``--processes`` says how many of them draw, encode
+and train the denoiser; another number there gives other, equally good, weights.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES
 from rlr_peft.tiny_shapes.training import dataset, export, train_judges, train_unet, train_vae
-from rlr_peft.tiny_shapes.training.loop import LoopSettings, process_count, process_rank
+from rlr_peft.tiny_shapes.training.loop import LoopSettings, process_count
 
 STAGES = ("drawings", "vae", "latents", "judges", "unet", "export")
 
@@ -35,13 +36,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_batch_size", type=int, default=16, help="whole images per step; 3 times more crops")
     parser.add_argument("--judge_steps", type=int, default=3_000)
     parser.add_argument("--judge_batch_size", type=int, default=64)
-    parser.add_argument("--unet_steps", type=int, default=12_000)
+    parser.add_argument("--unet_steps", type=int, default=8_000)
     parser.add_argument("--unet_batch_size", type=int, default=32, help="images per step, over all processes")
     parser.add_argument("--checkpoint_every", type=int, default=500, help="steps")
     parser.add_argument("--log_every", type=int, default=50, help="steps")
     parser.add_argument("--stop_after", type=int, default=None, help="interrupt each training after so many steps")
     parser.add_argument("--threads", type=int, default=1, help="torch threads per process")
-    parser.add_argument("--processes", type=int, default=2, help="processes that draw and encode")
+    parser.add_argument("--processes", type=int, default=2, help="processes that draw, encode and train the denoiser")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -52,7 +53,7 @@ def build(options: argparse.Namespace) -> None:
     for stage in STAGES if options.stage == "all" else (options.stage,):
         start = time.monotonic()
         finished = _run_stage(stage, options)
-        if process_rank() == 0:
+        if process_count() == 1:  # under torchrun the process that launched it keeps the record
             record = {"stage": stage, "finished": finished, "seconds": round(time.monotonic() - start, 1)}
             print(json.dumps(record), flush=True)
             with (options.work_dir / "wall_times.jsonl").open("a") as file:
@@ -98,6 +99,8 @@ def _run_stage(stage: str, options: argparse.Namespace) -> bool:
                 finished &= train_judges.train_judge(name, drawings, folder, settings, options.judge_batch_size, vae)
         return finished
     if stage == "unet":
+        if options.processes > 1 and process_count() == 1:
+            return _run_with_torchrun(options)
         settings = replace(
             loop,
             steps=options.unet_steps,
@@ -109,6 +112,15 @@ def _run_stage(stage: str, options: argparse.Namespace) -> bool:
         return train_unet.train_unet(latents, work / "unet", settings, options.unet_batch_size // process_count())
     export.export_all(drawings, work, options.package_dir)
     return True
+
+
+def _run_with_torchrun(options: argparse.Namespace) -> bool:
+    """Train the denoiser in several processes; returns whether all steps are done."""
+    flags = [f"--{name}={value}" for name, value in vars(options).items() if name != "stage" and value is not None]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
+    subprocess.run([*launcher, "-m", "rlr_peft.tiny_shapes.build", "--stage=unet", *flags], check=True)
+    state = torch.load(options.work_dir / "unet" / "checkpoint.pt", weights_only=True, mmap=True)
+    return bool(state["step"] >= options.unet_steps)
 
 
 def main() -> None:

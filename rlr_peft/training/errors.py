@@ -1,32 +1,39 @@
 """Errors that explain themselves end the program with one clear message."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlr_peft.config import ConfigError
-from rlr_peft.estimators.coverage import CoverageError
-from rlr_peft.lora import AdapterMismatchError
-from rlr_peft.prompts.sources import PromptError
+from rlr_peft.errors import UserError
 from rlr_peft.rewards.base import RewardError
-from rlr_peft.training.manifest import CheckpointError
-
-EXPLAINED_ERRORS = (
-    ConfigError,
-    PromptError,
-    RewardError,
-    CoverageError,
-    CheckpointError,
-    AdapterMismatchError,
-    FloatingPointError,
-)
 
 
 @contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Prints an explained error instead of a traceback and leaves with exit code 1."""
+    """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
+
+    Where the user's own reward raised, the traceback into it comes first.
+    """
     try:
         yield
-    except EXPLAINED_ERRORS as error:
+    except UserError as error:
+        if isinstance(error, RewardError) and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        print("Stopped at once; the last checkpoint is complete.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """While a run is built, what libraries and builders refuse is a mistake in the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(f"The run cannot be built: {error}") from error

@@ -2,25 +2,26 @@
 
 import json
 import logging
+import os
 import shlex
 import sys
 
 from rlr_peft.config import config_to_dict
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.evaluation.compare import compare, evaluation_plan, flat_metrics
+from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.lora import save_lora, verify_lora_reloads
 from rlr_peft.publishing.model_card import with_error, write_model_card
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
-from rlr_peft.training.hardware import describe_hardware, peak_memory_mb
+from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import DTYPES, load_pipeline
 from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.trainer import METRICS_LOG, Progress
-from rlr_peft.training.validation import evaluate_base_and_adapter, render, save_validation_images
+from rlr_peft.training.validation import evaluate_adapter, render, save_validation_images
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,15 @@ METRICS = "metrics.json"
 NUM_PAIRS = 6
 
 
-def finish(run: Run, progress: Progress) -> dict[str, float]:
-    """Saves and checks the adapter, measures it, and writes metrics, figures and card; on the main process only.
+def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
+    """Saves the adapter, measures it, writes metrics, figures and card, and checks that the adapter reloads.
+
+    On the main process only.
+
+    Args:
+        run: the finished run.
+        progress: how far it came.
+        before: the base's evaluation.
 
     Returns:
         The contents of ``metrics.json``.
@@ -41,18 +49,17 @@ def finish(run: Run, progress: Progress) -> dict[str, float]:
     """
     run.output_dir.mkdir(parents=True, exist_ok=True)
     save_lora(run.pipeline, run.output_dir)
-    _verify_adapter(run)
     if not run.config.validation.skip_final_inference:
         save_validation_images(run, progress.step, "test")
     metrics = {
         "steps": progress.step,
         "seconds": progress.seconds,
-        "peak_memory_mb": peak_memory_mb(run.accelerator.device),
+        "peak_memory_mb": progress.peak_memory_mb,
         "denoiser_evaluations": progress.denoiser_evaluations,
     }
     pair_prompts: list[str] = []
-    if run.evaluation_prompts is not None:
-        before, after = evaluate_base_and_adapter(run)
+    after = evaluate_adapter(run)
+    if before is not None and after is not None:
         metrics = flat_metrics(compare(before, after)) | metrics
         pair_prompts = before.prompts[:NUM_PAIRS]
         save_before_after(
@@ -66,7 +73,8 @@ def finish(run: Run, progress: Progress) -> dict[str, float]:
     _save_curve(run)
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_model_card(run.output_dir, record=_record(run, metrics, pair_prompts))
+    write_model_card(run.output_dir, record=_record(run, progress, metrics, pair_prompts))
+    _verify_adapter(run)
     return metrics
 
 
@@ -117,11 +125,12 @@ def _save_curve(run: Run) -> None:
     save_reward_curve(run.output_dir / REWARD_CURVE, points("reward"), heldout, reward_name=run.reward.name)
 
 
-def _record(run: Run, metrics: dict[str, float], pair_prompts: list[str]) -> RunRecord:
+def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompts: list[str]) -> RunRecord:
     config, arithmetic = run.config, run.arithmetic
     unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
-    plan_text = [
-        f"Gradient estimator `{config.estimator.estimator}` ({run.estimator.describe()}) over a chain of "
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    estimator_text = [
+        f"Gradient estimator `{config.estimator.estimator}` ({run.estimator.settings.describe()}) over a chain of "
         f"{run.chain.num_steps} {config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale "
         f"{run.chain.guidance_scale:g}.",
         f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
@@ -136,8 +145,8 @@ def _record(run: Run, metrics: dict[str, float], pair_prompts: list[str]) -> Run
         evaluation_prompts="unseen prompts" if unseen else "the evaluation prompts",
         evaluation=f"Drawn with {run.chain.num_steps} DDIM steps, eta {config.validation.evaluation_eta:g} and "
         f"guidance scale {run.chain.guidance_scale:g}.",
-        estimator=plan_text,
-        coverage=run.estimator.last_coverage.describe() if run.estimator.last_coverage is not None else None,
+        estimator=estimator_text,
+        coverage=progress.coverage,
         pipeline_tag=run.family.pipeline_tag,
         license="apache-2.0" if config.model.pretrained_model_name_or_path == PIPELINE_NAME else None,
         tags=run.family.tags,
@@ -147,7 +156,7 @@ def _record(run: Run, metrics: dict[str, float], pair_prompts: list[str]) -> Run
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
         reward_curve=REWARD_CURVE,
-        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        command=shlex.join([*launcher, *sys.argv]),
         hardware=describe_hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=package_versions(),
     )

@@ -6,6 +6,8 @@ from typing import Any
 import numpy
 import torch
 
+from rlr_peft.training.manifest import CheckpointError
+
 
 def capture_random_states(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, and of the CUDA device's if `device` is one.
@@ -31,11 +33,11 @@ def restore_random_states(states: dict[str, Any], device: torch.device | str = "
     """Puts the generators where `capture_random_states` found them.
 
     Raises:
-        ValueError: `device` is a CUDA device, but the states were captured without one.
+        CheckpointError: `device` is a CUDA device, but the states were captured without one.
     """
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda and "cuda" not in states:
-        raise ValueError(
+        raise CheckpointError(
             f"The saved random states have no CUDA generator, but this process runs on {device}: "
             "resume on the kind of device that the checkpoint was written on, or start a new run."
         )

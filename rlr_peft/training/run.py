@@ -21,6 +21,7 @@ from rlr_peft.lora import attach_lora
 from rlr_peft.prompts.sources import PromptSampler, load_prompts
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.loading import load_pipeline
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
 from rlr_peft.training.seeds import derive_seed
@@ -93,7 +94,8 @@ def build_run(config: Config) -> Run:
     """Loads prompts and rewards, then the pipeline, attaches the adapter and prepares the training state.
 
     Raises:
-        ConfigError: the process launcher and accelerate disagree on the number of processes, or a budget is too small.
+        ConfigError: the base, the adapter, the chain, the optimiser or the budgets cannot be built as asked for, or the
+            launcher and accelerate disagree on the number of processes.
         PromptError, RewardError: prompts or rewards that cannot be loaded.
     """
     prompts = load_prompts(config.prompts.prompt_path, config.prompts.max_train_samples)
@@ -103,19 +105,18 @@ def build_run(config: Config) -> Run:
     if config.model.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
-    try:
+    with as_config_error():
         settings = settings_from_arguments(config.estimator, config.chain.num_inference_steps)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     reward = load_reward(config.reward.reward_fn, accelerator.device)
     heldout_fn = config.reward.heldout_reward_fn
     heldout = None if heldout_fn is None else load_reward(heldout_fn, accelerator.device)
-    pipeline = load_pipeline(config.model, accelerator.device)
-    family = family_of(pipeline)
-    parameters = _attach(config, pipeline, family)
-    chain = build_chain(config, pipeline, config.chain.eta)
     arithmetic = _arithmetic(config, len(prompts), accelerator.num_processes)
-    optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
+    with as_config_error():
+        pipeline = load_pipeline(config.model, accelerator.device)
+        family = family_of(pipeline)
+        parameters = _attach(config, pipeline, family)
+        chain = build_chain(config, pipeline, config.chain.eta)
+        optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
     return Run(
         config=config,

@@ -4,16 +4,20 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from rlr_peft.config import config_to_dict, save_config
+from rlr_peft.config import config_to_dict, config_to_yaml, save_config
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.training.checkpoints import CheckpointManager
+from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
+from rlr_peft.training.manifest import CheckpointError
 from rlr_peft.training.random_states import capture_random_states, restore_random_states
 from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import MetricsLog
@@ -23,6 +27,8 @@ from rlr_peft.training.validation import save_validation_images
 logger = logging.getLogger(__name__)
 
 METRICS_LOG = "metrics.jsonl"
+KEPT_PROGRESS = ("seconds", "denoiser_evaluations", "peak_memory_mb", "coverage")
+FREE_TO_CHANGE = {"resume_from_checkpoint", "output_dir", "max_train_steps", "report_to", "logging_dir", "tracker_name"}
 
 
 @dataclass
@@ -33,12 +39,16 @@ class Progress:
         step: finished optimiser steps.
         seconds: time spent training.
         denoiser_evaluations: of all processes, for training.
+        peak_memory_mb: peak memory of the main process, in MB (2**20 bytes).
+        coverage: what the estimator's last plan covers, in words.
         interrupted_by: exit code of the signal that ended this session early; 0 for none.
     """
 
     step: int = 0
     seconds: float = 0.0
     denoiser_evaluations: int = 0
+    peak_memory_mb: float = 0.0
+    coverage: str = ""
     interrupted_by: int = 0
 
 
@@ -65,14 +75,17 @@ def train(run: Run) -> Progress:
         interruption = stack.enter_context(GracefulInterruption())
         log = None
         if run.accelerator.is_main_process:
-            log = stack.enter_context(MetricsLog(run.output_dir / METRICS_LOG, progress.step))
+            log = stack.enter_context(MetricsLog(run.output_dir / METRICS_LOG, progress.step or None))
         _loop(run, progress, checkpoints, log, interruption)
-        progress.interrupted_by = interruption.exit_code if progress.step < run.arithmetic.max_train_steps else 0
     return progress
 
 
 def _loop(
-    run: Run, progress: Progress, checkpoints: CheckpointManager, log: MetricsLog | None, interruption: GracefulInterruption
+    run: Run,
+    progress: Progress,
+    checkpoints: CheckpointManager,
+    log: MetricsLog | None,
+    interruption: GracefulInterruption,
 ) -> None:
     config, last_step = run.config, run.arithmetic.max_train_steps
     if progress.step == 0 and config.validation.validation_steps:
@@ -81,23 +94,27 @@ def _loop(
     with bar:
         while progress.step < last_step:
             started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
-            if run.estimator.needs_calibration and progress.step % config.estimator.calibration_interval == 0:
+            if _calibration_due(run, progress.step):
                 calibrate(run, progress.step)
             update = take_update(run, progress.step)
             progress.step += 1
             progress.seconds += time.monotonic() - started
             progress.denoiser_evaluations += _total(run, run.chain.denoiser_evaluations - evaluated)
+            progress.peak_memory_mb = max(progress.peak_memory_mb, peak_memory_mb(run.accelerator.device))
+            _say_coverage(run, progress, update)
             _log(run, progress, update, log)
             bar.update()
             bar.set_postfix(reward=f"{update.rewards.mean():.4f}", lr=f"{run.lr_scheduler.get_last_lr()[0]:.2e}")
             if _due(progress.step, config.validation.validation_steps) and progress.step < last_step:
                 save_validation_images(run, progress.step, "validation")
-            stop = _total(run, int(interruption.requested)) > 0
+            # Any process may have got the signal; all must act on it at the same step.
+            stop = _largest(run, interruption.exit_code)
             if stop or progress.step == last_step or _due(progress.step, config.checkpointing.checkpointing_steps):
                 if log is not None:
                     log.synchronize()
                 _save(run, progress, checkpoints)
-            if stop:
+            if stop and progress.step < last_step:
+                progress.interrupted_by = stop
                 break
 
 
@@ -109,15 +126,23 @@ def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -
     if log is not None:
         log.log(metrics, progress.step)
     run.accelerator.log(metrics | {"seconds": progress.seconds}, step=progress.step)
-    if progress.step == 1:
-        plan = update.reports[0].plan
-        logger.info("Coverage: %s", plan.coverage.describe())
-        if not plan.coverage.unbiased:
-            logger.warning("The gradient estimate is biased by choice, see the coverage above.")
+
+
+def _calibration_due(run: Run, step: int) -> bool:
+    """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
+    is_due = step % run.config.estimator.calibration_interval == 0
+    return run.estimator.needs_calibration and run.objective.has_gradient and is_due
+
+
+def _say_coverage(run: Run, progress: Progress, update: Update) -> None:
+    """Says what the plan covers whenever that changes, and which score terms sit on hot steps."""
+    plan = update.reports[0].plan
+    coverage = plan.coverage.describe()
+    if coverage != progress.coverage:
+        logger.log(logging.INFO if plan.coverage.complete else logging.WARNING, "Coverage: %s", coverage)
         for t, ratio in run.estimator.hot_steps(run.chain, plan).items():
-            logger.warning(
-                "Step %d is left to a score term although it is hot (|d mean / d output| / std = %.1f).", t, ratio
-            )
+            logger.warning("Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio)
+    progress.coverage = coverage
 
 
 def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
@@ -126,7 +151,7 @@ def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "estimator": run.estimator.state_dict(),
-        "progress": {"seconds": progress.seconds, "denoiser_evaluations": progress.denoiser_evaluations},
+        "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
     checkpoints.save(
         progress.step,
@@ -147,7 +172,7 @@ def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
     saved: dict[str, torch.Tensor] = loaded.state["lora"]
     current = lora_parameters(run.chain.denoiser)
     if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in current.items()}:
-        raise ValueError(
+        raise CheckpointError(
             f"Expected the adapter of {path} to have the layers and ranks of this config, got others. Resume with the "
             f"config that it was trained with: {path.parent / 'config.yaml'}."
         )
@@ -159,7 +184,18 @@ def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
     run.estimator.load_state_dict(loaded.state["estimator"])
     restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)
+    _warn_of_changes(run, path.parent / "config.yaml")
     return Progress(step=loaded.step, **loaded.state["progress"])
+
+
+def _warn_of_changes(run: Run, saved: Path) -> None:
+    """A resumed run equals the uninterrupted one only under the same config."""
+    if not saved.exists():
+        return
+    before, now = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(config_to_yaml(run.config))
+    changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_TO_CHANGE]
+    for name in changed:
+        logger.warning("Resumed with another %s: %s instead of %s.", name, now[name], before[name])
 
 
 def _announce(run: Run, progress: Progress) -> None:
@@ -175,7 +211,7 @@ def _announce(run: Run, progress: Progress) -> None:
         f"({training.num_images_per_prompt} per prompt)",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         f"  Optimization steps = {arithmetic.max_train_steps}, {progress.step} done",
-        f"  Estimator = {run.config.estimator.estimator}: {run.estimator.describe()}",
+        f"  Estimator = {run.config.estimator.estimator}: {run.estimator.settings.describe()}",
     ):
         logger.info(line)
 
@@ -187,6 +223,11 @@ def _tracker_config(run: Run) -> dict[str, Any]:
 
 def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def _largest(run: Run, number: int) -> int:
+    """The largest of the processes' numbers."""
+    return int(run.accelerator.gather(torch.tensor([number], device=run.accelerator.device)).max())
 
 
 def _total(run: Run, count: int) -> int:

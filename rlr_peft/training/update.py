@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.rlr import EstimatorReport
 from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
@@ -48,7 +50,13 @@ class Update:
 
 
 def sample_for(
-    run: Run, step: int, purpose: Purpose, num_prompts: int, process_index: int, num_processes: int
+    run: Run,
+    step: int,
+    purpose: Purpose,
+    num_prompts: int,
+    micro_batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
 ) -> Batch:
     """The batch of one process for a step; a pure function of the config's seed and the arguments."""
     training = run.config.training
@@ -57,14 +65,16 @@ def sample_for(
     first = process_index * samples
     seeds = [derive_seed(training.seed, purpose, step, first + i) for i in range(samples)]
     prompts = run.sampler.sample(step, num_prompts, process_index, num_processes)
-    return sample_batch(run.chain, run.objective, prompts, seeds, training.train_batch_size, group_size)
+    return sample_batch(run.chain, run.objective, prompts, seeds, micro_batch_size, group_size)
 
 
 def calibrate(run: Run, step: int) -> None:
     """Measures the per-step variances on samples of their own; every process measures the same ones."""
-    arguments = run.config.estimator
-    num_prompts = math.ceil(arguments.calibration_samples / run.config.training.num_images_per_prompt)
-    batch = sample_for(run, step, "calibration", num_prompts, process_index=0, num_processes=1)
+    arguments, training = run.config.estimator, run.config.training
+    num_prompts = math.ceil(arguments.calibration_samples / training.num_images_per_prompt)
+    # Single samples are replayed, and dropout's masks depend on the size of the batch.
+    micro_batch_size = 1 if run.chain.denoiser.training else training.train_batch_size
+    batch = sample_for(run, step, "calibration", num_prompts, micro_batch_size)
     run.estimator.calibrate(run.chain, batch.rollouts, arguments.calibration_decay)
 
 
@@ -73,28 +83,30 @@ def take_update(run: Run, step: int) -> Update:
 
     Raises:
         RewardError: bad scores; nothing has been updated.
-        FloatingPointError: the gradient is not finite; nothing has been updated.
+        DerivativeError: the gradient is not finite; nothing has been updated.
     """
-    accelerator, arithmetic = run.accelerator, run.arithmetic
+    accelerator, arithmetic, training = run.accelerator, run.arithmetic, run.config.training
     index, count = accelerator.process_index, accelerator.num_processes
-    batch = sample_for(run, step, "samples", arithmetic.prompts_per_process, index, count)
+    prompts = arithmetic.prompts_per_process
+    batch = sample_for(run, step, "samples", prompts, training.train_batch_size, index, count)
     reports = []
     for i, rollout in enumerate(batch.rollouts):
         micro_batch = index * len(batch.rollouts) + i
-        seed = derive_seed(run.config.training.seed, "estimator", step, micro_batch)
+        seed = derive_seed(training.seed, "estimator", step, micro_batch)
         generator = torch.Generator().manual_seed(seed)
         reports.append(run.estimator.accumulate(run.chain, run.objective, rollout, generator))
     parameters = run.chain.parameters
     to_mean_descent(parameters, arithmetic.samples_per_update, accelerator)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.config.training.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
     if not math.isfinite(norm):
-        raise FloatingPointError(
+        raise DerivativeError(
             f"Expected a finite gradient at optimiser step {step}, got norm {norm}. Lower the learning rate, or train "
             "in bf16 or fp32; the last checkpoint is untouched."
         )
     run.optimizer.step()
     run.lr_scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
+    run.estimator.remember(gather_object([entry for report in reports for entry in report.block_norms]))
     rewards = accelerator.gather(batch.rewards)
     heldout = None if batch.heldout is None else accelerator.gather(batch.heldout)
     return Update(rewards, heldout, reports, norm)

@@ -54,25 +54,35 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     return path
 
 
-def evaluate_base_and_adapter(run: Run) -> tuple[Evaluation, Evaluation]:
-    """Scores the base (the same weights with the adapter off) and the adapter on the same unseen prompts and seeds."""
+def evaluate_base(run: Run) -> Evaluation | None:
+    """Scores the base, which is the pipeline with its adapter off; None without evaluation prompts.
+
+    Done before training: prompts that a reward cannot judge show then, not after hours.
+    """
+    if run.evaluation_prompts is None or not run.accelerator.is_main_process:
+        return None
+    with adapter_disabled(run.chain.denoiser):
+        return _evaluate(run, run.evaluation_prompts, "Evaluating the base")
+
+
+def evaluate_adapter(run: Run) -> Evaluation | None:
+    """Scores the adapter on the prompts and seeds of ``evaluate_base``; None without evaluation prompts."""
+    if run.evaluation_prompts is None:
+        return None
+    return _evaluate(run, run.evaluation_prompts, "Evaluating the adapter")
+
+
+def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Evaluation:
     arguments = run.config.validation
-    assert run.evaluation_prompts is not None
     seed = derive_seed(run.config.training.seed, "evaluation")
-    prompts, seeds = evaluation_plan(run.evaluation_prompts, arguments.num_evaluation_images, seed)
+    prompts, seeds = evaluation_plan(evaluation_prompts, arguments.num_evaluation_images, seed)
     chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
     rewards = {"reward": run.reward} | ({} if run.heldout is None else {"heldout": run.heldout})
-
-    def measure(description: str) -> Evaluation:
-        return evaluate(
-            lambda texts, numbers: render(chain, texts, numbers),
-            prompts,
-            seeds,
-            rewards,
-            arguments.evaluation_batch_size,
-            description=description,
-        )
-
-    with adapter_disabled(chain.denoiser):
-        before = measure("Evaluating the base")
-    return before, measure("Evaluating the adapter")
+    return evaluate(
+        lambda texts, numbers: render(chain, texts, numbers),
+        prompts,
+        seeds,
+        rewards,
+        arguments.evaluation_batch_size,
+        description=description,
+    )

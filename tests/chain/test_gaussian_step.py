@@ -114,6 +114,7 @@ def test_clear_errors() -> None:
         gaussian_step("ode", "sample", x, x, *DIFFUSION, 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="eta"):
         gaussian_step("ancestral", "epsilon", x, x, *DIFFUSION, 1.5)
+    assert gaussian_step("flow-sde", "epsilon", x, x, *DIFFUSION, 1.5).std > 0
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from rlr_peft.tiny_shapes import judges_path, pipeline_path
 from rlr_peft.tiny_shapes.judges import load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene, caption_words, parse_caption, prompts
-from rlr_peft.tiny_shapes.training.dataset import labels_of
+from rlr_peft.tiny_shapes.training.dataset import fresh_drawings, labels_of
 from rlr_peft.tiny_shapes.training.text import token_ids
 
 
@@ -42,8 +43,6 @@ def test_configuration_is_the_documented_one(pipeline: StableDiffusionPipeline) 
 
 
 def test_latents_have_unit_variance(pipeline: StableDiffusionPipeline) -> None:
-    from rlr_peft.tiny_shapes.training.dataset import fresh_drawings
-
     images, _ = fresh_drawings(64, seed=5)
     with torch.no_grad():
         latents = pipeline.vae.encode(images * 2 - 1).latent_dist.mean * pipeline.vae.config["scaling_factor"]
@@ -65,12 +64,18 @@ def test_tokenizer_folder_serves_old_and_new_transformers() -> None:
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= {file.name for file in folder.iterdir()}
 
 
+def test_text_weights_have_the_names_that_old_and_new_transformers_read() -> None:
+    names = load_file(pipeline_path() / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+
+
 def test_weights_are_half_precision_safetensors_within_the_budget() -> None:
     files = [file for folder in (pipeline_path(), judges_path()) for file in folder.rglob("*") if file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
     assert len(weights) == 5
     assert sum(file.stat().st_size for file in files) <= 15e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl", ".ckpt", ".unfinished")]
+    assert {value.dtype for file in weights for value in load_file(file).values()} == {torch.float16}
     for file in files:
         if file.suffix == ".json":
             content = json.loads(file.read_text(encoding="utf-8"))

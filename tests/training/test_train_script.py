@@ -27,6 +27,9 @@ import time
 def redness(images, prompts):
     return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
 
+def mistaken(images, prompts):
+    return 1 / 0
+
 def slow_redness(images, prompts):
     time.sleep(0.3)
     return redness(images, prompts)
@@ -156,19 +159,25 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     assert torch.equal(images(workplace / "base", out / "checkpoint-2", ["a cat"]), adapted)
 
 
-def test_killed_and_resumed_equals_uninterrupted(workplace: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle; with dropout, random blocks, running statistics and a learning-rate schedule."""
+RANDOM_BLOCKS = {
+    "fo_steps": 1,
+    "ho_blocks": 2,
+    "ho_start": "gradient-norm",
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+}
+MEASURED_TAIL = {"fo_steps": "auto", "calibration_interval": 3, "use_8bit_adam": True}
+
+
+@pytest.mark.parametrize("estimator", [RANDOM_BLOCKS, MEASURED_TAIL], ids=["random blocks", "measured tail"])
+def test_killed_and_resumed_equals_uninterrupted(workplace: Path, tmp_path: Path, estimator: dict[str, object]) -> None:
+    """kill -9 in the middle; with dropout, running statistics, calibrations or random blocks, and a schedule."""
     values = {
         "reward": "slow_redness",
         "max_train_steps": 6,
         "checkpointing_steps": 2,
-        "estimator": "rlr",
-        "fo_steps": 1,
-        "ho_blocks": 2,
-        "ho_start": "gradient-norm",
         "lora_dropout": 0.2,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 2,
+        **estimator,
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     uninterrupted = start(config_file(workplace, whole, **values))
@@ -180,7 +189,8 @@ def test_killed_and_resumed_equals_uninterrupted(workplace: Path, tmp_path: Path
     assert not (parts / "checkpoint-6").exists()
     with (parts / "checkpoint-4" / "optimizer.pt").open("r+b") as file:  # the newest is truncated: an older one must do
         file.truncate(100)
-    output = finish(start(config, "--resume_from_checkpoint", "latest"))
+    output = finish(start(config, "--resume_from_checkpoint", "latest", "--num_validation_images", "3"))
+    assert "Resumed with another num_validation_images: 3 instead of 4." in output
     assert "Passing over" in output and "checkpoint-4" in output
     assert "Resuming from" in output and "checkpoint-2" in output
     finish(uninterrupted)
@@ -192,8 +202,7 @@ def test_killed_and_resumed_equals_uninterrupted(workplace: Path, tmp_path: Path
 def test_a_signal_saves_a_checkpoint_and_ends(workplace: Path, tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "out"
     process = start(config_file(workplace, out, "slow_redness", max_train_steps=500, checkpointing_steps=1000))
-    wait_for(out / "config.yaml", process)
-    time.sleep(2)
+    wait_for(out / "metrics.jsonl", process)
     process.send_signal(number)
     output = finish(process, expected_code=code)
     steps = len(read_metrics(out / "metrics.jsonl"))
@@ -216,7 +225,7 @@ def test_a_bad_reward_stops_the_run_and_keeps_the_last_checkpoint(workplace: Pat
 def test_a_reward_without_gradient_trains(workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     output = finish(start(config_file(workplace, out, "blind_redness", max_train_steps=1, num_inference_steps=5)))
-    assert "Biased by choice: steps 1 of 5 are left out (no noise there and no reward gradient)" in output
+    assert "Biased by choice: steps 1 of 5 are left out (a score term needs noise there)" in output
     (line,) = read_metrics(out / "metrics.jsonl")
     assert line["first_order_steps"] == 0
     assert line["gradient_norm/black_box"] > 0 and line["gradient_norm/half_order"] > 0
@@ -232,7 +241,21 @@ def test_mistakes_are_refused_at_once(workplace: Path, tmp_path: Path) -> None:
     config = config_file(workplace, tmp_path / "out")
     assert "did you mean" in finish(start(config, "--learning_rat", "1"), expected_code=2).lower()
     assert "nowhere.txt" in finish(start(config, "--prompt_path", "nowhere.txt"), expected_code=2)
-    assert not (tmp_path / "out").exists()
+    unknown = finish(start(config, "--lora_layers", "to_nowhere"), expected_code=2)
+    assert "error: The run cannot be built: LoRA targets: got no layer for 'to_nowhere'" in unknown
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_evaluation_prompts_that_the_reward_refuses_show_before_training(workplace: Path, tmp_path: Path) -> None:
+    flags = ["--reward_fn", "tiny-shapes", "--evaluation_prompt_path", str(workplace / "unseen.txt")]
+    output = finish(start(config_file(workplace, tmp_path / "out"), *flags, "--num_evaluation_images", "2"), 1)
+    assert "error: reward 'tiny-shapes' cannot read the prompt" in output and "Steps" not in output
+
+
+def test_an_error_inside_the_users_reward_shows_where(workplace: Path, tmp_path: Path) -> None:
+    output = finish(start(config_file(workplace, tmp_path / "out", "mistaken")), expected_code=1)
+    assert "in mistaken" in output and "ZeroDivisionError" in output
+    assert output.strip().splitlines()[-1].startswith("error: reward 'rewards.py:mistaken' raised ZeroDivisionError")
 
 
 def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, judge_file
 from rlr_peft.tiny_shapes.training.text import create_tokenizer, write_legacy_tokenizer_files
 from rlr_peft.tiny_shapes.training.train_judges import finished_judge
 from rlr_peft.tiny_shapes.training.train_unet import create_scheduler, finished_denoiser
 from rlr_peft.tiny_shapes.training.train_vae import finished_vae
+
+_TEXT_PREFIX = "text_model."
 
 
 def export_all(drawings_path: Path, work_dir: Path, package_dir: Path) -> None:
@@ -51,11 +53,23 @@ def export_pipeline(drawings_path: Path, work_dir: Path, folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(unfinished)
     write_legacy_tokenizer_files(unfinished / "tokenizer")
+    _rename_text_weights(unfinished / "text_encoder" / "model.safetensors")
     _forget_paths(unfinished)
     if folder.exists():
         folder.rename(old)
     unfinished.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_text_weights(file: Path) -> None:
+    """Name the weights as transformers 4 does; 5 reads both, while 4 would silently start from random weights."""
+    weights = {
+        key if key.startswith(_TEXT_PREFIX) else _TEXT_PREFIX + key: value for key, value in load_file(file).items()
+    }
+    # The tensors just read may still be views of the file, so it must not be written in place.
+    renamed = file.with_suffix(".renamed")
+    save_file(weights, renamed, metadata={"format": "pt"})
+    renamed.replace(file)
 
 
 def _forget_paths(folder: Path) -> None:

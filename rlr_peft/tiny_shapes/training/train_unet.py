@@ -1,6 +1,5 @@
 """The denoiser and the text encoder, trained together on the latents of the drawings (v-prediction)."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from transformers import CLIPTextModel
 
-from rlr_peft.tiny_shapes.scenes import describe
+from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, describe
 from rlr_peft.tiny_shapes.training.dataset import scene_at
 from rlr_peft.tiny_shapes.training.loop import LoopSettings, load_averaged_weights, train
 from rlr_peft.tiny_shapes.training.text import create_text_encoder, token_ids
@@ -22,6 +21,17 @@ _PARTIAL_SHARE = 0.25
 _DENSE_PHASE = 0.5
 _LOWEST_TIMESTEP = 20
 _TIMESTEP_POWER = 0.8
+_START_SHARE = 0.1
+
+# The last phase teaches the denoiser to confuse similar words, as captions collected from the web do. Without it the
+# pipeline would draw nearly every prompt right and leave nothing for a reward to improve. Per attribute: how often
+# a word stands for its partner's drawing, and the partners. Guidance makes the wrong drawings rarer than this.
+_CONFUSION_PHASE = 0.75
+_CONFUSIONS: dict[str, tuple[float, tuple[tuple[str, str], ...]]] = {
+    "shape": (0.40, (("circle", "ring"), ("square", "cross"), ("triangle", "star"), ("heart", "moon"))),
+    "color": (0.36, (("red", "orange"), ("yellow", "green"), ("blue", "purple"))),
+    "texture": (0.42, (("plain", "striped"), ("dotted", "checkered"))),
+}
 
 
 def create_unet() -> UNet2DConditionModel:
@@ -80,9 +90,12 @@ def train_unet(latents_path: Path, folder: Path, settings: LoopSettings, batch_s
         signal = alphas[timesteps].sqrt()[:, None, None, None]
         spread = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
         partial_share = 0.0 if step < _DENSE_PHASE * settings.steps else _PARTIAL_SHARE
-        tokens = token_ids([training_caption(row, partial_share, generator) for row in rows.tolist()])
+        confused = step >= _CONFUSION_PHASE * settings.steps
+        tokens = token_ids([training_caption(row, partial_share, confused, generator) for row in rows.tolist()])
         with torch.autocast("cpu", torch.bfloat16):
-            context = text_encoder(tokens).last_hidden_state
+            # The text encoder learns no confusion: words stay as distinct as before, only their drawings mix.
+            with torch.set_grad_enabled(not confused):
+                context = text_encoder(tokens).last_hidden_state
             velocity = unet(signal * clean + spread * noise, timesteps, context).sample
         return functional.mse_loss(velocity.float(), signal * noise - spread * clean)
 
@@ -100,24 +113,36 @@ def finished_denoiser(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel
 def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
     """Timesteps with a mild preference for strong noise, where layout and shape are decided.
 
-    The weakest noise levels are left out: even a chain of 50 steps never visits them.
+    The weakest noise levels are left out: even a chain of 50 steps never visits them. The last timestep, pure noise,
+    gets a share of its own: every chain starts there, and what the model sees there is the caption alone.
     """
-    uniform = torch.rand(count, generator=generator)
-    return (_LOWEST_TIMESTEP + (1000 - _LOWEST_TIMESTEP) * uniform**_TIMESTEP_POWER).long().clamp(max=999)
+    uniform, coin = torch.rand(2, count, generator=generator)
+    timesteps = (_LOWEST_TIMESTEP + (1000 - _LOWEST_TIMESTEP) * uniform**_TIMESTEP_POWER).long().clamp(max=999)
+    return torch.where(coin < _START_SHARE, 999, timesteps)
 
 
-def training_caption(row: int, partial_share: float, generator: torch.Generator) -> str:
-    """The caption of drawing ``row``: mostly dense, sometimes a random part of it, sometimes empty."""
-    kind, *coins = torch.rand(9, generator=generator).tolist()
+def training_caption(row: int, partial_share: float, confused: bool, generator: torch.Generator) -> str:
+    """The caption of drawing ``row``: mostly dense, sometimes a random part of it, sometimes empty.
+
+    With ``confused``, some of its words are those of a similar drawing.
+    """
+    kind, keep_share, *coins = torch.rand(2 + 2 * len(ATTRIBUTES), generator=generator).tolist()
     if kind < _EMPTY_SHARE:
         return ""
-    scene = scene_at(row)
+    attributes = asdict(scene_at(row))
+    if confused:
+        for attribute, coin in zip(attributes, coins[len(ATTRIBUTES) :], strict=True):
+            attributes[attribute] = _confuse(attribute, attributes[attribute], coin)
     if kind < _EMPTY_SHARE + partial_share:
-        keep_share = coins[-1]
-        return describe(_subset(asdict(scene), coins, keep_share))
-    return scene.caption()
+        kept = {name: attributes[name] for name, coin in zip(attributes, coins, strict=False) if coin < keep_share}
+        attributes = kept or attributes
+    return describe(attributes)
 
 
-def _subset(attributes: dict[str, str], coins: Sequence[float], keep_share: float) -> dict[str, str]:
-    kept = {name: value for (name, value), coin in zip(attributes.items(), coins, strict=False) if coin < keep_share}
-    return kept or attributes
+def _confuse(attribute: str, value: str, coin: float) -> str:
+    share, pairs = _CONFUSIONS.get(attribute, (0.0, ()))
+    if coin < share:
+        for first, second in pairs:
+            if value in (first, second):
+                return second if value == first else first
+    return value

@@ -1,0 +1,80 @@
+"""Rewards back to latents: against plain autograd, in half precision, and for rewards of every kind."""
+
+import pytest
+import torch
+
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.rewards.base import RewardError
+from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.rewards.registry import load_reward
+from tests.pipelines import tiny_stable_diffusion
+
+PROMPTS = ["red", "blue b", "c"]
+
+
+def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
+
+
+def chain_and_latents(dtype: torch.dtype = torch.float32) -> tuple[DenoisingChain, torch.Tensor]:
+    chain = DenoisingChain(tiny_stable_diffusion().to(dtype), num_inference_steps=2)
+    return chain, chain.draw_noises([0, 1, 2])[2]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_gradient_is_that_of_plain_autograd_in_every_batch_size(batch_size: int) -> None:
+    chain, latents = chain_and_latents(torch.float64)
+    objective = DecodedReward(
+        chain, CallableReward("redness", redness), batch_size, load_reward("jpeg-compressibility")
+    )
+    measured = objective.measure(latents, PROMPTS)
+    leaf = latents.clone().requires_grad_()
+    rewards = redness(chain.decode(leaf, PROMPTS), PROMPTS)
+    (expected,) = torch.autograd.grad(rewards.sum(), leaf)
+    torch.testing.assert_close(measured.rewards, rewards.float())
+    assert (measured.reward_gradient - expected).norm() <= 1e-6 * expected.norm()  # the pixels are float32
+    assert measured.heldout is not None and measured.heldout.shape == (3,)
+    torch.testing.assert_close(objective.score(latents, PROMPTS), measured.rewards)
+
+
+def test_faint_gradients_survive_a_half_precision_decoder() -> None:
+    """A mean over a 512 x 512 image has pixel gradients of 4e-6, which float16 alone rounds to nothing."""
+
+    def faint_redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return redness(images, prompts) * 1e-3
+
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        chain, latents = chain_and_latents(dtype)
+        objective = DecodedReward(chain, CallableReward("faint", faint_redness), 3)
+        gradients.append(objective.measure(latents, PROMPTS).reward_gradient)
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_a_reward_without_gradient_leaves_no_tape() -> None:
+    chain, latents = chain_and_latents()
+    objective = DecodedReward(chain, load_reward("jpeg-compressibility"), 2)
+    assert not objective.has_gradient
+    decoded_with_tape = []
+    chain.pipeline.vae.decoder.register_forward_hook(lambda *_: decoded_with_tape.append(torch.is_grad_enabled()))
+    measured = objective.measure(latents, PROMPTS)
+    assert measured.reward_gradient is None and measured.heldout is None
+    assert decoded_with_tape == [False, False]
+
+
+def test_an_undeclared_callable_is_found_out_about() -> None:
+    chain, latents = chain_and_latents()
+    objective = DecodedReward(
+        chain, CallableReward("blind", lambda images, prompts: images.detach().mean((1, 2, 3))), 3
+    )
+    assert objective.has_gradient
+    assert objective.measure(latents, PROMPTS).reward_gradient is None
+    assert not objective.has_gradient
+
+
+def test_bad_scores_stop_the_measurement() -> None:
+    chain, latents = chain_and_latents()
+    reward = CallableReward("broken", lambda images, prompts: images.mean((1, 2, 3)) / 0)
+    with pytest.raises(RewardError, match=r"reward 'broken': expected finite scores.*\"blue b\""):
+        DecodedReward(chain, reward, 3).measure(latents, PROMPTS)
