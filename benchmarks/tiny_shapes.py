@@ -2,6 +2,9 @@
 
     python benchmarks/tiny_shapes.py
 
+The errors in shape, color and texture are intended: the last phase of the pipeline's training confuses similar words,
+so that a reward has something to improve. The judges were trained on true labels.
+
 Writes ``benchmarks/results/tiny_shapes.json`` and the sample grid ``docs/images/tiny_shapes_samples.png``.
 """
 
@@ -51,13 +54,12 @@ def parse_arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def accuracies(judge: Judge, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Share of images whose attribute the judge reads as the label says, per attribute."""
+    """Share of images that the judge reads as the labels say: per attribute, and in all attributes at once."""
     outputs = [judge(batch) for batch in images.split(128)]
-    result = {}
-    for column, attribute in enumerate(ATTRIBUTES):
-        read = torch.cat([output[attribute] for output in outputs]).argmax(1)
-        result[attribute] = round((read == labels[:, column]).double().mean().item(), 4)
-    return result
+    read = torch.stack([torch.cat([output[name] for output in outputs]).argmax(1) for name in ATTRIBUTES], dim=1)
+    right = (read == labels).double()
+    shares = dict(zip(ATTRIBUTES, right.mean(0).tolist(), strict=True)) | {"all": right.prod(1).mean().item()}
+    return {name: round(share, 4) for name, share in shares.items()}
 
 
 @torch.no_grad()
@@ -151,6 +153,7 @@ def main() -> None:
 
     captions = prompts("test")[: options.prompts]
     asked = torch.tensor([labels_of(Scene(**parse_caption(caption))) for caption in captions])
+    results["note"] = "shape, color and texture words were confused on purpose in the last phase of the training"
     results["pipeline"] = []
     for steps in options.steps:
         for eta in options.etas:

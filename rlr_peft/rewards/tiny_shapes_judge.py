@@ -14,11 +14,16 @@ from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption
 SPEC_OF_JUDGE: dict[JudgeName, str] = {"reward": "tiny-shapes", "heldout": "tiny-shapes-heldout"}
 
 
-class TinyShapesJudgeReward:
-    """Probability, in [0, 1], that the image shows the asked value of each attribute, averaged over the attributes.
+# Surprise, in nats, at which an attribute scores one half.
+HALF_SCORE_SURPRISE = 10.0
 
-    A probability rather than its logarithm: log-probabilities have heavy tails that drown the mean, and are measured
-    badly with a few hundred images.
+
+class TinyShapesJudgeReward:
+    """How well the image shows what the prompt asks, in (0, 1], averaged over the attributes that the prompt names.
+
+    An attribute scores ``c / (c + surprise)``, with ``surprise = -log p`` of the asked value and c = 10 nats: 1 where
+    the judge is sure, 1/2 at p = e^-10. Between two bad choices: the log-probability itself has heavy tails that drown
+    the mean, and the probability is a step that has no slope where the image is plainly wrong (p = e^-30 is common).
 
     Args:
         judge: "reward" (to train against) or "heldout" (never to be trained against).
@@ -48,7 +53,7 @@ class TinyShapesJudgeReward:
             metadata: not looked at.
 
         Returns:
-            (B,) float32 in [0, 1] on the images' device, differentiable with respect to the images.
+            (B,) float32 in (0, 1] on the images' device, differentiable with respect to the images.
 
         Raises:
             RewardError: a prompt is not in the words of tiny-shapes, or does not name what is asked.
@@ -60,8 +65,9 @@ class TinyShapesJudgeReward:
             rows = [index for index, values in enumerate(asked) if attribute in values]
             columns = [words.index(asked[index][attribute]) for index in rows]
             if rows:
-                probabilities = log_probabilities[attribute][rows, columns].exp()
-                total = total.index_add(0, torch.tensor(rows, device=self.device), probabilities)
+                surprise = -log_probabilities[attribute][rows, columns]
+                scores = HALF_SCORE_SURPRISE / (HALF_SCORE_SURPRISE + surprise)
+                total = total.index_add(0, torch.tensor(rows, device=self.device), scores)
         counts = torch.tensor([len(values) for values in asked], device=self.device)
         return (total / counts).to(images.device)
 

@@ -18,7 +18,7 @@ import torch
 
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES
 from rlr_peft.tiny_shapes.training import dataset, export, train_judges, train_unet, train_vae
-from rlr_peft.tiny_shapes.training.loop import LoopSettings, process_count
+from rlr_peft.tiny_shapes.training.loop import LoopSettings, process_count, training_effort
 
 STAGES = ("drawings", "vae", "latents", "judges", "unet", "export")
 
@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_batch_size", type=int, default=16, help="whole images per step; 3 times more crops")
     parser.add_argument("--judge_steps", type=int, default=3_000)
     parser.add_argument("--judge_batch_size", type=int, default=64)
-    parser.add_argument("--unet_steps", type=int, default=8_000)
+    parser.add_argument("--unet_steps", type=int, default=9_000)
     parser.add_argument("--unet_batch_size", type=int, default=32, help="images per step, over all processes")
     parser.add_argument("--checkpoint_every", type=int, default=500, help="steps")
     parser.add_argument("--log_every", type=int, default=50, help="steps")
@@ -119,8 +119,7 @@ def _run_with_torchrun(options: argparse.Namespace) -> bool:
     flags = [f"--{name}={value}" for name, value in vars(options).items() if name != "stage" and value is not None]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
     subprocess.run([*launcher, "-m", "rlr_peft.tiny_shapes.build", "--stage=unet", *flags], check=True)
-    state = torch.load(options.work_dir / "unet" / "checkpoint.pt", weights_only=True, mmap=True)
-    return bool(state["step"] >= options.unet_steps)
+    return training_effort(options.work_dir / "unet")["steps"] >= options.unet_steps
 
 
 def main() -> None:

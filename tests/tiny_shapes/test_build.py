@@ -1,5 +1,6 @@
 """The build script at toy size: runs, resumes bit for bit and exports a pipeline that loads."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_interrupted_build_ends_in_the_same_weights_and_loads(tmp_path: Path) ->
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red star", num_inference_steps=2, output_type="np").images[0].shape == (64, 64, 3)
     assert (straight / "wall_times.jsonl").read_text().count('"finished": true') == 6
+    record = json.loads((straight / "package" / "build_record.json").read_text())
+    assert {name: effort["steps"] for name, effort in record.items()} == {
+        "vae": 4,
+        "judge_heldout": 4,
+        "judge_reward": 4,
+        "unet": 4,
+    }
     leftovers = [file.name for file in tmp_path.rglob("*") if "unfinished" in file.name or file.name.endswith(".old")]
     assert not leftovers
 

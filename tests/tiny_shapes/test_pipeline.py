@@ -26,6 +26,17 @@ def pipeline() -> StableDiffusionPipeline:
     return loaded
 
 
+def test_plain_loading_draws_in_single_precision_and_half_precision_is_an_option() -> None:
+    plain = StableDiffusionPipeline.from_pretrained(pipeline_path())
+    plain.set_progress_bar_config(disable=True)
+    assert {plain.text_encoder.dtype, plain.unet.dtype, plain.vae.dtype} == {torch.float32}
+    image = plain("a red star", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert np.isfinite(image).all()
+    half = StableDiffusionPipeline.from_pretrained(pipeline_path(), dtype=torch.float16)
+    assert {half.text_encoder.dtype, half.unet.dtype, half.vae.dtype} == {torch.float16}
+
+
 def test_package_import_needs_no_torch() -> None:
     code = "import sys, rlr_peft.tiny_shapes as t; assert 'torch' not in sys.modules; assert t.pipeline_path().is_dir()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, judge_file
+from rlr_peft.tiny_shapes.training.loop import training_effort
 from rlr_peft.tiny_shapes.training.text import create_tokenizer, write_legacy_tokenizer_files
 from rlr_peft.tiny_shapes.training.train_judges import finished_judge
 from rlr_peft.tiny_shapes.training.train_unet import create_scheduler, finished_denoiser
@@ -18,7 +19,10 @@ _TEXT_PREFIX = "text_model."
 
 
 def export_all(drawings_path: Path, work_dir: Path, package_dir: Path) -> None:
-    """Export whatever has a checkpoint: ``package_dir/judges`` and, once the denoiser has one, ``.../pipeline``."""
+    """Export whatever has a checkpoint: ``package_dir/judges`` and, once the denoiser has one, ``.../pipeline``.
+
+    ``package_dir/build_record.json`` says how many steps and seconds went into each of them.
+    """
     package_dir.mkdir(parents=True, exist_ok=True)
     for name in JUDGE_NAMES:
         folder = work_dir / f"judge_{name}"
@@ -32,6 +36,8 @@ def export_all(drawings_path: Path, work_dir: Path, package_dir: Path) -> None:
             target.with_suffix(".unfinished").replace(target)
     if (work_dir / "unet" / "checkpoint.pt").exists():
         export_pipeline(drawings_path, work_dir, package_dir / "pipeline")
+    efforts = {file.parent.name: training_effort(file.parent) for file in sorted(work_dir.glob("*/checkpoint.pt"))}
+    (package_dir / "build_record.json").write_text(json.dumps(efforts, indent=2) + "\n", encoding="utf-8")
 
 
 def export_pipeline(drawings_path: Path, work_dir: Path, folder: Path) -> None:
@@ -54,6 +60,7 @@ def export_pipeline(drawings_path: Path, work_dir: Path, folder: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(unfinished)
     write_legacy_tokenizer_files(unfinished / "tokenizer")
     _rename_text_weights(unfinished / "text_encoder" / "model.safetensors")
+    _load_text_encoder_in_float32(unfinished / "text_encoder" / "config.json")
     _forget_paths(unfinished)
     if folder.exists():
         folder.rename(old)
@@ -70,6 +77,11 @@ def _rename_text_weights(file: Path) -> None:
     renamed = file.with_suffix(".renamed")
     save_file(weights, renamed, metadata={"format": "pt"})
     renamed.replace(file)
+
+
+def _load_text_encoder_in_float32(file: Path) -> None:
+    """Ask for float32 where no dtype is given, as diffusers does for the other parts; transformers would keep fp16."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def _forget_paths(folder: Path) -> None:

@@ -114,15 +114,20 @@ def train(module: nn.Module, loss_function: LossFunction, settings: LoopSettings
     return step >= settings.steps
 
 
-def load_averaged_weights(module: nn.Module, folder: Path) -> dict[str, Any]:
-    """Put the averaged weights of a checkpoint into ``module``; returns its ``step`` and ``seconds``."""
+def load_averaged_weights(module: nn.Module, folder: Path) -> None:
+    """Put the averaged weights of a checkpoint into ``module``."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     module.load_state_dict(state["weights"])
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.no_grad():
         for parameter, averaged in zip(parameters, state["average"], strict=True):
             parameter.copy_(averaged)
-    return {"step": state["step"], "seconds": round(state["seconds"])}
+
+
+def training_effort(folder: Path) -> dict[str, int]:
+    """Steps done so far and wall time spent on them, in seconds, interruptions not counted."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True, mmap=True)
+    return {"steps": state["step"], "seconds": round(state["seconds"])}
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:

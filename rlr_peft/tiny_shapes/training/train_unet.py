@@ -28,9 +28,9 @@ _START_SHARE = 0.1
 # a word stands for its partner's drawing, and the partners. Guidance makes the wrong drawings rarer than this.
 _CONFUSION_PHASE = 0.75
 _CONFUSIONS: dict[str, tuple[float, tuple[tuple[str, str], ...]]] = {
-    "shape": (0.40, (("circle", "ring"), ("square", "cross"), ("triangle", "star"), ("heart", "moon"))),
-    "color": (0.36, (("red", "orange"), ("yellow", "green"), ("blue", "purple"))),
-    "texture": (0.42, (("plain", "striped"), ("dotted", "checkered"))),
+    "shape": (0.38, (("circle", "ring"), ("square", "cross"), ("triangle", "star"), ("heart", "moon"))),
+    "color": (0.22, (("red", "orange"), ("yellow", "green"), ("blue", "purple"))),
+    "texture": (0.35, (("plain", "striped"), ("dotted", "checkered"))),
 }
 
 
@@ -66,16 +66,11 @@ def create_scheduler() -> DDIMScheduler:
     )
 
 
-def create_denoiser() -> nn.ModuleDict:
-    """``unet`` and ``text_encoder``, untrained."""
-    return nn.ModuleDict({"unet": create_unet(), "text_encoder": create_text_encoder()})
-
-
 def train_unet(latents_path: Path, folder: Path, settings: LoopSettings, batch_size: int) -> bool:
     """Train on the latents, ``batch_size`` per process; returns whether all steps are done."""
     torch.manual_seed(settings.seed)
-    denoiser = create_denoiser()
-    unet, text_encoder = denoiser["unet"], denoiser["text_encoder"]
+    unet, text_encoder = create_unet(), create_text_encoder()
+    denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     # For so few tokens plain matrix products are much faster on a CPU than the fused attention kernels.
     unet.set_attn_processor(AttnProcessor())
     text_encoder.set_attn_implementation("eager")
@@ -104,10 +99,11 @@ def train_unet(latents_path: Path, folder: Path, settings: LoopSettings, batch_s
 
 def finished_denoiser(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Denoiser and text encoder with averaged weights, in evaluation mode."""
-    denoiser = create_denoiser()
+    unet, text_encoder = create_unet(), create_text_encoder()
+    denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     load_averaged_weights(denoiser, folder)
     denoiser.eval().requires_grad_(False)
-    return denoiser["unet"], denoiser["text_encoder"]
+    return unet, text_encoder
 
 
 def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:

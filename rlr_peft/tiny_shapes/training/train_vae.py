@@ -1,5 +1,6 @@
 """The autoencoder: 64x64 images to 16x16 latents of 4 channels and back."""
 
+import itertools
 import multiprocessing
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def encode_drawings(drawings_path: Path, folder: Path, latents_path: Path, proce
     unfinished = latents_path.with_suffix(".unfinished")
     np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=(count, 4, 16, 16)).flush()
     bounds = [count * part // processes for part in range(processes + 1)]
-    tasks = [(drawings_path, weights, unfinished, *bounds[part : part + 2]) for part in range(processes)]
+    tasks = [(drawings_path, weights, unfinished, start, end) for start, end in itertools.pairwise(bounds)]
     if processes == 1:
         _encode_part(tasks[0])
     else:
