@@ -21,14 +21,13 @@ from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.trainer import METRICS_LOG, Progress
-from rlr_peft.training.validation import evaluate_adapter, render, save_validation_images
+from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, render, save_validation_images
 
 logger = logging.getLogger(__name__)
 
 BEFORE_AFTER = "before_after.png"
 REWARD_CURVE = "reward_curve.png"
 METRICS = "metrics.json"
-NUM_PAIRS = 6
 
 
 def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:

@@ -12,6 +12,9 @@ from rlr_peft.lora import adapter_disabled
 from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
 
+# Pairs of base and adapter images in the before/after figure.
+NUM_PAIRS = 12
+
 
 @torch.no_grad()
 def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch.Tensor:
@@ -84,5 +87,6 @@ def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Eval
         seeds,
         rewards,
         arguments.evaluation_batch_size,
+        num_kept_images=NUM_PAIRS,
         description=description,
     )

@@ -6,6 +6,7 @@ import torch
 
 from rlr_peft.rewards.base import Reward, RewardError, score_images
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.tiny_shapes_judge import HALF_SCORE_SURPRISE
 from rlr_peft.tiny_shapes.drawing import draw
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge, judge_file
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, scenes
@@ -30,14 +31,20 @@ def random_images(count: int) -> torch.Tensor:
     return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_score_is_the_mean_probability_of_the_named_values(untrained: torch.nn.Module) -> None:
+def score_of(log_probability: torch.Tensor) -> torch.Tensor:
+    """c / (c + surprise), written out independently."""
+    return 1 / (1 - log_probability / HALF_SCORE_SURPRISE)
+
+
+def test_the_score_is_the_mean_over_the_named_values(untrained: torch.nn.Module) -> None:
     images, prompts = random_images(2), [PROMPT, "a blue ring"]
     log_probabilities = untrained(images)
     expected = []
     for index, prompt in enumerate(prompts):
         asked = parse_caption(prompt)
         values = [
-            log_probabilities[name][index].exp()[ATTRIBUTES[name].index(value)].item() for name, value in asked.items()
+            score_of(log_probabilities[name][index][ATTRIBUTES[name].index(value)]).item()
+            for name, value in asked.items()
         ]
         expected.append(sum(values) / len(values))
     assert len(parse_caption(prompts[0])) == 7
@@ -46,7 +53,7 @@ def test_the_score_is_the_mean_probability_of_the_named_values(untrained: torch.
 
 def test_one_attribute_alone(untrained: torch.nn.Module) -> None:
     images = random_images(1)
-    expected = untrained(images)["texture"][0].exp()[ATTRIBUTES["texture"].index("striped")].item()
+    expected = score_of(untrained(images)["texture"][0][ATTRIBUTES["texture"].index("striped")]).item()
     reward = load_reward("tiny-shapes-heldout/texture")
     assert reward.name == "tiny-shapes-heldout/texture"
     assert score_images(reward, images, [PROMPT]).item() == pytest.approx(expected, rel=1e-5)
@@ -58,15 +65,15 @@ def test_gradients_equal_central_differences(untrained: torch.nn.Module) -> None
     images = random_images(1).double()
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
-    def probability(at: torch.Tensor) -> torch.Tensor:
+    def score(at: torch.Tensor) -> torch.Tensor:
         # Through the judge in float64: float32 scores are too coarse for a difference.
         judged = untrained(at)
         asked = parse_caption(PROMPT)
         return torch.stack(
-            [judged[name][0, ATTRIBUTES[name].index(value)].exp() for name, value in asked.items()]
+            [score_of(judged[name][0, ATTRIBUTES[name].index(value)]) for name, value in asked.items()]
         ).mean()
 
-    difference = (probability(images + 1e-5 * direction) - probability(images - 1e-5 * direction)) / 2e-5
+    difference = (score(images + 1e-5 * direction) - score(images - 1e-5 * direction)) / 2e-5
     untrained.float()
     leaf = images.float().requires_grad_()
     (gradient,) = torch.autograd.grad(score_images(reward, leaf, [PROMPT]).sum(), leaf)
@@ -120,13 +127,13 @@ def test_the_right_drawing_scores_highest(shipped: Reward) -> None:
 
 
 @needs_judges
-def test_one_changed_attribute_costs_its_share(shipped: Reward) -> None:
+def test_one_wrong_attribute_costs_up_to_its_share(shipped: Reward) -> None:
     images, _ = drawings(1)
     right = scenes("test")[0]
     other = next(texture for texture in ATTRIBUTES["texture"] if texture != right.texture)
     wrong = right.caption().replace(right.texture, other)
     difference = score_images(shipped, images, [right.caption()]) - score_images(shipped, images, [wrong])
-    assert difference.item() == pytest.approx(1 / 7, abs=0.03)
+    assert 0.4 / 7 < difference.item() <= 1 / 7
 
 
 @needs_judges
