@@ -249,7 +249,6 @@ def test_the_snippet_draws_the_image_of_the_adapter_on_a_local_pipeline(tmp_path
     assert drawn != without_adapter.tobytes()
 
 
-@pytest.mark.skipif(not (pipeline_path() / "model_index.json").is_file(), reason="tiny-shapes has not been trained yet")
 def test_the_snippet_runs_on_tiny_shapes(folder: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

@@ -8,12 +8,9 @@ from rlr_peft.rewards.base import Reward, RewardError, score_images
 from rlr_peft.rewards.registry import load_reward
 from rlr_peft.rewards.tiny_shapes_judge import HALF_SCORE_SURPRISE
 from rlr_peft.tiny_shapes.drawing import draw
-from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge, judge_file
+from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, scenes
 
-needs_judges = pytest.mark.skipif(
-    not all(judge_file(name).is_file() for name in JUDGE_NAMES), reason="the judges have not been trained yet"
-)
 PROMPT = "a large red striped star with no outline in the center on a navy background"
 
 
@@ -115,7 +112,6 @@ def shipped(request: pytest.FixtureRequest) -> Reward:
     return load_reward({"reward": "tiny-shapes", "heldout": "tiny-shapes-heldout"}[name])
 
 
-@needs_judges
 def test_the_right_drawing_scores_highest(shipped: Reward) -> None:
     images, prompts = drawings(24)
     count = len(prompts)
@@ -126,7 +122,6 @@ def test_the_right_drawing_scores_highest(shipped: Reward) -> None:
     assert table.diagonal().mean() > 0.95
 
 
-@needs_judges
 def test_one_wrong_attribute_costs_up_to_its_share(shipped: Reward) -> None:
     images, _ = drawings(1)
     right = scenes("test")[0]
@@ -136,7 +131,6 @@ def test_one_wrong_attribute_costs_up_to_its_share(shipped: Reward) -> None:
     assert 0.4 / 7 < difference.item() <= 1 / 7
 
 
-@needs_judges
 def test_the_gradient_reaches_every_image_and_climbs(shipped: Reward) -> None:
     images, prompts = drawings(8)
     asked = prompts[1:] + prompts[:1]  # wrong prompts: there is something to climb

@@ -275,3 +275,14 @@ def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path) -
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
     states = torch.load(tmp_path / "two" / "checkpoint-2" / "process_states.pt", weights_only=True)
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
+
+
+def test_half_precision_with_every_memory_option(workplace: Path, tmp_path: Path) -> None:
+    """bf16 base, checkpointed denoiser and VAE, 8-bit Adam, DoRA, single decodes, the paper's estimator."""
+    flags = "--mixed_precision bf16 --gradient_checkpointing --vae_gradient_checkpointing --use_8bit_adam --use_dora"
+    config = config_file(workplace, tmp_path / "out", max_train_steps=2, decode_batch_size=1, estimator="rlr-paper")
+    output = finish(start(config, *flags.split(), "--lora_alpha", "8"))
+    assert "draws the same images bit for bit" in output
+    assert "the zeroth-order term estimates the gradient of the objective smoothed at s = 0.01" in output
+    (*_, line) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert all(line[f"gradient_norm/{term}"] > 0 for term in ("first_order", "half_order", "zeroth_order"))
