@@ -151,6 +151,7 @@ def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "estimator": run.estimator.state_dict(),
+        "objective": {"has_gradient": run.objective.has_gradient},
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
     checkpoints.save(
@@ -182,6 +183,7 @@ def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
     run.optimizer.load_state_dict(loaded.state["optimizer"])
     run.lr_scheduler.load_state_dict(loaded.state["lr_scheduler"])
     run.estimator.load_state_dict(loaded.state["estimator"])
+    run.objective.has_gradient = loaded.state["objective"]["has_gradient"]
     restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)
     _warn_of_changes(run, path.parent / "config.yaml")

@@ -37,6 +37,10 @@ def slow_redness(images, prompts):
 def blind_redness(images, prompts):
     return redness(images, prompts).detach().numpy()
 
+def slow_blind_redness(images, prompts):
+    time.sleep(0.15)
+    return blind_redness(images, prompts)
+
 class BreaksLater:
     differentiable = True
 
@@ -167,9 +171,10 @@ RANDOM_BLOCKS = {
     "lr_warmup_steps": 2,
 }
 MEASURED_TAIL = {"fo_steps": "auto", "calibration_interval": 3, "use_8bit_adam": True}
+NO_GRADIENT = {"reward": "slow_blind_redness", "fo_steps": "auto", "calibration_interval": 2}
 
 
-@pytest.mark.parametrize("estimator", [RANDOM_BLOCKS, MEASURED_TAIL], ids=["random blocks", "measured tail"])
+@pytest.mark.parametrize("estimator", [RANDOM_BLOCKS, MEASURED_TAIL, NO_GRADIENT], ids=["blocks", "measured", "blind"])
 def test_killed_and_resumed_equals_uninterrupted(workplace: Path, tmp_path: Path, estimator: dict[str, object]) -> None:
     """kill -9 in the middle; with dropout, running statistics, calibrations or random blocks, and a schedule."""
     values = {
