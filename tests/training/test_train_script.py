@@ -157,6 +157,8 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     assert metrics["denoiser_evaluations"] == 2 * 4 * 8 + 4 * 11
     log = read_metrics(out / "metrics.jsonl")
     assert [line["step"] for line in log] == [1, 2]
+    used = {line["first_order_steps"] for line in log}
+    assert len(used) == 1 and f"K was {used.pop()} of 4 in its updates" in (out / "README.md").read_text()
 
     base, adapted = images(workplace / "base", None, ["a cat"]), images(workplace / "base", out, ["a cat"])
     assert not torch.equal(base, adapted), "the adapter must do something"
