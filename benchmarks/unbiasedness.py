@@ -6,10 +6,16 @@ Writes ``benchmarks/results/unbiasedness.json`` and prints the table of ``docs/e
 """
 
 import argparse
+from collections.abc import Callable
 
 from benchmarks.machine import write_results
+from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import RLRSettings
+from rlr_peft.estimators.plan import Coefficients, RLRSettings
+from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
+from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
+from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing.unbiasedness import critical_z, measure_bias
 
@@ -19,13 +25,15 @@ SINGLE = HalfOrder(length=1, blocks="all")
 TWO_POINT = ZerothOrder("two-point", 0.01)
 PERTURBED = {"replicates": 1, "group_size": 16}  # a perturbation serves a whole batch
 
-ESTIMATORS: dict[str, tuple[RLRSettings, dict]] = {
+RLR: dict[str, tuple[RLRSettings, dict]] = {
     "`rlr` (K measured, then all single steps)": (RLRSettings("auto", SINGLE), {}),
+    "`rlr`, orders mixed by measured variances": (RLRSettings("auto", SINGLE, step_choice="inverse-variance"), {}),
     "`rlr`, reward without gradient, sigma_1 > 0": (
         RLRSettings("auto", SINGLE, black_box_steps=3),
         {"differentiable": False, "last_std": 0.2},
     ),
     "FO_1 + all single steps": (RLRSettings(1, SINGLE), {}),
+    "the same with a state baseline": (RLRSettings(1, SINGLE, state_baseline=True), {}),
     "FO_3 + all single steps": (RLRSettings(3, SINGLE), {}),
     "FO_2 + tiles of h = 2": (RLRSettings(2, HalfOrder(2, "all")), {}),
     "FO_1 + 2 random single steps, weight 1/q": (RLRSettings(1, HalfOrder(1, 2)), {}),
@@ -44,8 +52,37 @@ ESTIMATORS: dict[str, tuple[RLRSettings, dict]] = {
     ),
     "`truncated-bp` K = 1 (biased)": (RLRSettings(1, None), {}),
     "`truncated-bp` K = 3 (biased)": (RLRSettings(3, None), {}),
+    "`truncated-bp` K random (biased)": (RLRSettings("random", None), {}),
     "FO_1 + block from a window, no ZO (biased)": (RLRSettings(1, HalfOrder(1, 1, "window", (3, 4))), {}),
+    "FO_1 + single steps with coefficient 1/2 (biased)": (
+        RLRSettings(1, SINGLE, coefficients=Coefficients(half_order=0.5)),
+        {},
+    ),
     "ZO two-point s = 1 (biased)": (RLRSettings(0, None, ZerothOrder("two-point", 1.0)), PERTURBED),
+}
+
+OTHERS: dict[str, tuple[Callable[[], Estimator], dict]] = {
+    "FO_1 + single steps, antithetic": (
+        lambda: RLREstimator(RLRSettings(1, SINGLE), antithetic=True),
+        {"antithetic": True},
+    ),
+    "a mistake: the partner left in the baseline (biased)": (
+        lambda: RLREstimator(RLRSettings(1, SINGLE)),
+        {"antithetic": True},
+    ),
+    "`ddpo` on policy, sigma_1 > 0 (biased)": (
+        lambda: PolicyGradientEstimator(PolicyGradientSettings("prompt-statistics", SINGLE)),
+        {"last_std": 0.2, "calls": 100},  # its statistics are kept prompt by prompt, in Python
+    ),
+    "`grpo` on policy, sigma_1 > 0 (biased)": (
+        lambda: PolicyGradientEstimator(PolicyGradientSettings("group-normalized", SINGLE)),
+        {"last_std": 0.2},
+    ),
+    "`d3po`, sigma_1 > 0 (another objective)": (
+        lambda: PreferenceEstimator(PreferenceSettings(0.1, SINGLE)),
+        {"last_std": 0.2},
+    ),
+    "`refl` from the last 2 steps (biased)": (lambda: RewardFeedbackEstimator(2), {}),
 }
 
 
@@ -56,17 +93,25 @@ def main() -> None:
     parser.add_argument("--perturbed_calls", type=int, default=20_000, help="independent estimates with one")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
-    critical = critical_z(COMPONENTS * len(ESTIMATORS), confidence=0.99)
-    rows = []
+    critical = critical_z(COMPONENTS * (len(RLR) + len(OTHERS)), confidence=0.99)
     print(f"critical |z| = {critical:.2f} (99 % over all components of all rows)\n")
-    print("| estimator | estimates | max abs z | mean / exact | covers every step |\n|---|---|---|---|---|")
-    for name, (settings, options) in ESTIMATORS.items():
-        calls = arguments.perturbed_calls if options is PERTURBED or settings.zeroth_order else arguments.calls
-        bias = measure_bias(settings, num_steps=T, calls=calls, seed=arguments.seed, **options)
-        rows.append({"estimator": name, **vars(bias)})
-        claim = "yes" if bias.coverage_complete else "no"
-        print(f"| {name} | {bias.estimates} | {bias.max_abs_z:.2f} | {bias.projection:.3f} | {claim} |", flush=True)
+    print("| estimator | estimates | max abs z | mean / exact | coverage |\n|---|---|---|---|---|")
+    rows = []
+    for name, (settings, options) in RLR.items():
+        calls = arguments.perturbed_calls if options is PERTURBED else arguments.calls
+        rows.append(measured_row(name, RLREstimator(settings), {"calls": calls, **options}, arguments.seed))
+    for name, (build, options) in OTHERS.items():
+        rows.append(measured_row(name, build(), {"calls": arguments.calls, **options}, arguments.seed))
     write_results("unbiasedness", {"critical_z": critical, "rows": rows})
+
+
+def measured_row(name: str, estimator: Estimator, options: dict, seed: int) -> dict[str, object]:
+    """Measures one estimator, prints its line, and returns its record."""
+    bias = measure_bias(estimator, num_steps=T, seed=seed, **options)
+    claim = bias.coverage.describe()
+    print(f"| {name} | {bias.estimates} | {bias.max_abs_z:.2f} | {bias.projection:.3f} | {claim} |", flush=True)
+    numbers = {key: getattr(bias, key) for key in ("max_abs_z", "projection", "variance", "estimates")}
+    return {"estimator": name, **numbers, "unbiased": bias.coverage.unbiased, "coverage": claim}
 
 
 if __name__ == "__main__":

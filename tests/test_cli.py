@@ -74,7 +74,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
-    assert "check a configuration" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "check a configuration" in printed and "measure every gradient estimator" in printed
 
 
 def test_config_help_is_grouped_complete_and_quick() -> None:
@@ -92,3 +93,31 @@ def test_config_help_is_grouped_complete_and_quick() -> None:
         position = text.index(f" --{name} ", position)
         assert sentence in text[position : position + 500], name
     assert seconds < 5, "--help must not load torch (it takes about 0.2 s on a quiet machine)"
+
+
+def test_diagnose_help_shows_its_own_flags_and_those_of_training() -> None:
+    done = run("diagnose", "--help")
+    assert done.returncode == 0
+    assert done.stdout.index("--samples N") < done.stdout.index("--output FILE.html") < done.stdout.index("--rank ")
+    assert done.stdout.count("--samples N") == 2  # in its usage and in its explanation
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "many"], "error: --samples: invalid int value: 'many'; see rlr-peft diagnose --help.\n"),
+        (["--samples", "3"], "error: --samples: expected 4 or more, got 3; raise --samples.\n"),
+        (
+            ["--output", "report.pdf"],
+            "error: --output: expected a file that ends in .html, got report.pdf; rename it.\n",
+        ),
+        (["--sample", "8"], "error: command line: unknown name sample; did you mean "),
+        (["--rank", "0"], "error: rank: expected at least 1, got 0; change --rank.\n"),
+    ],
+)
+def test_a_wrong_flag_of_diagnose_is_refused_at_once(words: list[str], message: str) -> None:
+    done = run("diagnose", *REQUIRED, *words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ Peak memory is one denoiser step, whatever the number of steps, and the gradient
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,10 @@ class DerivativeError(UserError, FloatingPointError):
     """A derivative is not finite."""
 
 
+# What goes into the parameters at step t instead of the cotangent that travels on: ``(t, mean, cotangent) -> tensor``.
+IntoParameters = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Segment:
     """A stretch of the chain to differentiate.
@@ -31,12 +35,15 @@ class Segment:
         length: number of steps; the input of the last one is held fixed.
         cotangent: derivative of the objective with respect to the mean of ``first_step``, (B, ...).
         weight: factor of the whole segment, such as 1 / q for a segment drawn with probability q.
+        into_parameters: a different cotangent, at the mean of every step, for the parameters alone, before the weight;
+            None for the one that travels. Where it returns another tensor, a step costs two backward passes.
     """
 
     first_step: int
     length: int
     cotangent: torch.Tensor
     weight: float = 1.0
+    into_parameters: IntoParameters | None = None
 
     @property
     def steps(self) -> range:
@@ -44,8 +51,53 @@ class Segment:
         return range(self.first_step, self.first_step + self.length)
 
 
+class ReplayedStep:
+    """One step of the chain on the tape, from where cotangents are pulled back, as often as needed.
+
+    Args:
+        chain: the chain.
+        trajectory: what was sampled.
+        t: the step.
+        with_latents: whether cotangents will be pulled back into the step's input too.
+
+    Attributes:
+        mean: of the step, (B, ...), on the tape.
+        pred_original_sample: the prediction of x_0, (B, ...), on the tape.
+    """
+
+    def __init__(self, chain: Chain, trajectory: Trajectory, t: int, with_latents: bool = True) -> None:
+        self._parameters = list(chain.parameters)
+        self._place = f"step {t}"
+        self._latents = trajectory.latents[t].detach().requires_grad_(with_latents)
+        with torch.enable_grad():
+            step = chain.replay(trajectory, t, self._latents)
+        self.mean, self.pred_original_sample = step.mean, step.pred_original_sample
+
+    def into_parameters(
+        self, cotangent: torch.Tensor, *, output: torch.Tensor | None = None, keep: bool = False
+    ) -> list[torch.Tensor]:
+        """One gradient per parameter; ``keep`` leaves the tape for another call. ``output`` is the mean if None."""
+        return self._pull_back(self._parameters, cotangent, output, keep)
+
+    def into_latents(self, cotangent: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
+        """The cotangent at the step's input x_t, (B, ...)."""
+        return self._pull_back([self._latents], cotangent, None, keep)[0]
+
+    def into_both(self, cotangent: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Both of the above in one backward pass."""
+        *gradients, into_latents = self._pull_back([*self._parameters, self._latents], cotangent, None, keep=False)
+        return gradients, into_latents
+
+    def _pull_back(
+        self, inputs: Sequence[torch.Tensor], cotangent: torch.Tensor, output: torch.Tensor | None, keep: bool
+    ) -> list[torch.Tensor]:
+        return scaled_gradients(self.mean if output is None else output, inputs, cotangent, self._place, keep)
+
+
 def walk(chain: Chain, trajectory: Trajectory, segment: Segment) -> Iterator[tuple[int, list[torch.Tensor]]]:
     """Yields ``(t, gradients)`` for every step of the segment, gradients in the order of ``chain.parameters``.
+
+    The segment's weight is left to ``run``.
 
     Raises:
         ValueError: the segment leaves the chain.
@@ -56,29 +108,21 @@ def walk(chain: Chain, trajectory: Trajectory, segment: Segment) -> Iterator[tup
             f"Expected a segment within steps 1..{trajectory.num_steps}, got steps "
             f"{segment.first_step}..{segment.first_step + segment.length - 1}."
         )
-    cotangent = segment.weight * segment.cotangent
+    cotangent = segment.cotangent
     for t in segment.steps:
-        gradients, next_cotangent = pull_back(chain, trajectory, t, cotangent, into_latents=t != segment.steps[-1])
+        is_last = t == segment.steps[-1]
+        step = ReplayedStep(chain, trajectory, t, with_latents=not is_last)
+        own = cotangent
+        if segment.into_parameters is not None:
+            own = segment.into_parameters(t, step.mean.detach(), cotangent)
+        if own is cotangent and not is_last:
+            gradients, cotangent = step.into_both(cotangent)
+        else:
+            gradients = step.into_parameters(own, keep=not is_last)
+            if not is_last:
+                cotangent = step.into_latents(cotangent)
+        del step  # before the next is replayed: the second pass frees no tape that leads to parameters alone
         yield t, gradients
-        if next_cotangent is not None:
-            cotangent = next_cotangent
-
-
-def pull_back(
-    chain: Chain, trajectory: Trajectory, t: int, cotangent: torch.Tensor, into_latents: bool = True
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Vector-Jacobian product of step t: from a cotangent at its mean to the parameters and to its input x_t.
-
-    Returns:
-        One gradient per parameter, and the cotangent at x_t, (B, ...), if ``into_latents``.
-    """
-    latents = trajectory.latents[t].detach().requires_grad_(into_latents)
-    parameters = list(chain.parameters)
-    with torch.enable_grad():
-        mean = chain.replay(trajectory, t, latents).mean
-    inputs = [*parameters, latents] if into_latents else parameters
-    gradients = scaled_gradients(mean, inputs, cotangent, f"step {t}")
-    return gradients[: len(parameters)], gradients[-1] if into_latents else None
 
 
 def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> float:
@@ -90,19 +134,20 @@ def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> float:
     total = [torch.zeros_like(parameter) for parameter in chain.parameters]
     for _, gradients in walk(chain, trajectory, segment):
         for summed, gradient in zip(total, gradients, strict=True):
-            summed.add_(gradient)
-    add_to_gradients(chain, total)
-    return float(torch.stack([gradient.norm() for gradient in total]).norm())
+            summed.add_(gradient, alpha=segment.weight)
+    return add_to_gradients(chain, total)
 
 
-def add_to_gradients(chain: Chain, gradients: list[torch.Tensor]) -> None:
-    """Adds one tensor per parameter to the parameters' ``.grad``."""
+def add_to_gradients(chain: Chain, gradients: list[torch.Tensor]) -> float:
+    """Adds one tensor per parameter to the parameters' ``.grad``; returns their Euclidean norm."""
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
     for parameter, gradient in zip(chain.parameters, gradients, strict=True):
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return norm
 
 
 def scaled_gradients(
-    output: torch.Tensor, inputs: Sequence[torch.Tensor], cotangent: torch.Tensor, place: str
+    output: torch.Tensor, inputs: Sequence[torch.Tensor], cotangent: torch.Tensor, place: str, keep: bool = False
 ) -> list[torch.Tensor]:
     """Vector-Jacobian product whose backward pass starts from the cotangent scaled to about 1.
 
@@ -113,6 +158,7 @@ def scaled_gradients(
         inputs: what to differentiate by; those that the tape does not reach get zeros.
         cotangent: derivative by ``output``, of its shape.
         place: named in the error.
+        keep: leave the tape for another backward pass.
 
     Raises:
         DerivativeError: the cotangent is not finite.
@@ -125,6 +171,11 @@ def scaled_gradients(
         )
     scale = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
     gradients = torch.autograd.grad(
-        output, inputs, (cotangent / scale).to(output.dtype), allow_unused=True, materialize_grads=True
+        output,
+        inputs,
+        (cotangent / scale).to(output.dtype),
+        retain_graph=keep,
+        allow_unused=True,
+        materialize_grads=True,
     )
     return [gradient * scale for gradient in gradients]

@@ -7,7 +7,7 @@ inference, and nothing of a model family is written twice.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class DenoisingChain:
         guidance_scale: classifier-free guidance; None takes the family's default.
         negative_prompt: what guidance steers away from.
         resolution: height and width of the images in pixels; None takes the pipeline's default.
+        reference: a context in which the denoiser is the reference model, for ``reference_mean``.
 
     Raises:
         ValueError: unsupported pipeline class or scheduler, or a pipeline with a safety checker.
@@ -52,6 +53,7 @@ class DenoisingChain:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         resolution: int | None = None,
+        reference: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.family = family_of(pipeline)
         if getattr(pipeline, "safety_checker", None) is not None:
@@ -64,6 +66,7 @@ class DenoisingChain:
         self.guidance_scale = self.family.default_guidance_scale if guidance_scale is None else guidance_scale
         self.negative_prompt = negative_prompt
         self.resolution = resolution
+        self._reference = reference
         self.denoiser_evaluations = 0
         self.latents_dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
         base = stochastic_scheduler(pipeline)
@@ -126,6 +129,18 @@ class DenoisingChain:
         self.denoiser_evaluations += trajectory.batch_size
         (step,), self._scheduler.recorded = self._scheduler.recorded.steps, RecordedSteps()
         return step
+
+    @torch.no_grad()
+    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
+        """The mean of step t, (B, ...), that the reference gives from the same x_t.
+
+        Raises:
+            RuntimeError: the chain was built without a reference.
+        """
+        if self._reference is None:
+            raise RuntimeError("Expected a chain with a reference model; pass `reference` when building it.")
+        with self._reference():
+            return self.replay(trajectory, t).mean
 
     def rollout(
         self,

@@ -36,6 +36,9 @@ class Chain(Protocol):
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""
 
+    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
+        """The mean of step t, (B, ...), that the reference (the base without adapter) gives from the same x_t."""
+
     def rollout(
         self,
         trajectory: Trajectory,

@@ -5,10 +5,15 @@ from collections.abc import Callable, Sequence
 
 from rlr_peft import __version__
 from rlr_peft.cli.config_command import config_command
+from rlr_peft.cli.diagnose_command import diagnose_command
 
 # name -> (one line for --help, function of the remaining words that returns the exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "config": ("check a configuration and print it in full as YAML", config_command),
+    "diagnose": (
+        "measure every gradient estimator on your pipeline and reward, and say which to use",
+        diagnose_command,
+    ),
 }
 
 

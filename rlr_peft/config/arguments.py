@@ -1,7 +1,8 @@
 """Every knob: its name, default, unit and one plain sentence.
 
 A field's name is its flag (`--rank 4`) and its YAML name (`rank: 4`); names are unique over all groups, so both stay
-flat. A group's docstring is its title in `--help`. Ranges are declared here, combinations in `checks.py`.
+flat. A group's docstring is its title in `--help`. Ranges are declared here, combinations in `checks.py` and
+`estimator_checks.py`.
 """
 
 from dataclasses import MISSING, dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 
 from rlr_peft.config.knob import knob
 
-EstimatorName = Literal["rlr", "rlr-paper", "full-bp", "truncated-bp", "reinforce"]
+EstimatorName = Literal["rlr", "rlr-paper", "full-bp", "truncated-bp", "reinforce", "ddpo", "grpo", "d3po", "refl"]
 StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
 # `piecewise_constant` is left out: diffusers' get_scheduler wants a rule string for it, which has no flag here.
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -116,12 +117,17 @@ class RewardArguments:
 class EstimatorArguments:
     """Estimator: how the gradient of the reward is estimated (null leaves a knob to the preset)"""
 
-    estimator: EstimatorName = knob("rlr", "Preset of gradient terms; the knobs below override its parts.")
-    fo_steps: int | Literal["auto"] | None = knob(
+    estimator: EstimatorName = knob("rlr", "Method; the knobs below override its parts.")
+    fo_steps: int | Literal["auto", "random"] | None = knob(
         None,
-        "Number K of last steps covered by the first-order term; `auto` measures the best K.",
+        "Number K of last steps covered by the first-order term; `auto` measures the best K, `random` (truncated-bp) "
+        "draws it for every micro-batch. With refl the step is drawn from the last K.",
         unit="steps",
         at_least=0,
+    )
+    step_choice: Literal["crossing", "inverse-variance"] = knob(
+        "crossing",
+        "What `fo_steps: auto` measures: one K, or a weight for every step that mixes first and half order.",
     )
     ho_length: int | Literal["auto"] | None = knob(
         None,
@@ -131,9 +137,10 @@ class EstimatorArguments:
     )
     ho_blocks: int | Literal["all"] | None = knob(
         None,
-        "Half-order blocks drawn for each update, weighted to stay unbiased; `all` tiles every remaining step.",
+        "Half-order blocks (with ddpo, grpo and d3po: trained steps) drawn for each micro-batch, weighted to stay "
+        "unbiased; `all` takes every remaining step, 0 leaves the half order out.",
         unit="blocks",
-        at_least=1,
+        at_least=0,
     )
     ho_start: Literal["uniform", "gradient-norm", "window"] | None = knob(
         None, "How the start of a half-order block is drawn: evenly, by running gradient norms, or from ho_window."
@@ -152,10 +159,48 @@ class EstimatorArguments:
     zo_samples: int = knob(1, "Parameter perturbations drawn for each update.", unit="perturbations", at_least=1)
     black_box_steps: int | None = knob(
         None,
-        "Number of last steps covered by reward differences where the reward has no gradient; 0 is off.",
+        "Number of last steps covered by reward differences where the reward has no gradient; 0 is off, null (with "
+        "rlr) as many as about double the cost.",
         unit="steps",
         at_least=0,
     )
+    state_baseline: bool = knob(
+        False, "Take the reward of the predicted image off the score terms' advantages: one reward call per step used."
+    )
+    antithetic: bool = knob(
+        False, "Sample in neighbouring pairs with mirrored noises (groups of 4 or more, an even number)."
+    )
+    fo_coefficient: float = knob(
+        1.0, "Factor of the first-order term; not 1 is biased by choice.", unit="factor", at_least=0
+    )
+    ho_coefficient: float = knob(
+        1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0
+    )
+    zo_coefficient: float = knob(
+        1.0, "Factor of the zeroth-order term; not 1 is biased by choice.", unit="factor", at_least=0
+    )
+    normalize_rewards: bool = knob(
+        False, "Divide the whole gradient by the running standard deviation of the rewards: all terms alike."
+    )
+    inner_epochs: int | None = knob(
+        None, "Optimiser steps of ddpo, grpo and d3po on the same samples.", unit="optimiser steps", at_least=1
+    )
+    clip_range: float = knob(
+        0.2, "Density ratios of ddpo and grpo are clipped to 1 minus to 1 plus this.", unit="ratio of a step", above=0
+    )
+    advantage_clip: float = knob(
+        5.0, "Advantages of ddpo and grpo are clipped to plus or minus this.", unit="standard deviations", above=0
+    )
+    per_prompt_stat_tracking_buffer_size: int = knob(
+        32, "Latest rewards of a prompt from which ddpo takes mean and deviation.", unit="rewards", at_least=2
+    )
+    per_prompt_stat_tracking_min_count: int = knob(
+        16,
+        "Rewards that a prompt needs for statistics of its own; before, the batch's are used.",
+        unit="rewards",
+        at_least=2,
+    )
+    dpo_beta: float = knob(0.1, "Strength of d3po's pull towards the base model.", unit="1 / nat", above=0)
     calibration_interval: int = knob(
         25,
         "How often the per-step variances behind `fo_steps: auto` are measured again.",
@@ -189,6 +234,37 @@ class EstimatorArguments:
     )
     zo_step_memory: float | None = knob(
         None, "Memory of one zeroth-order step, for memory_budget.", unit="GB", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class RegularizationArguments:
+    """Regularisation: staying near the base, and stopping in time"""
+
+    kl_beta: float = knob(
+        0.0, "Weight of the divergence from the base in the objective; 0 is off.", unit="reward per nat", at_least=0
+    )
+    kl_steps: int | Literal["all"] = knob(
+        4, "Steps drawn for one estimate of the divergence, weighted to stay unbiased.", unit="steps", at_least=1
+    )
+    kl_interval: int | None = knob(
+        None,
+        "How often the divergence is measured where it is neither penalised nor limited; null means never.",
+        unit="optimiser steps",
+        at_least=1,
+    )
+    kl_limit: float | None = knob(
+        None,
+        "Training stops where the divergence from the base, averaged over ten updates, passes this.",
+        unit="nats",
+        above=0,
+    )
+    early_stopping_steps: int | None = knob(
+        None,
+        "Training stops, and goes back to its best weights, where the held-out reward of so many updates is "
+        "significantly below the best so far; null means never.",
+        unit="optimiser steps",
+        at_least=5,
     )
 
 
@@ -294,6 +370,7 @@ class Config:
     prompts: PromptArguments
     reward: RewardArguments
     estimator: EstimatorArguments
+    regularization: RegularizationArguments
     training: TrainingArguments
     optimizer: OptimizerArguments
     validation: ValidationArguments

@@ -1,9 +1,16 @@
 """Advantages: rewards relative to what the same prompt earns otherwise."""
 
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 
+# Keeps the division by a group's standard deviation finite, as in DDPO and GRPO.
+STD_FLOOR = 1e-4
 
-def leave_one_out(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+
+def leave_one_out(rewards: torch.Tensor, group_size: int, antithetic: bool = False) -> torch.Tensor:
     """Each reward minus the mean of the others of its prompt: ``n / (n - 1) * (R_i - mean)``.
 
     The baseline of a sample does not contain the sample, so score-function terms stay exactly unbiased.
@@ -11,17 +18,87 @@ def leave_one_out(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     Args:
         rewards: (N,), samples of one prompt side by side.
         group_size: n, samples per prompt; with 1 there is no baseline and the rewards are returned as they are.
+        antithetic: samples come in neighbouring pairs with mirrored noises; a sample's partner is left out too.
 
     Returns:
         Advantages, (N,).
 
     Raises:
-        ValueError: N is not a multiple of the group size.
+        ValueError: N is not a multiple of the group size, or antithetic groups are not of whole pairs, two or more.
     """
-    if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f"Expected a multiple of {group_size} rewards (samples per prompt), got {len(rewards)}.")
+    groups = _groups(rewards, group_size)
+    if antithetic:
+        if group_size % 2 or group_size < 4:
+            raise ValueError(f"Expected an even group of 4 or more antithetic samples, got {group_size}.")
+        pairs = groups.reshape(len(groups), -1, 2).sum(dim=2).repeat_interleave(2, dim=1)
+        others = (groups.sum(dim=1, keepdim=True) - pairs) / (group_size - 2)
+        return (groups - others).reshape(-1)
     if group_size == 1:
         return rewards
-    groups = rewards.reshape(-1, group_size)
     advantages = (groups - groups.mean(dim=1, keepdim=True)) * (group_size / (group_size - 1))
     return advantages.reshape(-1)
+
+
+def group_normalized(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """GRPO's ``(R_i - mean) / std`` over the samples of a prompt: mean and std contain the sample, a small bias.
+
+    Args:
+        rewards: (N,), samples of one prompt side by side.
+        group_size: n >= 2, samples per prompt.
+
+    Raises:
+        ValueError: N is not a multiple of the group size, or the group is a single sample.
+    """
+    groups = _groups(rewards, group_size)
+    if group_size < 2:
+        raise ValueError("Expected 2 or more samples per prompt to normalise within a group, got 1.")
+    std = groups.std(dim=1, keepdim=True, correction=0)
+    return ((groups - groups.mean(dim=1, keepdim=True)) / (std + STD_FLOOR)).reshape(-1)
+
+
+class PromptStatistics:
+    """DDPO's ``(R - mean) / std`` with mean and std of the prompt's latest rewards over several updates.
+
+    A prompt seen fewer than ``min_count`` times is compared with the whole batch instead.
+
+    Args:
+        buffer_size: rewards remembered per prompt.
+        min_count: rewards that a prompt needs for statistics of its own.
+    """
+
+    def __init__(self, buffer_size: int, min_count: int) -> None:
+        self.buffer_size = buffer_size
+        self.min_count = min_count
+        self._rewards: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
+        self._batch = torch.zeros(0)
+
+    def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
+        """Adds the rewards (N,) of an update, of all processes."""
+        self._batch = rewards.detach().float().cpu()
+        for prompt, reward in zip(prompts, self._batch.tolist(), strict=True):
+            self._rewards[prompt].append(reward)
+
+    def normalized(self, rewards: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Advantages (N,) of rewards that were observed before."""
+        advantages = []
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            known = self._rewards[prompt]
+            compared = torch.tensor(list(known)) if len(known) >= self.min_count else self._batch
+            advantages.append((reward - float(compared.mean())) / (float(compared.std(correction=0)) + STD_FLOOR))
+        return torch.tensor(advantages, dtype=rewards.dtype, device=rewards.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered rewards by prompt."""
+        return {"rewards": {prompt: list(values) for prompt, values in self._rewards.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        self._rewards.clear()
+        for prompt, values in state["rewards"].items():
+            self._rewards[prompt].extend(values)
+
+
+def _groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    if group_size < 1 or len(rewards) % group_size:
+        raise ValueError(f"Expected a multiple of {group_size} rewards (samples per prompt), got {len(rewards)}.")
+    return rewards.reshape(-1, group_size)

@@ -24,16 +24,24 @@ class Coverage:
         gaps: reason by step for every step that is left out by choice.
         smoothing: scale s of the zeroth order's perturbation where there is one: its gradient is that of the smoothed
             objective, biased in the order of s squared; None without it.
+        departures: what makes the estimate another than the gradient of the expected reward although steps are covered,
+            one clause each.
     """
 
     weights: torch.Tensor
     gaps: Mapping[int, str]
     smoothing: float | None = None
+    departures: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether every step is covered with expected weight 1."""
         return bool(torch.allclose(self.weights, torch.ones_like(self.weights), rtol=0, atol=1e-9))
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the estimate is unbiased: every step covered, nothing smoothed, no departure."""
+        return self.complete and self.smoothing is None and not self.departures
 
     def check(self) -> None:
         """Raises:
@@ -44,20 +52,25 @@ class Coverage:
                 raise CoverageError(f"Expected coverage 1 at step {t} of {len(self.weights)}, got {weight:.6g}.")
 
     def describe(self) -> str:
-        """One sentence for logs and cards."""
-        if self.complete and self.smoothing is None:
+        """One or two sentences for logs and cards."""
+        if self.unbiased:
             return "Every step is covered with expected weight 1: the gradient estimate is unbiased."
-        if self.complete:
+        if self.complete and self.smoothing is not None:
             return (
                 "Every step is covered with expected weight 1; the zeroth-order term estimates the gradient of the "
                 f"objective smoothed at s = {self.smoothing:g}, with a bias of order s squared."
             )
-        reasons = sorted(set(self.gaps.values()))
-        steps = [t for t, weight in enumerate(self.weights.tolist(), start=1) if abs(weight - 1) > 1e-9]
-        return f"Biased by choice: steps {_ranges(steps)} of {len(self.weights)} are left out ({'; '.join(reasons)})."
+        clauses = list(self.departures)
+        off = [t for t, weight in enumerate(self.weights.tolist(), start=1) if abs(weight - 1) > 1e-9]
+        for reason in sorted({self.gaps[t] for t in off if t in self.gaps}):
+            steps = [t for t in off if self.gaps.get(t) == reason]
+            subject, verb = ("step", "is") if len(steps) == 1 else ("steps", "are")
+            clauses.append(f"{subject} {step_ranges(steps)} of {len(self.weights)} {verb} {reason}")
+        return f"Biased by choice: {'; '.join(clauses)}."
 
 
-def _ranges(steps: list[int]) -> str:
+def step_ranges(steps: list[int]) -> str:
+    """Steps in words, runs of them joined: ``1-3, 7``."""
     parts: list[list[int]] = []
     for t in steps:
         if parts and t == parts[-1][-1] + 1:

@@ -126,9 +126,11 @@ def draw(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator
     return torch.multinomial(probabilities, count, replacement=not distinct, generator=generator).tolist()
 
 
-def half_order_segment(rollout: Rollout, block: Block, weight: float = 1.0) -> Segment:
+def half_order_segment(
+    rollout: Rollout, block: Block, weight: float = 1.0, advantages: torch.Tensor | None = None
+) -> Segment:
     """The segment of a block; its weight is 1 for a block that is always used, 1 / q for one drawn with chance q."""
-    return Segment(block.first_step, block.length, rollout.score_cotangent(block.first_step), weight)
+    return Segment(block.first_step, block.length, rollout.score_cotangent(block.first_step, advantages), weight)
 
 
 def _is_uniform(probabilities: torch.Tensor) -> bool:

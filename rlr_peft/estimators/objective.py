@@ -17,6 +17,9 @@ class Objective(Protocol):
     def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Rewards (B,) of clean latents (B, ...), without a tape."""
 
+    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (B,) of clean latents (B, ...), and every sample's derivative by its own, (B, ...)."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -62,31 +65,49 @@ class DecodedReward:
             scores.append(score_images(self._reward, self._decoder.decode(part, texts).float(), texts))
         return torch.cat(scores)
 
-    def measure(self, latents: torch.Tensor, prompts: Sequence[str]) -> Measurement:
+    def measure(self, latents: torch.Tensor, prompts: Sequence[str], differentiate: bool = True) -> Measurement:
         """Rewards, their gradients by the latents where there are any, and held-out scores.
 
         A user's callable that does not say whether it is differentiable is found out about on the first batch.
 
+        Args:
+            latents: clean latents (B, ...).
+            prompts: one per sample.
+            differentiate: False spares the tape of decoder and reward where no gradient is wanted.
+
         Raises:
             RewardError: the scores are not finite, of the wrong shape, or not differentiable after all.
         """
-        parts = [self._measure_part(part, texts) for part, texts in self._parts(latents, prompts)]
+        differentiate = differentiate and self.has_gradient
+        parts = [self._measure_part(part, texts, differentiate) for part, texts in self._parts(latents, prompts)]
         rewards, gradients, heldout = zip(*parts, strict=True)
-        self.has_gradient = gradients[0] is not None
+        if differentiate:
+            self.has_gradient = gradients[0] is not None
         return Measurement(
             torch.cat(rewards),
-            torch.cat(gradients) if self.has_gradient else None,
+            torch.cat(gradients) if gradients[0] is not None else None,
             torch.cat(heldout) if self._heldout is not None else None,
         )
 
+    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (B,) of clean latents (B, ...), and every sample's derivative by its own, (B, ...).
+
+        Raises:
+            RewardError: the reward has no gradient.
+        """
+        measured = self.measure(latents, prompts)
+        if measured.reward_gradient is None:
+            raise RewardError(f"reward '{self._reward.name}': expected a gradient, but it is not differentiable.")
+        return measured.rewards, measured.reward_gradient
+
     def _measure_part(
-        self, latents: torch.Tensor, prompts: list[str]
+        self, latents: torch.Tensor, prompts: list[str], differentiate: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        latents = latents.detach().requires_grad_(self.has_gradient)
-        with torch.set_grad_enabled(self.has_gradient):
+        latents = latents.detach().requires_grad_(differentiate)
+        with torch.set_grad_enabled(differentiate):
             images = self._decoder.decode(latents, prompts)
             # Cut here: the reward's tape is gone before the decoder's backward pass, whose cotangent is then scaled.
-            pixels = images.detach().float().requires_grad_(self.has_gradient)
+            pixels = images.detach().float().requires_grad_(differentiate)
             rewards = score_images(self._reward, pixels, prompts)
         gradient = None
         if rewards.requires_grad:

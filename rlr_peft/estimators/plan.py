@@ -22,30 +22,62 @@ from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 
 @dataclass(frozen=True)
+class Coefficients:
+    """Factor of each term; anything but 1 is a choice of bias.
+
+    Attributes:
+        first_order: of the pathwise gradient.
+        half_order: of the score terms, those of the black-box tail among them.
+        zeroth_order: of the perturbation term.
+    """
+
+    first_order: float = 1.0
+    half_order: float = 1.0
+    zeroth_order: float = 1.0
+
+
+@dataclass(frozen=True)
 class RLRSettings:
     """What the estimator is made of.
 
     Attributes:
-        first_order_steps: K, or "auto" for the measured crossing of the per-step variances.
+        first_order_steps: K; "auto" for the measured choice, "random" for a uniform draw in 1..T for every micro-batch.
         half_order: blocks beyond K; None leaves them to the zeroth order or uncovered.
         zeroth_order: covers what the other terms leave over; None for nothing.
         black_box_steps: steps 1..n that get black-box tail terms when the reward has no gradient.
+        step_choice: what "auto" measures: one K, or a weight for every step that mixes both terms.
+        state_baseline: take the reward of the predicted image off the advantages of the score terms.
+        coefficients: factor of each term.
     """
 
-    first_order_steps: int | Literal["auto"] = "auto"
+    first_order_steps: int | Literal["auto", "random"] = "auto"
     half_order: HalfOrder | None = HalfOrder(length=1, blocks="all")
     zeroth_order: ZerothOrder | None = None
     black_box_steps: int = 0
+    step_choice: Literal["crossing", "inverse-variance"] = "crossing"
+    state_baseline: bool = False
+    coefficients: Coefficients = Coefficients()
 
     def describe(self) -> str:
         """The terms in words, for logs and cards."""
-        tail = "K measured" if self.first_order_steps == "auto" else f"K = {self.first_order_steps}"
-        terms = [f"first order on steps 1..K, {tail}"]
+        terms = [self._describe_first_order()]
         if self.half_order is not None:
-            terms.append(self.half_order.describe())
+            baseline = " and a state baseline" if self.state_baseline else ""
+            terms.append(self.half_order.describe() + baseline)
         if self.zeroth_order is not None:
             terms.append(f"{self.zeroth_order.form} zeroth order with s = {self.zeroth_order.scale:g} on the rest")
+        if self.coefficients != Coefficients():
+            c = self.coefficients
+            terms.append(f"coefficients {c.first_order:g}, {c.half_order:g}, {c.zeroth_order:g} of the three orders")
         return "; ".join(terms)
+
+    def _describe_first_order(self) -> str:
+        if self.first_order_steps == "auto" and self.step_choice == "inverse-variance":
+            return "first and half order mixed at every step by their measured variances"
+        k = {"auto": "K measured", "random": "K drawn from 1..T"}.get(
+            str(self.first_order_steps), f"K = {self.first_order_steps}"
+        )
+        return f"first order on steps 1..K, {k}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +90,7 @@ class Plan:
         blocks: half-order blocks with their weights.
         zeroth_order_steps: steps whose parameters are perturbed.
         coverage: expected weight of every step.
+        mixture: weight of the pathwise term of steps 1..K, (K,), the score term's being the rest; None for 1.
     """
 
     first_order_steps: int
@@ -65,6 +98,7 @@ class Plan:
     blocks: list[tuple[Block, float]]
     zeroth_order_steps: list[int]
     coverage: Coverage
+    mixture: torch.Tensor | None = None
 
 
 def make_plan(
@@ -75,6 +109,7 @@ def make_plan(
     differentiable: bool,
     running_norms: Mapping[int, float],
     generator: torch.Generator,
+    mixture: torch.Tensor | None = None,
 ) -> Plan:
     """Draws the blocks of one micro-batch and checks the coverage.
 
@@ -85,19 +120,23 @@ def make_plan(
         differentiable: whether the reward has a gradient.
         running_norms: running gradient norm by first step of a block.
         generator: for random blocks, on the CPU.
+        mixture: weight of the pathwise term of steps 1..K, (K,); None for 1.
 
     Raises:
         CoverageError: there is no term for this reward, or a step is not covered as it should be.
     """
-    num_steps = chain.num_steps
+    num_steps, coefficients = chain.num_steps, settings.coefficients
     tail = range(1, first_order_steps + 1) if differentiable else range(0)
     mirrored = range(0) if differentiable else range(1, min(settings.black_box_steps, num_steps) + 1)
     black_box = [t for t in mirrored if chain.std(t) > 0]
     beyond = max(len(tail), len(mirrored)) + 1
     weights = _Weights(num_steps)
-    weights.add([*tail, *black_box], 1.0)
+    for t in tail:
+        share = 1.0 if mixture is None else float(mixture[t - 1])
+        weights.add([t], share * coefficients.first_order + (1 - share) * coefficients.half_order)
+    weights.add(black_box, coefficients.half_order)
     if settings.zeroth_order is not None:
-        left = [t for t in range(1, num_steps + 1) if weights[t] == 0]
+        left = [t for t in range(1, num_steps + 1) if t not in tail and t not in black_box]
         blocks, zeroth = _block_and_complement(settings, chain, beyond, left, weights, running_norms, generator)
     else:
         blocks, zeroth = _tiles(settings, chain, beyond, weights, running_norms, generator), []
@@ -106,10 +145,14 @@ def make_plan(
             "Expected an estimator with a term for this reward, got none: the reward has no gradient (or K is 0) and "
             "there are no half-order or zeroth-order terms. Use estimator rlr."
         )
+    is_cut_at_random = settings.first_order_steps == "random" and bool(tail) and _is_pathwise_alone(settings)
+    if is_cut_at_random:
+        chance_of_reaching = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
+        weights.values = coefficients.first_order * chance_of_reaching
     smoothing = settings.zeroth_order.scale if settings.zeroth_order is not None and zeroth else None
-    coverage = Coverage(weights.values, _gaps(settings, chain, weights), smoothing)
+    coverage = Coverage(weights.values, _gaps(settings, chain, weights, is_cut_at_random), smoothing)
     coverage.check()
-    return Plan(len(tail), black_box, blocks, zeroth, coverage)
+    return Plan(len(tail), black_box, blocks, zeroth, coverage, mixture if tail else None)
 
 
 class _Weights:
@@ -148,7 +191,8 @@ def _tiles(
         probabilities = draw_probabilities(blocks, half_order, running_norms, DEFENSIVE_SHARE)
         expectations = expected_draws(probabilities, half_order.blocks).tolist()
         chosen = draw(probabilities, half_order.blocks, generator)
-    block_weights = [1 / expectation if expectation > 0 else 0.0 for expectation in expectations]
+    coefficient = settings.coefficients.half_order
+    block_weights = [coefficient / expectation if expectation > 0 else 0.0 for expectation in expectations]
     for block, expectation, weight in zip(blocks, expectations, block_weights, strict=True):
         weights.add(block.steps, expectation * weight)
     return [(blocks[i], block_weights[i]) for i in chosen]
@@ -164,13 +208,13 @@ def _block_and_complement(
     generator: torch.Generator,
 ) -> tuple[list[tuple[Block, float]], list[int]]:
     """The paper's form: one block anywhere from ``first_step`` on, the zeroth order on whatever else is left."""
-    half_order, num_steps = settings.half_order, chain.num_steps
+    half_order, num_steps, coefficients = settings.half_order, chain.num_steps, settings.coefficients
     candidates: list[Block] = []
     if half_order is not None and first_step <= num_steps:
         length = min(half_order.length, num_steps - first_step + 1)
         candidates = [b for b in free_blocks(first_step, num_steps, length) if chain.std(b.first_step) > 0]
     if half_order is None or not candidates:
-        weights.add(left, 1.0)
+        weights.add(left, coefficients.zeroth_order)
         return [], left
 
     def complement(block: Block) -> list[int]:
@@ -178,19 +222,30 @@ def _block_and_complement(
 
     probabilities = draw_probabilities(candidates, half_order, running_norms)
     for block, probability in zip(candidates, probabilities.tolist(), strict=True):
-        weights.add([*block.steps, *complement(block)], probability)
+        weights.add(block.steps, probability * coefficients.half_order)
+        weights.add(complement(block), probability * coefficients.zeroth_order)
     block = candidates[draw(probabilities, 1, generator)[0]]
-    return [(block, 1.0)], complement(block)
+    return [(block, coefficients.half_order)], complement(block)
 
 
-def _gaps(settings: RLRSettings, chain: Chain, weights: _Weights) -> dict[int, str]:
-    """Why a step may be left out: only by choice, or because no term exists for it."""
+def _is_pathwise_alone(settings: RLRSettings) -> bool:
+    return settings.half_order is None and settings.zeroth_order is None
+
+
+def _gaps(settings: RLRSettings, chain: Chain, weights: _Weights, is_cut_at_random: bool) -> dict[int, str]:
+    """Why a step may have another weight than 1: only by choice, or because no term exists for it."""
     gaps = {}
-    for t in [t for t in range(1, chain.num_steps + 1) if weights[t] == 0]:
-        if settings.half_order is None:
-            gaps[t] = "the gradient is truncated there"
-        elif chain.std(t) == 0:
-            gaps[t] = "a score term needs noise there"
-        elif settings.half_order.start == "window":
-            gaps[t] = "outside the chosen window"
+    for t in range(1, chain.num_steps + 1):
+        if abs(weights[t] - 1) <= 1e-9:
+            continue
+        if is_cut_at_random:
+            gaps[t] = "left out at times because the gradient is truncated at a random step"
+        elif weights[t] == 0 and settings.half_order is None:
+            gaps[t] = "left out because the gradient is truncated"
+        elif weights[t] == 0 and chain.std(t) == 0:
+            gaps[t] = "left out because a score term needs noise there"
+        elif weights[t] == 0 and settings.half_order is not None and settings.half_order.start == "window":
+            gaps[t] = "left out, outside the chosen window"
+        elif settings.coefficients != Coefficients():
+            gaps[t] = "given another weight than 1 by the chosen coefficients"
     return gaps

@@ -4,20 +4,35 @@ import math
 
 import torch
 
+# A weight this close to 0 or 1 is not worth a second backward pass.
+NEGLIGIBLE_WEIGHT = 0.01
 
-def crossing(first_order_variances: torch.Tensor, half_order_variances: torch.Tensor) -> int:
-    """The K in 0..T with the smallest summed variance if steps 1..K are first order and the rest half order.
 
-    Both terms of a step cost one denoiser evaluation and one backward pass, so variance alone decides.
+def best_first_order_steps(combined: torch.Tensor) -> int:
+    """The K in 0..T whose whole estimate varies least.
+
+    Every step costs one denoiser evaluation and one backward pass, whatever its term, so variance alone decides.
 
     Args:
-        first_order_variances: V_G(t) at index t - 1, (T,).
-        half_order_variances: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
+        combined: upper bound of the estimate's variance for K = 0..T, (T + 1,).
     """
-    zero = torch.zeros(1, dtype=torch.float64)
-    pathwise = torch.cat([zero, first_order_variances.double().cumsum(0)])
-    score = torch.cat([half_order_variances.double().flip(0).cumsum(0).flip(0), zero])
-    return int((pathwise + score).argmin())
+    return int(combined.argmin())
+
+
+def inverse_variance_weights(first_order: torch.Tensor, half_order: torch.Tensor) -> torch.Tensor:
+    """``w_t = V_H / (V_G + V_H)``, the weight of the pathwise term of every step; ``1 - w_t`` is the score term's.
+
+    Args:
+        first_order: V_G(t) at index t - 1, (T,).
+        half_order: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
+
+    Returns:
+        (T,), float64, in [0, 1]; weights next to 0 or 1 are rounded.
+    """
+    weights = torch.where(half_order.isinf(), 1.0, half_order / (first_order + half_order).clamp(min=1e-300)).double()
+    weights[weights < NEGLIGIBLE_WEIGHT] = 0.0
+    weights[weights > 1 - NEGLIGIBLE_WEIGHT] = 1.0
+    return weights
 
 
 def half_order_length_for_compute(
@@ -42,7 +57,7 @@ def half_order_length_for_compute(
             f"Expected nfe_budget >= {fixed + num_blocks} (sampling {num_steps}, first order {first_order_steps}, "
             f"zeroth order {zeroth_order_evaluations}, one step for each of {num_blocks} blocks), got {nfe_budget}."
         )
-    return min(length, num_steps - first_order_steps)
+    return max(1, min(length, num_steps - first_order_steps))
 
 
 def half_order_length_for_memory(

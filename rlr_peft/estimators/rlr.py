@@ -7,42 +7,44 @@ backpropagation, truncated backpropagation and REINFORCE are the special cases K
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rlr_peft.chain import adjoint
 from rlr_peft.chain.interface import Chain
+from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.black_box_tail import black_box_segment
-from rlr_peft.estimators.first_order import first_order_segment
+from rlr_peft.estimators.coverage import CoverageError
+from rlr_peft.estimators.estimator import EstimatorReport
+from rlr_peft.estimators.first_order import first_order_segment, mixed_segment
+from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.half_order import half_order_segment
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.plan import Plan, RLRSettings, make_plan
-from rlr_peft.estimators.planning import crossing
+from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_variance import StepVariances, measure_step_variances
+from rlr_peft.estimators.state_baseline import BaselineObservation, StateBaseline
+from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients, step_variances
 from rlr_peft.estimators.zeroth_order import accumulate_zeroth_order
 
 # A step whose mean moves this much per unit of denoiser output and of its noise makes a score term very noisy.
 HOT_STEP = 3.0
+NORM_DECAY = 0.9
 
 
-@dataclass(frozen=True)
-class EstimatorReport:
-    """What one micro-batch did.
+@dataclass
+class RLRMemory:
+    """What one micro-batch teaches the next updates.
 
     Attributes:
-        plan: the plan that was carried out.
-        gradient_norms: Euclidean norms of each term's segments for the mean reward of the micro-batch, summed by term.
         block_norms: first step and unweighted gradient norm of every half-order block.
-        backward_steps: backward passes through a denoiser step, per sample.
+        baselines: observations of the state baseline.
     """
 
-    plan: Plan
-    gradient_norms: Mapping[str, float]
-    block_norms: Sequence[tuple[int, float]]
-    backward_steps: int
+    block_norms: list[tuple[int, float]] = field(default_factory=list)
+    baselines: list[BaselineObservation] = field(default_factory=list)
 
 
 class RLREstimator:
@@ -50,47 +52,75 @@ class RLREstimator:
 
     Args:
         settings: what the estimator is made of.
-        norm_decay: decay of the running gradient norms of gradient-norm sampling.
+        antithetic: samples come in neighbouring pairs with mirrored noises.
 
     Attributes:
-        step_variances: running per-step variances, None before the first calibration.
+        step_variances: running variances of the terms, None before the first calibration.
     """
 
-    def __init__(self, settings: RLRSettings, norm_decay: float = 0.9) -> None:
+    inner_epochs = 1
+
+    def __init__(self, settings: RLRSettings, antithetic: bool = False) -> None:
         self.settings = settings
+        self.antithetic = antithetic
         self.step_variances: StepVariances | None = None
-        self._norm_decay = norm_decay
         self._running_norms: dict[int, float] = {}
+        self._state_baseline = StateBaseline() if settings.state_baseline else None
+
+    def describe(self) -> str:
+        """The terms in words, for logs and cards."""
+        return self.settings.describe() + ("; antithetic noises" if self.antithetic else "")
+
+    @property
+    def uses_reward_gradient(self) -> bool:
+        """Not without first-order steps, unless the gradient decides on a black-box tail."""
+        return self.settings.first_order_steps != 0 or self.settings.black_box_steps > 0
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether K is to be chosen by measurement."""
+        """Whether K, or the mixture, is to be chosen by measurement."""
         return self.settings.first_order_steps == "auto"
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
-        """Measures the per-step variances on rollouts that no update uses, and blends them into the running ones."""
-        measured = measure_step_variances(chain, rollouts)
+        """Measures the terms' variances on rollouts that no update uses, and blends them into the running ones."""
+        gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters))
+        _check_gradient(gradients, rollouts)
+        measured = step_variances(gradients)
         self.step_variances = measured if self.step_variances is None else self.step_variances.blend(measured, decay)
 
-    def remember(self, block_norms: Iterable[tuple[int, float]]) -> None:
-        """Blends the block norms of a finished update, of all micro-batches and processes, into the running ones."""
+    def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
+        """Nothing to learn from other processes: advantages are taken within a prompt's own samples."""
+
+    def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
+        """Leave-one-out advantages (N,) of rewards (N,)."""
+        return leave_one_out(rewards, group_size, self.antithetic)
+
+    def remember(self, memories: Iterable[RLRMemory]) -> None:
+        """Blends what a finished update saw, in all micro-batches and processes, into the running statistics."""
         by_step: defaultdict[int, list[float]] = defaultdict(list)
-        for first_step, norm in block_norms:
-            by_step[first_step].append(norm)
+        baselines: list[BaselineObservation] = []
+        for memory in memories:
+            baselines += memory.baselines
+            for first_step, norm in memory.block_norms:
+                by_step[first_step].append(norm)
         for first_step, norms in by_step.items():
             newer = sum(norms) / len(norms)
             older = self._running_norms.get(first_step, newer)
-            self._running_norms[first_step] = self._norm_decay * older + (1 - self._norm_decay) * newer
+            self._running_norms[first_step] = NORM_DECAY * older + (1 - NORM_DECAY) * newer
+        if self._state_baseline is not None:
+            self._state_baseline.remember(baselines)
 
     def plan(self, chain: Chain, differentiable: bool, generator: torch.Generator) -> Plan:
         """Decides which step is covered by what; random draws come from ``generator`` (CPU)."""
+        steps, mixture = self._tail(chain.num_steps, generator) if differentiable else (0, None)
         return make_plan(
             self.settings,
             chain,
-            first_order_steps=self._first_order_steps(chain.num_steps) if differentiable else 0,
+            first_order_steps=steps,
             differentiable=differentiable,
             running_norms=self._running_norms,
             generator=generator,
+            mixture=mixture,
         )
 
     def accumulate(
@@ -98,55 +128,105 @@ class RLREstimator:
     ) -> EstimatorReport:
         """Adds the estimated gradient of the micro-batch's SUMMED reward to ``.grad`` of the chain's parameters."""
         plan = self.plan(chain, rollout.reward_gradient is not None, generator)
+        coefficients, batch_size = self.settings.coefficients, rollout.trajectory.batch_size
         norms: defaultdict[str, float] = defaultdict(float)
-        block_norms: list[tuple[int, float]] = []
+        memory = RLRMemory()
         backward_steps = 0
 
         def pull_back(segment: adjoint.Segment, term: str) -> float:
             nonlocal backward_steps
-            norm = adjoint.run(chain, rollout.trajectory, segment) / rollout.trajectory.batch_size
+            norm = adjoint.run(chain, rollout.trajectory, segment) / batch_size
             norms[term] += norm
             backward_steps += segment.length
             return norm
 
-        if plan.first_order_steps:
-            pull_back(first_order_segment(rollout, plan.first_order_steps), "first_order")
+        if plan.mixture is not None:
+            mixed = mixed_segment(rollout, plan.mixture, coefficients.first_order, coefficients.half_order)
+            pull_back(mixed, "mixed_order")
+            backward_steps += int((plan.mixture[:-1] < 1).sum())  # two passes where the orders are mixed
+        elif plan.first_order_steps:
+            pull_back(first_order_segment(rollout, plan.first_order_steps, coefficients.first_order), "first_order")
         for t in plan.black_box_steps:
-            pull_back(black_box_segment(chain, objective, rollout, t), "black_box")
+            pull_back(black_box_segment(chain, objective, rollout, t, coefficients.half_order), "black_box")
         for block, weight in plan.blocks:
-            norm = pull_back(half_order_segment(rollout, block, weight), "half_order")
-            block_norms.append((block.first_step, norm / weight))
+            advantages = self._score_advantages(objective, rollout, block.first_step, memory)
+            norm = pull_back(half_order_segment(rollout, block, weight, advantages), "half_order")
+            memory.block_norms.append((block.first_step, norm / weight if weight else 0.0))
         if plan.zeroth_order_steps and self.settings.zeroth_order is not None:
             norm = accumulate_zeroth_order(
-                chain, objective, rollout, plan.zeroth_order_steps, self.settings.zeroth_order, generator
+                chain,
+                objective,
+                rollout,
+                plan.zeroth_order_steps,
+                self.settings.zeroth_order,
+                generator,
+                coefficients.zeroth_order,
             )
-            norms["zeroth_order"] = norm / rollout.trajectory.batch_size
-        return EstimatorReport(plan, dict(norms), block_norms, backward_steps)
-
-    def hot_steps(self, chain: Chain, plan: Plan) -> dict[int, float]:
-        """``|d mean / d output| / std`` of the score-term steps whose mean reacts too strongly to the denoiser."""
-        first_steps = [block.first_step for block, _ in plan.blocks]
-        ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in first_steps}
-        return {t: ratio for t, ratio in ratios.items() if ratio > HOT_STEP}
+            norms["zeroth_order"] = norm / batch_size
+        return EstimatorReport(
+            coverage=plan.coverage,
+            gradient_norms=dict(norms),
+            backward_steps=backward_steps,
+            first_order_steps=plan.first_order_steps,
+            hot_steps=hot_steps(chain, plan),
+            memory=memory,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics, of plain types and tensors."""
-        variances = self.step_variances
         return {
-            "first_order_variances": None if variances is None else variances.first_order,
-            "half_order_variances": None if variances is None else variances.half_order,
+            "step_variances": None if self.step_variances is None else dict(vars(self.step_variances)),
             "running_norms": dict(self._running_norms),
+            "state_baseline": None if self._state_baseline is None else self._state_baseline.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        if state["first_order_variances"] is not None:
-            self.step_variances = StepVariances(state["first_order_variances"], state["half_order_variances"])
+        if state["step_variances"] is not None:
+            self.step_variances = StepVariances(**state["step_variances"])
         self._running_norms = dict(state["running_norms"])
+        if self._state_baseline is not None and state["state_baseline"] is not None:
+            self._state_baseline.load_state_dict(state["state_baseline"])
 
-    def _first_order_steps(self, num_steps: int) -> int:
-        if self.settings.first_order_steps != "auto":
-            return min(self.settings.first_order_steps, num_steps)
+    def _score_advantages(
+        self, objective: Objective, rollout: Rollout, t: int, memory: RLRMemory
+    ) -> torch.Tensor | None:
+        if self._state_baseline is None:
+            return None
+        advantages, observation = self._state_baseline.correct(objective, rollout, t)
+        memory.baselines.append(observation)
+        return advantages
+
+    def _tail(self, num_steps: int, generator: torch.Generator) -> tuple[int, torch.Tensor | None]:
+        """K, and the mixture of steps 1..K."""
+        chosen = self.settings.first_order_steps
+        if chosen == "random":
+            return int(torch.randint(1, num_steps + 1, (1,), generator=generator)), None
+        if chosen != "auto":
+            return min(chosen, num_steps), None
         if self.step_variances is None:
             raise RuntimeError("Expected calibrate() before the first update with first_order_steps='auto'.")
-        return crossing(self.step_variances.first_order, self.step_variances.half_order)
+        if self.settings.step_choice == "crossing":
+            return best_first_order_steps(self.step_variances.combined), None
+        weights = inverse_variance_weights(self.step_variances.first_order, self.step_variances.half_order)
+        pathwise = weights.nonzero()
+        length = int(pathwise.max()) + 1 if len(pathwise) else 0
+        return length, None if bool((weights[:length] == 1).all()) else weights[:length]
+
+
+def _check_gradient(gradients: StepGradients, rollouts: Sequence[Rollout]) -> None:
+    """A gradient that is zero everywhere has no variance, and would be chosen for it."""
+    rewards = torch.cat([rollout.rewards for rollout in rollouts])
+    if gradients.pathwise is not None and not gradients.pathwise.any() and rewards.min() < rewards.max():
+        raise CoverageError(
+            f"Expected a reward whose gradient is not zero on all {len(rewards)} samples, got zeros although the "
+            "rewards differ: it is a step function, rounded or saturated. Declare it with `differentiable = False` on "
+            "the callable, or smooth it."
+        )
+
+
+def hot_steps(chain: Chain, plan: Plan) -> dict[int, float]:
+    """``|d mean / d output| / std`` of the score-term steps whose mean reacts too strongly to the denoiser."""
+    first_steps = [block.first_step for block, _ in plan.blocks]
+    ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in first_steps}
+    return {t: ratio for t, ratio in ratios.items() if ratio > HOT_STEP}

@@ -32,8 +32,12 @@ class Rollout:
             reward_gradient=None if self.reward_gradient is None else self.reward_gradient[samples],
         )
 
-    def score_cotangent(self, t: int) -> torch.Tensor:
+    def score_cotangent(self, t: int, advantages: torch.Tensor | None = None) -> torch.Tensor:
         """``A eps_t / sigma_t``, the cotangent at the mean of step t of a score-function term, (B, ...).
+
+        Args:
+            t: the step.
+            advantages: A, (B,); the rollout's own if None.
 
         Raises:
             ValueError: step t is deterministic, so that it has no likelihood ratio.
@@ -41,7 +45,8 @@ class Rollout:
         std = self.trajectory.std(t)
         if std == 0:
             raise ValueError(f"Expected noise at step {t}, got std = 0: a score-function term is undefined there.")
-        return per_sample(self.advantages, self.trajectory.noise(t)) * self.trajectory.noise(t) / std
+        advantages = self.advantages if advantages is None else advantages
+        return per_sample(advantages, self.trajectory.noise(t)) * self.trajectory.noise(t) / std
 
 
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

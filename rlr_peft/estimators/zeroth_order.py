@@ -40,8 +40,13 @@ def accumulate_zeroth_order(
     steps: Sequence[int],
     zeroth_order: ZerothOrder,
     generator: torch.Generator,
+    coefficient: float = 1.0,
 ) -> float:
-    """Adds the estimate for the given steps, summed over the batch, to ``.grad``; returns its Euclidean norm."""
+    """Adds ``coefficient`` times the estimate for the given steps, summed over the batch, to ``.grad``.
+
+    Returns:
+        The Euclidean norm of what was added.
+    """
     total = [torch.zeros_like(parameter) for parameter in chain.parameters]
     for _ in range(zeroth_order.samples):
         perturbation = [
@@ -50,9 +55,8 @@ def accumulate_zeroth_order(
         ]
         slope = _slope(chain, objective, rollout, frozenset(steps), perturbation, zeroth_order, generator)
         for summed, direction in zip(total, perturbation, strict=True):
-            summed.add_(direction, alpha=slope / zeroth_order.samples)
-    add_to_gradients(chain, total)
-    return float(torch.stack([gradient.norm() for gradient in total]).norm())
+            summed.add_(direction, alpha=coefficient * slope / zeroth_order.samples)
+    return add_to_gradients(chain, total)
 
 
 def _slope(

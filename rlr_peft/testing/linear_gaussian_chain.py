@@ -3,6 +3,8 @@
     x_{t-1} = M_t x_t + c_t v + sigma_t eps_t,      M_t = a_t I + b_t W,      R(x_0) = w . x_0 - x_0^T Q x_0 / 2
 
 with parameters W and v. All moments of x_0 are polynomials of the parameters, so the gradient of E[R] is exact.
+``W x`` plays the denoiser's output, from which the prediction of x_0 follows too: the remaining steps without noise, to
+first order in the parameters.
 
 The parameters carry a leading replicate dimension: replicate r has its own (equal) copy and its own samples, so one
 pass of an estimator over R * n samples yields R independent gradient estimates in the parameters' ``.grad``.
@@ -24,11 +26,18 @@ class LinearGaussianChain:
         dimension: size d of the latents.
         replicates: R, independent copies of the parameters.
         last_std: sigma_1; 0 is legal, as for diffusers' default grids.
+        decay: a_1 and a_T, linear in between; above 1 the chain amplifies what it is given.
         seed: seed of the constants.
     """
 
     def __init__(
-        self, num_steps: int = 6, dimension: int = 3, replicates: int = 1, last_std: float = 0.0, seed: int = 0
+        self,
+        num_steps: int = 6,
+        dimension: int = 3,
+        replicates: int = 1,
+        last_std: float = 0.0,
+        decay: tuple[float, float] = (0.95, 0.8),
+        seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -38,14 +47,16 @@ class LinearGaussianChain:
         self.num_steps, self.dimension, self.replicates = num_steps, dimension, replicates
         self.denoiser_evaluations = 0
         self._stds = [last_std, *torch.linspace(0.25, 0.6, num_steps - 1, dtype=torch.float64).tolist()]
-        self._decay = torch.linspace(0.95, 0.8, num_steps, dtype=torch.float64)
+        self._decay = torch.linspace(*decay, num_steps, dtype=torch.float64)
         self._gain = torch.linspace(0.3, 0.6, num_steps, dtype=torch.float64)
         self._shift = torch.linspace(0.5, 0.2, num_steps, dtype=torch.float64)
+        self._prediction = self._prediction_coefficients()
         matrix, vector = 0.3 * normal(dimension, dimension), 0.5 * normal(dimension)
         self.parameters = [
             torch.nn.Parameter(matrix.repeat(replicates, 1, 1)),
             torch.nn.Parameter(vector.repeat(replicates, 1)),
         ]
+        self._reference = [parameter.detach().clone() for parameter in self.parameters]
         self.reward_slope = normal(dimension)
         root = normal(dimension, dimension)
         self.reward_curvature = 0.3 * root @ root.T / dimension
@@ -64,25 +75,33 @@ class LinearGaussianChain:
         return torch.randn(self.num_steps + 1, len(seeds), self.dimension, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Trajectory:
-        """Samples R * n rows, the rows of one replicate side by side."""
-        noises = self.draw_noises(seeds)
-        latents = [noises[self.num_steps]]
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
+        """Samples R * n rows, the rows of one replicate side by side; from these noises if given."""
+        noises = self.draw_noises(seeds) if noises is None else noises
+        latents, predictions = [noises[self.num_steps]], []
         for t in range(self.num_steps, 0, -1):
-            latents.append(self._mean(latents[-1], t) + self.std(t) * noises[t - 1])
+            step = self._step(latents[-1], t)
+            latents.append(step.next_latents(noises[t - 1]))
+            predictions.append(step.pred_original_sample)
         return Trajectory(
             prompts=list(prompts),
             latents=torch.stack(latents).flip(0),
             noises=noises,
             stds=tuple(self._stds),
-            pred_original_samples=torch.zeros_like(noises[1:]),
+            pred_original_samples=torch.stack(predictions).flip(0),
         )
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more."""
         latents = trajectory.latents[t] if latents is None else latents
         self.denoiser_evaluations += len(latents)
-        return GaussianStep(self._mean(latents, t), self.std(t), latents)
+        return self._step(latents, t)
+
+    @torch.no_grad()
+    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
+        """The mean of step t with the parameters that the chain was built with."""
+        self.denoiser_evaluations += trajectory.batch_size
+        return self._step(trajectory.latents[t], t, self._reference).mean
 
     @torch.no_grad()
     def rollout(
@@ -96,7 +115,7 @@ class LinearGaussianChain:
         """Runs steps ``start, ..., stop + 1``."""
         noises = trajectory.noises if noises is None else noises
         for t in range(start, stop, -1):
-            latents = self._mean(latents, t) + self.std(t) * noises[t - 1]
+            latents = self._step(latents, t).next_latents(noises[t - 1])
         self.denoiser_evaluations += len(latents) * (start - stop)
         return latents
 
@@ -113,12 +132,29 @@ class LinearGaussianChain:
         expected = self.reward_slope @ mean - (mean @ curvature @ mean + (curvature * covariance).sum()) / 2
         return list(torch.autograd.grad(expected, [matrix, vector]))
 
-    def _mean(self, latents: torch.Tensor, t: int) -> torch.Tensor:
-        matrix, vector = self.parameters
+    def _step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor] | None = None) -> GaussianStep:
+        matrix, vector = self.parameters if parameters is None else parameters
         rows = latents.reshape(self.replicates, -1, self.dimension)
-        linear = torch.einsum("rij,rnj->rni", matrix, rows)
-        mean = self._decay[t - 1] * rows + self._gain[t - 1] * linear + self._shift[t - 1] * vector[:, None]
-        return mean.reshape(latents.shape)
+        output = rows @ matrix.mT
+
+        def combined(decay: float, gain: float, shift: float) -> torch.Tensor:
+            return (decay * rows + gain * output + shift * vector[:, None]).reshape(latents.shape)
+
+        mean = combined(*self._transition(t))
+        return GaussianStep(mean, self.std(t), combined(*self._prediction[t - 1]))
+
+    def _transition(self, t: int) -> tuple[float, float, float]:
+        return float(self._decay[t - 1]), float(self._gain[t - 1]), float(self._shift[t - 1])
+
+    def _prediction_coefficients(self) -> list[tuple[float, float, float]]:
+        """Of x, W x and v in the prediction of every step: the steps below, one after the other."""
+        coefficients = []
+        decay, gain, shift = 1.0, 0.0, 0.0
+        for t in range(1, self.num_steps + 1):
+            a, b, c = self._transition(t)
+            decay, gain, shift = decay * a, decay * b + gain * a, decay * c + shift
+            coefficients.append((decay, gain, shift))
+        return coefficients
 
 
 class QuadraticReward:
@@ -141,3 +177,19 @@ class QuadraticReward:
     def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) and their gradients (B, d)."""
         return self.score(latents, prompts), self._chain.reward_slope - latents @ self._chain.reward_curvature
+
+
+class WaveReward:
+    """``R = sin(w . x_0)``: bounded, but as steep as the chain amplifies, so that pathwise gradients become noise."""
+
+    def __init__(self, chain: LinearGaussianChain, differentiable: bool = True) -> None:
+        self._slope = chain.reward_slope
+        self.differentiable = differentiable
+
+    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Rewards (B,)."""
+        return torch.sin(latents @ self._slope)
+
+    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (B,) and their gradients (B, d)."""
+        return self.score(latents, prompts), torch.cos(latents @ self._slope)[:, None] * self._slope

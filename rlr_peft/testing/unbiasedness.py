@@ -7,10 +7,11 @@ import torch
 from scipy.stats import norm
 
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.plan import RLRSettings
-from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.coverage import Coverage
+from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.training.rollouts import mirrored_pairs
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class EstimatorBias:
         projection: mean estimate projected on the exact gradient, relative to it; 1 without bias.
         variance: trace of the covariance of one group's estimate of the mean reward's gradient.
         estimates: number of independent estimates.
-        coverage_complete: whether the estimator says that it covers every step with weight 1.
+        coverage: what the estimator says that it covers, in its last report.
     """
 
     max_abs_z: float
     projection: float
     variance: float
     estimates: int
-    coverage_complete: bool
+    coverage: Coverage
 
 
 def critical_z(comparisons: int, confidence: float) -> float:
@@ -38,7 +39,7 @@ def critical_z(comparisons: int, confidence: float) -> float:
 
 
 def measure_bias(
-    settings: RLRSettings,
+    estimator: Estimator,
     *,
     num_steps: int = 6,
     group_size: int = 4,
@@ -46,50 +47,73 @@ def measure_bias(
     calls: int = 300,
     differentiable: bool = True,
     last_std: float = 0.0,
+    antithetic: bool = False,
     seed: int = 0,
 ) -> EstimatorBias:
-    """Runs the estimator ``calls`` times on ``replicates`` groups each.
+    """Runs the estimator ``calls`` times on ``replicates`` groups each, every one with a prompt of its own.
 
-    The mean over one call's replicates is one estimate, because random blocks are drawn once per call.
+    The mean over one call's replicates is one estimate, because random blocks are drawn once per call. The estimator
+    hears of every call as it would of an update, so statistics that it keeps come from earlier calls.
 
     Args:
-        settings: the estimator.
+        estimator: a fresh one.
         num_steps: T of the chain.
         group_size: samples per group (one prompt).
         replicates: groups per call; must be 1 with a zeroth-order term, whose perturbation serves the whole batch.
         calls: independent estimates.
         differentiable: whether the estimator may use the reward's gradient.
         last_std: sigma_1 of the chain.
+        antithetic: mirror the noises of neighbouring samples, as training does for an antithetic estimator.
         seed: of all random numbers.
     """
     chain = LinearGaussianChain(num_steps=num_steps, replicates=replicates, last_std=last_std)
     objective = QuadraticReward(chain, differentiable)
-    estimator = RLREstimator(settings)
     generator = torch.Generator().manual_seed(seed)
     if estimator.needs_calibration:
-        calibration = LinearGaussianChain(num_steps=num_steps, replicates=1, last_std=last_std)
-        measured = _rollout(calibration, QuadraticReward(calibration, differentiable), 64, group_size, generator)
-        estimator.calibrate(calibration, [measured], decay=0.0)
+        _calibrate(estimator, group_size, differentiable, num_steps, last_std, generator)
+    prompts = [f"prompt {i // group_size}" for i in range(replicates * group_size)]
     estimates = []
-    complete = True
     for _ in range(calls):
-        rollout = _rollout(chain, objective, replicates * group_size, group_size, generator)
+        sampled = _sampled(chain, objective, prompts, antithetic, generator)
+        estimator.observe(prompts, sampled.rewards)
+        advantages = estimator.advantages(sampled.rewards, prompts, group_size)
+        rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
         report = estimator.accumulate(chain, objective, rollout, generator)
-        complete = complete and report.plan.coverage.complete
-        estimator.remember(report.block_norms)
+        estimator.remember([] if report.memory is None else [report.memory])
         estimates.append(_gradients_by_replicate(chain) / group_size)
-    return _compare(torch.stack(estimates), torch.cat([g.flatten() for g in chain.exact_gradient()]), complete)
+    exact = torch.cat([gradient.flatten() for gradient in chain.exact_gradient()])
+    return _compare(torch.stack(estimates), exact, report.coverage)
 
 
-def _rollout(
-    chain: LinearGaussianChain, objective: QuadraticReward, samples: int, group_size: int, generator: torch.Generator
+def _calibrate(
+    estimator: Estimator,
+    group_size: int,
+    differentiable: bool,
+    num_steps: int,
+    last_std: float,
+    generator: torch.Generator,
+) -> None:
+    """On 64 samples of a single copy of the chain: calibration replays samples one by one."""
+    chain = LinearGaussianChain(num_steps=num_steps, last_std=last_std)
+    sampled = _sampled(chain, QuadraticReward(chain, differentiable), [""] * 64, False, generator)
+    advantages = leave_one_out(sampled.rewards, group_size)
+    rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
+    estimator.calibrate(chain, [rollout], decay=0.0)
+
+
+def _sampled(
+    chain: LinearGaussianChain,
+    objective: QuadraticReward,
+    prompts: list[str],
+    antithetic: bool,
+    generator: torch.Generator,
 ) -> Rollout:
-    seeds = torch.randint(2**62, (samples,), generator=generator).tolist()
-    trajectory = chain.sample([""] * samples, seeds)
-    rewards, gradient = objective.score_with_gradient(trajectory.latents[0], trajectory.prompts)
-    return Rollout(
-        trajectory, rewards, leave_one_out(rewards, group_size), gradient if objective.differentiable else None
-    )
+    """A rollout whose advantages are still the rewards."""
+    seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
+    noises = mirrored_pairs(chain.draw_noises(seeds[::2])) if antithetic else None
+    trajectory = chain.sample(prompts, seeds, noises)
+    rewards, gradient = objective.score_with_gradient(trajectory.latents[0], prompts)
+    return Rollout(trajectory, rewards, rewards, gradient if objective.differentiable else None)
 
 
 def _gradients_by_replicate(chain: LinearGaussianChain) -> torch.Tensor:
@@ -101,7 +125,7 @@ def _gradients_by_replicate(chain: LinearGaussianChain) -> torch.Tensor:
     return torch.cat(gradients, dim=1)
 
 
-def _compare(estimates: torch.Tensor, exact: torch.Tensor, complete: bool) -> EstimatorBias:
+def _compare(estimates: torch.Tensor, exact: torch.Tensor, coverage: Coverage) -> EstimatorBias:
     """``estimates`` is (calls, replicates, components)."""
     by_call = estimates.mean(dim=1)
     mean, standard_error = by_call.mean(0), by_call.std(0) / math.sqrt(len(by_call))
@@ -110,5 +134,5 @@ def _compare(estimates: torch.Tensor, exact: torch.Tensor, complete: bool) -> Es
         projection=float(mean @ exact / (exact @ exact)),
         variance=float(estimates.flatten(0, 1).var(dim=0).sum()),
         estimates=len(by_call),
-        coverage_complete=complete,
+        coverage=coverage,
     )

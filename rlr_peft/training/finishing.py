@@ -124,12 +124,14 @@ def _save_curve(run: Run) -> None:
     save_reward_curve(run.output_dir / REWARD_CURVE, points("reward"), heldout, reward_name=run.reward.name)
 
 
-def _first_order_text(run: Run) -> str:
-    """Which K the updates really used: with a measured K the settings alone do not tell."""
+def _first_order_text(run: Run) -> list[str]:
+    """Which K the updates really used: where it is measured or drawn, the settings alone do not tell."""
     used = {int(record["first_order_steps"]) for record in read_metrics(run.output_dir / METRICS_LOG)}
+    if used == {0}:
+        return []
     span = str(min(used)) if len(used) == 1 else f"between {min(used)} and {max(used)}"
     meaning = ", that is full backpropagation" if used == {run.chain.num_steps} else ""
-    return f"K was {span} of {run.chain.num_steps} in its updates{meaning}."
+    return [f"K was {span} of {run.chain.num_steps} in its updates{meaning}."]
 
 
 def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompts: list[str]) -> RunRecord:
@@ -137,12 +139,13 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
     unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     estimator_text = [
-        f"Gradient estimator `{config.estimator.estimator}` ({run.estimator.settings.describe()}) over a chain of "
+        f"Gradient estimator `{config.estimator.estimator}` ({run.estimator.describe()}) over a chain of "
         f"{run.chain.num_steps} {config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale "
         f"{run.chain.guidance_scale:g}.",
         f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
         "prompt.",
-        _first_order_text(run),
+        *_first_order_text(run),
+        *([progress.stopped_early] if progress.stopped_early else []),
     ]
     return RunRecord(
         base_model=config.model.pretrained_model_name_or_path,

@@ -1,13 +1,12 @@
 """Samples and scores the batches of an update: prompts to chains to rewards to advantages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
-from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.estimators.rollout import Rollout
 
@@ -33,29 +32,39 @@ def sample_batch(
     prompts: Sequence[str],
     seeds: Sequence[int],
     micro_batch_size: int,
-    group_size: int,
+    advantages: Callable[[torch.Tensor, list[str]], torch.Tensor],
+    antithetic: bool = False,
+    differentiate: bool = True,
 ) -> Batch:
-    """Samples every prompt ``group_size`` times, scores the images and compares them within their group.
+    """Samples and scores every prompt, and compares the rewards.
 
     Args:
         chain: the chain to sample.
         objective: scores its clean latents.
-        prompts: P prompts.
-        seeds: P * group_size seeds, those of one prompt side by side.
+        prompts: one per sample, those of a group side by side.
+        seeds: one per sample.
         micro_batch_size: samples per trajectory.
-        group_size: samples per prompt.
+        advantages: from all rewards (N,) and prompts to advantages (N,).
+        antithetic: every second sample gets the mirrored noises of the one before.
+        differentiate: whether the rewards' gradients are wanted.
     """
-    repeated = [prompt for prompt in prompts for _ in range(group_size)]
     measured: list[tuple[Trajectory, Measurement]] = []
-    for start in range(0, len(repeated), micro_batch_size):
+    for start in range(0, len(prompts), micro_batch_size):
         part = slice(start, start + micro_batch_size)
-        trajectory = chain.sample(repeated[part], seeds[part])
-        measured.append((trajectory, objective.measure(trajectory.latents[0], trajectory.prompts)))
+        noises = mirrored_pairs(chain.draw_noises(seeds[part][::2])) if antithetic else None
+        trajectory = chain.sample(prompts[part], seeds[part], noises)
+        measured.append((trajectory, objective.measure(trajectory.latents[0], trajectory.prompts, differentiate)))
     rewards = torch.cat([measurement.rewards for _, measurement in measured])
-    advantages = leave_one_out(rewards, group_size).split(micro_batch_size)
     rollouts = [
         Rollout(trajectory, measurement.rewards, advantage, measurement.reward_gradient)
-        for (trajectory, measurement), advantage in zip(measured, advantages, strict=True)
+        for (trajectory, measurement), advantage in zip(
+            measured, advantages(rewards, list(prompts)).split(micro_batch_size), strict=True
+        )
     ]
     heldout = [measurement.heldout for _, measurement in measured if measurement.heldout is not None]
     return Batch(rollouts, rewards, torch.cat(heldout) if heldout else None)
+
+
+def mirrored_pairs(noises: torch.Tensor) -> torch.Tensor:
+    """Every sample's noises followed by their negatives: (T + 1, B, ...) becomes (T + 1, 2 B, ...)."""
+    return torch.stack([noises, -noises], dim=2).flatten(1, 2)

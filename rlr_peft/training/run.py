@@ -14,16 +14,19 @@ from diffusers import DiffusionPipeline
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError
+from rlr_peft.estimators.estimator import Estimator
+from rlr_peft.estimators.kl_penalty import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.presets import settings_from_arguments
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.lora import attach_lora
+from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.prompts.sources import PromptSampler, load_prompts
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.loading import load_pipeline
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
+from rlr_peft.training.reward_scale import RewardScale
 from rlr_peft.training.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ class Arithmetic:
         prompts_per_process: prompts that one process samples for one update.
         samples_per_process: samples of one process in one update.
         samples_per_update: samples of all processes in one update.
-        max_train_steps: optimiser steps of the whole run.
+        max_train_steps: updates of the whole run.
     """
 
     prompts_per_process: int
@@ -60,6 +63,9 @@ class Run:
         heldout: what is only measured; None without one.
         objective: decodes and scores.
         estimator: turns rollouts into gradients.
+        kl_penalty: how the divergence from the base is measured; None if never.
+        reward_scale: the running scale of the rewards; None if they are not normalised.
+        early_stopping: watches for reward hacking.
         prompts: all training prompts.
         sampler: which prompts an update uses.
         evaluation_prompts: prompts of the comparison of base and adapter; None for no comparison.
@@ -76,7 +82,10 @@ class Run:
     reward: Reward
     heldout: Reward | None
     objective: DecodedReward
-    estimator: RLREstimator
+    estimator: Estimator
+    kl_penalty: KLPenalty | None
+    reward_scale: RewardScale | None
+    early_stopping: EarlyStopping
     prompts: list[str]
     sampler: PromptSampler
     evaluation_prompts: list[str] | None
@@ -106,7 +115,7 @@ def build_run(config: Config) -> Run:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
     with as_config_error():
-        settings = settings_from_arguments(config.estimator, config.chain.num_inference_steps)
+        estimator = build_estimator(config.estimator, config.chain.num_inference_steps)
     reward = load_reward(config.reward.reward_fn, accelerator.device)
     heldout_fn = config.reward.heldout_reward_fn
     heldout = None if heldout_fn is None else load_reward(heldout_fn, accelerator.device)
@@ -127,7 +136,10 @@ def build_run(config: Config) -> Run:
         reward=reward,
         heldout=heldout,
         objective=DecodedReward(chain, reward, decode_batch_size, heldout),
-        estimator=RLREstimator(settings),
+        estimator=estimator,
+        kl_penalty=_kl_penalty(config),
+        reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
+        early_stopping=EarlyStopping(config.regularization.early_stopping_steps, config.regularization.kl_limit),
         prompts=prompts,
         sampler=PromptSampler(prompts, config.training.seed),
         evaluation_prompts=evaluation_prompts,
@@ -147,7 +159,16 @@ def build_chain(config: Config, pipeline: DiffusionPipeline, eta: float) -> Deno
         guidance_scale=config.chain.guidance_scale,
         negative_prompt=config.chain.negative_prompt,
         resolution=config.chain.resolution,
+        reference=lambda: adapter_disabled(getattr(pipeline, family_of(pipeline).denoiser)),
     )
+
+
+def _kl_penalty(config: Config) -> KLPenalty | None:
+    regularization = config.regularization
+    measured = regularization.kl_interval is not None or regularization.kl_limit is not None
+    if regularization.kl_beta == 0 and not measured:
+        return None
+    return KLPenalty(regularization.kl_beta, regularization.kl_steps)
 
 
 def _accelerator(config: Config) -> Accelerator:

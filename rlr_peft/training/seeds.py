@@ -1,11 +1,11 @@
 """Every random draw of a run is a pure function of the seed and of what it is for, so a resumed run repeats it."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from numpy.random import SeedSequence
 
-Purpose = Literal["lora", "samples", "calibration", "estimator", "validation", "evaluation", "process"]
-_PURPOSES: tuple[Purpose, ...] = ("lora", "samples", "calibration", "estimator", "validation", "evaluation", "process")
+Purpose = Literal["lora", "samples", "calibration", "estimator", "validation", "evaluation", "process", "divergence"]
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:

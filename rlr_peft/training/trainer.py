@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from rlr_peft.config import config_to_dict, config_to_yaml, save_config
 from rlr_peft.lora import lora_parameters, save_lora
-from rlr_peft.training.checkpoints import CheckpointManager
+from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.manifest import CheckpointError
@@ -27,7 +27,7 @@ from rlr_peft.training.validation import save_validation_images
 logger = logging.getLogger(__name__)
 
 METRICS_LOG = "metrics.jsonl"
-KEPT_PROGRESS = ("seconds", "denoiser_evaluations", "peak_memory_mb", "coverage")
+KEPT_PROGRESS = ("seconds", "denoiser_evaluations", "peak_memory_mb", "coverage", "stopped_early")
 FREE_TO_CHANGE = {"resume_from_checkpoint", "output_dir", "max_train_steps", "report_to", "logging_dir", "tracker_name"}
 
 
@@ -36,11 +36,12 @@ class Progress:
     """How far a run has come, over all its sessions.
 
     Attributes:
-        step: finished optimiser steps.
+        step: finished updates.
         seconds: time spent training.
         denoiser_evaluations: of all processes, for training.
         peak_memory_mb: peak memory of the main process, in MB (2**20 bytes).
         coverage: what the estimator's last plan covers, in words.
+        stopped_early: why training was stopped before its last step, in one sentence; empty if it was not.
         interrupted_by: exit code of the signal that ended this session early; 0 for none.
     """
 
@@ -49,6 +50,7 @@ class Progress:
     denoiser_evaluations: int = 0
     peak_memory_mb: float = 0.0
     coverage: str = ""
+    stopped_early: str = ""
     interrupted_by: int = 0
 
 
@@ -92,7 +94,7 @@ def _loop(
         save_validation_images(run, 0, "validation")
     bar = tqdm(desc="Steps", initial=progress.step, total=last_step, disable=not run.accelerator.is_local_main_process)
     with bar:
-        while progress.step < last_step:
+        while progress.step < last_step and not progress.stopped_early:
             started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
             if _calibration_due(run, progress.step):
                 calibrate(run, progress.step)
@@ -107,13 +109,15 @@ def _loop(
             bar.set_postfix(reward=f"{update.rewards.mean():.4f}", lr=f"{run.lr_scheduler.get_last_lr()[0]:.2e}")
             if _due(progress.step, config.validation.validation_steps) and progress.step < last_step:
                 save_validation_images(run, progress.step, "validation")
+            _stop_early(run, progress, update)
+            is_last = progress.step == last_step or bool(progress.stopped_early)
             # Any process may have got the signal; all must act on it at the same step.
             stop = _largest(run, interruption.exit_code)
-            if stop or progress.step == last_step or _due(progress.step, config.checkpointing.checkpointing_steps):
+            if stop or is_last or _due(progress.step, config.checkpointing.checkpointing_steps):
                 if log is not None:
                     log.synchronize()
                 _save(run, progress, checkpoints)
-            if stop and progress.step < last_step:
+            if stop and not is_last:
                 progress.interrupted_by = stop
                 break
 
@@ -128,6 +132,21 @@ def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -
     run.accelerator.log(metrics | {"seconds": progress.seconds}, step=progress.step)
 
 
+def _stop_early(run: Run, progress: Progress, update: Update) -> None:
+    """Ends training where the early stopping says so, with the weights that it names."""
+    heldout = None if update.heldout is None else float(update.heldout.mean())
+    kl = None if update.kl is None else float(update.kl.mean())
+    reason = run.early_stopping.check(progress.step, heldout, kl, run.chain.parameters)
+    if reason is None:
+        return
+    progress.stopped_early = reason.sentence
+    logger.warning("%s", reason.sentence)
+    if reason.weights is not None:
+        with torch.no_grad():
+            for parameter, best in zip(run.chain.parameters, reason.weights, strict=True):
+                parameter.copy_(best)
+
+
 def _calibration_due(run: Run, step: int) -> bool:
     """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
     is_due = step % run.config.estimator.calibration_interval == 0
@@ -136,11 +155,11 @@ def _calibration_due(run: Run, step: int) -> bool:
 
 def _say_coverage(run: Run, progress: Progress, update: Update) -> None:
     """Says what the plan covers whenever that changes, and which score terms sit on hot steps."""
-    plan = update.reports[0].plan
-    coverage = plan.coverage.describe()
+    report = update.reports[0]
+    coverage = report.coverage.describe()
     if coverage != progress.coverage:
-        logger.log(logging.INFO if plan.coverage.complete else logging.WARNING, "Coverage: %s", coverage)
-        for t, ratio in run.estimator.hot_steps(run.chain, plan).items():
+        logger.log(logging.INFO if report.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
+        for t, ratio in report.hot_steps.items():
             logger.warning("Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio)
     progress.coverage = coverage
 
@@ -152,6 +171,8 @@ def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "estimator": run.estimator.state_dict(),
         "objective": {"has_gradient": run.objective.has_gradient},
+        "reward_scale": None if run.reward_scale is None else run.reward_scale.state_dict(),
+        "early_stopping": run.early_stopping.state_dict(),
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
     checkpoints.save(
@@ -182,12 +203,25 @@ def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
             current[name].copy_(value)
     run.optimizer.load_state_dict(loaded.state["optimizer"])
     run.lr_scheduler.load_state_dict(loaded.state["lr_scheduler"])
-    run.estimator.load_state_dict(loaded.state["estimator"])
+    _load_estimator(run, loaded)
     run.objective.has_gradient = loaded.state["objective"]["has_gradient"]
+    if run.reward_scale is not None and loaded.state["reward_scale"] is not None:
+        run.reward_scale.load_state_dict(loaded.state["reward_scale"])
+    run.early_stopping.load_state_dict(loaded.state["early_stopping"])
     restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)
     _warn_of_changes(run, path.parent / "config.yaml")
     return Progress(step=loaded.step, **loaded.state["progress"])
+
+
+def _load_estimator(run: Run, loaded: LoadedCheckpoint) -> None:
+    try:
+        run.estimator.load_state_dict(loaded.state["estimator"])
+    except KeyError:
+        raise CheckpointError(
+            f"Expected the running statistics of {run.config.estimator.estimator} in {loaded.path}, got those of "
+            f"another estimator. Resume with the config that it was trained with: {loaded.path.parent / 'config.yaml'}."
+        ) from None
 
 
 def _warn_of_changes(run: Run, saved: Path) -> None:
@@ -213,7 +247,7 @@ def _announce(run: Run, progress: Progress) -> None:
         f"({training.num_images_per_prompt} per prompt)",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         f"  Optimization steps = {arithmetic.max_train_steps}, {progress.step} done",
-        f"  Estimator = {run.config.estimator.estimator}: {run.estimator.settings.describe()}",
+        f"  Estimator = {run.config.estimator.estimator}: {run.estimator.describe()}",
     ):
         logger.info(line)
 

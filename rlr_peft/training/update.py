@@ -1,15 +1,17 @@
 """One update: sample, score, estimate the gradient, all-reduce it once, clip, step."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rlr_peft.chain.adjoint import DerivativeError
-from rlr_peft.estimators.rlr import EstimatorReport
+from rlr_peft.estimators.advantages import leave_one_out
+from rlr_peft.estimators.estimator import EstimatorReport
+from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
 from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import Purpose, derive_seed
@@ -22,104 +24,167 @@ class Update:
     Attributes:
         rewards: of the samples of all processes, (samples_per_update,).
         heldout: held-out scores of the same samples; None without a held-out reward.
-        reports: of this process's micro-batches.
-        gradient_norm: of the mean reward's gradient, before clipping.
+        kl: estimates of the samples' divergence from the base in nats, (samples_per_update,); None if not measured.
+        reports: of this process's micro-batches, in the last inner epoch.
+        gradient_norm: of the mean reward's gradient, before clipping, in the last inner epoch.
     """
 
     rewards: torch.Tensor
     heldout: torch.Tensor | None
+    kl: torch.Tensor | None
     reports: list[EstimatorReport]
     gradient_norm: float
 
     def metrics(self) -> dict[str, float]:
         """The update's numbers for the logs."""
-        plan = self.reports[0].plan
         metrics = {
             "reward": float(self.rewards.mean()),
             "reward_se": standard_error(self.rewards),
             "loss": -float(self.rewards.mean()),
             "gradient_norm": self.gradient_norm,
-            "first_order_steps": plan.first_order_steps,
+            "first_order_steps": self.reports[0].first_order_steps,
         }
-        if self.heldout is not None:
-            metrics |= {"heldout": float(self.heldout.mean()), "heldout_se": standard_error(self.heldout)}
+        for name, values in (("heldout", self.heldout), ("kl", self.kl)):
+            if values is not None:
+                metrics |= {name: float(values.mean()), f"{name}_se": standard_error(values)}
         for term in self.reports[0].gradient_norms:
-            norms = [report.gradient_norms.get(term, 0.0) for report in self.reports]
-            metrics[f"gradient_norm/{term}"] = sum(norms) / len(norms)
+            metrics[f"gradient_norm/{term}"] = _mean(report.gradient_norms.get(term, 0.0) for report in self.reports)
+        for name in self.reports[0].metrics:
+            metrics[name] = _mean(report.metrics[name] for report in self.reports)
         return metrics
 
 
-def sample_for(
-    run: Run,
-    step: int,
-    purpose: Purpose,
-    num_prompts: int,
-    micro_batch_size: int,
-    process_index: int = 0,
-    num_processes: int = 1,
-) -> Batch:
-    """The batch of one process for a step; a pure function of the config's seed and the arguments."""
-    training = run.config.training
-    group_size = training.num_images_per_prompt
-    samples = num_prompts * group_size
-    first = process_index * samples
-    seeds = [derive_seed(training.seed, purpose, step, first + i) for i in range(samples)]
-    prompts = run.sampler.sample(step, num_prompts, process_index, num_processes)
-    return sample_batch(run.chain, run.objective, prompts, seeds, micro_batch_size, group_size)
-
-
 def calibrate(run: Run, step: int) -> None:
-    """Measures the per-step variances on samples of their own; every process measures the same ones."""
+    """Measures the terms' variances on samples of their own; every process measures the same ones."""
     arguments, training = run.config.estimator, run.config.training
-    num_prompts = math.ceil(arguments.calibration_samples / training.num_images_per_prompt)
+    group_size = training.num_images_per_prompt
     # Single samples are replayed, and dropout's masks depend on the size of the batch.
     micro_batch_size = 1 if run.chain.denoiser.training else training.train_batch_size
-    batch = sample_for(run, step, "calibration", num_prompts, micro_batch_size)
+    prompts = run.sampler.sample(step, math.ceil(arguments.calibration_samples / group_size))
+    repeated, seeds = _repeat(run, step, "calibration", prompts)
+    batch = sample_batch(
+        run.chain,
+        run.objective,
+        repeated,
+        seeds,
+        micro_batch_size,
+        lambda rewards, _: leave_one_out(rewards, group_size),
+    )
     run.estimator.calibrate(run.chain, batch.rollouts, arguments.calibration_decay)
 
 
 def take_update(run: Run, step: int) -> Update:
-    """One optimiser step on the samples of ``step``.
+    """One or more optimiser steps on the samples of ``step``.
 
     Raises:
         RewardError: bad scores; nothing has been updated.
-        DerivativeError: the gradient is not finite; nothing has been updated.
+        DerivativeError: the gradient is not finite; this optimiser step has not been taken.
     """
-    accelerator, arithmetic, training = run.accelerator, run.arithmetic, run.config.training
-    index, count = accelerator.process_index, accelerator.num_processes
-    prompts = arithmetic.prompts_per_process
-    batch = sample_for(run, step, "samples", prompts, training.train_batch_size, index, count)
-    reports = []
+    batch = _sample(run, step)
+    rewards = run.accelerator.gather(batch.rewards)
+    scale = run.reward_scale.scale(rewards) if run.reward_scale is not None else 1.0
+    kl: torch.Tensor | None = None
+    memories = []
+    for epoch in range(run.estimator.inner_epochs):
+        reports, divergence = _accumulate(run, step, epoch, batch, scale)
+        kl = kl if divergence is None or epoch > 0 else run.accelerator.gather(divergence)
+        memories += [report.memory for report in reports if report.memory is not None]
+        norm = _optimizer_step(run, step, scale)
+    run.lr_scheduler.step()
+    run.estimator.remember(gather_object(memories))
+    heldout = None if batch.heldout is None else run.accelerator.gather(batch.heldout)
+    return Update(rewards, heldout, kl, reports, norm)
+
+
+def _accumulate(
+    run: Run, step: int, epoch: int, batch: Batch, scale: float
+) -> tuple[list[EstimatorReport], torch.Tensor | None]:
+    """Adds this process's gradients of one inner epoch; returns reports and, if measured, the divergence."""
+    penalty = _kl_penalty(run, step, epoch, scale)
+    reports, divergences = [], []
     for i, rollout in enumerate(batch.rollouts):
-        micro_batch = index * len(batch.rollouts) + i
-        seed = derive_seed(training.seed, "estimator", step, micro_batch)
-        generator = torch.Generator().manual_seed(seed)
-        reports.append(run.estimator.accumulate(run.chain, run.objective, rollout, generator))
+        key = (step, run.accelerator.process_index * len(batch.rollouts) + i, epoch)
+        reports.append(run.estimator.accumulate(run.chain, run.objective, rollout, _generator(run, "estimator", *key)))
+        if penalty is not None:
+            generator = _generator(run, "divergence", *key)
+            divergences.append(accumulate_kl_penalty(run.chain, rollout, penalty, generator))
+    return reports, torch.cat(divergences) if divergences else None
+
+
+def _kl_penalty(run: Run, step: int, epoch: int, scale: float) -> KLPenalty | None:
+    """What to do about the divergence now: penalise it in every inner epoch, or measure it in the first."""
+    if run.kl_penalty is None:
+        return None
+    interval = run.config.regularization.kl_interval
+    is_limited = run.config.regularization.kl_limit is not None
+    is_due = epoch == 0 and (is_limited or (interval is not None and step % interval == 0))
+    if run.kl_penalty.beta == 0 and not is_due:
+        return None
+    # The whole gradient is divided by the rewards' scale; the penalty's weight is relative to the scaled rewards.
+    return replace(run.kl_penalty, beta=run.kl_penalty.beta * scale)
+
+
+def _sample(run: Run, step: int) -> Batch:
+    """This process's samples of a step; a pure function of the config's seed, the weights and the step."""
+    accelerator, training = run.accelerator, run.config.training
+    index, count = accelerator.process_index, accelerator.num_processes
+    prompts = run.sampler.sample(step, run.arithmetic.prompts_per_process, index, count)
+    repeated, seeds = _repeat(run, step, "samples", prompts, first=index * run.arithmetic.samples_per_process)
+
+    def advantages(rewards: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        run.estimator.observe(gather_object(texts), accelerator.gather(rewards))
+        return run.estimator.advantages(rewards, texts, training.num_images_per_prompt)
+
+    return sample_batch(
+        run.chain,
+        run.objective,
+        repeated,
+        seeds,
+        training.train_batch_size,
+        advantages,
+        run.config.estimator.antithetic,
+        run.estimator.uses_reward_gradient,
+    )
+
+
+def _repeat(
+    run: Run, step: int, purpose: Purpose, prompts: Sequence[str], first: int = 0
+) -> tuple[list[str], list[int]]:
+    """Every prompt as often as it has samples, and a seed for each sample."""
+    training = run.config.training
+    repeated = [prompt for prompt in prompts for _ in range(training.num_images_per_prompt)]
+    return repeated, [derive_seed(training.seed, purpose, step, first + i) for i in range(len(repeated))]
+
+
+def _generator(run: Run, purpose: Purpose, *key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(run.config.training.seed, purpose, *key))
+
+
+def _optimizer_step(run: Run, step: int, scale: float) -> float:
+    """All-reduces, clips, and takes the optimiser step; returns the gradient's norm before clipping."""
     parameters = run.chain.parameters
-    to_mean_descent(parameters, arithmetic.samples_per_update, accelerator)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
+    to_mean_descent(parameters, run.arithmetic.samples_per_update * scale, run.accelerator)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.config.training.max_grad_norm))
     if not math.isfinite(norm):
         raise DerivativeError(
-            f"Expected a finite gradient at optimiser step {step}, got norm {norm}. Lower the learning rate, or train "
+            f"Expected a finite gradient at update {step}, got norm {norm}. Lower the learning rate, or train "
             "in bf16 or fp32; the last checkpoint is untouched."
         )
     run.optimizer.step()
-    run.lr_scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.estimator.remember(gather_object([entry for report in reports for entry in report.block_norms]))
-    rewards = accelerator.gather(batch.rewards)
-    heldout = None if batch.heldout is None else accelerator.gather(batch.heldout)
-    return Update(rewards, heldout, reports, norm)
+    return norm
 
 
-def to_mean_descent(parameters: Sequence[torch.nn.Parameter], samples: int, accelerator: Accelerator) -> None:
+def to_mean_descent(parameters: Sequence[torch.nn.Parameter], divisor: float, accelerator: Accelerator) -> None:
     """Turns the summed ascent gradients of all processes into the gradient of minus the mean reward, all-reduced once.
+
+    ``divisor`` is the number of samples of all processes, times the scale of the rewards if they are normalised.
 
     A flat buffer travels, because terms come from several backward passes and may leave parameters without gradient.
     """
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    flat = accelerator.reduce(flat, reduction="sum") / -samples
+    flat = accelerator.reduce(flat, reduction="sum") / -divisor
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 
@@ -127,3 +192,8 @@ def to_mean_descent(parameters: Sequence[torch.nn.Parameter], samples: int, acce
 def standard_error(scores: torch.Tensor) -> float:
     """Standard error of the mean of (N,) scores; 0 for a single one."""
     return float(scores.std()) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    kept = list(values)
+    return sum(kept) / len(kept)

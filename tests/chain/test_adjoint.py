@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from rlr_peft.chain.adjoint import Segment, run
+from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from tests.pipelines import tiny_stable_diffusion
 
@@ -53,6 +53,44 @@ def test_full_backpropagation_of_a_reward_equals_plain_autograd() -> None:
     run(chain, trajectory, Segment(1, 4, cotangent))
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
+
+
+def test_another_cotangent_may_go_into_the_parameters_than_travels_on() -> None:
+    """At every step: the sum of two walks whose parts are known, by linearity."""
+    chain = small_chain(4)
+    trajectory = chain.sample(["red", "blue"], [0, 1])
+    travelling, extra = torch.randn(2, *trajectory.latents[0].shape, dtype=torch.float64)
+    seen = []
+
+    def into_parameters(t: int, mean: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        assert not mean.requires_grad
+        torch.testing.assert_close(mean, chain.replay(trajectory, t).mean.detach())
+        return cotangent + t * extra
+
+    run(chain, trajectory, Segment(1, 3, travelling, weight=0.5, into_parameters=into_parameters))
+    assert seen == [1, 2, 3]
+    actual = [parameter.grad for parameter in chain.parameters]
+    for parameter in chain.parameters:
+        parameter.grad = None
+    run(chain, trajectory, Segment(1, 3, travelling, weight=0.5))
+    for t in (1, 2, 3):
+        run(chain, trajectory, Segment(t, 1, extra, weight=0.5 * t))
+    for parameter, gradient in zip(chain.parameters, actual, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
+
+
+def test_a_replayed_step_gives_its_cotangents_together_or_one_after_the_other() -> None:
+    chain = small_chain(3)
+    trajectory = chain.sample(["red"], [0])
+    cotangent = torch.randn_like(trajectory.latents[0])
+    gradients, into_latents = ReplayedStep(chain, trajectory, 2).into_both(cotangent)
+    step = ReplayedStep(chain, trajectory, 2)
+    separate = step.into_parameters(cotangent, keep=True)
+    assert torch.equal(step.into_latents(cotangent), into_latents)
+    assert all(torch.equal(a, b) for a, b in zip(separate, gradients, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        step.into_latents(cotangent)  # the tape is gone
 
 
 def test_gradients_add_up() -> None:
@@ -114,11 +152,12 @@ def counted_tape() -> Iterator[type[_Saved]]:
         yield _Saved
 
 
-def peak_bytes(num_steps: int, first: int, length: int) -> int:
+def peak_bytes(num_steps: int, first: int, length: int, into_parameters: IntoParameters | None = None) -> int:
     chain = small_chain(num_steps)
     trajectory = chain.sample(["red", "blue"], [0, 1])
+    cotangent = torch.ones_like(trajectory.latents[0])
     with counted_tape() as tape:
-        run(chain, trajectory, Segment(first, length, torch.ones_like(trajectory.latents[0])))
+        run(chain, trajectory, Segment(first, length, cotangent, into_parameters=into_parameters))
     return tape.peak
 
 
@@ -128,6 +167,8 @@ def test_peak_memory_grows_neither_with_t_nor_k_nor_h() -> None:
     assert two_steps > 0
     for num_steps, first, length in [(4, 1, 4), (12, 1, 12), (12, 1, 3), (12, 5, 2), (12, 3, 8)]:
         assert peak_bytes(num_steps, first, length) == two_steps
+    for num_steps, length in [(4, 2), (4, 4), (12, 12)]:  # nor where two backward passes share a step's tape
+        assert peak_bytes(num_steps, 1, length, lambda t, mean, cotangent: cotangent + mean) == two_steps
     chain = small_chain(4)  # and plain autograd does grow, by this very count
     trajectory = chain.sample(["red", "blue"], [0, 1])
     with counted_tape() as tape:

@@ -63,6 +63,19 @@ def test_a_reward_without_gradient_leaves_no_tape() -> None:
     assert decoded_with_tape == [False, False]
 
 
+def test_no_tape_where_no_gradient_is_wanted() -> None:
+    chain, latents = chain_and_latents()
+    objective = DecodedReward(chain, CallableReward("redness", redness), 2)
+    taped = []
+    chain.pipeline.vae.decoder.register_forward_hook(lambda *_: taped.append(torch.is_grad_enabled()))
+    measured = objective.measure(latents, PROMPTS, differentiate=False)
+    assert taped == [False, False] and measured.reward_gradient is None
+    assert objective.has_gradient, "nothing was found out"
+    differentiated = objective.measure(latents, PROMPTS)
+    assert taped[2:] == [True, True] and differentiated.reward_gradient is not None
+    torch.testing.assert_close(measured.rewards, differentiated.rewards)
+
+
 def test_an_undeclared_callable_is_found_out_about() -> None:
     chain, latents = chain_and_latents()
     objective = DecodedReward(

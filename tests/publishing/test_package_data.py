@@ -1,4 +1,4 @@
-"""The template is one file, and a built package holds it."""
+"""The card's template is one file, and a built package holds all templates."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ def test_the_packages_template_is_the_file_at_the_top() -> None:
     assert default_template_path().resolve() == (REPOSITORY / "model_card_template.md").resolve()
 
 
-def test_a_wheel_holds_the_template(tmp_path: Path) -> None:
+def test_a_wheel_holds_the_templates(tmp_path: Path) -> None:
     source = tmp_path / "source"
     # Without the heavy weights, and in a copy because setuptools writes into the folder that it builds.
     heavy = shutil.ignore_patterns("*.safetensors", "__pycache__")
@@ -32,4 +32,6 @@ def test_a_wheel_holds_the_template(tmp_path: Path) -> None:
     (wheel,) = source.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read("rlr_peft/publishing/model_card_template.md").decode()
+        names = archive.namelist()
     assert content == (REPOSITORY / "model_card_template.md").read_text()
+    assert "rlr_peft/evaluation/diagnosis/report.html.j2" in names

@@ -1,111 +1,18 @@
 """The training script as users run it: real processes, real files, real signals."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from rlr_peft.training.tracking import read_metrics
-from tests.pipelines import tiny_stable_diffusion
-
-ROOT = Path(__file__).parents[2]
-WEIGHTS = "pytorch_lora_weights.safetensors"
-
-REWARDS = """
-import time
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
-
-def mistaken(images, prompts):
-    return 1 / 0
-
-def slow_redness(images, prompts):
-    time.sleep(0.15)
-    return redness(images, prompts)
-
-def blind_redness(images, prompts):
-    return redness(images, prompts).detach().numpy()
-
-def slow_blind_redness(images, prompts):
-    time.sleep(0.15)
-    return blind_redness(images, prompts)
-
-class BreaksLater:
-    differentiable = True
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, images, prompts):
-        self.calls += 1
-        scores = redness(images, prompts)
-        return scores / 0 if self.calls > 3 else scores
-"""
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base pipeline, prompts and rewards."""
-    folder = tmp_path_factory.mktemp("workplace")
-    pipeline = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing")
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)  # sigma_1 = 0
-    pipeline.save_pretrained(folder / "base")
-    (folder / "prompts.txt").write_text("red ball\nblue box\ngreen tree\nsky\nsea\n")
-    (folder / "unseen.txt").write_text("a cat\na dog\n")
-    (folder / "rewards.py").write_text(REWARDS)
-    return folder
-
-
-def config_file(workplace: Path, output_dir: Path, reward: str = "redness", **values: object) -> Path:
-    config = {
-        "pretrained_model_name_or_path": str(workplace / "base"),
-        "prompt_path": str(workplace / "prompts.txt"),
-        "reward_fn": f"{workplace / 'rewards.py'}:{reward}",
-        "num_inference_steps": 4,
-        "guidance_scale": 3.0,
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_images_per_prompt": 2,
-        "calibration_samples": 4,
-        "learning_rate": 0.01,
-        "report_to": "none",
-        "skip_final_inference": True,
-        "output_dir": str(output_dir),
-        **values,
-    }
-    path = output_dir.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def start(config: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train_rlr_lora.py"), "--config", str(config), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-
-
-def finish(process: subprocess.Popen[str], expected_code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == expected_code, output
-    return output
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.05)
+from tests.training.runs import WEIGHTS, config_file, finish, run_on_two_processes, start, train_here, wait_for
 
 
 def images(folder: Path, adapter: Path | None, prompts: Sequence[str]) -> torch.Tensor:
@@ -153,8 +60,8 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
             metrics[f"{score}_after"] - metrics[f"{score}_before"], abs=1e-6
         )
     assert metrics["n"] == 4 and metrics["seconds"] > 0 and metrics["peak_memory_mb"] > 50
-    # 2 updates x 4 samples x (4 sampled + 4 differentiated steps), and the calibration's 4 x (4 + 2 x 4 - 1)
-    assert metrics["denoiser_evaluations"] == 2 * 4 * 8 + 4 * 11
+    # 2 updates x 4 samples x (4 sampled + 4 differentiated steps), and the calibration's 4 x (4 + 4)
+    assert metrics["denoiser_evaluations"] == 2 * 4 * 8 + 4 * 8
     log = read_metrics(out / "metrics.jsonl")
     assert [line["step"] for line in log] == [1, 2]
     used = {line["first_order_steps"] for line in log}
@@ -231,8 +138,9 @@ def test_a_bad_reward_stops_the_run_and_keeps_the_last_checkpoint(workplace: Pat
 
 def test_a_reward_without_gradient_trains(workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    output = finish(start(config_file(workplace, out, "blind_redness", max_train_steps=1, num_inference_steps=5)))
-    assert "Biased by choice: steps 1 of 5 are left out (a score term needs noise there)" in output
+    values = {"max_train_steps": 1, "num_inference_steps": 5, "black_box_steps": 3}
+    output = finish(start(config_file(workplace, out, "blind_redness", **values)))
+    assert "Biased by choice: step 1 of 5 is left out because a score term needs noise there" in output
     (line,) = read_metrics(out / "metrics.jsonl")
     assert line["first_order_steps"] == 0
     assert line["gradient_norm/black_box"] > 0 and line["gradient_norm/half_order"] > 0
@@ -265,23 +173,32 @@ def test_an_error_inside_the_users_reward_shows_where(workplace: Path, tmp_path:
     assert output.strip().splitlines()[-1].startswith("error: reward 'rewards.py:mistaken' raised ZeroDivisionError")
 
 
-def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path) -> None:
+DRAWN_BLOCKS = {"fo_steps": 1, "ho_blocks": 2}
+# From the second update on, prompts are compared with what both processes saw of them before.
+PROMPT_STATISTICS = {"estimator": "ddpo", "per_prompt_stat_tracking_min_count": 4, "max_train_samples": 2}
+
+
+@pytest.mark.parametrize("estimator", [DRAWN_BLOCKS, PROMPT_STATISTICS], ids=["rlr", "ddpo"])
+def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path, estimator: dict[str, object]) -> None:
     """The same seed and global batch: one process with two micro-batches against two processes with one each."""
     # A large epsilon keeps Adam's steps proportional to the gradient, so that rounding is not blown up to a sign.
-    values = {"reward": "redness", "max_train_steps": 2, "fo_steps": 1, "ho_blocks": 2, "adam_epsilon": 0.01}
-    finish(start(config_file(workplace, tmp_path / "one", gradient_accumulation_steps=2, **values)))
-    config = config_file(workplace, tmp_path / "two", gradient_accumulation_steps=1, **values)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train_rlr_lora.py"]
-    subprocess.run(
-        [*command, "--config", str(config)], cwd=ROOT, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "1"}
-    )
-    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    values = {"max_train_steps": 2, "adam_epsilon": 0.01, **estimator}
+    one = config_file(workplace, tmp_path / "one", gradient_accumulation_steps=2, **values)
+    run, _ = train_here(one)
+    run_on_two_processes(config_file(workplace, tmp_path / "two", gradient_accumulation_steps=1, **values))
+    weights = [load_file(tmp_path / name / "checkpoint-2" / WEIGHTS) for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
     rewards = [[line["reward"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
-    states = torch.load(tmp_path / "two" / "checkpoint-2" / "process_states.pt", weights_only=True)
+    folder = tmp_path / "two" / "checkpoint-2"
+    states = torch.load(folder / "process_states.pt", weights_only=True)
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
+    state, expected = torch.load(folder / "estimator.pt", weights_only=True), run.estimator.state_dict()
+    assert state.keys() == expected.keys()
+    for prompt, values_of_prompt in expected.get("rewards", {}).items():
+        assert len(values_of_prompt) == 4
+        assert state["rewards"][prompt] == pytest.approx(values_of_prompt, abs=1e-5)
 
 
 def test_half_precision_with_every_memory_option(workplace: Path, tmp_path: Path) -> None:

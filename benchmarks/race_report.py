@@ -1,0 +1,84 @@
+"""Tables and figure of a race: means over seeds with 95 % intervals."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+
+def report(runs: list[dict[str, Any]], tuning_seed: int, name: str) -> list[dict[str, Any]]:
+    """One row per method over its final seeds; prints the table and draws ``docs/images/{name}.png``."""
+    by_method: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        if run["seed"] != tuning_seed:
+            by_method[run["method"]].append(run)
+    rows = [_row(method, finals) for method, finals in by_method.items()]
+    rows.sort(key=lambda row: -row["reward_gain"])
+    best = max(by_method.items(), key=lambda item: _gains(item[1], "reward").mean())[0]
+    print("| method | learning rate | updates | CPU s | reward gain | held-out gain | behind the best |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        behind = _difference(by_method[best], by_method[row["method"]])
+        row |= {"behind_best": behind[0], "behind_best_interval": behind[1]}
+        print(
+            f"| {row['method']} | {row['learning_rate']:g} | {row['updates']:.0f} | {row['cpu_seconds']:.0f} | "
+            f"{row['reward_gain']:+.4f} ± {row['reward_gain_interval']:.4f} | "
+            f"{row['heldout_gain']:+.4f} ± {row['heldout_gain_interval']:.4f} | "
+            f"{behind[0]:.4f} ± {behind[1]:.4f} |"
+        )
+    _draw(by_method, Path("docs/images") / f"{name}.png")
+    return rows
+
+
+def _row(method: str, finals: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": method, "learning_rate": finals[0]["learning_rate"], "seeds": len(finals)}
+    for name in ("updates", "cpu_seconds", "K"):
+        row[name] = float(numpy.mean([run["points"][-1][name] for run in finals]))
+    for name in ("reward", "heldout"):
+        gains = _gains(finals, name)
+        row |= {f"{name}_gain": float(gains.mean()), f"{name}_gain_interval": interval(gains)}
+    return row
+
+
+def interval(values: numpy.ndarray) -> float:
+    """Half the width of the 95 % confidence interval of the mean (Student's t)."""
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def _gains(finals: list[dict[str, Any]], name: str) -> numpy.ndarray:
+    return numpy.array([run["points"][-1][f"{name}_gain"] for run in finals])
+
+
+def _difference(best: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean difference of the reward gains, paired by seed: both see the same prompts, images and noises."""
+    gains = {run["seed"]: run["points"][-1]["reward_gain"] for run in other}
+    pairs = [run["points"][-1]["reward_gain"] - gains[run["seed"]] for run in best if run["seed"] in gains]
+    return float(numpy.mean(pairs)), interval(numpy.array(pairs))
+
+
+def _draw(by_method: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for (axis, label), axes in zip(
+        (("denoiser_evaluations", "denoiser evaluations"), ("cpu_seconds", "CPU seconds")), panels, strict=True
+    ):
+        for i, (method, finals) in enumerate(sorted(by_method.items())):
+            x = numpy.array([[0, *(point[axis] for point in run["points"])] for run in finals]).mean(0)
+            y = numpy.array([[0, *(point["reward_gain"] for point in run["points"])] for run in finals]).mean(0)
+            axes.plot(
+                x, y, marker="o", markersize=3, label=method, color=f"C{i % 10}", linestyle="-" if i < 10 else ":"
+            )
+        axes.axhline(0, color="#cccccc", linewidth=1, zorder=0)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("gain in reward on unseen prompts")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white", metadata={"Software": None})

@@ -1,0 +1,82 @@
+"""Variance x cost of every method on tiny-shapes: a real UNet with guidance, T = 20 and 50, four kinds of reward.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.variance_cost
+
+Each case is a run of ``rlr-peft diagnose``; its report stays in ``--folder``, and cases that are there already are not
+measured again. Writes ``benchmarks/results/variance_cost.json`` and prints the tables of ``docs/estimators.md``.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import write_results
+from rlr_peft.cli.diagnose_command import diagnose_command
+
+REWARDS = {
+    "coarse (brightness)": "benchmarks.rewards:brightness",
+    "mid (shape)": "tiny-shapes/shape",
+    "fine (texture)": "tiny-shapes/texture",
+    "no gradient (JPEG size)": "jpeg-compressibility",
+}
+CASES = {
+    "T = 10, guidance 20: chaotic early steps (all attributes)": ["--guidance_scale", "20"],
+    "T = 10, guidance 20: chaotic early steps (shape)": ["--guidance_scale", "20", "--reward_fn", "tiny-shapes/shape"],
+    **{
+        f"T = {steps}, {kind}": ["--num_inference_steps", str(steps), "--reward_fn", spec]
+        for steps in (20, 50)
+        for kind, spec in REWARDS.items()
+    },
+}
+
+
+def main() -> None:
+    """Measures what is missing, and prints one table per case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/variance_cost"))
+    arguments = parser.parse_args()
+    cases = {}
+    for name, flags in CASES.items():
+        report = arguments.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.html"
+        if not report.with_suffix(".json").exists():
+            words = ["--config", "configs/tiny_shapes.yaml", "--heldout_reward_fn", "null", "--report_to", "none"]
+            words += ["--num_images_per_prompt", "4", "--samples", str(arguments.samples), "--output", str(report)]
+            diagnose_command([*words, *flags])
+        cases[name] = json.loads(report.with_suffix(".json").read_text())
+    rows = [row for name, numbers in cases.items() for row in case_rows(name, numbers)]
+    write_results("variance_cost", {"samples": arguments.samples, "rows": rows})
+
+
+def case_rows(name: str, numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    """The comparable methods of a case, the best unbiased one as unit; prints them."""
+    methods = [method for method in numbers["methods"] if not method["own_units"]]
+    unit = min(method["variance_times_cost"] for method in methods if _counts_as_unbiased(method, methods))
+    print(f"\n**{name}**\n\n| method | variance | NFEs | backwards | variance x cost / best unbiased | coverage |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for method in methods:
+        ratio = method["variance_times_cost"] / unit
+        rows.append({"case": name, "ratio": ratio, **method})
+        print(
+            f"| {method['name']} | {method['variance']:.3g} ± {method['variance_se']:.2g} | "
+            f"{method['denoiser_evaluations']:.0f} | {method['backward_passes']:.0f} | {ratio:.3g} | "
+            f"{'unbiased' if _counts_as_unbiased(method, methods) else 'biased'} |"
+        )
+    return rows
+
+
+def _counts_as_unbiased(method: dict[str, Any], methods: list[dict[str, Any]]) -> bool:
+    """Whether it covers all that score terms can: without a reward gradient nothing covers a step without noise."""
+    exact = [other for other in methods if "smoothed" not in other["coverage"]]
+    return method in exact and _uncovered(method) == min(_uncovered(other) for other in exact)
+
+
+def _uncovered(method: dict[str, Any]) -> int:
+    return sum(weight < 1 - 1e-9 for weight in method["coverage_weights"])
+
+
+if __name__ == "__main__":
+    main()

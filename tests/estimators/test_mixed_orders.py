@@ -1,0 +1,93 @@
+"""First and half order mixed in one walk, against plain autograd through the whole chain."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rlr_peft.chain import adjoint
+from rlr_peft.chain.interface import Chain
+from rlr_peft.estimators.first_order import first_order_segment, mixed_segment
+from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
+
+
+def linear() -> tuple[Chain, Rollout]:
+    chain = LinearGaussianChain(num_steps=5)
+    return chain, rollout_of(chain, 8, 4)
+
+
+def stable_diffusion() -> tuple[Chain, Rollout]:
+    chain = adapted_chain(4)
+    move_parameters(chain, 0.1)
+    trajectory = chain.sample(["red", "blue b"], [0, 1])
+    reward = CallableReward("brightness", lambda images, prompts: images.square().mean((1, 2, 3)))
+    measured = DecodedReward(chain, reward, 2).measure(trajectory.latents[0], trajectory.prompts)
+    return chain, Rollout(trajectory, measured.rewards, torch.tensor([0.7, -1.1]), measured.reward_gradient)
+
+
+def pathwise_by_autograd(chain: Chain, rollout: Rollout, length: int) -> list[torch.Tensor]:
+    """Gradient through every step's use of the parameters, t = 1 first: one tape, the other steps' uses cut off."""
+    trajectory = rollout.trajectory
+    gradients = []
+    for differentiated in range(1, length + 1):
+        latents = trajectory.latents[differentiated].detach()
+        for t in range(differentiated, 0, -1):
+            for parameter in chain.parameters:
+                parameter.requires_grad_(t == differentiated)
+            latents = chain.replay(trajectory, t, latents).next_latents(trajectory.noise(t))
+        for parameter in chain.parameters:
+            parameter.requires_grad_(True)
+        gradients.append(_gradient(chain, (latents * rollout.reward_gradient).sum()))
+    return gradients
+
+
+def scores_by_autograd(chain: Chain, rollout: Rollout, length: int) -> list[torch.Tensor]:
+    """Gradient of ``A log p(x_{t-1} | x_t)`` for every step with noise, 0 for others."""
+    gradients = []
+    for t in range(1, length + 1):
+        std, step = chain.std(t), chain.replay(rollout.trajectory, t)
+        if std == 0:
+            gradients.append(torch.zeros_like(_gradient(chain, step.mean.sum())))
+            continue
+        log_density = torch.distributions.Normal(step.mean, std).log_prob(rollout.trajectory.latents[t - 1])
+        advantages = rollout.advantages.to(log_density)
+        gradients.append(_gradient(chain, (log_density.flatten(1).sum(1) * advantages).sum()))
+    return gradients
+
+
+def _gradient(chain: Chain, value: torch.Tensor) -> torch.Tensor:
+    return flat(torch.autograd.grad(value, chain.parameters, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("build", [linear, stable_diffusion], ids=["linear chain", "Stable Diffusion"])
+def test_the_mixed_segment_is_the_weighted_sum_of_both_terms(build: Callable[[], tuple[Chain, Rollout]]) -> None:
+    chain, rollout = build()
+    mixture = torch.tensor([1.0, 0.3, 0.0, 0.8], dtype=torch.float64)
+    pathwise, scores = pathwise_by_autograd(chain, rollout, 4), scores_by_autograd(chain, rollout, 4)
+    for first_order, half_order in [(1.0, 1.0), (0.5, 3.0)]:
+        norm = adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, mixture, first_order, half_order))
+        expected = sum(
+            first_order * share * pathwise[i] + half_order * (1 - share) * scores[i]
+            for i, share in enumerate(mixture.tolist())
+        )
+        actual = gradient_of(chain)
+        assert (actual - expected).norm() <= 1e-8 * expected.norm()
+        assert norm == pytest.approx(float(expected.norm()))
+
+
+def test_a_mixture_of_ones_is_the_pathwise_gradient() -> None:
+    chain, rollout = linear()
+    adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, torch.ones(5)))
+    mixed = gradient_of(chain)
+    adjoint.run(chain, rollout.trajectory, first_order_segment(rollout, 5))
+    torch.testing.assert_close(mixed, gradient_of(chain))
+
+
+def test_pathwise_weight_on_every_noiseless_step_is_required() -> None:
+    chain, rollout = linear()
+    with pytest.raises(ValueError, match="Expected noise at step 1"):
+        adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, torch.tensor([0.5, 0.5])))

@@ -1,0 +1,146 @@
+"""Which step is covered by which term: realised weights against the declared coverage, for every mode."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlr_peft.estimators.coverage import Coverage, CoverageError
+from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.plan import Coefficients, Plan, RLRSettings, make_plan
+from rlr_peft.estimators.rlr import RLREstimator, RLRMemory, hot_steps
+from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+
+HALF_ORDERS = [
+    None,
+    HalfOrder(1, "all"),
+    HalfOrder(4, "all"),
+    HalfOrder(2, 1),
+    HalfOrder(1, 2),
+    HalfOrder(2, 2, "gradient-norm"),
+    HalfOrder(1, 1, "window", (4, 5)),
+]
+EVERY_MODE = [
+    RLRSettings(k, half_order, zeroth_order, black_box_steps=2)
+    for k in (0, 1, 3, 6)
+    for half_order in HALF_ORDERS
+    for zeroth_order in (None, ZerothOrder("two-point", 0.01))
+    if not (zeroth_order and half_order and half_order.blocks not in (1,))
+]
+EVERY_MODE += [RLRSettings("random", None, black_box_steps=2)]
+UNEQUAL = Coefficients(first_order=0.5, half_order=2.0, zeroth_order=0.0)
+EVERY_MODE += [replace(mode, coefficients=UNEQUAL) for mode in EVERY_MODE if mode.first_order_steps in (3, "random")]
+EVERY_MODE += [RLRSettings("random", HalfOrder(1, "all"), black_box_steps=2)]
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+@pytest.mark.parametrize("last_std", [0.0, 0.2])
+def test_realised_weights_average_to_the_declared_coverage(differentiable: bool, last_std: float) -> None:
+    """Over many plans, every mode covers each step as often as it says: exactly, or within 6 standard errors."""
+    chain = LinearGaussianChain(num_steps=6, last_std=last_std)
+    generator = torch.Generator().manual_seed(0)
+    for settings in EVERY_MODE:
+        estimator = RLREstimator(settings)
+        estimator.remember([RLRMemory(block_norms=[(2, 1.0), (4, 0.1)])])
+        if not _has_a_term(settings, differentiable):
+            with pytest.raises(CoverageError, match="a term for this reward"):
+                estimator.plan(chain, differentiable, generator)
+            continue
+        draws_blocks = settings.half_order is not None and settings.half_order.blocks != "all"
+        is_random = draws_blocks or settings.first_order_steps == "random"
+        plans = [estimator.plan(chain, differentiable, generator) for _ in range(300 if is_random else 2)]
+        realised = torch.stack([_realised_weights(plan, settings.coefficients) for plan in plans])
+        declared = plans[0].coverage.weights
+        tolerance = 6 * realised.std(0) / math.sqrt(len(plans)) + 1e-9
+        assert torch.all((realised.mean(0) - declared).abs() <= tolerance), settings
+        coverage = plans[0].coverage
+        off = {t for t, weight in enumerate(declared.tolist(), start=1) if abs(weight - 1) > 1e-9}
+        assert set(coverage.gaps) == off, settings
+        assert coverage.unbiased == (not off and coverage.smoothing is None)
+
+
+def _realised_weights(plan: Plan, coefficients: Coefficients) -> torch.Tensor:
+    weights = torch.zeros(6, dtype=torch.float64)
+    weights[: plan.first_order_steps] += coefficients.first_order
+    for t in plan.black_box_steps:
+        weights[t - 1] += coefficients.half_order
+    for t in plan.zeroth_order_steps:
+        weights[t - 1] += coefficients.zeroth_order
+    for block, weight in plan.blocks:
+        weights[block.first_step - 1 : block.steps[-1]] += weight
+    return weights
+
+
+def _has_a_term(settings: RLRSettings, differentiable: bool) -> bool:
+    tail = settings.first_order_steps if differentiable else settings.black_box_steps
+    return bool(tail or settings.half_order or settings.zeroth_order)
+
+
+def test_a_random_tail_is_drawn_evenly_and_complete_with_score_terms_beyond() -> None:
+    chain, generator = LinearGaussianChain(num_steps=4), torch.Generator().manual_seed(0)
+    alone = [RLREstimator(RLRSettings("random", None)).plan(chain, True, generator) for _ in range(400)]
+    counts = torch.bincount(torch.tensor([plan.first_order_steps for plan in alone]), minlength=5)
+    assert counts[0] == 0
+    # 400 draws of probability 1/4 have a standard deviation of 8.7
+    assert all(abs(int(count) - 100) < 5 * 8.7 for count in counts[1:])
+    assert alone[0].coverage.weights.tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert RLREstimator(RLRSettings("random", HalfOrder(1, "all"))).plan(chain, True, generator).coverage.unbiased
+
+
+def test_a_mixture_is_complete_and_its_coefficients_count_by_their_shares() -> None:
+    chain = LinearGaussianChain(num_steps=6)
+    mixture = torch.tensor([1.0, 0.25, 0.0, 0.75], dtype=torch.float64)
+
+    def plan(coefficients: Coefficients) -> Plan:
+        return make_plan(
+            RLRSettings("auto", HalfOrder(1, "all"), coefficients=coefficients),
+            chain,
+            first_order_steps=4,
+            differentiable=True,
+            running_norms={},
+            generator=torch.Generator(),
+            mixture=mixture,
+        )
+
+    assert plan(Coefficients()).coverage.unbiased
+    assert [block.first_step for block, _ in plan(Coefficients()).blocks] == [5, 6]
+    weights = plan(Coefficients(first_order=3.0, half_order=2.0)).coverage.weights
+    assert weights.tolist() == [3.0, 2.25, 2.0, 2.75, 2.0, 2.0]
+
+
+def test_the_zeroth_order_takes_noiseless_steps_that_mirroring_cannot() -> None:
+    estimator = RLREstimator(RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01), black_box_steps=3))
+    plan = estimator.plan(LinearGaussianChain(num_steps=6), False, torch.Generator())
+    assert plan.black_box_steps == [2, 3] and 1 in plan.zeroth_order_steps
+    assert plan.coverage.complete
+
+
+def test_a_tail_of_coefficient_0_is_not_left_to_the_zeroth_order() -> None:
+    settings = RLRSettings(2, None, ZerothOrder("two-point", 0.01), coefficients=Coefficients(first_order=0.0))
+    plan = RLREstimator(settings).plan(LinearGaussianChain(num_steps=6), True, torch.Generator())
+    assert plan.zeroth_order_steps == [3, 4, 5, 6]
+    assert plan.coverage.weights.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_coverage_is_checked_and_described() -> None:
+    with pytest.raises(CoverageError, match=r"coverage 1 at step 2 of 3, got 0\.5"):
+        Coverage(torch.tensor([1.0, 0.5, 1.0]), {}).check()
+    gaps = Coverage(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]), {2: "left out", 3: "left out", 5: "noiseless"})
+    gaps.check()
+    assert gaps.describe() == "Biased by choice: steps 2-3 of 5 are left out; step 5 of 5 is noiseless."
+    whole = Coverage(torch.ones(3), {})
+    assert whole.unbiased and "unbiased" in whole.describe()
+    smoothed = Coverage(torch.ones(3), {}, smoothing=0.5)
+    assert smoothed.complete and not smoothed.unbiased
+    assert "unbiased" not in smoothed.describe() and "smoothed at s = 0.5" in smoothed.describe()
+    departed = Coverage(torch.ones(3), {}, departures=("rewards are clipped", "so are ratios"))
+    assert departed.complete and not departed.unbiased
+    assert departed.describe() == "Biased by choice: rewards are clipped; so are ratios."
+
+
+def test_hot_steps_under_a_score_term_are_named() -> None:
+    chain = LinearGaussianChain(last_std=0.01)  # gain .3 against a noise of .01
+    estimator = RLREstimator(RLRSettings(0, HalfOrder(1, "all")))
+    assert hot_steps(chain, estimator.plan(chain, True, torch.Generator())) == pytest.approx({1: 30.0})

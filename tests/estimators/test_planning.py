@@ -1,0 +1,52 @@
+"""The choice of K, of the mixture's weights, and of h from a budget."""
+
+import pytest
+import torch
+
+from rlr_peft.estimators.planning import (
+    best_first_order_steps,
+    half_order_length_for_compute,
+    half_order_length_for_memory,
+    inverse_variance_weights,
+)
+
+
+def test_the_best_k_is_that_of_the_smallest_variance() -> None:
+    assert best_first_order_steps(torch.tensor([torch.inf, 7.0, 2.0, 3.0, 9.0])) == 2
+    assert best_first_order_steps(torch.tensor([1.0, 7.0, 2.0])) == 0
+    assert best_first_order_steps(torch.tensor([torch.inf, torch.inf, 5.0])) == 2
+
+
+def test_inverse_variance_weights_minimise_the_variance_of_a_step() -> None:
+    first_order = torch.tensor([3.0, 1.0, 0.0, 2.0], dtype=torch.float64)
+    half_order = torch.tensor([1.0, 1.0, 5.0, 8.0], dtype=torch.float64)
+    weights = inverse_variance_weights(first_order, half_order)
+    assert weights.tolist() == pytest.approx([0.25, 0.5, 1.0, 0.8])
+
+    def variance(w: torch.Tensor) -> torch.Tensor:
+        return w**2 * first_order + (1 - w) ** 2 * half_order
+
+    for shift in (-0.01, 0.01):
+        assert torch.all(variance(weights) < variance(weights + shift))
+
+
+def test_inverse_variance_weights_where_a_term_is_missing_or_negligible() -> None:
+    inf = torch.inf
+    first_order = torch.tensor([1.0, inf, inf, 1e-4, 1.0, 0.0], dtype=torch.float64)
+    half_order = torch.tensor([inf, 1.0, inf, 1.0, 1e-4, 0.0], dtype=torch.float64)
+    assert inverse_variance_weights(first_order, half_order).tolist() == [1, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(8 + 0.24 * 48, 1), (30, 2), (40, 3), (1000, 49)])
+def test_the_papers_memory_rule(budget: float, expected: int) -> None:
+    """B_h = 8 GB, B_z = .24 GB, T = 50; with 30 to 40 GB the paper uses h = 2."""
+    assert half_order_length_for_memory(budget, 8.0, 0.24, 50) == expected
+    with pytest.raises(ValueError, match=r"memory_budget >= 19\.52 GB"):
+        half_order_length_for_memory(12, 8.0, 0.24, 50)
+
+
+def test_the_compute_rule_spends_the_budget() -> None:
+    assert half_order_length_for_compute(120, 50, 1, num_blocks=1, zeroth_order_evaluations=50) == 19
+    assert half_order_length_for_compute(10_000, 50, 1, num_blocks=1, zeroth_order_evaluations=0) == 49
+    with pytest.raises(ValueError, match="nfe_budget >= 52"):
+        half_order_length_for_compute(51, 50, 1, num_blocks=1, zeroth_order_evaluations=0)

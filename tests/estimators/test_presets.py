@@ -1,0 +1,124 @@
+"""From the config's names to estimators."""
+
+import pytest
+
+from rlr_peft.config import EstimatorArguments
+from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.plan import Coefficients, RLRSettings
+from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
+from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
+from rlr_peft.estimators.presets import build_estimator, settings_from_arguments
+from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.zeroth_order import ZerothOrder
+
+SINGLE = HalfOrder(1, "all")
+
+
+def test_presets_of_the_rlr_family() -> None:
+    assert settings_from_arguments(EstimatorArguments(), 50) == RLRSettings("auto", SINGLE, None, black_box_steps=17)
+    paper = settings_from_arguments(EstimatorArguments(estimator="rlr-paper"), 50)
+    assert paper == RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01))
+    assert settings_from_arguments(EstimatorArguments(estimator="full-bp"), 50) == RLRSettings(50, None)
+    assert settings_from_arguments(EstimatorArguments(estimator="truncated-bp", fo_steps=5), 50) == RLRSettings(5, None)
+    assert settings_from_arguments(EstimatorArguments(estimator="reinforce"), 50) == RLRSettings(0, SINGLE)
+    drawn = settings_from_arguments(EstimatorArguments(estimator="truncated-bp", fo_steps="random"), 50)
+    assert drawn == RLRSettings("random", None)
+
+
+def test_the_other_methods_are_built_from_their_knobs() -> None:
+    ddpo = build_estimator(EstimatorArguments(estimator="ddpo", clip_range=0.1, ho_blocks=3), 50)
+    assert isinstance(ddpo, PolicyGradientEstimator) and ddpo.inner_epochs == 2
+    assert ddpo.settings == PolicyGradientSettings("prompt-statistics", HalfOrder(1, 3), inner_epochs=2, clip_range=0.1)
+    grpo = build_estimator(EstimatorArguments(estimator="grpo", inner_epochs=3, advantage_clip=2.0), 50)
+    assert isinstance(grpo, PolicyGradientEstimator) and grpo.inner_epochs == 3
+    assert grpo.settings == PolicyGradientSettings("group-normalized", SINGLE, inner_epochs=3, advantage_clip=2.0)
+    arguments = EstimatorArguments(estimator="d3po", dpo_beta=0.3, ho_blocks=2, ho_start="window", ho_window=(5, 9))
+    d3po = build_estimator(arguments, 50)
+    assert isinstance(d3po, PreferenceEstimator) and d3po.inner_epochs == 1
+    assert d3po.settings == PreferenceSettings(0.3, HalfOrder(1, 2, "window", (5, 9)))
+    for fo_steps in (None, 3):
+        refl = build_estimator(EstimatorArguments(estimator="refl", fo_steps=fo_steps), 50)
+        assert isinstance(refl, RewardFeedbackEstimator) and refl.last_steps == fo_steps
+
+
+def test_explicit_values_replace_the_presets() -> None:
+    arguments = EstimatorArguments(
+        estimator="rlr-paper", fo_steps=2, ho_length="auto", nfe_budget=160, ho_start="window", ho_window=(30, 40)
+    )
+    settings = settings_from_arguments(arguments, 50)
+    # 160 evaluations - 50 sampling - 2 first order - 2 x 50 perturbed rollouts
+    assert settings.half_order == HalfOrder(8, 1, "window", (30, 40))
+    assert settings.first_order_steps == 2
+
+
+@pytest.mark.parametrize(("num_steps", "expected"), [(50, 17), (10, 8), (4, 4), (1, 1)])
+def test_the_black_box_tail_costs_about_3_chains(num_steps: int, expected: int) -> None:
+    assert settings_from_arguments(EstimatorArguments(), num_steps).black_box_steps == expected
+    assert settings_from_arguments(EstimatorArguments(black_box_steps=0), num_steps).black_box_steps == 0
+    if num_steps > 6:
+        assert expected * (expected - 1) / 2 == pytest.approx(3 * num_steps, rel=0.1)
+
+
+def test_no_blocks_leave_the_half_order_out() -> None:
+    perturbed = settings_from_arguments(EstimatorArguments(estimator="rlr-paper", ho_blocks=0), 50)
+    assert perturbed == RLRSettings(1, None, ZerothOrder("two-point", 0.01))
+
+
+def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
+    arguments = EstimatorArguments(
+        step_choice="inverse-variance", antithetic=True, fo_coefficient=0.5, ho_coefficient=2.0, zo_coefficient=3.0
+    )
+    estimator = build_estimator(arguments, 50)
+    assert isinstance(estimator, RLREstimator) and estimator.antithetic
+    assert estimator.settings.step_choice == "inverse-variance"
+    assert estimator.settings.coefficients == Coefficients(0.5, 2.0, 3.0)
+    with_baseline = build_estimator(EstimatorArguments(state_baseline=True), 50)
+    assert isinstance(with_baseline, RLREstimator) and with_baseline.settings.state_baseline
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps beyond"),
+        ({"step_choice": "inverse-variance"}, "first and half order mixed at every step by their measured variances"),
+        ({"estimator": "truncated-bp", "fo_steps": "random"}, "K drawn from 1..T"),
+        ({"state_baseline": True, "antithetic": True}, "and a state baseline; antithetic noises"),
+        ({"fo_coefficient": 0.5}, "coefficients 0.5, 1, 1 of the three orders"),
+        ({"estimator": "rlr-paper"}, "two-point zeroth order with s = 0.01 on the rest"),
+        (
+            {"estimator": "ddpo", "ho_blocks": 3},
+            "clipped policy gradient on 3 drawn step(s), per-prompt statistics advantages, ratios clipped at 0.2, "
+            "2 inner epoch(s)",
+        ),
+        ({"estimator": "grpo"}, "clipped policy gradient on all steps, group-normalised advantages"),
+        ({"estimator": "d3po"}, "direct preference optimisation of pairs on all steps, beta 0.1"),
+        ({"estimator": "refl"}, "reward of the image predicted at a random one of the last quarter of the steps"),
+        ({"estimator": "refl", "fo_steps": 3}, "at a random one of the last 3 step(s)"),
+    ],
+)
+def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:
+    assert words in build_estimator(EstimatorArguments(**arguments), 50).describe()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, True),
+        ({"estimator": "full-bp"}, True),
+        ({"estimator": "truncated-bp", "fo_steps": "random"}, True),
+        ({"estimator": "refl"}, True),
+        ({"fo_steps": 0}, True),  # whether there is one decides on the black-box tail
+        ({"estimator": "reinforce"}, False),
+        ({"estimator": "ddpo"}, False),
+        ({"estimator": "grpo"}, False),
+        ({"estimator": "d3po"}, False),
+    ],
+)
+def test_only_estimators_that_use_a_rewards_gradient_ask_for_it(arguments: dict, expected: bool) -> None:
+    assert build_estimator(EstimatorArguments(**arguments), 50).uses_reward_gradient == expected
+
+
+def test_a_budget_that_cannot_decide_the_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="numbers for ho_blocks and fo_steps"):
+        settings_from_arguments(EstimatorArguments(ho_length="auto", nfe_budget=160), 50)

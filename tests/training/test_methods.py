@@ -1,0 +1,184 @@
+"""Whole runs of every method on a tiny base: what they log, what they leave, and that a resumed run repeats them."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlr_peft.training.finishing import finish
+from rlr_peft.training.manifest import CheckpointError
+from rlr_peft.training.reward_scale import RewardScale
+from rlr_peft.training.tracking import read_metrics
+from rlr_peft.training.update import take_update
+from tests.training.runs import WEIGHTS, build, config_file, train_here
+
+MIXED = {
+    "step_choice": "inverse-variance",
+    "normalize_rewards": True,
+    "antithetic": True,
+    "num_images_per_prompt": 4,
+}
+STATE_BASELINE = {
+    "fo_steps": 1,
+    "state_baseline": True,
+    "normalize_rewards": True,
+    "antithetic": True,
+    "num_images_per_prompt": 4,
+}
+METHODS = {
+    "ddpo": ({"estimator": "ddpo", "inner_epochs": 2, "per_prompt_stat_tracking_min_count": 2}, "policy_gradient"),
+    "grpo with KL": ({"estimator": "grpo", "kl_beta": 0.1, "kl_steps": 2, "ho_blocks": 2}, "policy_gradient"),
+    "d3po": ({"estimator": "d3po", "heldout_reward_fn": "jpeg-compressibility"}, "preference"),
+    "refl": ({"estimator": "refl", "fo_steps": 2}, "reward_feedback"),
+    "truncated-bp, K random": ({"estimator": "truncated-bp", "fo_steps": "random"}, "first_order"),
+    "rlr, mixed orders": (MIXED, "mixed_order"),
+    "rlr, state baseline": (STATE_BASELINE, "half_order"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_updates(workplace: Path, tmp_path: Path, name: str) -> None:
+    values, term = METHODS[name]
+    run, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=2, **values))
+    assert progress.step == 2 and not progress.stopped_early
+    first, second = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert first[f"gradient_norm/{term}"] > 0 and second[f"gradient_norm/{term}"] > 0
+    moved = load_file(tmp_path / "out" / "checkpoint-2" / WEIGHTS)
+    assert any(value.any() for key, value in moved.items() if "lora_B" in key), "lora_B starts at zero"
+    is_unbiased = name.startswith("rlr")
+    assert ("unbiased" in progress.coverage) == is_unbiased
+    assert progress.coverage.startswith("Biased by choice: ") == (not is_unbiased)
+    (optimizer_steps,) = {float(state["step"]) for state in run.optimizer.state_dict()["state"].values()}
+    assert optimizer_steps == 2 * run.estimator.inner_epochs
+    if name == "ddpo":
+        # what is logged is the second epoch, on samples of weights that the first has moved
+        assert run.estimator.inner_epochs == 2 and first["policy_ratio_deviation"] > 0.01
+        assert first["denoiser_evaluations"] == 4 * 4 + 2 * 4 * 3
+    if name == "grpo with KL":
+        assert first["policy_ratio_deviation"] < 1e-3
+        assert first["kl"] == 0 and second["kl"] > 0 and second["kl_se"] >= 0
+    if name == "d3po":
+        assert first["preference_accuracy"] == 0 and 0 <= second["preference_accuracy"] <= 1
+        assert math.isfinite(second["heldout"])
+    if name == "rlr, state baseline":
+        moments = run.estimator.state_dict()["state_baseline"]["moments"]
+        assert set(moments) == {2, 3, 4}, "every step with noise was observed"
+
+
+def test_the_card_of_another_method_tells_what_it_is(workplace: Path, tmp_path: Path) -> None:
+    values, _ = METHODS["ddpo"]
+    run, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=1, **values))
+    finish(run, progress, before=None)
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "clipped policy gradient on all steps, per-prompt statistics advantages" in card
+    assert "advantages are divided by a standard deviation that contains the sample's own reward" in card
+
+
+PROMPT_STATISTICS = {
+    "estimator": "ddpo",
+    "inner_epochs": 2,
+    "per_prompt_stat_tracking_min_count": 3,
+    "max_train_samples": 2,
+}
+NORMALIZED = {"fo_steps": 1, "normalize_rewards": True, "state_baseline": True, "lora_dropout": 0.2}
+
+
+@pytest.mark.parametrize("values", [PROMPT_STATISTICS, NORMALIZED], ids=["prompt statistics", "reward scale"])
+def test_a_resumed_run_repeats_the_uninterrupted_one(
+    workplace: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    whole, _ = train_here(config_file(workplace, tmp_path / "whole", max_train_steps=4, **values))
+    parts = config_file(workplace, tmp_path / "parts", max_train_steps=4, **values)
+    train_here(parts, "--max_train_steps", "2")
+    interrupted = (tmp_path / "parts" / "checkpoint-2" / "estimator.pt").read_bytes()
+    resumed, _ = train_here(parts, "--resume_from_checkpoint", "latest")
+    assert interrupted != (tmp_path / "parts" / "checkpoint-4" / "estimator.pt").read_bytes()
+    for file in (f"checkpoint-4/{WEIGHTS}", "metrics.jsonl"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert resumed.estimator.state_dict() == whole.estimator.state_dict()
+    if "normalize_rewards" in values:
+        assert resumed.reward_scale is not None and whole.reward_scale is not None
+        assert resumed.reward_scale.state_dict() == whole.reward_scale.state_dict() != RewardScale().state_dict()
+
+
+def test_resuming_with_another_method_is_refused(workplace: Path, tmp_path: Path) -> None:
+    config = config_file(workplace, tmp_path / "out", max_train_steps=1, fo_steps=1)
+    train_here(config)
+    with pytest.raises(CheckpointError, match=r"statistics of ddpo in .*checkpoint-1, got those of another estimator"):
+        train_here(config, "--resume_from_checkpoint", "latest", "--estimator", "ddpo", "--fo_steps", "null")
+
+
+def test_early_stopping_goes_back_to_the_best_weights_and_survives_an_interruption(
+    workplace: Path, tmp_path: Path
+) -> None:
+    """The held-out score is the opposite of the reward: it falls as soon as training works."""
+    values = {
+        "heldout_reward_fn": f"{workplace / 'rewards.py'}:lack_of_red",
+        "early_stopping_steps": 5,
+        "estimator": "full-bp",
+        "learning_rate": 0.05,
+        "max_train_steps": 40,
+        "num_inference_steps": 2,
+    }
+    config = config_file(workplace, tmp_path / "whole", checkpointing_steps=5, **values)
+    _, progress = train_here(config)
+    assert progress.step < 40 and progress.step % 5 == 0
+    assert progress.stopped_early.startswith(f"Stopped at update {progress.step} because the held-out reward fell")
+    best = int(progress.stopped_early.rstrip(".").split()[-1])
+    last = tmp_path / "whole" / f"checkpoint-{progress.step}" / WEIGHTS
+    assert last.read_bytes() == (tmp_path / "whole" / f"checkpoint-{best}" / WEIGHTS).read_bytes()
+    again, resumed = train_here(config, "--resume_from_checkpoint", "latest")
+    assert resumed.step == progress.step and resumed.stopped_early == progress.stopped_early, "it stays stopped"
+    finish(again, resumed, before=None)
+    assert progress.stopped_early in " ".join((tmp_path / "whole" / "README.md").read_text().split())
+
+    parts = config_file(workplace, tmp_path / "parts", **values)
+    _, interrupted = train_here(parts, "--max_train_steps", "7")  # in the middle of the second window
+    assert interrupted.step == 7 and not interrupted.stopped_early
+    _, resumed = train_here(parts, "--resume_from_checkpoint", "latest")
+    assert (resumed.step, resumed.stopped_early) == (progress.step, progress.stopped_early)
+    assert (tmp_path / "parts" / f"checkpoint-{progress.step}" / WEIGHTS).read_bytes() == last.read_bytes()
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_divergence_beyond_its_limit_stops_the_run(workplace: Path, tmp_path: Path) -> None:
+    values = {"estimator": "full-bp", "learning_rate": 0.05, "num_inference_steps": 2, "kl_limit": 1e-4}
+    _, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=20, **values))
+    assert progress.step == 10, "the limit is on the mean of ten updates"
+    assert "because the divergence from the base" in progress.stopped_early
+    kl = [line["kl"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")]
+    assert kl[0] < 1e-9 and sum(kl) / 10 > 1e-4
+
+
+def test_the_divergence_is_measured_as_often_as_asked_for(workplace: Path, tmp_path: Path) -> None:
+    values = {"estimator": "full-bp", "num_inference_steps": 2, "kl_interval": 2}
+    train_here(config_file(workplace, tmp_path / "out", max_train_steps=3, **values))
+    assert ["kl" in line for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [True, False, True]
+
+
+def gradient_norm(config: Path, *flags: str) -> tuple[float, torch.Tensor]:
+    """Norm of the first update's gradient, with all weights moved alike, and the rewards."""
+    run = build(config, *flags)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.chain.parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    update = take_update(run, 0)
+    return update.gradient_norm, update.rewards
+
+
+def test_normalisation_divides_the_rewards_gradient_and_leaves_the_penaltys_weight(
+    workplace: Path, tmp_path: Path
+) -> None:
+    config = config_file(workplace, tmp_path / "out", fo_steps=1)
+    plain, rewards = gradient_norm(config)
+    normalised, _ = gradient_norm(config, "--normalize_rewards")
+    assert normalised == pytest.approx(plain / float(rewards.std()), rel=1e-4)
+    penalty_alone = ["--fo_coefficient", "0", "--ho_coefficient", "0", "--kl_beta", "0.5"]
+    plain, _ = gradient_norm(config, *penalty_alone)
+    normalised, _ = gradient_norm(config, *penalty_alone, "--normalize_rewards")
+    assert normalised == pytest.approx(plain, rel=1e-4) and plain > 0
+    twice, _ = gradient_norm(config, *penalty_alone, "--kl_beta", "1.0")
+    assert twice == pytest.approx(2 * plain, rel=1e-4)
