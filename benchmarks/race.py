@@ -168,7 +168,12 @@ def claimed(path: Path) -> Iterator[bool]:
 def collect(folder: Path, name: str) -> None:
     """Tables of all finished runs, and the committed results."""
     runs: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    write_results(name, {"rows": report(runs, TUNING_SEED, name), "runs": runs})
+    finals = [
+        run
+        for run in runs
+        if run["seed"] != TUNING_SEED and run["learning_rate"] == best_learning_rate(folder, run["method"])
+    ]
+    write_results(name, {"rows": report(finals, name), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 
-def report(runs: list[dict[str, Any]], tuning_seed: int, name: str) -> list[dict[str, Any]]:
-    """One row per method over its final seeds; prints the table and draws ``docs/images/{name}.png``."""
+def report(finals: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """One row per method over its final runs; prints the table and draws ``docs/images/{name}.png``."""
     by_method: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        if run["seed"] != tuning_seed:
-            by_method[run["method"]].append(run)
+    for run in finals:
+        by_method[run["method"]].append(run)
     rows = [_row(method, finals) for method, finals in by_method.items()]
     rows.sort(key=lambda row: -row["reward_gain"])
     best = max(by_method.items(), key=lambda item: _gains(item[1], "reward").mean())[0]

@@ -37,6 +37,9 @@ def main() -> None:
                 continue
             pathwise = pathwise_gradients(num_steps, spec, arguments.samples)
             full = pathwise.sum(0)
+            if cross_product(full, full) <= 0:
+                print(f"| {num_steps} | {kind} | | too noisy: {arguments.samples} samples show no gradient | |")
+                continue
             for k in sorted({1, 2, num_steps // 4, num_steps // 2, 3 * num_steps // 4}):
                 truncated = pathwise[:k].sum(0)
                 along = cross_product(truncated, full) / cross_product(full, full)

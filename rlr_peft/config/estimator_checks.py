@@ -170,6 +170,11 @@ def _zeroth_order(config: Config) -> Iterator[str]:
             f"ho_blocks: expected 0 or 1 with a zeroth-order term ({zo} zo), which covers what one drawn block leaves, "
             f"got {free_blocks(estimator)}; give --ho_blocks 1 or --zo none."
         )
+    elif estimator.fo_steps == "auto" or (estimator.fo_steps is None and name == "rlr"):
+        yield (
+            f"fo_steps: expected a number beside a zeroth-order term ({zo} zo), because auto compares with score terms "
+            f"on all other steps, got auto; give --fo_steps K or --estimator rlr-paper."
+        )
 
 
 def _options(config: Config) -> Iterator[str]:

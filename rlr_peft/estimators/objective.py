@@ -78,16 +78,7 @@ class DecodedReward:
         Raises:
             RewardError: the scores are not finite, of the wrong shape, or not differentiable after all.
         """
-        differentiate = differentiate and self.has_gradient
-        parts = [self._measure_part(part, texts, differentiate) for part, texts in self._parts(latents, prompts)]
-        rewards, gradients, heldout = zip(*parts, strict=True)
-        if differentiate:
-            self.has_gradient = gradients[0] is not None
-        return Measurement(
-            torch.cat(rewards),
-            torch.cat(gradients) if gradients[0] is not None else None,
-            torch.cat(heldout) if self._heldout is not None else None,
-        )
+        return self._measure(latents, prompts, differentiate, self._heldout)
 
     def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) of clean latents (B, ...), and every sample's derivative by its own, (B, ...).
@@ -95,13 +86,27 @@ class DecodedReward:
         Raises:
             RewardError: the reward has no gradient.
         """
-        measured = self.measure(latents, prompts)
+        measured = self._measure(latents, prompts, differentiate=True, heldout=None)
         if measured.reward_gradient is None:
             raise RewardError(f"reward '{self._reward.name}': expected a gradient, but it is not differentiable.")
         return measured.rewards, measured.reward_gradient
 
+    def _measure(
+        self, latents: torch.Tensor, prompts: Sequence[str], differentiate: bool, heldout: Reward | None
+    ) -> Measurement:
+        differentiate = differentiate and self.has_gradient
+        parts = [self._measure_part(*part, differentiate, heldout) for part in self._parts(latents, prompts)]
+        rewards, gradients, heldout_scores = zip(*parts, strict=True)
+        if differentiate:
+            self.has_gradient = gradients[0] is not None
+        return Measurement(
+            torch.cat(rewards),
+            torch.cat(gradients) if gradients[0] is not None else None,
+            torch.cat(heldout_scores) if heldout is not None else None,
+        )
+
     def _measure_part(
-        self, latents: torch.Tensor, prompts: list[str], differentiate: bool
+        self, latents: torch.Tensor, prompts: list[str], differentiate: bool, heldout: Reward | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         latents = latents.detach().requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
@@ -113,8 +118,8 @@ class DecodedReward:
         if rewards.requires_grad:
             (pixel_gradient,) = torch.autograd.grad(rewards.sum(), pixels)
             (gradient,) = scaled_gradients(images, [latents], pixel_gradient, f"the images of {self._reward.name}")
-        heldout = None if self._heldout is None else score_images(self._heldout, pixels.detach(), prompts)
-        return rewards.detach(), gradient, heldout
+        heldout_scores = None if heldout is None else score_images(heldout, pixels.detach(), prompts)
+        return rewards.detach(), gradient, heldout_scores
 
     def _parts(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[tuple[torch.Tensor, list[str]]]:
         starts = range(0, len(prompts), self._batch_size)

@@ -206,9 +206,10 @@ class RLREstimator:
             return min(chosen, num_steps), None
         if self.step_variances is None:
             raise RuntimeError("Expected calibrate() before the first update with first_order_steps='auto'.")
+        variances = self.step_variances.first_order, self.step_variances.half_order
         if self.settings.step_choice == "crossing":
-            return best_first_order_steps(self.step_variances.combined), None
-        weights = inverse_variance_weights(self.step_variances.first_order, self.step_variances.half_order)
+            return best_first_order_steps(*variances), None
+        weights = inverse_variance_weights(*variances)
         pathwise = weights.nonzero()
         length = int(pathwise.max()) + 1 if len(pathwise) else 0
         return length, None if bool((weights[:length] == 1).all()) else weights[:length]
@@ -227,6 +228,7 @@ def _check_gradient(gradients: StepGradients, rollouts: Sequence[Rollout]) -> No
 
 def hot_steps(chain: Chain, plan: Plan) -> dict[int, float]:
     """``|d mean / d output| / std`` of the score-term steps whose mean reacts too strongly to the denoiser."""
-    first_steps = [block.first_step for block, _ in plan.blocks]
-    ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in first_steps}
+    mixed = [] if plan.mixture is None else [int(i) + 1 for i in (plan.mixture < 1).nonzero()]
+    score_steps = [*mixed, *(block.first_step for block, _ in plan.blocks)]
+    ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in score_steps}
     return {t: ratio for t, ratio in ratios.items() if ratio > HOT_STEP}

@@ -2,8 +2,7 @@
 
 Pathwise gradients grow towards the noise, because the chain amplifies; score terms shrink, because the steps are
 noisier there. Where they cross depends on the model, T and the reward, so it is measured. Kept are sketches, from which
-the variance of any combination of steps follows: the terms of different steps are correlated, and sums of their
-variances would mislead.
+the variance of any combination of steps follows too.
 """
 
 from collections.abc import Sequence
@@ -79,46 +78,34 @@ def measure_step_gradients(
 
 @dataclass(frozen=True)
 class StepVariances:
-    """Variances (traces of covariances) of a single sample's gradient estimate.
+    """Variances (traces of covariances) of a single sample's gradient through every step.
 
     Attributes:
         first_order: V_G(t) at index t - 1, (T,), float64; infinite without a reward gradient.
         half_order: V_H(t) at index t - 1, (T,), float64; infinite where the step has no noise.
-        combined: of the whole estimate with K = 0..T first-order steps and score terms beyond, plus one standard error
-            of that variance, (T + 1,), float64; infinite where a step beyond K has no noise.
     """
 
     first_order: torch.Tensor
     half_order: torch.Tensor
-    combined: torch.Tensor
 
     def blend(self, newer: "StepVariances", decay: float) -> "StepVariances":
         """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
         return StepVariances(
-            _blend(self.first_order, newer.first_order, decay),
-            _blend(self.half_order, newer.half_order, decay),
-            _blend(self.combined, newer.combined, decay),
+            _blend(self.first_order, newer.first_order, decay), _blend(self.half_order, newer.half_order, decay)
         )
 
 
 def step_variances(gradients: StepGradients) -> StepVariances:
     """The variances that the choice between first and half order needs."""
-    num_steps, half_order, noisy = len(gradients.scores), gradients.half_order, gradients.has_noise
-    infinite = torch.full((num_steps,), torch.inf, dtype=torch.float64)
-    variances = torch.stack([variance_and_error(step)[0] for step in half_order])
-    half_order_variances = torch.where(noisy, variances, infinite)
-    combined = torch.full((num_steps + 1,), torch.inf, dtype=torch.float64)
-    if gradients.pathwise is None:
-        return StepVariances(infinite, half_order_variances, combined)
-    first_order_variances = torch.stack([variance_and_error(step)[0] for step in gradients.pathwise])
-    estimate = half_order.sum(0)
-    for k in range(num_steps + 1):
-        if k > 0:
-            estimate = estimate + gradients.pathwise[k - 1] - half_order[k - 1]
-        if noisy[k:].all():
-            variance, error = variance_and_error(estimate)
-            combined[k] = variance + error
-    return StepVariances(first_order_variances, half_order_variances, combined)
+    infinite = torch.full((len(gradients.scores),), torch.inf, dtype=torch.float64)
+
+    def by_step(vectors: torch.Tensor) -> torch.Tensor:
+        return torch.stack([variance_and_error(step)[0] for step in vectors])
+
+    return StepVariances(
+        first_order=infinite if gradients.pathwise is None else by_step(gradients.pathwise),
+        half_order=torch.where(gradients.has_noise, by_step(gradients.half_order), infinite),
+    )
 
 
 def variance_and_error(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

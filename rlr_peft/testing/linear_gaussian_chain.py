@@ -27,6 +27,7 @@ class LinearGaussianChain:
         replicates: R, independent copies of the parameters.
         last_std: sigma_1; 0 is legal, as for diffusers' default grids.
         decay: a_1 and a_T, linear in between; above 1 the chain amplifies what it is given.
+        gain: b_1 and b_T, linear in between: how much the parameters matter at every step.
         seed: seed of the constants.
     """
 
@@ -37,6 +38,7 @@ class LinearGaussianChain:
         replicates: int = 1,
         last_std: float = 0.0,
         decay: tuple[float, float] = (0.95, 0.8),
+        gain: tuple[float, float] = (0.3, 0.6),
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -48,7 +50,7 @@ class LinearGaussianChain:
         self.denoiser_evaluations = 0
         self._stds = [last_std, *torch.linspace(0.25, 0.6, num_steps - 1, dtype=torch.float64).tolist()]
         self._decay = torch.linspace(*decay, num_steps, dtype=torch.float64)
-        self._gain = torch.linspace(0.3, 0.6, num_steps, dtype=torch.float64)
+        self._gain = torch.linspace(*gain, num_steps, dtype=torch.float64)
         self._shift = torch.linspace(0.5, 0.2, num_steps, dtype=torch.float64)
         self._prediction = self._prediction_coefficients()
         matrix, vector = 0.3 * normal(dimension, dimension), 0.5 * normal(dimension)

@@ -44,9 +44,10 @@ class Update:
             "gradient_norm": self.gradient_norm,
             "first_order_steps": self.reports[0].first_order_steps,
         }
-        for name, values in (("heldout", self.heldout), ("kl", self.kl)):
-            if values is not None:
-                metrics |= {name: float(values.mean()), f"{name}_se": standard_error(values)}
+        if self.heldout is not None:
+            metrics |= {"heldout": float(self.heldout.mean()), "heldout_se": standard_error(self.heldout)}
+        if self.kl is not None:  # no standard error: the samples of a micro-batch share their drawn steps
+            metrics["kl"] = float(self.kl.mean())
         for term in self.reports[0].gradient_norms:
             metrics[f"gradient_norm/{term}"] = _mean(report.gradient_norms.get(term, 0.0) for report in self.reports)
         for name in self.reports[0].metrics:

@@ -11,10 +11,19 @@ from rlr_peft.estimators.planning import (
 )
 
 
-def test_the_best_k_is_that_of_the_smallest_variance() -> None:
-    assert best_first_order_steps(torch.tensor([torch.inf, 7.0, 2.0, 3.0, 9.0])) == 2
-    assert best_first_order_steps(torch.tensor([1.0, 7.0, 2.0])) == 0
-    assert best_first_order_steps(torch.tensor([torch.inf, torch.inf, 5.0])) == 2
+def test_the_best_k_has_the_smallest_sum_of_variances() -> None:
+    inf = torch.inf
+    first_order = torch.tensor([0.1, 0.2, 0.15, 6.4, 8.0])
+    half_order = torch.tensor([inf, 40.0, 0.17, 0.06, 0.05])
+    assert best_first_order_steps(first_order, half_order) == 3
+    assert best_first_order_steps(first_order, torch.full((5,), inf)) == 5
+    assert best_first_order_steps(torch.full((5,), inf), half_order.nan_to_num(posinf=9.0)) == 0
+
+
+def test_a_smaller_k_must_halve_the_sum() -> None:
+    first_order, half_order = torch.tensor([1.0, 1.0]), torch.tensor([9.0, 0.1])
+    assert best_first_order_steps(first_order, half_order) == 2, "1.1 is not half of 2"
+    assert best_first_order_steps(torch.tensor([1.0, 1.3]), half_order) == 1, "1.1 is less than half of 2.3"
 
 
 def test_inverse_variance_weights_minimise_the_variance_of_a_step() -> None:

@@ -44,7 +44,7 @@ def test_the_terms_norms_and_passes_are_reported() -> None:
     RLREstimator(RLRSettings(2, None)).accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
     assert report.gradient_norms["first_order"] == pytest.approx(float(gradient_of(chain).norm()) / 8)
     mixed = RLREstimator(RLRSettings("auto", SINGLE, step_choice="inverse-variance"))
-    mixed.step_variances = StepVariances(torch.ones(4), torch.tensor([math.inf, 1, 1, 1e-9]), torch.ones(5))
+    mixed.step_variances = StepVariances(torch.ones(4), torch.tensor([math.inf, 1, 1, 1e-9]))
     report = mixed.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
     # one pass for step 1, which has weight 1, two for step 2, one for the last of the walk, and step 4's score term
     assert report.first_order_steps == 3 and report.backward_steps == 1 + 2 + 1 + 1
@@ -62,9 +62,10 @@ def test_the_state_survives_a_round_trip(tmp_path) -> None:
     estimator = RLREstimator(settings)
     objective = QuadraticReward(chain)
     estimator.calibrate(chain, [rollout_of(chain, 16, 4)], decay=0.5)
-    estimator.step_variances = StepVariances(  # K = 1, so that blocks are drawn and states give a baseline
-        *(getattr(estimator.step_variances, name) for name in ("first_order", "half_order")),
-        combined=torch.tensor([math.inf, 1.0, 2.0, 2.0, 2.0], dtype=torch.float64),
+    # K = 1, so that blocks are drawn and states give a baseline
+    estimator.step_variances = StepVariances(
+        first_order=torch.tensor([1.0, 9.0, 9.0, 9.0], dtype=torch.float64),
+        half_order=torch.tensor([math.inf, 1.0, 1.0, 1.0], dtype=torch.float64),
     )
     for seed in range(2):
         report = estimator.accumulate(chain, objective, rollout_of(chain, 8, 4, seed), torch.Generator())

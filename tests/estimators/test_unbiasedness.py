@@ -38,7 +38,7 @@ class EvenlyMixed(RLREstimator):
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         noisy = torch.tensor([chain.std(t) > 0 for t in range(1, chain.num_steps + 1)])
         ones = torch.ones(chain.num_steps, dtype=torch.float64)
-        self.step_variances = StepVariances(ones, torch.where(noisy, ones, torch.inf), torch.ones(T + 1))
+        self.step_variances = StepVariances(ones, torch.where(noisy, ones, torch.inf))
 
 
 class UndividedPolicyGradient(PolicyGradientEstimator):

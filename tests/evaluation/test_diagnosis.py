@@ -78,11 +78,8 @@ def rollout_of(
 
 
 def chaotic_chain() -> LinearGaussianChain:
-    """Its first three steps, next to the noise, stretch everything and add much noise."""
-    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
-    chain._decay = torch.tensor([0.95, 0.92, 0.89, 1.5, 1.5, 1.5], dtype=torch.float64)
-    chain._stds = [0.2, 0.2, 0.2, 2.0, 2.0, 2.0]
-    return chain
+    """Its first steps, next to the noise, stretch everything, and the parameters matter most there."""
+    return LinearGaussianChain(num_steps=6, last_std=0.2, decay=(0.5, 2.0), gain=(0.06, 10.0))
 
 
 def sketch_of(chain: LinearGaussianChain) -> GradientSketch:
@@ -457,7 +454,7 @@ def test_mixed_orders_are_recommended_only_beyond_their_error(chaotic: Diagnosis
 def test_weak_evidence_is_called_weak(chaotic: Diagnosis) -> None:
     few = diagnosis_of(chaotic_chain(), WavyReward(chaotic_chain()), 8)
     assert "evidence for this very K is weak" in recommend(few).advice["First order"]
-    assert "raise `--samples`" in " ".join(recommend(few).advice.values()) or few.reference.cosine.low > 0
+    assert "Cosines say little here" in recommend(few).advice["Evidence"]
 
 
 def test_recommended_flags_can_be_trained_with(calm: Diagnosis, chaotic: Diagnosis, blind: Diagnosis) -> None:

@@ -101,7 +101,10 @@ class _Builder:
         self.generator = torch.Generator().manual_seed(seed)
         self.methods: list[Method] = []
         self.left_out: dict[str, str] = {}
-        self.first_order_steps = best_first_order_steps(evidence.variances.combined) if evidence.differentiable else 0
+        variances = evidence.variances
+        self.first_order_steps = (
+            best_first_order_steps(variances.first_order, variances.half_order) if evidence.differentiable else 0
+        )
         self.black_box_steps = 0 if evidence.differentiable else best_black_box_steps(evidence)
 
     def pathwise(self) -> None:
