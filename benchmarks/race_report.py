@@ -17,17 +17,16 @@ def report(finals: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         by_method[run["method"]].append(run)
     rows = [_row(method, finals) for method, finals in by_method.items()]
     rows.sort(key=lambda row: -row["reward_gain"])
-    best = max(by_method.items(), key=lambda item: _gains(item[1], "reward").mean())[0]
-    print("| method | learning rate | updates | CPU s | reward gain | held-out gain | behind the best |")
+    print("| method | learning rate | updates | CPU s | reward gain | held-out gain | `rlr` minus it |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        behind = _difference(by_method[best], by_method[row["method"]])
-        row |= {"behind_best": behind[0], "behind_best_interval": behind[1]}
+        ahead, ahead_interval = _difference(by_method["rlr"], by_method[row["method"]])
+        row |= {"rlr_ahead": ahead, "rlr_ahead_interval": ahead_interval}
         print(
             f"| {row['method']} | {row['learning_rate']:g} | {row['updates']:.0f} | {row['cpu_seconds']:.0f} | "
             f"{row['reward_gain']:+.4f} ± {row['reward_gain_interval']:.4f} | "
             f"{row['heldout_gain']:+.4f} ± {row['heldout_gain_interval']:.4f} | "
-            f"{behind[0]:.4f} ± {behind[1]:.4f} |"
+            f"{ahead:+.4f} ± {ahead_interval:.4f} |"
         )
     _draw(by_method, Path("docs/images") / f"{name}.png")
     return rows
@@ -54,10 +53,10 @@ def _gains(finals: list[dict[str, Any]], name: str) -> numpy.ndarray:
     return numpy.array([run["points"][-1][f"{name}_gain"] for run in finals])
 
 
-def _difference(best: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, float]:
+def _difference(first: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, float]:
     """Mean difference of the reward gains, paired by seed: both see the same prompts, images and noises."""
     gains = {run["seed"]: run["points"][-1]["reward_gain"] for run in other}
-    pairs = [run["points"][-1]["reward_gain"] - gains[run["seed"]] for run in best if run["seed"] in gains]
+    pairs = [run["points"][-1]["reward_gain"] - gains[run["seed"]] for run in first if run["seed"] in gains]
     return float(numpy.mean(pairs)), interval(numpy.array(pairs))
 
 
