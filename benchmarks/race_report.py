@@ -35,9 +35,8 @@ def report(finals: list[dict[str, Any]], name: str, ablation: Collection[str]) -
 
 
 def _print(rows: list[dict[str, Any]], time: float) -> None:
-    print(
-        f"| method | learning rate | seeds | updates | reward gain | held-out gain | in {time:.0f} CPU s | `rlr` minus it |"
-    )
+    equal_time = f"in {time:.0f} CPU s"
+    print(f"| method | learning rate | seeds | updates | reward gain | held-out gain | {equal_time} | `rlr` minus it |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
