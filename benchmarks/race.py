@@ -2,6 +2,7 @@
 
     python -m benchmarks.race --reward coarse --stage tune      # one seed, every learning rate for every method
     python -m benchmarks.race --reward coarse --stage final     # the best learning rate of each, with other seeds
+    python -m benchmarks.race --reward coarse --stage long      # four times the budget: who collapses
     python -m benchmarks.race --reward coarse --stage collect   # tables, figure, benchmarks/results/race_coarse.json
 
 ``--methods`` chooses among the methods and the variants of the paper's ablation, which train at the rate of the whole.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
-from benchmarks.race_report import report
+from benchmarks.race_report import print_long_runs, report
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, flat_metrics
@@ -57,17 +58,18 @@ REWARDS = {
 LEARNING_RATES = {"coarse": (4e-3, 1.6e-2), "mid": (4e-3, 1.6e-2), "fine": (1e-3, 4e-3)}
 TUNING_SEED = 0
 FINAL_SEEDS = (1, 2, 3)
+LONG_SEED = 11
+LONG_BUDGETS = 4
 
 
 def main() -> None:
     """Runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", choices=tuple(REWARDS), required=True)
-    parser.add_argument("--stage", choices=("tune", "final", "collect"), required=True)
+    parser.add_argument("--stage", choices=("tune", "final", "long", "collect"), required=True)
     parser.add_argument("--folder", type=Path, default=Path("outputs/race"), help="a folder per reward goes below")
     names = (*METHODS, *ABLATION)
     parser.add_argument("--methods", nargs="+", choices=names, default=tuple(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=FINAL_SEEDS, help="of final runs")
     parser.add_argument("--budget", type=int, default=8000, help="denoiser evaluations of a final run; tuning: half")
     parser.add_argument("--evaluations", type=int, default=2, help="evaluations along a final run; tuning: one")
     parser.add_argument("--images", type=int, default=192, help="images of an evaluation; tuning: half")
@@ -82,8 +84,11 @@ def main() -> None:
         if arguments.stage == "tune":
             budget, evaluations, images = budget // 2, 1, images // 2
             jobs = [(rate, TUNING_SEED) for rate in LEARNING_RATES[arguments.reward]]
+        elif arguments.stage == "long":
+            budget, evaluations = LONG_BUDGETS * budget, LONG_BUDGETS * evaluations
+            jobs = [(best_learning_rate(folder, method), LONG_SEED)]
         else:
-            jobs = [(best_learning_rate(folder, method), seed) for seed in arguments.seeds]
+            jobs = [(best_learning_rate(folder, method), seed) for seed in FINAL_SEEDS]
         for learning_rate, seed in jobs:
             path = folder / f"{method} lr {learning_rate:g} seed {seed}.json"
             with claimed(path) as is_ours:
@@ -183,8 +188,9 @@ def collect(folder: Path, name: str) -> None:
     finals = [
         run
         for run in runs
-        if run["seed"] != TUNING_SEED and run["learning_rate"] == best_learning_rate(folder, run["method"])
+        if run["seed"] in FINAL_SEEDS and run["learning_rate"] == best_learning_rate(folder, run["method"])
     ]
+    print_long_runs([run for run in runs if run["seed"] == LONG_SEED])
     write_results(name, {"rows": report(finals, name, ABLATION.keys()), "runs": runs})
 
 

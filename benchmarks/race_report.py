@@ -34,6 +34,18 @@ def report(finals: list[dict[str, Any]], name: str, ablation: Collection[str]) -
     return rows
 
 
+def print_long_runs(runs: list[dict[str, Any]]) -> None:
+    """Gains in the reward, and in the held-out reward, along each long run."""
+    if not runs:
+        return
+    evaluations = [f"{point['denoiser_evaluations']:,.0f}" for point in runs[0]["points"]]
+    print(f"| method | learning rate | {' | '.join(evaluations)} |\n|---|---{'|---' * len(evaluations)}|")
+    for run in sorted(runs, key=lambda run: -run["points"][-1]["reward_gain"]):
+        gains = [f"{point['reward_gain']:+.3f} ({point['heldout_gain']:+.3f})" for point in run["points"]]
+        print(f"| {run['method']} | {run['learning_rate']:g} | {' | '.join(gains)} |")
+    print()
+
+
 def _print(rows: list[dict[str, Any]], time: float) -> None:
     equal_time = f"in {time:.0f} CPU s"
     print(f"| method | learning rate | seeds | updates | reward gain | held-out gain | {equal_time} | `rlr` minus it |")
