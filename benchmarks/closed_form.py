@@ -124,9 +124,8 @@ def measure_bed(name: str, bed: Bed, num_steps: int, groups: int) -> list[dict[s
     # Shown, but not the unit: the zeroth order, biased at s > 0, and score terms alone where step 1 has no noise.
     misses_a_step = bed.differentiable and bed.chain(num_steps, 1).std(1) == 0
     unbiased = [row for row in rows if "rlr-paper" not in row["estimator"] and not (misses_a_step and row["K"] == 0)]
-    print(
-        f"\n**{name}, T = {num_steps}**\n\n| estimator | K | cost | variance | x cost / best | trimmed | x cost / best |"
-    )
+    print(f"\n**{name}, T = {num_steps}**\n")
+    print("| estimator | K | cost | variance | x cost / best | trimmed | x cost / best |")
     print("|---|---|---|---|---|---|---|")
     for kind in ("variance", "trimmed"):
         best = min(row[kind] * row["cost"] for row in unbiased)
