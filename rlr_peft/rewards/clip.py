@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from rlr_peft.rewards.model_files import ModelFiles
-from rlr_peft.rewards.model_reward import quiet_loading
+from rlr_peft.rewards.model_reward import loading
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 LAION_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -19,22 +17,25 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 def load_clip(reward_name: str, files: ModelFiles, repo: str, dtype: torch.dtype) -> CLIPModel:
     """Both towers."""
-    with quiet_loading():
-        return CLIPModel.from_pretrained(files.folder(reward_name, repo, *MODEL_FILES), dtype=dtype)
+    folder = files.folder(reward_name, repo, *MODEL_FILES)
+    with loading(reward_name, folder):
+        return CLIPModel.from_pretrained(folder, dtype=dtype)
 
 
 def load_clip_vision(
     reward_name: str, files: ModelFiles, repo: str, dtype: torch.dtype
 ) -> CLIPVisionModelWithProjection:
     """The image tower and its projection."""
-    with quiet_loading():
-        return CLIPVisionModelWithProjection.from_pretrained(files.folder(reward_name, repo, *MODEL_FILES), dtype=dtype)
+    folder = files.folder(reward_name, repo, *MODEL_FILES)
+    with loading(reward_name, folder):
+        return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype)
 
 
 def load_clip_tokenizer(reward_name: str, files: ModelFiles, repo: str) -> CLIPTokenizer:
     """From `vocab.json` and `merges.txt`."""
-    folder: Path = files.folder(reward_name, repo, *TOKENIZER_FILES)
-    return CLIPTokenizer.from_pretrained(folder)
+    folder = files.folder(reward_name, repo, *TOKENIZER_FILES)
+    with loading(reward_name, folder):
+        return CLIPTokenizer.from_pretrained(folder)
 
 
 def clip_cosine(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:

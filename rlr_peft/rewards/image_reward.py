@@ -8,7 +8,7 @@ from transformers import BertTokenizer
 
 from rlr_peft.rewards.image_reward_weights import image_reward_network
 from rlr_peft.rewards.model_files import load_weights
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings
+from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
 from rlr_peft.rewards.preprocessing import clip_pixels
 
 IMAGE_REWARD = "zai-org/ImageReward"
@@ -27,7 +27,8 @@ class ImageReward(ModelReward):
         network = image_reward_network("imagereward", path, load_weights("imagereward", path), settings.dtype)
         super().__init__("imagereward", settings, network)
         folder = settings.files.folder("imagereward", BERT, "vocab.txt")
-        self._tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=True)
+        with loading("imagereward", folder):
+            self._tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=True)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) float32, about -2 to 2."""

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.linear_head import LinearHead
 from rlr_peft.rewards.model_files import check_keys
-from rlr_peft.rewards.model_reward import quiet_loading
+from rlr_peft.rewards.model_reward import loading
 
 HEAD_WIDTH = 64  # of an attention head in ViT and BERT of every size
 
@@ -44,14 +43,9 @@ def image_reward_network(
     text_weights = _below(checkpoint, "blip.text_encoder.")
     text_weights.pop("embeddings.position_ids", None)  # a constant
     head_weights = _below(checkpoint, "mlp.")
-    try:
-        with quiet_loading():
-            vision = BlipVisionModel(_vision_config(vision_weights))
-            text = BlipTextModel(_text_config(text_weights, vision.config.hidden_size), add_pooling_layer=False)
-    except KeyError as error:
-        raise RewardError(
-            f"reward '{reward_name}': {path} is not ImageReward's checkpoint: it has no {error}"
-        ) from error
+    with loading(reward_name, path):
+        vision = BlipVisionModel(_vision_config(vision_weights))
+        text = BlipTextModel(_text_config(text_weights, vision.config.hidden_size), add_pooling_layer=False)
     prefixes = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
     unknown = [name for name in checkpoint if not name.startswith(prefixes)]
     for module, weights in ((vision, vision_weights), (text, text_weights)):

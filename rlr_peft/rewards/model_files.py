@@ -44,18 +44,20 @@ class ModelFiles:
         self._replacements = dict(replacements or {})
         self._cache_dir = cache_dir
 
-    def find(self, reward_name: str, repo: str, *alternatives: str) -> Path:
+    def find(self, reward_name: str, repo: str, *alternatives: str, beside: Sequence[str] = ()) -> Path:
         """One file: the first of the alternatives that there is.
 
         Args:
             reward_name: named in the error.
             repo: the repository.
             alternatives: file names, the preferred first; the last one is certain to be in the repository.
+            beside: what else is needed of the repository, for the command in the error.
 
         Raises:
             RewardError: missing, gated or unreachable; it names reward, repository, file and the command to get it.
         """
         place = self._replacements.get(repo, repo)
+        names = " ".join(beside or alternatives[-1:])
         path = Path(place).expanduser()
         if path.is_file():
             return path
@@ -65,14 +67,27 @@ class ModelFiles:
                     return path / name
             raise RewardError(
                 f"reward '{reward_name}': expected {' or '.join(alternatives)} in {path}, which stands for {repo}; "
-                f"get it with `hf download {repo} {alternatives[-1]} --local-dir {path}`"
+                f"get it with `hf download {repo} {names} --local-dir {path}`"
             )
         if place != repo and not _is_hub_id(place):
             raise RewardError(
                 f"reward '{reward_name}': expected a folder, a file or a Hub id in the place of {repo}, got {place}, "
                 f"which does not exist (looked for it from {Path.cwd()})"
             )
-        return self._download(reward_name, repo, place, alternatives)
+        problem: Exception | None = None
+        for name in alternatives:
+            found = self._download(place, name)
+            if isinstance(found, Path):
+                return found
+            problem = found
+            if not isinstance(problem, EntryNotFoundError):
+                break
+        words = next((text for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), "cannot be read")
+        raise RewardError(
+            f"reward '{reward_name}' needs the file {alternatives[-1]} of the Hub repository {place}, which "
+            f"{words.format(repo=place)}. Get it with `hf download {place} {names}`, or name a local copy with "
+            f"--reward_model_path '{{{repo}: /path/to/folder}}' ({type(problem).__name__})"
+        )
 
     def folder(self, reward_name: str, repo: str, *files: str | tuple[str, ...]) -> Path:
         """The folder that holds all these files of a repository; a tuple is of alternatives, as for `find`.
@@ -80,23 +95,16 @@ class ModelFiles:
         Raises:
             RewardError: as `find`.
         """
-        found = [self.find(reward_name, repo, *((file,) if isinstance(file, str) else file)) for file in files]
+        wanted = [(file,) if isinstance(file, str) else file for file in files]
+        beside = [alternatives[0] for alternatives in wanted]
+        found = [self.find(reward_name, repo, *alternatives, beside=beside) for alternatives in wanted]
         return found[0].parent
 
-    def _download(self, reward_name: str, repo: str, place: str, alternatives: Sequence[str]) -> Path:
-        for name in alternatives:
-            try:
-                return Path(hf_hub_download(place, name, cache_dir=self._cache_dir))
-            except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-                problem = error
-                if not isinstance(error, EntryNotFoundError):
-                    break
-        words = next((text for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), "cannot be read")
-        raise RewardError(
-            f"reward '{reward_name}' needs the file {alternatives[-1]} of the Hub repository {place}, which "
-            f"{words.format(repo=place)}. Get it with `hf download {place} {alternatives[-1]}`, or name a local copy "
-            f"with --reward_model_path '{{{repo}: /path/to/folder}}' ({type(problem).__name__})"
-        )
+    def _download(self, place: str, name: str) -> Path | Exception:
+        try:
+            return Path(hf_hub_download(place, name, cache_dir=self._cache_dir))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            return error
 
 
 def load_weights(reward_name: str, path: Path) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rlr_peft.rewards.errors import RewardError
@@ -85,14 +88,24 @@ class ModelReward(ABC):
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silences what transformers says about a checkpoint that holds more than the part which is loaded."""
+def loading(reward_name: str, path: Path) -> Iterator[None]:
+    """Silences what transformers says about a checkpoint that holds more than the part which is loaded.
+
+    Raises:
+        RewardError: instead of whatever a damaged or foreign checkpoint makes the libraries raise.
+    """
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        raise RewardError(
+            f"reward '{reward_name}': {path} cannot be loaded ({type(error).__name__}: {first_line}); it is damaged or "
+            "another model: get it again"
+        ) from None
     finally:
         logging.set_verbosity(before)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.model_files import check_keys
-from rlr_peft.rewards.model_reward import quiet_loading
+from rlr_peft.rewards.model_reward import loading
 
 # The weights do not tell how many heads they are meant for; both towers of ViT-H/14 have 16.
 NUM_HEADS = 16
@@ -58,14 +57,8 @@ def clip_from_open_clip(reward_name: str, path: Path, checkpoint: Mapping[str, A
     """
     weights: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    try:
-        config = _config_of(weights)
-    except KeyError as error:
-        raise RewardError(
-            f"reward '{reward_name}': {path} is not an open_clip checkpoint: it has no {error}"
-        ) from error
-    with quiet_loading():
-        model = CLIPModel(config)
+    with loading(reward_name, path):
+        model = CLIPModel(_config_of(weights))
     loaded = model.load_state_dict(convert_open_clip(weights), strict=False)
     missing = [name for name in loaded.missing_keys if not name.endswith("position_ids")]
     check_keys(reward_name, path, missing, loaded.unexpected_keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +138,3 @@ def _reason(error: HTTPError) -> str:
     """What lies behind urllib3's own summary, without its objects' addresses."""
     cause = getattr(error, "reason", None) or error
     return f"{type(cause).__name__}: {str(cause).rpartition('>: ')[2]}"
-
-
-# urllib3 warns of every retry; one line each is right, and users see it as ours does: through logging.
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import ViTModel
 
 from rlr_peft.rewards.clip import MODEL_FILES, unit
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, quiet_loading
+from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
 from rlr_peft.rewards.preprocessing import imagenet_pixels
 from rlr_peft.rewards.temporal_flicker import check_length
 
@@ -22,8 +22,8 @@ class SubjectConsistency(ModelReward):
     takes_video = True
 
     def __init__(self, settings: ModelSettings) -> None:
-        with quiet_loading():
-            folder = settings.files.folder("subject-consistency", DINO, *MODEL_FILES)
+        folder = settings.files.folder("subject-consistency", DINO, *MODEL_FILES)
+        with loading("subject-consistency", folder):
             network = ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=settings.dtype)
         super().__init__("subject-consistency", settings, network)
 

@@ -12,6 +12,8 @@ from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
+from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
+from rlr_peft.rewards.info import info_means
 from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import Purpose, derive_seed
@@ -22,11 +24,12 @@ class Update:
     """What one update did.
 
     Attributes:
-        rewards: of the samples of all processes, (samples_per_update,).
+        rewards: of the samples of all processes, (samples_per_update,); a weighted sum is that on its first scales.
         heldout: held-out scores of the same samples; None without a held-out reward.
         kl: estimates of the samples' divergence from the base in nats, (samples_per_update,); None if not measured.
         reports: of this process's micro-batches, in the last inner epoch.
         gradient_norm: of the mean reward's gradient, before clipping, in the last inner epoch.
+        info: means of the numbers that the rewards give beside their scores, `reward/NAME` and `heldout/NAME`.
     """
 
     rewards: torch.Tensor
@@ -34,6 +37,7 @@ class Update:
     kl: torch.Tensor | None
     reports: list[EstimatorReport]
     gradient_norm: float
+    info: dict[str, float]
 
     def metrics(self) -> dict[str, float]:
         """The update's numbers for the logs."""
@@ -52,7 +56,7 @@ class Update:
             metrics[f"gradient_norm/{term}"] = _mean(report.gradient_norms.get(term, 0.0) for report in self.reports)
         for name in self.reports[0].metrics:
             metrics[name] = _mean(report.metrics[name] for report in self.reports)
-        return metrics
+        return metrics | self.info
 
 
 def calibrate(run: Run, step: int) -> None:
@@ -84,6 +88,7 @@ def take_update(run: Run, step: int) -> Update:
     batch = _sample(run, step)
     rewards = run.accelerator.gather(batch.rewards)
     scale = run.reward_scale.scale(rewards) if run.reward_scale is not None else 1.0
+    logged, info = _info(run, batch)
     kl: torch.Tensor | None = None
     memories = []
     for epoch in range(run.estimator.inner_epochs):
@@ -94,7 +99,25 @@ def take_update(run: Run, step: int) -> Update:
     run.lr_scheduler.step()
     run.estimator.remember(gather_object(memories))
     heldout = None if batch.heldout is None else run.accelerator.gather(batch.heldout)
-    return Update(rewards, heldout, kl, reports, norm)
+    return Update(rewards if logged is None else logged, heldout, kl, reports, norm, info)
+
+
+def _info(run: Run, batch: Batch) -> tuple[torch.Tensor | None, dict[str, float]]:
+    """A weighted sum's rewards on its first scales, and the means of all info, both over all processes.
+
+    The scales of a weighted sum hear of the batch only here, when its rewards have been divided by the earlier ones.
+    """
+    names = {f"reward/{name}": values for name, values in batch.info.items()}
+    names |= {f"heldout/{name}": values for name, values in batch.heldout_info.items()}
+    infos = gather_object([{name: values.tolist() for name, values in names.items()}])
+    if not isinstance(run.reward, WeightedRewards):
+        return None, info_means(infos)
+    gathered = {
+        name: torch.tensor([value for info in infos for value in info[f"reward/{name}"]]) for name in batch.info
+    }
+    scales = {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
+    run.reward.observe(gathered)
+    return gathered[ON_FIRST_SCALES], info_means(infos) | (scales if run.reward.needs_scales else {})
 
 
 def _accumulate(
