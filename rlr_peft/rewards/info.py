@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy
@@ -52,14 +52,10 @@ def mean_over_frames(info: Info, num_frames: int) -> Info:
     return {name: values.reshape(-1, num_frames).nanmean(1) for name, values in info.items()}
 
 
-def info_means(infos: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """The mean of every name's numbers over several processes; what is not finite does not count."""
-    means = {}
-    for name in dict.fromkeys(name for info in infos for name in info):
-        finite = [value for info in infos for value in info.get(name, ()) if math.isfinite(value)]
-        if finite:
-            means[name] = sum(finite) / len(finite)
-    return means
+def info_means(info: Mapping[str, Tensor]) -> dict[str, float]:
+    """The mean of every name's numbers; what is not finite does not count."""
+    finite = {name: values[values.isfinite()] for name, values in info.items()}
+    return {name: float(values.mean()) for name, values in finite.items() if len(values)}
 
 
 def _is_pair(returned: Any) -> bool:

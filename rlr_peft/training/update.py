@@ -1,7 +1,7 @@
 """One update: sample, score, estimate the gradient, all-reduce it once, clip, step."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
-from rlr_peft.rewards.info import info_means
+from rlr_peft.rewards.info import info_means, join_info
 from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import Purpose, derive_seed
@@ -88,7 +88,7 @@ def take_update(run: Run, step: int) -> Update:
     batch = _sample(run, step)
     rewards = run.accelerator.gather(batch.rewards)
     scale = run.reward_scale.scale(rewards) if run.reward_scale is not None else 1.0
-    logged, info = _info(run, batch)
+    info = _info(run, batch)
     kl: torch.Tensor | None = None
     memories = []
     for epoch in range(run.estimator.inner_epochs):
@@ -99,25 +99,28 @@ def take_update(run: Run, step: int) -> Update:
     run.lr_scheduler.step()
     run.estimator.remember(gather_object(memories))
     heldout = None if batch.heldout is None else run.accelerator.gather(batch.heldout)
-    return Update(rewards if logged is None else logged, heldout, kl, reports, norm, info)
+    update = Update(info.get(f"reward/{ON_FIRST_SCALES}", rewards), heldout, kl, reports, norm, _logged_info(run, info))
+    if isinstance(run.reward, WeightedRewards):
+        # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
+        run.reward.observe({name.removeprefix("reward/"): values for name, values in info.items()})
+    return update
 
 
-def _info(run: Run, batch: Batch) -> tuple[torch.Tensor | None, dict[str, float]]:
-    """A weighted sum's rewards on its first scales, and the means of all info, both over all processes.
-
-    The scales of a weighted sum hear of the batch only here, when its rewards have been divided by the earlier ones.
-    """
+def _info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
+    """The numbers that the rewards give beside their scores, of all processes: `reward/NAME` and `heldout/NAME`."""
     names = {f"reward/{name}": values for name, values in batch.info.items()}
     names |= {f"heldout/{name}": values for name, values in batch.heldout_info.items()}
-    infos = gather_object([{name: values.tolist() for name, values in names.items()}])
-    if not isinstance(run.reward, WeightedRewards):
-        return None, info_means(infos)
-    gathered = {
-        name: torch.tensor([value for info in infos for value in info[f"reward/{name}"]]) for name in batch.info
-    }
-    scales = {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
-    run.reward.observe(gathered)
-    return gathered[ON_FIRST_SCALES], info_means(infos) | (scales if run.reward.needs_scales else {})
+    # As objects, because processes need not have the same names.
+    parts = gather_object([(names, len(batch.rewards))])
+    return join_info(parts)
+
+
+def _logged_info(run: Run, info: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The info's means and, of a weighted sum, the scales that the update was divided by."""
+    means = info_means(info)
+    if isinstance(run.reward, WeightedRewards) and run.reward.needs_scales:
+        means |= {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
+    return means
 
 
 def _accumulate(

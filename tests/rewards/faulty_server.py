@@ -61,12 +61,10 @@ class Handler(BaseHTTPRequestHandler):
             case "/list":
                 self.send(200, [1.0] * count)
             case "/html":
-                self.send(200, None, body=b"<html>Welcome to the proxy</html>")
+                self.send(200, b"<html>Welcome to the proxy</html>")
 
-    def send(
-        self, status: int, answer: object, headers: dict[str, str] | None = None, body: bytes | None = None
-    ) -> None:
-        data = json.dumps(answer).encode() if body is None else body
+    def send(self, status: int, answer: object, headers: dict[str, str] | None = None) -> None:
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +158,9 @@ def test_a_network_that_is_not_offloaded_stays() -> None:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModelFiles]:
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModelFiles:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    yield ModelFiles(cache_dir=str(tmp_path / "cache"))
+    return ModelFiles(cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
