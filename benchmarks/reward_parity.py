@@ -179,6 +179,21 @@ def local_files(folder: Path) -> ModelFiles:
 LARGE = Sizes(image=224, patch=14, depth=12, text_depth=12, vision_width=1024, text_width=768, projection=768)
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """The table of `docs/rewards.md`: differences of scores on large networks, and of pixels at 224."""
+    rows = [
+        f"| `{name}` | {row['network']:.1g} | {row['whole']:.1g} | {row['spread']:.2g} |"
+        for name, row in results["large"].items()
+    ]
+    pixels = [
+        f"| {name} preprocessing | {row['largest']:.2g} | {row['mean']:.2g} |"
+        for name, row in results["preprocessing"].items()
+    ]
+    head = ["| reward | same pixels | same images | spread of the scores |", "|---|---|---|---|"]
+    pixel_head = ["| at 224 x 224, normalised pixels | largest difference | mean difference |", "|---|---|---|"]
+    return "\n".join([*head, *rows, "", *pixel_head, *pixels])
+
+
 def main() -> None:
     """Measures and writes."""
     torch.set_num_threads(1)
@@ -186,7 +201,7 @@ def main() -> None:
     for name, sizes in (("tiny", Sizes()), ("large", LARGE)):
         with tempfile.TemporaryDirectory() as folder:
             results[name] = network_parity(Path(folder), sizes)
-    print(write_results("reward_parity", results).read_text())
+    print(f"{markdown(results)}\n\n{write_results('reward_parity', results)}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class RemoteSettings:
     Attributes:
         timeout: seconds until an answer must have come.
         retries: further tries after the first, on connection errors, timeouts, 429 and 5xx.
-        backoff: seconds before the second retry; doubled each time, at most a minute. `Retry-After` is honoured.
+        backoff: half of the seconds before the second retry, which double each time, up to a minute; the first retry
+            does not wait. `Retry-After` is honoured.
         batch_size: images of one request.
     """
 

@@ -70,7 +70,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        try:
+            self.wfile.write(data)
+        except ConnectionError:  # the client that was kept waiting has left
+            self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
         pass

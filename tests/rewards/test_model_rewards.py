@@ -1,5 +1,6 @@
 """Rewards with a network, on tiny checkpoints in the real formats."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.reward_checkpoints import Sizes
-from benchmarks.reward_parity import PROMPTS, local_files, mixed_images, network_parity, to_tensor
+from benchmarks.reward_parity import PROMPTS, local_files, markdown, mixed_images, network_parity, to_tensor
 from rlr_peft.rewards.aesthetic import HEAD
 from rlr_peft.rewards.base import RewardError, score_images
 from rlr_peft.rewards.clip import OPENAI_CLIP
@@ -319,6 +320,12 @@ def test_a_checkpoint_of_something_else_is_refused(
     files._replacements[repository] = str(tmp_path / file)
     with pytest.raises(RewardError, match=f"{name.split('/')[0]}.*(weights missing|cannot be loaded)"):
         load_reward(name, settings=RewardSettings(ModelSettings(files=files)))
+
+
+def test_the_documentation_holds_the_measured_parity() -> None:
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks" / "results" / "reward_parity.json").read_text())
+    assert markdown(results) in (root / "docs" / "rewards.md").read_text(encoding="utf-8")
 
 
 def test_full_depth_imagereward_has_the_published_621_names() -> None:

@@ -119,12 +119,15 @@ def test_faults(faulty: str, fault: Fault) -> None:
         assert asked == fault.asked
 
 
+def fault_table() -> str:
+    """As it stands in the documentation: what the error says is what `test_faults` has seen it say."""
+    rows = [(fault, f"`{fault.message.replace('`', '')} ...`" if fault.message else "none") for fault in FAULTS]
+    head = "| fault | what happens | the error |\n|---|---|---|\n"
+    return head + "\n".join(f"| {fault.what} | {fault.happens} | {message} |" for fault, message in rows)
+
+
 def test_the_documentation_holds_this_table() -> None:
-    rows = [
-        f"| {fault.what} | {fault.happens} | {f'`{fault.message}...`' if fault.message else ''} |" for fault in FAULTS
-    ]
-    text = DOCUMENTATION.read_text(encoding="utf-8")
-    assert "\n".join(rows) in text
+    assert fault_table() in DOCUMENTATION.read_text(encoding="utf-8")
 
 
 def test_images_travel_in_batches_and_info_comes_back(faulty: str) -> None:
