@@ -82,11 +82,11 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
     lines = [f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time."]
     for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
         if reward is not None and f"{name}_gain" in metrics:
-            lines.append(
-                f"  {name} ({reward.name}): {metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, "
-                f"gain {with_error(metrics[f'{name}_gain'], metrics[f'{name}_gain_se'], sign=True)} "
-                f"(n = {metrics['n']:.0f} images)"
-            )
+            lines.append(f"  {name} ({reward.name}): {_gain_text(metrics, name)} (n = {metrics['n']:.0f} images)")
+            parts = [
+                key.removesuffix("_gain") for key in metrics if key.startswith(f"{name}/") and key.endswith("_gain")
+            ]
+            lines += [f"    {part.removeprefix(f'{name}/')}: {_gain_text(metrics, part)}" for part in parts]
     base = run.config.model.pretrained_model_name_or_path
     load_from = "rlr_peft.tiny_shapes.pipeline_path()" if base == PIPELINE_NAME else repr(base)
     lines += [
@@ -96,6 +96,11 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
         f"  pipe.load_lora_weights({str(run.output_dir)!r})",
     ]
     return "\n".join(lines)
+
+
+def _gain_text(metrics: dict[str, float], name: str) -> str:
+    gain = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
+    return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {gain}"
 
 
 def _verify_adapter(run: Run) -> None:

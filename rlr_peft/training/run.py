@@ -21,11 +21,12 @@ from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.prompts.sources import PromptSampler, load_prompts
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.loading import load_pipeline
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
+from rlr_peft.training.reward_loading import load_rewards, measure_scales
 from rlr_peft.training.reward_scale import RewardScale
 from rlr_peft.training.seeds import derive_seed
 
@@ -60,7 +61,7 @@ class Run:
         family: what is particular to the pipeline's class.
         chain: the pipeline as the chain that is trained.
         reward: what is raised.
-        heldout: what is only measured; None without one.
+        heldout: what is only measured, one reward or several as one; None without.
         objective: decodes and scores.
         estimator: turns rollouts into gradients.
         kl_penalty: how the divergence from the base is measured; None if never.
@@ -116,9 +117,7 @@ def build_run(config: Config) -> Run:
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
     with as_config_error():
         estimator = build_estimator(config.estimator, config.chain.num_inference_steps)
-    reward = load_reward(config.reward.reward_fn, accelerator.device)
-    heldout_fn = config.reward.heldout_reward_fn
-    heldout = None if heldout_fn is None else load_reward(heldout_fn, accelerator.device)
+    reward, heldout = load_rewards(config, accelerator.device)
     arithmetic = _arithmetic(config, len(prompts), accelerator.num_processes)
     with as_config_error():
         pipeline = load_pipeline(config.model, accelerator.device)
@@ -127,7 +126,7 @@ def build_run(config: Config) -> Run:
         chain = build_chain(config, pipeline, config.chain.eta)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
-    return Run(
+    run = Run(
         config=config,
         accelerator=accelerator,
         pipeline=pipeline,
@@ -147,6 +146,9 @@ def build_run(config: Config) -> Run:
         lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
         arithmetic=arithmetic,
     )
+    if isinstance(reward, WeightedRewards):
+        measure_scales(reward, chain, run.objective, run.sampler, config)
+    return run
 
 
 def build_chain(config: Config, pipeline: DiffusionPipeline, eta: float) -> DenoisingChain:

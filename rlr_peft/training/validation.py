@@ -9,6 +9,8 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
 from rlr_peft.evaluation.figures import save_image_grid
 from rlr_peft.lora import adapter_disabled
+from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
 from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
 
@@ -80,7 +82,9 @@ def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Eval
     seed = derive_seed(run.config.training.seed, "evaluation")
     prompts, seeds = evaluation_plan(evaluation_prompts, arguments.num_evaluation_images, seed)
     chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
-    rewards = {"reward": run.reward} | ({} if run.heldout is None else {"heldout": run.heldout})
+    # What is compared before and after must not be measured on scales that move in between.
+    reward: Reward = OnFirstScales(run.reward) if isinstance(run.reward, WeightedRewards) else run.reward
+    rewards = {"reward": reward} | ({} if run.heldout is None else {"heldout": run.heldout})
     return evaluate(
         lambda texts, numbers: render(chain, texts, numbers),
         prompts,
