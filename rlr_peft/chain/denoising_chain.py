@@ -91,6 +91,11 @@ class DenoisingChain:
         self._first_frames = None if decoded_frames is None else first_frames(pipeline, self.family, decoded_frames)
 
     @property
+    def solver(self) -> str:
+        """What the chain's steps are without noise."""
+        return "Euler" if self._scheduler.prediction_type == "flow_prediction" else "DDIM"
+
+    @property
     def guidance_scale(self) -> float:
         """The guidance in use."""
         return self.call.guidance_scale

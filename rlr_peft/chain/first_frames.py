@@ -35,14 +35,14 @@ def first_frames(pipeline: Any, family: Family, num_frames: int) -> FirstFrames:
     name = type(pipeline).__name__
     if family.frame_axis is None:
         raise ValueError(
-            f"decoded_frames: {name} does not decode frames by themselves (its decoder looks ahead, or it makes images); "
-            "leave --decoded_frames out."
+            f"decoded_frames: {name} does not decode first frames alone: its decoder looks ahead, or it makes images. "
+            "Leave --decoded_frames out."
         )
     ratio = getattr(pipeline, "vae_scale_factor_temporal", 1)
     if (num_frames - 1) % ratio:
         lower = (num_frames - 1) // ratio * ratio + 1
         raise ValueError(
-            f"decoded_frames: {name} decodes 1, {ratio + 1}, {2 * ratio + 1}, ... frames, got {num_frames}; use {lower} "
-            f"or {lower + ratio}."
+            f"decoded_frames: {name} decodes 1, {ratio + 1}, {2 * ratio + 1}, ... frames, got {num_frames}; use "
+            f"{lower} or {lower + ratio}."
         )
     return FirstFrames(num_frames, (num_frames - 1) // ratio + 1, family.frame_axis)

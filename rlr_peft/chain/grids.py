@@ -5,7 +5,7 @@ trained: DDPM noise levels, or flow matching with a shift. The chain takes that 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy
 import torch
@@ -15,7 +15,7 @@ from rlr_peft.chain.gaussian_step import PathPoint, PredictionType
 
 SchedulerType = Literal["diffusion", "flow"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
-BaseScheduler = DDIMScheduler | CogVideoXDDIMScheduler | FlowMatchEulerDiscreteScheduler
+BaseScheduler: TypeAlias = DDIMScheduler | CogVideoXDDIMScheduler | FlowMatchEulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def make_grid(
     Args:
         base: of ``base_scheduler``.
         num_inference_steps: T.
-        timestep_spacing: for flows: ``trailing`` starts from noise levels 1, ..., 2/T, 1/T and then shifts them, so that
-            the last step has work to do; ``linspace`` is the scheduler's own grid, whose last step is nearly empty;
-            None takes the noise levels that the pipeline asks for, else trailing.
+        timestep_spacing: for flows: ``trailing`` starts from noise levels 1, ..., 2/T, 1/T and then shifts them, so
+            that the last step has work to do; ``linspace`` is the scheduler's own grid, whose last step is nearly
+            empty; None takes the noise levels that the pipeline asks for, else trailing.
         sigmas: noise levels that the pipeline asks for.
         mu: the shift that the pipeline derives from the resolution.
     """

@@ -131,8 +131,8 @@ class RecordingScheduler:
         if sensitivity >= DEAD_STEP:
             return None
         text = (
-            f"The last step is nearly dead: |d x_0 / d output| = {sensitivity:.3f} there, so that first-order gradients "
-            "of few steps are weak."
+            f"The last step is nearly dead: |d x_0 / d output| = {sensitivity:.3f} there, so first-order gradients of "
+            "few steps are weak."
         )
         trailing = make_grid(retimed(self._base, "trailing"), self.grid.num_steps, "trailing", None, self._mu)
         points = trailing.step_points(1)
