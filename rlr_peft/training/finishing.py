@@ -185,7 +185,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         license="apache-2.0" if config.model.pretrained_model_name_or_path == PIPELINE_NAME else None,
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
-        inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.guidance, **run.chain.call.size},
+        inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
         fps=config.chain.fps if run.chain.call.is_video else None,

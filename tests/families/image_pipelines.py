@@ -211,7 +211,7 @@ def sana() -> SanaPipeline:
         vae=AutoencoderDC(
             in_channels=3,
             latent_channels=4,
-            attention_head_dim=2,
+            attention_head_dim=8,
             encoder_block_types=("ResBlock", "EfficientViTBlock"),
             decoder_block_types=("ResBlock", "EfficientViTBlock"),
             encoder_block_out_channels=(8, 8),
