@@ -200,7 +200,7 @@ def test_a_missing_layer_is_named(tmp_path: Path) -> None:
         del tensors[f"unet.{key}.lora_A.weight"], tensors[f"unet.{key}.lora_B.weight"]
 
     rewrite(save_lora(pipeline, tmp_path), drop)
-    with pytest.raises(AdapterMismatchError, match=rf"got 62; missing \['{key}.lora_A"):
+    with pytest.raises(AdapterMismatchError, match=rf"got 62; missing \['unet.{key}.lora_A"):
         verify_lora_reloads(pipeline, tiny_stable_diffusion(), tmp_path, render)
 
 

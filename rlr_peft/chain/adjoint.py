@@ -169,6 +169,8 @@ def scaled_gradients(
             f"Expected finite derivatives at {place}, got {largest}. Lower the learning rate, clip the reward, or "
             "train in bf16 or fp32; the last checkpoint is untouched."
         )
+    if not output.requires_grad:  # of two experts the one that is not trained took this step
+        return [torch.zeros_like(tensor) for tensor in inputs]
     scale = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
     gradients = torch.autograd.grad(
         output,

@@ -5,7 +5,6 @@ tape; decoding is the same call on an empty slice. Guidance, conditioning and de
 inference, and nothing of a model family is written twice.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,10 +12,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.families import family_of, stochastic_scheduler
+from rlr_peft.chain.families import family_of
+from rlr_peft.chain.first_frames import first_frames
 from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
+from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
+from rlr_peft.chain.input_casts import cast_inputs_to_weights
+from rlr_peft.chain.pipeline_call import PipelineCall
 from rlr_peft.chain.prompt_memory import PromptMemory
-from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler, diffusion_grid
+from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.chain.trajectory import Trajectory
 
 
@@ -33,13 +36,21 @@ class DenoisingChain:
         num_inference_steps: T.
         step_kind: which Gaussian step to take.
         eta: amount of noise in [0, 1].
-        guidance_scale: classifier-free guidance; None takes the family's default.
-        negative_prompt: what guidance steers away from.
-        resolution: height and width of the images in pixels; None takes the pipeline's default.
+        timestep_spacing: where the T steps lie on the noising path; None takes the family's.
+        scheduler_type: the kind of noising path; None reads it off the pipeline's scheduler.
+        denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
+        decoded_frames: decode only so many first frames of a video; None decodes all.
         reference: a context in which the denoiser is the reference model, for ``reference_mean``.
+        options: of ``PipelineCall``: guidance_scale, negative_prompt, height, width, num_frames and more.
+
+    Attributes:
+        family: what is particular to the pipeline's class.
+        denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
+        call: the pipeline's call with its options.
+        latents_shape: shape of one sample's latents.
 
     Raises:
-        ValueError: unsupported pipeline class or scheduler, or a pipeline with a safety checker.
+        ValueError: a pipeline that cannot be driven, an option that it does not take, or one with a safety checker.
     """
 
     def __init__(
@@ -50,34 +61,44 @@ class DenoisingChain:
         num_inference_steps: int = 50,
         step_kind: StepKind = "ancestral",
         eta: float = 1.0,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        resolution: int | None = None,
+        timestep_spacing: TimestepSpacing | None = None,
+        scheduler_type: SchedulerType | None = None,
+        denoisers: Sequence[str] | None = None,
+        decoded_frames: int | None = None,
         reference: Callable[[], AbstractContextManager[None]] | None = None,
+        **options: Any,
     ) -> None:
-        self.family = family_of(pipeline)
+        self.family = family_of(pipeline, denoisers)
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
         self.pipeline = pipeline
-        self.denoiser: torch.nn.Module = getattr(pipeline, self.family.denoiser)
+        self.denoiser = trained_module(pipeline, self.family.denoisers)
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = list(parameters) if parameters is not None else trainable
         self.num_steps = num_inference_steps
-        self.guidance_scale = self.family.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.negative_prompt = negative_prompt
-        self.resolution = resolution
+        self.call = PipelineCall(pipeline, self.family, num_inference_steps=num_inference_steps, **options)
         self._reference = reference
         self.denoiser_evaluations = 0
-        self.latents_dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
-        base = stochastic_scheduler(pipeline)
-        self._scheduler = RecordingScheduler(base, diffusion_grid(base, num_inference_steps), step_kind, eta)
-        self._encode_prompt = PromptMemory(pipeline.encode_prompt)
-        self._dropout_seed = 0
-        _cast_inputs_to_weights(self.denoiser)
-        _cast_inputs_to_weights(pipeline.vae.decoder)
-        if getattr(pipeline.vae, "post_quant_conv", None) is not None:
-            _cast_inputs_to_weights(pipeline.vae.post_quant_conv)
-        self.latents_shape = self._find_latents_shape()
+        weights = getattr(pipeline, self.family.denoisers[0])
+        self.latents_dtype = torch.promote_types(weights.dtype, torch.float32)
+        spacing = timestep_spacing or self.family.timestep_spacing
+        base = base_scheduler(pipeline.scheduler, spacing, scheduler_type)
+        self._scheduler = RecordingScheduler(base, step_kind, eta, spacing)
+        self._encode_prompt = PromptMemory(pipeline.encode_prompt, dtype=self.latents_dtype)
+        for module in _denoisers_and_decoder(pipeline):
+            cast_inputs_to_weights(module)
+        self.latents_shape = self._scheduler.latents_shape = self._settle()
+        self._first_frames = None if decoded_frames is None else first_frames(pipeline, self.family, decoded_frames)
+
+    @property
+    def solver(self) -> str:
+        """What the chain's steps are without noise."""
+        return "Euler" if self._scheduler.prediction_type == "flow_prediction" else "DDIM"
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance in use."""
+        return self.call.guidance_scale
 
     def std(self, t: int) -> float:
         """Standard deviation of step t."""
@@ -95,7 +116,7 @@ class DenoisingChain:
         samples = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            initial = torch.randn(1, *self.latents_shape, generator=generator)
+            initial = self._initial_latents(generator)
             later = torch.randn(self.num_steps, *self.latents_shape, generator=generator)
             samples.append(torch.cat([later, initial]))
         return torch.stack(samples, dim=1).to(self.pipeline.device, self.latents_dtype)
@@ -158,9 +179,16 @@ class DenoisingChain:
         return recorded.latents[-1]
 
     def decode(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] of clean latents (B, ...), on the tape if gradients are enabled."""
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of clean latents, on the tape if gradients are."""
+        if self._first_frames is not None:
+            latents = latents.narrow(self._first_frames.axis, 0, self._first_frames.latent_frames)
         self._scheduler.expose(0, 0, None)
-        return self._call(list(prompts), latents, output_type="pt")
+        frames = {} if self._first_frames is None else {"num_frames": self._first_frames.num_frames}
+        return self._call(list(prompts), latents, output_type="pt", **frames)
+
+    def last_step_warning(self) -> str | None:
+        """A sentence if the last step hardly moves the image, so that most first-order gradients vanish there."""
+        return self._scheduler.last_step_warning()
 
     @torch.no_grad()
     def _roll(
@@ -172,24 +200,12 @@ class DenoisingChain:
         self.denoiser_evaluations += len(prompts) * (start - stop)
         return self._scheduler.recorded
 
-    def _call(self, prompts: list[str], latents: torch.Tensor | None, output_type: str = "latent") -> torch.Tensor:
+    def _call(
+        self, prompts: Sequence[str], latents: torch.Tensor | None, output_type: str = "latent", **options: Any
+    ) -> torch.Tensor:
         """The pipeline's undecorated ``__call__`` on the exposed slice."""
-        arguments: dict[str, Any] = {"height": self.resolution, "width": self.resolution} if self.resolution else {}
-        if self.negative_prompt is not None:
-            arguments["negative_prompt"] = [self.negative_prompt] * len(prompts)
-        undecorated_call: Callable[..., Any] = inspect.unwrap(type(self.pipeline).__call__)  # without its no_grad
         with self._driven_pipeline() as pipeline:
-            output = undecorated_call(
-                pipeline,
-                prompt=prompts,
-                num_inference_steps=self.num_steps,
-                guidance_scale=self.guidance_scale,
-                latents=latents,
-                output_type=output_type,
-                return_dict=False,
-                **arguments,
-            )
-        return output[0]
+            return self.call(pipeline, prompts, latents, output_type, **options)
 
     @contextmanager
     def _driven_pipeline(self) -> Iterator[DiffusionPipeline]:
@@ -218,29 +234,38 @@ class DenoisingChain:
                 self._scheduler.on_step = None
 
     @torch.no_grad()
-    def _find_latents_shape(self) -> tuple[int, ...]:
+    def _settle(self) -> tuple[int, ...]:
         """Shape of one sample's latents, asked of the pipeline itself: an empty slice returns its initial latents."""
         self._scheduler.expose(0, 0, None)
         with torch.random.fork_rng(devices=[]):
-            return tuple(self._call([""], None).shape[1:])
+            latents = self._call([""], None)
+        if not torch.is_tensor(latents) or latents.shape[0] != 1:
+            raise ValueError(
+                f"Could not determine the latents of {type(self.pipeline).__name__}: expected one tensor (1, ...) for "
+                'one prompt with output_type="latent".'
+            )
+        return tuple(latents.shape[1:])
+
+    @torch.no_grad()
+    def _initial_latents(self, generator: torch.Generator) -> torch.Tensor:
+        """x_T of one sample. Packed latents are drawn by the pipeline, which packs after drawing."""
+        if len(self.latents_shape) > 2:
+            return torch.randn(1, *self.latents_shape, generator=generator)
+        self._scheduler.expose(0, 0, None)
+        return self._call([""], None, generator=generator).cpu()
 
 
-class _InputCast:
-    """Lets float32 latents enter a half-precision module; a forward pre-hook."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return tuple(map(self._cast, args)), {name: self._cast(value) for name, value in kwargs.items()}
-
-    def _cast(self, value: Any) -> Any:
-        return value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+def trained_module(pipeline: DiffusionPipeline, denoisers: Sequence[str]) -> torch.nn.Module:
+    """What is trained: the denoiser, or a ``ModuleDict`` of several that share the work."""
+    modules = {name: getattr(pipeline, name) for name in denoisers}
+    return next(iter(modules.values())) if len(modules) == 1 else torch.nn.ModuleDict(modules)
 
 
-def _cast_inputs_to_weights(module: torch.nn.Module) -> None:
-    """Adds the cast once, and only where weights are in half precision."""
-    dtype = next(module.parameters()).dtype
-    has_cast = any(isinstance(hook, _InputCast) for hook in module._forward_pre_hooks.values())
-    if dtype in (torch.float16, torch.bfloat16) and not has_cast:
-        module.register_forward_pre_hook(_InputCast(dtype), with_kwargs=True)
+def _denoisers_and_decoder(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:
+    """Every module that latents enter."""
+    vae = getattr(pipeline, "vae", None)
+    places = [(pipeline, name) for name in ("unet", "transformer", "transformer_2")]
+    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv")]:
+        module = getattr(owner, name, None)
+        if isinstance(module, torch.nn.Module):
+            yield module

@@ -1,71 +1,191 @@
 """What differs between pipeline classes: one row per family, everything else is the pipeline's own code."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import nn
+
+from rlr_peft.chain.grids import TimestepSpacing
+
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+JOINT_ATTENTION = (
+    *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+FLUX_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One supported family of pipelines.
+    """One family of pipelines.
 
     Attributes:
         name: the family's short name.
         pipeline_classes: names of the diffusers pipeline classes that belong to it.
-        denoiser: attribute of the pipeline that holds the denoiser.
+        tags: the Hub's tags of the family.
+        denoisers: attributes of the pipeline that may hold a denoiser; those that are None are left out.
         lora_targets: modules of the denoiser that get LoRA layers by default.
         pipeline_tag: the Hub's task name.
-        tags: the Hub's tags of the family.
-        default_guidance_scale: guidance scale where the config gives none.
+        timestep_spacing: where the T steps lie if the config does not say so; None keeps what the pipeline asks for.
+        guidance_argument: argument of the pipeline's call that holds the scale of guidance.
+        frame_axis: axis of the latents (B, ...) along which the first latent frames alone decode to exactly the first
+            frames of the video; None where the decoder looks ahead.
     """
 
     name: str
     pipeline_classes: tuple[str, ...]
-    denoiser: str
-    lora_targets: tuple[str, ...]
-    pipeline_tag: str
-    tags: tuple[str, ...]
-    default_guidance_scale: float
+    tags: tuple[str, ...] = ()
+    denoisers: tuple[str, ...] = ("transformer",)
+    lora_targets: tuple[str, ...] = ATTENTION
+    pipeline_tag: str = "text-to-image"
+    timestep_spacing: TimestepSpacing | None = None
+    guidance_argument: str = "guidance_scale"
+    frame_axis: int | None = None
 
 
 FAMILIES = (
-    Family(
+    Family(  # its grid is the checkpoint's own, so that runs repeat published ones
         name="stable-diffusion",
         pipeline_classes=("StableDiffusionPipeline",),
-        denoiser="unet",
-        lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
-        pipeline_tag="text-to-image",
         tags=("stable-diffusion", "stable-diffusion-diffusers"),
-        default_guidance_scale=7.5,
+        denoisers=("unet",),
+    ),
+    Family(
+        name="stable-diffusion-xl",
+        pipeline_classes=("StableDiffusionXLPipeline",),
+        tags=("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
+        denoisers=("unet",),
+        timestep_spacing="trailing",
+    ),
+    Family(
+        name="stable-diffusion-3",
+        pipeline_classes=("StableDiffusion3Pipeline",),
+        tags=("sd3.5", "sd3.5-diffusers"),
+        lora_targets=JOINT_ATTENTION,
+    ),
+    Family(
+        name="flux",
+        pipeline_classes=("FluxPipeline",),
+        tags=("flux", "flux-diffusers"),
+        lora_targets=(*JOINT_ATTENTION, *FLUX_FEED_FORWARD),
+    ),
+    Family(
+        name="qwen-image",
+        pipeline_classes=("QwenImagePipeline",),
+        tags=("qwen-image", "qwen-image-diffusers"),
+        lora_targets=JOINT_ATTENTION,
+        timestep_spacing="trailing",
+        guidance_argument="true_cfg_scale",
+    ),
+    Family(
+        name="pixart-sigma",
+        pipeline_classes=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+        tags=("pixart-sigma",),
+        timestep_spacing="trailing",
+    ),
+    Family(
+        name="sana",
+        pipeline_classes=("SanaPipeline",),
+        tags=("sana", "sana-diffusers"),
+    ),
+    Family(
+        name="z-image",
+        pipeline_classes=("ZImagePipeline",),
+        tags=("z-image", "z-image-diffusers"),
+    ),
+    Family(
+        name="text-to-video-sd",
+        pipeline_classes=("TextToVideoSDPipeline",),
+        tags=("text-to-video-sd",),
+        denoisers=("unet",),
+        pipeline_tag="text-to-video",
+        timestep_spacing="trailing",
+        frame_axis=2,
+    ),
+    Family(
+        name="animatediff",
+        pipeline_classes=("AnimateDiffPipeline",),
+        tags=("animatediff",),
+        denoisers=("unet",),
+        pipeline_tag="text-to-video",
+        timestep_spacing="trailing",
+        frame_axis=2,
+    ),
+    Family(
+        name="wan",
+        pipeline_classes=("WanPipeline",),
+        tags=("wan", "wan-diffusers"),
+        denoisers=("transformer", "transformer_2"),
+        pipeline_tag="text-to-video",
+        frame_axis=2,
+    ),
+    Family(
+        name="cogvideox",
+        pipeline_classes=("CogVideoXPipeline",),
+        tags=("cogvideox", "cogvideox-diffusers"),
+        pipeline_tag="text-to-video",
+        timestep_spacing="trailing",
+    ),
+    Family(
+        name="ltx-video",
+        pipeline_classes=("LTXPipeline",),
+        tags=("ltx-video", "ltx-video-diffusers"),
+        pipeline_tag="text-to-video",
     ),
 )
 
+GENERIC = Family(name="generic", pipeline_classes=(), denoisers=("unet", "transformer"), lora_targets=())
+"""The row that an unknown pipeline class is tried with."""
 
-def family_of(pipeline: DiffusionPipeline) -> Family:
-    """The family of a loaded pipeline.
+GENERIC_TARGETS = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+
+
+def family_of_class(pipeline_class: str) -> Family | None:
+    """The row of a pipeline class by its name; None for a class that no row knows."""
+    return next((family for family in FAMILIES if pipeline_class in family.pipeline_classes), None)
+
+
+def family_of(pipeline: Any, denoisers: Sequence[str] | None = None) -> Family:
+    """The family of a loaded pipeline, with the denoisers that it really has.
+
+    Args:
+        pipeline: of any class; an unknown one gets the generic row.
+        denoisers: the attributes that hold what is trained; None takes all that the row names.
 
     Raises:
-        ValueError: the pipeline's class belongs to no supported family.
+        ValueError: no denoiser under these names.
     """
     class_name = type(pipeline).__name__
-    for family in FAMILIES:
-        if class_name in family.pipeline_classes:
-            return family
-    supported = ", ".join(name for family in FAMILIES for name in family.pipeline_classes)
-    raise ValueError(f"Expected a pipeline of one of the classes {supported}, got {class_name}.")
+    family = family_of_class(class_name)
+    if family is None:
+        task = "text-to-video" if hasattr(pipeline, "video_processor") else "text-to-image"
+        family = replace(GENERIC, pipeline_classes=(class_name,), pipeline_tag=task)
+    names = tuple(denoisers or family.denoisers)
+    present = tuple(name for name in names if isinstance(getattr(pipeline, name, None), nn.Module))
+    if not present or (denoisers and present != names):
+        parts = getattr(pipeline, "components", {})
+        models = [name for name, part in parts.items() if isinstance(part, nn.Module)]
+        raise ValueError(
+            f"Could not determine the denoiser of {class_name}: expected {' or '.join(names)}, got a pipeline with "
+            f"{', '.join(models) or 'no models'}. Set --denoiser to the one that is trained."
+        )
+    return replace(family, denoisers=present)
 
 
-def stochastic_scheduler(pipeline: DiffusionPipeline) -> DDIMScheduler:
-    """The DDIM scheduler with the noise levels that the pipeline was trained on, whatever scheduler it came with.
+def default_lora_targets(family: Family, denoiser: nn.Module) -> tuple[str, ...]:
+    """The family's targets; for an unknown class the attention projections that the denoiser has.
 
     Raises:
-        ValueError: the pipeline's scheduler clips or thresholds the predicted clean sample; no Gaussian step does.
+        ValueError: an unknown class without any such layer.
     """
-    config = dict(pipeline.scheduler.config)
-    if config.get("thresholding") or (config.get("clip_sample") and isinstance(pipeline.scheduler, DDIMScheduler)):
+    if family.lora_targets:
+        return family.lora_targets
+    names = [f".{name}" for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    found = tuple(target for target in GENERIC_TARGETS if any(name.endswith(f".{target}") for name in names))
+    if not found:
         raise ValueError(
-            "Expected a scheduler with clip_sample=False and thresholding=False, got "
-            f"clip_sample={config.get('clip_sample')} and thresholding={config.get('thresholding')}. Load the pipeline "
-            "with DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)."
+            f"Could not determine the LoRA targets of {type(denoiser).__name__}: none of its linear layers is named "
+            f"{', '.join(GENERIC_TARGETS)}. Set --lora_layers to the names of the layers to adapt."
         )
-    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    return found

@@ -7,41 +7,53 @@ from typing import Any
 
 import torch
 
-Embeddings = tuple[torch.Tensor | None, ...]
+Embedding = torch.Tensor | list[torch.Tensor] | None
+Embeddings = tuple[Embedding, ...]
 Key = tuple[tuple[str, str], ...]
+
+# A pipeline with two guidance branches encodes prompts and negative prompts in two calls.
+JOINED_BATCHES = 4
 
 
 class PromptMemory:
     """Replaces a pipeline's ``encode_prompt``; least recently used prompts are forgotten first.
 
     Args:
-        encode_prompt: the pipeline's bound method; its result is a tuple of (B, ...) tensors or None.
+        encode_prompt: the pipeline's bound method; its result is a tuple of (B, ...) tensors, lists of B tensors,
+            tensors that all prompts share, or None.
         max_prompts: how many prompts are remembered.
+        dtype: floating-point embeddings are handed out in this; None leaves them. Pipelines cast their latents to it.
     """
 
-    def __init__(self, encode_prompt: Callable[..., Embeddings], max_prompts: int = 256) -> None:
+    def __init__(
+        self, encode_prompt: Callable[..., Embeddings], max_prompts: int = 256, dtype: torch.dtype | None = None
+    ) -> None:
         self._encode_prompt = encode_prompt
         self._signature = inspect.signature(encode_prompt)
         self._max_prompts = max_prompts
+        self._dtype = dtype
         self._remembered: OrderedDict[Key, Embeddings] = OrderedDict()
-        self._last: tuple[Key, Embeddings] | None = None
+        self._joined: OrderedDict[Key, Embeddings] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Embeddings:
-        """Embeddings of a list of prompts, each (B, ...), joined from what is remembered of every prompt."""
+        """Embeddings of a list of prompts, joined from what is remembered of every prompt."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         key = _key(arguments)
-        if self._last is None or self._last[0] != key:
+        if key not in self._joined:  # the replays of a trajectory ask for the same batch again and again
             prompts = arguments["prompt"]
             count = 1 if isinstance(prompts, str) else len(prompts)
             rows = [self._encode_one(i, count, dict(arguments)) for i in range(count)]
-            joined = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*rows, strict=True))
-            self._last = (key, joined)  # the replays of a trajectory ask for the same batch again and again
-        return self._last[1]
+            self._joined[key] = tuple(_cast(embedding, self._dtype) for embedding in _join(rows))
+            if len(self._joined) > JOINED_BATCHES:
+                self._joined.popitem(last=False)
+        self._joined.move_to_end(key)
+        # fresh lists: pipelines put theirs together with `+`
+        return tuple(list(entry) if isinstance(entry, list) else entry for entry in self._joined[key])
 
     @torch.no_grad()
     def _encode_one(self, index: int, batch_size: int, arguments: dict[str, Any]) -> Embeddings:
         for name, value in arguments.items():
-            if isinstance(value, list) and len(value) == batch_size:
+            if "prompt" in name and isinstance(value, list) and len(value) == batch_size:
                 arguments[name] = [value[index]]
         key = _key(arguments)
         if key not in self._remembered:
@@ -50,6 +62,57 @@ class PromptMemory:
                 self._remembered.popitem(last=False)
         self._remembered.move_to_end(key)
         return self._remembered[key]
+
+
+def _join(rows: list[Embeddings]) -> Embeddings:
+    """One batch of the embeddings of single prompts; shorter ones are padded with zeros, and a mask says so."""
+    lengths = [_length(row[0]) for row in rows]
+    uneven = len(set(lengths)) > 1
+    joined: list[Embedding] = []
+    for place, parts in enumerate(zip(*rows, strict=True)):
+        if place == 1 and uneven and any(part is None for part in parts):  # no mask where nothing was padded
+            parts = tuple(
+                torch.ones(1, length, dtype=torch.long, device=_device(rows[0])) if part is None else part
+                for part, length in zip(parts, lengths, strict=True)
+            )
+        joined.append(_join_parts(parts))
+    return tuple(joined)
+
+
+def _join_parts(parts: tuple[Embedding, ...]) -> Embedding:
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, list):
+        return [entry for part in parts for entry in part]  # type: ignore[union-attr]
+    tensors = [part for part in parts if torch.is_tensor(part)]
+    longest = max(_length(tensor) for tensor in tensors)
+    if first.shape[0] != 1:  # positions, such as FLUX's, are the same for every prompt
+        return max(tensors, key=len)
+    return torch.cat([_padded(tensor, longest) for tensor in tensors])
+
+
+def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    if tensor.ndim < 2 or tensor.shape[1] == length:
+        return tensor
+    padding = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat([tensor, padding], dim=1)
+
+
+def _length(embedding: Embedding) -> int:
+    return embedding.shape[1] if torch.is_tensor(embedding) and embedding.ndim > 1 else 0
+
+
+def _device(row: Embeddings) -> torch.device:
+    return next(entry.device for entry in row if torch.is_tensor(entry))
+
+
+def _cast(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:
+    if dtype is None or embedding is None:
+        return embedding
+    if isinstance(embedding, list):
+        return [entry.to(dtype) for entry in embedding]
+    return embedding.to(dtype) if embedding.is_floating_point() else embedding
 
 
 def _key(arguments: dict[str, Any]) -> Key:

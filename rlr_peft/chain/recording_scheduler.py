@@ -5,58 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from rlr_peft.chain.gaussian_step import (
-    GaussianStep,
-    PathPoint,
-    PredictionType,
-    StepKind,
-    gaussian_step,
-    output_sensitivity,
-    step_std,
-)
+from rlr_peft.chain.gaussian_step import GaussianStep, StepKind, gaussian_step, output_sensitivity, step_std
+from rlr_peft.chain.grids import BaseScheduler, Grid, TimestepSpacing, make_grid, prediction_type, retimed
 
-
-@dataclass(frozen=True)
-class Grid:
-    """The points of the noising path that a chain visits, noise first.
-
-    Attributes:
-        timesteps: what the denoiser is told at every step, noise first, (T,).
-        points: where each step starts, noise first, length T.
-        followings: where each step leads, length T.
-    """
-
-    timesteps: torch.Tensor
-    points: tuple[PathPoint, ...]
-    followings: tuple[PathPoint, ...]
-
-    @property
-    def num_steps(self) -> int:
-        """T."""
-        return len(self.points)
-
-    def step_points(self, t: int) -> tuple[PathPoint, PathPoint]:
-        """Start and end of step t, T first and 1 last."""
-        return self.points[self.num_steps - t], self.followings[self.num_steps - t]
-
-
-def diffusion_grid(scheduler: DDIMScheduler, num_inference_steps: int) -> Grid:
-    """The grid of ``DDIMScheduler``, including where it places the end of every step."""
-    scheduler.set_timesteps(num_inference_steps)
-    stride = scheduler.config.num_train_timesteps // num_inference_steps
-
-    def point(timestep: int) -> PathPoint:
-        alpha_squared = scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod
-        return PathPoint(float(alpha_squared) ** 0.5, max(0.0, 1 - float(alpha_squared)) ** 0.5)
-
-    timesteps = [int(timestep) for timestep in scheduler.timesteps]
-    return Grid(
-        timesteps=scheduler.timesteps.clone(),
-        points=tuple(point(timestep) for timestep in timesteps),
-        followings=tuple(point(timestep - stride) for timestep in timesteps),
-    )
+# Below this derivative of the clean latents by the last output the user is warned.
+DEAD_STEP = 0.05
 
 
 @dataclass
@@ -71,23 +26,51 @@ class RecordingScheduler:
     """Quacks like a diffusers scheduler for the pipeline's own ``__call__``.
 
     ``expose`` chooses the slice of steps that the next call sees and the noises it uses; ``recorded`` holds the result.
+    The first call settles the grid: pipelines pass noise levels and a shift that depend on the resolution.
+
+    Args:
+        base: knows the noising path.
+        kind: which Gaussian step to take.
+        eta: amount of noise.
+        timestep_spacing: of the grid; see ``make_grid``.
     """
 
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, base: DDIMScheduler, grid: Grid, kind: StepKind, eta: float) -> None:
+    def __init__(
+        self, base: BaseScheduler, kind: StepKind, eta: float, timestep_spacing: TimestepSpacing | None = None
+    ) -> None:
         self.config = base.config
-        self.grid = grid
         self.kind = kind
         self.eta = eta
-        self.prediction_type: PredictionType = base.config.prediction_type
-        self.timesteps = grid.timesteps
+        self.prediction_type = prediction_type(base)
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
         self.recorded = RecordedSteps()
         self.on_step: Callable[[int], object] | None = None
+        self.latents_shape: tuple[int, ...] | None = None
+        self._base = base
+        self._timestep_spacing = timestep_spacing
+        self._settled: Grid | None = None
+        self._mu: float | None = None
         self._noises: torch.Tensor | None = None
         self._next_step = 0
         self._exposed = range(0)
+
+    @property
+    def grid(self) -> Grid:
+        """The settled grid.
+
+        Raises:
+            ValueError: the pipeline has not asked for timesteps, so it does not run on this scheduler.
+        """
+        if self._settled is None:
+            raise ValueError(
+                "The pipeline never called scheduler.set_timesteps: it does not denoise with its `scheduler`, so it "
+                "cannot be driven as a chain."
+            )
+        return self._settled
 
     def expose(self, start: int, stop: int, noises: torch.Tensor | None) -> None:
         """Shows steps ``start, ..., stop + 1`` (none if equal) to the next call; ``noises[t - 1]`` drives step t."""
@@ -96,31 +79,43 @@ class RecordingScheduler:
         self._next_step = start
         self.recorded = RecordedSteps()
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **_: Any) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:
         """Called by the pipeline: the slice replaces the grid it asks for."""
-        first = self.grid.num_steps - self._exposed.start
-        self.timesteps = self.grid.timesteps[first : first + len(self._exposed)].to(device)
+        if self._settled is None:
+            steps = len(sigmas) if num_inference_steps is None else num_inference_steps
+            self._settled, self._mu = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu), mu
+        grid = self._settled
+        first = grid.num_steps - self._exposed.start if len(self._exposed) else grid.num_steps
+        stop = first + len(self._exposed)
+        self.timesteps = grid.timesteps[first:stop].to(device)
+        self.sigmas = torch.tensor([point.sigma for point in grid.points[first:stop]], device=device)
+        self._announce_step()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Part of the interface; the slice says where to begin."""
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
-        """Diffusion models see the latents as they are."""
-        if self.on_step is not None:
-            self.on_step(self._next_step)
+        """The models see the latents as they are."""
         return sample
 
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
-    ) -> tuple[torch.Tensor]:
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
         """Takes and records the Gaussian step; the latents keep their own precision."""
         t = self._next_step
         current, following = self.grid.step_points(t)
-        step = gaussian_step(
-            self.kind, self.prediction_type, sample, model_output.to(sample.dtype), current, following, self.eta
-        )
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)  # a double denoiser may get single latents
+        latents, output = self._unfolded(sample.to(dtype)), self._unfolded(model_output.to(dtype))
+        step = gaussian_step(self.kind, self.prediction_type, latents, output, current, following, self.eta)
         latents = step.mean if self._noises is None else step.next_latents(self._noises[t - 1])
         self.recorded.steps.append(step)
         self.recorded.latents.append(latents)
         self._next_step = t - 1
-        return (latents,)
+        self._announce_step()
+        folded = self._folded(latents, sample)
+        return SchedulerOutput(prev_sample=folded) if return_dict else (folded,)
 
     def std(self, t: int) -> float:
         """Standard deviation of step t."""
@@ -129,3 +124,35 @@ class RecordingScheduler:
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
         return output_sensitivity(self.kind, self.prediction_type, *self.grid.step_points(t), self.eta)
+
+    def last_step_warning(self) -> str | None:
+        """A sentence if the last step hardly passes on what the denoiser outputs."""
+        sensitivity = self.output_sensitivity(1)
+        if sensitivity >= DEAD_STEP:
+            return None
+        text = (
+            f"The last step is nearly dead: |d x_0 / d output| = {sensitivity:.3f} there, so first-order gradients of "
+            "few steps are weak."
+        )
+        trailing = make_grid(retimed(self._base, "trailing"), self.grid.num_steps, "trailing", None, self._mu)
+        points = trailing.step_points(1)
+        alternative = output_sensitivity(self.kind, self.prediction_type, *points, self.eta)
+        if alternative >= 2 * sensitivity:
+            text += f" With --timestep_spacing trailing it is {alternative:.3f}."
+        return text
+
+    def _announce_step(self) -> None:
+        """Before a step's denoiser runs: here, since not every pipeline calls ``scale_model_input``."""
+        if self.on_step is not None and self._next_step > self._exposed.stop:
+            self.on_step(self._next_step)
+
+    def _unfolded(self, sample: torch.Tensor) -> torch.Tensor:
+        """(B, C, F, h, w) where a pipeline's step sees the frames of videos in the batch, (B * F, C, h, w)."""
+        shape = self.latents_shape
+        if shape is None or sample.ndim == len(shape) + 1:
+            return sample
+        channels, frames, height, width = shape
+        return sample.reshape(-1, frames, channels, height, width).permute(0, 2, 1, 3, 4)
+
+    def _folded(self, latents: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return latents if latents.ndim == like.ndim else latents.permute(0, 2, 1, 3, 4).reshape(like.shape)

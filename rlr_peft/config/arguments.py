@@ -12,6 +12,7 @@ from rlr_peft.config.knob import knob
 
 EstimatorName = Literal["rlr", "rlr-paper", "full-bp", "truncated-bp", "reinforce", "ddpo", "grpo", "d3po", "refl"]
 StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
 # `piecewise_constant` is left out: diffusers' get_scheduler wants a rule string for it, which has no flag here.
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -28,6 +29,10 @@ class ModelArguments:
     cache_dir: str | None = knob(None, "Folder in which files downloaded from the Hub are kept.")
     pretrained_vae_model_name_or_path: str | None = knob(
         None, "Hub id or local folder of a VAE that replaces the pipeline's own, for example an fp16-safe SDXL VAE."
+    )
+    pretrained_motion_adapter_name_or_path: str | None = knob(
+        None,
+        "Hub id or local folder of a motion adapter; it makes an AnimateDiff pipeline of a Stable Diffusion base.",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = knob(
         "no", "Number format of the frozen base weights; LoRA weights and latents always stay fp32."
@@ -55,6 +60,11 @@ class LoraArguments:
     lora_layers: str | None = knob(
         None, "Comma-separated names of the modules that get an adapter; null means the family's default."
     )
+    denoiser: str | None = knob(
+        None,
+        "Comma-separated attributes of the pipeline that get an adapter; null means the family's (of Wan 2.2 both: "
+        "`transformer` for high noise, `transformer_2` for low).",
+    )
     use_dora: bool = knob(False, "Train DoRA: magnitude and direction of the weights apart.")
     use_rslora: bool = knob(False, "Scale the update by lora_alpha / sqrt(rank) instead of lora_alpha / rank.")
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = knob(
@@ -74,11 +84,36 @@ class ChainArguments:
         unit="factor",
         at_least=0,
     )
+    timestep_spacing: TimestepSpacing | None = knob(
+        None, "Where the steps lie; null means the family's choice. `trailing` keeps the last step from being dead."
+    )
+    scheduler_type: Literal["diffusion", "flow"] | None = knob(
+        None, "Kind of noising path the model was trained on; null reads it off the pipeline's scheduler."
+    )
     guidance_scale: float | None = knob(
         None, "Classifier-free guidance scale; null means the pipeline's own default.", unit="factor", at_least=0
     )
+    true_cfg_scale: float | None = knob(
+        None,
+        "Classifier-free guidance of pipelines whose guidance_scale is built into the model, such as FLUX.",
+        unit="factor",
+        at_least=0,
+    )
     resolution: int | None = knob(
         None, "Height and width of the images; null means the pipeline's default.", unit="pixels", at_least=1
+    )
+    height: int | None = knob(
+        None, "Height of images or videos, over resolution; null means resolution.", unit="pixels", at_least=1
+    )
+    width: int | None = knob(
+        None, "Width of images or videos, over resolution; null means resolution.", unit="pixels", at_least=1
+    )
+    num_frames: int | None = knob(
+        None, "Frames of a video; null means the pipeline's default.", unit="frames", at_least=1
+    )
+    fps: int = knob(8, "Speed of the videos that are written, told to models that ask.", unit="frames/s", at_least=1)
+    max_sequence_length: int | None = knob(
+        None, "Longest prompt that the text encoder sees; null means the pipeline's default.", unit="tokens", at_least=1
     )
     negative_prompt: str | None = knob(None, "Text that guidance leads away from, used for every prompt.")
 
@@ -144,6 +179,12 @@ class RewardArguments:
         None,
         "Images decoded and scored on the tape at once; null means train_batch_size.",
         unit="images",
+        at_least=1,
+    )
+    decoded_frames: int | None = knob(
+        None,
+        "Train on the first so many frames of a video alone, for the decoder's memory; null decodes all.",
+        unit="frames",
         at_least=1,
     )
 

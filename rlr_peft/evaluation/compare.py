@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rlr_peft.evaluation.videos import as_images
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.info import Info, join_info
 
-# Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1].
+# Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
+# or one video: (B, F, 3, H, W).
 Render = Callable[[list[str], list[int]], Tensor]
 
 
@@ -26,7 +28,7 @@ class Evaluation:
         prompts: of the n images.
         seeds: of the n images.
         scores: per reward (n,) float32 on the CPU.
-        images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures.
+        images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures; of videos strips of frames.
         info: numbers that the rewards give beside their scores for every image, `REWARD/NAME` -> (n,).
     """
 
@@ -111,7 +113,7 @@ def evaluate(
                 scores[name].append(scored.scores.cpu())
                 infos[name].append((scored.info, len(batch_prompts)))
             if start < num_kept_images:
-                kept.append(images[: num_kept_images - start].float().cpu())
+                kept.append(as_images(images[: num_kept_images - start].float().cpu()))
             bar.update(len(batch_prompts))
     return Evaluation(
         prompts=list(prompts),
@@ -195,7 +197,7 @@ def _complete_info(infos: Mapping[str, list[tuple[Info, int]]]) -> dict[str, Ten
 
 
 def _check_images(images: Tensor, num_images: int) -> None:
-    if images.ndim != 4 or images.shape[0] != num_images or images.shape[1] != 3:
+    if images.ndim not in (4, 5) or images.shape[0] != num_images or images.shape[-3] != 3:
         raise ValueError(f"expected `render` to return ({num_images}, 3, height, width), got {tuple(images.shape)}")
     low, high = images.min().item(), images.max().item()
     if not (math.isfinite(low) and math.isfinite(high)) or low < -1e-3 or high > 1 + 1e-3:

@@ -1,15 +1,19 @@
 """LoRA weights of a denoiser: attaching them, saving them so that diffusers loads them, and proving that it does."""
 
-from rlr_peft.lora.attach import adapter_disabled, attach_lora, denoiser_name, lora_parameters
+from rlr_peft.lora.attach import adapted_denoisers, adapter_disabled, attach_lora, denoiser_name, lora_parameters
 from rlr_peft.lora.export import WEIGHT_NAME, save_lora
+from rlr_peft.lora.loading import diffusers_loads, load_lora
 from rlr_peft.lora.verify import AdapterMismatchError, verify_lora_reloads
 
 __all__ = [
     "WEIGHT_NAME",
     "AdapterMismatchError",
+    "adapted_denoisers",
     "adapter_disabled",
     "attach_lora",
     "denoiser_name",
+    "diffusers_loads",
+    "load_lora",
     "lora_parameters",
     "save_lora",
     "verify_lora_reloads",

@@ -21,6 +21,15 @@ def denoiser_name(pipeline: Any) -> str:
     raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer`: no denoiser to adapt.")
 
 
+def adapted_denoisers(pipeline: Any, adapter_name: str = "default") -> list[str]:
+    """The attributes of the pipeline whose module holds the adapter, in the pipeline's order."""
+    return [
+        name
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module) and adapter_name in getattr(part, "peft_config", {})
+    ]
+
+
 def attach_lora(
     denoiser: nn.Module,
     *,

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.lora.attach import denoiser_name
+from rlr_peft.lora.attach import adapted_denoisers, denoiser_name
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """The one name that `pipeline.load_lora_weights(folder_or_repo)` finds by itself."""
@@ -31,6 +32,9 @@ METADATA_KEYS = (
 def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False, adapter_name: str = "default") -> Path:
     """Writes `pytorch_lora_weights.safetensors`: native PEFT keys, float32, and the metadata to scale them by.
 
+    The adapter of a second denoiser, `transformer_2`, goes into a file of the same name in the subfolder
+    `transformer_2`, which `load_lora_weights(..., load_into_transformer_2=True)` reads.
+
     Args:
         pipeline: with the trained denoiser inside.
         directory: created when missing. An adapter file that is already there is replaced at once, or kept on an error.
@@ -39,16 +43,43 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
         adapter_name: peft's name of the adapter inside the denoiser.
 
     Returns:
-        The file's path.
+        The path of the file, of two the first.
     """
-    name = denoiser_name(pipeline)
+    paths = []
+    for name in adapted_denoisers(pipeline, adapter_name):
+        folder = Path(directory) / name if name == "transformer_2" else Path(directory)
+        paths.append(_save_denoiser(pipeline, name, folder, fold_alpha, adapter_name))
+    if not paths:
+        raise ValueError(f"Expected an adapter {adapter_name!r} in the {denoiser_name(pipeline)}: attach one first.")
+    return paths[0]
+
+
+def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, adapter_name: str) -> Path:
     denoiser = getattr(pipeline, name)
+    prefix = "transformer" if name == "transformer_2" else name
     save = getattr(pipeline, "save_lora_weights", None)
-    if save is None or f"{name}_lora_adapter_metadata" not in inspect.signature(save).parameters:
+    if save is not None and f"{prefix}_lora_adapter_metadata" not in inspect.signature(save).parameters:
         raise ValueError(
             f"{type(pipeline).__name__} cannot save a LoRA of its {name} with metadata: expected a pipeline "
-            f"whose save_lora_weights takes {name}_lora_adapter_metadata. Use diffusers >= 0.35 and such a pipeline."
+            f"whose save_lora_weights takes {prefix}_lora_adapter_metadata. Use diffusers >= 0.35 and such a pipeline."
         )
+    tensors, metadata = _adapter(denoiser, fold_alpha, adapter_name)
+    path = directory / WEIGHT_NAME
+    with replacing_file(path) as aside:
+        if save is None:
+            _write(aside, prefix, tensors, metadata)
+        else:
+            save(
+                save_directory=aside.parent,
+                weight_name=aside.name,
+                **{f"{prefix}_lora_layers": tensors, f"{prefix}_lora_adapter_metadata": metadata},
+            )
+        _sort_header(aside)
+    return path
+
+
+def _adapter(denoiser: Any, fold_alpha: bool, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The adapter's tensors by native PEFT keys, and its metadata."""
     # native keys: convert_state_dict_to_diffusers silently loses convolutions and projections
     tensors = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
     tensors = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
@@ -62,15 +93,14 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
                     if key in tensors:
                         tensors[key] = tensors[key] * module.scaling[adapter_name]
         metadata |= {"lora_alpha": metadata["r"], "alpha_pattern": dict(metadata["rank_pattern"]), "use_rslora": False}
-    path = Path(directory) / WEIGHT_NAME
-    with replacing_file(path) as aside:
-        save(
-            save_directory=aside.parent,
-            weight_name=aside.name,
-            **{f"{name}_lora_layers": tensors, f"{name}_lora_adapter_metadata": metadata},
-        )
-        _sort_header(aside)
-    return path
+    return tensors, metadata
+
+
+def _write(path: Path, prefix: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """The same file for a pipeline without `save_lora_weights`, such as PixArt's."""
+    text = json.dumps({f"{prefix}.{key}": value for key, value in metadata.items()}, indent=2, sort_keys=True)
+    named = {f"{prefix}.{key}": tensor for key, tensor in tensors.items()}
+    save_file(named, path, metadata={"format": "pt", "lora_adapter_metadata": text})
 
 
 def _sort_header(path: Path) -> None:

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rlr_peft.errors import UserError
-from rlr_peft.lora.attach import denoiser_name, lora_parameters
+from rlr_peft.lora.attach import adapted_denoisers, lora_parameters
 from rlr_peft.lora.export import WEIGHT_NAME
+from rlr_peft.lora.loading import load_lora
 
 
 class AdapterMismatchError(UserError, RuntimeError):
@@ -42,15 +43,20 @@ def verify_lora_reloads(
     Raises:
         AdapterMismatchError: nothing was loaded, other layers were loaded than trained, or an image differs.
     """
-    name = denoiser_name(trained_pipeline)
-    trained, fresh = getattr(trained_pipeline, name), getattr(fresh_pipeline, name)
+    names = adapted_denoisers(trained_pipeline, adapter_name)
+    name = " and the ".join(names)
+    trained = nn.ModuleDict({part: getattr(trained_pipeline, part) for part in names})
+    fresh = nn.ModuleDict({part: getattr(fresh_pipeline, part) for part in names})
     if any(isinstance(module, LoraLayer) for module in fresh.modules()):
         raise ValueError("verify_lora_reloads expects a fresh pipeline without adapters, got one that has some.")
     with _without_text_encoder_notice():
-        fresh_pipeline.load_lora_weights(str(directory))
+        load_lora(fresh_pipeline, directory)
     expected = _named_without_adapter(trained, adapter_name)
-    active = fresh_pipeline.get_active_adapters()
-    loaded = _named_without_adapter(fresh, active[0]) if active else {}
+    loaded: dict[str, nn.Parameter] = {}
+    for part, module in fresh.items():
+        for active in getattr(module, "peft_config", {}):
+            named = _named_without_adapter(module, active)
+            loaded |= {f"{part}.{key}": parameter for key, parameter in named.items()}
     if not loaded:
         raise AdapterMismatchError(
             f"load_lora_weights({str(directory)!r}) loaded nothing, without an error: expected {len(expected)} LoRA "

@@ -33,6 +33,9 @@ class RunRecord:
         inference: further arguments of the pipeline's call in the snippet, for example `num_inference_steps`.
         repo_id: of the adapter on the Hub; None makes a snippet that runs in the adapter's folder.
         weight_name: file name of the adapter.
+        denoisers: attributes of the pipeline that have an adapter; that of `transformer_2` is in a subfolder.
+        peft_config: arguments of `peft.LoraConfig` where diffusers has no loader for the denoiser; None where it has.
+        fps: frames per second of the videos; None for images.
         prompts: the training prompts.
         before_after: file name of the before/after figure in the card's folder.
         before_after_prompts: the prompts in that figure.
@@ -62,6 +65,9 @@ class RunRecord:
     inference: Mapping[str, object] = field(default_factory=dict)
     repo_id: str | None = None
     weight_name: str = "pytorch_lora_weights.safetensors"
+    denoisers: Sequence[str] = ("unet",)
+    peft_config: Mapping[str, object] | None = None
+    fps: int | None = None
     prompts: Sequence[str] = ()
     before_after: str | None = None
     before_after_prompts: Sequence[str] = ()

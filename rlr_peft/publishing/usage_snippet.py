@@ -33,22 +33,68 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
         base = _quoted(str(Path(record.base_model).expanduser().resolve()))
     else:
         base = _quoted(record.base_model)
-    adapter = _quoted(record.repo_id or ".")
     arguments = "".join(
         f"    {name}={_quoted(value) if isinstance(value, str) else repr(value)},\n"
         for name, value in record.inference.items()
     )
-    # Without `weight_name` the file is guessed by asking the Hub, which fails offline and for private repositories.
-    return "\n".join(imports) + (
+    is_video = record.fps is not None
+    extra_imports, loading = _loading(record)
+    if is_video:
+        extra_imports.append("from diffusers.utils import export_to_gif")
+        arguments += '    output_type="pil",\n'
+        ending = f').frames[0]\nexport_to_gif(video, "video.gif", fps={record.fps})'
+    else:
+        ending = ').images[0]\nimage.save("image.png")'
+    return "\n".join(_sorted_imports(imports, extra_imports)) + (
         f"\n\npipe = DiffusionPipeline.from_pretrained({base}, dtype=torch.{record.dtype})\n"
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        f"pipe.load_lora_weights({adapter}, weight_name={_quoted(record.weight_name)})\n"
-        "\nimage = pipe(\n"
+        f"{loading}\n"
+        f"\n{'video' if is_video else 'image'} = pipe(\n"
         f"    {_quoted(prompt)},\n"
         f"{arguments}"
         "    generator=torch.Generator().manual_seed(0),\n"
-        ").images[0]\n"
-        'image.save("image.png")'
+        f"{ending}"
+    )
+
+
+def _sorted_imports(imports: list[str], extra: list[str]) -> list[str]:
+    """The third-party imports of both lists in order, then what stands after an empty line."""
+    end = imports.index("") if "" in imports else len(imports)
+    return [imports[0], *sorted(imports[1:end] + extra), *imports[end:]]
+
+
+def _loading(record: RunRecord) -> tuple[list[str], str]:
+    """Imports and lines that put the adapter into the pipeline."""
+    adapter, weights = _quoted(record.repo_id or "."), _quoted(record.weight_name)
+    if record.peft_config is not None:
+        return _loading_through_peft(record)
+    lines = []
+    for name in record.denoisers:
+        # Without `weight_name` the file is guessed by asking the Hub, which fails offline and for private repositories.
+        # (In a local folder diffusers takes the first expert's file if the second's is named by `subfolder`.)
+        file, into = weights, ""
+        if name == "transformer_2":
+            file, into = _quoted(f"transformer_2/{record.weight_name}"), ", load_into_transformer_2=True"
+        lines.append(f"pipe.load_lora_weights({adapter}, weight_name={file}{into})")
+    return [], "\n".join(lines)
+
+
+def _loading_through_peft(record: RunRecord) -> tuple[list[str], str]:
+    """diffusers has no loader for this denoiser; peft puts the same file into it."""
+    (name,) = record.denoisers
+    imports = [
+        "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
+        "from safetensors.torch import load_file",
+    ]
+    file = _quoted(record.weight_name)
+    if record.repo_id is not None:
+        imports.append("from huggingface_hub import hf_hub_download")
+        file = f"hf_hub_download({_quoted(record.repo_id)}, {file})"
+    options = ", ".join(f"{key}={value!r}" for key, value in (record.peft_config or {}).items())
+    return imports, (
+        f"weights = {{key.removeprefix({_quoted(name + '.')}): value for key, value in load_file({file}).items()}}\n"
+        f"inject_adapter_in_model(LoraConfig({options}), pipe.{name})\n"
+        f"set_peft_model_state_dict(pipe.{name}, weights)"
     )
 
 

@@ -42,6 +42,8 @@ EXPECTED_ARGUMENTS = "(images, prompts) or (images, prompts, metadata)"
 class CallableReward:
     """A user's callable as a `Reward`.
 
+    Of a video pipeline it gets frames, or, if it has the attribute `takes_video = True`, videos (B, F, 3, H, W).
+
     Args:
         name: the reward's name in metrics and messages.
         function: the callable.

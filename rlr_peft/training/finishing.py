@@ -10,7 +10,7 @@ from rlr_peft.config import config_to_dict
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
-from rlr_peft.lora import save_lora, verify_lora_reloads
+from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_lora, verify_lora_reloads
 from rlr_peft.publishing.model_card import with_error, write_model_card
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
@@ -93,7 +93,7 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
         f"  card, figures and numbers: {run.output_dir}/README.md",
         "Load the adapter with",
         f"  pipe = diffusers.DiffusionPipeline.from_pretrained({load_from})",
-        f"  pipe.load_lora_weights({str(run.output_dir)!r})",
+        *(f"  {line}" for line in _loading_lines(run)),
     ]
     return "\n".join(lines)
 
@@ -101,6 +101,18 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
 def _gain_text(metrics: dict[str, float], name: str) -> str:
     gain = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
     return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {gain}"
+
+
+def _loading_lines(run: Run) -> list[str]:
+    folder, lines = str(run.output_dir), []
+    for name in adapted_denoisers(run.pipeline):
+        if name == "transformer_2":
+            lines.append(f"pipe.load_lora_weights({folder + '/' + name!r}, load_into_transformer_2=True)")
+        elif diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
+            lines.append(f"pipe.load_lora_weights({folder!r})")
+        else:
+            lines.append(f"rlr_peft.lora.load_lora(pipe, {folder!r})")
+    return lines
 
 
 def _verify_adapter(run: Run) -> None:
@@ -139,6 +151,17 @@ def _first_order_text(run: Run) -> list[str]:
     return [f"K was {span} of {run.chain.num_steps} in its updates{meaning}."]
 
 
+def _peft_config(run: Run) -> dict[str, object] | None:
+    """What `peft.LoraConfig` must be told where diffusers cannot load the adapter."""
+    (name, *_) = adapted_denoisers(run.pipeline)
+    denoiser = getattr(run.pipeline, name)
+    if diffusers_loads(run.pipeline, denoiser):
+        return None
+    config = denoiser.peft_config["default"]
+    arguments = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    return arguments | {option: True for option in ("use_dora", "use_rslora") if getattr(config, option)}
+
+
 def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompts: list[str]) -> RunRecord:
     config, arithmetic = run.config, run.arithmetic
     unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
@@ -159,15 +182,18 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         config=config_to_dict(config),
         metrics=metrics,
         evaluation_prompts="unseen prompts" if unseen else "the evaluation prompts",
-        evaluation=f"Drawn with {run.chain.num_steps} DDIM steps, eta {config.validation.evaluation_eta:g} and "
-        f"guidance scale {run.chain.guidance_scale:g}.",
+        evaluation=f"Drawn with {run.chain.num_steps} {run.chain.solver} steps, "
+        f"eta {config.validation.evaluation_eta:g} and guidance scale {run.chain.guidance_scale:g}.",
         estimator=estimator_text,
         coverage=progress.coverage,
         pipeline_tag=run.family.pipeline_tag,
         license="apache-2.0" if config.model.pretrained_model_name_or_path == PIPELINE_NAME else None,
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
-        inference={"num_inference_steps": run.chain.num_steps, "guidance_scale": run.chain.guidance_scale},
+        inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},
+        denoisers=adapted_denoisers(run.pipeline),
+        peft_config=_peft_config(run),
+        fps=config.chain.fps if run.chain.call.is_video else None,
         prompts=run.prompts,
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,

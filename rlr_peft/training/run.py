@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.families import Family, family_of
+from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
+from rlr_peft.chain.families import Family, default_lora_targets, family_of
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.kl_penalty import KLPenalty
@@ -24,7 +24,7 @@ from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.loading import load_pipeline
+from rlr_peft.training.loading import enable_checkpointing, load_pipeline
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
 from rlr_peft.training.reward_loading import load_rewards, measure_scales
 from rlr_peft.training.reward_scale import RewardScale
@@ -121,10 +121,13 @@ def build_run(config: Config) -> Run:
     arithmetic = _arithmetic(config, len(prompts), accelerator.num_processes)
     with as_config_error():
         pipeline = load_pipeline(config.model, accelerator.device)
-        family = family_of(pipeline)
+        family = family_of(pipeline, _denoisers(config))
         parameters = _attach(config, pipeline, family)
-        chain = build_chain(config, pipeline, config.chain.eta)
+        chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
+    warning = chain.last_step_warning()
+    if warning is not None:
+        logger.warning("%s", warning)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
     run = Run(
         config=config,
@@ -151,18 +154,37 @@ def build_run(config: Config) -> Run:
     return run
 
 
-def build_chain(config: Config, pipeline: DiffusionPipeline, eta: float) -> DenoisingChain:
-    """The config's chain over a pipeline, with another eta where images are only looked at."""
+def build_chain(
+    config: Config, pipeline: DiffusionPipeline, eta: float, decoded_frames: int | None = None
+) -> DenoisingChain:
+    """The config's chain over a pipeline, with another eta and whole videos where these are only looked at."""
+    arguments, denoisers = config.chain, _denoisers(config)
+    family = family_of(pipeline, denoisers)
     return DenoisingChain(
         pipeline,
-        num_inference_steps=config.chain.num_inference_steps,
-        step_kind=config.chain.step_kind,
+        num_inference_steps=arguments.num_inference_steps,
+        step_kind=arguments.step_kind,
         eta=eta,
-        guidance_scale=config.chain.guidance_scale,
-        negative_prompt=config.chain.negative_prompt,
-        resolution=config.chain.resolution,
-        reference=lambda: adapter_disabled(getattr(pipeline, family_of(pipeline).denoiser)),
+        timestep_spacing=arguments.timestep_spacing,
+        scheduler_type=arguments.scheduler_type,
+        denoisers=denoisers,
+        decoded_frames=decoded_frames,
+        reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),
+        guidance_scale=arguments.guidance_scale,
+        true_cfg_scale=arguments.true_cfg_scale,
+        negative_prompt=arguments.negative_prompt,
+        resolution=arguments.resolution,
+        height=arguments.height,
+        width=arguments.width,
+        num_frames=arguments.num_frames,
+        fps=arguments.fps,
+        max_sequence_length=arguments.max_sequence_length,
     )
+
+
+def _denoisers(config: Config) -> list[str] | None:
+    names = config.lora.denoiser
+    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def _kl_penalty(config: Config) -> KLPenalty | None:
@@ -189,10 +211,20 @@ def _accelerator(config: Config) -> Accelerator:
 
 
 def _attach(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
-    denoiser = getattr(pipeline, family.denoiser)
+    """Adapters of all trained denoisers; their parameters in the chain's order."""
+    parameters = []
+    for index, name in enumerate(family.denoisers):
+        seed = derive_seed(config.training.seed, "lora", *([index] if index else []))
+        parameters += _attach_one(config, getattr(pipeline, name), family, seed)
+    return parameters
+
+
+def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed: int) -> list[torch.nn.Parameter]:
     lora = config.lora
     targets = (
-        family.lora_targets if lora.lora_layers is None else [name.strip() for name in lora.lora_layers.split(",")]
+        default_lora_targets(family, denoiser)
+        if lora.lora_layers is None
+        else [name.strip() for name in lora.lora_layers.split(",")]
     )
     parameters = attach_lora(
         denoiser,
@@ -203,10 +235,10 @@ def _attach(config: Config, pipeline: DiffusionPipeline, family: Family) -> list
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights=lora.init_lora_weights,
-        seed=derive_seed(config.training.seed, "lora"),
+        seed=seed,
     )
     if config.model.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        enable_checkpointing(denoiser, "gradient_checkpointing")
     denoiser.train(lora.lora_dropout > 0)
     return parameters
 

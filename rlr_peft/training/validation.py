@@ -8,6 +8,7 @@ import torch
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
 from rlr_peft.evaluation.figures import save_image_grid
+from rlr_peft.evaluation.videos import as_images, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
@@ -20,7 +21,7 @@ NUM_PAIRS = 12
 
 @torch.no_grad()
 def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch.Tensor:
-    """Images (B, 3, H, W) in [0, 1]; sample i depends on its prompt and seed alone."""
+    """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]; sample i depends on its prompt and seed alone."""
     was_training = chain.denoiser.training
     chain.denoiser.eval()
     try:
@@ -31,6 +32,8 @@ def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch
 
 def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     """Draws every validation prompt at the same seeds as ever, into ``validation/`` and the trackers.
+
+    Of videos the grid shows strips of frames, and every video is a file beside it.
 
     Args:
         run: the run; only its main process draws.
@@ -51,6 +54,10 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     images = torch.cat(parts)
     path = run.output_dir / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if images.ndim == 5:
+        for i, video in enumerate(images):
+            save_video(path.with_suffix("") / f"{i:03d}", video, run.config.chain.fps)
+        images = as_images(images)
     save_image_grid(path, images, prompts, columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):

@@ -196,5 +196,5 @@ def test_clear_errors() -> None:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
     with pytest.raises(ValueError, match="clip_sample=False"):
         DenoisingChain(pipeline)
-    with pytest.raises(ValueError, match=r"StableDiffusionPipeline, got object"):
+    with pytest.raises(ValueError, match=r"denoiser of object: expected unet or transformer.*--denoiser"):
         DenoisingChain(object())  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+"""Which points of the noising path a chain visits: a pipeline's scheduler turned into a grid of Gaussian steps.
+
+Whatever solver a pipeline comes with (PNDM, DPM-Solver, UniPC, Euler, ...), its config says on which path the model was
+trained: DDPM noise levels, or flow matching with a shift. The chain takes that path and its own steps.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy
+import torch
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from rlr_peft.chain.gaussian_step import PathPoint, PredictionType
+
+SchedulerType = Literal["diffusion", "flow"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+BaseScheduler: TypeAlias = DDIMScheduler | CogVideoXDDIMScheduler | FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points of the noising path that a chain visits, noise first.
+
+    Attributes:
+        timesteps: what the denoiser is told at every step, noise first, (T,).
+        points: where each step starts, noise first, length T.
+        followings: where each step leads, length T.
+    """
+
+    timesteps: torch.Tensor
+    points: tuple[PathPoint, ...]
+    followings: tuple[PathPoint, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.points)
+
+    def step_points(self, t: int) -> tuple[PathPoint, PathPoint]:
+        """Start and end of step t, T first and 1 last."""
+        return self.points[self.num_steps - t], self.followings[self.num_steps - t]
+
+
+def base_scheduler(
+    scheduler: Any, timestep_spacing: TimestepSpacing | None = None, scheduler_type: SchedulerType | None = None
+) -> BaseScheduler:
+    """The scheduler that knows the path and the grid, made from the config of the one that the pipeline came with.
+
+    Args:
+        scheduler: the pipeline's.
+        timestep_spacing: where on the path the T steps lie; None keeps what the config says.
+        scheduler_type: the kind of path; None reads it off the scheduler.
+
+    Raises:
+        ValueError: the path cannot be told from the scheduler, or no Gaussian step does what the scheduler does.
+    """
+    kind = scheduler_type or _type_of(scheduler)
+    config = dict(scheduler.config)
+    if kind == "flow":
+        if timestep_spacing == "leading":
+            raise ValueError("Expected timestep_spacing trailing or linspace for a flow-matching model, got leading.")
+        if config.get("invert_sigmas"):
+            raise ValueError(
+                f"{type(scheduler).__name__} runs with invert_sigmas, which the chain's steps do not know."
+            )
+        shift = config.get("flow_shift") or config.get("shift") or 1.0
+        own = {"shift": shift, "stochastic_sampling": False}
+        if timestep_spacing == "trailing":
+            own["shift_terminal"] = None  # it stretches the grid until its last step is nearly empty
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        shared = {name: value for name, value in config.items() if name in known}
+        return FlowMatchEulerDiscreteScheduler.from_config(shared, **own)
+    spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    if type(scheduler).__name__.startswith("CogVideoX"):  # its betas are shifted in a way of its own
+        return CogVideoXDDIMScheduler.from_config(scheduler.config, **spacing)
+    if config.get("thresholding") or (config.get("clip_sample") and isinstance(scheduler, DDIMScheduler)):
+        raise ValueError(
+            "Expected a scheduler with clip_sample=False and thresholding=False, got "
+            f"clip_sample={config.get('clip_sample')} and thresholding={config.get('thresholding')}. Load the pipeline "
+            "with DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)."
+        )
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, **spacing)
+
+
+def retimed(base: BaseScheduler, timestep_spacing: TimestepSpacing) -> BaseScheduler:
+    """The same path with its steps elsewhere."""
+    return base_scheduler(base, timestep_spacing)
+
+
+def prediction_type(base: BaseScheduler) -> PredictionType:
+    """What the denoiser of this path outputs."""
+    if isinstance(base, FlowMatchEulerDiscreteScheduler):
+        return "flow_prediction"
+    return base.config.prediction_type
+
+
+def make_grid(
+    base: BaseScheduler,
+    num_inference_steps: int,
+    timestep_spacing: TimestepSpacing | None = None,
+    sigmas: Any = None,
+    mu: float | None = None,
+) -> Grid:
+    """The grid of a base scheduler.
+
+    Args:
+        base: of ``base_scheduler``.
+        num_inference_steps: T.
+        timestep_spacing: for flows: ``trailing`` starts from noise levels 1, ..., 2/T, 1/T and then shifts them, so
+            that the last step has work to do; ``linspace`` is the scheduler's own grid, whose last step is nearly
+            empty; None takes the noise levels that the pipeline asks for, else trailing.
+        sigmas: noise levels that the pipeline asks for.
+        mu: the shift that the pipeline derives from the resolution.
+    """
+    if not isinstance(base, FlowMatchEulerDiscreteScheduler):
+        return diffusion_grid(base, num_inference_steps)
+    if timestep_spacing == "linspace":
+        sigmas = None
+    elif timestep_spacing == "trailing" or sigmas is None:
+        sigmas = numpy.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    shift = {"mu": mu} if base.config.use_dynamic_shifting else {}
+    base.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas, **shift)
+    levels = [float(sigma) for sigma in base.sigmas]
+    points = tuple(PathPoint(1 - sigma, sigma) for sigma in levels)
+    return Grid(timesteps=base.timesteps.clone(), points=points[:-1], followings=points[1:])
+
+
+def diffusion_grid(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, num_inference_steps: int) -> Grid:
+    """The grid of ``DDIMScheduler``, including where it places the end of every step."""
+    scheduler.set_timesteps(num_inference_steps)
+    stride = scheduler.config.num_train_timesteps // num_inference_steps
+
+    def point(timestep: int) -> PathPoint:
+        alpha_squared = scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod
+        return PathPoint(float(alpha_squared) ** 0.5, max(0.0, 1 - float(alpha_squared)) ** 0.5)
+
+    timesteps = [int(timestep) for timestep in scheduler.timesteps]
+    return Grid(
+        timesteps=scheduler.timesteps.clone(),
+        points=tuple(point(timestep) for timestep in timesteps),
+        followings=tuple(point(timestep - stride) for timestep in timesteps),
+    )
+
+
+def _type_of(scheduler: Any) -> SchedulerType:
+    config = dict(scheduler.config)
+    is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if is_flow or type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow"
+    if "beta_schedule" in config:
+        return "diffusion"
+    raise ValueError(
+        f"Could not determine the noising path of {type(scheduler).__name__}: expected the betas of a DDPM path or a "
+        "flow-matching scheduler. Set --scheduler_type to diffusion or flow if you know that the model is one of them."
+    )

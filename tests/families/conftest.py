@@ -1,0 +1,38 @@
+"""Every family's pipeline, saved once for all tests."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from tests.families.table import CASES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet() -> Iterator[None]:
+    """Loading bars of fifty tiny models hide what matters."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    yield
+    diffusers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """From a family's name to the folder of its pipeline, as `save_pretrained` wrote it."""
+    folders: dict[str, str] = {}
+
+    def folder(name: str) -> str:
+        if name not in folders:
+            path = tmp_path_factory.mktemp(name)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)
+                pipeline = CASES[name].build()
+            pipeline.save_pretrained(path)
+            folders[name] = str(path)
+        return folders[name]
+
+    return folder

@@ -1,0 +1,62 @@
+"""Full backpropagation of a reward through every family's chain and decoder against central differences."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rlr_peft.chain.adjoint import Segment, run
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from tests.families.table import CASES, NUM_STEPS, load
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "sd-v"])
+def test_segment_gradients_equal_central_differences(name: str, folder_of: Callable[[str], str]) -> None:
+    case = CASES[name]
+    pipeline = load(folder_of(name))
+    if case.double:
+        for model in pipeline.components.values():
+            if isinstance(model, torch.nn.Module):
+                model.double()
+    chain = DenoisingChain(pipeline, num_inference_steps=NUM_STEPS, **case.options)
+    chain.denoiser.requires_grad_(False)
+    named = [
+        (key, weight)
+        for key, weight in chain.denoiser.named_parameters()
+        if key.endswith(("to_q.weight", "to_v.weight"))
+    ]
+    chain.parameters = [named[0][1], named[-1][1]]  # of two experts the first has one and the second the other
+    for weight in chain.parameters:
+        weight.requires_grad_()
+    trajectory = chain.sample(["a red ball"], [0])
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+    leaf = trajectory.latents[0].clone().requires_grad_()
+    images = chain.decode(leaf, trajectory.prompts)
+    pixels = normal(images) * ((images - 0.5).abs() < 0.45)  # away from the kinks where pixels are clamped
+    (cotangent,) = torch.autograd.grad((images * pixels).sum(), leaf)
+    run(chain, trajectory, Segment(1, NUM_STEPS, cotangent))
+    gradients = [weight.grad.double() for weight in chain.parameters]
+    assert all(gradient.norm() > 0 for gradient in gradients)
+    directions = [
+        normal(gradient) / gradient.numel() ** 0.5 + gradient / gradient.norm() for gradient in gradients
+    ]  # the gradient's own direction, so that the derivative is not small by accident
+
+    @torch.no_grad()
+    def reward(shift: float) -> float:
+        originals = [weight.clone() for weight in chain.parameters]
+        for weight, direction in zip(chain.parameters, directions, strict=True):
+            weight.add_(direction.to(weight.dtype), alpha=shift)
+        latents = chain.rollout(trajectory, NUM_STEPS, trajectory.latents[NUM_STEPS])
+        value = (chain.decode(latents, trajectory.prompts).double() * pixels.double()).sum().item()
+        for weight, original in zip(chain.parameters, originals, strict=True):
+            weight.copy_(original)
+        return value
+
+    h = 3e-3
+    difference = (8 * (reward(h) - reward(-h)) - (reward(2 * h) - reward(-2 * h))) / (12 * h)
+    expected = sum((gradient * direction).sum().item() for gradient, direction in zip(gradients, directions))
+    assert difference == pytest.approx(expected, rel=case.gradient_tolerance)

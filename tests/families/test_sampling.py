@@ -1,0 +1,120 @@
+"""Every family's chain against the pipeline's own call, and against its own records."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from tests.families.table import CASES, NUM_STEPS, PROMPTS, VIDEOS, load
+
+SEEDS = [3, 4]
+KINDS = ("ancestral", "flow-sde", "cps", "ode")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_noise_the_images_are_the_pipelines_own(name: str, folder_of: Callable[[str], str]) -> None:
+    """The pipeline draws its own noise from the same seeds, encodes its own prompts and steps its own scheduler."""
+    case = CASES[name]
+    pipeline = load(folder_of(name))
+    chain = DenoisingChain(
+        pipeline, num_inference_steps=NUM_STEPS, eta=0.0, timestep_spacing=case.own_grid, **case.options
+    )
+    trajectory = chain.sample(PROMPTS, SEEDS)
+    with torch.no_grad():
+        images = chain.decode(trajectory.latents[0], PROMPTS)
+    pipeline.scheduler = case.own_scheduler(pipeline.scheduler)
+    expected = pipeline(
+        PROMPTS,
+        num_inference_steps=NUM_STEPS,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="pt",
+        return_dict=False,
+        **{**case.options, **case.own_options},
+    )[0]
+    assert images.std() > 0.01, "a constant image would prove nothing"
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replay_is_bit_exact_with_every_kind_of_step(name: str, folder_of: Callable[[str], str]) -> None:
+    pipeline = load(folder_of(name))
+    for kind in KINDS:
+        chain = DenoisingChain(pipeline, num_inference_steps=NUM_STEPS, step_kind=kind, eta=0.7, **CASES[name].options)
+        assert (chain.std(2) > 0) == (kind != "ode")
+        trajectory = chain.sample(PROMPTS, SEEDS)
+        for t in range(1, NUM_STEPS + 1):
+            step = chain.replay(trajectory, t)
+            assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1]), (kind, t)
+            assert torch.equal(step.pred_original_sample, trajectory.pred_original_samples[t - 1])
+        assert torch.equal(chain.rollout(trajectory, 2, trajectory.latents[2]), trajectory.latents[0])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "sd-epsilon"])
+def test_the_last_step_is_alive(name: str, folder_of: Callable[[str], str]) -> None:
+    chain = DenoisingChain(load(folder_of(name)), num_inference_steps=28, **CASES[name].options)
+    assert chain.output_sensitivity(1) >= 0.05
+    assert chain.last_step_warning() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "figure"),
+    [("sd-epsilon", None, "0.021"), ("sd3", "linspace", "0.009"), ("sdxl", "leading", "")],
+)
+def test_a_dead_last_step_is_reported_with_its_figure(
+    name: str, spacing: str | None, figure: str, folder_of: Callable[[str], str]
+) -> None:
+    pipeline, options = load(folder_of(name)), {"num_inference_steps": 50, **CASES[name].options}
+    chain = DenoisingChain(pipeline, timestep_spacing=spacing, **options)
+    alive = DenoisingChain(pipeline, timestep_spacing="trailing", **options)
+    warning = chain.last_step_warning()
+    assert f"|d x_0 / d output| = {chain.output_sensitivity(1):.3f}" in warning and figure in warning
+    assert f"With --timestep_spacing trailing it is {alive.output_sensitivity(1):.3f}." in warning
+
+
+@pytest.mark.parametrize("name", ["text-to-video-sd", "animatediff", "wan-2.1"])
+def test_first_frames_alone_are_those_of_the_whole_video(name: str, folder_of: Callable[[str], str]) -> None:
+    frames = 5 if name == "wan-2.1" else 2
+    options = CASES[name].options | {"num_frames": 9}
+    pipeline = load(folder_of(name))
+    whole = DenoisingChain(pipeline, num_inference_steps=2, **options)
+    part = DenoisingChain(pipeline, num_inference_steps=2, decoded_frames=frames, **options)
+    latents = whole.sample(PROMPTS, SEEDS).latents[0].requires_grad_()
+    videos = whole.decode(latents, PROMPTS)
+    first = part.decode(latents, PROMPTS)
+    assert videos.shape[1] == 9 and first.shape[1] == frames
+    torch.testing.assert_close(first, videos[:, :frames], rtol=0, atol=1e-5)
+    expected = torch.autograd.grad(videos[:, :frames].sum(), latents)[0]
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), latents)[0], expected, rtol=0, atol=1e-4)
+
+
+def test_first_frames_are_refused_where_they_are_not_exact(folder_of: Callable[[str], str]) -> None:
+    with pytest.raises(ValueError, match=r"CogVideoXPipeline does not decode first frames alone.*--decoded_frames"):
+        DenoisingChain(load(folder_of("cogvideox")), decoded_frames=1, **CASES["cogvideox"].options)
+    with pytest.raises(ValueError, match=r"1, 5, 9, \.\.\. frames, got 3; use 1 or 5"):
+        DenoisingChain(load(folder_of("wan-2.1")), decoded_frames=3, **CASES["wan-2.1"].options)
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_have_frames(name: str, folder_of: Callable[[str], str]) -> None:
+    options = CASES[name].options
+    chain = DenoisingChain(load(folder_of(name)), num_inference_steps=2, **options)
+    latents = chain.sample(["sky"], [0]).latents[0]
+    with torch.no_grad():
+        videos = chain.decode(latents, ["sky"])
+    assert videos.shape == (1, options["num_frames"], 3, options["height"], options["width"])
+    assert videos.min() >= 0 and videos.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "qwen-image", "sana", "z-image", "animatediff", "wan-2.1"])
+def test_half_precision_keeps_float32_latents_and_gradients(name: str, folder_of: Callable[[str], str]) -> None:
+    chain = DenoisingChain(load(folder_of(name), torch.bfloat16), num_inference_steps=2, **CASES[name].options)
+    trajectory = chain.sample(PROMPTS, SEEDS)
+    assert trajectory.latents.dtype == torch.float32
+    rounded = trajectory.latents[:2].bfloat16().float()
+    assert not torch.equal(trajectory.latents[:2], rounded), "the pipeline must not round them on entry"
+    for t in (1, 2):
+        assert torch.equal(chain.replay(trajectory, t).next_latents(trajectory.noise(t)), trajectory.latents[t - 1])
+    latents = trajectory.latents[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(chain.decode(latents, PROMPTS).float().sum(), latents)
+    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0

@@ -1,0 +1,145 @@
+"""Tokenizers and text encoders of every family, made in memory and as small as their classes allow."""
+
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
+
+WIDTH = 16
+"""Features of every token."""
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def clip_text_model(projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """CLIP's text tower; with ``projection`` the class that SDXL and SD3 use."""
+    tokenizer = letter_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+        max_position_embeddings=PROMPT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """One piece a letter, and the word boundary."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=32)
+
+
+def t5_encoder() -> T5EncoderModel:
+    """SD3's, FLUX's, PixArt's, CogVideoX's and LTX's encoder."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()),
+            d_model=WIDTH,
+            d_kv=8,
+            d_ff=WIDTH,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def umt5_encoder() -> UMT5EncoderModel:
+    """Wan's encoder."""
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=len(t5_tokenizer()), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2)
+    )
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Sana's tokenizer."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=32)
+
+
+def gemma_encoder() -> Gemma2Model:
+    """Sana's encoder."""
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(gemma_tokenizer()),
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level letters with Qwen's chat marks."""
+    letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*letters, *special, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=512)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen_vl_encoder() -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen-Image's encoder."""
+    text = {
+        "vocab_size": len(qwen_tokenizer()),
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        "rope_theta": 1000000.0,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+    }
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen3_encoder() -> Qwen3Model:
+    """Z-Image's encoder, which uses the last but one hidden state."""
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(qwen_tokenizer()),
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )

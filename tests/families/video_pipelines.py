@@ -1,0 +1,197 @@
+"""Video pipelines of the real classes with tiny random weights."""
+
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    MotionAdapter,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from tests.families.image_pipelines import DYNAMIC_SHIFT, image_vae
+from tests.families.text_encoders import WIDTH, clip_text_model, t5_encoder, t5_tokenizer, umt5_encoder
+from tests.pipelines import letter_tokenizer
+
+
+def text_to_video_sd() -> TextToVideoSDPipeline:
+    """ModelScope: a UNet3D, whose step sees frames in the batch."""
+    return TextToVideoSDPipeline(
+        vae=image_vae(4),
+        text_encoder=clip_text_model(),
+        tokenizer=letter_tokenizer(),
+        unet=UNet3DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            cross_attention_dim=WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
+    )
+
+
+def animatediff() -> AnimateDiffPipeline:
+    """A Stable Diffusion UNet with motion modules."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return AnimateDiffPipeline(
+        vae=image_vae(4),
+        text_encoder=clip_text_model(),
+        tokenizer=letter_tokenizer(),
+        unet=unet,
+        motion_adapter=MotionAdapter(
+            block_out_channels=(8, 16),
+            motion_layers_per_block=1,
+            motion_norm_num_groups=4,
+            motion_num_attention_heads=2,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False, steps_offset=1
+        ),
+    )
+
+
+def _wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+
+
+def wan() -> WanPipeline:
+    """Wan 2.1: one transformer, a causal video VAE, UniPC on a shifted flow."""
+    return _wan()
+
+
+def wan_two_experts() -> WanPipeline:
+    """Wan 2.2: one expert for high noise, one for low."""
+    return _wan(transformer_2=_wan_transformer(), boundary_ratio=0.875)
+
+
+def _wan(transformer_2: WanTransformer3DModel | None = None, boundary_ratio: float | None = None) -> WanPipeline:
+    return WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=umt5_encoder(),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, 0.0, -0.1, 0.2],
+            latents_std=[1.0, 1.2, 0.8, 1.1],
+        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=_wan_transformer(),
+        transformer_2=transformer_2,
+        boundary_ratio=boundary_ratio,
+    )
+
+
+def cogvideox() -> CogVideoXPipeline:
+    """CogVideoX: v prediction up to pure noise, trailing steps, frames before channels."""
+    return CogVideoXPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+        ),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=2,
+            text_embed_dim=WIDTH,
+            num_layers=1,
+            sample_width=2,
+            sample_height=2,
+            sample_frames=5,
+            patch_size=2,
+            temporal_compression_ratio=4,
+            max_text_seq_length=16,
+        ),
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=3.0,
+        ),
+    )
+
+
+def ltx() -> LTXPipeline:
+    """LTX-Video: packed latents of a video."""
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC_SHIFT, shift_terminal=0.1),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=4,
+            block_out_channels=(4, 4, 4, 4),
+            decoder_block_out_channels=(4, 4, 4, 4),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            decoder_inject_noise=(False,) * 5,
+            upsample_residual=(False,) * 4,
+            upsample_factor=(1,) * 4,
+            timestep_conditioning=False,
+            patch_size=1,
+            patch_size_t=1,
+            encoder_causal=True,
+            decoder_causal=False,
+        ),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            patch_size=1,
+            patch_size_t=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            num_layers=1,
+            caption_channels=WIDTH,
+        ),
+    )
