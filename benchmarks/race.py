@@ -41,10 +41,10 @@ METHODS: dict[str, list[str]] = {
     "d3po": ["--estimator", "d3po"],
     "refl": ["--estimator", "refl"],
 }
-# The paper's Table 5 and Table 9; "w/o HO and ZO" is truncated-bp with K = 1, h = 2 is rlr-paper itself.
+# The paper's Table 5 and Table 9; without both it is truncated-bp with K = 1, h = 2 is rlr-paper itself.
 ABLATION: dict[str, list[str]] = {
-    "rlr-paper, w/o ZO": ["--estimator", "rlr-paper", "--zo", "none"],
-    "rlr-paper, w/o HO": ["--estimator", "rlr-paper", "--ho_blocks", "0"],
+    "rlr-paper without ZO": ["--estimator", "rlr-paper", "--zo", "none"],
+    "rlr-paper without HO": ["--estimator", "rlr-paper", "--ho_blocks", "0"],
     **{f"rlr-paper, h = {h}": ["--estimator", "rlr-paper", "--ho_length", str(h)] for h in (1, 4, 8)},
 }
 # Reward and held-out reward.
