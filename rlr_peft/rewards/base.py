@@ -55,9 +55,8 @@ def score_images(
 
     Args:
         reward: the reward.
-        images: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1]. When they require grad and the reward is
-            differentiable, the scores stay attached to them; otherwise the reward sees detached images and the scores
-            carry no gradient. A reward without `takes_videos` sees the frames as images; a video's score is their mean.
+        images: (B, 3, H, W) in [0, 1]. When they require grad and the reward is differentiable, the scores stay
+            attached to them; otherwise the reward sees detached images and the scores carry no gradient.
         prompts: B prompts.
         metadata: B dictionaries, or None for B empty ones.
 
@@ -67,7 +66,7 @@ def score_images(
     Raises:
         RewardError: wrong inputs, or scores that `check_scores` refuses.
     """
-    if images.ndim not in (4, 5) or images.shape[-3] != 3 or images.shape[0] != len(prompts):
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
         raise RewardError(
             f"reward '{reward.name}': expected images of shape ({len(prompts)}, 3, height, width), one per prompt, "
             f"got {tuple(images.shape)}"
@@ -76,11 +75,6 @@ def score_images(
     if len(metadata) != len(prompts):
         raise RewardError(f"reward '{reward.name}': got {len(prompts)} prompts but {len(metadata)} metadata entries")
     prompts = list(prompts)
-    if images.ndim == 5 and not getattr(reward, "takes_videos", False):
-        frames = images.shape[1]
-        texts = [prompt for prompt in prompts for _ in range(frames)]
-        facts = [entry for entry in metadata for _ in range(frames)]
-        return score_images(reward, images.flatten(0, 1), texts, facts).unflatten(0, (-1, frames)).mean(1)
     if images.requires_grad and torch.is_grad_enabled() and settle_differentiable(reward, images, prompts, metadata):
         return check_scores(reward.name, reward(images, prompts, metadata), prompts, attached_to=images)
     with torch.no_grad():

@@ -38,8 +38,6 @@ EXPECTED_ARGUMENTS = "(images, prompts) or (images, prompts, metadata)"
 class CallableReward:
     """A user's callable as a `Reward`.
 
-    Of a video pipeline it gets videos (B, F, 3, H, W), or, if it has the attribute `takes_videos = False`, frames.
-
     Args:
         name: the reward's name in metrics and messages.
         function: the callable.
@@ -58,7 +56,6 @@ class CallableReward:
                 f"reward '{name}': its attribute `differentiable` must be True or False, got {declared!r}"
             )
         self._differentiable: bool | None = declared
-        self.takes_videos = bool(getattr(function, "takes_videos", True))
 
     @property
     def differentiable(self) -> bool:
