@@ -27,7 +27,7 @@ class Evaluation:
         prompts: of the n images.
         seeds: of the n images.
         scores: per reward (n,) float32 on the CPU.
-        images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures; of videos strips of frames.
+        images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures.
     """
 
     prompts: list[str]
@@ -84,7 +84,7 @@ def evaluate(
         seeds: n seeds.
         rewards: by the name under which the scores are kept, for example "reward" and "heldout".
         batch_size: images drawn at once.
-        num_kept_images: how many of the first images to keep.
+        num_kept_images: how many of the first images to keep; of videos strips of frames are kept.
         description: of the tqdm bar.
         show_progress: False hides the bar.
 

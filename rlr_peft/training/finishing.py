@@ -98,18 +98,6 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _loading_lines(run: Run) -> list[str]:
-    folder, lines = str(run.output_dir), []
-    for name in adapted_denoisers(run.pipeline):
-        if name == "transformer_2":
-            lines.append(f"pipe.load_lora_weights({folder + '/' + name!r}, load_into_transformer_2=True)")
-        elif diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
-            lines.append(f"pipe.load_lora_weights({folder!r})")
-        else:
-            lines.append(f"rlr_peft.lora.load_lora(pipe, {folder!r})")
-    return lines
-
-
 def _verify_adapter(run: Run) -> None:
     prompts, seeds = evaluation_plan(run.prompts, 2, derive_seed(run.config.training.seed, "validation"))
     eta = run.config.validation.evaluation_eta
@@ -121,6 +109,18 @@ def _verify_adapter(run: Run) -> None:
         lambda pipeline: render(build_chain(run.config, pipeline, eta), prompts, seeds),
     )
     logger.info("The saved adapter, loaded into a fresh pipeline, draws the same images bit for bit.")
+
+
+def _loading_lines(run: Run) -> list[str]:
+    folder, lines = str(run.output_dir), []
+    for name in adapted_denoisers(run.pipeline):
+        if name == "transformer_2":
+            lines.append(f"pipe.load_lora_weights({folder + '/' + name!r}, load_into_transformer_2=True)")
+        elif diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
+            lines.append(f"pipe.load_lora_weights({folder!r})")
+        else:
+            lines.append(f"rlr_peft.lora.load_lora(pipe, {folder!r})")
+    return lines
 
 
 def _save_curve(run: Run) -> None:
