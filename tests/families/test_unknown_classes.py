@@ -95,8 +95,8 @@ def test_an_unknown_noising_path_names_its_option(chroma: Path) -> None:
 
 def test_unknown_targets_and_denoisers_name_their_options(chroma: Path) -> None:
     pipeline = load(str(chroma))
-    with pytest.raises(ValueError, match=r"LoRA targets of Decoder: none of its.*Set --lora_layers"):
-        default_lora_targets(family_of(pipeline), pipeline.vae.decoder)
+    with pytest.raises(ValueError, match=r"LoRA targets of Conv2d: none of its.*Set --lora_layers"):
+        default_lora_targets(family_of(pipeline), pipeline.vae.decoder.conv_in)
     with pytest.raises(ValueError, match=r"denoiser of ChromaPipeline: expected unet, got.*transformer.*--denoiser"):
         DenoisingChain(pipeline, denoisers=["unet"], **OPTIONS)
 
