@@ -6,13 +6,13 @@ inference, and nothing of a model family is written twice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.families import family_of
+from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of
 from rlr_peft.chain.first_frames import first_frames
 from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
 from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
@@ -20,6 +20,7 @@ from rlr_peft.chain.input_casts import cast_inputs_to_weights
 from rlr_peft.chain.pipeline_call import PipelineCall
 from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
+from rlr_peft.chain.text_encoders import OffloadedTextEncoders
 from rlr_peft.chain.trajectory import Trajectory
 
 
@@ -40,6 +41,7 @@ class DenoisingChain:
         scheduler_type: the kind of noising path; None reads it off the pipeline's scheduler.
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
+        offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
         reference: a context in which the denoiser is the reference model, for ``reference_mean``.
         options: of ``PipelineCall``: guidance_scale, negative_prompt, height, width, num_frames and more.
 
@@ -65,6 +67,7 @@ class DenoisingChain:
         scheduler_type: SchedulerType | None = None,
         denoisers: Sequence[str] | None = None,
         decoded_frames: int | None = None,
+        offload_text_encoders: bool = False,
         reference: Callable[[], AbstractContextManager[None]] | None = None,
         **options: Any,
     ) -> None:
@@ -84,10 +87,15 @@ class DenoisingChain:
         spacing = timestep_spacing or self.family.timestep_spacing
         base = base_scheduler(pipeline.scheduler, spacing, scheduler_type)
         self._scheduler = RecordingScheduler(base, step_kind, eta, spacing)
-        self._encode_prompt = PromptMemory(pipeline.encode_prompt, dtype=self.latents_dtype)
+        self.device = weights.device
+        self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
+        encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
+        self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
         for module in _denoisers_and_decoder(pipeline):
             cast_inputs_to_weights(module)
-        self.latents_shape = self._scheduler.latents_shape = self._settle()
+        with explaining_unknown_class(pipeline, self.family):
+            self.latents_shape = self._scheduler.latents_shape = self._settle()
+            self._try_step()
         self._first_frames = None if decoded_frames is None else first_frames(pipeline, self.family, decoded_frames)
 
     @property
@@ -119,7 +127,7 @@ class DenoisingChain:
             initial = self._initial_latents(generator)
             later = torch.randn(self.num_steps, *self.latents_shape, generator=generator)
             samples.append(torch.cat([later, initial]))
-        return torch.stack(samples, dim=1).to(self.pipeline.device, self.latents_dtype)
+        return torch.stack(samples, dim=1).to(self.device, self.latents_dtype)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
         """Samples the chain without a tape.
@@ -214,7 +222,8 @@ class DenoisingChain:
         pipeline.scheduler, pipeline.encode_prompt = self._scheduler, self._encode_prompt
         pipeline.set_progress_bar_config(**{**progress, "disable": True})
         try:
-            yield pipeline
+            with nullcontext() if self._offloaded is None else self._offloaded.hidden():
+                yield pipeline
         finally:
             pipeline.scheduler, pipeline._progress_bar_config = scheduler, progress
             del pipeline.encode_prompt
@@ -225,7 +234,7 @@ class DenoisingChain:
         if not self.denoiser.training:
             yield
             return
-        devices = [self.pipeline.device] if self.pipeline.device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             self._scheduler.on_step = lambda t: torch.manual_seed(seed + t)
             try:
@@ -240,11 +249,20 @@ class DenoisingChain:
         with torch.random.fork_rng(devices=[]):
             latents = self._call([""], None)
         if not torch.is_tensor(latents) or latents.shape[0] != 1:
-            raise ValueError(
-                f"Could not determine the latents of {type(self.pipeline).__name__}: expected one tensor (1, ...) for "
-                'one prompt with output_type="latent".'
-            )
+            raise ValueError('expected one tensor of latents (1, ...) for one prompt with output_type="latent"')
         return tuple(latents.shape[1:])
+
+    @torch.no_grad()
+    def _try_step(self) -> None:
+        """Of a class that no row knows: one step must come out as the chain expects it."""
+        if self.family.name != GENERIC.name:
+            return
+        latents = torch.zeros(1, *self.latents_shape, dtype=self.latents_dtype, device=self.device)
+        self._scheduler.expose(self.num_steps, self.num_steps - 1, None)
+        self._call([""], latents)
+        shapes = [step.mean.shape for step in self._scheduler.recorded.steps]
+        if shapes != [latents.shape]:
+            raise ValueError(f"expected one step on latents {tuple(latents.shape)}, got {[tuple(s) for s in shapes]}")
 
     @torch.no_grad()
     def _initial_latents(self, generator: torch.Generator) -> torch.Tensor:

@@ -40,6 +40,9 @@ class ModelArguments:
     gradient_checkpointing: bool = knob(
         False, "Recompute the denoiser's activations in the backward pass: less memory, more time."
     )
+    offload_text_encoders: bool = knob(
+        False, "Keep the text encoders on the CPU but while new prompts are encoded: less memory, a pause per prompt."
+    )
     vae_gradient_checkpointing: bool = knob(
         False, "Recompute the VAE decoder's activations in the backward pass: less memory, more time."
     )

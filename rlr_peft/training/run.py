@@ -169,6 +169,7 @@ def build_chain(
         scheduler_type=arguments.scheduler_type,
         denoisers=denoisers,
         decoded_frames=decoded_frames,
+        offload_text_encoders=config.model.offload_text_encoders,
         reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),
         guidance_scale=arguments.guidance_scale,
         true_cfg_scale=arguments.true_cfg_scale,
