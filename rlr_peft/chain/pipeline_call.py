@@ -9,6 +9,8 @@ from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.families import Family
 
+DEFAULT_FPS = 8
+
 
 class PipelineCall:
     """Calls a pipeline, undecorated, with the options of a chain.
@@ -31,6 +33,7 @@ class PipelineCall:
     Attributes:
         guidance_scale: the scale in use; 1 if the pipeline has none.
         is_video: whether the pipeline makes videos.
+        fps: frames per second of its videos.
         guidance: the guidance arguments as the pipeline spells them, for the card.
         card_options: what makes the pipeline draw the same without the chain, for the card.
 
@@ -72,8 +75,10 @@ class PipelineCall:
                 "max_sequence_length": max_sequence_length,
             }
         )
-        if fps is not None and "frame_rate" in self._parameters:
+        frame_rate = self._parameters.get("frame_rate")
+        if fps is not None and frame_rate is not None:
             self._options["frame_rate"] = fps
+        self.fps: int = fps or (DEFAULT_FPS if frame_rate is None else frame_rate.default)
         if "use_resolution_binning" in self._parameters:  # it would resize the images after decoding
             self._options["use_resolution_binning"] = False
         self._negative_prompt = self._checked({"negative_prompt": negative_prompt}).get("negative_prompt")

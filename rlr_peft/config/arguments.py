@@ -114,7 +114,12 @@ class ChainArguments:
     num_frames: int | None = knob(
         None, "Frames of a video; null means the pipeline's default.", unit="frames", at_least=1
     )
-    fps: int = knob(8, "Speed of the videos that are written, told to models that ask.", unit="frames/s", at_least=1)
+    fps: int | None = knob(
+        None,
+        "Speed of the videos, told to models that ask for it; null means the pipeline's default, or 8.",
+        unit="frames per second",
+        at_least=1,
+    )
     max_sequence_length: int | None = knob(
         None, "Longest prompt that the text encoder sees; null means the pipeline's default.", unit="tokens", at_least=1
     )

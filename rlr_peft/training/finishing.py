@@ -193,7 +193,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
-        fps=config.chain.fps if run.chain.call.is_video else None,
+        fps=run.chain.call.fps if run.chain.call.is_video else None,
         prompts=run.prompts,
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,

@@ -54,8 +54,8 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     vae = getattr(pipeline, "vae", None)
-    if vae is not None and dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        # The pipeline would cast it to and fro around each decode, under the feet of the tape.
+    if vae is not None and dtype == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast:
+        # The pipeline (SDXL) would cast it to and fro around each decode, under the feet of the tape.
         logger.info("The VAE overflows in fp16 and is kept in fp32; --pretrained_vae_model_name_or_path replaces it.")
         vae.to(torch.float32)
     if arguments.vae_gradient_checkpointing:

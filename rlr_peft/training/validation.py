@@ -56,7 +56,7 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:
         for i, video in enumerate(images):
-            save_video(path.with_suffix("") / f"{i:03d}", video, run.config.chain.fps)
+            save_video(path.with_suffix("") / f"{i:03d}", video, chain.call.fps)
         images = as_images(images)
     save_image_grid(path, images, prompts, columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
