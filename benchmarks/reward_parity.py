@@ -74,11 +74,10 @@ def published_hps_pixels(images: list[Image.Image], size: int) -> Tensor:
         top, left = (size - height) // 2, (size - width) // 2
         for channel in range(3):
             plane = Image.fromarray(numpy.asarray(image)[..., channel].astype(numpy.float32) / 255)
-            canvas[top : top + height, left : left + width, channel] = plane.resize(
-                (width, height), Image.Resampling.BICUBIC
-            )
-        batch.append((canvas - numpy.float32(CLIP_MEAN)) / numpy.float32(CLIP_STD))
-    return torch.from_numpy(numpy.stack(batch)).permute(0, 3, 1, 2)
+            resized = numpy.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
+            canvas[top : top + height, left : left + width, channel] = resized
+        batch.append((torch.from_numpy(canvas) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))
+    return torch.stack(batch).permute(0, 3, 1, 2)
 
 
 def preprocessing_parity() -> dict[str, dict[str, float]]:

@@ -62,7 +62,7 @@ class BertReader(nn.Module):
         self.encoder = layers(layer=nn.ModuleList([BertLayer(width, image_width) for _ in range(depth)]))
 
     def forward(self, ids: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        places = self.embeddings["position_embeddings"].weight[: ids.shape[1]]
+        places = self.embeddings["position_embeddings"](torch.arange(ids.shape[1]))
         x: Tensor = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](ids) + places)
         for layer in self.encoder["layer"].children():
             x = layer(x, mask, image)
