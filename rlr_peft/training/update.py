@@ -118,6 +118,7 @@ def _info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
 def _logged_info(run: Run, info: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The info's means and, of a weighted sum, the scales that the update was divided by."""
     means = info_means(info)
+    means.pop(f"reward/{ON_FIRST_SCALES}", None)  # it is the `reward`
     if isinstance(run.reward, WeightedRewards) and run.reward.needs_scales:
         means |= {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
     return means

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.two_rewards import markdown
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.rewards.running_scale import DECAY
 from rlr_peft.training.tracking import read_metrics
@@ -34,7 +35,7 @@ def test_every_reward_is_logged_on_its_own_and_the_total_is_their_weighted_sum(r
         for name in ("tiny-shapes/color", "tiny-shapes/texture"):
             assert 0 < line[f"reward/{name}"] <= 1 and line[f"reward/{name}/scale"] > 0
         assert line["heldout"] == pytest.approx(line["heldout/tiny-shapes-heldout"])
-        assert line["heldout/jpeg-compressibility"] < 0
+        assert 0 < line["heldout/tiny-shapes-heldout/texture"] <= 1
         # The curve is on the first scales, those of the first update.
         expected = sum(line[f"reward/{name}"] / first[f"reward/{name}/scale"] for name in second_names(line))
         assert line["reward"] == pytest.approx(expected, rel=1e-4)
@@ -48,12 +49,17 @@ def second_names(line: dict[str, float]) -> list[str]:
 def test_base_and_adapter_are_compared_on_every_reward(recipe_run: Path) -> None:
     metrics = json.loads((recipe_run / "metrics.json").read_text())
     names = ["reward", "heldout", "reward/tiny-shapes/color", "reward/tiny-shapes/texture"]
-    for name in [*names, "heldout/tiny-shapes-heldout", "heldout/jpeg-compressibility"]:
+    for name in [*names, "heldout/tiny-shapes-heldout", "heldout/tiny-shapes-heldout/color"]:
         assert {f"{name}_{key}" for key in ("before", "after", "gain", "gain_se")} <= set(metrics), name
     scales = {name: metrics[f"reward/{name}_before"] for name in ("tiny-shapes/color", "tiny-shapes/texture")}
     first = read_metrics(recipe_run / "metrics.jsonl")[0]
     expected = sum(value / first[f"reward/{name}/scale"] for name, value in scales.items())
     assert metrics["reward_before"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_documentation_holds_the_recipes_measured_table() -> None:
+    metrics = json.loads((ROOT / "benchmarks" / "results" / "two_rewards.json").read_text())["metrics"]
+    assert markdown(metrics) in (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(recipe_run: Path, tmp_path: Path) -> None:
