@@ -121,6 +121,12 @@ class DenoisingChain:
             samples.append(torch.cat([later, initial]))
         return torch.stack(samples, dim=1).to(self.pipeline.device, self.latents_dtype)
 
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts ahead of the calls that need them, which then find them remembered."""
+        self._scheduler.expose(0, 0, None)
+        self._call(list(prompts), None)
+
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
         """Samples the chain without a tape.
 
