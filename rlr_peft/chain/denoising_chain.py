@@ -17,6 +17,7 @@ from rlr_peft.chain.first_frames import first_frames
 from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
 from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
 from rlr_peft.chain.input_casts import cast_inputs_to_weights
+from rlr_peft.chain.offload import working_device
 from rlr_peft.chain.pipeline_call import PipelineCall
 from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
@@ -40,11 +41,13 @@ class DenoisingChain:
         scheduler_type: the kind of noising path; None reads it off the pipeline's scheduler.
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
+        reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         reference: a context in which the denoiser is the reference model, for ``reference_mean``.
         options: of ``PipelineCall``: guidance_scale, negative_prompt, height, width, num_frames and more.
 
     Attributes:
         family: what is particular to the pipeline's class.
+        device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         call: the pipeline's call with its options.
         latents_shape: shape of one sample's latents.
@@ -65,6 +68,7 @@ class DenoisingChain:
         scheduler_type: SchedulerType | None = None,
         denoisers: Sequence[str] | None = None,
         decoded_frames: int | None = None,
+        reward_decoder: torch.nn.Module | None = None,
         reference: Callable[[], AbstractContextManager[None]] | None = None,
         **options: Any,
     ) -> None:
@@ -72,6 +76,8 @@ class DenoisingChain:
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
         self.pipeline = pipeline
+        self.device = working_device(pipeline)
+        self.reward_decoder = reward_decoder
         self.denoiser = trained_module(pipeline, self.family.denoisers)
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = list(parameters) if parameters is not None else trainable
@@ -85,7 +91,7 @@ class DenoisingChain:
         base = base_scheduler(pipeline.scheduler, spacing, scheduler_type)
         self._scheduler = RecordingScheduler(base, step_kind, eta, spacing)
         self._encode_prompt = PromptMemory(pipeline.encode_prompt, dtype=self.latents_dtype)
-        for module in _denoisers_and_decoder(pipeline):
+        for module in _denoisers_and_decoder(pipeline, reward_decoder):
             cast_inputs_to_weights(module)
         self.latents_shape = self._scheduler.latents_shape = self._settle()
         self._first_frames = None if decoded_frames is None else first_frames(pipeline, self.family, decoded_frames)
@@ -119,7 +125,7 @@ class DenoisingChain:
             initial = self._initial_latents(generator)
             later = torch.randn(self.num_steps, *self.latents_shape, generator=generator)
             samples.append(torch.cat([later, initial]))
-        return torch.stack(samples, dim=1).to(self.pipeline.device, self.latents_dtype)
+        return torch.stack(samples, dim=1).to(self.device, self.latents_dtype)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> None:
@@ -190,7 +196,8 @@ class DenoisingChain:
             latents = latents.narrow(self._first_frames.axis, 0, self._first_frames.latent_frames)
         self._scheduler.expose(0, 0, None)
         frames = {} if self._first_frames is None else {"num_frames": self._first_frames.num_frames}
-        return self._call(list(prompts), latents, output_type="pt", **frames)
+        with self._reward_decoder_as_vae():
+            return self._call(list(prompts), latents, output_type="pt", **frames)
 
     def last_step_warning(self) -> str | None:
         """A sentence if the last step hardly moves the image, so that most first-order gradients vanish there."""
@@ -226,12 +233,24 @@ class DenoisingChain:
             del pipeline.encode_prompt
 
     @contextmanager
+    def _reward_decoder_as_vae(self) -> Iterator[None]:
+        if self.reward_decoder is None:
+            yield
+            return
+        attributes = self.pipeline.__dict__  # past the pipeline's __setattr__, which would note it in its config
+        vae, attributes["vae"] = attributes["vae"], self.reward_decoder
+        try:
+            yield
+        finally:
+            attributes["vae"] = vae
+
+    @contextmanager
     def _seeded_dropout(self, seed: int) -> Iterator[None]:
         """Gives every step its own dropout masks, the same whenever the step is taken with the same seed."""
         if not self.denoiser.training:
             yield
             return
-        devices = [self.pipeline.device] if self.pipeline.device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             self._scheduler.on_step = lambda t: torch.manual_seed(seed + t)
             try:
@@ -267,11 +286,11 @@ def trained_module(pipeline: DiffusionPipeline, denoisers: Sequence[str]) -> tor
     return next(iter(modules.values())) if len(modules) == 1 else torch.nn.ModuleDict(modules)
 
 
-def _denoisers_and_decoder(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:
+def _denoisers_and_decoder(pipeline: DiffusionPipeline, reward_decoder: Any) -> Iterator[torch.nn.Module]:
     """Every module that latents enter."""
     vae = getattr(pipeline, "vae", None)
     places = [(pipeline, name) for name in ("unet", "transformer", "transformer_2")]
-    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv")]:
+    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]:
         module = getattr(owner, name, None)
         if isinstance(module, torch.nn.Module):
             yield module

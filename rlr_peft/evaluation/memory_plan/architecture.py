@@ -39,9 +39,7 @@ class Architecture:
     components: Mapping[str, Mapping[str, Any]]
 
 
-def find_architecture(
-    name_or_path: str, revision: str | None = None, cache_dir: str | None = None
-) -> Architecture:
+def find_architecture(name_or_path: str, revision: str | None = None, cache_dir: str | None = None) -> Architecture:
     """The configs of a local folder, of a shipped checkpoint, or of a Hub repository, looked for in this order.
 
     Raises:
@@ -97,9 +95,7 @@ def _read(name: str, locate: Any) -> Architecture:
 def _fetch(name: str, file: str, revision: str | None, cache_dir: str | None) -> Path:
     folder, _, filename = file.rpartition("/")
     try:
-        return Path(
-            hf_hub_download(name, filename, subfolder=folder or None, revision=revision, cache_dir=cache_dir)
-        )
+        return Path(hf_hub_download(name, filename, subfolder=folder or None, revision=revision, cache_dir=cache_dir))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ArchitectureError(
             f"Expected {file} of {name}, a local folder or a Hub repository, and could not get it "

@@ -130,9 +130,7 @@ def _drop_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _accepted(pipeline_class: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     required, optional = pipeline_class._get_signature_keys(pipeline_class)
     wanted = {"requires_safety_checker": False, "add_watermarker": False} | dict(parts)
-    return {name: wanted.get(name) for name in required} | {
-        name: wanted[name] for name in optional if name in wanted
-    }
+    return {name: wanted.get(name) for name in required} | {name: wanted[name] for name in optional if name in wanted}
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
@@ -40,6 +39,8 @@ class Measurements:
         step: of one denoiser step with a tape, plain (False) and checkpointed (True).
         decode: of the VAE's decode, by its number of samples and whether it is checkpointed.
         images: one sample's decoded pixels in float32.
+        evaluation: peak of drawing images to look at, by their number: of a denoiser step and of the decode, without a
+            tape; empty where nothing is drawn.
     """
 
     trajectory: int
@@ -49,15 +50,22 @@ class Measurements:
     step: Mapping[bool, Differentiated]
     decode: Mapping[tuple[int, bool], Differentiated]
     images: int
+    evaluation: Mapping[int, tuple[int, int]]
 
 
-def measure(chain: DenoisingChain, batch_size: int, decode_batch_size: int) -> Measurements:
+def measure(
+    chain: DenoisingChain,
+    batch_size: int,
+    decode_batch_size: int,
+    evaluation: tuple[DenoisingChain, int] | None = None,
+) -> Measurements:
     """Measures a chain whose pipeline is on the meta device; its gradient checkpointing is left switched off.
 
     Args:
         chain: with its adapter attached.
         batch_size: samples of a micro-batch.
         decode_batch_size: samples that are decoded at once.
+        evaluation: the chain that draws images to look at, and how many at once; None where none are drawn.
     """
     prompts = [f"prompt {i}" for i in range(batch_size)]
     with fused_attention():
@@ -65,36 +73,34 @@ def measure(chain: DenoisingChain, batch_size: int, decode_batch_size: int) -> M
             chain.encode(prompts)
         encoding, embeddings = memory.peak, memory.live
         trajectory = blank_trajectory(chain, prompts)
-        with LiveMemory() as memory:
-            chain.rollout(trajectory, chain.num_steps, trajectory.latents[chain.num_steps], chain.num_steps - 1)
+        sampling = _sampling(chain, trajectory)
+        evaluated = {} if evaluation is None else {n: _drawing(evaluation[0], n) for n in {1, evaluation[1]}}
         denoisers = [getattr(chain.pipeline, name) for name in chain.family.denoisers]
-        vae = getattr(chain.pipeline, "vae", None)
-        step = {
-            checkpointed: differentiated_step(chain, trajectory)
-            for checkpointed in _variants(denoisers)
-        }
+        decoder = chain.reward_decoder or getattr(chain.pipeline, "vae", None)
+        step = {checkpointed: differentiated_step(chain, trajectory) for checkpointed in _variants(denoisers)}
         decode = {
             (count, checkpointed): _decode(chain, trajectory, count)
-            for checkpointed in _variants([vae])
+            for checkpointed in _variants([decoder])
             for count in sorted({1, decode_batch_size})
         }
         with torch.no_grad():
             images = chain.decode(trajectory.latents[0, :1], prompts[:1])
     return Measurements(
-        trajectory=_bytes(trajectory.latents) + _bytes(trajectory.noises) + _bytes(trajectory.pred_original_samples),
+        trajectory=trajectory_bytes(trajectory),
         embeddings=embeddings,
         encoding=encoding,
-        sampling=memory.peak,
+        sampling=sampling,
         step=step,
         decode=decode,
         images=images.numel() * 4,
+        evaluation=evaluated,
     )
 
 
 def blank_trajectory(chain: DenoisingChain, prompts: list[str]) -> Trajectory:
     """A micro-batch with the right shapes and no values, on the pipeline's device."""
     shape, steps = (len(prompts), *chain.latents_shape), chain.num_steps
-    options: dict[str, Any] = {"device": chain.pipeline.device, "dtype": chain.latents_dtype}
+    options: dict[str, Any] = {"device": chain.device, "dtype": chain.latents_dtype}
     return Trajectory(
         prompts=prompts,
         latents=torch.zeros(steps + 1, *shape, **options),
@@ -113,6 +119,24 @@ def differentiated_step(chain: DenoisingChain, trajectory: Trajectory) -> Differ
             saved = tape.live
         _pull_back(step.mean, [*chain.parameters, step.latents])
     return Differentiated(saved, memory.peak)
+
+
+def _sampling(chain: DenoisingChain, trajectory: Trajectory) -> int:
+    with LiveMemory() as memory:
+        chain.rollout(trajectory, chain.num_steps, trajectory.latents[chain.num_steps], chain.num_steps - 1)
+    return memory.peak
+
+
+def _drawing(chain: DenoisingChain, count: int) -> tuple[int, int]:
+    """Peaks of a denoiser step and of the decode without a tape; what is kept of the samples counts in both."""
+    prompts = [f"prompt {i}" for i in range(count)]
+    chain.encode(prompts)
+    trajectory = blank_trajectory(chain, prompts)
+    kept = trajectory_bytes(trajectory)
+    sampling = _sampling(chain, trajectory)
+    with LiveMemory() as memory, torch.no_grad():
+        chain.decode(trajectory.latents[0], prompts).float()
+    return sampling + kept, memory.peak + kept
 
 
 def _decode(chain: DenoisingChain, trajectory: Trajectory, count: int) -> Differentiated:
@@ -150,10 +174,7 @@ def _checkpointing(models: list[Any]) -> Iterator[None]:
         model.disable_gradient_checkpointing()
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def bytes_of(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each once."""
-    return sum(_bytes(tensor) for tensor in {*module.parameters(), *module.buffers()})
+def trajectory_bytes(trajectory: Trajectory) -> int:
+    """Bytes of what a sampled micro-batch leaves behind."""
+    kept = (trajectory.latents, trajectory.noises, trajectory.pred_original_samples)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
