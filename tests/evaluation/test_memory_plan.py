@@ -309,12 +309,12 @@ def test_parts_are_summed_where_they_are_alive_together(facts: Facts) -> None:
 
 def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
     plan = add_up(facts, Options(decode_batch_size=4))
-    assert plan.fits(100) and not plan.fits(25)
-    steps = suggestions(plan, 25)
+    assert plan.fits(100) and not plan.fits(26)
+    steps = suggestions(plan, 26)
     assert [step.flag.split()[0] for step in steps][:2] == ["--decode_batch_size", "--gradient_checkpointing"]
     peaks = [plan.peak, *(step.plan.peak for step in steps)]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
-    assert steps[-1].plan.fits(25)
+    assert steps[-1].plan.fits(26)
     assert suggestions(plan, 100) == []
     hopeless = suggestions(plan, 1)
     assert hopeless and not hopeless[-1].plan.fits(1)
