@@ -25,6 +25,13 @@ CPU = torch.device("cpu")
 PROMPTS = ["a", "b"]
 
 
+def frozen_pipeline() -> Any:
+    pipeline = tiny_stable_diffusion()
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False)
+    return pipeline
+
+
 def chain_of(pipeline: Any, **options: Any) -> DenoisingChain:
     return DenoisingChain(pipeline, num_inference_steps=3, resolution=16, **options)
 
@@ -53,7 +60,7 @@ def step_of(chain: DenoisingChain) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def test_offloaded_models_compute_the_same_and_only_one_is_at_work() -> None:
     expected_images, expected = step_of(chain_of(adapted(tiny_stable_diffusion())))
-    pipeline = tiny_stable_diffusion()
+    pipeline = frozen_pipeline()
     hooks = offload_models(pipeline, CPU)
     chain = chain_of(adapted(pipeline))
     seen: list[set[str]] = []
@@ -71,7 +78,7 @@ def test_offloaded_models_compute_the_same_and_only_one_is_at_work() -> None:
 
 
 def test_frozen_weights_come_back_to_where_they_were_and_trained_ones_stay() -> None:
-    pipeline = tiny_stable_diffusion()
+    pipeline = frozen_pipeline()
     hooks = offload_models(pipeline, CPU)
     chain = chain_of(adapted(pipeline))
     unet = next(hook for hook in hooks if hook._module is pipeline.unet)

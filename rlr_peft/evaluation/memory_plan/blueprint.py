@@ -91,9 +91,17 @@ def build_pipeline(
 def build_model(config: Mapping[str, Any], class_name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """One diffusers model from its config, frozen, in eval mode."""
     model_class = getattr(diffusers, class_name)
-    with _quiet(), device:
+    with _quiet(), _made_in(dtype), device:
         model: nn.Module = model_class.from_config(dict(config))
-    return model.to(dtype).requires_grad_(False).eval()
+    # As loading does: what comes from a file has the dtype, except what the class wants in float32.
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        if set(name.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ()):
+            parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
 
 
 def _component(
@@ -115,8 +123,8 @@ def _component(
             f"Expected a class of diffusers or transformers for {name} of {architecture.name}, got "
             f"{library}.{class_name}."
         )
-    with device:
-        model = model_class(model_class.config_class(**config)).to(dtype)
+    with _made_in(dtype), device:
+        model = model_class(model_class.config_class(**config))
     if device.type == "meta":
         model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
     return model
@@ -131,6 +139,17 @@ def _accepted(pipeline_class: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     required, optional = pipeline_class._get_signature_keys(pipeline_class)
     wanted = {"requires_safety_checker": False, "add_watermarker": False} | dict(parts)
     return {name: wanted.get(name) for name in required} | {name: wanted[name] for name in optional if name in wanted}
+
+
+@contextmanager
+def _made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new weights have this dtype, as in loading: a large model never exists in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def _weights(facts: Facts, options: Options) -> list[Part]:
     parts = []
     encoders = {name: size for name, size in facts.weights.items() if name.startswith("text_encoder")}
     for name, size in facts.weights.items():
-        phases = PHASES
+        phases: tuple[str, ...] = PHASES
         is_denoiser = name in facts.denoisers
         if is_denoiser and options.quantized:
             size = facts.quantized[name]  # and stays: bitsandbytes' layers are not moved

@@ -49,7 +49,9 @@ def plan_memory(
     evaluation = (evaluation_chain, max(counts)) if counts else None
     measured = measure(chain, batch_size, decode_batch_size, evaluation)
     parameters = list(chain.parameters)
-    models = {name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)}
+    models: dict[str, Any] = {
+        name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)
+    }
     if chain.reward_decoder is not None:
         models["tiny VAE"] = chain.reward_decoder
     denoisers = {name: models[name] for name in chain.family.denoisers}
