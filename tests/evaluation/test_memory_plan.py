@@ -68,7 +68,7 @@ def test_the_shipped_configs_have_the_published_sizes(
         size = sum(parameter.numel() for parameter in getattr(pipeline, component).parameters())
         assert size / 1e6 == pytest.approx(millions, rel=1e-4)
         table = 384 * 384 * 1536 if (name, component) == (SD35, "transformer") else 0  # of positions, a buffer
-        assert weight_bytes(getattr(pipeline, component)) == pytest.approx(2 * (size + table), rel=1e-3)
+        assert weight_bytes(getattr(pipeline, component)) == pytest.approx(2 * (size + table), rel=0.01)
 
 
 def saved_gib(pipeline: Any, checkpointed: bool, **options: Any) -> float:
