@@ -55,6 +55,7 @@ CASES = {
 TINY = {
     "tiny": (PIPELINE_NAME, 64, ()),
     "tiny-checkpointed": (PIPELINE_NAME, 64, CHECKPOINTED),
+    "tiny-nf4": (PIPELINE_NAME, 64, ("nf4",)),
 }
 
 
@@ -175,6 +176,7 @@ def quantize(model: nn.Module, settings: dict[str, Any]) -> None:
             )
             packed.load_state_dict({key: value.cpu() for key, value in layer.state_dict().items()})
             setattr(parent, name, packed.to(layer.weight.device).requires_grad_(False))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks
 
 
 @contextmanager

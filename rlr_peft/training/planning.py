@@ -46,10 +46,11 @@ def plan_run(config: Config) -> MemoryPlan:
                 looking = build_chain(config, pipeline, config.validation.evaluation_eta)
             path = model.bnb_quantization_config_path
             return plan_memory(config, chain, looking, None if path is None else read_quantization(path))
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
             raise PlanError(
-                f"{type(pipeline).__name__} cannot be planned: it looks at values of tensors ({error}). Start it with "
-                "a small --max_train_steps and read the peak memory in its metrics instead."
+                f"{type(pipeline).__name__} cannot be planned: it looks at values of tensors or at its tokenizer "
+                f"({reason}). Start it with a small --max_train_steps and read the peak memory in its metrics instead."
             ) from error
 
 
