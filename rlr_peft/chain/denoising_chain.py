@@ -76,7 +76,7 @@ class DenoisingChain:
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
         self.pipeline = pipeline
-        self.device = working_device(pipeline)
+        self.device = working_device(getattr(pipeline, self.family.denoisers[0]))
         self.reward_decoder = reward_decoder
         self.denoiser = trained_module(pipeline, self.family.denoisers)
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]

@@ -90,10 +90,7 @@ def offload_models(pipeline: DiffusionPipeline, device: torch.device) -> list[Mo
     return peers
 
 
-def working_device(pipeline: DiffusionPipeline) -> torch.device:
-    """Where the pipeline's models work, whether or not they are there now."""
-    for part in pipeline.components.values():
-        hook = getattr(part, "_hf_hook", None)
-        if isinstance(hook, ModelOffload):
-            return hook.execution_device
-    return pipeline.device
+def working_device(model: nn.Module) -> torch.device:
+    """Where a model works, whether or not its weights are there now."""
+    hook = getattr(model, "_hf_hook", None)
+    return hook.execution_device if isinstance(hook, ModelOffload) else next(model.parameters()).device

@@ -1,5 +1,6 @@
 """Builds a run as training does, but without weights, and plans its memory."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ def plan_run(config: Config) -> MemoryPlan:
         decoder = _reward_decoder(model, pipeline, dtype)
         try:
             with fused_attention():
-                chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
-                looking = build_chain(config, pipeline, config.validation.evaluation_eta)
+                built = _without_moves(config)
+                chain = build_chain(built, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
+                looking = build_chain(built, pipeline, config.validation.evaluation_eta)
             path = model.bnb_quantization_config_path
             return plan_memory(config, chain, looking, None if path is None else read_quantization(path))
         except (RuntimeError, NotImplementedError, AttributeError) as error:
@@ -52,6 +54,14 @@ def plan_run(config: Config) -> MemoryPlan:
                 f"{type(pipeline).__name__} cannot be planned: it looks at values of tensors or at its tokenizer "
                 f"({reason}). Start it with a small --max_train_steps and read the peak memory in its metrics instead."
             ) from error
+
+
+def _without_moves(config: Config) -> Config:
+    """The chain's own moves of text encoders left out: what is where is added up, and nothing leaves the meta device."""
+    if not getattr(config.model, "offload_text_encoders", False):
+        return config
+    stays: dict[str, Any] = {"offload_text_encoders": False}
+    return replace(config, model=replace(config.model, **stays))
 
 
 def _architecture(model: ModelArguments) -> Any:

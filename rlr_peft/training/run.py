@@ -226,9 +226,6 @@ def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family)
     for index, name in enumerate(family.denoisers):
         seed = derive_seed(config.training.seed, "lora", *([index] if index else []))
         parameters += _attach_one(config, getattr(pipeline, name), family, seed)
-    if config.model.offload:  # the base waits in host memory
-        for parameter in parameters:
-            parameter.data = parameter.data.to(working_device(pipeline))
     return parameters
 
 
@@ -253,6 +250,9 @@ def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed:
     if config.model.gradient_checkpointing:
         enable_checkpointing(denoiser, "gradient_checkpointing")
     denoiser.train(lora.lora_dropout > 0)
+    if config.model.offload:  # the base waits in host memory
+        for parameter in parameters:
+            parameter.data = parameter.data.to(working_device(denoiser))
     return parameters
 
 

@@ -82,7 +82,7 @@ def test_frozen_weights_come_back_to_where_they_were_and_trained_ones_stay() -> 
     hooks = offload_models(pipeline, CPU)
     chain = chain_of(adapted(pipeline))
     unet = next(hook for hook in hooks if hook._module is pipeline.unet)
-    assert isinstance(unet, ModelOffload) and working_device(pipeline) == CPU
+    assert isinstance(unet, ModelOffload) and working_device(pipeline.unet) == CPU
     frozen = {name: p.data_ptr() for name, p in pipeline.unet.named_parameters() if not p.requires_grad}
     trajectory = chain.sample(PROMPTS, [0, 1])
     trained = [parameter.data_ptr() for parameter in chain.parameters]
