@@ -57,7 +57,7 @@ def plan_run(config: Config) -> MemoryPlan:
 
 
 def _without_moves(config: Config) -> Config:
-    """The chain's own moves of text encoders left out: what is where is added up, and nothing leaves the meta device."""
+    """Without the chain's own moves of text encoders: nothing leaves the meta device, and the sums know who is where."""
     if not getattr(config.model, "offload_text_encoders", False):
         return config
     stays: dict[str, Any] = {"offload_text_encoders": False}
