@@ -57,7 +57,7 @@ def plan_run(config: Config) -> MemoryPlan:
 
 
 def _without_moves(config: Config) -> Config:
-    """Without the chain's own moves of text encoders: nothing leaves the meta device, and the sums know who is where."""
+    """Without the chain's own moves of text encoders: nothing leaves meta, and the sums know what is where."""
     if not getattr(config.model, "offload_text_encoders", False):
         return config
     stays: dict[str, Any] = {"offload_text_encoders": False}
