@@ -1,14 +1,10 @@
 """The benchmark of real sizes, on a pipeline of toy size: the same code, and the plan foresees what it measures."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from benchmarks.real_size import CASES, TINY, measure_case
+from benchmarks.real_size import CASES, TINY, main, measure_case
 from rlr_peft.evaluation.memory_plan.architecture import shipped_ids
-from tests.training.runs import ROOT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels' workspaces count too")
@@ -34,7 +30,10 @@ def test_every_real_case_has_shipped_configs() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
-def test_real_sizes_are_refused_without_a_gpu() -> None:
-    command = [sys.executable, "-m", "benchmarks.real_size", "--case", "stable-diffusion-1.5-512"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 2 and "expected a GPU for real sizes" in finished.stderr
+def test_real_sizes_are_refused_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["real_size", "--case", "stable-diffusion-1.5-512"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and "expected a GPU for real sizes" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from rlr_peft.chain.families import default_lora_targets, family_of
 from rlr_peft.chain.offload import ModelOffload, offload_models, working_device
 from rlr_peft.config import ConfigError, ModelArguments, load_config
 from rlr_peft.lora import attach_lora
+from rlr_peft.training.finishing import finish
 from rlr_peft.training.loading import load_pipeline
 from rlr_peft.training.memory_options import WITHOUT_GPU, compile_denoisers, set_attention_backend
 from rlr_peft.training.run import build_run
@@ -190,9 +191,8 @@ def test_the_card_says_that_the_tiny_vae_biases_the_reward(workplace: Path) -> N
     config = config_file(
         workplace, workplace / "card-run", pretrained_tiny_vae_name_or_path=str(workplace / "tiny-vae-card")
     )
-    process = start(config, "--max_train_steps", "1")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    finished, progress = train_here(config, "--max_train_steps", "1")
+    finish(finished, progress, None)
     card = (workplace / "card-run" / "README.md").read_text()
     assert "small decoder `tiny-vae-card`, so its gradient is biased" in card
 
