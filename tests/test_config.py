@@ -412,6 +412,9 @@ REFUSED = [
     ("--evaluation_prompt_path tiny-shapes/all", "evaluation_prompt_path: expected an existing text file"),
     ("--resume_from_checkpoint some/checkpoint-3", "resume_from_checkpoint: expected latest, a name or an existing"),
     ("--output_dir=", "output_dir: expected a text, got an empty one"),
+    ("--bnb_quantization_config_path nowhere.json", "bnb_quantization_config_path: expected a JSON file, got nowhere"),
+    ("--bnb_quantization_config_path README.md", "bnb_quantization_config_path: expected a JSON file, got README.md"),
+    ("--offload --torch_compile", "torch_compile: expected weights that stay where they are, got offload"),
 ]
 
 
@@ -454,6 +457,19 @@ ALLOWED = [
     "--estimator rlr-paper --ho_blocks 0 --num_images_per_prompt 1",
     "--estimator full-bp --kl_beta 0.1 --kl_steps all",
 ]
+
+
+def test_a_quantised_base_takes_one_width_and_no_dora(tmp_path: Path) -> None:
+    path = tmp_path / "bits.json"
+    path.write_text('{"bnb_4bit_quant_type": "nf4"}')
+    argv = ["--bnb_quantization_config_path", str(path)]
+    assert "expected an object with load_in_4bit or load_in_8bit true, got neither" in refusal(*argv)
+    path.write_text('{"load_in_4bit": true, "load_in_8bit": true}')
+    assert "got load_in_4bit and load_in_8bit" in refusal(*argv)
+    path.write_text('{"load_in_4bit": true}')
+    assert load([*REQUIRED, *argv]).model.bnb_quantization_config_path == str(path)
+    assert "use_dora: expected a base in full width" in refusal(*argv, "--use_dora")
+    assert "torch_compile: expected a base without bitsandbytes layers" in refusal(*argv, "--torch_compile")
 
 
 @pytest.mark.parametrize("argv", ALLOWED)

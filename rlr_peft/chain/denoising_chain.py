@@ -17,6 +17,7 @@ from rlr_peft.chain.first_frames import first_frames
 from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
 from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
 from rlr_peft.chain.input_casts import cast_inputs_to_weights
+from rlr_peft.chain.offload import working_device
 from rlr_peft.chain.pipeline_call import PipelineCall
 from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
@@ -42,11 +43,13 @@ class DenoisingChain:
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
         offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
+        reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         reference: a context in which the denoiser is the reference model, for ``reference_mean``.
         options: of ``PipelineCall``: guidance_scale, negative_prompt, height, width, num_frames and more.
 
     Attributes:
         family: what is particular to the pipeline's class.
+        device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         call: the pipeline's call with its options.
         latents_shape: shape of one sample's latents.
@@ -68,6 +71,7 @@ class DenoisingChain:
         denoisers: Sequence[str] | None = None,
         decoded_frames: int | None = None,
         offload_text_encoders: bool = False,
+        reward_decoder: torch.nn.Module | None = None,
         reference: Callable[[], AbstractContextManager[None]] | None = None,
         **options: Any,
     ) -> None:
@@ -75,6 +79,8 @@ class DenoisingChain:
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
         self.pipeline = pipeline
+        self.device = working_device(getattr(pipeline, self.family.denoisers[0]))
+        self.reward_decoder = reward_decoder
         self.denoiser = trained_module(pipeline, self.family.denoisers)
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = list(parameters) if parameters is not None else trainable
@@ -87,11 +93,10 @@ class DenoisingChain:
         spacing = timestep_spacing or self.family.timestep_spacing
         base = base_scheduler(pipeline.scheduler, spacing, scheduler_type)
         self._scheduler = RecordingScheduler(base, step_kind, eta, spacing)
-        self.device = weights.device
         self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
         encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
         self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
-        for module in _denoisers_and_decoder(pipeline):
+        for module in _denoisers_and_decoder(pipeline, reward_decoder):
             cast_inputs_to_weights(module)
         with explaining_unknown_class(pipeline, self.family):
             self.latents_shape = self._scheduler.latents_shape = self._settle()
@@ -128,6 +133,12 @@ class DenoisingChain:
             later = torch.randn(self.num_steps, *self.latents_shape, generator=generator)
             samples.append(torch.cat([later, initial]))
         return torch.stack(samples, dim=1).to(self.device, self.latents_dtype)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts ahead of the calls that need them, which then find them remembered."""
+        self._scheduler.expose(0, 0, None)
+        self._call(list(prompts), None)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
         """Samples the chain without a tape.
@@ -192,7 +203,8 @@ class DenoisingChain:
             latents = latents.narrow(self._first_frames.axis, 0, self._first_frames.latent_frames)
         self._scheduler.expose(0, 0, None)
         frames = {} if self._first_frames is None else {"num_frames": self._first_frames.num_frames}
-        return self._call(list(prompts), latents, output_type="pt", **frames)
+        with self._reward_decoder_as_vae():
+            return self._call(list(prompts), latents, output_type="pt", **frames)
 
     def last_step_warning(self) -> str | None:
         """A sentence if the last step hardly moves the image, so that most first-order gradients vanish there."""
@@ -227,6 +239,18 @@ class DenoisingChain:
         finally:
             pipeline.scheduler, pipeline._progress_bar_config = scheduler, progress
             del pipeline.encode_prompt
+
+    @contextmanager
+    def _reward_decoder_as_vae(self) -> Iterator[None]:
+        if self.reward_decoder is None:
+            yield
+            return
+        attributes = self.pipeline.__dict__  # past the pipeline's __setattr__, which would note it in its config
+        vae, attributes["vae"] = attributes["vae"], self.reward_decoder
+        try:
+            yield
+        finally:
+            attributes["vae"] = vae
 
     @contextmanager
     def _seeded_dropout(self, seed: int) -> Iterator[None]:
@@ -279,11 +303,11 @@ def trained_module(pipeline: DiffusionPipeline, denoisers: Sequence[str]) -> tor
     return next(iter(modules.values())) if len(modules) == 1 else torch.nn.ModuleDict(modules)
 
 
-def _denoisers_and_decoder(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:
+def _denoisers_and_decoder(pipeline: DiffusionPipeline, reward_decoder: Any) -> Iterator[torch.nn.Module]:
     """Every module that latents enter."""
     vae = getattr(pipeline, "vae", None)
     places = [(pipeline, name) for name in ("unet", "transformer", "transformer_2")]
-    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv")]:
+    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]:
         module = getattr(owner, name, None)
         if isinstance(module, torch.nn.Module):
             yield module

@@ -46,6 +46,26 @@ class ModelArguments:
     vae_gradient_checkpointing: bool = knob(
         False, "Recompute the VAE decoder's activations in the backward pass: less memory, more time."
     )
+    pretrained_tiny_vae_name_or_path: str | None = knob(
+        None,
+        "Hub id or local folder of an AutoencoderTiny that decodes for the training reward only, with far less memory; "
+        "a biased objective, since validation and evaluation still use the real VAE.",
+    )
+    offload: bool = knob(
+        False,
+        "Keep text encoders, denoiser and VAE in host memory and only the one at work on the GPU: less memory, time "
+        "for moving weights.",
+    )
+    bnb_quantization_config_path: str | None = knob(
+        None,
+        "JSON file of the arguments of BitsAndBytesConfig: the frozen denoiser is held in 4 or 8 bits. Needs a GPU.",
+    )
+    attention_backend: str | None = knob(
+        None, "Attention kernel of the denoiser by diffusers' names, for example `flash`; null leaves it to torch."
+    )
+    torch_compile: bool = knob(
+        False, "Compile the denoiser's repeated blocks with torch.compile: slow to start, then faster."
+    )
     allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
 
 

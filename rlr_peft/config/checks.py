@@ -1,7 +1,7 @@
 """What can be known to be impossible from the configuration alone, before a model, a reward or torch is loaded.
 
 Each check yields one sentence per problem: what was expected, what was got, what to do. The estimator's own are in
-`estimator_checks.py`.
+`estimator_checks.py`, those of the options that save memory in `memory_checks.py`.
 """
 
 import math
@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.estimator_checks import check_estimator, why_noiseless
 from rlr_peft.config.knob import ConfigError
+from rlr_peft.config.memory_checks import check_memory
 
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -22,7 +23,7 @@ def check_config(config: Config) -> None:
     """Raises one ConfigError that names every problem: the ranges first, and combinations once all ranges hold."""
     problems = list(_ranges(config))
     if not problems:
-        checks = (_batches, _eta, check_estimator, _regularization, _schedule, _rewards, _paths)
+        checks = (_batches, _eta, check_estimator, check_memory, _regularization, _schedule, _rewards, _paths)
         for check in checks:
             problems.extend(check(config))
     if len(problems) > 1:

@@ -6,6 +6,9 @@ import os
 import shlex
 import sys
 
+import torch
+from diffusers import DiffusionPipeline
+
 from rlr_peft.config import config_to_dict
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
@@ -118,14 +121,23 @@ def _loading_lines(run: Run) -> list[str]:
 def _verify_adapter(run: Run) -> None:
     prompts, seeds = evaluation_plan(run.prompts, 2, derive_seed(run.config.training.seed, "validation"))
     eta = run.config.validation.evaluation_eta
-    fresh = load_pipeline(run.config.model, run.accelerator.device)
-    verify_lora_reloads(
-        run.pipeline,
-        fresh,
-        run.output_dir,
-        lambda pipeline: render(build_chain(run.config, pipeline, eta), prompts, seeds),
-    )
+    fresh = load_pipeline(run.config.model, torch.device("cpu") if _can_move(run) else run.accelerator.device)
+
+    def draw(pipeline: DiffusionPipeline) -> torch.Tensor:
+        if _can_move(run):  # never both on the device: what trained just so would not fit
+            (fresh if pipeline is run.pipeline else run.pipeline).to("cpu")
+            pipeline.to(run.accelerator.device)
+        return render(build_chain(run.config, pipeline, eta), prompts, seeds)
+
+    with torch.compiler.set_stance("force_eager"):  # the fresh one is not compiled, and compiled code rounds otherwise
+        verify_lora_reloads(run.pipeline, fresh, run.output_dir, draw)
     logger.info("The saved adapter, loaded into a fresh pipeline, draws the same images bit for bit.")
+
+
+def _can_move(run: Run) -> bool:
+    """Whether the whole pipeline can be moved: offloaded models move by themselves, bitsandbytes' stay."""
+    model = run.config.model
+    return not model.offload and model.bnb_quantization_config_path is None
 
 
 def _save_curve(run: Run) -> None:
@@ -151,6 +163,18 @@ def _first_order_text(run: Run) -> list[str]:
     return [f"K was {span} of {run.chain.num_steps} in its updates{meaning}."]
 
 
+def _reward_decoder_text(run: Run) -> list[str]:
+    """What a reward that is taken on another decoder's images means."""
+    name = run.config.model.pretrained_tiny_vae_name_or_path
+    if name is None:
+        return []
+    label = os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name
+    return [
+        f"The reward was taken on images of the small decoder `{label}`, so its gradient is biased with respect to the "
+        "images that users see; the comparison and all images here were decoded by the pipeline's own VAE."
+    ]
+
+
 def _peft_config(run: Run) -> dict[str, object] | None:
     """What `peft.LoraConfig` must be told where diffusers cannot load the adapter."""
     (name, *_) = adapted_denoisers(run.pipeline)
@@ -173,6 +197,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
         "prompt.",
         *_first_order_text(run),
+        *_reward_decoder_text(run),
         *([progress.stopped_early] if progress.stopped_early else []),
     ]
     return RunRecord(

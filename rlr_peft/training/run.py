@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
 from rlr_peft.chain.families import Family, default_lora_targets, family_of
+from rlr_peft.chain.offload import working_device
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.kl_penalty import KLPenalty
@@ -24,7 +25,8 @@ from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.loading import enable_checkpointing, load_pipeline
+from rlr_peft.training.loading import enable_checkpointing, load_pipeline, load_reward_decoder
+from rlr_peft.training.memory_options import check_machine, compile_denoisers
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
 from rlr_peft.training.reward_loading import load_rewards, measure_scales
 from rlr_peft.training.reward_scale import RewardScale
@@ -108,10 +110,11 @@ def build_run(config: Config) -> Run:
             launcher and accelerate disagree on the number of processes.
         PromptError, RewardError: prompts or rewards that cannot be loaded.
     """
+    accelerator = _accelerator(config)
+    check_machine(config.model, accelerator.device)
     prompts = load_prompts(config.prompts.prompt_path, config.prompts.max_train_samples)
     evaluation_path = config.validation.evaluation_prompt_path
     evaluation_prompts = None if evaluation_path is None else load_prompts(evaluation_path)
-    accelerator = _accelerator(config)
     if config.model.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
@@ -121,9 +124,12 @@ def build_run(config: Config) -> Run:
     arithmetic = _arithmetic(config, len(prompts), accelerator.num_processes)
     with as_config_error():
         pipeline = load_pipeline(config.model, accelerator.device)
-        family = family_of(pipeline, _denoisers(config))
-        parameters = _attach(config, pipeline, family)
-        chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames)
+        family = family_of(pipeline, denoiser_names(config))
+        parameters = attach_adapters(config, pipeline, family)
+        if config.model.torch_compile:
+            compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
+        decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
+        chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
     warning = chain.last_step_warning()
     if warning is not None:
@@ -155,10 +161,14 @@ def build_run(config: Config) -> Run:
 
 
 def build_chain(
-    config: Config, pipeline: DiffusionPipeline, eta: float, decoded_frames: int | None = None
+    config: Config,
+    pipeline: DiffusionPipeline,
+    eta: float,
+    decoded_frames: int | None = None,
+    reward_decoder: torch.nn.Module | None = None,
 ) -> DenoisingChain:
-    """The config's chain over a pipeline, with another eta and whole videos where these are only looked at."""
-    arguments, denoisers = config.chain, _denoisers(config)
+    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at."""
+    arguments, denoisers = config.chain, denoiser_names(config)
     family = family_of(pipeline, denoisers)
     return DenoisingChain(
         pipeline,
@@ -169,7 +179,8 @@ def build_chain(
         scheduler_type=arguments.scheduler_type,
         denoisers=denoisers,
         decoded_frames=decoded_frames,
-        offload_text_encoders=config.model.offload_text_encoders,
+        offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
+        reward_decoder=reward_decoder,
         reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),
         guidance_scale=arguments.guidance_scale,
         true_cfg_scale=arguments.true_cfg_scale,
@@ -183,7 +194,8 @@ def build_chain(
     )
 
 
-def _denoisers(config: Config) -> list[str] | None:
+def denoiser_names(config: Config) -> list[str] | None:
+    """The attributes of the pipeline that the config says to train; None leaves it to the family."""
     names = config.lora.denoiser
     return None if names is None else [name.strip() for name in names.split(",")]
 
@@ -211,8 +223,8 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _attach(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
-    """Adapters of all trained denoisers; their parameters in the chain's order."""
+def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
+    """Adapters of all trained denoisers, on the pipeline's working device; their parameters in the chain's order."""
     parameters = []
     for index, name in enumerate(family.denoisers):
         seed = derive_seed(config.training.seed, "lora", *([index] if index else []))
@@ -241,6 +253,9 @@ def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed:
     if config.model.gradient_checkpointing:
         enable_checkpointing(denoiser, "gradient_checkpointing")
     denoiser.train(lora.lora_dropout > 0)
+    if config.model.offload:  # the base waits in host memory
+        for parameter in parameters:
+            parameter.data = parameter.data.to(working_device(denoiser))
     return parameters
 
 
