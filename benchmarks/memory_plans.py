@@ -1,4 +1,4 @@
-"""The memory plans of public checkpoints, as docs/memory.md shows them.
+"""The memory plans of public checkpoints, as docs/memory.md and the recipes in `configs/` show them.
 
     python -m benchmarks.memory_plans
 
@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "Wan 2.1 1.3B, 33 x 480 x 832, offload": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", VIDEO.split()),
 }
+RECIPES = ("sd14", "sd21", "sdxl", "sd35_medium", "flux_dev", "wan21_1_3b", "modelscope")
 UNIT = 2**30
 
 
@@ -57,7 +58,24 @@ def main() -> None:
             cells = (f"{_gib(pair.saved)} / {_gib(pair.peak)}" if pair else "-" for pair in pairs)
             tapes.append(f"| {name} | {' | '.join(cells)} |")
     print("\n".join([*totals, "", *tapes]))
-    print(write_results("memory_plans", {"cases": results}))
+    recipes = {name: recipe(name) for name in RECIPES}
+    print("\n".join(f"{name}: {figures}" for name, figures in recipes.items()))
+    print(write_results("memory_plans", {"cases": results, "recipes": recipes}))
+
+
+def recipe(name: str) -> dict[str, float]:
+    """What `configs/NAME.yaml` takes at its peak, and its denoiser step and decode of one with and without
+    checkpointing, in GiB. Run from the root of the repository."""
+    plan = plan_run(load_config(["--config", f"configs/{name}.yaml"]))
+    measured = plan.facts.measured
+    figures = {
+        "peak": plan.peak,
+        "denoiser step": measured.step[False].peak,
+        "denoiser step, checkpointed": measured.step.get(True, measured.step[False]).peak,
+        "decode of one": measured.decode[1, False].peak,
+        "decode of one, checkpointed": measured.decode.get((1, True), measured.decode[1, False]).peak,
+    }
+    return {key: round(size / UNIT, 2) for key, size in figures.items()}
 
 
 def _flags(flags: list[str], folder: str) -> list[str]:

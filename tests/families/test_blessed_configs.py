@@ -1,6 +1,7 @@
 """Every recipe in `configs/` against the configuration's checks, the table of families and its pipeline's own call."""
 
 import inspect
+import json
 from pathlib import Path
 
 import diffusers
@@ -10,6 +11,7 @@ import yaml
 from rlr_peft.chain.families import family_of_class
 from rlr_peft.config import Config, load_config
 from rlr_peft.rewards.registry import available_rewards
+from rlr_peft.training.planning import plan_run
 from tests.training.runs import ROOT
 
 # What a checkpoint is, as its `model_index.json` and the configs of its parts say: pipeline, denoiser, VAE.
@@ -78,3 +80,19 @@ def test_a_recipes_rewards_and_prompts_exist(name: str, monkeypatch: pytest.Monk
         seen = Path(train).read_text().splitlines()
         held = Path(unseen).read_text().splitlines()
         assert len(set(seen)) == len(seen) > 10 and not set(seen) & set(held)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("tiny_shapes")])
+def test_a_recipes_comments_say_what_the_plan_computed(name: str) -> None:
+    figures = json.loads((ROOT / "benchmarks/results/memory_plans.json").read_text())["recipes"][Path(name).stem]
+    text = (ROOT / "configs" / name).read_text()
+    assert f"# Memory: {figures['peak']:.1f} GiB at the peak by `rlr-peft plan`" in text
+    for option, part in (("gradient_checkpointing", "denoiser step"), ("vae_gradient_checkpointing", "decode of one")):
+        comment = f"\n{option}: true # {part}: {figures[part]:.1f} -> {figures[f'{part}, checkpointed']:.1f} GiB\n"
+        assert (f"\n{option}: true" in text) == (comment in text)
+
+
+def test_the_plan_of_a_recipe_is_the_committed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = json.loads((ROOT / "benchmarks/results/memory_plans.json").read_text())["recipes"]["sd14"]
+    plan = plan_run(recipe("sd14.yaml", monkeypatch))
+    assert plan.peak / 2**30 == pytest.approx(committed["peak"], rel=0.01)

@@ -52,6 +52,7 @@ def _alternatives(plan: MemoryPlan) -> Iterator[Suggestion]:
         candidates.append(("--gradient_checkpointing", replace(options, gradient_checkpointing=True)))
     if phase == ADJOINT:
         candidates.append(("--use_8bit_adam", replace(options, use_8bit_adam=True)))
+    candidates.append(("--offload_rewards", replace(options, offload_rewards=True)))
     candidates.append(("--offload", replace(options, offload=True)))
     if phase != ENCODING:
         candidates.append(("--bnb_quantization_config_path (NF4)", replace(options, quantized=True)))

@@ -24,6 +24,7 @@ class Options:
     decode_batch_size: int = 1
     offload: bool = False
     offload_text_encoders: bool = False
+    offload_rewards: bool = False
     quantized: bool = False
     use_8bit_adam: bool = False
     evaluation_batch_size: int = 1
@@ -42,6 +43,7 @@ class Facts:
         lora: weights of the adapter in float32.
         optimizer: its state, in float32 (False) and with 8-bit Adam (True).
         rewards: weights of the rewards' networks.
+        rewards_at_once: of those that score together: all that are trained on, or one that is held out.
         scoring: the rewards' peak besides, by the number of images scored at once.
     """
 
@@ -53,6 +55,7 @@ class Facts:
     lora: int
     optimizer: Mapping[bool, int]
     rewards: int
+    rewards_at_once: int
     scoring: Mapping[int, int]
 
 
@@ -140,7 +143,9 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
         Part("summed LoRA gradients", 2 * facts.lora, (ADJOINT,)),
         *_evaluation(facts, options),
     ]
-    if facts.rewards:
+    if options.offload_rewards:
+        parts.append(Part("reward networks at work", facts.rewards_at_once, (DECODE,)))
+    else:
         parts.append(Part("reward networks", facts.rewards))
     return MemoryPlan(options, tuple(part for part in parts if part.size), facts, unknown)
 
@@ -156,7 +161,8 @@ def _evaluation(facts: Facts, options: Options) -> list[Part]:
         denoiser = max(0 if options.quantized else facts.weights[name] for name in facts.denoisers)
         sampling, decode = sampling + denoiser, decode + facts.weights.get("vae", 0)
     pixels = count * facts.measured.images
-    return [Part(f"drawing {count} at once, no tape", max(sampling, decode + pixels), (EVALUATION,))]
+    scoring = facts.rewards_at_once + pixels if options.offload_rewards else 0
+    return [Part(f"drawing {count} at once, no tape", max(sampling, decode + pixels, scoring), (EVALUATION,))]
 
 
 def _weights(facts: Facts, options: Options) -> list[Part]:

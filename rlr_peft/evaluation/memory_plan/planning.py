@@ -56,10 +56,12 @@ def plan_memory(
         models["tiny VAE"] = chain.reward_decoder
     denoisers = {name: models[name] for name in chain.family.denoisers}
     held = quantization or NF4
-    names = reward_names(config.reward.reward_fn, config.reward.heldout_reward_fn)
-    dtype = REWARD_DTYPES[getattr(config.reward, "reward_dtype", "fp32")]
+    trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
+    names = list(dict.fromkeys((*trained, *heldout)))
+    dtype = REWARD_DTYPES[config.reward.reward_dtype]
     rewards = {count: {name: reward_memory(name, count, dtype) for name in names} for count in {1, decode_batch_size}}
     known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}
+    weights = {name: memory.weights if memory else 0 for name, memory in rewards[1].items()}
     # The matrix in full width is made in the compute dtype, which is that of the latents' cast.
     full_width = max((largest_quantized(model, held, parameters) for model in denoisers.values()), default=0)
     facts = Facts(
@@ -70,7 +72,8 @@ def plan_memory(
         dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
         lora=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         optimizer={choice: optimizer_bytes(parameters, choice) for choice in (False, True)},
-        rewards=sum(memory.weights for memory in known[1]),
+        rewards=sum(weights.values()),
+        rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
         scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},
     )
     options = Options(
@@ -78,7 +81,8 @@ def plan_memory(
         vae_gradient_checkpointing=config.model.vae_gradient_checkpointing,
         decode_batch_size=decode_batch_size,
         offload=config.model.offload,
-        offload_text_encoders=getattr(config.model, "offload_text_encoders", False),
+        offload_text_encoders=config.model.offload_text_encoders,
+        offload_rewards=config.reward.offload_rewards,
         quantized=quantization is not None,
         use_8bit_adam=config.optimizer.use_8bit_adam,
         evaluation_batch_size=max(counts, default=1),

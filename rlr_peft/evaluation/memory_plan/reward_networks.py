@@ -78,10 +78,9 @@ def reward_memory(name: str, batch_size: int, dtype: torch.dtype = torch.float32
     return RewardMemory(weight_bytes(model), memory.peak)
 
 
-def reward_names(*specs: Any) -> list[str]:
-    """The names in `reward_fn` and `heldout_reward_fn`, each of which may be none, one, several, or weighted."""
-    lists = [[spec] if isinstance(spec, str) else list(spec or ()) for spec in specs]
-    return list(dict.fromkeys(name for names in lists for name in names))
+def reward_names(spec: Any) -> list[str]:
+    """The names in `reward_fn` or `heldout_reward_fn`, which may be none, one, several, or weighted."""
+    return [spec] if isinstance(spec, str) else list(spec or ())
 
 
 def _network(name: str) -> nn.Module | None:
