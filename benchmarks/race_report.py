@@ -11,26 +11,30 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 
-def report(finals: list[dict[str, Any]], name: str, ablation: Collection[str]) -> list[dict[str, Any]]:
+def report(
+    finals: list[dict[str, Any]], name: str, variants: Mapping[str, tuple[Collection[str], Collection[str]]]
+) -> list[dict[str, Any]]:
     """One row per method over its final runs; prints the tables and draws ``docs/images/{name}.png``.
 
     Args:
         finals: the runs.
         name: of the figure.
-        ablation: the methods that are variants of the paper's; they get a table of their own.
+        variants: tables of their own, by title: the variants of methods, and the methods to compare them with.
     """
     by_method: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in finals:
         by_method[run["method"]].append(run)
-    time = min(_seconds(runs) for method, runs in by_method.items() if method not in ablation)
+    apart = {method for names, _ in variants.values() for method in names}
+    raced = {method: runs for method, runs in by_method.items() if method not in apart}
+    time = min(_seconds(runs) for runs in raced.values())
     rows = [_row(method, by_method, time) for method in by_method]
     rows.sort(key=lambda row: -row["reward_gain"])
-    _print([row for row in rows if row["method"] not in ablation], time)
-    if len(by_method.keys() & ablation) > 0:
-        print("\nThe paper's ablation:\n")
-        whole = {"rlr", "rlr-paper", "truncated-bp, K = 1"}
-        _print([row for row in rows if row["method"] in whole | set(ablation)], time)
-    _draw({method: runs for method, runs in by_method.items() if method not in ablation}, _figure_path(name))
+    _print([row for row in rows if row["method"] in raced], time)
+    for title, (names, compared) in variants.items():
+        if by_method.keys() & set(names):
+            print(f"\n{title}:\n")
+            _print([row for row in rows if row["method"] in {*names, *compared}], time)
+    _draw(raced, _figure_path(name))
     return rows
 
 
