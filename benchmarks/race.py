@@ -5,7 +5,8 @@
     python -m benchmarks.race --reward coarse --stage long      # four times the budget: who collapses
     python -m benchmarks.race --reward coarse --stage collect   # tables, figure, benchmarks/results/race_coarse.json
 
-``--methods`` chooses among the methods and the variants of the paper's ablation, which train at the rate of the whole.
+``--methods`` chooses among the methods, the variants of the paper's ablation and those of half the batch; variants
+train at the rate of their method.
 Each run leaves one JSON file below ``--folder``; runs that are there already are skipped, so a race that was
 interrupted goes on, and several processes may share the work. Use one thread for each (``OMP_NUM_THREADS=1``).
 """
@@ -47,15 +48,18 @@ ABLATION: dict[str, list[str]] = {
     "rlr-paper without HO": ["--estimator", "rlr-paper", "--ho_blocks", "0"],
     **{f"rlr-paper, h = {h}": ["--estimator", "rlr-paper", "--ho_length", str(h)] for h in (1, 4, 8)},
 }
+# `rlr` that never leaves K = T; it trains at the rate of `rlr`.
+FULL: dict[str, list[str]] = {"full-bp": ["--estimator", "full-bp"]}
 # More, noisier updates for the same evaluations: 2 prompts instead of 4.
 SMALL_BATCH: dict[str, list[str]] = {
-    f"{method}, 8 samples": [*METHODS[method], "--train_batch_size", "8"] for method in ("rlr", "truncated-bp, K = 1")
+    f"{method}, 8 samples": [*(METHODS | FULL)[method], "--train_batch_size", "8"]
+    for method in ("rlr", "truncated-bp, K = 1", *FULL)
 }
-VARIANTS = ABLATION | SMALL_BATCH
+VARIANTS = ABLATION | FULL | SMALL_BATCH
 # Variants and what they are shown beside.
 TABLES = {
     "The paper's ablation": (ABLATION, ("rlr", "rlr-paper", "truncated-bp, K = 1")),
-    "Half the batch": (SMALL_BATCH, ("rlr", "truncated-bp, K = 1")),
+    "Half the batch, and K = T throughout": (FULL | SMALL_BATCH, ("rlr", "truncated-bp, K = 1")),
 }
 # Reward and held-out reward.
 REWARDS = {
@@ -166,7 +170,7 @@ def best_learning_rate(folder: Path, method: str) -> float:
     Raises:
         FileNotFoundError: a tuning run is missing.
     """
-    tuned = "rlr-paper" if method in ABLATION else method.removesuffix(", 8 samples")
+    tuned = "rlr-paper" if method in ABLATION else method.removesuffix(", 8 samples").replace("full-bp", "rlr")
     gains = {}
     for rate in LEARNING_RATES[folder.name]:
         result = json.loads((folder / f"{tuned} lr {rate:g} seed {TUNING_SEED}.json").read_text())
