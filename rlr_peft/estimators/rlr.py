@@ -25,6 +25,7 @@ from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.plan import Plan, RLRSettings, make_plan
 from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.stage_window import has_measured_window, step_energies, with_measured_window
 from rlr_peft.estimators.state_baseline import BaselineObservation, StateBaseline
 from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients, step_variances
 from rlr_peft.estimators.zeroth_order import accumulate_zeroth_order
@@ -56,6 +57,7 @@ class RLREstimator:
 
     Attributes:
         step_variances: running variances of the terms, None before the first calibration.
+        step_energies: running gradient energies of the steps, (T,), None before the first calibration.
     """
 
     inner_epochs = 1
@@ -64,6 +66,7 @@ class RLREstimator:
         self.settings = settings
         self.antithetic = antithetic
         self.step_variances: StepVariances | None = None
+        self.step_energies: torch.Tensor | None = None
         self._running_norms: dict[int, float] = {}
         self._state_baseline = StateBaseline() if settings.state_baseline else None
 
@@ -78,8 +81,13 @@ class RLREstimator:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether K, or the mixture, is to be chosen by measurement."""
-        return self.settings.first_order_steps == "auto"
+        """Whether K, the mixture or the window is to be chosen by measurement."""
+        return self.settings.first_order_steps == "auto" or has_measured_window(self.settings)
+
+    @property
+    def calibrates_without_gradient(self) -> bool:
+        """Whether a reward without gradient still leaves something to choose: the window."""
+        return has_measured_window(self.settings)
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures the terms' variances on rollouts that no update uses, and blends them into the running ones."""
@@ -87,6 +95,9 @@ class RLREstimator:
         _check_gradient(gradients, rollouts)
         measured = step_variances(gradients)
         self.step_variances = measured if self.step_variances is None else self.step_variances.blend(measured, decay)
+        energies = step_energies(gradients)
+        older = energies if self.step_energies is None else self.step_energies
+        self.step_energies = decay * older + (1 - decay) * energies
 
     def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
         """Nothing to learn from other processes: advantages are taken within a prompt's own samples."""
@@ -114,7 +125,7 @@ class RLREstimator:
         """Decides which step is covered by what; random draws come from ``generator`` (CPU)."""
         steps, mixture = self._tail(chain.num_steps, generator) if differentiable else (0, None)
         return make_plan(
-            self.settings,
+            with_measured_window(self.settings, self.step_energies, steps if differentiable else 0),
             chain,
             first_order_steps=steps,
             differentiable=differentiable,
@@ -176,6 +187,7 @@ class RLREstimator:
         """Running statistics, of plain types and tensors."""
         return {
             "step_variances": None if self.step_variances is None else dict(vars(self.step_variances)),
+            "step_energies": self.step_energies,
             "running_norms": dict(self._running_norms),
             "state_baseline": None if self._state_baseline is None else self._state_baseline.state_dict(),
         }
@@ -184,6 +196,7 @@ class RLREstimator:
         """Restores what ``state_dict`` returned."""
         if state["step_variances"] is not None:
             self.step_variances = StepVariances(**state["step_variances"])
+        self.step_energies = state.get("step_energies")
         self._running_norms = dict(state["running_norms"])
         if self._state_baseline is not None and state["state_baseline"] is not None:
             self._state_baseline.load_state_dict(state["state_baseline"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlr_peft.errors import UserError
+from rlr_peft.prompt import metadata_of
 
 # An error message shows at most this many bad samples; the rest are counted.
 MAX_SAMPLES_IN_MESSAGE = 4
@@ -59,7 +60,7 @@ def score_images(
             differentiable, the scores stay attached to them; otherwise the reward sees detached images and the scores
             carry no gradient. A reward without `takes_videos` sees the frames as images; a video's score is their mean.
         prompts: B prompts.
-        metadata: B dictionaries, or None for B empty ones.
+        metadata: B dictionaries, or None for those that the prompts carry.
 
     Returns:
         (B,) finite float32 scores on the images' device.
@@ -72,7 +73,7 @@ def score_images(
             f"reward '{reward.name}': expected images of shape ({len(prompts)}, 3, height, width), one per prompt, "
             f"got {tuple(images.shape)}"
         )
-    metadata = [{} for _ in prompts] if metadata is None else list(metadata)
+    metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
     if len(metadata) != len(prompts):
         raise RewardError(f"reward '{reward.name}': got {len(prompts)} prompts but {len(metadata)} metadata entries")
     prompts = list(prompts)

@@ -1,0 +1,58 @@
+"""Splits a prompt into coarse, mid and fine by rules: no language model, the same answer every time.
+
+Captions of tiny-shapes are split exactly, by the scale of every attribute. Of any other text the subject stays in every
+stage, and its phrases are sorted by the words in them; it is a rough sort, and the file of stage prompts can be edited.
+"""
+
+import re
+
+from rlr_peft.tiny_shapes import scenes
+
+SCALES = ("coarse", "mid", "fine")
+
+_COARSE_WORDS = frozenset(
+    "background foreground left right top bottom center centre middle above below behind beside near far sky landscape "
+    "scene view field forest beach city street room indoors outdoors mountain mountains sea ocean desert garden "
+    "horizon "
+    "composition wide panorama aerial night day sunset sunrise dawn dusk winter summer snow rain fog".split()
+)
+_FINE_WORDS = frozenset(
+    "detail details detailed intricate texture textured pattern patterned striped stripes dotted dots checkered fur "
+    "feathers scales hair skin eyes hands fingers freckles wrinkles outline outlined engraved embroidered glossy matte "
+    "shiny metallic rough smooth sharp focus crisp photorealistic realistic 4k 8k hd quality bokeh grain brushstrokes "
+    "style render rendered painting watercolor oil sketch".split()
+)
+# A phrase starts at a comma, or at a word that tells where, with what or in which style.
+_PHRASE_STARTS = re.compile(
+    r"\s*[,;]\s*|\s+(?=(?:on|in|at|under|behind|beside|near|above|below|against|with|wearing|holding|covered)\s)"
+)
+
+
+def decompose_by_rules(prompt: str) -> tuple[str, str, str]:
+    """The coarse, mid and fine prompt of a text; a scale of which it says nothing gets the whole text."""
+    try:
+        attributes = scenes.parse_caption(prompt)
+    except ValueError:
+        return _sort_phrases(prompt)
+    described = []
+    for scale in SCALES:
+        chosen = {name: value for name, value in attributes.items() if scenes.SCALES[name] == scale}
+        described.append(scenes.describe(chosen) if chosen else str(prompt))
+    return described[0], described[1], described[2]
+
+
+def _sort_phrases(prompt: str) -> tuple[str, str, str]:
+    subject, *phrases = [phrase for phrase in _PHRASE_STARTS.split(prompt) if phrase]
+    sorted_phrases: dict[str, list[str]] = {scale: [] for scale in SCALES}
+    for phrase in phrases:
+        sorted_phrases[_scale(phrase)].append(phrase)
+    texts = [", ".join([subject, *sorted_phrases[scale]]) if sorted_phrases[scale] else str(prompt) for scale in SCALES]
+    return texts[0], texts[1], texts[2]
+
+
+def _scale(phrase: str) -> str:
+    words = set(re.findall(r"\w+", phrase.lower()))
+    fine, coarse = len(words & _FINE_WORDS), len(words & _COARSE_WORDS)
+    if fine > coarse:
+        return "fine"
+    return "coarse" if coarse else "mid"
