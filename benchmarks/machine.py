@@ -26,9 +26,19 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def read_results(name: str) -> dict[str, Any]:
+    """What ``write_results`` wrote; empty if nothing."""
+    path = _path(name)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_results(name: str, results: dict[str, Any]) -> Path:
     """Writes ``benchmarks/results/{name}.json``, the machine first."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = _path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": describe_machine(), **results}, indent=2) + "\n")
     return path
+
+
+def _path(name: str) -> Path:
+    return Path(__file__).parent / "results" / f"{name}.json"

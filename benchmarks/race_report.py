@@ -1,6 +1,7 @@
 """Tables and figure of a race: means over seeds with 95 % intervals."""
 
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +11,81 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 
-def report(finals: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """One row per method over its final runs; prints the table and draws ``docs/images/{name}.png``."""
+def report(finals: list[dict[str, Any]], name: str, ablation: Collection[str]) -> list[dict[str, Any]]:
+    """One row per method over its final runs; prints the tables and draws ``docs/images/{name}.png``.
+
+    Args:
+        finals: the runs.
+        name: of the figure.
+        ablation: the methods that are variants of the paper's; they get a table of their own.
+    """
     by_method: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in finals:
         by_method[run["method"]].append(run)
-    rows = [_row(method, finals) for method, finals in by_method.items()]
+    time = min(_seconds(runs) for method, runs in by_method.items() if method not in ablation)
+    rows = [_row(method, by_method, time) for method in by_method]
     rows.sort(key=lambda row: -row["reward_gain"])
-    print("| method | learning rate | updates | CPU s | reward gain | held-out gain | `rlr` minus it |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        ahead, ahead_interval = _difference(by_method["rlr"], by_method[row["method"]])
-        row |= {"rlr_ahead": ahead, "rlr_ahead_interval": ahead_interval}
-        print(
-            f"| {row['method']} | {row['learning_rate']:g} | {row['updates']:.0f} | {row['cpu_seconds']:.0f} | "
-            f"{row['reward_gain']:+.4f} ± {row['reward_gain_interval']:.4f} | "
-            f"{row['heldout_gain']:+.4f} ± {row['heldout_gain_interval']:.4f} | "
-            f"{ahead:+.4f} ± {ahead_interval:.4f} |"
-        )
-    _draw(by_method, Path("docs/images") / f"{name}.png")
+    _print([row for row in rows if row["method"] not in ablation], time)
+    if len(by_method.keys() & ablation) > 0:
+        print("\nThe paper's ablation:\n")
+        whole = {"rlr", "rlr-paper", "truncated-bp, K = 1"}
+        _print([row for row in rows if row["method"] in whole | set(ablation)], time)
+    _draw({method: runs for method, runs in by_method.items() if method not in ablation}, _figure_path(name))
     return rows
 
 
-def _row(method: str, finals: list[dict[str, Any]]) -> dict[str, Any]:
+def print_long_runs(runs: list[dict[str, Any]]) -> None:
+    """Gains in the reward, and in the held-out reward, along each long run."""
+    if not runs:
+        return
+    evaluations = [f"{point['denoiser_evaluations']:,.0f}" for point in runs[0]["points"]]
+    print(f"| method | learning rate | {' | '.join(evaluations)} |\n|---|---{'|---' * len(evaluations)}|")
+    for run in sorted(runs, key=lambda run: -run["points"][-1]["reward_gain"]):
+        gains = [f"{point['reward_gain']:+.3f} ({point['heldout_gain']:+.3f})" for point in run["points"]]
+        print(f"| {run['method']} | {run['learning_rate']:g} | {' | '.join(gains)} |")
+    print()
+
+
+def _print(rows: list[dict[str, Any]], time: float) -> None:
+    equal_time = f"in {time:.0f} CPU s"
+    print(f"| method | learning rate | seeds | updates | reward gain | held-out gain | {equal_time} | `rlr` minus it |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['method']} | {row['learning_rate']:g} | {row['seeds']} | {row['updates']:.0f} | "
+            f"{row['reward_gain']:+.4f} ± {row['reward_gain_interval']:.4f} | "
+            f"{row['heldout_gain']:+.4f} ± {row['heldout_gain_interval']:.4f} | "
+            f"{row['gain_at_equal_time']:+.4f} | "
+            f"{row['rlr_ahead']:+.4f} ± {row['rlr_ahead_interval']:.4f} |"
+        )
+
+
+def _figure_path(name: str) -> Path:
+    return Path("docs/images") / f"{name}.png"
+
+
+def _row(method: str, by_method: Mapping[str, list[dict[str, Any]]], time: float) -> dict[str, Any]:
+    finals = by_method[method]
     row: dict[str, Any] = {"method": method, "learning_rate": finals[0]["learning_rate"], "seeds": len(finals)}
     for name in ("updates", "cpu_seconds", "K"):
         row[name] = float(numpy.mean([run["points"][-1][name] for run in finals]))
     for name in ("reward", "heldout"):
         gains = _gains(finals, name)
         row |= {f"{name}_gain": float(gains.mean()), f"{name}_gain_interval": interval(gains)}
-    return row
+    row["gain_at_equal_time"] = float(numpy.mean([_gain_at(run, time) for run in finals]))
+    ahead, ahead_interval = _difference(by_method["rlr"], finals)
+    return row | {"rlr_ahead": ahead, "rlr_ahead_interval": ahead_interval}
+
+
+def _seconds(finals: list[dict[str, Any]]) -> float:
+    return float(numpy.mean([run["points"][-1]["cpu_seconds"] for run in finals]))
+
+
+def _gain_at(run: dict[str, Any], time: float) -> float:
+    """The run's gain after so many CPU seconds, linear between its evaluations; before training it is 0."""
+    seconds = [0.0, *(point["cpu_seconds"] for point in run["points"])]
+    gains = [0.0, *(point["reward_gain"] for point in run["points"])]
+    return float(numpy.interp(time, seconds, gains))
 
 
 def interval(values: numpy.ndarray) -> float:

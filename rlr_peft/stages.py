@@ -46,15 +46,15 @@ class Stages:
         Raises:
             ValueError: a stage gets no step.
         """
-        ends = [round(num_steps * sum(self.fractions[: i + 1])) for i in range(self.count)]
+        # Halves always up, where `round` would go to the even neighbour and could leave a stage of one step none.
+        ends = [math.floor(num_steps * sum(self.fractions[: i + 1]) + 0.5 + 1e-9) for i in range(self.count)]
         ends[-1] = num_steps
         starts = [0, *ends[:-1]]
         for name, start, end in zip(self.names, starts, ends, strict=True):
             if start >= end:
                 raise ValueError(
                     f"expected at least one of the {num_steps} steps for every stage, got none for {name} with "
-                    "fractions "
-                    f"{' '.join(f'{fraction:g}' for fraction in self.fractions)}"
+                    f"fractions {' '.join(f'{fraction:g}' for fraction in self.fractions)}"
                 )
         return tuple(range(num_steps - start, num_steps - end, -1) for start, end in zip(starts, ends, strict=True))
 

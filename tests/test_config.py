@@ -128,6 +128,43 @@ def test_config_is_frozen_and_hashable() -> None:
         config.lora.rank = 5  # type: ignore[misc]
 
 
+def test_several_rewards_are_a_mapping_in_flags_and_yaml_alike(tmp_path: Path) -> None:
+    weights = {"pickscore": 1.0, "my rewards.py:sharp": 0.5, "http://127.0.0.1:8000/": -2.0}
+    flags = ["--reward_fn", json.dumps(weights), "--reward_minimum", "{pickscore: 20}"]
+    flags += ["--reward_model_path", "{yuvalkirstain/PickScore_v1: /models/pick score}"]
+    path = write(
+        tmp_path,
+        "reward_fn:\n  pickscore: 1\n  my rewards.py:sharp: 0.5\n  http://127.0.0.1:8000/: -2\n"
+        "reward_minimum:\n  pickscore: 20\nreward_model_path:\n  yuvalkirstain/PickScore_v1: /models/pick score\n",
+    )
+    config = load([*REQUIRED, *flags])
+    assert config.reward.reward_fn == weights and config.reward.reward_minimum == {"pickscore": 20.0}
+    assert load([*REQUIRED[:4], "--config", path]) == config and hash(config) != hash(load(REQUIRED))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load(["--config", str(tmp_path / "saved.yaml")]) == config
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    taken_back = load(
+        ["--config", str(tmp_path / "saved.yaml"), "--reward_minimum", "null", "--reward_fn", "clipscore"]
+    )
+    assert taken_back.reward.reward_minimum is None and taken_back.reward.reward_fn == "clipscore"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("reward_fn: {a: x}", "reward_fn: expected a mapping of names to numbers or a text, got {'a': 'x'}"),
+        ("reward_fn: [a, b]", "reward_fn: expected a mapping of names to numbers or a text, got ['a', 'b']"),
+        ("reward_minimum: {a: }", "reward_minimum: expected a mapping of names to numbers or null, got {'a': None}"),
+        ("reward_minimum: 3", "reward_minimum: expected a mapping of names to numbers or null, got 3"),
+        ("reward_model_path: here", "reward_model_path: expected a mapping of names to texts or null, got 'here'"),
+        ("reward_fn: {a: 1, a: 2}", "a is given twice"),
+    ],
+)
+def test_a_wrong_mapping_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    got = refusal("--config", write(tmp_path, text))
+    assert message in got and "\n" not in got
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +421,12 @@ REFUSED = [
     ("--lr_warmup_steps 5", "lr_warmup_steps: expected 0 with lr_scheduler constant, got 5"),
     ("--lr_scheduler cosine --lr_warmup_steps 5 --max_train_steps 4", "expected at most max_train_steps (4), got 5"),
     ("--heldout_reward_fn tiny-shapes", "heldout_reward_fn: expected another reward than reward_fn"),
+    ("--heldout_reward_fn a b a", "heldout_reward_fn: expected different rewards, got a b a"),
+    ("--reward_fn {a:,b:1} --heldout_reward_fn b", "reward_fn: expected a mapping of names to numbers, got {a:,b:1}"),
+    ("--reward_fn={}", "reward_fn: expected finite weights, not all 0, got {}"),
+    ('--reward_minimum {"pickscore":20}', "reward_minimum: expected a name of reward_fn (tiny-shapes), got pick"),
+    ("--reward_server_timeout 0", "reward_server_timeout: expected above 0, got 0.0"),
+    ("--reward_minimum_penalty 0", "reward_minimum_penalty: expected above 0, got 0.0"),
     ("--logging_dir ../logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--logging_dir /logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--output_dir pyproject.toml/x", "output_dir: expected a folder or a place for one"),
@@ -391,6 +434,9 @@ REFUSED = [
     ("--evaluation_prompt_path tiny-shapes/all", "evaluation_prompt_path: expected an existing text file"),
     ("--resume_from_checkpoint some/checkpoint-3", "resume_from_checkpoint: expected latest, a name or an existing"),
     ("--output_dir=", "output_dir: expected a text, got an empty one"),
+    ("--bnb_quantization_config_path nowhere.json", "bnb_quantization_config_path: expected a JSON file, got nowhere"),
+    ("--bnb_quantization_config_path README.md", "bnb_quantization_config_path: expected a JSON file, got README.md"),
+    ("--offload --torch_compile", "torch_compile: expected weights that stay where they are, got offload"),
 ]
 
 
@@ -436,9 +482,23 @@ ALLOWED = [
     "--step_choice inverse-variance --antithetic --normalize_rewards --black_box_steps 3",
     "--fo_steps 2 --state_baseline --antithetic --ho_coefficient 0.5",
     "--heldout_reward_fn jpeg-compressibility --early_stopping_steps 5 --kl_limit 10",
+    "--heldout_reward_fn jpeg-compressibility aesthetic --reward_dtype bf16 --offload_rewards",
     "--estimator rlr-paper --ho_blocks 0 --num_images_per_prompt 1",
     "--estimator full-bp --kl_beta 0.1 --kl_steps all",
 ]
+
+
+def test_a_quantised_base_takes_one_width_and_no_dora(tmp_path: Path) -> None:
+    path = tmp_path / "bits.json"
+    path.write_text('{"bnb_4bit_quant_type": "nf4"}')
+    argv = ["--bnb_quantization_config_path", str(path)]
+    assert "expected an object with load_in_4bit or load_in_8bit true, got neither" in refusal(*argv)
+    path.write_text('{"load_in_4bit": true, "load_in_8bit": true}')
+    assert "got load_in_4bit and load_in_8bit" in refusal(*argv)
+    path.write_text('{"load_in_4bit": true}')
+    assert load([*REQUIRED, *argv]).model.bnb_quantization_config_path == str(path)
+    assert "use_dora: expected a base in full width" in refusal(*argv, "--use_dora")
+    assert "torch_compile: expected a base without bitsandbytes layers" in refusal(*argv, "--torch_compile")
 
 
 @pytest.mark.parametrize("argv", ALLOWED)

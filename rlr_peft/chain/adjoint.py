@@ -61,6 +61,7 @@ class ReplayedStep:
         with_latents: whether cotangents will be pulled back into the step's input too.
 
     Attributes:
+        latents: the step's input x_t, (B, ...).
         mean: of the step, (B, ...), on the tape.
         pred_original_sample: the prediction of x_0, (B, ...), on the tape.
     """
@@ -68,9 +69,9 @@ class ReplayedStep:
     def __init__(self, chain: Chain, trajectory: Trajectory, t: int, with_latents: bool = True) -> None:
         self._parameters = list(chain.parameters)
         self._place = f"step {t}"
-        self._latents = trajectory.latents[t].detach().requires_grad_(with_latents)
+        self.latents = trajectory.latents[t].detach().requires_grad_(with_latents)
         with torch.enable_grad():
-            step = chain.replay(trajectory, t, self._latents)
+            step = chain.replay(trajectory, t, self.latents)
         self.mean, self.pred_original_sample = step.mean, step.pred_original_sample
 
     def into_parameters(
@@ -81,11 +82,11 @@ class ReplayedStep:
 
     def into_latents(self, cotangent: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
         """The cotangent at the step's input x_t, (B, ...)."""
-        return self._pull_back([self._latents], cotangent, None, keep)[0]
+        return self._pull_back([self.latents], cotangent, None, keep)[0]
 
     def into_both(self, cotangent: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Both of the above in one backward pass."""
-        *gradients, into_latents = self._pull_back([*self._parameters, self._latents], cotangent, None, keep=False)
+        *gradients, into_latents = self._pull_back([*self._parameters, self.latents], cotangent, None, keep=False)
         return gradients, into_latents
 
     def _pull_back(
@@ -169,6 +170,8 @@ def scaled_gradients(
             f"Expected finite derivatives at {place}, got {largest}. Lower the learning rate, clip the reward, or "
             "train in bf16 or fp32; the last checkpoint is untouched."
         )
+    if not output.requires_grad:  # of two experts the one that is not trained took this step
+        return [torch.zeros_like(tensor) for tensor in inputs]
     scale = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
     gradients = torch.autograd.grad(
         output,

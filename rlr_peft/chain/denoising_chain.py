@@ -6,21 +6,23 @@ inference, and nothing of a model family is written twice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.families import family_of
+from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of
 from rlr_peft.chain.first_frames import first_frames
 from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
 from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
 from rlr_peft.chain.input_casts import cast_inputs_to_weights
+from rlr_peft.chain.offload import working_device
 from rlr_peft.chain.pipeline_call import PipelineCall
 from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.chain.stage_prompts import StagePrompts
+from rlr_peft.chain.text_encoders import OffloadedTextEncoders
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.stages import Stages
 
@@ -43,11 +45,14 @@ class DenoisingChain:
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
         stages: splits the chain, so that every step is conditioned on the prompt of its stage; None for one prompt.
+        offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
+        reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         reference: a context in which the denoiser is the reference model, for ``reference_mean``.
         options: of ``PipelineCall``: guidance_scale, negative_prompt, height, width, num_frames and more.
 
     Attributes:
         family: what is particular to the pipeline's class.
+        device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         call: the pipeline's call with its options.
         latents_shape: shape of one sample's latents.
@@ -69,6 +74,8 @@ class DenoisingChain:
         denoisers: Sequence[str] | None = None,
         decoded_frames: int | None = None,
         stages: Stages | None = None,
+        offload_text_encoders: bool = False,
+        reward_decoder: torch.nn.Module | None = None,
         reference: Callable[[], AbstractContextManager[None]] | None = None,
         **options: Any,
     ) -> None:
@@ -76,6 +83,8 @@ class DenoisingChain:
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
         self.pipeline = pipeline
+        self.device = working_device(getattr(pipeline, self.family.denoisers[0]))
+        self.reward_decoder = reward_decoder
         self.denoiser = trained_module(pipeline, self.family.denoisers)
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = list(parameters) if parameters is not None else trainable
@@ -89,10 +98,14 @@ class DenoisingChain:
         spacing = timestep_spacing or self.family.timestep_spacing
         base = base_scheduler(pipeline.scheduler, spacing, scheduler_type)
         self._scheduler = RecordingScheduler(base, step_kind, eta, spacing)
-        self._encode_prompt = PromptMemory(pipeline.encode_prompt, dtype=self.latents_dtype)
-        for module in _denoisers_and_decoder(pipeline):
+        self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
+        encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
+        self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
+        for module in _denoisers_and_decoder(pipeline, reward_decoder):
             cast_inputs_to_weights(module)
-        self.latents_shape = self._scheduler.latents_shape = self._settle()
+        with explaining_unknown_class(pipeline, self.family):
+            self.latents_shape = self._scheduler.latents_shape = self._settle()
+            self._try_step()
         self._first_frames = None if decoded_frames is None else first_frames(pipeline, self.family, decoded_frames)
 
     @property
@@ -124,7 +137,13 @@ class DenoisingChain:
             initial = self._initial_latents(generator)
             later = torch.randn(self.num_steps, *self.latents_shape, generator=generator)
             samples.append(torch.cat([later, initial]))
-        return torch.stack(samples, dim=1).to(self.pipeline.device, self.latents_dtype)
+        return torch.stack(samples, dim=1).to(self.device, self.latents_dtype)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts ahead of the calls that need them, which then find them remembered."""
+        self._scheduler.expose(0, 0, None)
+        self._call(list(prompts), None)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
         """Samples the chain without a tape.
@@ -192,7 +211,8 @@ class DenoisingChain:
             latents = latents.narrow(self._first_frames.axis, 0, self._first_frames.latent_frames)
         self._scheduler.expose(0, 0, None)
         frames = {} if self._first_frames is None else {"num_frames": self._first_frames.num_frames}
-        return self._call(list(prompts), latents, output_type="pt", **frames)
+        with self._reward_decoder_as_vae():
+            return self._call(list(prompts), latents, output_type="pt", **frames)
 
     def last_step_warning(self) -> str | None:
         """A sentence if the last step hardly moves the image, so that most first-order gradients vanish there."""
@@ -226,10 +246,23 @@ class DenoisingChain:
         pipeline.scheduler, pipeline.encode_prompt = self._scheduler, self._encode_prompt
         pipeline.set_progress_bar_config(**{**progress, "disable": True})
         try:
-            yield pipeline
+            with nullcontext() if self._offloaded is None else self._offloaded.hidden():
+                yield pipeline
         finally:
             pipeline.scheduler, pipeline._progress_bar_config = scheduler, progress
             del pipeline.encode_prompt
+
+    @contextmanager
+    def _reward_decoder_as_vae(self) -> Iterator[None]:
+        if self.reward_decoder is None:
+            yield
+            return
+        attributes = self.pipeline.__dict__  # past the pipeline's __setattr__, which would note it in its config
+        vae, attributes["vae"] = attributes["vae"], self.reward_decoder
+        try:
+            yield
+        finally:
+            attributes["vae"] = vae
 
     @contextmanager
     def _seeded_dropout(self, seed: int) -> Iterator[None]:
@@ -237,7 +270,7 @@ class DenoisingChain:
         if not self.denoiser.training:
             yield
             return
-        devices = [self.pipeline.device] if self.pipeline.device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             self._scheduler.on_step = lambda t: torch.manual_seed(seed + t)
             try:
@@ -252,11 +285,20 @@ class DenoisingChain:
         with torch.random.fork_rng(devices=[]):
             latents = self._call([""], None)
         if not torch.is_tensor(latents) or latents.shape[0] != 1:
-            raise ValueError(
-                f"Could not determine the latents of {type(self.pipeline).__name__}: expected one tensor (1, ...) for "
-                'one prompt with output_type="latent".'
-            )
+            raise ValueError('expected one tensor of latents (1, ...) for one prompt with output_type="latent"')
         return tuple(latents.shape[1:])
+
+    @torch.no_grad()
+    def _try_step(self) -> None:
+        """Of a class that no row knows: one step must come out as the chain expects it."""
+        if self.family.name != GENERIC.name:
+            return
+        latents = torch.zeros(1, *self.latents_shape, dtype=self.latents_dtype, device=self.device)
+        self._scheduler.expose(self.num_steps, self.num_steps - 1, None)
+        self._call([""], latents)
+        shapes = [step.mean.shape for step in self._scheduler.recorded.steps]
+        if shapes != [latents.shape]:
+            raise ValueError(f"expected one step on latents {tuple(latents.shape)}, got {[tuple(s) for s in shapes]}")
 
     @torch.no_grad()
     def _initial_latents(self, generator: torch.Generator) -> torch.Tensor:
@@ -273,11 +315,11 @@ def trained_module(pipeline: DiffusionPipeline, denoisers: Sequence[str]) -> tor
     return next(iter(modules.values())) if len(modules) == 1 else torch.nn.ModuleDict(modules)
 
 
-def _denoisers_and_decoder(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:
+def _denoisers_and_decoder(pipeline: DiffusionPipeline, reward_decoder: Any) -> Iterator[torch.nn.Module]:
     """Every module that latents enter."""
     vae = getattr(pipeline, "vae", None)
     places = [(pipeline, name) for name in ("unet", "transformer", "transformer_2")]
-    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv")]:
+    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]:
         module = getattr(owner, name, None)
         if isinstance(module, torch.nn.Module):
             yield module

@@ -1,6 +1,7 @@
 """What differs between pipeline classes: one row per family, everything else is the pipeline's own code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,6 +172,25 @@ def family_of(pipeline: Any, denoisers: Sequence[str] | None = None) -> Family:
             f"{', '.join(models) or 'no models'}. Set --denoiser to the one that is trained."
         )
     return replace(family, denoisers=present)
+
+
+@contextmanager
+def explaining_unknown_class(pipeline: Any, family: Family) -> Iterator[None]:
+    """Says, where a class that no row knows cannot be driven, that it was a try, and which options may help.
+
+    Raises:
+        ValueError: whatever went wrong inside, of an unknown class.
+    """
+    try:
+        yield
+    except Exception as error:
+        if family.name != GENERIC.name:
+            raise
+        raise ValueError(
+            f"{type(pipeline).__name__} is not among the supported pipelines; it was tried as it is and stopped with "
+            f"{type(error).__name__}: {error}. If a size or a length is missing, set --height and --width, "
+            "--num_frames or --max_sequence_length; if another part should be trained, set --denoiser."
+        ) from error
 
 
 def default_lora_targets(family: Family, denoiser: nn.Module) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Whatever solver a pipeline comes with (PNDM, DPM-Solver, UniPC, Euler, ...), its
 trained: DDPM noise levels, or flow matching with a shift. The chain takes that path and its own steps.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -68,7 +69,9 @@ def base_scheduler(
         own = {"shift": shift, "stochastic_sampling": False}
         if timestep_spacing == "trailing":
             own["shift_terminal"] = None  # it stretches the grid until its last step is nearly empty
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **own)
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        shared = {name: value for name, value in config.items() if name in known}
+        return FlowMatchEulerDiscreteScheduler.from_config(shared, **own)
     spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
     if type(scheduler).__name__.startswith("CogVideoX"):  # its betas are shifted in a way of its own
         return CogVideoXDDIMScheduler.from_config(scheduler.config, **spacing)

@@ -15,7 +15,7 @@ class _InputCast:
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        dtype = next(module.parameters()).dtype  # asked anew: pipelines upcast their VAE for a while
+        dtype = _dtype_of(module)  # asked anew: pipelines upcast their VAE for a while
         if dtype not in HALF:
             return None
         return tuple(_cast(value, dtype) for value in args), {
@@ -26,9 +26,14 @@ class _InputCast:
 def cast_inputs_to_weights(module: nn.Module) -> None:
     """Adds the cast once, and only where weights are in half precision."""
     has_cast = any(isinstance(hook, _InputCast) for hook in module._forward_pre_hooks.values())
-    parameter = next(module.parameters(), None)
-    if parameter is not None and parameter.dtype in HALF and not has_cast:
+    if _dtype_of(module) in HALF and not has_cast:
         module.register_forward_pre_hook(_InputCast(), with_kwargs=True)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    """A diffusers model knows which of its weights are kept in float32 and do not count."""
+    parameter = next(module.parameters(), None)
+    return getattr(module, "dtype", None if parameter is None else parameter.dtype)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

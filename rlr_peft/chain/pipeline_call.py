@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from rlr_peft.chain.families import Family
 from rlr_peft.prompt import negative_prompt_of
 
+DEFAULT_FPS = 8
+
 
 class PipelineCall:
     """Calls a pipeline, undecorated, with the options of a chain.
@@ -32,8 +34,9 @@ class PipelineCall:
     Attributes:
         guidance_scale: the scale in use; 1 if the pipeline has none.
         is_video: whether the pipeline makes videos.
+        fps: frames per second of its videos.
         guidance: the guidance arguments as the pipeline spells them, for the card.
-        size: height, width and number of frames as given, for the card.
+        card_options: what makes the pipeline draw the same without the chain, for the card.
 
     Raises:
         ValueError: an option that the pipeline does not take, or a pipeline that cannot be given prompts and latents.
@@ -65,17 +68,25 @@ class PipelineCall:
         self.is_video = "num_frames" in self._parameters
         self.guidance = self._guidance(family, guidance_scale, true_cfg_scale)
         self.guidance_scale = float(self.guidance.get(family.guidance_argument, 1.0))
-        self.size: dict[str, int] = self._checked(
-            {"height": height or resolution, "width": width or resolution, "num_frames": num_frames}
+        self._options = self._checked(
+            {
+                "height": height or resolution,
+                "width": width or resolution,
+                "num_frames": num_frames,
+                "max_sequence_length": max_sequence_length,
+            }
         )
-        self._options = self._checked({"max_sequence_length": max_sequence_length}) | self.size
-        if fps is not None and "frame_rate" in self._parameters:
+        frame_rate = self._parameters.get("frame_rate")
+        if fps is not None and frame_rate is not None:
             self._options["frame_rate"] = fps
+        self.fps: int = fps or (DEFAULT_FPS if frame_rate is None else frame_rate.default)
         if "use_resolution_binning" in self._parameters:  # it would resize the images after decoding
             self._options["use_resolution_binning"] = False
         self._negative_prompt = self._checked({"negative_prompt": negative_prompt}).get("negative_prompt")
         if self._negative_prompt is None and self.guidance.get("true_cfg_scale", 1.0) > 1:
             self._negative_prompt = " "  # without one these pipelines switch their guidance off
+        negative = {} if self._negative_prompt is None else {"negative_prompt": self._negative_prompt}
+        self.card_options: dict[str, Any] = {**self.guidance, **self._options, **negative}
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ JOINED_BATCHES = 4
 
 class PromptMemory:
     """Replaces a pipeline's ``encode_prompt``; least recently used prompts are forgotten first.
+
+    Single prompts wait in host memory (hundreds of T5's take a gigabyte); only the latest batches are on the device.
 
     Args:
         encode_prompt: the pipeline's bound method; its result is a tuple of (B, ...) tensors, lists of B tensors,
@@ -34,6 +36,7 @@ class PromptMemory:
         self._dtype = dtype
         self._remembered: OrderedDict[Key, Embeddings] = OrderedDict()
         self._joined: OrderedDict[Key, Embeddings] = OrderedDict()
+        self._device: torch.device | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Embeddings:
         """Embeddings of a list of prompts, joined from what is remembered of every prompt."""
@@ -43,7 +46,7 @@ class PromptMemory:
             prompts = arguments["prompt"]
             count = 1 if isinstance(prompts, str) else len(prompts)
             rows = [self._encode_one(i, count, dict(arguments)) for i in range(count)]
-            self._joined[key] = tuple(_cast(embedding, self._dtype) for embedding in _join(rows))
+            self._joined[key] = tuple(_cast(_moved(embedding, self._device), self._dtype) for embedding in _join(rows))
             if len(self._joined) > JOINED_BATCHES:
                 self._joined.popitem(last=False)
         self._joined.move_to_end(key)
@@ -57,7 +60,10 @@ class PromptMemory:
                 arguments[name] = [value[index]]
         key = _key(arguments)
         if key not in self._remembered:
-            self._remembered[key] = self._encode_prompt(**arguments)
+            row = self._encode_prompt(**arguments)
+            self._device = next((entry.device for entry in _tensors(row)), None)
+            host = torch.device("cpu") if self._device is not None and self._device.type == "cuda" else None
+            self._remembered[key] = tuple(_moved(embedding, host) for embedding in row)
             if len(self._remembered) > self._max_prompts:
                 self._remembered.popitem(last=False)
         self._remembered.move_to_end(key)
@@ -105,6 +111,19 @@ def _length(embedding: Embedding) -> int:
 
 def _device(row: Embeddings) -> torch.device:
     return next(entry.device for entry in row if torch.is_tensor(entry))
+
+
+def _tensors(row: Embeddings) -> Iterator[torch.Tensor]:
+    for entry in row:
+        yield from [entry] if torch.is_tensor(entry) else entry or ()
+
+
+def _moved(embedding: Embedding, device: torch.device | None) -> Embedding:
+    if device is None or embedding is None:
+        return embedding
+    if isinstance(embedding, list):
+        return [entry.to(device) for entry in embedding]
+    return embedding.to(device)
 
 
 def _cast(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:

@@ -95,7 +95,7 @@ class RecordingScheduler:
         first = grid.num_steps - self._exposed.start if len(self._exposed) else grid.num_steps
         stop = first + len(self._exposed)
         self.timesteps = grid.timesteps[first:stop].to(device)
-        self.sigmas = torch.tensor([point.sigma for point in grid.points[first:stop]], device=device)
+        self.sigmas = torch.tensor([point.sigma for point in grid.points[first:stop]])  # pipelines read them as numbers
         self._announce_step()
 
     def set_begin_index(self, begin_index: int = 0) -> None:

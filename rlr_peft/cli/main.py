@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from rlr_peft import __version__
 from rlr_peft.cli.config_command import config_command
 from rlr_peft.cli.diagnose_command import diagnose_command
+from rlr_peft.cli.plan_command import plan_command
+from rlr_peft.cli.serve_reward_command import serve_reward_command
 
 # name -> (one line for --help, function of the remaining words that returns the exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
@@ -14,6 +16,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         "measure every gradient estimator on your pipeline and reward, and say which to use",
         diagnose_command,
     ),
+    "plan": ("add up the GPU memory that a training config needs, without weights or a GPU", plan_command),
+    "serve-reward": ("serve a reward over HTTP, for --reward_fn http://HOST:PORT/", serve_reward_command),
 }
 
 
@@ -22,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="rlr-peft",
         description="Reward fine-tuning of LoRA adapters of diffusers pipelines. Training: train_rlr_lora.py.",
-        epilog="commands:\n" + "\n".join(f"  {name:<10} {line}" for name, (line, _) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<13} {line}" for name, (line, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")

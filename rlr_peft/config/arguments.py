@@ -40,8 +40,31 @@ class ModelArguments:
     gradient_checkpointing: bool = knob(
         False, "Recompute the denoiser's activations in the backward pass: less memory, more time."
     )
+    offload_text_encoders: bool = knob(
+        False, "Keep the text encoders on the CPU but while new prompts are encoded: less memory, a pause per prompt."
+    )
     vae_gradient_checkpointing: bool = knob(
         False, "Recompute the VAE decoder's activations in the backward pass: less memory, more time."
+    )
+    pretrained_tiny_vae_name_or_path: str | None = knob(
+        None,
+        "Hub id or local folder of an AutoencoderTiny that decodes for the training reward only, with far less memory; "
+        "a biased objective, since validation and evaluation still use the real VAE.",
+    )
+    offload: bool = knob(
+        False,
+        "Keep text encoders, denoiser and VAE in host memory and only the one at work on the GPU: less memory, time "
+        "for moving weights.",
+    )
+    bnb_quantization_config_path: str | None = knob(
+        None,
+        "JSON file of the arguments of BitsAndBytesConfig: the frozen denoiser is held in 4 or 8 bits. Needs a GPU.",
+    )
+    attention_backend: str | None = knob(
+        None, "Attention kernel of the denoiser by diffusers' names, for example `flash`; null leaves it to torch."
+    )
+    torch_compile: bool = knob(
+        False, "Compile the denoiser's repeated blocks with torch.compile: slow to start, then faster."
     )
     allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
 
@@ -111,7 +134,12 @@ class ChainArguments:
     num_frames: int | None = knob(
         None, "Frames of a video; null means the pipeline's default.", unit="frames", at_least=1
     )
-    fps: int = knob(8, "Speed of the videos that are written, told to models that ask.", unit="frames/s", at_least=1)
+    fps: int | None = knob(
+        None,
+        "Speed of the videos, told to models that ask for it; null means the pipeline's default, or 8.",
+        unit="frames per second",
+        at_least=1,
+    )
     max_sequence_length: int | None = knob(
         None, "Longest prompt that the text encoder sees; null means the pipeline's default.", unit="tokens", at_least=1
     )
@@ -191,12 +219,47 @@ class ChainOfThoughtArguments:
 class RewardArguments:
     """Reward: what the adapter is trained to raise"""
 
-    reward_fn: str = knob(
-        MISSING, "Reward: a registered name, `package.module:callable` or `file.py:callable`, for training."
+    reward_fn: dict[str, float] | str = knob(
+        MISSING,
+        "Reward: a registered name, `package.module:callable`, `file.py:callable` or http(s) URL; or several and their "
+        "weights, `{NAME: WEIGHT, ...}`.",
     )
-    heldout_reward_fn: str | None = knob(
-        None, "Reward that is only ever measured, never trained on: it exposes reward hacking."
+    heldout_reward_fn: tuple[str, ...] | None = knob(
+        None,
+        "One or more rewards that are only ever measured, never trained on: they expose reward hacking. Early stopping "
+        "watches the first.",
     )
+    reward_scaling: Literal["running", "first", "none"] = knob(
+        "running",
+        "What each of several rewards is divided by: its standard deviation over past updates, that of images of the "
+        "base, or nothing.",
+    )
+    reward_minimum: dict[str, float] | None = knob(
+        None, "Hard minimums of rewards of reward_fn, `{NAME: MINIMUM, ...}`, in the rewards' own units."
+    )
+    reward_minimum_penalty: float = knob(
+        10.0,
+        "What a reward below its minimum costs for every standard deviation that it lacks.",
+        unit="standard deviations of reward",
+        above=0,
+    )
+    reward_dtype: Literal["fp32", "fp16", "bf16"] = knob(
+        "fp32", "Number format of the weights of built-in reward models."
+    )
+    offload_rewards: bool = knob(
+        False, "Keep built-in reward models in CPU memory between uses: less GPU memory, more time."
+    )
+    reward_model_path: dict[str, str] | None = knob(
+        None,
+        "Local copies of reward models, `{REPOSITORY: PATH, ...}`: a folder or file that stands for a Hub repository.",
+    )
+    reward_server_timeout: float = knob(
+        120.0, "How long to wait for the answer of a reward server before asking again.", unit="seconds", above=0
+    )
+    reward_server_retries: int = knob(
+        5, "Further tries when a reward server does not answer, or answers 429 or 5xx.", unit="tries", at_least=0
+    )
+    reward_server_batch_size: int = knob(16, "Images sent to a reward server at once.", unit="images", at_least=1)
     decode_batch_size: int | None = knob(
         None,
         "Images decoded and scored on the tape at once; null means train_batch_size.",
@@ -245,9 +308,8 @@ class EstimatorArguments:
     )
     ho_window: tuple[int | str, ...] | None = knob(
         None,
-        "From where `ho_start: window` draws: first and last step `a b`, counted from 1 (clean) to T (noise); a "
-        "stage of "
-        "the Chain-of-Thought by name; or `auto` for the stage with the largest measured gradient energy.",
+        "From where `ho_start: window` draws: first and last step `a b`, counted from 1 (clean) to T (noise); a stage "
+        "of the Chain-of-Thought by name; or `auto` for the stage with the largest measured gradient energy.",
         unit="steps",
     )
     zo: Literal["none", "one-point", "two-point"] | None = knob(

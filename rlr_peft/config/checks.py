@@ -1,7 +1,7 @@
 """What can be known to be impossible from the configuration alone, before a model, a reward or torch is loaded.
 
 Each check yields one sentence per problem: what was expected, what was got, what to do. The estimator's own are in
-`estimator_checks.py`.
+`estimator_checks.py`, those of the options that save memory in `memory_checks.py`.
 """
 
 import math
@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.estimator_checks import check_estimator, why_noiseless
 from rlr_peft.config.knob import ConfigError
+from rlr_peft.config.memory_checks import check_memory
 from rlr_peft.config.prompt_checks import check_chain_of_thought, check_prompts
 
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -24,7 +25,7 @@ def check_config(config: Config) -> None:
     problems = list(_ranges(config))
     if not problems:
         checks = (
-            *(_batches, _eta, check_estimator, check_prompts, check_chain_of_thought),
+            *(_batches, _eta, check_estimator, check_memory, check_prompts, check_chain_of_thought),
             *(_regularization, _schedule, _rewards, _paths),
         )
         for check in checks:
@@ -99,11 +100,29 @@ def _schedule(config: Config) -> Iterator[str]:
 
 
 def _rewards(config: Config) -> Iterator[str]:
-    if config.reward.heldout_reward_fn == config.reward.reward_fn:
+    reward = config.reward
+    trained = reward.reward_fn if isinstance(reward.reward_fn, dict) else {reward.reward_fn: 1.0}
+    for name in reward.heldout_reward_fn or ():
+        if name in trained:
+            yield (
+                f"heldout_reward_fn: expected another reward than reward_fn, got {name} for both; "
+                f"a reward that is trained on cannot expose reward hacking."
+            )
+    heldout = reward.heldout_reward_fn or ()
+    if len(set(heldout)) < len(heldout):
+        yield f"heldout_reward_fn: expected different rewards, got {' '.join(heldout)}; drop what is there twice."
+    if not trained or not any(trained.values() or [0]) or not all(math.isfinite(w) for w in trained.values()):
         yield (
-            f"heldout_reward_fn: expected another reward than reward_fn, got {config.reward.reward_fn} for both; "
-            f"a reward that is trained on cannot expose reward hacking."
+            f"reward_fn: expected finite weights, not all 0, got {dict(trained)}; write `{{NAME: WEIGHT, ...}}`, for "
+            "example `{pickscore: 1, aesthetic: 0.5}`."
         )
+    if isinstance(reward.reward_fn, str) and reward.reward_fn.lstrip().startswith("{"):
+        yield f"reward_fn: expected a mapping of names to numbers, got {reward.reward_fn}; check its weights."
+    for name, minimum in (reward.reward_minimum or {}).items():
+        if name not in trained:
+            yield f"reward_minimum: expected a name of reward_fn ({', '.join(trained)}), got {name}; correct it."
+        if not math.isfinite(minimum):
+            yield f"reward_minimum: expected a finite number for {name}, got {minimum}; correct it."
 
 
 def _paths(config: Config) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.checks import check_config
-from rlr_peft.config.knob import ConfigError
+from rlr_peft.config.knob import ConfigError, Table
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def check_names(names: Iterator[str], where: str) -> None:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """All knobs as one flat mapping of plain values (tuples become lists), fit for JSON and YAML."""
+    """All knobs as one flat mapping of plain values (tuples become lists, tables dicts), fit for JSON and YAML."""
     flat: dict[str, Any] = {}
     for name, knob in knobs().items():
         value = getattr(getattr(config, knob.group), name)
-        flat[name] = list(value) if isinstance(value, tuple) else value
+        flat[name] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
     return flat
 
 
@@ -83,8 +83,14 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
         )
     grouped: dict[str, dict[str, Any]] = {knob.group: {} for knob in knobs().values()}
     for name, value in values.items():
-        grouped[knobs()[name].group][name] = tuple(value) if isinstance(value, list) else value
+        grouped[knobs()[name].group][name] = _frozen(value)
     groups = {name: group_class(**grouped[name]) for name, group_class in get_type_hints(Config).items()}
     config = Config(**groups)
     check_config(config)
     return config
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return Table(value) if isinstance(value, dict) else value

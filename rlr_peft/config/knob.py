@@ -7,6 +7,13 @@ from typing import Any
 from rlr_peft.errors import UserError
 
 
+class Table(dict[str, Any]):
+    """A mapping inside a frozen config: it has a hash, and nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 class ConfigError(UserError, ValueError):
     """The configuration cannot be run; the message says what was expected, what was got and what to do."""
 

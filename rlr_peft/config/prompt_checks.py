@@ -27,7 +27,7 @@ def check_prompts(config: Config) -> Iterator[str]:
         for name in ("dataset_config_name", "streaming"):
             if getattr(prompts, name):
                 yield f"{name}: expected only with a dataset_name, got {getattr(prompts, name)}; give --dataset_name."
-    if prompts.streaming and config.training.max_train_steps is None:
+    elif prompts.streaming and config.training.max_train_steps is None:
         yield (
             "max_train_steps: expected a number with streaming, since the length of an epoch is not known, got none; "
             "give --max_train_steps."
@@ -60,6 +60,7 @@ def check_chain_of_thought(config: Config) -> Iterator[str]:
     sources = given_sources(arguments)
     if len(sources) > 1:
         yield f"{sources[0]}: expected one source of stage prompts, got {' and '.join(sources)}; keep one."
+        return
     for name in ("dcot_stages", "dcot_fractions", "dcot_cache"):
         if getattr(arguments, name) is not None and not sources:
             yield (
@@ -74,9 +75,8 @@ def check_chain_of_thought(config: Config) -> Iterator[str]:
         )
     if config.prompts.streaming and ("dcot_model" in sources or "dcot_endpoint" in sources):
         yield (
-            f"{sources[0]}: expected dcot_columns or dcot_rules with streaming, got {sources[0]}; split the prompts "
-            "of a "
-            "dataset that is not streamed."
+            f"{sources[0]}: expected dcot_columns or dcot_rules with streaming, got {sources[0]}; split the prompts of "
+            "a dataset that is not streamed."
         )
     try:
         stages = stages_from_config(config)

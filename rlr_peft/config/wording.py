@@ -25,6 +25,8 @@ def takes_text(knob: Knob, value: Any) -> bool:
 def placeholder(knob: Knob) -> str:
     """What `--help` shows as the value: the choices, or N (whole number), X (number), TEXT."""
     choices = [str(choice) for option in _options(knob) if get_origin(option) is Literal for choice in get_args(option)]
+    if any(get_origin(option) is dict for option in _options(knob)):
+        choices.append("{NAME: VALUE, ...}")
     for type_, word in ((int, "N"), (float, "X"), (str, "TEXT")):
         element = element_type(knob)
         if type_ in _options(knob) or element is type_ or type_ in get_args(element):
@@ -53,6 +55,9 @@ def type_in_words(knob: Knob) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
     words: list[str] = []
     for option in _options(knob):
+        if get_origin(option) is dict:
+            words.append(f"a mapping of names to {'numbers' if get_args(option)[1] is float else 'texts'}")
+            continue
         words.extend(map(str, get_args(option)) if get_origin(option) is Literal else [names[option]])
     return " or ".join(words)
 

@@ -1,14 +1,15 @@
 """The objective R(x_0): clean latents to rewards, and rewards back to latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from rlr_peft.chain.adjoint import scaled_gradients
 from rlr_peft.chain.interface import Decoder
-from rlr_peft.rewards.base import Reward, RewardError, score_images
+from rlr_peft.rewards.base import Reward, RewardError, Scored, measure_images, score_images
+from rlr_peft.rewards.info import Info, join_info
 
 
 class Objective(Protocol):
@@ -29,11 +30,15 @@ class Measurement:
         rewards: (B,) float32.
         reward_gradient: derivative of every sample's reward by its clean latents, (B, ...); None if it has none.
         heldout: scores of the held-out reward, (B,) float32; None without one.
+        info: numbers that the reward gives beside its scores, name -> (B,).
+        heldout_info: the same of the held-out reward.
     """
 
     rewards: torch.Tensor
     reward_gradient: torch.Tensor | None
     heldout: torch.Tensor | None
+    info: Info = field(default_factory=dict)
+    heldout_info: Info = field(default_factory=dict)
 
 
 class DecodedReward:
@@ -96,30 +101,32 @@ class DecodedReward:
     ) -> Measurement:
         differentiate = differentiate and self.has_gradient
         parts = [self._measure_part(*part, differentiate, heldout) for part in self._parts(latents, prompts)]
-        rewards, gradients, heldout_scores = zip(*parts, strict=True)
+        scored, gradients, heldout_scored = zip(*parts, strict=True)
         if differentiate:
             self.has_gradient = gradients[0] is not None
         return Measurement(
-            torch.cat(rewards),
+            torch.cat([part.scores for part in scored]),
             torch.cat(gradients) if gradients[0] is not None else None,
-            torch.cat(heldout_scores) if heldout is not None else None,
+            torch.cat([part.scores for part in heldout_scored]) if heldout is not None else None,
+            join_info((part.info, len(part.scores)) for part in scored),
+            join_info((part.info, len(part.scores)) for part in heldout_scored if part is not None),
         )
 
     def _measure_part(
         self, latents: torch.Tensor, prompts: list[str], differentiate: bool, heldout: Reward | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Scored, torch.Tensor | None, Scored | None]:
         latents = latents.detach().requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
             images = self._decoder.decode(latents, prompts)
             # Cut here: the reward's tape is gone before the decoder's backward pass, whose cotangent is then scaled.
             pixels = images.detach().float().requires_grad_(differentiate)
-            rewards = score_images(self._reward, pixels, prompts)
+            scored = measure_images(self._reward, pixels, prompts)
         gradient = None
-        if rewards.requires_grad:
-            (pixel_gradient,) = torch.autograd.grad(rewards.sum(), pixels)
+        if scored.scores.requires_grad:
+            (pixel_gradient,) = torch.autograd.grad(scored.scores.sum(), pixels)
             (gradient,) = scaled_gradients(images, [latents], pixel_gradient, f"the images of {self._reward.name}")
-        heldout_scores = None if heldout is None else score_images(heldout, pixels.detach(), prompts)
-        return rewards.detach(), gradient, heldout_scores
+        heldout_scored = None if heldout is None else measure_images(heldout, pixels.detach(), prompts)
+        return Scored(scored.scores.detach(), scored.info), gradient, heldout_scored
 
     def _parts(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[tuple[torch.Tensor, list[str]]]:
         starts = range(0, len(prompts), self._batch_size)

@@ -7,13 +7,14 @@ import torch
 # A weight this close to 0 or 1 is not worth a second backward pass.
 NEGLIGIBLE_WEIGHT = 0.01
 
-
 # A K below T must promise at least this factor: from few samples both sums are rough, a score term that was taken for
 # quiet costs far more than a pathwise one that was, and score terms grow with rewards that the samples did not show.
 WORTH_LEAVING_FULL = 2.0
 
 
-def best_first_order_steps(first_order: torch.Tensor, half_order: torch.Tensor) -> int:
+def best_first_order_steps(
+    first_order: torch.Tensor, half_order: torch.Tensor, worth_leaving_full: float = WORTH_LEAVING_FULL
+) -> int:
     """The K in 0..T with the smallest sum of variances if steps 1..K are first order and the rest half order.
 
     Every step costs one denoiser evaluation and one backward pass, whatever its term, so variance alone decides. The
@@ -23,16 +24,17 @@ def best_first_order_steps(first_order: torch.Tensor, half_order: torch.Tensor) 
     Args:
         first_order: V_G(t) at index t - 1, (T,); infinite without a reward gradient.
         half_order: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
+        worth_leaving_full: factor by which a smaller K must lower the sum.
 
     Returns:
-        K; T unless a smaller K halves the sum.
+        K; T unless a smaller K lowers the sum by that factor.
     """
     zero = torch.zeros(1, dtype=torch.float64)
     pathwise = torch.cat([zero, first_order.double().cumsum(0)])
     score = torch.cat([half_order.double().flip(0).cumsum(0).flip(0), zero])
     sums = (pathwise + score).nan_to_num(nan=torch.inf, posinf=torch.inf)
     best = int(sums.argmin())
-    return best if WORTH_LEAVING_FULL * sums[best] < sums[-1] else len(first_order)
+    return best if worth_leaving_full * sums[best] < sums[-1] else len(first_order)
 
 
 def inverse_variance_weights(first_order: torch.Tensor, half_order: torch.Tensor) -> torch.Tensor:

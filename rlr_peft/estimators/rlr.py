@@ -25,14 +25,18 @@ from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.plan import Plan, RLRSettings, make_plan
 from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.signal_sizes import SignalSizes, watched
 from rlr_peft.estimators.stage_window import has_measured_window, step_energies, with_measured_window
 from rlr_peft.estimators.state_baseline import BaselineObservation, StateBaseline
-from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients, step_variances
+from rlr_peft.estimators.step_gains import StepGains, calibration_sizes, step_gains
+from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients
 from rlr_peft.estimators.zeroth_order import accumulate_zeroth_order
 
 # A step whose mean moves this much per unit of denoiser output and of its noise makes a score term very noisy.
 HOT_STEP = 3.0
 NORM_DECAY = 0.9
+# Rare samples must not be forgotten soon, the rewards of much weaker weights should be.
+SIZE_DECAY = 0.99
 
 
 @dataclass
@@ -42,10 +46,12 @@ class RLRMemory:
     Attributes:
         block_norms: first step and unweighted gradient norm of every half-order block.
         baselines: observations of the state baseline.
+        sizes: of advantages and cotangents; None unless K is measured.
     """
 
     block_norms: list[tuple[int, float]] = field(default_factory=list)
     baselines: list[BaselineObservation] = field(default_factory=list)
+    sizes: SignalSizes | None = None
 
 
 class RLREstimator:
@@ -56,8 +62,8 @@ class RLREstimator:
         antithetic: samples come in neighbouring pairs with mirrored noises.
 
     Attributes:
-        step_variances: running variances of the terms, None before the first calibration.
-        step_energies: running gradient energies of the steps, (T,), None before the first calibration.
+        step_variances: running variances of the terms, which choose K; None before the first calibration.
+        step_energies: running gradient energies of the steps, (T,), which choose the window; None before as well.
     """
 
     inner_epochs = 1
@@ -67,6 +73,8 @@ class RLREstimator:
         self.antithetic = antithetic
         self.step_variances: StepVariances | None = None
         self.step_energies: torch.Tensor | None = None
+        self._step_gains: StepGains | None = None
+        self._signal_sizes = SignalSizes()
         self._running_norms: dict[int, float] = {}
         self._state_baseline = StateBaseline() if settings.state_baseline else None
 
@@ -82,7 +90,7 @@ class RLREstimator:
     @property
     def needs_calibration(self) -> bool:
         """Whether K, the mixture or the window is to be chosen by measurement."""
-        return self.settings.first_order_steps == "auto" or has_measured_window(self.settings)
+        return self._measures_steps or has_measured_window(self.settings)
 
     @property
     def calibrates_without_gradient(self) -> bool:
@@ -90,14 +98,15 @@ class RLREstimator:
         return has_measured_window(self.settings)
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
-        """Measures the terms' variances on rollouts that no update uses, and blends them into the running ones."""
+        """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
         gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters))
         _check_gradient(gradients, rollouts)
-        measured = step_variances(gradients)
-        self.step_variances = measured if self.step_variances is None else self.step_variances.blend(measured, decay)
+        measured = step_gains(gradients)
+        self._step_gains = measured if self._step_gains is None else self._step_gains.blend(measured, decay)
         energies = step_energies(gradients)
         older = energies if self.step_energies is None else self.step_energies
         self.step_energies = decay * older + (1 - decay) * energies
+        self._see([calibration_sizes(gradients)])
 
     def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
         """Nothing to learn from other processes: advantages are taken within a prompt's own samples."""
@@ -110,8 +119,11 @@ class RLREstimator:
         """Blends what a finished update saw, in all micro-batches and processes, into the running statistics."""
         by_step: defaultdict[int, list[float]] = defaultdict(list)
         baselines: list[BaselineObservation] = []
+        sizes: list[SignalSizes] = []
         for memory in memories:
             baselines += memory.baselines
+            if memory.sizes is not None:
+                sizes.append(memory.sizes)
             for first_step, norm in memory.block_norms:
                 by_step[first_step].append(norm)
         for first_step, norms in by_step.items():
@@ -120,6 +132,8 @@ class RLREstimator:
             self._running_norms[first_step] = NORM_DECAY * older + (1 - NORM_DECAY) * newer
         if self._state_baseline is not None:
             self._state_baseline.remember(baselines)
+        if sizes:
+            self._see(sizes)
 
     def plan(self, chain: Chain, differentiable: bool, generator: torch.Generator) -> Plan:
         """Decides which step is covered by what; random draws come from ``generator`` (CPU)."""
@@ -143,9 +157,12 @@ class RLREstimator:
         norms: defaultdict[str, float] = defaultdict(float)
         memory = RLRMemory()
         backward_steps = 0
+        squares: list[float] = []
 
         def pull_back(segment: adjoint.Segment, term: str) -> float:
             nonlocal backward_steps
+            if self._measures_steps and term in ("first_order", "mixed_order"):
+                segment = watched(segment, squares)
             norm = adjoint.run(chain, rollout.trajectory, segment) / batch_size
             norms[term] += norm
             backward_steps += segment.length
@@ -174,6 +191,10 @@ class RLREstimator:
                 coefficients.zeroth_order,
             )
             norms["zeroth_order"] = norm / batch_size
+        if self._measures_steps:
+            if not squares and rollout.reward_gradient is not None:  # K = 0: no walk passed the reward's own gradient
+                squares.append(float(rollout.reward_gradient.double().square().sum()))
+            memory.sizes = SignalSizes.of_walk(rollout.advantages, squares)
         return EstimatorReport(
             coverage=plan.coverage,
             gradient_norms=dict(norms),
@@ -186,20 +207,34 @@ class RLREstimator:
     def state_dict(self) -> dict[str, Any]:
         """Running statistics, of plain types and tensors."""
         return {
-            "step_variances": None if self.step_variances is None else dict(vars(self.step_variances)),
+            "step_gains": None if self._step_gains is None else dict(vars(self._step_gains)),
             "step_energies": self.step_energies,
+            "signal_sizes": self._signal_sizes.state_dict(),
             "running_norms": dict(self._running_norms),
             "state_baseline": None if self._state_baseline is None else self._state_baseline.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        if state["step_variances"] is not None:
-            self.step_variances = StepVariances(**state["step_variances"])
         self.step_energies = state.get("step_energies")
+        if state["step_gains"] is not None:
+            self._step_gains = StepGains(**state["step_gains"])
+            self._signal_sizes = SignalSizes.from_state_dict(state["signal_sizes"])
+            self.step_variances = self._step_gains.variances(self._signal_sizes)
         self._running_norms = dict(state["running_norms"])
         if self._state_baseline is not None and state["state_baseline"] is not None:
             self._state_baseline.load_state_dict(state["state_baseline"])
+
+    @property
+    def _measures_steps(self) -> bool:
+        """Whether K, or the mixture, is to be chosen by measurement."""
+        return self.settings.first_order_steps == "auto"
+
+    def _see(self, sizes: Iterable[SignalSizes]) -> None:
+        """Learns from the samples of one update or calibration how large signals are."""
+        self._signal_sizes = self._signal_sizes.blend(sizes, SIZE_DECAY)
+        if self._step_gains is not None:
+            self.step_variances = self._step_gains.variances(self._signal_sizes)
 
     def _score_advantages(
         self, objective: Objective, rollout: Rollout, t: int, memory: RLRMemory

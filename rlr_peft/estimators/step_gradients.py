@@ -25,12 +25,15 @@ class StepGradients:
         scores: the gradient of ``< eps_t / sigma_t, mu_t >``, (T, N, d); zeros where a step has no noise.
         advantages: of the samples, (N,).
         has_noise: whether step t has a score term, (T,), bool.
+        cotangent_squares: squared norm of the reward's derivative at the mean of every step, (T, N), float64; None for
+            a reward without gradient.
     """
 
     pathwise: torch.Tensor | None
     scores: torch.Tensor
     advantages: torch.Tensor
     has_noise: torch.Tensor
+    cotangent_squares: torch.Tensor | None = None
 
     @property
     def half_order(self) -> torch.Tensor:
@@ -57,6 +60,7 @@ def measure_step_gradients(
         raise ValueError(f"Expected at least 2 samples to measure a variance, got {len(samples)}.")
     shape = (chain.num_steps, len(samples), sketch.dimension)
     pathwise = None if samples[0].reward_gradient is None else torch.zeros(shape)
+    squares = None if pathwise is None else torch.zeros(shape[:2], dtype=torch.float64)
     scores = torch.zeros(shape)
     for i, sample in enumerate(samples):
         cotangent = sample.reward_gradient
@@ -68,12 +72,13 @@ def measure_step_gradients(
             if wants_score:
                 noise = sample.trajectory.noise(t) / chain.std(t)
                 scores[t - 1, i] = sketch(step.into_parameters(noise, keep=cotangent is not None))
-            if cotangent is not None and pathwise is not None:
+            if cotangent is not None and pathwise is not None and squares is not None:
+                squares[t - 1, i] = float(cotangent.double().square().sum())
                 gradients, cotangent = step.into_both(cotangent)
                 pathwise[t - 1, i] = sketch(gradients)
     advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
     has_noise = torch.tensor([chain.std(t) > 0 for t in range(1, chain.num_steps + 1)])
-    return StepGradients(pathwise, scores, advantages, has_noise)
+    return StepGradients(pathwise, scores, advantages, has_noise, squares)
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,6 @@ class StepVariances:
 
     first_order: torch.Tensor
     half_order: torch.Tensor
-
-    def blend(self, newer: "StepVariances", decay: float) -> "StepVariances":
-        """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
-        return StepVariances(
-            _blend(self.first_order, newer.first_order, decay), _blend(self.half_order, newer.half_order, decay)
-        )
 
 
 def step_variances(gradients: StepGradients) -> StepVariances:
@@ -116,7 +115,3 @@ def variance_and_error(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     count = len(samples)
     squares = (samples.double() - samples.double().mean(0)).square().sum(1) * count / (count - 1)
     return squares.mean(), squares.std() / count**0.5
-
-
-def _blend(older: torch.Tensor, newer: torch.Tensor, decay: float) -> torch.Tensor:
-    return torch.where(newer.isinf() | older.isinf(), newer, decay * older + (1 - decay) * newer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlr_peft.evaluation.videos import as_images
-from rlr_peft.rewards.base import Reward, score_images
+from rlr_peft.rewards.base import Reward, measure_images
+from rlr_peft.rewards.info import Info, join_info
 
 # Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).
@@ -28,12 +29,14 @@ class Evaluation:
         seeds: of the n images.
         scores: per reward (n,) float32 on the CPU.
         images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures; of videos strips of frames.
+        info: numbers that the rewards give beside their scores for every image, `REWARD/NAME` -> (n,).
     """
 
     prompts: list[str]
     seeds: list[int]
     scores: dict[str, Tensor]
     images: Tensor
+    info: dict[str, Tensor] = field(default_factory=dict)
 
 
 def evaluation_plan(prompts: Sequence[str], num_images: int, seed: int) -> tuple[list[str], list[int]]:
@@ -98,6 +101,7 @@ def evaluate(
             f"{len(seeds)} seeds, batch_size {batch_size}"
         )
     scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    infos: dict[str, list[tuple[Info, int]]] = {name: [] for name in rewards}
     kept: list[Tensor] = []
     with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar, torch.no_grad():
         for start in range(0, len(prompts), batch_size):
@@ -105,7 +109,9 @@ def evaluate(
             images = render(batch_prompts, list(seeds[start : start + batch_size]))
             _check_images(images, len(batch_prompts))
             for name, reward in rewards.items():
-                scores[name].append(score_images(reward, images, batch_prompts).cpu())
+                scored = measure_images(reward, images, batch_prompts)
+                scores[name].append(scored.scores.cpu())
+                infos[name].append((scored.info, len(batch_prompts)))
             if start < num_kept_images:
                 kept.append(as_images(images[: num_kept_images - start].float().cpu()))
             bar.update(len(batch_prompts))
@@ -114,6 +120,7 @@ def evaluate(
         seeds=list(seeds),
         scores={name: torch.cat(parts) for name, parts in scores.items()},
         images=torch.cat(kept) if kept else torch.empty(0, 3, 0, 0),
+        info=_complete_info(infos),
     )
 
 
@@ -135,7 +142,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
     Returns:
         For each reward: `before`, `before_se`, `after`, `after_se` (means and their standard errors), `gain` (mean of
         after - before, image by image), `gain_se` (its paired standard error), `n` (images) and `win_rate` (share of
-        images that got better; ties count one half).
+        images that got better; ties count one half). The same for the info that both have.
 
     Raises:
         ValueError: the two were not made from the same plan and rewards, or hold fewer than two images.
@@ -145,8 +152,8 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
             "expected the same prompts, seeds and rewards before and after; evaluate both with the same plan"
         )
     comparison = {}
-    for name in before.scores:
-        old, new = before.scores[name].double(), after.scores[name].double()
+    for name, old, new in _pairs(before, after):
+        old, new = old.double(), new.double()
         gain = new - old
         mean_before, se_before = mean_and_standard_error(old)
         mean_after, se_after = mean_and_standard_error(new)
@@ -164,6 +171,11 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
     return comparison
 
 
+def _pairs(before: Evaluation, after: Evaluation) -> list[tuple[str, Tensor, Tensor]]:
+    pairs = [(name, before.scores[name], after.scores[name]) for name in before.scores]
+    return pairs + [(name, before.info[name], after.info[name]) for name in before.info if name in after.info]
+
+
 def flat_metrics(comparison: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The comparison with one level of keys, as in `metrics.json`: `reward_before`, ..., `heldout_gain_se`, one `n`."""
     flat = {
@@ -171,6 +183,17 @@ def flat_metrics(comparison: Mapping[str, Mapping[str, float]]) -> dict[str, flo
     }
     counts = {values["n"] for values in comparison.values()}
     return {**flat, "n": counts.pop()} if counts else flat
+
+
+def _complete_info(infos: Mapping[str, list[tuple[Info, int]]]) -> dict[str, Tensor]:
+    """What can be compared of the rewards' info: numbers that are finite for every image."""
+    joined = {name: join_info(parts) for name, parts in infos.items()}
+    return {
+        f"{name}/{key}": values
+        for name, info in joined.items()
+        for key, values in info.items()
+        if bool(values.isfinite().all())
+    }
 
 
 def _check_images(images: Tensor, num_images: int) -> None:

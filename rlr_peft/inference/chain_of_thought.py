@@ -104,8 +104,7 @@ class DiffusiveChainOfThought:
     def _refuse(self, prompt: str) -> Sequence[str]:
         raise ValueError(
             f"Expected the stage prompts of {prompt!r} ({', '.join(self.stages.names)}): the built-in rules know "
-            "coarse, "
-            "mid and fine only. Give a mapping of names to texts, or pass `decompose`."
+            "coarse, mid and fine only. Give a mapping of names to texts, or pass `decompose`."
         )
 
 

@@ -60,10 +60,8 @@ class LanguageModelDecomposer:
                 problem = error
         raise PromptError(
             f"prompt {str(prompt)!r}: {self._model.name} gave no stage prompts in {self._tries} tries; the last "
-            "answer: "
-            f"{problem}: {answer!r:.300}. Write its line into the file of stage prompts (--dcot_cache) by hand, or "
-            "take "
-            "another model"
+            f"answer: {problem}: {answer!r:.300}. Write its line into the file of stage prompts (--dcot_cache) by "
+            "hand, or take another model"
         )
 
 
@@ -72,10 +70,9 @@ def instructions(names: Sequence[str]) -> str:
     example = ", ".join(f'"{name}": "..."' for name in names)
     return (
         "An image is drawn in stages, from its overall layout to its finest details. Split the user's image prompt "
-        "into "
-        f"one prompt for each of the stages {', '.join(names)}, in this order: the first says what lies where and sets "
-        "the background, the last gives textures and small details. Name the main subject in every one of them, add "
-        f"nothing that the prompt does not say, and answer with one JSON object only: {{{example}}}"
+        f"into one prompt for each of the stages {', '.join(names)}, in this order: the first says what lies where and "
+        "sets the background, the last gives textures and small details. Name the main subject in every one of them, "
+        f"add nothing that the prompt does not say, and answer with one JSON object only: {{{example}}}"
     )
 
 

@@ -37,8 +37,7 @@ class OverLong:
         text = self.example if len(self.example) <= 80 else f"{self.example[:77]}..."
         return (
             f"{self.count} of {self.checked} prompts are longer than the {self.limit} tokens that the text encoder "
-            "sees "
-            f"and lose their end; the longest has {self.example_tokens}: {text!r}."
+            f"sees and lose their end; the longest has {self.example_tokens}: {text!r}."
         )
 
 

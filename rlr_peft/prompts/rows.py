@@ -115,7 +115,6 @@ class RowReader:
         if not isinstance(value, str):
             raise PromptError(
                 f"prompts '{self._source}': expected text in column {name}, got {type(value).__name__} {value!r:.60} "
-                "in "
-                f"row {self._rows}; its columns are {', '.join(row)}"
+                f"in row {self._rows}; its columns are {', '.join(row)}"
             )
         return value.strip()

@@ -42,8 +42,7 @@ def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | N
     if columns.beyond_caption:
         raise PromptError(
             f"prompts '{spec}': expected a table with columns {', '.join(columns.beyond_caption)}, got plain lines; "
-            "use a "
-            f"{', '.join(FORMATS)} file or drop the columns"
+            f"use a {', '.join(FORMATS)} file or drop the columns"
         )
     return list(prompts[:max_samples])
 
@@ -70,8 +69,7 @@ def _existing_file(spec: str) -> Path:
     if path.is_dir():
         raise PromptError(
             f"prompts '{spec}': {EXPECTED}, got a folder; give the path of the file in it, or read it as a dataset "
-            "with "
-            "--dataset_name"
+            "with --dataset_name"
         )
     if not path.exists():
         raise PromptError(f"prompts '{spec}': {EXPECTED}; no such file (looked for it from {Path.cwd()})")

@@ -71,8 +71,11 @@ def _loading(record: RunRecord) -> tuple[list[str], str]:
     lines = []
     for name in record.denoisers:
         # Without `weight_name` the file is guessed by asking the Hub, which fails offline and for private repositories.
-        second = ', subfolder="transformer_2", load_into_transformer_2=True' if name == "transformer_2" else ""
-        lines.append(f"pipe.load_lora_weights({adapter}, weight_name={weights}{second})")
+        # (In a local folder diffusers takes the first expert's file if the second's is named by `subfolder`.)
+        file, into = weights, ""
+        if name == "transformer_2":
+            file, into = _quoted(f"transformer_2/{record.weight_name}"), ", load_into_transformer_2=True"
+        lines.append(f"pipe.load_lora_weights({adapter}, weight_name={file}{into})")
     return [], "\n".join(lines)
 
 

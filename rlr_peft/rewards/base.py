@@ -1,28 +1,37 @@
-"""What a reward is, and the check that keeps a bad score from poisoning a training step."""
+"""What a reward is, and the one door through which trainer and evaluation ask it for scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy
 import torch
 from torch import Tensor
 
-from rlr_peft.errors import UserError
 from rlr_peft.prompt import metadata_of
+from rlr_peft.rewards.errors import RewardError
+from rlr_peft.rewards.info import Info, info_of, mean_over_frames
+from rlr_peft.rewards.scores import check_scores, describe_samples, is_attached
 
-# An error message shows at most this many bad samples; the rest are counted.
-MAX_SAMPLES_IN_MESSAGE = 4
-MAX_PROMPT_LENGTH_IN_MESSAGE = 80
-
-
-class RewardError(UserError, ValueError):
-    """A reward could not be loaded, failed, or returned something that is not one finite number per image."""
+__all__ = [
+    "Reward",
+    "RewardError",
+    "Scored",
+    "check_scores",
+    "describe_samples",
+    "is_attached",
+    "measure_images",
+    "score_images",
+    "settle_differentiable",
+]
 
 
 class Reward(Protocol):
     """Scores images; higher is better.
+
+    A reward whose attribute `takes_video` is True gets videos (B, F, 3, H, W) whole; any other gets their frames as
+    images, and the mean over the frames is the video's score.
 
     Attributes:
         name: short name used in metrics, figures and the model card; holds no path of this machine.
@@ -35,7 +44,9 @@ class Reward(Protocol):
     @property
     def differentiable(self) -> bool: ...
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Tensor | tuple[Tensor, Mapping[str, Any]]:
         """Score a batch.
 
         Args:
@@ -44,49 +55,63 @@ class Reward(Protocol):
             metadata: B dictionaries with whatever the prompt source knows about each prompt besides its text.
 
         Returns:
-            (B,) float32 scores.
+            (B,) float32 scores; or those and info, numbers to be logged (see `info.info_of`).
         """
         ...
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a reward said of a batch.
+
+    Attributes:
+        scores: (B,) finite float32.
+        info: name -> (B,) float32 numbers to be logged; NaN where a sample has none.
+    """
+
+    scores: Tensor
+    info: Info = field(default_factory=dict)
 
 
 def score_images(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
 ) -> Tensor:
-    """Call `reward` and check what it returns; the one door through which trainer and evaluation ask for scores.
+    """The scores of `measure_images`, (B,)."""
+    return measure_images(reward, images, prompts, metadata).scores
+
+
+def measure_images(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+) -> Scored:
+    """Call `reward` and check what it returns.
 
     Args:
         reward: the reward.
         images: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1]. When they require grad and the reward is
             differentiable, the scores stay attached to them; otherwise the reward sees detached images and the scores
-            carry no gradient. A reward without `takes_videos` sees the frames as images; a video's score is their mean.
+            carry no gradient. A reward without `takes_video` sees the frames as images; a video's score is their mean.
         prompts: B prompts.
         metadata: B dictionaries, or None for those that the prompts carry.
 
     Returns:
-        (B,) finite float32 scores on the images' device.
+        (B,) finite float32 scores on the images' device, and the reward's info.
 
     Raises:
         RewardError: wrong inputs, or scores that `check_scores` refuses.
     """
-    if images.ndim not in (4, 5) or images.shape[-3] != 3 or images.shape[0] != len(prompts):
-        raise RewardError(
-            f"reward '{reward.name}': expected images of shape ({len(prompts)}, 3, height, width), one per prompt, "
-            f"got {tuple(images.shape)}"
-        )
     metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
-    if len(metadata) != len(prompts):
-        raise RewardError(f"reward '{reward.name}': got {len(prompts)} prompts but {len(metadata)} metadata entries")
+    _check_inputs(reward, images, prompts, metadata)
     prompts = list(prompts)
-    if images.ndim == 5 and not getattr(reward, "takes_videos", False):
-        frames = images.shape[1]
-        texts = [prompt for prompt in prompts for _ in range(frames)]
-        facts = [entry for entry in metadata for _ in range(frames)]
-        return score_images(reward, images.flatten(0, 1), texts, facts).unflatten(0, (-1, frames)).mean(1)
+    if images.ndim == 5 and not getattr(reward, "takes_video", False):
+        return _measure_frames(reward, images, prompts, metadata)
     if images.requires_grad and torch.is_grad_enabled() and settle_differentiable(reward, images, prompts, metadata):
-        return check_scores(reward.name, reward(images, prompts, metadata), prompts, attached_to=images)
-    with torch.no_grad():
-        scores = reward(images.detach(), prompts, metadata)
-    return check_scores(reward.name, scores, prompts).detach().to(images.device)
+        returned = reward(images, prompts, metadata)
+        scores = check_scores(reward.name, returned, prompts, attached_to=images)
+    else:
+        with torch.no_grad():
+            returned = reward(images.detach(), prompts, metadata)
+        scores = check_scores(reward.name, returned, prompts).detach().to(images.device)
+    return Scored(scores, info_of(returned, len(prompts)))
 
 
 def settle_differentiable(
@@ -103,135 +128,27 @@ def settle_differentiable(
     return reward.differentiable
 
 
-def check_scores(reward_name: str, scores: Any, prompts: Sequence[str], *, attached_to: Tensor | None = None) -> Tensor:
-    """Turn what a reward returned into (B,) finite float32 scores, or say exactly what is wrong with it.
+def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+    """Mean over the frames of what an image reward says of each."""
+    num_frames = videos.shape[1]
+    measured = measure_images(
+        reward,
+        videos.flatten(0, 1),
+        [prompt for prompt in prompts for _ in range(num_frames)],
+        [entry for entry in metadata for _ in range(num_frames)],
+    )
+    return Scored(measured.scores.reshape(-1, num_frames).mean(1), mean_over_frames(measured.info, num_frames))
 
-    Args:
-        reward_name: named in every message.
-        scores: a tensor, a numpy array, or a list of numbers or 0-dim tensors, with one real number per prompt; or
-            `(scores, info)` where info is a mapping, a list of mappings or None (it is dropped).
-        prompts: the B prompts that were scored; named in every message.
-        attached_to: images that the scores must carry a gradient to. Scores move to their device.
 
-    Returns:
-        (B,) float32; attached to the images' graph where the scores were.
-
-    Raises:
-        RewardError: not numbers, wrong shape, not finite in float32, or cut off from `attached_to`.
-    """
-    tensor = _as_tensor(reward_name, _without_info(scores), prompts)
-    expected = (len(prompts),)
-    if tuple(tensor.shape) != expected:
-        advice = "return one score per image"
-        if tuple(tensor.shape) == (*expected, 1):
-            advice = "drop the last dimension with `.squeeze(1)`"
-        elif tensor.ndim == 0:
-            advice = "do not average over the batch"
+def _check_inputs(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+    takes_video = getattr(reward, "takes_video", False)
+    fits = images.ndim == 5 or (images.ndim == 4 and not takes_video)
+    if not fits or images.shape[-3] != 3 or images.shape[0] != len(prompts):
+        expected = f"({len(prompts)}, 3, height, width), or videos ({len(prompts)}, frames, 3, height, width)"
+        if takes_video:
+            expected = f"({len(prompts)}, frames, 3, height, width): this reward judges videos"
         raise RewardError(
-            f"reward '{reward_name}': expected scores of shape {expected}, got {tuple(tensor.shape)}; {advice}. "
-            f"The batch: {describe_samples(range(len(prompts)), prompts)}"
+            f"reward '{reward.name}': expected images of shape {expected}, one per prompt, got {tuple(images.shape)}"
         )
-    if tensor.is_complex():
-        raise RewardError(
-            f"reward '{reward_name}': expected real scores, got dtype {tensor.dtype}; return float32. "
-            f"The batch: {describe_samples(range(len(prompts)), prompts)}"
-        )
-    tensor = tensor.to(torch.float32)
-    finite = torch.isfinite(tensor.detach()).cpu()
-    if not bool(finite.all()):
-        bad = [index for index, good in enumerate(finite.tolist()) if not good]
-        values = ", ".join(str(tensor[index].item()) for index in bad[:MAX_SAMPLES_IN_MESSAGE])
-        raise RewardError(
-            f"reward '{reward_name}': expected finite scores, got {values} for {len(bad)} of {len(prompts)} samples: "
-            f"{describe_samples(bad, prompts)}. Look at these images and prompts: guard divisions, logarithms and "
-            "square roots in the reward, and check that the images themselves are finite"
-        )
-    if attached_to is not None:
-        tensor = tensor.to(attached_to.device)
-        if not is_attached(tensor, attached_to):
-            raise RewardError(
-                f"reward '{reward_name}' says it is differentiable, but its scores carry no gradient to the images. "
-                "Keep everything between images and scores in torch, without `.detach()`, `.item()`, `.numpy()`, PIL "
-                "or `torch.no_grad()`; or declare it with `differentiable = False` on the callable. "
-                f"The batch: {describe_samples(range(len(prompts)), prompts)}"
-            )
-    return tensor
-
-
-def is_attached(scores: Tensor, images: Tensor) -> bool:
-    """Whether backpropagation from `scores` reaches `images`, found by walking the graph (no gradient is computed).
-
-    `scores.requires_grad` alone would not do: it is also true for a reward model whose own weights require grad but
-    that looks at detached images.
-    """
-    if scores.grad_fn is None or not images.requires_grad:
-        return False
-    target = torch.autograd.graph.get_gradient_edge(images).node
-    pending, seen = [scores.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is target:
-            return True
-        if node in seen:
-            continue
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions if following is not None)
-    return False
-
-
-def describe_samples(indices: Sequence[int] | range, prompts: Sequence[str]) -> str:
-    """The samples at `indices` for an error message: `sample 2 "a red star", sample 5 "..." and 3 more`."""
-    shown = []
-    for index in indices[:MAX_SAMPLES_IN_MESSAGE]:
-        prompt = prompts[index]
-        if len(prompt) > MAX_PROMPT_LENGTH_IN_MESSAGE:
-            prompt = prompt[: MAX_PROMPT_LENGTH_IN_MESSAGE - 3] + "..."
-        shown.append(f'sample {index} "{prompt}"')
-    more = len(indices) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-def _without_info(scores: Any) -> Any:
-    """Drop `info` of `(scores, info)`; a tuple of two plain scores stays what it is."""
-    if isinstance(scores, tuple) and len(scores) == 2:
-        info = scores[1]
-        is_list_of_mappings = isinstance(info, list) and all(isinstance(entry, Mapping) for entry in info)
-        if info is None or isinstance(info, Mapping) or is_list_of_mappings:
-            return scores[0]
-    return scores
-
-
-def _as_tensor(reward_name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
-    """A tensor of any shape from what user code may return; list entries that are 0-dim tensors keep their graph."""
-    if isinstance(scores, Tensor):
-        return scores
-    if isinstance(scores, (list, tuple)):
-        entries = list(scores)
-        if entries and all(isinstance(entry, Tensor) for entry in entries):
-            if len({tuple(entry.shape) for entry in entries}) == 1:
-                return torch.stack(entries)
-            raise RewardError(f"reward '{reward_name}': the tensors in the returned list differ in shape")
-        bad = [index for index, entry in enumerate(entries) if not _is_number(entry)]
-        if bad and not all(isinstance(entries[index], (list, tuple, numpy.ndarray)) for index in bad):
-            where = describe_samples([index for index in bad if index < len(prompts)], prompts)
-            raise RewardError(
-                f"reward '{reward_name}': expected numbers, got {entries[bad[0]]!r} at position {bad[0]}; return one "
-                f"float per image. Bad: {where or 'beyond the batch'}"
-            )
-    try:
-        return torch.as_tensor(numpy.asarray(scores, dtype=numpy.float64))
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"reward '{reward_name}': expected a tensor, an array or a list of {len(prompts)} numbers, got "
-            f"{type(scores).__name__}; return one float per image. "
-            f"The batch: {describe_samples(range(len(prompts)), prompts)}"
-        ) from error
-
-
-def _is_number(entry: Any) -> bool:
-    # Strings are refused although float("0.5") would work: a reward that returns text is a mistake.
-    if isinstance(entry, Tensor):
-        return entry.ndim == 0
-    if isinstance(entry, (bool, int, float, numpy.number, numpy.bool_)):
-        return True
-    return isinstance(entry, numpy.ndarray) and entry.ndim == 0 and numpy.issubdtype(entry.dtype, numpy.number)
+    if len(metadata) != len(prompts):
+        raise RewardError(f"reward '{reward.name}': got {len(prompts)} prompts but {len(metadata)} metadata entries")

@@ -2,7 +2,9 @@
 
 The callable is a function or an object, or a class that is instantiated without arguments (and may keep state). It
 takes `(images, prompts)` or `(images, prompts, metadata)` and returns what `base.check_scores` accepts. A third
-positional argument receives the metadata when it is called `metadata` or has no default value.
+positional argument receives the metadata when it is called `metadata` or has no default value. Beside the scores it may
+return info, `(scores, info)`: numbers that are logged (see `info.info_of`). Its attribute `takes_video = True` asks for
+whole videos (B, F, 3, H, W); otherwise it gets their frames as images.
 
 Whether it is differentiable is read from its attribute `differentiable` when there is one. Otherwise it is found out
 once, by `CallableReward.probe` on the first images of the run.
@@ -25,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_peft.rewards.base import RewardError, check_scores, is_attached
+from rlr_peft.rewards.errors import RewardError
+from rlr_peft.rewards.info import Info, info_of
+from rlr_peft.rewards.scores import check_scores, is_attached
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ EXPECTED_ARGUMENTS = "(images, prompts) or (images, prompts, metadata)"
 class CallableReward:
     """A user's callable as a `Reward`.
 
-    Of a video pipeline it gets videos (B, F, 3, H, W), or, if it has the attribute `takes_videos = False`, frames.
+    Of a video pipeline it gets frames, or, if it has the attribute `takes_video = True`, videos (B, F, 3, H, W).
 
     Args:
         name: the reward's name in metrics and messages.
@@ -58,7 +62,7 @@ class CallableReward:
                 f"reward '{name}': its attribute `differentiable` must be True or False, got {declared!r}"
             )
         self._differentiable: bool | None = declared
-        self.takes_videos = bool(getattr(function, "takes_videos", True))
+        self.takes_video = bool(getattr(function, "takes_video", False))
 
     @property
     def differentiable(self) -> bool:
@@ -95,15 +99,18 @@ class CallableReward:
             leaf = few.clone().requires_grad_(True)
             try:
                 # A copy, because decoded images are no leaf of the graph either: code may change them in place.
-                self._differentiable = is_attached(self._call(leaf.clone(), *arguments), leaf)
+                scores = check_scores(self.name, self._call(leaf.clone(), *arguments), arguments[0])
+                self._differentiable = is_attached(scores, leaf)
             except RewardError as error:
-                self._call(few, *arguments)
+                check_scores(self.name, self._call(few, *arguments), arguments[0])
                 self._differentiable = False
                 logger.warning("Treated as not differentiable, as it only works on images without gradient: %s", error)
         return self._differentiable
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """(B,) finite float32; see `base.Reward`.
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Tensor | tuple[Tensor, Info]:
+        """(B,) finite float32, and the info if there is any; see `base.Reward`.
 
         Raises:
             RewardError: the callable raised, or its scores are refused by `base.check_scores`.
@@ -112,9 +119,14 @@ class CallableReward:
         if images.requires_grad and not self.probe(images, prompts, metadata):
             images = images.detach()
         attached_to = images if images.requires_grad and torch.is_grad_enabled() else None
-        return check_scores(self.name, self._call(images, prompts, metadata), prompts, attached_to=attached_to)
+        returned = self._call(images, prompts, metadata)
+        scores, info = (
+            check_scores(self.name, returned, prompts, attached_to=attached_to),
+            info_of(returned, len(prompts)),
+        )
+        return (scores, info) if info else scores
 
-    def _call(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    def _call(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
         arguments: tuple[Any, ...] = (images, prompts)
         keywords: dict[str, Any] = {}
         if self._passes_metadata == "positional":
@@ -122,7 +134,7 @@ class CallableReward:
         elif self._passes_metadata == "keyword":
             keywords = {"metadata": metadata}
         try:
-            scores = self._function(*arguments, **keywords)
+            return self._function(*arguments, **keywords)
         except (RewardError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -130,7 +142,6 @@ class CallableReward:
                 f"reward '{self.name}' raised {type(error).__name__}: {error} (called with images of shape "
                 f"{tuple(images.shape)} and {len(prompts)} prompts; the traceback above points into it)"
             ) from error
-        return check_scores(self.name, scores, prompts)
 
 
 def load_callable_reward(spec: str, device: str | torch.device = "cpu") -> CallableReward:

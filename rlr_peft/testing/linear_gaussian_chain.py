@@ -5,9 +5,6 @@
 with parameters W and v. All moments of x_0 are polynomials of the parameters, so the gradient of E[R] is exact.
 ``W x`` plays the denoiser's output, from which the prediction of x_0 follows too: the remaining steps without noise, to
 first order in the parameters.
-
-The parameters carry a leading replicate dimension: replicate r has its own (equal) copy and its own samples, so one
-pass of an estimator over R * n samples yields R independent gradient estimates in the parameters' ``.grad``.
 """
 
 from collections.abc import Sequence
@@ -15,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from rlr_peft.chain.gaussian_step import GaussianStep
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.testing.replicated_chain import ReplicatedChain
 
 
-class LinearGaussianChain:
+class LinearGaussianChain(ReplicatedChain):
     """The chain; a second implementation of ``rlr_peft.chain.interface.Chain``, in float64.
 
     Args:
@@ -46,80 +43,20 @@ class LinearGaussianChain:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        self.num_steps, self.dimension, self.replicates = num_steps, dimension, replicates
-        self.denoiser_evaluations = 0
-        self._stds = [last_std, *torch.linspace(0.25, 0.6, num_steps - 1, dtype=torch.float64).tolist()]
         self._decay = torch.linspace(*decay, num_steps, dtype=torch.float64)
         self._gain = torch.linspace(*gain, num_steps, dtype=torch.float64)
         self._shift = torch.linspace(0.5, 0.2, num_steps, dtype=torch.float64)
-        self._prediction = self._prediction_coefficients()
         matrix, vector = 0.3 * normal(dimension, dimension), 0.5 * normal(dimension)
-        self.parameters = [
-            torch.nn.Parameter(matrix.repeat(replicates, 1, 1)),
-            torch.nn.Parameter(vector.repeat(replicates, 1)),
-        ]
-        self._reference = [parameter.detach().clone() for parameter in self.parameters]
+        stds = [last_std, *torch.linspace(0.25, 0.6, num_steps - 1, dtype=torch.float64).tolist()]
+        super().__init__(stds, dimension, [matrix, vector], replicates)
+        self._prediction = self._prediction_coefficients()
         self.reward_slope = normal(dimension)
         root = normal(dimension, dimension)
         self.reward_curvature = 0.3 * root @ root.T / dimension
 
-    def std(self, t: int) -> float:
-        """Standard deviation of step t."""
-        return self._stds[t - 1]
-
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d (W x)|`` of step t."""
         return float(self._gain[t - 1])
-
-    def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
-        """Standard normal noises (T + 1, B, d); fast, so all from the first seed."""
-        generator = torch.Generator().manual_seed(seeds[0])
-        return torch.randn(self.num_steps + 1, len(seeds), self.dimension, generator=generator, dtype=torch.float64)
-
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
-        """Samples R * n rows, the rows of one replicate side by side; from these noises if given."""
-        noises = self.draw_noises(seeds) if noises is None else noises
-        latents, predictions = [noises[self.num_steps]], []
-        for t in range(self.num_steps, 0, -1):
-            step = self._step(latents[-1], t)
-            latents.append(step.next_latents(noises[t - 1]))
-            predictions.append(step.pred_original_sample)
-        return Trajectory(
-            prompts=list(prompts),
-            latents=torch.stack(latents).flip(0),
-            noises=noises,
-            stds=tuple(self._stds),
-            pred_original_samples=torch.stack(predictions).flip(0),
-        )
-
-    def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
-        """Step t once more."""
-        latents = trajectory.latents[t] if latents is None else latents
-        self.denoiser_evaluations += len(latents)
-        return self._step(latents, t)
-
-    @torch.no_grad()
-    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
-        """The mean of step t with the parameters that the chain was built with."""
-        self.denoiser_evaluations += trajectory.batch_size
-        return self._step(trajectory.latents[t], t, self._reference).mean
-
-    @torch.no_grad()
-    def rollout(
-        self,
-        trajectory: Trajectory,
-        start: int,
-        latents: torch.Tensor,
-        stop: int = 0,
-        noises: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Runs steps ``start, ..., stop + 1``."""
-        noises = trajectory.noises if noises is None else noises
-        for t in range(start, stop, -1):
-            latents = self._step(latents, t).next_latents(noises[t - 1])
-        self.denoiser_evaluations += len(latents) * (start - stop)
-        return latents
 
     def exact_gradient(self) -> list[torch.Tensor]:
         """Gradient of E[R(x_0)] by (W, v) of one replicate, shapes (d, d) and (d,)."""
@@ -134,8 +71,9 @@ class LinearGaussianChain:
         expected = self.reward_slope @ mean - (mean @ curvature @ mean + (curvature * covariance).sum()) / 2
         return list(torch.autograd.grad(expected, [matrix, vector]))
 
-    def _step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor] | None = None) -> GaussianStep:
-        matrix, vector = self.parameters if parameters is None else parameters
+    def step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor]) -> GaussianStep:
+        """``M_t x_t + c_t v + sigma_t eps_t``."""
+        matrix, vector = parameters
         rows = latents.reshape(self.replicates, -1, self.dimension)
         output = rows @ matrix.mT
 
@@ -179,19 +117,3 @@ class QuadraticReward:
     def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) and their gradients (B, d)."""
         return self.score(latents, prompts), self._chain.reward_slope - latents @ self._chain.reward_curvature
-
-
-class WaveReward:
-    """``R = sin(w . x_0)``: bounded, but as steep as the chain amplifies, so that pathwise gradients become noise."""
-
-    def __init__(self, chain: LinearGaussianChain, differentiable: bool = True) -> None:
-        self._slope = chain.reward_slope
-        self.differentiable = differentiable
-
-    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Rewards (B,)."""
-        return torch.sin(latents @ self._slope)
-
-    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards (B,) and their gradients (B, d)."""
-        return self.score(latents, prompts), torch.cos(latents @ self._slope)[:, None] * self._slope

@@ -6,6 +6,9 @@ import os
 import shlex
 import sys
 
+import torch
+from diffusers import DiffusionPipeline
+
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
@@ -84,11 +87,11 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
     lines = [f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time."]
     for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
         if reward is not None and f"{name}_gain" in metrics:
-            lines.append(
-                f"  {name} ({reward.name}): {metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, "
-                f"gain {with_error(metrics[f'{name}_gain'], metrics[f'{name}_gain_se'], sign=True)} "
-                f"(n = {metrics['n']:.0f} images)"
-            )
+            lines.append(f"  {name} ({reward.name}): {_gain_text(metrics, name)} (n = {metrics['n']:.0f} images)")
+            parts = [
+                key.removesuffix("_gain") for key in metrics if key.startswith(f"{name}/") and key.endswith("_gain")
+            ]
+            lines += [f"    {part.removeprefix(f'{name}/')}: {_gain_text(metrics, part)}" for part in parts]
     base = run.config.model.pretrained_model_name_or_path
     load_from = "rlr_peft.tiny_shapes.pipeline_path()" if base == PIPELINE_NAME else repr(base)
     lines += [
@@ -98,6 +101,11 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
         *(f"  {line}" for line in _loading_lines(run)),
     ]
     return "\n".join(lines)
+
+
+def _gain_text(metrics: dict[str, float], name: str) -> str:
+    gain = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
+    return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {gain}"
 
 
 def _loading_lines(run: Run) -> list[str]:
@@ -115,14 +123,23 @@ def _loading_lines(run: Run) -> list[str]:
 def _verify_adapter(run: Run) -> None:
     prompts, seeds = evaluation_plan(run.prompts, 2, derive_seed(run.config.training.seed, "validation"))
     eta = run.config.validation.evaluation_eta
-    fresh = load_pipeline(run.config.model, run.accelerator.device)
-    verify_lora_reloads(
-        run.pipeline,
-        fresh,
-        run.output_dir,
-        lambda pipeline: render(build_chain(run.config, pipeline, eta), prompts, seeds),
-    )
+    fresh = load_pipeline(run.config.model, torch.device("cpu") if _can_move(run) else run.accelerator.device)
+
+    def draw(pipeline: DiffusionPipeline) -> torch.Tensor:
+        if _can_move(run):  # never both on the device: what trained just so would not fit
+            (fresh if pipeline is run.pipeline else run.pipeline).to("cpu")
+            pipeline.to(run.accelerator.device)
+        return render(build_chain(run.config, pipeline, eta), prompts, seeds)
+
+    with torch.compiler.set_stance("force_eager"):  # the fresh one is not compiled, and compiled code rounds otherwise
+        verify_lora_reloads(run.pipeline, fresh, run.output_dir, draw)
     logger.info("The saved adapter, loaded into a fresh pipeline, draws the same images bit for bit.")
+
+
+def _can_move(run: Run) -> bool:
+    """Whether the whole pipeline can be moved: offloaded models move by themselves, bitsandbytes' stay."""
+    model = run.config.model
+    return not model.offload and model.bnb_quantization_config_path is None
 
 
 def _save_curve(run: Run) -> None:
@@ -146,6 +163,18 @@ def _first_order_text(run: Run) -> list[str]:
     span = str(min(used)) if len(used) == 1 else f"between {min(used)} and {max(used)}"
     meaning = ", that is full backpropagation" if used == {run.chain.num_steps} else ""
     return [f"K was {span} of {run.chain.num_steps} in its updates{meaning}."]
+
+
+def _reward_decoder_text(run: Run) -> list[str]:
+    """What a reward that is taken on another decoder's images means."""
+    name = run.config.model.pretrained_tiny_vae_name_or_path
+    if name is None:
+        return []
+    label = os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name
+    return [
+        f"The reward was taken on images of the small decoder `{label}`, so its gradient is biased with respect to the "
+        "images that users see; the comparison and all images here were decoded by the pipeline's own VAE."
+    ]
 
 
 def _peft_config(run: Run) -> dict[str, object] | None:
@@ -172,6 +201,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         "prompt.",
         *_first_order_text(run),
         *([chain_of_thought] if chain_of_thought is not None else []),
+        *_reward_decoder_text(run),
         *([progress.stopped_early] if progress.stopped_early else []),
     ]
     return RunRecord(
@@ -189,12 +219,12 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         license="apache-2.0" if config.model.pretrained_model_name_or_path == PIPELINE_NAME else None,
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
-        inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.guidance, **run.chain.call.size},
+        inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},
         stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
         stage_prompts=next((stages_of(prompt) for prompt in run.prompts if stages_of(prompt)), ()),
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
-        fps=config.chain.fps if run.chain.call.is_video else None,
+        fps=run.chain.call.fps if run.chain.call.is_video else None,
         prompts=run.prompts,
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,

@@ -6,11 +6,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoModel, DiffusionPipeline, MotionAdapter
+from diffusers import AutoencoderTiny, AutoModel, DiffusionPipeline, MotionAdapter
 
+from rlr_peft.chain.offload import offload_models
 from rlr_peft.config import ModelArguments
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 from rlr_peft.training.logs import hide_loading_bars
+from rlr_peft.training.memory_options import (
+    pipeline_quantization,
+    set_attention_backend,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +27,11 @@ SETTINGS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": F
 def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionPipeline:
     """The frozen base pipeline on its device, in eval mode and without safety checker.
 
+    With ``offload`` its models stay in host memory and come to the device when they are called.
+
     Raises:
         OSError: the folder or the Hub repository does not hold a diffusers pipeline.
-        ValueError: the VAE cannot recompute its activations.
+        ValueError: the VAE cannot recompute its activations, or the denoiser cannot use the attention backend.
     """
     hide_loading_bars()
     dtype = DTYPES[arguments.mixed_precision]
@@ -48,20 +55,61 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
         dtype=dtype,
         **where,
         **_settings(pipeline_class, source, where),
+        **pipeline_quantization(arguments, dtype),
         **replaced,
-    ).to(device)
+    )
+    if not arguments.offload:
+        pipeline.to(device)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     vae = getattr(pipeline, "vae", None)
-    if vae is not None and dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        # The pipeline would cast it to and fro around each decode, under the feet of the tape.
+    if vae is not None and dtype == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast:
+        # The pipeline (SDXL) would cast it to and fro around each decode, under the feet of the tape.
         logger.info("The VAE overflows in fp16 and is kept in fp32; --pretrained_vae_model_name_or_path replaces it.")
         vae.to(torch.float32)
     if arguments.vae_gradient_checkpointing:
         enable_checkpointing(vae, "vae_gradient_checkpointing")
+    if arguments.attention_backend is not None:
+        set_attention_backend(pipeline, arguments.attention_backend)
+    if arguments.offload:
+        offload_models(pipeline, device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_reward_decoder(
+    arguments: ModelArguments, pipeline: DiffusionPipeline, device: torch.device
+) -> AutoencoderTiny | None:
+    """The small VAE that decodes for the training reward, frozen; None if none is asked for.
+
+    Raises:
+        OSError: the folder or the Hub repository does not hold an AutoencoderTiny.
+        ValueError: it decodes other latents than the pipeline's.
+    """
+    name = arguments.pretrained_tiny_vae_name_or_path
+    if name is None:
+        return None
+    decoder = AutoencoderTiny.from_pretrained(
+        name, dtype=DTYPES[arguments.mixed_precision], cache_dir=arguments.cache_dir
+    )
+    check_reward_decoder(pipeline, decoder)
+    if arguments.vae_gradient_checkpointing:
+        enable_checkpointing(decoder, "vae_gradient_checkpointing")
+    return decoder.to(device).requires_grad_(False).eval()
+
+
+def check_reward_decoder(pipeline: Any, decoder: Any) -> None:
+    """Raises a ValueError where the decoder does not decode the pipeline's latents."""
+    vae = getattr(pipeline, "vae", None)
+    channels = getattr(getattr(vae, "config", None), "latent_channels", None)
+    if type(vae).__name__ != "AutoencoderKL" or channels != decoder.config.latent_channels:
+        raise ValueError(
+            f"pretrained_tiny_vae_name_or_path: expected a pipeline with an AutoencoderKL of "
+            f"{decoder.config.latent_channels} latent channels, as the tiny VAE has, got {type(vae).__name__} with "
+            f"{channels}; use the tiny VAE of the base's family (taesd, taesdxl, taesd3, taef1) or leave "
+            "--pretrained_tiny_vae_name_or_path out."
+        )
 
 
 def enable_checkpointing(model: Any, flag: str) -> None:

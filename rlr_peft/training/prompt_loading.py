@@ -139,8 +139,7 @@ def _streamed(config: Config, columns: Columns, evaluation: list[str] | None, va
     if not training or evaluation == []:
         raise ConfigError(
             f"validation_split_percentage: expected prompts on both sides of the split of {arguments.dataset_name}, "
-            "got "
-            "none on one; change it."
+            "got none on one; change it."
         )
     if decompose is not None:
         validation = decompose_prompts(validation, decompose)

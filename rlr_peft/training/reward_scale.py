@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 
-DECAY = 0.9
-# A variance below this share of the mean square is rounding of float32: the rewards are all equal.
-ROUNDING = 1e-12
+from rlr_peft.rewards.running_scale import DECAY, variance
 
 
 class RewardScale:
@@ -24,7 +22,7 @@ class RewardScale:
 
         The divisor is 1 as long as all rewards were equal.
         """
-        own = _variance(rewards)
+        own = variance(rewards)
         past = self._variance or own
         self._variance = DECAY * past + (1 - DECAY) * own
         return past**0.5 if past > 0 else 1.0
@@ -36,9 +34,3 @@ class RewardScale:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         self._variance = state["variance"]
-
-
-def _variance(rewards: torch.Tensor) -> float:
-    values = rewards.double()
-    variance = float(values.var()) if len(values) > 1 else 0.0
-    return variance if variance > ROUNDING * float(values.square().mean()) else 0.0

@@ -1,7 +1,7 @@
 """Samples and scores the batches of an update: prompts to chains to rewards to advantages."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -9,6 +9,7 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.rewards.info import Info, join_info
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,15 @@ class Batch:
         rollouts: its micro-batches.
         rewards: of all samples, (N,).
         heldout: held-out scores of all samples, (N,); None without a held-out reward.
+        info: numbers of the reward beside its scores, name -> (N,).
+        heldout_info: the same of the held-out reward.
     """
 
     rollouts: list[Rollout]
     rewards: torch.Tensor
     heldout: torch.Tensor | None
+    info: Info = field(default_factory=dict)
+    heldout_info: Info = field(default_factory=dict)
 
 
 def sample_batch(
@@ -62,7 +67,13 @@ def sample_batch(
         )
     ]
     heldout = [measurement.heldout for _, measurement in measured if measurement.heldout is not None]
-    return Batch(rollouts, rewards, torch.cat(heldout) if heldout else None)
+    return Batch(
+        rollouts,
+        rewards,
+        torch.cat(heldout) if heldout else None,
+        join_info((measurement.info, len(measurement.rewards)) for _, measurement in measured),
+        join_info((measurement.heldout_info, len(measurement.rewards)) for _, measurement in measured),
+    )
 
 
 def mirrored_pairs(noises: torch.Tensor) -> torch.Tensor:

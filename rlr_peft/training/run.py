@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
 from rlr_peft.chain.families import Family, default_lora_targets, family_of
+from rlr_peft.chain.offload import working_device
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.kl_penalty import KLPenalty
@@ -21,12 +22,14 @@ from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.loading import enable_checkpointing, load_pipeline
+from rlr_peft.training.loading import enable_checkpointing, load_pipeline, load_reward_decoder
+from rlr_peft.training.memory_options import check_machine, compile_denoisers
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
 from rlr_peft.training.prompt_loading import read_prompts, warn_of_long_prompts, with_stage_prompts
+from rlr_peft.training.reward_loading import load_rewards, measure_scales
 from rlr_peft.training.reward_scale import RewardScale
 from rlr_peft.training.seeds import derive_seed
 
@@ -61,7 +64,7 @@ class Run:
         family: what is particular to the pipeline's class.
         chain: the pipeline as the chain that is trained.
         reward: what is raised.
-        heldout: what is only measured; None without one.
+        heldout: what is only measured, one reward or several as one; None without.
         objective: decodes and scores.
         estimator: turns rollouts into gradients.
         kl_penalty: how the divergence from the base is measured; None if never.
@@ -112,21 +115,23 @@ def build_run(config: Config) -> Run:
     """
     prompts = read_prompts(config)
     accelerator = _accelerator(config)
+    check_machine(config.model, accelerator.device)
     if config.model.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
     with as_config_error():
         estimator = build_estimator(config.estimator, config.chain.num_inference_steps, stages_from_config(config))
-    reward = load_reward(config.reward.reward_fn, accelerator.device)
-    heldout_fn = config.reward.heldout_reward_fn
-    heldout = None if heldout_fn is None else load_reward(heldout_fn, accelerator.device)
+    reward, heldout = load_rewards(config, accelerator.device)
     prompts = with_stage_prompts(config, prompts, accelerator)
     arithmetic = _arithmetic(config, len(prompts.training), accelerator.num_processes)
     with as_config_error():
         pipeline = load_pipeline(config.model, accelerator.device)
-        family = family_of(pipeline, _denoisers(config))
-        parameters = _attach(config, pipeline, family)
-        chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames)
+        family = family_of(pipeline, denoiser_names(config))
+        parameters = attach_adapters(config, pipeline, family)
+        if config.model.torch_compile:
+            compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
+        decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
+        chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
         chain.call.negative_prompts(prompts.training[:1])  # refuses those of a pipeline that takes none
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
     warn_of_long_prompts(config, pipeline, prompts)
@@ -134,7 +139,7 @@ def build_run(config: Config) -> Run:
     if warning is not None:
         logger.warning("%s", warning)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
-    return Run(
+    run = Run(
         config=config,
         accelerator=accelerator,
         pipeline=pipeline,
@@ -155,13 +160,20 @@ def build_run(config: Config) -> Run:
         lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
         arithmetic=arithmetic,
     )
+    if isinstance(reward, WeightedRewards):
+        measure_scales(reward, chain, run.objective, run.sampler, config)
+    return run
 
 
 def build_chain(
-    config: Config, pipeline: DiffusionPipeline, eta: float, decoded_frames: int | None = None
+    config: Config,
+    pipeline: DiffusionPipeline,
+    eta: float,
+    decoded_frames: int | None = None,
+    reward_decoder: torch.nn.Module | None = None,
 ) -> DenoisingChain:
-    """The config's chain over a pipeline, with another eta and whole videos where these are only looked at."""
-    arguments, denoisers = config.chain, _denoisers(config)
+    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at."""
+    arguments, denoisers = config.chain, denoiser_names(config)
     family = family_of(pipeline, denoisers)
     return DenoisingChain(
         pipeline,
@@ -173,6 +185,8 @@ def build_chain(
         denoisers=denoisers,
         decoded_frames=decoded_frames,
         stages=stages_from_config(config),
+        offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
+        reward_decoder=reward_decoder,
         reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),
         guidance_scale=arguments.guidance_scale,
         true_cfg_scale=arguments.true_cfg_scale,
@@ -186,7 +200,8 @@ def build_chain(
     )
 
 
-def _denoisers(config: Config) -> list[str] | None:
+def denoiser_names(config: Config) -> list[str] | None:
+    """The attributes of the pipeline that the config says to train; None leaves it to the family."""
     names = config.lora.denoiser
     return None if names is None else [name.strip() for name in names.split(",")]
 
@@ -214,8 +229,8 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _attach(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
-    """Adapters of all trained denoisers; their parameters in the chain's order."""
+def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
+    """Adapters of all trained denoisers, on the pipeline's working device; their parameters in the chain's order."""
     parameters = []
     for index, name in enumerate(family.denoisers):
         seed = derive_seed(config.training.seed, "lora", *([index] if index else []))
@@ -244,6 +259,9 @@ def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed:
     if config.model.gradient_checkpointing:
         enable_checkpointing(denoiser, "gradient_checkpointing")
     denoiser.train(lora.lora_dropout > 0)
+    if config.model.offload:  # the base waits in host memory
+        for parameter in parameters:
+            parameter.data = parameter.data.to(working_device(denoiser))
     return parameters
 
 

@@ -4,7 +4,9 @@ from typing import Literal, get_args
 
 from numpy.random import SeedSequence
 
-Purpose = Literal["lora", "samples", "calibration", "estimator", "validation", "evaluation", "process", "divergence"]
+Purpose = Literal[
+    "lora", "samples", "calibration", "estimator", "validation", "evaluation", "process", "divergence", "reward_scale"
+]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from rlr_peft.config import config_to_dict, config_to_yaml, save_config
 from rlr_peft.lora import lora_parameters, save_lora
+from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
@@ -173,6 +174,7 @@ def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
         "estimator": run.estimator.state_dict(),
         "objective": {"has_gradient": run.objective.has_gradient},
         "reward_scale": None if run.reward_scale is None else run.reward_scale.state_dict(),
+        "component_scales": run.reward.state_dict() if isinstance(run.reward, WeightedRewards) else None,
         "early_stopping": run.early_stopping.state_dict(),
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
@@ -208,6 +210,8 @@ def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
     run.objective.has_gradient = loaded.state["objective"]["has_gradient"]
     if run.reward_scale is not None and loaded.state["reward_scale"] is not None:
         run.reward_scale.load_state_dict(loaded.state["reward_scale"])
+    if isinstance(run.reward, WeightedRewards):
+        run.reward.load_state_dict(loaded.state["component_scales"] or {})
     run.early_stopping.load_state_dict(loaded.state["early_stopping"])
     restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)

@@ -1,7 +1,7 @@
 """One update: sample, score, estimate the gradient, all-reduce it once, clip, step."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,8 @@ from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
+from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
+from rlr_peft.rewards.info import info_means, join_info
 from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import Purpose, derive_seed
@@ -22,11 +24,12 @@ class Update:
     """What one update did.
 
     Attributes:
-        rewards: of the samples of all processes, (samples_per_update,).
+        rewards: of the samples of all processes, (samples_per_update,); a weighted sum is that on its first scales.
         heldout: held-out scores of the same samples; None without a held-out reward.
         kl: estimates of the samples' divergence from the base in nats, (samples_per_update,); None if not measured.
         reports: of this process's micro-batches, in the last inner epoch.
         gradient_norm: of the mean reward's gradient, before clipping, in the last inner epoch.
+        info: means of the numbers that the rewards give beside their scores, `reward/NAME` and `heldout/NAME`.
     """
 
     rewards: torch.Tensor
@@ -34,6 +37,7 @@ class Update:
     kl: torch.Tensor | None
     reports: list[EstimatorReport]
     gradient_norm: float
+    info: dict[str, float]
 
     def metrics(self) -> dict[str, float]:
         """The update's numbers for the logs."""
@@ -52,7 +56,7 @@ class Update:
             metrics[f"gradient_norm/{term}"] = _mean(report.gradient_norms.get(term, 0.0) for report in self.reports)
         for name in self.reports[0].metrics:
             metrics[name] = _mean(report.metrics[name] for report in self.reports)
-        return metrics
+        return metrics | self.info
 
 
 def calibrate(run: Run, step: int) -> None:
@@ -84,6 +88,7 @@ def take_update(run: Run, step: int) -> Update:
     batch = _sample(run, step)
     rewards = run.accelerator.gather(batch.rewards)
     scale = run.reward_scale.scale(rewards) if run.reward_scale is not None else 1.0
+    info = _info(run, batch)
     kl: torch.Tensor | None = None
     memories = []
     for epoch in range(run.estimator.inner_epochs):
@@ -94,7 +99,29 @@ def take_update(run: Run, step: int) -> Update:
     run.lr_scheduler.step()
     run.estimator.remember(gather_object(memories))
     heldout = None if batch.heldout is None else run.accelerator.gather(batch.heldout)
-    return Update(rewards, heldout, kl, reports, norm)
+    update = Update(info.get(f"reward/{ON_FIRST_SCALES}", rewards), heldout, kl, reports, norm, _logged_info(run, info))
+    if isinstance(run.reward, WeightedRewards):
+        # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
+        run.reward.observe({name.removeprefix("reward/"): values for name, values in info.items()})
+    return update
+
+
+def _info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
+    """The numbers that the rewards give beside their scores, of all processes: `reward/NAME` and `heldout/NAME`."""
+    names = {f"reward/{name}": values for name, values in batch.info.items()}
+    names |= {f"heldout/{name}": values for name, values in batch.heldout_info.items()}
+    # As objects, because processes need not have the same names.
+    parts = gather_object([(names, len(batch.rewards))])
+    return join_info(parts)
+
+
+def _logged_info(run: Run, info: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The info's means and, of a weighted sum, the scales that the update was divided by."""
+    means = info_means(info)
+    means.pop(f"reward/{ON_FIRST_SCALES}", None)  # it is the `reward`
+    if isinstance(run.reward, WeightedRewards) and run.reward.needs_scales:
+        means |= {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
+    return means
 
 
 def _accumulate(

@@ -10,6 +10,8 @@ from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
 from rlr_peft.evaluation.figures import save_image_grid
 from rlr_peft.evaluation.videos import as_images, save_video
 from rlr_peft.lora import adapter_disabled
+from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
 from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
 
@@ -54,7 +56,7 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:
         for i, video in enumerate(images):
-            save_video(path.with_suffix("") / f"{i:03d}", video, run.config.chain.fps)
+            save_video(path.with_suffix("") / f"{i:03d}", video, chain.call.fps)
         images = as_images(images)
     save_image_grid(path, images, prompts, columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
@@ -87,7 +89,9 @@ def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Eval
     seed = derive_seed(run.config.training.seed, "evaluation")
     prompts, seeds = evaluation_plan(evaluation_prompts, arguments.num_evaluation_images, seed)
     chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
-    rewards = {"reward": run.reward} | ({} if run.heldout is None else {"heldout": run.heldout})
+    # What is compared before and after must not be measured on scales that move in between.
+    reward: Reward = OnFirstScales(run.reward) if isinstance(run.reward, WeightedRewards) else run.reward
+    rewards = {"reward": reward} | ({} if run.heldout is None else {"heldout": run.heldout})
     return evaluate(
         lambda texts, numbers: render(chain, texts, numbers),
         prompts,

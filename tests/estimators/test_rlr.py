@@ -8,6 +8,7 @@ import torch
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.plan import Coefficients, RLRSettings
 from rlr_peft.estimators.rlr import NORM_DECAY, RLREstimator, RLRMemory
+from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import StepVariances
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
@@ -51,6 +52,11 @@ def test_the_terms_norms_and_passes_are_reported() -> None:
     assert set(report.gradient_norms) == {"mixed_order", "half_order"}
 
 
+def quiet_scores(num_steps: int) -> StepGains:
+    ones = torch.ones(num_steps, dtype=torch.float64)
+    return StepGains(ones, ones, torch.tensor([math.inf] + [1e-9] * (num_steps - 1), dtype=torch.float64))
+
+
 def test_auto_needs_a_calibration() -> None:
     with pytest.raises(RuntimeError, match="calibrate"):
         RLREstimator(RLRSettings("auto")).plan(LinearGaussianChain(), True, torch.Generator())
@@ -62,11 +68,8 @@ def test_the_state_survives_a_round_trip(tmp_path) -> None:
     estimator = RLREstimator(settings)
     objective = QuadraticReward(chain)
     estimator.calibrate(chain, [rollout_of(chain, 16, 4)], decay=0.5)
-    # K = 1, so that blocks are drawn and states give a baseline
-    estimator.step_variances = StepVariances(
-        first_order=torch.tensor([1.0, 9.0, 9.0, 9.0], dtype=torch.float64),
-        half_order=torch.tensor([math.inf, 1.0, 1.0, 1.0], dtype=torch.float64),
-    )
+    # quiet score terms and so K = 1: blocks are drawn, and states give a baseline
+    estimator.load_state_dict(estimator.state_dict() | {"step_gains": vars(quiet_scores(4))})
     for seed in range(2):
         report = estimator.accumulate(chain, objective, rollout_of(chain, 8, 4, seed), torch.Generator())
         estimator.remember([report.memory])

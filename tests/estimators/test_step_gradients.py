@@ -15,6 +15,7 @@ from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.planning import best_first_order_steps
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import (
     StepGradients,
     StepVariances,
@@ -22,7 +23,8 @@ from rlr_peft.estimators.step_gradients import (
     step_variances,
     variance_and_error,
 )
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward, WaveReward
+from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.wave_reward import WaveReward
 from tests.estimators.chains import flat, gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")
@@ -143,19 +145,22 @@ def test_first_order_only_costs_no_score_passes() -> None:
     assert chain.denoiser_evaluations == 2 * 8 * 3, "every step is replayed once"
 
 
-def test_running_variances_blend_and_survive_a_round_trip(tmp_path) -> None:
+def test_running_gains_blend_and_survive_a_round_trip(tmp_path) -> None:
     inf = math.inf
-    old = StepVariances(torch.tensor([1.0, 2.0]), torch.tensor([inf, 4.0]))
-    new = StepVariances(torch.tensor([3.0, 4.0]), torch.tensor([inf, 8.0]))
+    old = StepGains(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([inf, 4.0]))
+    new = StepGains(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 6.0]), torch.tensor([inf, 8.0]))
     blended = old.blend(new, decay=0.25)
     assert blended.first_order.tolist() == [2.5, 3.5]
-    assert blended.half_order.tolist() == [inf, 7.0]
+    assert blended.cotangents.tolist() == [1.75, 4.75]
+    assert blended.scores.tolist() == [inf, 7.0]
+    chain = LinearGaussianChain(num_steps=4)
     estimator = RLREstimator(RLRSettings("auto", SINGLE))
-    estimator.step_variances = blended
+    for seed in range(2):
+        estimator.calibrate(chain, [rollout_of(chain, 16, 4, seed)], decay=0.5)
     torch.save(estimator.state_dict(), tmp_path / "state.pt")
     restored = RLREstimator(RLRSettings("auto", SINGLE))
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert restored.step_variances is not None
+    assert restored.step_variances is not None and estimator.step_variances is not None
     for name in ("first_order", "half_order"):
-        assert torch.equal(getattr(restored.step_variances, name), getattr(blended, name))
-    assert restored.plan(LinearGaussianChain(num_steps=2), True, torch.Generator()).first_order_steps == 2
+        assert torch.equal(getattr(restored.step_variances, name), getattr(estimator.step_variances, name))
+    assert restored.plan(chain, True, torch.Generator()).first_order_steps == 4

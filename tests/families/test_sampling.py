@@ -106,7 +106,7 @@ def test_videos_have_frames(name: str, folder_of: Callable[[str], str]) -> None:
     assert videos.min() >= 0 and videos.max() <= 1
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "qwen-image", "sana", "z-image", "animatediff", "wan-2.1"])
+@pytest.mark.parametrize("name", CASES)
 def test_half_precision_keeps_float32_latents_and_gradients(name: str, folder_of: Callable[[str], str]) -> None:
     chain = DenoisingChain(load(folder_of(name), torch.bfloat16), num_inference_steps=2, **CASES[name].options)
     trajectory = chain.sample(PROMPTS, SEEDS)

@@ -48,9 +48,9 @@ def text_to_video_sd() -> TextToVideoSDPipeline:
     )
 
 
-def animatediff() -> AnimateDiffPipeline:
-    """A Stable Diffusion UNet with motion modules."""
-    unet = UNet2DConditionModel(
+def animatediff_unet() -> UNet2DConditionModel:
+    """The UNet of AnimateDiff's base."""
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -60,11 +60,15 @@ def animatediff() -> AnimateDiffPipeline:
         attention_head_dim=4,
         norm_num_groups=4,
     )
+
+
+def animatediff() -> AnimateDiffPipeline:
+    """A Stable Diffusion UNet with motion modules."""
     return AnimateDiffPipeline(
         vae=image_vae(4),
         text_encoder=clip_text_model(),
         tokenizer=letter_tokenizer(),
-        unet=unet,
+        unet=animatediff_unet(),
         motion_adapter=MotionAdapter(
             block_out_channels=(8, 16),
             motion_layers_per_block=1,

@@ -118,7 +118,7 @@ def test_a_local_model_answers_and_its_nonsense_is_rejected(tmp_path: Path) -> N
     split = LanguageModelDecomposer(TransformersModel(name), NAMES)
     state = torch.random.get_rng_state()
     assert split("a cat") == ("a room", "fur")
-    with pytest.raises(PromptError, match="prompt 'fish': .* gave no stage prompts in 3 tries"):
+    with pytest.raises(PromptError, match=r"prompt 'fish': .* gave no stage prompts in 3 tries"):
         split("fish")
     assert torch.equal(torch.random.get_rng_state(), state)
     with pytest.raises(PromptError, match="takes 80 tokens, and the question has 90"):
@@ -126,5 +126,5 @@ def test_a_local_model_answers_and_its_nonsense_is_rejected(tmp_path: Path) -> N
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="dcot_model '.*absent': cannot be loaded"):
+    with pytest.raises(PromptError, match=r"dcot_model '.*absent': cannot be loaded"):
         TransformersModel(str(tmp_path / "absent"))

@@ -52,7 +52,7 @@ def test_a_step_depends_on_nothing_but_its_number(
     for step in steps:
         fresh = StreamingPromptSampler(Stream(size), 5, buffer)
         parts = [used.sample(step, count, rank, processes) for rank in range(processes)]
-        assert sum(parts, []) == fresh.sample(step, count * processes)
+        assert [prompt for part in parts for prompt in part] == fresh.sample(step, count * processes)
 
 
 def test_reading_on_does_not_start_again() -> None:

@@ -162,7 +162,7 @@ def test_no_gradient_is_asked_for_where_none_can_flow() -> None:
     assert not score_images(Brightness(), images.detach(), PROMPTS).requires_grad
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 1, 4, 4), (3, 4, 4), (3, 2, 4, 4, 4), (2, 2, 3, 4, 4)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 1, 4, 4), (3, 4, 4), (3, 3, 2, 4, 4)])
 def test_images_that_do_not_fit_the_prompts_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(RewardError, match=r"expected images of shape \(3, 3, height, width\)"):
         score_images(Brightness(), torch.zeros(shape), PROMPTS)

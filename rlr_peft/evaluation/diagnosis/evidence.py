@@ -137,9 +137,11 @@ def _mirrored(chain: Chain, objective: Objective, sample: Rollout) -> torch.Tens
 
 def _joined(parts: Sequence[StepGradients]) -> StepGradients:
     pathwise = [part.pathwise for part in parts if part.pathwise is not None]
+    squares = [part.cotangent_squares for part in parts if part.cotangent_squares is not None]
     return StepGradients(
         pathwise=torch.cat(pathwise, dim=1) if pathwise else None,
         scores=torch.cat([part.scores for part in parts], dim=1),
         advantages=torch.cat([part.advantages for part in parts]),
         has_noise=parts[0].has_noise,
+        cotangent_squares=torch.cat(squares, dim=1) if squares else None,
     )

@@ -27,17 +27,17 @@ class TapeBytes:
         """Counts a tensor until the tape drops what is returned."""
         return _Saved(self, tensor)
 
-    def add(self, address: int, size: int) -> None:
+    def add(self, storage: int, size: int) -> None:
         """One more holder of a storage."""
-        if self._holders[address] == 0:
+        if self._holders[storage] == 0:
             self.live += size
             self.peak = max(self.peak, self.live)
-        self._holders[address] += 1
+        self._holders[storage] += 1
 
-    def drop(self, address: int, size: int) -> None:
+    def drop(self, storage: int, size: int) -> None:
         """One holder less."""
-        self._holders[address] -= 1
-        if self._holders[address] == 0:
+        self._holders[storage] -= 1
+        if self._holders[storage] == 0:
             self.live -= size
 
 
@@ -48,7 +48,8 @@ class _Saved:
         self.tensor = tensor
         owner = tensor if tensor._base is None else tensor._base
         storage = tensor.untyped_storage()
-        self._place = None if isinstance(owner, torch.nn.Parameter) else (storage.data_ptr(), storage.nbytes())
+        # By the storage itself, not its address: on the meta device all addresses are 0.
+        self._place = None if isinstance(owner, torch.nn.Parameter) else (storage._cdata, storage.nbytes())
         self._tape = tape
         if self._place is not None:
             tape.add(*self._place)

@@ -1,0 +1,236 @@
+"""Peak memory and time of every phase of a training step at real sizes, against the memory plan.
+
+    python -m benchmarks.real_size                                   # on a GPU: all cases
+    python -m benchmarks.real_size --case stable-diffusion-1.5-512   # one of them
+    python -m benchmarks.real_size --tiny                            # on a CPU: the same code on a pipeline of toy size
+
+Weights are random: memory and time do not depend on them, and nothing is downloaded. Each case runs in a process of its
+own. Real sizes are written to ``benchmarks/results/real_size.json``.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.machine import write_results
+from rlr_peft.chain.adjoint import Segment, run
+from rlr_peft.chain.families import family_of
+from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.config import Config, load_config
+from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
+from rlr_peft.evaluation.memory_plan.architecture import find_architecture
+from rlr_peft.evaluation.memory_plan.blueprint import build_pipeline
+from rlr_peft.evaluation.memory_plan.plan import ADJOINT, DECODE, SAMPLING, MemoryPlan
+from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
+from rlr_peft.training.loading import DTYPES, enable_checkpointing
+from rlr_peft.training.optimization import build_optimizer
+from rlr_peft.training.planning import plan_run
+from rlr_peft.training.run import attach_adapters, build_chain
+
+SEGMENT_STEPS = 3
+CHECKPOINTED = "--gradient_checkpointing true --vae_gradient_checkpointing true".split()
+BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --decode_batch_size 1 --num_inference_steps 4".split()
+CASES = {
+    "stable-diffusion-1.5-512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, ()),
+    "stable-diffusion-1.5-512-checkpointed": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, CHECKPOINTED),
+    "stable-diffusion-xl-1024-checkpointed": ("stabilityai/stable-diffusion-xl-base-1.0", 1024, CHECKPOINTED),
+    "stable-diffusion-3.5-medium-512": ("stabilityai/stable-diffusion-3.5-medium", 512, ()),
+    "stable-diffusion-3.5-medium-512-checkpointed": ("stabilityai/stable-diffusion-3.5-medium", 512, CHECKPOINTED),
+    "flux.1-dev-512-checkpointed": ("black-forest-labs/FLUX.1-dev", 512, CHECKPOINTED),
+    "flux.1-dev-512-nf4-checkpointed": ("black-forest-labs/FLUX.1-dev", 512, (*CHECKPOINTED, "nf4")),
+}
+TINY = {
+    "tiny": (PIPELINE_NAME, 64, ()),
+    "tiny-checkpointed": (PIPELINE_NAME, 64, CHECKPOINTED),
+    "tiny-nf4": (PIPELINE_NAME, 64, ("nf4",)),
+}
+
+
+def main() -> None:
+    """Runs the cases, each in its own process, prints and writes the comparison."""
+    parser = argparse.ArgumentParser(description="Real sizes on random weights, against the memory plan.")
+    parser.add_argument("--case", choices=[*CASES, *TINY], action="append", help="one case; may be given again")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
+    parser.add_argument("--here", metavar="FILE.json", help="run the one case in this process")
+    parsed = parser.parse_args()
+    names = parsed.case or list(TINY if parsed.tiny else CASES)
+    if parsed.here:
+        Path(parsed.here).write_text(json.dumps(measure_case(names[0])), encoding="utf-8")
+        return
+    if not torch.cuda.is_available() and not set(names) <= set(TINY):
+        parser.error("expected a GPU for real sizes, got a machine without one; use --tiny")
+    results = {name: _in_process(name) for name in names}
+    for name, result in results.items():
+        print(_table(name, result))
+    if not set(names) <= set(TINY):
+        print(write_results("real_size", {"cases": results}))
+
+
+def measure_case(name: str) -> dict[str, Any]:
+    """Peaks in bytes and seconds of one case's phases, with what the plan says of each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base, resolution, flags = (CASES | TINY)[name]
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(base, resolution, flags, Path(folder))
+        planned = plan_run(config)
+        run_phases = _build(config, device)
+        phases = run_phases(planned)
+    return {"base": base, "resolution": resolution, "flags": list(flags), "phases": phases}
+
+
+def _config(base: str, resolution: int, flags: Sequence[str], folder: Path) -> Config:
+    words = ["--pretrained_model_name_or_path", base, "--resolution", str(resolution)]
+    words += ["--prompt_path", "tiny-shapes/train", "--reward_fn", "jpeg-compressibility", *BATCH]
+    words += ["--mixed_precision", "no" if base == PIPELINE_NAME else "bf16"]
+    if "nf4" in flags:
+        path = folder / "nf4.json"
+        path.write_text(json.dumps({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}), encoding="utf-8")
+        words += ["--bnb_quantization_config_path", str(path)]
+    return load_config([*words, *(flag for flag in flags if flag != "nf4")])
+
+
+def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[str, Any]]:
+    """The run as training builds it, on random weights; returns the function that measures its phases."""
+    model = config.model
+    name = model.pretrained_model_name_or_path
+    architecture = find_architecture(str(pipeline_path()) if name == PIPELINE_NAME else name)
+    pipeline = build_pipeline(architecture, device, DTYPES[model.mixed_precision])
+    family = family_of(pipeline)
+    if model.bnb_quantization_config_path is not None:
+        quantize(getattr(pipeline, family.denoisers[0]), read_quantization(model.bnb_quantization_config_path))
+    parameters = attach_adapters(config, pipeline, family)
+    if model.vae_gradient_checkpointing:
+        enable_checkpointing(pipeline.vae, "vae_gradient_checkpointing")
+    chain = build_chain(config, pipeline, config.chain.eta)
+    reward = CallableReward("mean brightness", lambda images, prompts: images.mean((1, 2, 3)))
+    objective = DecodedReward(chain, reward, config.reward.decode_batch_size or 1)
+    optimizer = build_optimizer(parameters, config.optimizer)
+    for parameter in parameters:  # the state of the optimiser and the gradients are there from the second update on
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    prompts = ["a", "b"][: config.training.train_batch_size]
+
+    def run_phases(planned: MemoryPlan) -> dict[str, Any]:
+        sampled: list[Trajectory] = []
+        measured: list[torch.Tensor] = []
+
+        def sample() -> None:
+            sampled.append(chain.sample(prompts, list(range(len(prompts)))))
+
+        def score() -> None:
+            gradient = objective.measure(sampled[-1].latents[0], prompts).reward_gradient
+            measured.append(torch.zeros_like(sampled[-1].latents[0]) if gradient is None else gradient)
+
+        def pull_back() -> None:
+            run(chain, sampled[-1], Segment(1, SEGMENT_STEPS, measured[-1]))
+
+        chain.encode(prompts)
+        phases = {}
+        works = ((SAMPLING, sample, chain.num_steps), (DECODE, score, 1), (ADJOINT, pull_back, SEGMENT_STEPS))
+        for phase, work, steps in works:
+            work()  # warms up: kernels are chosen and workspaces allocated
+            del sampled[:-1], measured[:-1]
+            with _watched(device) as watched:
+                work()
+            del sampled[:-1], measured[:-1]
+            phases[phase] = {
+                **watched,
+                "seconds_per_step": watched["seconds"] / steps,
+                **_prediction(planned, phase, device),
+            }
+            if phases[phase]["peak"]:
+                phases[phase]["planned_over_measured"] = phases[phase]["planned"] / phases[phase]["peak"]
+        return phases
+
+    return run_phases
+
+
+def quantize(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Replaces the linear layers of random weights by bitsandbytes' 4-bit ones, as loading through diffusers does."""
+    from bitsandbytes.nn import Linear4bit
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear:
+                continue
+            packed = Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=layer.weight.dtype,
+                compress_statistics=bool(settings.get("bnb_4bit_use_double_quant", False)),
+                quant_type=settings.get("bnb_4bit_quant_type", "fp4"),
+            )
+            packed.load_state_dict({key: value.cpu() for key, value in layer.state_dict().items()})
+            setattr(parent, name, packed.to(layer.weight.device).requires_grad_(False))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks
+
+
+@contextmanager
+def _watched(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Fills in seconds and peak bytes: of the GPU's allocator, on a CPU of autograd's tape."""
+    result: dict[str, Any] = {}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    with counted_tape() as tape:
+        yield result
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    result["seconds"] = time.perf_counter() - started
+    result["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else tape.peak
+    result["peak_of"] = "all tensors" if device.type == "cuda" else "autograd's tape"
+
+
+def _prediction(planned: MemoryPlan, phase: str, device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"planned": planned.tensors(phase)}
+    measured, options = planned.facts.measured, planned.options
+    tape = {
+        SAMPLING: 0,
+        DECODE: measured.decode[options.decode_batch_size, options.vae_gradient_checkpointing].saved,
+        ADJOINT: measured.step[options.gradient_checkpointing].saved,
+    }
+    return {"planned": tape[phase]}
+
+
+def _in_process(name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.real_size", "--case", name, "--here", str(path)]
+        finished = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        if finished.returncode != 0:
+            return {"error": finished.stderr.strip().splitlines()[-1:]}
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
+
+
+def _table(name: str, result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"{name}: failed, {result['error']}"
+    lines = [f"{name} ({next(iter(result['phases'].values()))['peak_of']})"]
+    for phase, numbers in result["phases"].items():
+        measured, planned = numbers["peak"] / 2**30, numbers["planned"] / 2**30
+        lines.append(
+            f"  {phase:<16} measured {measured:7.3f} GiB, planned {planned:7.3f} GiB, ratio "
+            f"{numbers.get('planned_over_measured', 1):5.2f}, {numbers['seconds_per_step']:.3f} s a step"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What a pipeline is made of: the configs of its components, shipped, from a local folder or from the Hub.
+
+Weights are never fetched. The shipped ones are facts about public checkpoints; their parameter counts are tested.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from rlr_peft.errors import UserError
+
+MODEL_INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+CONFIG = "config.json"
+
+
+class ArchitectureError(UserError, ValueError):
+    """A pipeline whose configs cannot be found or understood."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The configs of a pipeline.
+
+    Attributes:
+        name: Hub id or folder name.
+        model_index: the pipeline's class and, for each component, its library and class.
+        components: each component's config; tokenizers have ``model_max_length`` at the most.
+    """
+
+    name: str
+    model_index: Mapping[str, Any]
+    components: Mapping[str, Mapping[str, Any]]
+
+
+def find_architecture(name_or_path: str, revision: str | None = None, cache_dir: str | None = None) -> Architecture:
+    """The configs of a local folder, of a shipped checkpoint, or of a Hub repository, looked for in this order.
+
+    Raises:
+        ArchitectureError: there is no such folder or repository, or it cannot be reached.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return _read(folder.name, lambda file: folder / file)
+    shipped = _shipped().get(name_or_path)
+    if shipped is not None:
+        return Architecture(name_or_path, shipped["model_index"], shipped["components"])
+    return _read(name_or_path, lambda file: _fetch(name_or_path, file, revision, cache_dir))
+
+
+def find_component(name_or_path: str, cache_dir: str | None = None) -> Mapping[str, Any]:
+    """The config of a single model, such as a VAE that replaces the pipeline's own.
+
+    Raises:
+        ArchitectureError: there is no such folder or repository, or it cannot be reached.
+    """
+    if Path(name_or_path).is_dir():
+        return _json(Path(name_or_path) / CONFIG)
+    shipped = _shipped().get(name_or_path)
+    return shipped["config"] if shipped is not None else _json(_fetch(name_or_path, CONFIG, None, cache_dir))
+
+
+def shipped_ids() -> list[str]:
+    """Hub ids of the pipelines whose configs come with the package."""
+    return sorted(name for name, entry in _shipped().items() if "model_index" in entry)
+
+
+def _shipped() -> dict[str, dict[str, Any]]:
+    folder = files("rlr_peft.evaluation.memory_plan") / "architectures"
+    entries = [json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir() if file.name.endswith(".json")]
+    return {name: entry for entry in entries for name in entry["ids"]}
+
+
+def _read(name: str, locate: Any) -> Architecture:
+    model_index = _json(locate(MODEL_INDEX))
+    components: dict[str, Mapping[str, Any]] = {}
+    for part, entry in model_index.items():
+        if not isinstance(entry, list) or entry[0] is None:
+            continue
+        if "Tokenizer" in entry[1]:
+            components[part] = _json(locate(f"{part}/tokenizer_config.json"))
+        elif "Scheduler" in entry[1]:
+            components[part] = _json(locate(f"{part}/{SCHEDULER_CONFIG}"))
+        elif "Processor" not in entry[1] and part != "safety_checker":
+            components[part] = _json(locate(f"{part}/{CONFIG}"))
+    return Architecture(name, model_index, components)
+
+
+def _fetch(name: str, file: str, revision: str | None, cache_dir: str | None) -> Path:
+    folder, _, filename = file.rpartition("/")
+    try:
+        return Path(hf_hub_download(name, filename, subfolder=folder or None, revision=revision, cache_dir=cache_dir))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ArchitectureError(
+            f"Expected {file} of {name}, a local folder or a Hub repository, and could not get it "
+            f"({type(error).__name__}). Give a folder, go online, or plan with one of the checkpoints whose configs "
+            f"come with rlr-peft: {', '.join(shipped_ids())}."
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ArchitectureError(f"Expected a JSON config at {path}: {error}.") from error
+    return content

@@ -1,0 +1,199 @@
+"""Adds the parts of a training step up: what is on the GPU in each phase, and where the peak is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlr_peft.evaluation.memory_plan.measurements import Measurements
+
+PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation")
+ENCODING, SAMPLING, DECODE, ADJOINT, EVALUATION = PHASES
+# What no tensor accounts for: the CUDA context with the libraries' workspaces, and the allocator's rounding and gaps.
+CONTEXT_BYTES = 700 * 2**20
+FRAGMENTATION = 0.05
+# Batches whose joined embeddings are remembered.
+KEPT_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be switched on to save memory, as the config spells it."""
+
+    gradient_checkpointing: bool = False
+    vae_gradient_checkpointing: bool = False
+    decode_batch_size: int = 1
+    offload: bool = False
+    offload_text_encoders: bool = False
+    quantized: bool = False
+    use_8bit_adam: bool = False
+    evaluation_batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything measured that a plan is added up from, in bytes.
+
+    Attributes:
+        measured: what the phases hold beside weights.
+        weights: of each component of the pipeline; ``quantized`` gives those of the denoisers in 4 or 8 bits.
+        denoisers: names of the components that are trained.
+        quantized: of the denoisers if bitsandbytes holds them.
+        dequantized: the largest matrix in full width, which is there while it multiplies.
+        lora: weights of the adapter in float32.
+        optimizer: its state, in float32 (False) and with 8-bit Adam (True).
+        rewards: weights of the rewards' networks.
+        scoring: the rewards' peak besides, by the number of images scored at once.
+    """
+
+    measured: Measurements
+    weights: Mapping[str, int]
+    denoisers: tuple[str, ...]
+    quantized: Mapping[str, int]
+    dequantized: int
+    lora: int
+    optimizer: Mapping[bool, int]
+    rewards: int
+    scoring: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that takes memory.
+
+    Attributes:
+        name: in words.
+        size: in bytes.
+        phases: in which it is on the GPU.
+    """
+
+    name: str
+    size: int
+    phases: tuple[str, ...] = PHASES
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The parts and their sums.
+
+    Attributes:
+        options: what is switched on.
+        parts: everything counted.
+        facts: what else could be chosen.
+        unknown: rewards about whose networks nothing is known.
+    """
+
+    options: Options
+    parts: tuple[Part, ...]
+    facts: Facts
+    unknown: tuple[str, ...] = field(default=())
+
+    def tensors(self, phase: str) -> int:
+        """Bytes of all tensors at a phase's peak; what `torch.cuda.max_memory_allocated` reports."""
+        return sum(part.size for part in self.parts if phase in part.phases)
+
+    def total(self, phase: str) -> int:
+        """Bytes that the process takes of the GPU at a phase's peak, allowances included."""
+        return round(self.tensors(phase) * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(PHASES, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes needed."""
+        return self.total(self.peak_phase)
+
+    def fits(self, gpu_memory: float) -> bool:
+        """Whether the peak is within so many GiB."""
+        return self.peak <= gpu_memory * 2**30
+
+
+def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> MemoryPlan:
+    """The plan of one choice of options.
+
+    Raises:
+        KeyError: a choice that was not measured, such as gradient checkpointing of a model that cannot.
+    """
+    measured = facts.measured
+    step = measured.step[options.gradient_checkpointing]
+    decode = measured.decode[options.decode_batch_size, options.vae_gradient_checkpointing]
+    pixels = options.decode_batch_size * measured.images
+    # The reward looks at a float32 copy of the images while the decoder's tape waits; then the tape is unwound.
+    scoring = max(decode.peak + pixels, decode.saved + 2 * pixels + facts.scoring[options.decode_batch_size])
+    dequantized = facts.dequantized if options.quantized else 0
+    parts = [
+        *_weights(facts, options),
+        Part("LoRA weights (fp32)", facts.lora),
+        Part("LoRA gradients (fp32)", facts.lora),
+        Part(
+            "optimiser state (8 bits)" if options.use_8bit_adam else "optimiser state (fp32)",
+            facts.optimizer[options.use_8bit_adam],
+        ),
+        Part("trajectory", measured.trajectory, (SAMPLING, DECODE, ADJOINT)),
+        Part("prompt embeddings", KEPT_BATCHES * measured.embeddings),
+        Part("encoding prompts", measured.encoding, (ENCODING,)),
+        Part("denoiser step, no tape", measured.sampling + dequantized, (SAMPLING,)),
+        Part("VAE decode + reward, tape", scoring, (DECODE,)),
+        Part("denoiser step, tape", step.peak + dequantized, (ADJOINT,)),
+        Part("summed LoRA gradients", 2 * facts.lora, (ADJOINT,)),
+        *_evaluation(facts, options),
+    ]
+    if facts.rewards:
+        parts.append(Part("reward networks", facts.rewards))
+    return MemoryPlan(options, tuple(part for part in parts if part.size), facts, unknown)
+
+
+def _evaluation(facts: Facts, options: Options) -> list[Part]:
+    """Drawing images to look at: its denoiser steps and its decode, of which the larger counts."""
+    measured = facts.measured.evaluation
+    if not measured:
+        return []
+    count = min(options.evaluation_batch_size, max(measured))
+    sampling, decode = measured[count]
+    if options.offload:  # weights of the one at work; the reward has the images after the decode
+        denoiser = max(0 if options.quantized else facts.weights[name] for name in facts.denoisers)
+        sampling, decode = sampling + denoiser, decode + facts.weights.get("vae", 0)
+    pixels = count * facts.measured.images
+    return [Part(f"drawing {count} at once, no tape", max(sampling, decode + pixels), (EVALUATION,))]
+
+
+def _weights(facts: Facts, options: Options) -> list[Part]:
+    parts = []
+    encoders = {name: size for name, size in facts.weights.items() if name.startswith("text_encoder")}
+    for name, size in facts.weights.items():
+        phases: tuple[str, ...] = PHASES
+        is_denoiser = name in facts.denoisers
+        if is_denoiser and options.quantized:
+            size = facts.quantized[name]  # and stays: bitsandbytes' layers are not moved
+        elif is_denoiser and options.offload:
+            largest = max(facts.denoisers, key=lambda other: facts.weights[other])
+            phases = (SAMPLING, ADJOINT) if name == largest else ()  # of two experts one at a time
+        elif name == "vae" and options.offload:
+            phases = (DECODE,)
+        elif name in encoders and options.offload:
+            phases = (ENCODING,) if name == max(encoders, key=lambda other: encoders[other]) else ()
+        elif name in encoders and options.offload_text_encoders:
+            phases = (ENCODING,)
+        parts.append(Part(f"weights: {name}", size, phases))
+    return parts
+
+
+def as_plain(plan: MemoryPlan) -> dict[str, Any]:
+    """The plan as numbers in bytes, for files."""
+    return {
+        "parts": [{"name": part.name, "bytes": part.size, "phases": list(part.phases)} for part in plan.parts],
+        "tensors": {phase: plan.tensors(phase) for phase in PHASES},
+        "total": {phase: plan.total(phase) for phase in PHASES},
+        "saved": {
+            "denoiser step": {_word(key): value.saved for key, value in plan.facts.measured.step.items()},
+            "decode of one": {
+                _word(key): value.saved for (count, key), value in plan.facts.measured.decode.items() if count == 1
+            },
+        },
+    }
+
+
+def _word(checkpointed: bool) -> str:
+    return "checkpointed" if checkpointed else "plain"

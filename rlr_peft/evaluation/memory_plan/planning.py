@@ -1,0 +1,96 @@
+"""From a config and a chain without bytes to the memory plan."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.config import Config
+from rlr_peft.evaluation.memory_plan.measurements import measure
+from rlr_peft.evaluation.memory_plan.plan import Facts, MemoryPlan, Options, add_up
+from rlr_peft.evaluation.memory_plan.reward_networks import reward_memory, reward_names
+from rlr_peft.evaluation.memory_plan.weights import largest_quantized, optimizer_bytes, weight_bytes
+
+# What is suggested where a base does not fit.
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+REWARD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def plan_memory(
+    config: Config,
+    chain: DenoisingChain,
+    evaluation_chain: DenoisingChain,
+    quantization: Mapping[str, Any] | None = None,
+) -> MemoryPlan:
+    """Measures and adds up.
+
+    Args:
+        config: of the run.
+        chain: its chain, with the adapter attached, over a pipeline on the meta device.
+        evaluation_chain: the chain that draws images to look at, over the same pipeline.
+        quantization: arguments of BitsAndBytesConfig of the config's file; None without one.
+
+    Raises:
+        ValueError: gradient checkpointing of a model that cannot.
+    """
+    batch_size = config.training.train_batch_size
+    decode_batch_size = min(config.reward.decode_batch_size or batch_size, batch_size)
+    validation = config.validation
+    counts = [
+        min(number, validation.evaluation_batch_size)
+        for number, prompts in (
+            (validation.num_evaluation_images, validation.evaluation_prompt_path),
+            (validation.num_validation_images * len(validation.validation_prompt or ()), validation.validation_prompt),
+        )
+        if prompts
+    ]
+    evaluation = (evaluation_chain, max(counts)) if counts else None
+    measured = measure(chain, batch_size, decode_batch_size, evaluation)
+    parameters = list(chain.parameters)
+    models: dict[str, Any] = {
+        name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)
+    }
+    if chain.reward_decoder is not None:
+        models["tiny VAE"] = chain.reward_decoder
+    denoisers = {name: models[name] for name in chain.family.denoisers}
+    held = quantization or NF4
+    names = reward_names(config.reward.reward_fn, config.reward.heldout_reward_fn)
+    dtype = REWARD_DTYPES[getattr(config.reward, "reward_dtype", "fp32")]
+    rewards = {count: {name: reward_memory(name, count, dtype) for name in names} for count in {1, decode_batch_size}}
+    known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}
+    # The matrix in full width is made in the compute dtype, which is that of the latents' cast.
+    full_width = max((largest_quantized(model, held, parameters) for model in denoisers.values()), default=0)
+    facts = Facts(
+        measured=measured,
+        weights={name: weight_bytes(model, parameters) for name, model in models.items()},
+        denoisers=chain.family.denoisers,
+        quantized={name: weight_bytes(model, parameters, held) for name, model in denoisers.items()},
+        dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
+        lora=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        optimizer={choice: optimizer_bytes(parameters, choice) for choice in (False, True)},
+        rewards=sum(memory.weights for memory in known[1]),
+        scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},
+    )
+    options = Options(
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        vae_gradient_checkpointing=config.model.vae_gradient_checkpointing,
+        decode_batch_size=decode_batch_size,
+        offload=config.model.offload,
+        offload_text_encoders=getattr(config.model, "offload_text_encoders", False),
+        quantized=quantization is not None,
+        use_8bit_adam=config.optimizer.use_8bit_adam,
+        evaluation_batch_size=max(counts, default=1),
+    )
+    _check(options, facts)
+    return add_up(facts, options, tuple(name for name, memory in rewards[1].items() if memory is None))
+
+
+def _check(options: Options, facts: Facts) -> None:
+    for flag, possible in (
+        ("gradient_checkpointing", True in facts.measured.step),
+        ("vae_gradient_checkpointing", (1, True) in facts.measured.decode),
+    ):
+        if getattr(options, flag) and not possible:
+            raise ValueError(f"{flag}: the model cannot recompute its activations; leave --{flag} out.")

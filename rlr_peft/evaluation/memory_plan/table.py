@@ -1,0 +1,79 @@
+"""The plan as text."""
+
+from rlr_peft.evaluation.memory_plan.advice import suggestions
+from rlr_peft.evaluation.memory_plan.plan import FRAGMENTATION, PHASES, MemoryPlan
+
+UNIT = 2**30
+
+
+def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None) -> str:
+    """The table of parts and phases, what checkpointing changes, and whether it fits.
+
+    Args:
+        plan: what was added up.
+        title: what is planned, in words.
+        gpu_memory: of the GPU in GiB; None gives no verdict.
+    """
+    width = max(len(part.name) for part in plan.parts) + 2
+    header = f"{'peak GPU memory in GiB':<{width}}" + "".join(f"{phase:>17}" for phase in PHASES)
+    lines = [title, "", header]
+    for part in plan.parts:
+        cells = (_gib(part.size) if phase in part.phases else "-" for phase in PHASES)
+        lines.append(f"{part.name:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
+    allowance = f"context + {FRAGMENTATION:.0%} gaps"
+    lines.append(
+        f"{allowance:<{width}}" + "".join(f"{_gib(plan.total(phase) - plan.tensors(phase)):>17}" for phase in PHASES)
+    )
+    lines.append(f"{'total':<{width}}" + "".join(f"{_gib(plan.total(phase)):>17}" for phase in PHASES))
+    lines += ["", f"Peak: {_gib(plan.peak)} GiB, in {plan.peak_phase}.", *_checkpointing(plan)]
+    if plan.unknown:
+        lines.append(f"Not counted, because nothing is known of their networks: {', '.join(plan.unknown)}.")
+    if gpu_memory is not None:
+        lines += ["", *verdict(plan, gpu_memory)]
+    return "\n".join(lines)
+
+
+def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
+    """Whether it fits into so many GiB, and if not what to switch on."""
+    if plan.fits(gpu_memory):
+        return [f"Fits {gpu_memory:g} GiB, with {_gib(round(gpu_memory * UNIT) - plan.peak)} GiB to spare."]
+    steps = suggestions(plan, gpu_memory)
+    lines = [f"Does not fit {gpu_memory:g} GiB: {_gib(plan.peak - round(gpu_memory * UNIT))} GiB too much."]
+    if steps:
+        lines.append("Switch on, each with all before it:")
+        lines += [
+            f"  {step.flag:<36} -> {_gib(step.plan.peak)} GiB, in {step.plan.peak_phase}"
+            f"{': fits' if step.plan.fits(gpu_memory) else ''}"
+            for step in steps
+        ]
+    if not steps or not steps[-1].plan.fits(gpu_memory):
+        lines.append(
+            "That is not enough: lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, "
+            "of a video, --num_frames and --decoded_frames; use --mixed_precision bf16; or decode with "
+            "--pretrained_tiny_vae_name_or_path."
+        )
+    return lines
+
+
+def _checkpointing(plan: MemoryPlan) -> list[str]:
+    measured = plan.facts.measured
+    lines = []
+    for what, by_choice, flag in (
+        ("Denoiser step", measured.step, "gradient_checkpointing"),
+        (
+            "Decode of one sample",
+            {choice: value for (count, choice), value in measured.decode.items() if count == 1},
+            "vae_gradient_checkpointing",
+        ),
+    ):
+        plain = by_choice[False]
+        text = f"{what}: {_gib(plain.saved)} on the tape, peak {_gib(plain.peak)}"
+        if True in by_choice:
+            other = by_choice[True]
+            text += f"; with {flag} {_gib(other.saved)} on the tape, peak {_gib(other.peak)}"
+        lines.append(f"{text} (GiB).")
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / UNIT:.2f}"

@@ -1,0 +1,92 @@
+"""From images in [0, 1] to what reward models were trained on; torch only, batched and differentiable.
+
+The published pipelines resize with PIL, which works on 8 bits, one direction after the other, and clamps in between. So
+does `resize_like_pil`, without the rounding: it agrees with PIL to within that rounding, where a single bicubic call
+without clamping differs by up to half of the range at sharp edges.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def clip_pixels(images: Tensor, size: int) -> Tensor:
+    """As CLIPImageProcessor: shortest side to `size`, bicubic, centre crop, CLIP's mean and standard deviation.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        size: height and width of the result, in pixels.
+
+    Returns:
+        (B, 3, size, size) float32.
+    """
+    height, width = _shortest_side_to(images, size)
+    resized = resize_like_pil(images, height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    return normalize(resized[..., top : top + size, left : left + size], CLIP_MEAN, CLIP_STD)
+
+
+def padded_clip_pixels(images: Tensor, size: int) -> Tensor:
+    """As HPSv2: longest side to `size`, bicubic on floats without clamping, black borders, CLIP's mean and deviation.
+
+    Args, returns: as `clip_pixels`.
+    """
+    scale = size / max(images.shape[-2:])
+    height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
+    resized = images.float()
+    if (height, width) != tuple(images.shape[-2:]):
+        resized = F.interpolate(resized, size=(height, width), mode="bicubic", antialias=True)
+    top, left = (size - height) // 2, (size - width) // 2
+    padded = F.pad(resized, (left, size - width - left, top, size - height - top))
+    return normalize(padded, CLIP_MEAN, CLIP_STD)
+
+
+def imagenet_pixels(images: Tensor, size: int, multiple_of: int) -> Tensor:
+    """For DINO: shortest side to `size`, bicubic, ImageNet's mean and deviation; nothing but odd borders is cut off.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        size: of the shortest side, in pixels; a multiple of `multiple_of`.
+        multiple_of: side of a patch; the longest side is cropped to whole patches, at its centre.
+
+    Returns:
+        (B, 3, h, w) float32.
+    """
+    height, width = _shortest_side_to(images, size)
+    resized = resize_like_pil(images, height, width)
+    cropped_height, cropped_width = (side - side % multiple_of for side in (height, width))
+    top, left = (height - cropped_height) // 2, (width - cropped_width) // 2
+    cropped = resized[..., top : top + cropped_height, left : left + cropped_width]
+    return normalize(cropped, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def resize_like_pil(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with antialiasing, first in width, then in height, clamped to [0, 1] after each, in float32."""
+    resized = images.float()
+    if width != images.shape[-1]:
+        size = (images.shape[-2], width)
+        resized = F.interpolate(resized, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    if height != images.shape[-2]:
+        resized = F.interpolate(resized, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return resized
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """``(images - mean) / std``, channel by channel."""
+    channels = torch.tensor([mean, std], device=images.device, dtype=images.dtype)[:, :, None, None]
+    return (images - channels[0]) / channels[1]
+
+
+def _shortest_side_to(images: Tensor, size: int) -> tuple[int, int]:
+    """Height and width that keep the shape; the longest side is rounded down, as transformers and torchvision do."""
+    height, width = images.shape[-2:]
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size

@@ -1,0 +1,141 @@
+"""What a reward returned, turned into one finite number per image; or a message that says what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from rlr_peft.rewards.errors import RewardError
+from rlr_peft.rewards.info import without_info
+
+# An error message shows at most this many bad samples; the rest are counted.
+MAX_SAMPLES_IN_MESSAGE = 4
+MAX_PROMPT_LENGTH_IN_MESSAGE = 80
+
+
+def check_scores(reward_name: str, scores: Any, prompts: Sequence[str], *, attached_to: Tensor | None = None) -> Tensor:
+    """Turn what a reward returned into (B,) finite float32 scores, or say exactly what is wrong with it.
+
+    Args:
+        reward_name: named in every message.
+        scores: a tensor, a numpy array, or a list of numbers or 0-dim tensors, with one real number per prompt; or
+            `(scores, info)` where info is a mapping, a list of mappings or None (it is dropped).
+        prompts: the B prompts that were scored; named in every message.
+        attached_to: images that the scores must carry a gradient to. Scores move to their device.
+
+    Returns:
+        (B,) float32; attached to the images' graph where the scores were.
+
+    Raises:
+        RewardError: not numbers, wrong shape, not finite in float32, or cut off from `attached_to`.
+    """
+    tensor = _as_tensor(reward_name, without_info(scores), prompts)
+    expected = (len(prompts),)
+    if tuple(tensor.shape) != expected:
+        advice = "return one score per image"
+        if tuple(tensor.shape) == (*expected, 1):
+            advice = "drop the last dimension with `.squeeze(1)`"
+        elif tensor.ndim == 0:
+            advice = "do not average over the batch"
+        raise RewardError(
+            f"reward '{reward_name}': expected scores of shape {expected}, got {tuple(tensor.shape)}; {advice}. "
+            f"The batch: {describe_samples(range(len(prompts)), prompts)}"
+        )
+    if tensor.is_complex():
+        raise RewardError(
+            f"reward '{reward_name}': expected real scores, got dtype {tensor.dtype}; return float32. "
+            f"The batch: {describe_samples(range(len(prompts)), prompts)}"
+        )
+    tensor = tensor.to(torch.float32)
+    finite = torch.isfinite(tensor.detach()).cpu()
+    if not bool(finite.all()):
+        bad = [index for index, good in enumerate(finite.tolist()) if not good]
+        values = ", ".join(str(tensor[index].item()) for index in bad[:MAX_SAMPLES_IN_MESSAGE])
+        raise RewardError(
+            f"reward '{reward_name}': expected finite scores, got {values} for {len(bad)} of {len(prompts)} samples: "
+            f"{describe_samples(bad, prompts)}. Look at these images and prompts: guard divisions, logarithms and "
+            "square roots in the reward, and check that the images themselves are finite"
+        )
+    if attached_to is not None:
+        tensor = tensor.to(attached_to.device)
+        if not is_attached(tensor, attached_to):
+            raise RewardError(
+                f"reward '{reward_name}' says it is differentiable, but its scores carry no gradient to the images. "
+                "Keep everything between images and scores in torch, without `.detach()`, `.item()`, `.numpy()`, PIL "
+                "or `torch.no_grad()`; or declare it with `differentiable = False` on the callable. "
+                f"The batch: {describe_samples(range(len(prompts)), prompts)}"
+            )
+    return tensor
+
+
+def is_attached(scores: Tensor, images: Tensor) -> bool:
+    """Whether backpropagation from `scores` reaches `images`, found by walking the graph (no gradient is computed).
+
+    `scores.requires_grad` alone would not do: it is also true for a reward model whose own weights require grad but
+    that looks at detached images.
+    """
+    if scores.grad_fn is None or not images.requires_grad:
+        return False
+    target = torch.autograd.graph.get_gradient_edge(images).node
+    pending, seen = [scores.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is target:
+            return True
+        if node in seen:
+            continue
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions if following is not None)
+    return False
+
+
+def describe_samples(indices: Sequence[int] | range, prompts: Sequence[str]) -> str:
+    """The samples at `indices` for an error message: `sample 2 "a red star", sample 5 "..." and 3 more`."""
+    shown = []
+    for index in indices[:MAX_SAMPLES_IN_MESSAGE]:
+        prompt = prompts[index]
+        if len(prompt) > MAX_PROMPT_LENGTH_IN_MESSAGE:
+            prompt = prompt[: MAX_PROMPT_LENGTH_IN_MESSAGE - 3] + "..."
+        shown.append(f'sample {index} "{prompt}"')
+    more = len(indices) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _as_tensor(reward_name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
+    """A tensor of any shape from what user code may return; list entries that are 0-dim tensors keep their graph."""
+    if isinstance(scores, Tensor):
+        return scores
+    if isinstance(scores, (list, tuple)):
+        entries = list(scores)
+        if entries and all(isinstance(entry, Tensor) for entry in entries):
+            if len({tuple(entry.shape) for entry in entries}) == 1:
+                return torch.stack(entries)
+            raise RewardError(f"reward '{reward_name}': the tensors in the returned list differ in shape")
+        bad = [index for index, entry in enumerate(entries) if not _is_number(entry)]
+        if bad and not all(isinstance(entries[index], (list, tuple, numpy.ndarray)) for index in bad):
+            where = describe_samples([index for index in bad if index < len(prompts)], prompts)
+            raise RewardError(
+                f"reward '{reward_name}': expected numbers, got {entries[bad[0]]!r} at position {bad[0]}; return one "
+                f"float per image. Bad: {where or 'beyond the batch'}"
+            )
+    try:
+        return torch.as_tensor(numpy.asarray(scores, dtype=numpy.float64))
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"reward '{reward_name}': expected a tensor, an array or a list of {len(prompts)} numbers, got "
+            f"{type(scores).__name__}; return one float per image. "
+            f"The batch: {describe_samples(range(len(prompts)), prompts)}"
+        ) from error
+
+
+def _is_number(entry: Any) -> bool:
+    # Strings are refused although float("0.5") would work: a reward that returns text is a mistake.
+    if isinstance(entry, Tensor):
+        return entry.ndim == 0
+    if isinstance(entry, (bool, int, float, numpy.number, numpy.bool_)):
+        return True
+    return isinstance(entry, numpy.ndarray) and entry.ndim == 0 and numpy.issubdtype(entry.dtype, numpy.number)

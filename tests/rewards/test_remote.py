@@ -1,0 +1,215 @@
+"""Reward servers over loopback, in processes of their own: the protocol, and every fault of the documentation."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import urllib3
+
+from rlr_peft.rewards.base import RewardError, measure_images, score_images
+from rlr_peft.rewards.compression import JpegReward
+from rlr_peft.rewards.registry import RewardSettings, load_reward
+from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
+from rlr_peft.rewards.wire import WireError, read_request, request_body
+
+PROMPTS = ["one", "three", "eleven"]
+SETTINGS = RemoteSettings(timeout=0.5, retries=2, backoff=0.01)
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "rewards.md"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of the documentation's table.
+
+    Attributes:
+        path: of the faulty server; empty for a port where nobody listens.
+        what: the fault.
+        happens: what happens then.
+        message: what the error says; empty where scoring goes on.
+        asked: how often the server is asked, with two retries.
+    """
+
+    path: str
+    what: str
+    happens: str
+    message: str
+    asked: int
+
+
+RETRIED, GIVEN_UP, AT_ONCE = "asked again, then scored", "stops after the retries", "stops at once"
+FAULTS = [
+    Fault("slow-once", "one answer comes too late", RETRIED, "", 2),
+    Fault("500-once", "500, then well", RETRIED, "", 2),
+    Fault("503-retry-after", "503 with `Retry-After: 1`, then well", "waits as told, " + RETRIED, "", 2),
+    Fault("429-once", "429, then well", RETRIED, "", 2),
+    Fault("reset-once", "the connection breaks, then well", RETRIED, "", 2),
+    Fault("slow", "no answer in time, ever", GIVEN_UP, "gave no answer in 3 tries of 0.5 s each", 3),
+    Fault("500", "500 for ever", GIVEN_UP, "answered 500 Internal Server Error after 3 tries", 3),
+    Fault("", "dead: nobody listens", GIVEN_UP, "gave no answer in 3 tries", 0),
+    Fault("404", "404", AT_ONCE, 'answered 404 Not Found: {"error": "no such reward"}', 1),
+    Fault("422", "422, the reward refuses", AT_ONCE, "answered 422 Unprocessable", 1),
+    Fault("redirect", "redirect", AT_ONCE, "answered 302 Found", 1),
+    Fault("wrong-count", "one score for three images", AT_ONCE, "expected scores of shape (3,), got (1,)", 1),
+    Fault("nan", "NaN", AT_ONCE, "expected finite scores, got nan", 1),
+    Fault("text", "scores that are text", AT_ONCE, "expected numbers, got 'good' at position 0", 1),
+    Fault("no-rewards", "no `rewards` in the answer", AT_ONCE, "expected a JSON object with `rewards`, got", 1),
+    Fault("list", "a bare list", AT_ONCE, "expected a JSON object with `rewards`, got [1.0", 1),
+    Fault("html", "HTML, as of a proxy", AT_ONCE, "expected JSON, got <html>Welcome", 1),
+]
+
+
+def start(*command: str) -> tuple["subprocess.Popen[str]", str]:
+    """A server process, and the first line that it prints."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def stop(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[str]:
+    process, port = start(str(Path(__file__).with_name("faulty_server.py")))
+    yield f"http://127.0.0.1:{port}"
+    stop(process)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    """The reference server with a real reward."""
+    process, line = start("-m", "rlr_peft.cli", "serve-reward", "--reward", "jpeg-compressibility", "--port", "0")
+    assert line.startswith("Serving jpeg-compressibility at http://127.0.0.1:")
+    yield line.rpartition(" ")[2]
+    stop(process)
+
+
+def images(count: int = 3, size: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(count, 3, size, size, generator=generator) * 255).round() / 255
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.path or "dead" for fault in FAULTS])
+def test_faults(faulty: str, fault: Fault) -> None:
+    url = f"{faulty}/{fault.path}"
+    if not fault.path:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    reward = RemoteReward(url, SETTINGS)
+    if fault.message:
+        with pytest.raises(RewardError) as caught:
+            score_images(reward, images(), PROMPTS)
+        message = str(caught.value)
+        assert fault.message in message
+        assert reward.name in message and "object at 0x" not in message
+    else:
+        assert score_images(reward, images(), PROMPTS).tolist() == [3.0, 5.0, 6.0]
+    if fault.path:
+        asked = urllib3.request("GET", f"{faulty}/asked/{fault.path}").json()
+        assert asked == fault.asked
+
+
+def fault_table() -> str:
+    """As it stands in the documentation: what the error says is what `test_faults` has seen it say."""
+    rows = [(fault, f"`{fault.message.replace('`', '')} ...`" if fault.message else "none") for fault in FAULTS]
+    head = "| fault | what happens | the error |\n|---|---|---|\n"
+    return head + "\n".join(f"| {fault.what} | {fault.happens} | {message} |" for fault, message in rows)
+
+
+def test_the_documentation_holds_this_table() -> None:
+    assert fault_table() in DOCUMENTATION.read_text(encoding="utf-8")
+
+
+def test_images_travel_in_batches_and_info_comes_back(faulty: str) -> None:
+    reward = RemoteReward(f"{faulty}/batches", RemoteSettings(batch_size=2))
+    scored = measure_images(reward, images(), PROMPTS)
+    assert scored.scores.tolist() == [3.0, 5.0, 6.0]
+    assert scored.info["count"].tolist() == [2.0, 2.0, 1.0]
+    assert urllib3.request("GET", f"{faulty}/asked/batches").json() == 2
+
+
+def test_the_reference_server_scores_as_the_reward_itself_does(served: str) -> None:
+    reward = load_reward(served, settings=RewardSettings(remote=RemoteSettings(batch_size=2)))
+    assert not reward.differentiable
+    expected = score_images(JpegReward(compressible=True), images(), PROMPTS)
+    pixels = images().requires_grad_(True)
+    scores = score_images(reward, pixels, PROMPTS)
+    assert torch.equal(scores, expected) and not scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "expected JSON"),
+        (b"[]", "expected a JSON object, got list"),
+        (b"{}", "`prompt`: expected a list of texts"),
+        (b'{"prompt": ["a"]}', "`image`: expected a list"),
+        (b'{"prompt": ["a"], "image": []}', "got 1, 0 and 1"),
+        (b'{"prompt": [], "image": []}', "one or more"),
+        (b'{"prompt": ["a"], "image": ["bm8="]}', "`image` 0: expected a base64 PNG"),
+        (b'{"prompt": ["a"], "image": ["!"]}', "`image` 0: expected a base64 PNG"),
+        (b'{"prompt": ["a"], "image": ["bm8="], "metadata": [1]}', "`metadata`: expected a list of objects"),
+    ],
+)
+def test_the_reference_server_refuses_what_is_malformed(served: str, body: bytes, message: str) -> None:
+    answer = urllib3.request("POST", served, body=body)
+    assert answer.status == 400
+    assert message in answer.json()["error"]
+
+
+def test_the_reference_server_takes_images_of_different_sizes_and_says_what_it_serves(served: str) -> None:
+    mixed = [images(1, 16), images(1, 24), images(1, 16)]
+    body = {"prompt": PROMPTS, "image": [request_body(image, ["x"], [{}])["image"][0] for image in mixed]}
+    rewards = urllib3.request("POST", served, json=body).json()["rewards"]
+    expected = [score_images(JpegReward(True), image, ["x"]).item() for image in mixed]
+    assert rewards == pytest.approx(expected)
+    assert urllib3.request("GET", served).json() == {"reward": "jpeg-compressibility"}
+
+
+def test_a_reward_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def mine(images, prompts, metadata):\n"
+        "    scores = images.mean((1, 2, 3)) / (0 if prompts[0] == 'bad' else 1)\n"
+        "    return scores, {'seen': [entry.get('n', None) for entry in metadata]}\n"
+    )
+    process, line = start("-m", "rlr_peft.cli", "serve-reward", "--reward", f"{path}:mine", "--port", "0")
+    try:
+        reward = RemoteReward(line.rpartition(" ")[2], SETTINGS)
+        scored = measure_images(reward, images(2), ["a", "b"], [{"n": 7}, {}])
+        assert torch.allclose(scored.scores, images(2).mean((1, 2, 3)), atol=1e-6)
+        assert scored.info["seen"][0] == 7 and scored.info["seen"][1].isnan()
+        with pytest.raises(RewardError, match=r"answered 422 .*expected finite scores"):
+            score_images(reward, images(2), ["bad", "b"])
+    finally:
+        stop(process)
+
+
+def test_a_request_is_json_and_comes_back_as_it_was() -> None:
+    metadata: list[dict[str, Any]] = [{"n": 1}, {}, {"text": "é"}]
+    back, prompts, entries = read_request(json.loads(json.dumps(request_body(images(), PROMPTS, metadata))))
+    assert torch.allclose(torch.stack(back), images(), atol=1e-6)
+    assert (prompts, entries) == (PROMPTS, metadata)
+
+
+def test_only_png_is_decoded() -> None:
+    body = request_body(images(1), ["a"], [{}])
+    body["image"] = ["R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="]  # a GIF
+    with pytest.raises(WireError, match="expected a base64 PNG"):
+        read_request(body)
+
+
+def test_names_hold_no_secrets() -> None:
+    assert RemoteReward("https://user:secret@scores.example:8443/v1/?token=secret").name == "scores.example:8443/v1"
+    with pytest.raises(RewardError, match="expected http://HOST"):
+        RemoteReward("http:///nowhere")
