@@ -2,9 +2,13 @@
 
 Captions of tiny-shapes are split exactly, by the scale of every attribute. Of any other text the subject stays in every
 stage, and its phrases are sorted by the words in them; it is a rough sort, and the file of stage prompts can be edited.
+
+Stages add to what was told before and take nothing back: guidance that stops naming what is drawn already lets it fade
+(``benchmarks/dcot.py`` measures it).
 """
 
 import re
+from collections.abc import Callable, Sequence
 
 from rlr_peft.tiny_shapes import scenes
 
@@ -29,24 +33,27 @@ _PHRASE_STARTS = re.compile(
 
 
 def decompose_by_rules(prompt: str) -> tuple[str, str, str]:
-    """The coarse, mid and fine prompt of a text; a scale of which it says nothing gets the whole text."""
+    """The coarse, mid and fine prompt of a text: each adds what belongs to its scale, so that fine is the whole text.
+
+    A stage to which nothing belongs yet gets the whole text as well.
+    """
     try:
         attributes = scenes.parse_caption(prompt)
     except ValueError:
-        return _sort_phrases(prompt)
-    described = []
-    for scale in SCALES:
-        chosen = {name: value for name, value in attributes.items() if scenes.SCALES[name] == scale}
-        described.append(scenes.describe(chosen) if chosen else str(prompt))
-    return described[0], described[1], described[2]
+        subject, *phrases = [phrase for phrase in _PHRASE_STARTS.split(prompt) if phrase]
+        scales = [_scale(phrase) for phrase in phrases]
+        return _growing(prompt, phrases, scales, lambda chosen: ", ".join([subject, *chosen]))
+    scales = [scenes.SCALES[name] for name in attributes]
+    return _growing(prompt, list(attributes), scales, lambda names: scenes.describe({n: attributes[n] for n in names}))
 
 
-def _sort_phrases(prompt: str) -> tuple[str, str, str]:
-    subject, *phrases = [phrase for phrase in _PHRASE_STARTS.split(prompt) if phrase]
-    sorted_phrases: dict[str, list[str]] = {scale: [] for scale in SCALES}
-    for phrase in phrases:
-        sorted_phrases[_scale(phrase)].append(phrase)
-    texts = [", ".join([subject, *sorted_phrases[scale]]) if sorted_phrases[scale] else str(prompt) for scale in SCALES]
+def _growing(
+    prompt: str, parts: Sequence[str], scales: Sequence[str], describe: Callable[[list[str]], str]
+) -> tuple[str, str, str]:
+    texts = []
+    for i in range(len(SCALES)):
+        chosen = [part for part, scale in zip(parts, scales, strict=True) if scale in SCALES[: i + 1]]
+        texts.append(describe(chosen) if 0 < len(chosen) < len(parts) else str(prompt))
     return texts[0], texts[1], texts[2]
 
 
