@@ -19,7 +19,11 @@ def stages_from_config(config: Config) -> Stages | None:
     Raises:
         ValueError: names and fractions that do not fit each other.
     """
-    arguments = config.chain_of_thought
+    return stages_from_arguments(config.chain_of_thought)
+
+
+def stages_from_arguments(arguments: ChainOfThoughtArguments) -> Stages | None:
+    """The same from their group alone."""
     if not given_sources(arguments):
         return None
     return make_stages(arguments.dcot_stages or arguments.dcot_columns, arguments.dcot_fractions)

@@ -1,8 +1,9 @@
 """The Diffusive Chain-of-Thought around any supported pipeline: a prompt per stage of the denoising chain."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,6 +11,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
+from rlr_peft.config.chain_of_thought import stages_from_arguments
+from rlr_peft.config.yaml_files import read_yaml
 from rlr_peft.prompts.chain_of_thought import Decomposer, as_prompt
 from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
 from rlr_peft.stages import Stages, make_stages
@@ -36,7 +40,7 @@ class DiffusiveChainOfThought:
     """Draws with a prompt per stage, exactly as training with the same options did.
 
     Steps, guidance and decoding are those of the training chain, so that the same seeds give the same images bit for
-    bit. An adapter must be in the pipeline already (``pipe.load_lora_weights``).
+    bit in the same batch. An adapter must be in the pipeline already (``pipe.load_lora_weights``).
 
     Args:
         pipeline: loaded without safety checker.
@@ -65,6 +69,35 @@ class DiffusiveChainOfThought:
         self._decompose = self._refuse if decompose is None else decompose
         self.chain = DenoisingChain(pipeline, stages=self.stages, **options)
 
+    @classmethod
+    def from_config(
+        cls, pipeline: DiffusionPipeline, path: str | Path, decompose: Decomposer | None = None, **options: Any
+    ) -> Self:
+        """With the stages and the chain of a training run.
+
+        Args:
+            pipeline: loaded without safety checker, with the run's adapter.
+            path: the run's ``config.yaml``.
+            decompose: splits a prompt that comes without stage prompts.
+            options: over those of the run, for example ``eta=0.0`` for images without the noise of training.
+
+        Raises:
+            ConfigError: a file that cannot be read.
+            ValueError: a run without stages.
+        """
+        values = read_yaml(Path(path))
+        stages = stages_from_arguments(ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values)))
+        if stages is None:
+            raise ValueError(f"Expected the config of a run with stage prompts, got {path} without any.")
+        denoiser = values.get("denoiser")
+        trained = {
+            **vars(ChainArguments(**_group(ChainArguments, values))),
+            "denoisers": None if denoiser is None else [name.strip() for name in denoiser.split(",")],
+        }
+        return cls(
+            pipeline, stages=stages.names, fractions=stages.fractions, decompose=decompose, **{**trained, **options}
+        )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -77,7 +110,8 @@ class DiffusiveChainOfThought:
 
         Args:
             prompt: a text, which is split into stages; the texts of the stages as a mapping by name (``{"coarse": ...,
-                "mid": ..., "fine": ...}``) or as a ``Prompt`` that carries them; or a list of any of these.
+                "mid": ..., "fine": ...}``) or as a ``Prompt`` that carries them; or a list of these, in which a tuple
+                is the texts of one sample's stages.
             seeds: one per sample; by default 0, 1, ...
             output_type: ``pil`` or ``pt``.
 
@@ -106,6 +140,11 @@ class DiffusiveChainOfThought:
             f"Expected the stage prompts of {prompt!r} ({', '.join(self.stages.names)}): the built-in rules know "
             "coarse, mid and fine only. Give a mapping of names to texts, or pass `decompose`."
         )
+
+
+def _group(arguments: type[ChainArguments | ChainOfThoughtArguments], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of one group; those that the file leaves out keep their defaults."""
+    return {field.name: values[field.name] for field in fields(arguments) if field.name in values}
 
 
 def _pil(images: torch.Tensor) -> list[Any]:

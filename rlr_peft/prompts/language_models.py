@@ -1,5 +1,6 @@
 """Language models that split prompts into stages: a local one of ``transformers``, or one behind an endpoint."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -9,6 +10,8 @@ import urllib3
 
 from rlr_peft.prompts.chain_of_thought import MalformedStagesError, parse_stages
 from rlr_peft.prompts.errors import PromptError
+
+logger = logging.getLogger(__name__)
 
 TRIES = 3
 """Answers asked for before a prompt is given up."""
@@ -58,6 +61,10 @@ class LanguageModelDecomposer:
                 return parse_stages(answer, self._names)
             except MalformedStagesError as error:
                 problem = error
+                logger.warning(
+                    "prompt %r: rejected answer %d of at most %d of %s: %s.",
+                    *(str(prompt), attempt + 1, self._tries, self._model.name, error),
+                )
         raise PromptError(
             f"prompt {str(prompt)!r}: {self._model.name} gave no stage prompts in {self._tries} tries; the last "
             f"answer: {problem}: {answer!r:.300}. Write its line into the file of stage prompts (--dcot_cache) by "

@@ -124,7 +124,8 @@ def settle_differentiable(
     """
     probe = getattr(reward, "probe", None)
     if probe is not None:
-        return bool(probe(images, list(prompts), [{} for _ in prompts] if metadata is None else list(metadata)))
+        metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
+        return bool(probe(images, list(prompts), metadata))
     return reward.differentiable
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.prompt import with_stages
@@ -74,12 +75,12 @@ def with_stage_prompts(config: Config, prompts: RunPrompts, accelerator: Acceler
     """
     if config.prompts.streaming or not _needs_decomposer(config):
         return prompts
-    # One process asks, the others find its answers in the file.
-    with accelerator.main_process_first():
+    # One process asks, the others get its answers: a model might answer each of them differently.
+    split: list[list[str] | None] = [prompts.training, prompts.evaluation, prompts.validation]
+    if accelerator.is_main_process:
         decompose = _decomposer(config, accelerator.device)
-        training = decompose_prompts(prompts.training, decompose)
-        evaluation = None if prompts.evaluation is None else decompose_prompts(prompts.evaluation, decompose)
-        validation = decompose_prompts(prompts.validation, decompose)
+        split = [None if part is None else decompose_prompts(part, decompose) for part in split]
+    training, evaluation, validation = broadcast_object_list(split)
     return RunPrompts(training, evaluation, validation, PromptSampler(training, config.training.seed))
 
 
@@ -135,7 +136,9 @@ def _streamed(config: Config, columns: Columns, evaluation: list[str] | None, va
     size = arguments.shuffle_buffer_size
     training = list(itertools.islice(stream(is_trained_on), size))
     if percentage is not None:
-        evaluation = list(itertools.islice(stream(lambda prompt: not is_trained_on(prompt)), size))
+        # No more than are drawn, since they are rare and the stream is read for them.
+        unseen = stream(lambda prompt: not is_trained_on(prompt))
+        evaluation = list(itertools.islice(unseen, min(size, config.validation.num_evaluation_images)))
     if not training or evaluation == []:
         raise ConfigError(
             f"validation_split_percentage: expected prompts on both sides of the split of {arguments.dataset_name}, "
