@@ -160,7 +160,7 @@ def base_evaluation(run: Run, path: Path) -> Evaluation:
     assert base is not None
     path.parent.mkdir(exist_ok=True)
     with replacing_file(path) as aside:
-        torch.save(vars(base), aside)
+        torch.save(vars(base) | {"prompts": [str(prompt) for prompt in base.prompts]}, aside)
     return base
 
 

@@ -48,7 +48,7 @@ def test_config_prints_yaml_that_it_accepts_again(tmp_path: Path) -> None:
     [
         (["config", *REQUIRED, "--rnk", "7"], "error: command line: unknown name rnk; did you mean rank?\n"),
         (["config", *REQUIRED, "--rank", "x"], "error: rank: expected a whole number, got x; write --rank VALUE.\n"),
-        (["config"], "error: missing pretrained_model_name_or_path, prompt_path, reward_fn; "),
+        (["config"], "error: missing pretrained_model_name_or_path, reward_fn; "),
         (["config", *REQUIRED, "--eta", "0"], "error: estimator: expected noise in the chain"),
     ],
 )

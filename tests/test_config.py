@@ -114,7 +114,9 @@ def test_flags_win_over_yaml_wherever_they_stand(tmp_path: Path, file_first: boo
 def test_required_knobs_may_come_from_either(tmp_path: Path) -> None:
     path = write(tmp_path, "pretrained_model_name_or_path: m\nreward_fn: tiny-shapes\n")
     assert load(["--config", path, "--prompt_path", "tiny-shapes/test"]).model.pretrained_model_name_or_path == "m"
-    with pytest.raises(ConfigError, match=r"missing prompt_path; give it as a flag \(--prompt_path VALUE\)"):
+    with pytest.raises(
+        ConfigError, match="prompt_path: expected one source of prompts, got none; give --prompt_path or --dataset_name"
+    ):
         load(["--config", path])
 
 
@@ -244,7 +246,7 @@ def test_unknown_name_like_nothing_points_to_help() -> None:
         ("--lr_scheduler sawtooth", "lr_scheduler: expected linear or cosine or"),
         ("--optimizer SGD", "optimizer: expected AdamW, got SGD"),
         ("--seed", "seed: expected a whole number, got nothing"),
-        ("--ho_window 1 b", "ho_window: expected whole numbers or null, got b"),
+        ("--dcot_fractions 1 b", "dcot_fractions: expected numbers or null, got b"),
         ("--validation_prompt", "validation_prompt: expected one or more texts or null, got nothing"),
         ("stray", "got the stray stray"),
         ("--config", "--config: expected the path of a YAML file, got nothing"),
@@ -266,7 +268,7 @@ def test_wrong_flag_value_is_one_clear_line(argv: str, message: str) -> None:
         ("rank:", "rank: expected a whole number, got null"),
         ("revision: 12", "revision: expected a text or null, got 12; put quotes around it"),
         ("use_dora: 1", "use_dora: expected true or false, got 1"),
-        ("ho_window: [1, x]", "ho_window: expected whole numbers or null, got [1, 'x']"),
+        ("dcot_fractions: [1, x]", "dcot_fractions: expected numbers or null, got [1.0, 'x']"),
         ("rank: 3\nrank: 4", "rank is given twice"),
         ("rank: [3", "not valid YAML"),
         ("- rank", "expected lines of `name: value`, got a list"),
@@ -394,6 +396,26 @@ REFUSED = [
     ("--estimator full-bp --eta 0 --kl_beta 0.1", "kl_beta: expected noise in the chain, without which"),
     ("--estimator full-bp --eta 0 --kl_interval 5", "kl_interval: expected noise in the chain"),
     ("--estimator full-bp --step_kind ode --kl_limit 5", "kl_limit: expected noise in the chain"),
+    ("--ho_start window --ho_blocks 1 --ho_window 1 b", "ho_window: expected two steps a b with 1 <= a <= b"),
+    ("--ho_start window --ho_blocks 1 --ho_window fine", "ho_window: expected two steps a b, since stages have names"),
+    ("--dcot_rules --ho_start window --ho_blocks 1 --ho_window hands", "stages of coarse, mid, fine instead of hands"),
+    ("--dcot_rules --ho_start window --ho_blocks 1 --fo_steps 20 --ho_window fine", "expected steps above the 20 last"),
+    ("--dcot_rules --estimator grpo --ho_start window --ho_blocks 1 --ho_window auto", "got auto; use --estimator rlr"),
+    ("--dcot_rules --dcot_columns a b c", "dcot_columns: expected one source of stage prompts, got dcot_columns and"),
+    ("--dcot_fractions 0.5 0.5", "dcot_fractions: expected only with a source of stage prompts, got none"),
+    ("--dcot_columns a b --dcot_fractions 0.5 0.4", "dcot_fractions: expected fractions above 0 that sum to 1"),
+    ("--dcot_columns a b --num_inference_steps 1", "dcot_fractions: expected at least one of the 1 steps"),
+    ("--dcot_columns a b --dcot_stages x y z", "dcot_columns: expected one column for each of 3 stages, got a b"),
+    ("--dcot_rules --dcot_stages a b", "dcot_stages: expected coarse mid fine with dcot_rules, got a b"),
+    ("--dcot_endpoint http://localhost:1/v1", "dcot_endpoint_model: expected together with dcot_endpoint, got None"),
+    ("--dataset_name d", "prompt_path: expected one source of prompts, got tiny-shapes/train and dataset_name d"),
+    ("--streaming", "streaming: expected only with a dataset_name, got True"),
+    ("--negative_prompt_column n --negative_prompt ugly", "negative_prompt_column: expected only without negative_"),
+    ("--validation_split_percentage 100", "validation_split_percentage: expected above 0 and below 100, got 100"),
+    (
+        "--validation_split_percentage 5 --evaluation_prompt_path tiny-shapes/test",
+        "validation_split_percentage: expected only without evaluation_prompt_path",
+    ),
     ("--early_stopping_steps 20", "early_stopping_steps: expected a heldout_reward_fn to watch, got none"),
     ("--early_stopping_steps 4", "early_stopping_steps: expected at least 5, got 4"),
     ("--lr_warmup_steps 5", "lr_warmup_steps: expected 0 with lr_scheduler constant, got 5"),
@@ -442,6 +464,13 @@ ALLOWED = [
     "--step_kind cps --eta 0.7",
     "--fo_steps 2 --ho_length 48",
     "--ho_start window --ho_blocks 1 --ho_window 50 50",
+    "--dcot_rules --ho_start window --ho_blocks 1 --ho_window fine",
+    "--dcot_rules --ho_start window --ho_blocks 1 --fo_steps 5 --ho_window coarse mid",
+    "--dcot_columns a b --dcot_fractions 0.25 0.75 --ho_start window --ho_blocks 1 --ho_window auto",
+    "--dcot_endpoint http://localhost:1/v1 --dcot_endpoint_model m --dcot_cache stages.jsonl",
+    "--prompt_path null --dataset_name d --streaming --max_train_steps 5 --caption_column caption",
+    "--prompt_path simple-animals/train --evaluation_prompt_path simple-animals/test",
+    "--metadata_columns a b --validation_split_percentage 5",
     "--train_batch_size 2 --gradient_accumulation_steps 2",
     "--lr_scheduler constant_with_warmup --lr_warmup_steps 5",
     "--resume_from_checkpoint checkpoint-20",

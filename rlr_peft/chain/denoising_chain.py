@@ -21,8 +21,10 @@ from rlr_peft.chain.offload import working_device
 from rlr_peft.chain.pipeline_call import PipelineCall
 from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
+from rlr_peft.chain.stage_prompts import StagePrompts
 from rlr_peft.chain.text_encoders import OffloadedTextEncoders
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.stages import Stages
 
 
 class DenoisingChain:
@@ -42,6 +44,7 @@ class DenoisingChain:
         scheduler_type: the kind of noising path; None reads it off the pipeline's scheduler.
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
+        stages: splits the chain, so that every step is conditioned on the prompt of its stage; None for one prompt.
         offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         reference: a context in which the denoiser is the reference model, for ``reference_mean``.
@@ -70,6 +73,7 @@ class DenoisingChain:
         scheduler_type: SchedulerType | None = None,
         denoisers: Sequence[str] | None = None,
         decoded_frames: int | None = None,
+        stages: Stages | None = None,
         offload_text_encoders: bool = False,
         reward_decoder: torch.nn.Module | None = None,
         reference: Callable[[], AbstractContextManager[None]] | None = None,
@@ -85,6 +89,7 @@ class DenoisingChain:
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = list(parameters) if parameters is not None else trainable
         self.num_steps = num_inference_steps
+        self._stage_prompts = StagePrompts(stages, num_inference_steps)
         self.call = PipelineCall(pipeline, self.family, num_inference_steps=num_inference_steps, **options)
         self._reference = reference
         self.denoiser_evaluations = 0
@@ -144,9 +149,12 @@ class DenoisingChain:
         """Samples the chain without a tape.
 
         Args:
-            prompts: one per sample, length B.
+            prompts: one per sample, length B; with stages a ``Prompt`` may bring one text for each of them.
             seeds: one per sample; sample i depends on ``seeds[i]`` alone.
             noises: use these instead of drawing them from the seeds, (T + 1, B, ...).
+
+        Raises:
+            ValueError: a prompt has another number of stage prompts than the chain has stages.
         """
         noises = self.draw_noises(seeds) if noises is None else noises
         initial = noises[self.num_steps]
@@ -165,7 +173,7 @@ class DenoisingChain:
         latents = trajectory.latents[t] if latents is None else latents
         self._scheduler.expose(t, t - 1, None)
         with self._seeded_dropout(trajectory.dropout_seed):
-            self._call(trajectory.prompts, latents)
+            self._call(self._stage_prompts.at_step(trajectory.prompts, t), latents)
         self.denoiser_evaluations += trajectory.batch_size
         (step,), self._scheduler.recorded = self._scheduler.recorded.steps, RecordedSteps()
         return step
@@ -214,11 +222,15 @@ class DenoisingChain:
     def _roll(
         self, prompts: list[str], latents: torch.Tensor, start: int, stop: int, noises: torch.Tensor, dropout_seed: int
     ) -> RecordedSteps:
-        self._scheduler.expose(start, stop, noises)
-        with self._seeded_dropout(dropout_seed):
-            self._call(prompts, latents)
+        recorded = RecordedSteps()
+        for first, last, texts in self._stage_prompts.parts(prompts, start, stop):
+            self._scheduler.expose(first, last, noises)
+            with self._seeded_dropout(dropout_seed):
+                self._call(texts, latents)
+            recorded.extend(self._scheduler.recorded)
+            latents = recorded.latents[-1]
         self.denoiser_evaluations += len(prompts) * (start - stop)
-        return self._scheduler.recorded
+        return recorded
 
     def _call(
         self, prompts: Sequence[str], latents: torch.Tensor | None, output_type: str = "latent", **options: Any

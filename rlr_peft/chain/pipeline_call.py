@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.families import Family
+from rlr_peft.prompt import negative_prompt_of
 
 DEFAULT_FPS = 8
 
@@ -105,17 +106,32 @@ class PipelineCall:
             options: further arguments, over those of the chain.
         """
         arguments = self._options | self.guidance | options
-        if self._negative_prompt is not None:
-            arguments["negative_prompt"] = [self._negative_prompt] * len(prompts)
+        negative_prompts = self.negative_prompts(prompts)
+        if negative_prompts is not None:
+            arguments["negative_prompt"] = negative_prompts
         return self._undecorated(
             pipeline,
-            prompt=list(prompts),
+            prompt=[str(prompt) for prompt in prompts],
             num_inference_steps=self._num_inference_steps,
             latents=latents,
             output_type=output_type,
             return_dict=False,
             **arguments,
         )[0]
+
+    def negative_prompts(self, prompts: Sequence[str]) -> list[str] | None:
+        """What guidance steers away from, one text per prompt: the prompt's own, else the chain's; None for nothing.
+
+        Raises:
+            ValueError: prompts with negative ones of their own, and a pipeline that takes none.
+        """
+        own = [negative_prompt_of(prompt) for prompt in prompts]
+        if all(text is None for text in own):
+            return None if self._negative_prompt is None else [self._negative_prompt] * len(prompts)
+        if "negative_prompt" not in self._parameters:
+            raise ValueError(f"{self._name} takes no negative_prompt: leave --negative_prompt_column out.")
+        default = self._negative_prompt or ""
+        return [default if text is None else text for text in own]
 
     def _guidance(self, family: Family, guidance_scale: float | None, true_cfg_scale: float | None) -> dict[str, float]:
         name = family.guidance_argument

@@ -21,6 +21,11 @@ class RecordedSteps:
     latents: list[torch.Tensor] = field(default_factory=list)
     steps: list[GaussianStep] = field(default_factory=list)
 
+    def extend(self, later: "RecordedSteps") -> None:
+        """Appends what the next slice left behind."""
+        self.latents += later.latents
+        self.steps += later.steps
+
 
 class RecordingScheduler:
     """Quacks like a diffusers scheduler for the pipeline's own ``__call__``.

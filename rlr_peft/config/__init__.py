@@ -5,6 +5,7 @@ Nothing here imports torch or diffusers, so `--help` and a refusal are immediate
 
 from rlr_peft.config.arguments import (
     ChainArguments,
+    ChainOfThoughtArguments,
     CheckpointingArguments,
     Config,
     EstimatorArguments,
@@ -18,6 +19,7 @@ from rlr_peft.config.arguments import (
     TrainingArguments,
     ValidationArguments,
 )
+from rlr_peft.config.chain_of_thought import stages_from_config, window_steps
 from rlr_peft.config.flat import config_from_dict, config_to_dict
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.parsing import load_config, load_config_or_exit
@@ -25,6 +27,7 @@ from rlr_peft.config.yaml_files import config_to_yaml, save_config
 
 __all__ = [
     "ChainArguments",
+    "ChainOfThoughtArguments",
     "CheckpointingArguments",
     "Config",
     "ConfigError",
@@ -44,4 +47,6 @@ __all__ = [
     "load_config",
     "load_config_or_exit",
     "save_config",
+    "stages_from_config",
+    "window_steps",
 ]

@@ -15,6 +15,7 @@ from rlr_peft.config.arguments import Config
 from rlr_peft.config.estimator_checks import check_estimator, why_noiseless
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.memory_checks import check_memory
+from rlr_peft.config.prompt_checks import check_chain_of_thought, check_prompts
 
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -23,7 +24,10 @@ def check_config(config: Config) -> None:
     """Raises one ConfigError that names every problem: the ranges first, and combinations once all ranges hold."""
     problems = list(_ranges(config))
     if not problems:
-        checks = (_batches, _eta, check_estimator, check_memory, _regularization, _schedule, _rewards, _paths)
+        checks = (
+            *(_batches, _eta, check_estimator, check_memory, check_prompts, check_chain_of_thought),
+            *(_regularization, _schedule, _rewards, _paths),
+        )
         for check in checks:
             problems.extend(check(config))
     if len(problems) > 1:
@@ -130,15 +134,6 @@ def _paths(config: Config) -> Iterator[str]:
     logging_dir = PurePath(config.logging.logging_dir)
     if logging_dir.is_absolute() or ".." in logging_dir.parts:
         yield f"logging_dir: expected a relative folder inside output_dir, got {logging_dir}; drop the leading part."
-    for name, spec in (
-        ("prompt_path", config.prompts.prompt_path),
-        ("evaluation_prompt_path", config.validation.evaluation_prompt_path),
-    ):
-        if spec is not None and spec not in ("tiny-shapes/train", "tiny-shapes/test") and not Path(spec).is_file():
-            yield (
-                f"{name}: expected an existing text file, tiny-shapes/train or tiny-shapes/test, got {spec}; "
-                f"check the path, seen from {Path.cwd()}."
-            )
     vanished = config.checkpointing.resume_from_checkpoint
     if vanished is not None and len(PurePath(vanished).parts) > 1 and not Path(vanished).is_dir():
         yield f"resume_from_checkpoint: expected latest, a name or an existing folder, got {vanished}; check the path."

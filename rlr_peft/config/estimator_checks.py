@@ -7,6 +7,7 @@ yields one sentence per problem: what was expected, what was got, what to do.
 from collections.abc import Iterator
 
 from rlr_peft.config.arguments import ChainArguments, Config, EstimatorArguments
+from rlr_peft.config.chain_of_thought import stages_from_config, window_steps
 
 _PATHWISE = ("full-bp", "truncated-bp", "refl")
 _SCORE_FUNCTION = ("reinforce", "ddpo", "grpo", "d3po")
@@ -90,7 +91,7 @@ def _mixture(estimator: EstimatorArguments) -> Iterator[str]:
 
 
 def _half_order(config: Config) -> Iterator[str]:
-    estimator, steps = config.estimator, config.chain.num_inference_steps
+    estimator = config.estimator
     name, length, window = estimator.estimator, estimator.ho_length, estimator.ho_window
     given = [
         knob for knob in ("ho_length", "ho_blocks", "ho_start", "ho_window") if getattr(estimator, knob) is not None
@@ -117,21 +118,33 @@ def _half_order(config: Config) -> Iterator[str]:
     if (estimator.ho_start == "window") != (window is not None):
         got = f"ho_start {estimator.ho_start} and ho_window {list(window) if window else None}"
         yield f"ho_window: expected together with ho_start window, got {got}; give both or neither."
-    if window is not None and not (len(window) == 2 and 1 <= window[0] <= window[1] <= steps):
-        yield (
-            f"ho_window: expected two steps a b with 1 <= a <= b <= num_inference_steps ({steps}), "
-            f"got {' '.join(map(str, window))}; write --ho_window a b."
-        )
-    elif window is not None and window[0] <= covered_tail(estimator):
-        yield (
-            f"ho_window: expected steps above the {covered_tail(estimator)} last ones, which are covered already, "
-            f"got {window[0]} {window[1]}; raise its first step."
-        )
+    if window is not None:
+        yield from _window(config, window)
     if estimator.ho_start is not None and free_blocks(estimator) == "all":
         yield (
             f"ho_start: expected a number of ho_blocks to draw, got ho_blocks all, which covers every step "
             f"without drawing; give --ho_blocks 1 or drop --ho_start {estimator.ho_start}."
         )
+
+
+def _window(config: Config, window: tuple[int | str, ...]) -> Iterator[str]:
+    estimator, given = config.estimator, " ".join(map(str, window))
+    try:
+        stages = stages_from_config(config)
+        resolved = window_steps(window, config.chain.num_inference_steps, stages)
+    except ValueError as error:
+        yield f"ho_window: {error}, got {given}; write --ho_window a b."
+        return
+    tail = covered_tail(estimator)
+    # Of a stage, whose ends nobody chose, the part beyond the tail is enough.
+    lowest = resolved if resolved is None or isinstance(window[0], int) else (resolved[1], resolved[1])
+    if lowest is not None and resolved is not None and lowest[0] <= tail:
+        yield (
+            f"ho_window: expected steps above the {tail} last ones, which are covered already, "
+            f"got {resolved[0]} {resolved[1]}; raise its first step."
+        )
+    if resolved is None and estimator.estimator not in ("rlr", "rlr-paper", "reinforce"):
+        yield f"ho_window: expected steps or a stage with {estimator.estimator}, got auto; use --estimator rlr."
 
 
 def _length(config: Config) -> Iterator[str]:

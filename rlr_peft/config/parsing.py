@@ -92,7 +92,7 @@ def _build_parser(prog: str | None) -> ArgumentParser:
         options["default"] = None if knob.required else knob.field.default
         element = element_type(knob)
         if element is not None:
-            options.update(type=element | None if element is int else element, nargs="+")
+            options.update(type=element if element is str else element | None, nargs="+")
         elif knob.type is bool:
             options.update(nargs="?", const=True, metavar="true|false")
         groups[knob.group].add_argument(f"--{knob.name}", **options)

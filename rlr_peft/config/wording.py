@@ -28,7 +28,8 @@ def placeholder(knob: Knob) -> str:
     if any(get_origin(option) is dict for option in _options(knob)):
         choices.append("{NAME: VALUE, ...}")
     for type_, word in ((int, "N"), (float, "X"), (str, "TEXT")):
-        if type_ in _options(knob) or element_type(knob) is type_:
+        element = element_type(knob)
+        if type_ in _options(knob) or element is type_ or type_ in get_args(element):
             choices.insert(0, word)
     return choices[0] if len(choices) == 1 else "{" + ",".join(choices) + "}"
 
@@ -48,7 +49,9 @@ def type_in_words(knob: Knob) -> str:
     """The type of a knob: `a whole number or auto or null`."""
     element = element_type(knob)
     if element is not None:
-        return ("whole numbers" if element is int else "one or more texts") + " or null"
+        return {int: "whole numbers", float: "numbers", str: "one or more texts"}.get(
+            element, "steps or names"
+        ) + " or null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
     words: list[str] = []
     for option in _options(knob):

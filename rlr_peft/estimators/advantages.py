@@ -89,7 +89,8 @@ class PromptStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered rewards by prompt."""
-        return {"rewards": {prompt: list(values) for prompt, values in self._rewards.items()}}
+        # Plain texts: a checkpoint holds no classes of ours.
+        return {"rewards": {str(prompt): list(values) for prompt, values in self._rewards.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""

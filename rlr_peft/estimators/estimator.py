@@ -55,6 +55,10 @@ class Estimator(Protocol):
     def needs_calibration(self) -> bool:
         """Whether ``calibrate`` must run before the first update and every so often."""
 
+    @property
+    def calibrates_without_gradient(self) -> bool:
+        """Whether ``calibrate`` is of use for a reward without gradient too."""
+
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures on rollouts that no update uses; ``decay`` is the weight of the past."""
 
@@ -84,6 +88,7 @@ class StatelessEstimator:
 
     inner_epochs = 1
     needs_calibration = False
+    calibrates_without_gradient = False
     uses_reward_gradient = False
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:

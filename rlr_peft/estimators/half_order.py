@@ -21,6 +21,15 @@ DEFENSIVE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
+class StageWindow:
+    """A stage of the chain as a window: steps ``first..last``, counted from the clean end."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class HalfOrder:
     """How half-order blocks are laid and drawn.
 
@@ -30,18 +39,21 @@ class HalfOrder:
         start: how random blocks are drawn: uniformly, by the softmax of running gradient norms (paper, section 3.2),
             or uniformly within a window of steps (paper, section on DCoT).
         window: first and last step t in which a block may start, with ``start="window"``.
+        stage_windows: the stages from which the window is chosen by measured gradient energy; empty for a given window.
     """
 
     length: int
     blocks: int | Literal["all"]
     start: StartSampler = "uniform"
     window: tuple[int, int] | None = None
+    stage_windows: tuple[StageWindow, ...] = ()
 
     def describe(self) -> str:
         """In words, for logs and cards."""
         if self.blocks == "all":
             return f"half order in blocks of h = {self.length} on all steps beyond"
-        how = {"uniform": "uniformly", "gradient-norm": "by gradient norm", "window": f"from steps {self.window}"}
+        window = "the stage with the largest measured gradient energy" if self.stage_windows else f"steps {self.window}"
+        how = {"uniform": "uniformly", "gradient-norm": "by gradient norm", "window": f"from {window}"}
         return f"half order on {self.blocks} block(s) of h = {self.length}, drawn {how[self.start]}"
 
 

@@ -232,6 +232,11 @@ def _is_pathwise_alone(settings: RLRSettings) -> bool:
     return settings.half_order is None and settings.zeroth_order is None
 
 
+def _window_words(half_order: HalfOrder) -> str:
+    chosen = [stage.name for stage in half_order.stage_windows if (stage.first, stage.last) == half_order.window]
+    return f" (measured: stage {chosen[0]})" if chosen else ""
+
+
 def _gaps(settings: RLRSettings, chain: Chain, weights: _Weights, is_cut_at_random: bool) -> dict[int, str]:
     """Why a step may have another weight than 1: only by choice, or because no term exists for it."""
     gaps = {}
@@ -245,7 +250,7 @@ def _gaps(settings: RLRSettings, chain: Chain, weights: _Weights, is_cut_at_rand
         elif weights[t] == 0 and chain.std(t) == 0:
             gaps[t] = "left out because a score term needs noise there"
         elif weights[t] == 0 and settings.half_order is not None and settings.half_order.start == "window":
-            gaps[t] = "left out, outside the chosen window"
+            gaps[t] = "left out, outside the chosen window" + _window_words(settings.half_order)
         elif settings.coefficients != Coefficients():
             gaps[t] = "given another weight than 1 by the chosen coefficients"
     return gaps

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rlr_peft.config import EstimatorArguments
+from rlr_peft.config import EstimatorArguments, window_steps
+from rlr_peft.config.chain_of_thought import AUTO
 from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.half_order import HalfOrder, StartSampler
+from rlr_peft.estimators.half_order import HalfOrder, StageWindow, StartSampler
 from rlr_peft.estimators.plan import Coefficients, RLRSettings
 from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
@@ -14,6 +15,7 @@ from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettin
 from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,22 @@ PRESETS = {
 }
 
 
-def build_estimator(arguments: EstimatorArguments, num_inference_steps: int) -> Estimator:
-    """The estimator that the config names.
+def build_estimator(arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None) -> Estimator:
+    """The estimator that the config names; ``stages`` are those that ``ho_window`` may name.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
     """
     name = arguments.estimator
     if name in PRESETS:
-        return RLREstimator(settings_from_arguments(arguments, num_inference_steps), arguments.antithetic)
+        return RLREstimator(settings_from_arguments(arguments, num_inference_steps, stages), arguments.antithetic)
     if name == "refl":
         return RewardFeedbackEstimator(arguments.fo_steps if isinstance(arguments.fo_steps, int) else None)
     steps = HalfOrder(
         length=1,
         blocks=_or(arguments.ho_blocks, "all"),
         start=_or(arguments.ho_start, "uniform"),
-        window=_window(arguments),
+        window=_window(arguments, num_inference_steps, stages),
     )
     if name == "d3po":
         return PreferenceEstimator(PreferenceSettings(arguments.dpo_beta, steps, _or(arguments.inner_epochs, 1)))
@@ -71,7 +73,9 @@ def build_estimator(arguments: EstimatorArguments, num_inference_steps: int) -> 
     )
 
 
-def settings_from_arguments(arguments: EstimatorArguments, num_inference_steps: int) -> RLRSettings:
+def settings_from_arguments(
+    arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None
+) -> RLRSettings:
     """The terms of an estimator of the RLR family: the preset's, with the config's explicit values in their place.
 
     Raises:
@@ -88,7 +92,8 @@ def settings_from_arguments(arguments: EstimatorArguments, num_inference_steps: 
             length=_half_order_length(arguments, preset, num_inference_steps, first_order_steps, blocks, zo),
             blocks=blocks,
             start=_or(arguments.ho_start, preset.ho_start),
-            window=_window(arguments),
+            window=_window(arguments, num_inference_steps, stages),
+            stage_windows=_stage_windows(arguments, num_inference_steps, stages),
         )
     return RLRSettings(
         first_order_steps=first_order_steps,
@@ -110,8 +115,18 @@ def _black_box_steps(arguments: EstimatorArguments, preset: Preset, num_inferenc
     return min(num_inference_steps, round(math.sqrt(6 * num_inference_steps))) if chosen == "auto" else chosen
 
 
-def _window(arguments: EstimatorArguments) -> tuple[int, int] | None:
-    return None if arguments.ho_window is None else (arguments.ho_window[0], arguments.ho_window[1])
+def _window(arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None) -> tuple[int, int] | None:
+    """First and last step; None without a window, or for one that is measured."""
+    return None if arguments.ho_window is None else window_steps(arguments.ho_window, num_inference_steps, stages)
+
+
+def _stage_windows(
+    arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None
+) -> tuple[StageWindow, ...]:
+    """What ``ho_window auto`` chooses from."""
+    if stages is None or arguments.ho_window != (AUTO,):
+        return ()
+    return tuple(StageWindow(name, *stages.window(name, num_inference_steps)) for name in stages.names)
 
 
 def _half_order_length(

@@ -26,6 +26,7 @@ from rlr_peft.estimators.plan import Plan, RLRSettings, make_plan
 from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.signal_sizes import SignalSizes, watched
+from rlr_peft.estimators.stage_window import has_measured_window, step_energies, with_measured_window
 from rlr_peft.estimators.state_baseline import BaselineObservation, StateBaseline
 from rlr_peft.estimators.step_gains import StepGains, calibration_sizes, step_gains
 from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients
@@ -62,6 +63,7 @@ class RLREstimator:
 
     Attributes:
         step_variances: running variances of the terms, which choose K; None before the first calibration.
+        step_energies: running gradient energies of the steps, (T,), which choose the window; None before as well.
     """
 
     inner_epochs = 1
@@ -70,6 +72,7 @@ class RLREstimator:
         self.settings = settings
         self.antithetic = antithetic
         self.step_variances: StepVariances | None = None
+        self.step_energies: torch.Tensor | None = None
         self._step_gains: StepGains | None = None
         self._signal_sizes = SignalSizes()
         self._running_norms: dict[int, float] = {}
@@ -86,8 +89,13 @@ class RLREstimator:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether K, or the mixture, is to be chosen by measurement."""
-        return self.settings.first_order_steps == "auto"
+        """Whether K, the mixture or the window is to be chosen by measurement."""
+        return self._measures_steps or has_measured_window(self.settings)
+
+    @property
+    def calibrates_without_gradient(self) -> bool:
+        """Whether a reward without gradient still leaves something to choose: the window."""
+        return has_measured_window(self.settings)
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
@@ -95,6 +103,9 @@ class RLREstimator:
         _check_gradient(gradients, rollouts)
         measured = step_gains(gradients)
         self._step_gains = measured if self._step_gains is None else self._step_gains.blend(measured, decay)
+        energies = step_energies(gradients)
+        older = energies if self.step_energies is None else self.step_energies
+        self.step_energies = decay * older + (1 - decay) * energies
         self._see([calibration_sizes(gradients)])
 
     def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
@@ -128,7 +139,7 @@ class RLREstimator:
         """Decides which step is covered by what; random draws come from ``generator`` (CPU)."""
         steps, mixture = self._tail(chain.num_steps, generator) if differentiable else (0, None)
         return make_plan(
-            self.settings,
+            with_measured_window(self.settings, self.step_energies, steps if differentiable else 0),
             chain,
             first_order_steps=steps,
             differentiable=differentiable,
@@ -150,7 +161,7 @@ class RLREstimator:
 
         def pull_back(segment: adjoint.Segment, term: str) -> float:
             nonlocal backward_steps
-            if self.needs_calibration and term in ("first_order", "mixed_order"):
+            if self._measures_steps and term in ("first_order", "mixed_order"):
                 segment = watched(segment, squares)
             norm = adjoint.run(chain, rollout.trajectory, segment) / batch_size
             norms[term] += norm
@@ -180,7 +191,7 @@ class RLREstimator:
                 coefficients.zeroth_order,
             )
             norms["zeroth_order"] = norm / batch_size
-        if self.needs_calibration:
+        if self._measures_steps:
             if not squares and rollout.reward_gradient is not None:  # K = 0: no walk passed the reward's own gradient
                 squares.append(float(rollout.reward_gradient.double().square().sum()))
             memory.sizes = SignalSizes.of_walk(rollout.advantages, squares)
@@ -197,6 +208,7 @@ class RLREstimator:
         """Running statistics, of plain types and tensors."""
         return {
             "step_gains": None if self._step_gains is None else dict(vars(self._step_gains)),
+            "step_energies": self.step_energies,
             "signal_sizes": self._signal_sizes.state_dict(),
             "running_norms": dict(self._running_norms),
             "state_baseline": None if self._state_baseline is None else self._state_baseline.state_dict(),
@@ -204,6 +216,7 @@ class RLREstimator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
+        self.step_energies = state.get("step_energies")
         if state["step_gains"] is not None:
             self._step_gains = StepGains(**state["step_gains"])
             self._signal_sizes = SignalSizes.from_state_dict(state["signal_sizes"])
@@ -211,6 +224,11 @@ class RLREstimator:
         self._running_norms = dict(state["running_norms"])
         if self._state_baseline is not None and state["state_baseline"] is not None:
             self._state_baseline.load_state_dict(state["state_baseline"])
+
+    @property
+    def _measures_steps(self) -> bool:
+        """Whether K, or the mixture, is to be chosen by measurement."""
+        return self.settings.first_order_steps == "auto"
 
     def _see(self, sizes: Iterable[SignalSizes]) -> None:
         """Learns from the samples of one update or calibration how large signals are."""

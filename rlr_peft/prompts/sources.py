@@ -1,53 +1,84 @@
-"""Prompts from a file or from tiny-shapes, and the order in which training uses them."""
+"""Prompts from files, datasets and the built-in sets."""
 
-from __future__ import annotations
-
-import random
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
-from rlr_peft.errors import UserError
-from rlr_peft.tiny_shapes import scenes
+from rlr_peft.prompt import Prompt
+from rlr_peft.prompts.builtin import BUILTIN_NAMES, builtin_prompts
+from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompts.rows import Columns, RowReader
+from rlr_peft.prompts.tables import FORMATS, DatasetSpec, dataset_rows, file_rows
+
+EXPECTED = f"expected one of {', '.join(BUILTIN_NAMES)}, or a .txt, {', '.join(FORMATS)} file"
 
 
-class PromptError(UserError, ValueError):
-    """The prompts could not be read; the message says what was expected, what was found and what to do."""
-
-
-def load_prompts(spec: str, max_samples: int | None = None) -> list[str]:
+def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | None = None) -> list[str]:
     """Read prompts.
 
     Args:
-        spec: `tiny-shapes/train`, `tiny-shapes/test`, or a UTF-8 `.txt` file with one prompt a line. Blank lines are
-            skipped, surrounding white space is dropped, and repeated lines stay (they weigh more).
+        spec: the name of a built-in set; a UTF-8 `.txt` file with one prompt a line; or a `.jsonl`, `.csv` or
+            `.parquet` file with a column of prompts. Blank lines are skipped (blank cells are counted and reported),
+            surrounding white space is dropped, and repeated prompts stay (they weigh more).
         max_samples: keep only this many, from the front; None keeps all.
+        columns: what to read of a table; by default its column `text`.
 
     Returns:
         At least one prompt, in the order of the source.
 
     Raises:
-        PromptError: no such source, unreadable, or without a prompt.
+        PromptError: no such source, unreadable, a missing column, or without a prompt.
     """
     if max_samples is not None and max_samples < 1:
         raise PromptError(f"expected at least 1 prompt to keep, got max_samples = {max_samples}")
-    if spec == "tiny-shapes/train":
-        prompts = scenes.prompts("train")
-    elif spec == "tiny-shapes/test":
-        prompts = scenes.prompts("test")
-    else:
-        prompts = _read_text_file(spec)
-    return prompts[:max_samples]
+    columns = Columns() if columns is None else columns
+    prompts = builtin_prompts(spec)
+    if prompts is None:
+        path = _existing_file(spec)
+        if path.suffix.lower() != ".txt":
+            reader = RowReader(spec, columns)
+            return list(itertools.islice(_read(reader, file_rows(path, columns)), max_samples))
+        prompts = _read_text_file(path, spec)
+    if columns.beyond_caption:
+        raise PromptError(
+            f"prompts '{spec}': expected a table with columns {', '.join(columns.beyond_caption)}, got plain lines; "
+            f"use a {', '.join(FORMATS)} file or drop the columns"
+        )
+    return list(prompts[:max_samples])
 
 
-def _read_text_file(spec: str) -> list[str]:
+def dataset_prompts(spec: DatasetSpec, columns: Columns) -> Iterator[Prompt]:
+    """The prompts of a dataset, row by row from the first.
+
+    Raises:
+        PromptError: no such dataset, a missing column, a cell that is no text, or no prompt at all.
+    """
+    return _read(RowReader(spec.name, columns), dataset_rows(spec, columns))
+
+
+def _read(reader: RowReader, rows: Iterator[object]) -> Iterator[Prompt]:
+    for row in rows:
+        prompt = reader.read(row)  # type: ignore[arg-type]
+        if prompt is not None:
+            yield prompt
+    reader.report()
+
+
+def _existing_file(spec: str) -> Path:
     path = Path(spec).expanduser()
-    expected = "expected `tiny-shapes/train`, `tiny-shapes/test` or a .txt file with one prompt a line"
     if path.is_dir():
-        raise PromptError(f"prompts '{spec}': {expected}, got a folder; give the path of the file in it")
+        raise PromptError(
+            f"prompts '{spec}': {EXPECTED}, got a folder; give the path of the file in it, or read it as a dataset "
+            "with --dataset_name"
+        )
     if not path.exists():
-        raise PromptError(f"prompts '{spec}': {expected}; no such file (looked for it from {Path.cwd()})")
-    if path.suffix.lower() != ".txt":
-        raise PromptError(f"prompts '{spec}': {expected}, got a file ending in '{path.suffix}'")
+        raise PromptError(f"prompts '{spec}': {EXPECTED}; no such file (looked for it from {Path.cwd()})")
+    if path.suffix.lower() not in (".txt", *FORMATS):
+        raise PromptError(f"prompts '{spec}': {EXPECTED}, got a file ending in '{path.suffix}'")
+    return path
+
+
+def _read_text_file(path: Path, spec: str) -> list[str]:
     try:
         # Windows editors put a byte order mark in front, which must not become part of the first prompt.
         text = path.read_text(encoding="utf-8-sig")
@@ -63,58 +94,3 @@ def _read_text_file(spec: str) -> list[str]:
     if not prompts:
         raise PromptError(f"prompts '{spec}': the file holds no prompt; write one a line")
     return prompts
-
-
-class PromptSampler:
-    """Which prompts a step uses, as a pure function of the step: a resumed run needs no stored position.
-
-    The prompts are dealt out without gaps from one endless row of epochs; each epoch is a permutation of all prompts
-    that depends on the seed and the epoch's number only. A step of n prompts in each of P processes takes the next
-    n * P prompts of the row, process p the p-th n of them: the same global batch for every P.
-
-    Args:
-        prompts: at least one.
-        seed: of the permutations.
-
-    Raises:
-        PromptError: no prompts.
-    """
-
-    def __init__(self, prompts: Sequence[str], seed: int) -> None:
-        if not prompts:
-            raise PromptError("expected at least one prompt to sample from, got none")
-        self.prompts = list(prompts)
-        self.seed = seed
-        self._last_permutation: tuple[int, list[int]] = (-1, [])
-
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[str]:
-        """The prompts of one process in one step.
-
-        Args:
-            step: from 0. All steps of a run must use the same `num_prompts * num_processes`, else prompts repeat.
-            num_prompts: per process.
-            process_index: 0 .. num_processes - 1.
-            num_processes: number of processes.
-
-        Returns:
-            `num_prompts` prompts. Positions of different processes and steps never overlap within an epoch.
-
-        Raises:
-            ValueError: an argument out of its range.
-        """
-        if step < 0 or num_prompts < 1 or num_processes < 1 or not 0 <= process_index < num_processes:
-            raise ValueError(
-                "expected step >= 0, num_prompts >= 1 and 0 <= process_index < num_processes, got "
-                f"step={step}, num_prompts={num_prompts}, process_index={process_index}, num_processes={num_processes}"
-            )
-        start = (step * num_processes + process_index) * num_prompts
-        return [self.prompts[self._index_at(position)] for position in range(start, start + num_prompts)]
-
-    def _index_at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.prompts))
-        if self._last_permutation[0] != epoch:
-            # A generator of its own, seeded by text: touches no global state and mixes seed and epoch well.
-            shuffled = list(range(len(self.prompts)))
-            random.Random(f"prompts/{self.seed}/{epoch}").shuffle(shuffled)
-            self._last_permutation = (epoch, shuffled)
-        return self._last_permutation[1][offset]

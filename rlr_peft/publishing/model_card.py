@@ -79,6 +79,10 @@ def write_model_card(directory: Path, *, record: RunRecord, template_path: Path 
         reward_curve=reward_curve,
         estimator_text=" ".join([*record.estimator, *([record.coverage] if record.coverage else [])]),
         facts=_facts(record),
+        stages=[
+            {"name": name, "share": f"{share:.0%}", "prompt": prompt}
+            for (name, share), prompt in zip(record.stages.items(), record.stage_prompts or [""] * len(record.stages))
+        ],
         command=fenced(record.command, "bash") if record.command else None,
         config=fenced(yaml_dump(dict(record.config), sort_keys=False).rstrip(), "yaml"),
         prompts=fenced("\n".join(shown_prompts), "text") if shown_prompts else None,
@@ -143,7 +147,8 @@ def _card_data(record: RunRecord, directory: Path, images: list[tuple[str, str]]
             for prefix in measured
         ]
     is_rlr = str(record.config.get("estimator", "")).startswith("rlr")
-    tags = [record.pipeline_tag, *COMMON_TAGS, *(["rlr"] if is_rlr else []), *record.tags]
+    own = [*(["rlr"] if is_rlr else []), *(["diffusive-chain-of-thought"] if record.stages else [])]
+    tags = [record.pipeline_tag, *COMMON_TAGS, *own, *record.tags]
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=record.pipeline_tag,

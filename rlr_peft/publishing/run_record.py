@@ -33,6 +33,8 @@ class RunRecord:
         inference: further arguments of the pipeline's call in the snippet, for example `num_inference_steps`.
         repo_id: of the adapter on the Hub; None makes a snippet that runs in the adapter's folder.
         weight_name: file name of the adapter.
+        stages: share of the steps by stage of a Diffusive Chain-of-Thought, noise first; empty without one.
+        stage_prompts: the stage prompts of one training prompt, as an example.
         denoisers: attributes of the pipeline that have an adapter; that of `transformer_2` is in a subfolder.
         peft_config: arguments of `peft.LoraConfig` where diffusers has no loader for the denoiser; None where it has.
         fps: frames per second of the videos; None for images.
@@ -65,6 +67,8 @@ class RunRecord:
     inference: Mapping[str, object] = field(default_factory=dict)
     repo_id: str | None = None
     weight_name: str = "pytorch_lora_weights.safetensors"
+    stages: Mapping[str, float] = field(default_factory=dict)
+    stage_prompts: Sequence[str] = ()
     denoisers: Sequence[str] = ("unet",)
     peft_config: Mapping[str, object] | None = None
     fps: int | None = None

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlr_peft.prompt import metadata_of
 from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.info import Info, info_of, mean_over_frames
 from rlr_peft.rewards.scores import check_scores, describe_samples, is_attached
@@ -90,7 +91,7 @@ def measure_images(
             differentiable, the scores stay attached to them; otherwise the reward sees detached images and the scores
             carry no gradient. A reward without `takes_video` sees the frames as images; a video's score is their mean.
         prompts: B prompts.
-        metadata: B dictionaries, or None for B empty ones.
+        metadata: B dictionaries, or None for those that the prompts carry.
 
     Returns:
         (B,) finite float32 scores on the images' device, and the reward's info.
@@ -98,7 +99,7 @@ def measure_images(
     Raises:
         RewardError: wrong inputs, or scores that `check_scores` refuses.
     """
-    metadata = [{} for _ in prompts] if metadata is None else list(metadata)
+    metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
     _check_inputs(reward, images, prompts, metadata)
     prompts = list(prompts)
     if images.ndim == 5 and not getattr(reward, "takes_video", False):
@@ -123,7 +124,8 @@ def settle_differentiable(
     """
     probe = getattr(reward, "probe", None)
     if probe is not None:
-        return bool(probe(images, list(prompts), [{} for _ in prompts] if metadata is None else list(metadata)))
+        metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
+        return bool(probe(images, list(prompts), metadata))
     return reward.differentiable
 
 

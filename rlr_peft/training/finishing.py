@@ -9,17 +9,19 @@ import sys
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.config import config_to_dict
+from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_lora, verify_lora_reloads
+from rlr_peft.prompt import stages_of
 from rlr_peft.publishing.model_card import with_error, write_model_card
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import DTYPES, load_pipeline
 from rlr_peft.training.manifest import package_versions
+from rlr_peft.training.prompt_loading import describe_chain_of_thought
 from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import read_metrics
@@ -190,6 +192,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
     config, arithmetic = run.config, run.arithmetic
     unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    chain_of_thought, stages = describe_chain_of_thought(config), stages_from_config(config)
     estimator_text = [
         f"Gradient estimator `{config.estimator.estimator}` ({run.estimator.describe()}) over a chain of "
         f"{run.chain.num_steps} {config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale "
@@ -197,6 +200,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
         "prompt.",
         *_first_order_text(run),
+        *([chain_of_thought] if chain_of_thought is not None else []),
         *_reward_decoder_text(run),
         *([progress.stopped_early] if progress.stopped_early else []),
     ]
@@ -216,6 +220,8 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
         inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},
+        stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
+        stage_prompts=next((stages_of(prompt) for prompt in run.prompts if stages_of(prompt)), ()),
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
         fps=run.chain.call.fps if run.chain.call.is_video else None,

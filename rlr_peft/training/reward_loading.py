@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.prompts.sources import PromptSampler
+from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_files import ModelFiles
@@ -51,7 +51,7 @@ def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward |
 
 
 def measure_scales(
-    reward: WeightedRewards, chain: DenoisingChain, objective: DecodedReward, sampler: PromptSampler, config: Config
+    reward: WeightedRewards, chain: DenoisingChain, objective: DecodedReward, sampler: Sampler, config: Config
 ) -> None:
     """Gives a weighted sum its first scales, from images of the base that no update will see.
 

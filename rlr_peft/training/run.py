@@ -14,13 +14,13 @@ from diffusers import DiffusionPipeline
 from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
 from rlr_peft.chain.families import Family, default_lora_targets, family_of
 from rlr_peft.chain.offload import working_device
-from rlr_peft.config import Config, ConfigError
+from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.kl_penalty import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import adapter_disabled, attach_lora
-from rlr_peft.prompts.sources import PromptSampler, load_prompts
+from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.early_stopping import EarlyStopping
@@ -28,6 +28,7 @@ from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.loading import enable_checkpointing, load_pipeline, load_reward_decoder
 from rlr_peft.training.memory_options import check_machine, compile_denoisers
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
+from rlr_peft.training.prompt_loading import read_prompts, warn_of_long_prompts, with_stage_prompts
 from rlr_peft.training.reward_loading import load_rewards, measure_scales
 from rlr_peft.training.reward_scale import RewardScale
 from rlr_peft.training.seeds import derive_seed
@@ -69,9 +70,10 @@ class Run:
         kl_penalty: how the divergence from the base is measured; None if never.
         reward_scale: the running scale of the rewards; None if they are not normalised.
         early_stopping: watches for reward hacking.
-        prompts: all training prompts.
+        prompts: all training prompts; of a stream its first window.
         sampler: which prompts an update uses.
         evaluation_prompts: prompts of the comparison of base and adapter; None for no comparison.
+        validation_prompts: prompts drawn while training.
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         arithmetic: the derived numbers.
@@ -90,8 +92,9 @@ class Run:
     reward_scale: RewardScale | None
     early_stopping: EarlyStopping
     prompts: list[str]
-    sampler: PromptSampler
+    sampler: Sampler
     evaluation_prompts: list[str] | None
+    validation_prompts: list[str]
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     arithmetic: Arithmetic
@@ -110,18 +113,17 @@ def build_run(config: Config) -> Run:
             launcher and accelerate disagree on the number of processes.
         PromptError, RewardError: prompts or rewards that cannot be loaded.
     """
+    prompts = read_prompts(config)
     accelerator = _accelerator(config)
     check_machine(config.model, accelerator.device)
-    prompts = load_prompts(config.prompts.prompt_path, config.prompts.max_train_samples)
-    evaluation_path = config.validation.evaluation_prompt_path
-    evaluation_prompts = None if evaluation_path is None else load_prompts(evaluation_path)
     if config.model.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
     with as_config_error():
-        estimator = build_estimator(config.estimator, config.chain.num_inference_steps)
+        estimator = build_estimator(config.estimator, config.chain.num_inference_steps, stages_from_config(config))
     reward, heldout = load_rewards(config, accelerator.device)
-    arithmetic = _arithmetic(config, len(prompts), accelerator.num_processes)
+    prompts = with_stage_prompts(config, prompts, accelerator)
+    arithmetic = _arithmetic(config, len(prompts.training), accelerator.num_processes)
     with as_config_error():
         pipeline = load_pipeline(config.model, accelerator.device)
         family = family_of(pipeline, denoiser_names(config))
@@ -130,7 +132,9 @@ def build_run(config: Config) -> Run:
             compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
         chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
+        chain.call.negative_prompts(prompts.training[:1])  # refuses those of a pipeline that takes none
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
+    warn_of_long_prompts(config, pipeline, prompts)
     warning = chain.last_step_warning()
     if warning is not None:
         logger.warning("%s", warning)
@@ -148,9 +152,10 @@ def build_run(config: Config) -> Run:
         kl_penalty=_kl_penalty(config),
         reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
         early_stopping=EarlyStopping(config.regularization.early_stopping_steps, config.regularization.kl_limit),
-        prompts=prompts,
-        sampler=PromptSampler(prompts, config.training.seed),
-        evaluation_prompts=evaluation_prompts,
+        prompts=prompts.training,
+        sampler=prompts.sampler,
+        evaluation_prompts=prompts.evaluation,
+        validation_prompts=prompts.validation,
         optimizer=optimizer,
         lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
         arithmetic=arithmetic,
@@ -179,6 +184,7 @@ def build_chain(
         scheduler_type=arguments.scheduler_type,
         denoisers=denoisers,
         decoded_frames=decoded_frames,
+        stages=stages_from_config(config),
         offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
         reward_decoder=reward_decoder,
         reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),

@@ -151,7 +151,8 @@ def _stop_early(run: Run, progress: Progress, update: Update) -> None:
 def _calibration_due(run: Run, step: int) -> bool:
     """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
     is_due = step % run.config.estimator.calibration_interval == 0
-    return run.estimator.needs_calibration and run.objective.has_gradient and is_due
+    has_choice = run.objective.has_gradient or run.estimator.calibrates_without_gradient
+    return run.estimator.needs_calibration and has_choice and is_due
 
 
 def _say_coverage(run: Run, progress: Progress, update: Update) -> None:

@@ -44,10 +44,10 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
         The grid's path; None without validation prompts.
     """
     arguments = run.config.validation
-    if not arguments.validation_prompt or not run.accelerator.is_main_process:
+    if not run.validation_prompts or not run.accelerator.is_main_process:
         return None
     chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
-    prompts = [prompt for prompt in arguments.validation_prompt for _ in range(arguments.num_validation_images)]
+    prompts = [prompt for prompt in run.validation_prompts for _ in range(arguments.num_validation_images)]
     seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
     size = arguments.evaluation_batch_size
     parts = [render(chain, prompts[i : i + size], seeds[i : i + size]).cpu() for i in range(0, len(prompts), size)]

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlr_peft.prompts.sources import PromptError, PromptSampler, load_prompts
+from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompts.sampler import PromptSampler
+from rlr_peft.prompts.sources import load_prompts
 from rlr_peft.tiny_shapes import scenes
 
 
@@ -32,7 +34,7 @@ def test_a_text_file_is_read_line_by_line(tmp_path: Path) -> None:
         ("empty.txt", b"", "holds no prompt"),
         ("blank.txt", b"\n \n\t\r\n", "holds no prompt"),
         ("latin.txt", "gr\u00fcn".encode("latin-1"), "expected UTF-8, got byte 0xfc at offset 2"),
-        ("table.csv", b"text\na cat\n", r"got a file ending in '\.csv'"),
+        ("table.xlsx", b"text\na cat\n", r"got a file ending in '\.xlsx'"),
     ],
 )
 def test_files_that_hold_no_prompts(tmp_path: Path, name: str, content: bytes, message: str) -> None:

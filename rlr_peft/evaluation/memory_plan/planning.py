@@ -41,7 +41,10 @@ def plan_memory(
     counts = [
         min(number, validation.evaluation_batch_size)
         for number, prompts in (
-            (validation.num_evaluation_images, validation.evaluation_prompt_path),
+            (
+                validation.num_evaluation_images,
+                validation.evaluation_prompt_path or config.prompts.validation_split_percentage,
+            ),
             (validation.num_validation_images * len(validation.validation_prompt or ()), validation.validation_prompt),
         )
         if prompts

@@ -1,0 +1,203 @@
+"""Plain prompts against the Diffusive Chain-of-Thought, with and without a targeted window, at equal evaluations.
+
+    python -m benchmarks.dcot --stage base      # no training: what stage prompts do to the base
+    python -m benchmarks.dcot --stage tune      # one seed: learning rates of both prompts, then windows
+    python -m benchmarks.dcot --stage final     # what was best, with other seeds
+    python -m benchmarks.dcot --stage collect   # table, pictures, benchmarks/results/dcot.json
+
+The reward is the sum of a mid-scale attribute (shape) and a fine one (texture), each judged in (0, 1]; the other judge,
+which nothing is trained against, measures too. All arms have one estimator: first order on the last step and one
+half-order block of two steps on the others, drawn uniformly, or from the window. Every run leaves one JSON file below
+``--folder`` and is skipped where that is there. Use one thread (``OMP_NUM_THREADS=1``).
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.dcot_report import report
+from benchmarks.machine import write_results
+from benchmarks.race import base_evaluation, claimed
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.config import load_config
+from rlr_peft.evaluation.compare import compare, evaluate, evaluation_plan, flat_metrics
+from rlr_peft.prompt import with_stages
+from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
+from rlr_peft.rewards.combination import HeldoutRewards
+from rlr_peft.rewards.tiny_shapes_judge import TinyShapesJudgeReward
+from rlr_peft.stages import make_stages
+from rlr_peft.tiny_shapes import scenes
+from rlr_peft.training.loading import load_pipeline
+from rlr_peft.training.run import Run, build_run
+from rlr_peft.training.update import calibrate, take_update
+from rlr_peft.training.validation import evaluate_adapter, render
+
+ATTRIBUTES = ("shape", "texture")
+DCOT = ["--dcot_rules"]
+WINDOWS = {"mid": ["mid"], "fine": ["fine"], "auto": ["auto"]}
+LEARNING_RATES = (1e-3, 4e-3)
+TUNING_SEED = 0
+FINAL_SEEDS = (1, 2, 3)
+# Base only: how a caption may be split. "alone" names every attribute in its own stage and nowhere else.
+SPLITS = ("plain", "alone", "growing", "shrinking")
+
+
+def main() -> None:
+    """Runs one stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("base", "tune", "final", "collect"), required=True)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/dcot"))
+    parser.add_argument("--budget", type=int, default=8000, help="denoiser evaluations of a final run; tuning: half")
+    parser.add_argument("--images", type=int, default=128, help="images of an evaluation; tuning: half")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.stage == "base":
+        path = folder / "base splits.json"
+        path.write_text(json.dumps(measure_splits(arguments.images), indent=2) + "\n")
+    elif arguments.stage == "collect":
+        runs = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed *.json"))]
+        splits = json.loads((folder / "base splits.json").read_text())
+        finals = [run for run in runs if run["seed"] in FINAL_SEEDS]
+        print(write_results("dcot", {"splits": splits, "rows": report(finals, splits, folder), "runs": runs}))
+    else:
+        is_tuning = arguments.stage == "tune"
+        budget, images = (
+            (arguments.budget // 2, arguments.images // 2) if is_tuning else (arguments.budget, arguments.images)
+        )
+        for arm, flags, rate, seed in tuning_jobs(folder) if is_tuning else final_jobs(folder):
+            path = run_path(folder, arm, rate, seed)
+            with claimed(path) as is_ours:
+                if is_ours:
+                    result = train_one(folder, arm, flags, rate, seed, budget, images)
+                    path.write_text(json.dumps(result, indent=2) + "\n")
+                    print(f"{path.stem}: {result['reward_before']:.4f} -> {result['reward_after']:.4f}", flush=True)
+
+
+def tuning_jobs(folder: Path) -> Iterator[tuple[str, list[str], float, int]]:
+    """Learning rates for plain and stage prompts, then windows at the best rate of the stage prompts."""
+    for rate in LEARNING_RATES:
+        yield "plain", [], rate, TUNING_SEED
+        yield "DCoT", DCOT, rate, TUNING_SEED
+    rate = best(folder, "DCoT")[1]
+    for name, window in WINDOWS.items():
+        yield f"DCoT, window {name}", window_flags(window), rate, TUNING_SEED
+
+
+def final_jobs(folder: Path) -> Iterator[tuple[str, list[str], float, int]]:
+    """The three arms, seed by seed."""
+    rate = best(folder, "DCoT")[1]
+    name = best(folder, "DCoT, window *")[0].removeprefix("DCoT, window ")
+    arms = [
+        ("plain", [], best(folder, "plain")[1]),
+        ("DCoT", DCOT, rate),
+        (f"DCoT, window {name}", window_flags(WINDOWS[name]), rate),
+    ]
+    for seed in FINAL_SEEDS:
+        for arm, flags, learning_rate in arms:
+            yield arm, flags, learning_rate, seed
+
+
+def window_flags(window: list[str]) -> list[str]:
+    """Flags of an arm whose half-order blocks start in a window."""
+    return [*DCOT, "--ho_start", "window", "--ho_window", *window]
+
+
+def run_path(folder: Path, arm: str, rate: float, seed: int) -> Path:
+    """Where the result of a run lies."""
+    return folder / f"{arm} lr {rate:g} seed {seed}.json"
+
+
+def best(folder: Path, arm: str) -> tuple[str, float]:
+    """Arm and learning rate with the highest reward among the tuning runs that match."""
+    runs = [json.loads(path.read_text()) for path in folder.glob(f"{arm} lr * seed {TUNING_SEED}.json")]
+    winner = max(runs, key=lambda run: run["reward_after"])
+    return winner["arm"], winner["learning_rate"]
+
+
+def train_one(
+    folder: Path, arm: str, flags: list[str], rate: float, seed: int, budget: int, images: int
+) -> dict[str, Any]:
+    """Trains until the budget is spent; base and adapter are measured with the prompts that the arm trains with."""
+    words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", "--estimator", "rlr-paper", "--zo", "none"]
+    words += ["--num_images_per_prompt", "4", "--num_evaluation_images", str(images), "--evaluation_batch_size", "32"]
+    words += ["--reward_fn", "{" + ", ".join(f"tiny-shapes/{name}: 1" for name in ATTRIBUTES) + "}"]
+    words += ["--reward_scaling", "none"]
+    words += ["--heldout_reward_fn", *(f"tiny-shapes-heldout/{name}" for name in ATTRIBUTES)]
+    words += ["--learning_rate", str(rate), "--seed", str(seed), *flags]
+    run = build_run(load_config(words))
+    prompts = "plain" if arm == "plain" else "DCoT"
+    before = base_evaluation(run, folder / "base" / f"{prompts} seed {seed}, {images} images.pt")
+    spent, steps, seconds, coverage = spend(run, budget)
+    after = evaluate_adapter(run)
+    assert after is not None
+    pictures = folder / "pictures" / f"{arm} seed {seed}.pt"
+    pictures.parent.mkdir(exist_ok=True)
+    torch.save(
+        {
+            "prompts": [str(p) for p in after.prompts[: len(after.images)]],
+            "before": before.images,
+            "after": after.images,
+        },
+        pictures,
+    )
+    facts = {"updates": steps, "denoiser_evaluations": spent, "cpu_seconds": seconds, "coverage": coverage}
+    return (
+        {"arm": arm, "learning_rate": rate, "seed": seed, "flags": flags} | facts | flat_metrics(compare(before, after))
+    )
+
+
+def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
+    """Updates until so many denoiser evaluations are spent, calibrations among them."""
+    started, step, coverage = os.times().user, 0, ""
+    run.chain.denoiser_evaluations = 0
+    while run.chain.denoiser_evaluations < budget:
+        if run.estimator.needs_calibration and step % run.config.estimator.calibration_interval == 0:
+            calibrate(run, step)
+        update = take_update(run, step)
+        coverage = update.reports[0].coverage.describe() if not step else coverage
+        step += 1
+    return run.chain.denoiser_evaluations, step, os.times().user - started, coverage
+
+
+def measure_splits(images: int) -> list[dict[str, Any]]:
+    """The held-out judge's opinion of all attributes on images of the base, for every way to split a caption."""
+    config = load_config(["--config", "configs/tiny_shapes.yaml"])
+    pipeline = load_pipeline(config.model, torch.device("cpu"))
+    heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
+    prompts, seeds = evaluation_plan(scenes.prompts("test"), images, TUNING_SEED)
+    rows = []
+    for split in SPLITS:
+        chain = DenoisingChain(pipeline, num_inference_steps=10, eta=0.0, guidance_scale=4.0, stages=make_stages())
+        texts = [split_caption(prompt, split) for prompt in prompts]
+        found = evaluate(lambda some, numbers: render(chain, some, numbers), texts, seeds, {"heldout": heldout}, 32)  # noqa: B023
+        means = {name.removeprefix("heldout/"): float(values.mean()) for name, values in found.info.items()}
+        rows.append({"split": split, "example": texts[0].stages if split != "plain" else [texts[0]], **means})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def split_caption(caption: str, split: str) -> Any:
+    """A caption with the stage prompts of one way to split it."""
+    attributes = scenes.parse_caption(caption)
+
+    def naming(*scales: str) -> str:
+        return scenes.describe({name: value for name, value in attributes.items() if scenes.SCALES[name] in scales})
+
+    if split == "plain":
+        return caption
+    if split == "alone":
+        return with_stages(caption, [naming(scale) for scale in SCALES])
+    if split == "growing":
+        return with_stages(caption, decompose_by_rules(caption))
+    return with_stages(caption, [caption, naming("mid", "fine"), naming("fine")])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    main()

@@ -1,0 +1,73 @@
+"""Prompts that are longer than what a text encoder sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlr_peft.prompt import stages_of
+
+# Enough to tell; tokenising all of a large set would delay the start.
+MAX_CHECKED = 10_000
+# Tokenizers without a limit of their own say so by a huge number.
+UNLIMITED = 1_000_000
+# T5's default in most pipelines.
+DEFAULT_SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class OverLong:
+    """Prompts that lose their end.
+
+    Attributes:
+        count: how many.
+        checked: of how many texts, stage prompts among them.
+        limit: tokens that the text encoder sees, start and end included.
+        example: the longest of them, in tokens.
+        example_tokens: its tokens.
+    """
+
+    count: int
+    checked: int
+    limit: int
+    example: str
+    example_tokens: int
+
+    def describe(self) -> str:
+        """One sentence for the log."""
+        text = self.example if len(self.example) <= 80 else f"{self.example[:77]}..."
+        return (
+            f"{self.count} of {self.checked} prompts are longer than the {self.limit} tokens that the text encoder "
+            f"sees and lose their end; the longest has {self.example_tokens}: {text!r}."
+        )
+
+
+def find_over_long(
+    prompts: Sequence[str], tokenizers: Sequence[Any], max_sequence_length: int | None
+) -> OverLong | None:
+    """Counts prompts and stage prompts beyond the roomiest tokenizer's limit; None without any.
+
+    Args:
+        prompts: at most the first 10,000 different ones are looked at.
+        tokenizers: of the pipeline; a model with several text encoders loses text only where the roomiest does.
+        max_sequence_length: of tokenizers that leave it to the pipeline; None for its default.
+    """
+    rooms = [(_limit(tokenizer, max_sequence_length), tokenizer) for tokenizer in tokenizers]
+    if not rooms:
+        return None
+    limit, tokenizer = max(rooms, key=lambda room: room[0])
+    texts = dict.fromkeys(str(text) for prompt in prompts[:MAX_CHECKED] for text in (stages_of(prompt) or (prompt,)))
+    # A token is at least one byte of text, and most texts are too short for a doubt.
+    doubtful = [text for text in texts if len(text.encode()) + 2 > limit]
+    lengths = [len(tokens) for tokens in tokenizer(doubtful, verbose=False)["input_ids"]] if doubtful else []
+    over = [(length, text) for length, text in zip(lengths, doubtful, strict=True) if length > limit]
+    if not over:
+        return None
+    length, text = max(over, key=lambda pair: pair[0])
+    return OverLong(len(over), len(texts), limit, text, length)
+
+
+def _limit(tokenizer: Any, max_sequence_length: int | None) -> int:
+    own = int(tokenizer.model_max_length)
+    if type(tokenizer).__name__.startswith("CLIP"):  # its length is the text encoder's, whatever a pipeline is told
+        return own
+    return min(own if own < UNLIMITED else DEFAULT_SEQUENCE_LENGTH, max_sequence_length or DEFAULT_SEQUENCE_LENGTH)

@@ -1,0 +1,96 @@
+"""Windows by stage: the measured one is where the gradient is, and coverage says what it leaves out."""
+
+import pytest
+import torch
+
+from rlr_peft.config import EstimatorArguments
+from rlr_peft.estimators.half_order import StageWindow
+from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.stage_window import choose_stage, step_energies
+from rlr_peft.estimators.step_gradients import StepGradients
+from rlr_peft.stages import make_stages
+from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from tests.estimators.chains import rollout_of
+
+STAGES = (StageWindow("coarse", 5, 6), StageWindow("mid", 3, 4), StageWindow("fine", 1, 2))
+
+
+def estimator_of(*window: str | int, **arguments: object) -> RLREstimator:
+    values = {"fo_steps": 1, "ho_length": 1, "ho_blocks": 1, "zo": "none", **arguments}
+    settings = EstimatorArguments(estimator="rlr", ho_start="window", ho_window=window, **values)  # type: ignore[arg-type]
+    estimator = build_estimator(settings, 6, make_stages())
+    assert isinstance(estimator, RLREstimator)
+    return estimator
+
+
+def test_the_stage_with_most_energy_beyond_the_first_order_steps() -> None:
+    energies = torch.tensor([9.0, 9.0, 1.0, 2.0, 0.0, 4.0], dtype=torch.float64)
+    assert choose_stage(STAGES, energies, 0).name == "fine"
+    assert choose_stage(STAGES, energies, 1).name == "fine"  # step 2 is still left to the half order
+    assert choose_stage(STAGES, energies, 2).name == "coarse"
+    assert choose_stage(STAGES, energies, 6).name == "fine"  # nothing is left: any will do
+
+
+def test_energies_are_mean_squared_norms_of_the_samples() -> None:
+    pathwise = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 2.0]]])
+    gradients = StepGradients(pathwise, torch.ones(2, 2, 2), torch.tensor([1.0, -2.0]), torch.tensor([False, True]))
+    assert step_energies(gradients).tolist() == [12.5, 2.5]
+    without = StepGradients(None, gradients.scores, gradients.advantages, gradients.has_noise)
+    assert step_energies(without).tolist() == [5.0, 5.0]  # (1 * 2 + 4 * 2) / 2
+
+
+@pytest.mark.parametrize(
+    ("window", "steps", "words"),
+    [
+        (("mid",), {3, 4}, "steps 2, 5-6 of 6 are left out, outside the chosen window"),
+        (("coarse", "mid"), {3, 4, 5, 6}, "step 2 of 6 is left out, outside the chosen window"),
+        ((2, 3), {2, 3}, "steps 4-6 of 6 are left out, outside the chosen window"),
+    ],
+)
+def test_a_given_window_is_all_that_half_order_covers(
+    window: tuple[str | int, ...], steps: set[int], words: str
+) -> None:
+    chain = LinearGaussianChain(num_steps=6)
+    plan = estimator_of(*window).plan(chain, True, torch.Generator().manual_seed(0))
+    assert {t for t in range(2, 7) if plan.coverage.weights[t - 1] > 0} == steps
+    assert f"Biased by choice: {words}" in plan.coverage.describe()
+
+
+def test_the_measured_window_follows_the_gradient() -> None:
+    """Calibrated on the linear chain, the window is the stage with the largest exact share, and coverage names it."""
+    chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto")
+    generator = torch.Generator().manual_seed(0)
+    assert estimator.needs_calibration
+    with pytest.raises(RuntimeError, match="calibrate"):
+        estimator.plan(chain, True, generator)
+    estimator.calibrate(chain, [rollout_of(chain, 64, 2)], decay=0.0)
+    energies = estimator.step_energies
+    assert energies is not None and energies.shape == (6,) and (energies > 0).all()
+    chosen = choose_stage(STAGES, energies, 1)
+    plan = estimator.plan(chain, True, generator)
+    assert {t for t in range(2, 7) if plan.coverage.weights[t - 1] > 0} == set(
+        range(max(chosen.first, 2), chosen.last + 1)
+    )
+    assert f"outside the chosen window (measured: stage {chosen.name})" in plan.coverage.describe()
+    assert "the stage with the largest measured gradient energy" in estimator.describe()
+
+
+def test_measurements_survive_a_checkpoint() -> None:
+    chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto")
+    estimator.calibrate(chain, [rollout_of(chain, 8, 2)], decay=0.9)
+    estimator.calibrate(chain, [rollout_of(chain, 8, 2, seed=9)], decay=0.9)
+    resumed = estimator_of("auto")
+    resumed.load_state_dict(estimator.state_dict())
+    assert resumed.step_energies is not None and estimator.step_energies is not None
+    assert torch.equal(resumed.step_energies, estimator.step_energies)
+
+
+def test_a_reward_without_gradient_can_choose_too() -> None:
+    chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto", black_box_steps=0)
+    assert estimator.calibrates_without_gradient and not estimator_of("mid").calibrates_without_gradient
+    rollout = rollout_of(chain, 8, 2)
+    blind = type(rollout)(rollout.trajectory, rollout.rewards, rollout.advantages, None)
+    estimator.calibrate(chain, [blind], decay=0.0)
+    plan = estimator.plan(chain, False, torch.Generator().manual_seed(0))
+    assert "measured: stage" in plan.coverage.describe()

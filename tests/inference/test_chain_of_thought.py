@@ -1,0 +1,131 @@
+"""``DiffusiveChainOfThought`` draws what training drew, bit for bit, with and without an adapter."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import train_rlr_lora
+from rlr_peft.inference import DiffusiveChainOfThought
+from rlr_peft.prompts.errors import PromptError
+from rlr_peft.training.seeds import derive_seed
+from tests.families.table import CASES, VIDEOS, load
+from tests.pipelines import tiny_stable_diffusion
+
+# Keeps every image that training shows it.
+REWARD = """
+from pathlib import Path
+import torch
+
+class Keeping:
+    differentiable, takes_video = True, VIDEO
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images, prompts, metadata):
+        folder = Path(metadata[0]["folder"])
+        seen = {"images": images.detach().clone(), "prompts": [str(prompt) for prompt in prompts]}
+        torch.save(seen, folder / f"{self.calls}.pt")
+        self.calls += 1
+        return images[..., 0, :, :].flatten(1).mean(1)
+"""
+STAGED = {
+    "red ball": {"layout": "a wide sky", "object": "a red ball", "detail": "shiny leather"},
+    "blue box": {"layout": "an empty room", "object": "a blue box", "detail": "scratched paint"},
+}
+SD_AND_FLOW = ["sd-v", "sd3", "flux-true-cfg", "wan-2.1"]
+
+
+def train(name: str, base: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two updates with stage prompts from columns; an adapter after each."""
+    seen = folder / "seen"
+    seen.mkdir()
+    rows = [{"text": text, **stages, "folder": str(seen)} for text, stages in STAGED.items()]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD.replace("VIDEO", str(name in VIDEOS)))
+    config: dict[str, Any] = {
+        "pretrained_model_name_or_path": base,
+        "prompt_path": str(folder / "prompts.jsonl"),
+        "dcot_columns": ["layout", "object", "detail"],
+        "dcot_fractions": [0.5, 0.25, 0.25],
+        "metadata_columns": ["folder"],
+        "reward_fn": f"{folder / 'reward.py'}:Keeping",
+        "num_inference_steps": 4,
+        "step_kind": "cps",
+        "eta": 0.6,
+        "estimator": "rlr",
+        "fo_steps": 1,
+        "train_batch_size": 2,
+        "num_images_per_prompt": 2,
+        "learning_rate": 0.05,
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+        "report_to": "none",
+        "skip_final_inference": True,
+        "output_dir": str(folder / "out"),
+        **CASES[name].options,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["train_rlr_lora.py", "--config", str(folder / "run.yaml")])
+    with torch.random.fork_rng(devices=[]):
+        assert train_rlr_lora.main() == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", SD_AND_FLOW)
+def test_the_images_of_training(
+    name: str, folder_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train(name, folder_of(name), tmp_path, monkeypatch)
+    for update in range(2):
+        seen = torch.load(tmp_path / "seen" / f"{update}.pt", weights_only=True)
+        pipeline = load(folder_of(name))
+        if update:  # the second update drew with what the first had learnt
+            pipeline.load_lora_weights(str(out / f"checkpoint-{update}"))
+        dcot = DiffusiveChainOfThought.from_config(pipeline, out / "config.yaml")
+        stages = [tuple(STAGED[text].values()) for text in seen["prompts"]]
+        drawn = dcot(stages, seeds=[derive_seed(0, "samples", update, i) for i in range(2)], output_type="pt")
+        assert drawn.stage_prompts == stages
+        assert torch.equal(drawn.frames if name in VIDEOS else drawn.images, seen["images"]), update
+    assert seen["images"].std() > 0.01, "constant images would prove nothing"
+
+
+@pytest.fixture(scope="module")
+def dcot() -> DiffusiveChainOfThought:
+    pipeline = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing")
+    return DiffusiveChainOfThought(pipeline, num_inference_steps=3, guidance_scale=3.0)
+
+
+def test_whatever_people_give(dcot: DiffusiveChainOfThought) -> None:
+    stages = {"coarse": "sky", "mid": "a red kite", "fine": "silk"}
+    by_name = dcot(stages, output_type="pt")
+    in_order = dcot([tuple(stages.values())], seeds=[0], output_type="pt")
+    assert torch.equal(by_name.images, in_order.images)
+    assert by_name.stage_prompts == [("sky", "a red kite", "silk")]
+    by_rules = dcot(["a kite, on a beach, intricate silk", "sky"], seeds=[0, 7])
+    assert by_rules.stage_prompts[0] == (*["a kite, on a beach"] * 2, "a kite, on a beach, intricate silk")
+    assert [image.size for image in by_rules.images] == [(16, 16)] * 2 and by_rules.frames is None
+    text = dcot("sky", output_type="pt")
+    assert torch.equal(text.images, dcot(dict.fromkeys(stages, "sky"), output_type="pt").images)
+    assert not torch.equal(text.images, by_name.images)
+
+
+def test_what_it_refuses(dcot: DiffusiveChainOfThought, tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="expected the keys coarse, mid, fine, got coarse, end"):
+        dcot({"coarse": "a", "end": "b"})
+    with pytest.raises(ValueError, match="Expected one seed for each of 2 prompts, got 1"):
+        dcot(["a", "b"], seeds=[1])
+    with pytest.raises(ValueError, match="Expected output_type pil or pt, got latent"):
+        dcot("a", output_type="latent")
+    other = DiffusiveChainOfThought(dcot.chain.pipeline, stages=("early", "late"), num_inference_steps=2)
+    with pytest.raises(ValueError, match=r"Expected the stage prompts of 'a' \(early, late\)"):
+        other("a")
+    (tmp_path / "plain.yaml").write_text("num_inference_steps: 2\n")
+    with pytest.raises(ValueError, match="Expected the config of a run with stage prompts"):
+        DiffusiveChainOfThought.from_config(dcot.chain.pipeline, tmp_path / "plain.yaml")

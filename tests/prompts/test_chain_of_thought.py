@@ -1,0 +1,114 @@
+"""Stage prompts: answers of models are checked, remembered in a file, and asked for again where malformed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlr_peft.prompt import Prompt
+from rlr_peft.prompts.chain_of_thought import (
+    MalformedStagesError,
+    RememberedStages,
+    as_prompt,
+    decompose_prompts,
+    parse_stages,
+)
+from rlr_peft.prompts.errors import PromptError
+
+NAMES = ("coarse", "fine")
+
+
+class Counted:
+    """Splits by rote, and counts."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, prompt: str) -> tuple[str, ...]:
+        self.asked.append(prompt)
+        return f"far {prompt}", f"near {prompt}"
+
+
+def test_each_text_is_split_once_and_keeps_what_it_carries() -> None:
+    split = Counted()
+    given = [Prompt("a", "ugly", metadata={"n": 1}), "b", "a"]
+    staged = decompose_prompts(given, split)
+    assert split.asked == ["a", "b"] and staged == ["a", "b", "a"]
+    assert [prompt.stages for prompt in staged] == [("far a", "near a"), ("far b", "near b"), ("far a", "near a")]  # type: ignore[attr-defined]
+    assert staged[0].negative_prompt == "ugly" and staged[0].metadata == {"n": 1}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"coarse": " a ", "fine": "b"}',
+        'Sure!\n```json\n{"fine": "b", "coarse": "a"}\n```',
+        '{"coarse":"a","fine":"b"}}}',
+    ],
+)
+def test_answers_with_one_object_are_read(answer: str) -> None:
+    assert parse_stages(answer, NAMES) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("I cannot do that", "no JSON object"),
+        ('{"coarse": "a", "fine": ', "not valid JSON"),
+        ('{"coarse": "a"}', "expected the keys coarse, fine, got coarse"),
+        ('{"coarse": "a", "fine": "b", "extra": "c"}', "got coarse, fine, extra"),
+        ('{"coarse": "a", "fine": 3}', "expected a text for fine, got 3"),
+        ('{"coarse": " ", "fine": "b"}', "expected a text for coarse"),
+        ('{"coarse": "a", "fine": "' + "b" * 1001 + '"}', "expected at most 1000 characters for fine, got 1001"),
+    ],
+)
+def test_malformed_answers(answer: str, message: str) -> None:
+    with pytest.raises(MalformedStagesError, match=message):
+        parse_stages(answer, NAMES)
+
+
+def test_the_file_is_read_edited_and_continued(tmp_path: Path) -> None:
+    path, split = tmp_path / "new" / "stages.jsonl", Counted()
+    remembered = RememberedStages(split, path, NAMES)
+    assert remembered("ein Käfer") == ("far ein Käfer", "near ein Käfer") == remembered("ein Käfer")
+    assert remembered("b") == ("far b", "near b") and split.asked == ["ein Käfer", "b"]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0]) == {"prompt": "ein Käfer", "coarse": "far ein Käfer", "fine": "near ein Käfer"}
+    assert "Käfer" in lines[0], "people edit this file"
+
+    path.write_text(lines[0].replace("far ein", "edited") + "\n\n" + lines[1], encoding="utf-8")  # no last newline
+    again = RememberedStages(split, path, NAMES)
+    assert again("ein Käfer") == ("edited Käfer", "near ein Käfer") and again("c") == ("far c", "near c")
+    assert split.asked == ["ein Käfer", "b", "c"]
+    assert RememberedStages(split, path, NAMES)("c") == ("far c", "near c") and split.asked[-1] == "c"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{bad", "line 2: expected"),
+        ('{"coarse": "a", "fine": "b"}', "line 2: .*'prompt'"),
+        ('{"prompt": "x", "coarse": "a", "mid": "b"}', "line 2: .*expected the keys coarse, fine, got coarse, mid"),
+        ('{"prompt": "x", "coarse": "a", "fine": ""}', "line 2: .*expected a text for fine"),
+        ("[]", "line 2: expected"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "stages.jsonl"
+    path.write_text('{"prompt": "a", "coarse": "a", "fine": "b"}\n' + line + "\n")
+    with pytest.raises(PromptError, match=message):
+        RememberedStages(Counted(), path, NAMES)
+
+
+def test_what_people_give() -> None:
+    split = Counted()
+    assert as_prompt("a", NAMES, split).stages == ("far a", "near a")
+    assert as_prompt({"fine": "y", "coarse": "x"}, NAMES, split).stages == ("x", "y")
+    assert as_prompt(["x", "y"], NAMES, split).stages == ("x", "y")
+    assert as_prompt(Prompt("a", stages=("x", "y")), NAMES, split).stages == ("x", "y")
+    for wrong, message in (
+        ({"coarse": "x"}, "expected the keys coarse, fine, got coarse"),
+        (["x", "y", "z"], "expected one text for each of coarse, fine, got 3"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            as_prompt(wrong, NAMES, split)

@@ -1,0 +1,130 @@
+"""Models that split prompts: real HTTP on loopback, and a real transformers model trained for the purpose."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel, instructions
+from tests.prompts.chat_server import chat_server, completion
+
+NAMES = ("coarse", "fine")
+GOOD = completion('{"coarse": "a room", "fine": "fur"}')
+
+
+def test_an_endpoint_is_asked_as_the_api_says() -> None:
+    with chat_server(GOOD) as server:
+        split = LanguageModelDecomposer(EndpointModel(server.url, "some-model", "secret"), NAMES)
+        assert split("a cat") == ("a room", "fur")
+    (asked,) = server.requests
+    assert server.paths == ["/v1/chat/completions"]
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+    assert asked["model"] == "some-model" and asked["temperature"] == 0
+    assert asked["messages"][0] == {"role": "system", "content": instructions(NAMES)}
+    assert asked["messages"][1] == {"role": "user", "content": "a cat"}
+
+
+def test_no_key_no_header() -> None:
+    with chat_server(GOOD) as server:
+        LanguageModelDecomposer(EndpointModel(f"{server.url}/", "m"), NAMES)("a cat")
+    assert "Authorization" not in server.headers[0] and server.paths == ["/v1/chat/completions"]
+
+
+def test_malformed_answers_are_asked_for_again() -> None:
+    with chat_server(completion("Sorry."), completion('{"coarse": "x"}'), GOOD) as server:
+        assert LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES)("a cat") == ("a room", "fur")
+    assert [asked["temperature"] for asked in server.requests] == [0, 0.7, 0.7]
+    assert len({asked["seed"] for asked in server.requests}) == 3
+
+
+def test_after_the_last_try_the_prompt_is_reported() -> None:
+    with chat_server(completion("I only talk about fish.")) as server:
+        split = LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES, tries=2)
+        with pytest.raises(PromptError, match=r"prompt 'a cat': m at 127.0.0.1 gave no stage prompts in 2 tries.*fish"):
+            split("a cat")
+    assert len(server.requests) == 2
+
+
+def test_a_busy_server_is_waited_for() -> None:
+    with chat_server((503, b"busy"), (429, b"slow down"), GOOD) as server:
+        model = EndpointModel(server.url, "m", backoff=0.01)
+        assert LanguageModelDecomposer(model, NAMES)("a cat") == ("a room", "fur")
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "asked"),
+    [
+        ((401, b"no such key"), "answered status 401: no such key", 1),
+        ((500, b"out of memory"), "answered status 500: out of memory", 4),
+        ((200, b"<html>"), "expected an OpenAI chat completion", 1),
+        ((200, json.dumps({"choices": []}).encode()), "expected an OpenAI chat completion", 1),
+    ],
+)
+def test_refusals(answer: tuple[int, bytes], message: str, asked: int) -> None:
+    with chat_server(answer) as server:
+        split = LanguageModelDecomposer(EndpointModel(server.url, "m", "secret", backoff=0.01), NAMES)
+        with pytest.raises(PromptError, match=f"prompt 'a cat': .*{message}") as caught:
+            split("a cat")
+    assert len(server.requests) == asked and "secret" not in str(caught.value)
+
+
+def test_nobody_there_and_no_url() -> None:
+    with chat_server(GOOD) as server:
+        pass
+    with pytest.raises(PromptError, match="cannot be reached"):
+        LanguageModelDecomposer(EndpointModel(server.url, "m", backoff=0.01), NAMES)("a cat")
+    with pytest.raises(PromptError, match="expected http://HOST:PORT/PATH"):
+        EndpointModel("localhost:8000/v1", "m")
+
+
+def small_language_model(folder: Path, lessons: dict[str, str]) -> str:
+    """A real GPT-2 of one layer that answers the lessons' questions, trained until it does."""
+    letters = sorted({letter for pair in lessons.items() for text in pair for letter in text})
+    vocabulary = {letter: i for i, letter in enumerate(["<end>", "<unk>", *letters])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[1]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=len(vocabulary), n_positions=80, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        model = GPT2LMHeadModel(config).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        batch = [tokenizer(question + answer)["input_ids"] + [0] for question, answer in lessons.items()]
+        longest = max(map(len, batch))
+        labels = torch.tensor([row + [-100] * (longest - len(row)) for row in batch])
+        for _ in range(300):
+            loss = model(input_ids=labels.clamp(min=0), labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if loss < 0.1:
+                break
+        model.eval().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_local_model_answers_and_its_nonsense_is_rejected(tmp_path: Path) -> None:
+    answer = '{"coarse": "a room", "fine": "fur"}'
+    name = small_language_model(tmp_path / "model", {"a cat": answer, "fish": "blub blub blub"})
+    split = LanguageModelDecomposer(TransformersModel(name), NAMES)
+    state = torch.random.get_rng_state()
+    assert split("a cat") == ("a room", "fur")
+    with pytest.raises(PromptError, match=r"prompt 'fish': .* gave no stage prompts in 3 tries"):
+        split("fish")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(PromptError, match="takes 80 tokens, and the question has 90"):
+        split("fish " * 18)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"dcot_model '.*absent': cannot be loaded"):
+        TransformersModel(str(tmp_path / "absent"))

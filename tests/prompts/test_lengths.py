@@ -1,0 +1,30 @@
+"""Over-long prompts are counted as the real tokenizers count."""
+
+import pytest
+from transformers import T5Tokenizer
+
+from rlr_peft.prompt import Prompt
+from rlr_peft.prompts.lengths import find_over_long
+from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
+
+
+def test_prompts_and_stage_prompts_beyond_the_limit() -> None:
+    fits = "a" * (PROMPT_LENGTH - 2)  # one token a letter, and start and end
+    staged = Prompt("a" * 99, stages=("short", "b" * 30, fits))
+    over = find_over_long([fits, fits + "a", "a b", staged, fits + "a"], [letter_tokenizer()], None)
+    assert over is not None
+    assert (over.count, over.limit, over.example_tokens, over.example) == (2, PROMPT_LENGTH, 32, "b" * 30)
+    assert over.checked == 5  # different texts; of a prompt with stages only these are encoded
+    assert over.describe().startswith("2 of 5 prompts are longer than the 16 tokens")
+
+
+def test_nothing_to_report() -> None:
+    assert find_over_long(["a" * (PROMPT_LENGTH - 2)], [letter_tokenizer()], None) is None
+    assert find_over_long(["a" * 1000], [], None) is None
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, None), (24, 24)])
+def test_the_roomiest_text_encoder_decides(given: int | None, expected: int | None) -> None:
+    roomy = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), ("a", -1.0)], extra_ids=0)
+    over = find_over_long(["a" * 30], [letter_tokenizer(), roomy], given)
+    assert (None if over is None else over.limit) == expected

@@ -1,0 +1,135 @@
+"""Prompts from real .jsonl, .csv and .parquet files and from dataset folders, whole and streamed."""
+
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import pytest
+
+from rlr_peft.prompt import Prompt
+from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts.sources import dataset_prompts, load_prompts
+from rlr_peft.prompts.tables import DatasetSpec
+
+ROWS = [
+    {"text": "a cat", "ugly": "blurry", "far": "a room", "near": "fur", "points": 3, "tags": ["x", "y"]},
+    {"text": "  a dog ", "ugly": None, "far": "a park", "near": "ears", "points": 4, "tags": ["z"]},
+    {"text": "日本の猫", "ugly": "", "far": "a street", "near": "eyes", "points": 5, "tags": []},
+]
+COLUMNS = Columns("text", "ugly", ("far", "near"), ("points",))
+
+
+def write_rows(folder: Path, ending: str, rows: list[dict[str, object]]) -> Path:
+    path = folder / f"train{ending}"
+    if ending == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(path) if ending == ".csv" else table.to_parquet(path)
+    return path
+
+
+def check_rows(prompts: list[Prompt]) -> None:
+    assert prompts == ["a cat", "a dog", "日本の猫"]
+    assert [prompt.negative_prompt for prompt in prompts] == ["blurry", "", ""]
+    assert [prompt.stages for prompt in prompts] == [("a room", "fur"), ("a park", "ears"), ("a street", "eyes")]
+    assert [prompt.metadata for prompt in prompts] == [{"points": 3}, {"points": 4}, {"points": 5}]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_files_and_folders_give_the_same_prompts(tmp_path: Path, ending: str) -> None:
+    path = write_rows(tmp_path, ending, ROWS)
+    check_rows(load_prompts(str(path), columns=COLUMNS))  # type: ignore[arg-type]
+    assert load_prompts(str(path), 2) == ["a cat", "a dog"]
+    for streaming in (False, True):
+        check_rows(list(dataset_prompts(DatasetSpec(str(tmp_path), streaming=streaming), COLUMNS)))
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, ".csv", [{"text": "a cat"}])
+    assert load_prompts(str(path)) == ["a cat"]
+    path.write_text("text\na dog\n")
+    assert load_prompts(str(path)) == ["a dog"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_a_missing_column_lists_those_that_are_there(tmp_path: Path, ending: str) -> None:
+    path = write_rows(tmp_path, ending, ROWS)
+    message = "no column caption, mid; its columns are text, ugly, far, near, points"
+    columns = Columns("caption", stages=("mid", "far"))
+    with pytest.raises(PromptError, match=message):
+        load_prompts(str(path), columns=columns)
+    for streaming in (False, True):
+        with pytest.raises(PromptError, match=message):
+            list(dataset_prompts(DatasetSpec(str(tmp_path), streaming=streaming), columns))
+
+
+def test_other_columns_are_not_read(tmp_path: Path) -> None:
+    """A damaged image beside the captions does not matter: it is never decoded."""
+    rows = [{"text": "a cat", "image": {"bytes": b"not an image", "path": None}}]
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    assert list(dataset_prompts(DatasetSpec(str(tmp_path)), Columns())) == ["a cat"]
+    assert list(dataset_prompts(DatasetSpec(str(tmp_path), streaming=True), Columns())) == ["a cat"]
+
+
+def test_empty_cells_are_counted_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_rows(tmp_path, ".jsonl", [{"text": "a"}, {"text": None}, {"text": " \t"}, {"text": "b"}])
+    with caplog.at_level(logging.WARNING):
+        assert load_prompts(str(path)) == ["a", "b"]
+    assert caplog.messages == [
+        f"prompts '{path}': 2 of 4 rows have no text in column text and are left out, the first is row 2."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", "", "it holds no row"),
+        ("empty.csv", "", "No columns to parse"),
+        ("header.csv", "text\n", "it has no text in column text"),
+        ("broken.jsonl", '{"text": "a"}\n{bad\n', "cannot be read: JSON parse error"),
+        ("broken.csv", 'text,n\n"unclosed,1\n', "cannot be read: .*EOF inside string"),
+        ("broken.parquet", "PAR1", "cannot be read"),
+        ("numbers.csv", "text\n12\n13\n", "expected text in column text, got int 12 in row 1; its columns are text"),
+        ("mixed.jsonl", '{"text": "a"}\n{"text": 5}\n', "got int 5 in row 2"),
+        ("blank.jsonl", '{"text": ""}\n{"text": null}\n', "its 2 rows have no text in column text"),
+    ],
+)
+def test_damaged_and_empty_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PromptError, match=message) as caught:
+        load_prompts(str(tmp_path / name))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_stage_without_a_prompt_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, ".jsonl", [ROWS[0], {**ROWS[1], "near": " "}])
+    with pytest.raises(PromptError, match="expected a text in column near of row 2, got none"):
+        load_prompts(str(path), columns=COLUMNS)
+
+
+def test_plain_lines_have_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    for spec in (str(tmp_path / "prompts.txt"), "simple-animals"):
+        with pytest.raises(PromptError, match="expected a table with columns far, near, got plain lines"):
+            load_prompts(spec, columns=Columns(stages=("far", "near")))
+
+
+def test_no_such_dataset_split_or_configuration(tmp_path: Path) -> None:
+    write_rows(tmp_path, ".jsonl", ROWS)
+    with pytest.raises(PromptError, match='Unknown split "test"'):
+        list(dataset_prompts(DatasetSpec(str(tmp_path), split="test"), Columns()))
+    with pytest.raises(PromptError, match="BuilderConfig 'large' not found"):
+        list(dataset_prompts(DatasetSpec(str(tmp_path), config_name="large"), Columns()))
+    with pytest.raises(PromptError, match="cannot be read"):
+        list(dataset_prompts(DatasetSpec(str(tmp_path / "absent")), Columns()))
+
+
+def test_the_built_in_animals() -> None:
+    animals = load_prompts("simple-animals")
+    train, test = load_prompts("simple-animals/train"), load_prompts("simple-animals/test")
+    assert len(animals) == len(set(animals)) == 45
+    assert sorted(train + test) == sorted(animals) and not set(train) & set(test) and len(test) == 6
