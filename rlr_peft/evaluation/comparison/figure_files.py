@@ -48,5 +48,5 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
     svg = re.sub(r' (?:id|gid)="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick|PolyCollection)[^"]*"', "", svg)
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
-    opening = Markup('<svg role="img" aria-label="{}" ').format(label)
-    return Markup(opening + svg.removeprefix("<svg"))
+    opening = Markup('<svg role="img" aria-label="{}"').format(label)
+    return opening + Markup(svg.removeprefix("<svg"))

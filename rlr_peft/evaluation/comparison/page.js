@@ -28,9 +28,9 @@
       const signed = (value) => text(value, value < 0 ? "\u2212" : "");
       card.querySelector(".values").textContent = `${signed(before)} \u2192 ${signed(after)}`;
       const mark = card.querySelector(".gain");
-      const word = gain > 0 ? "\u25b2 +" : gain < 0 ? "\u25bc \u2212" : "= ";
-      mark.textContent = text(gain, word);
-      mark.className = `gain ${gain > 0 ? "up" : gain < 0 ? "down" : ""}`;
+      const shown = Number(gain.toFixed(decimals));
+      mark.textContent = text(shown, shown > 0 ? "\u25b2 +" : shown < 0 ? "\u25bc \u2212" : "= ");
+      mark.className = `gain ${shown > 0 ? "up" : shown < 0 ? "down" : ""}`;
     }
   };
 

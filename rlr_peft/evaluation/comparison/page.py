@@ -84,7 +84,7 @@ def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:
     labels = [adapter.label for adapter in comparison.adapters]
     total = len(comparison.base.evaluation.prompts)
     return environment.get_template(TEMPLATE).render(
-        title=f"{comparison.base.label} against {_listed(labels)}",
+        title=_title(comparison, labels),
         subtitle=f"{total} images each, drawn from the same prompts and seeds.",
         base_label=comparison.base.label,
         adapters=labels,
@@ -129,6 +129,11 @@ def chosen_pairs(comparison: Comparison, most: int = MOST_PAIRS) -> list[int]:
             if fresh is not None and len(found) < most:
                 found[fresh] = None
     return sorted(found)
+
+
+def _title(comparison: Comparison, labels: Sequence[str]) -> str:
+    name = comparison.facts.get("base")
+    return f"{_listed(labels)} against the base" + ("" if name is None else f" {name}")
 
 
 def _shown(comparison: Comparison, chosen: Sequence[int]) -> str:
