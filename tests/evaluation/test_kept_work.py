@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from rlr_peft.evaluation.comparison.features import Thumbnails
@@ -63,8 +63,6 @@ def cut_in_half(path: Path) -> None:
 
 def change_a_pixel(path: Path) -> None:
     """A whole PNG with all its notes, of another image."""
-    from PIL import PngImagePlugin
-
     with Image.open(path) as picture:
         notes = PngImagePlugin.PngInfo()
         for name, value in picture.info.items():

@@ -80,7 +80,7 @@ def attribute_bars(comparison: Comparison) -> Figure | None:
     # Numbers in [0, 1] share an axis; others have units of their own.
     shared = all(0 <= comparison.gains[0][name][side] <= 1 for _, name in entries for side in ("before", "after"))
     heights = [len(names) for names in groups.values()] if shared else [1] * len(entries)
-    height = 0.34 + 0.16 * len(comparison.adapters)
+    height = 0.2 + 0.12 * len(comparison.adapters)
     figure, rows = _figure(len(heights), 1, height, heights, sharex=shared)
     titles = {reward.key: _title(reward) for reward in comparison.rewards}
     if shared:
@@ -167,3 +167,4 @@ def _restrain(axes: Axes, title: str, along: Literal["x", "y"] = "y") -> None:
     axes.tick_params(colors=QUIET_INK, labelsize=10, length=0)
     if along == "x":
         axes.tick_params(axis="y", labelcolor=INK)
+        axes.tick_params(axis="x", labelbottom=True)  # also above other panels of the same axis

@@ -64,11 +64,20 @@
     slider.setAttribute("aria-valuetext", `${slider.value} % base`);
   };
 
+  const view = () => {
+    if (!find("view")) return; // of videos there is only one
+    const isSlider = find("view").value === "slider";
+    list.classList.toggle("slider", isSlider);
+    list.classList.toggle("apart", !isSlider);
+    find("all-sliders").hidden = !isSlider;
+  };
+
   const on = (id, kind, act) => find(id) && find(id).addEventListener(kind, act);
   on("adapter", "change", () => { showAdapter(); showScores(); sort(); });
   on("reward", "change", () => { showScores(); sort(); });
   on("order", "change", sort);
   on("filter", "input", filter);
+  on("view", "change", view);
   on("all", "input", () => {
     for (const slider of list.querySelectorAll(".split")) {
       slider.value = find("all").value;
@@ -82,5 +91,6 @@
   showScores();
   filter();
   sort();
+  view();
   for (const slider of list.querySelectorAll(".split")) split(slider);
 })();

@@ -36,7 +36,8 @@ def tables(comparison: Comparison) -> list[Table]:
 def console_text(comparison: Comparison) -> str:
     """All tables and notes as plain text."""
     parts = [f"{table.title}\n{_aligned(table)}" for table in tables(comparison)]
-    return "\n\n".join([*parts, *(f"- {note}" for note in notes(comparison))])
+    found = "\n".join(f"- {note}" for note in notes(comparison))
+    return "\n\n".join([*parts, found] if found else parts)
 
 
 def markdown(comparison: Comparison) -> str:
