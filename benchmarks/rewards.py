@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from rlr_peft.rewards.info import Info
 from rlr_peft.rewards.tiny_shapes_judge import TinyShapesJudgeReward
 from rlr_peft.tiny_shapes.judges import JudgeName
 
@@ -29,7 +30,9 @@ class _WhateverThePromptSays(TinyShapesJudgeReward):
     def __init__(self, device: str | torch.device = "cpu") -> None:
         super().__init__(self.judge, self.attribute_asked, device)
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> tuple[torch.Tensor, Info]:
         """Scores (B,) in (0, 1]."""
         return super().__call__(images, [self.caption] * len(prompts), metadata)
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from rlr_peft import __version__
+from rlr_peft.cli.compare_command import compare_command
 from rlr_peft.cli.config_command import config_command
 from rlr_peft.cli.diagnose_command import diagnose_command
 from rlr_peft.cli.plan_command import plan_command
@@ -11,6 +12,7 @@ from rlr_peft.cli.serve_reward_command import serve_reward_command
 
 # name -> (one line for --help, function of the remaining words that returns the exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "compare": ("base against adapters: tables, figures and a page of images side by side", compare_command),
     "config": ("check a configuration and print it in full as YAML", config_command),
     "diagnose": (
         "measure every gradient estimator on your pipeline and reward, and say which to use",

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.wording import element_type, explain, help_text, placeholder, takes_text, type_in_words
 from rlr_peft.config.yaml_files import read_yaml
 
+DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
 _CONFIG_HELP = "YAML file with the same flat names as the flags below; flags win over it wherever they stand."
 
 
@@ -27,20 +28,45 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
     Raises:
         ConfigError: unknown name, wrong type, number out of range, or a combination that cannot be run.
     """
+    return config_from_dict(load_values(argv, prog))
+
+
+def load_values(
+    argv: Sequence[str], prog: str | None = None, names: Collection[str] | None = None, description: str = DESCRIPTION
+) -> dict[str, Any]:
+    """The typed values of flags and file by name, without the check of a whole configuration.
+
+    Args:
+        argv: the command line without the program's name.
+        prog: the program's name in `--help`; None takes it from `sys.argv`.
+        names: the only names that matter to the program: of a file the others are passed over, as flags they are
+            refused, and `--help` does not show them. None for all.
+        description: of the program in `--help`.
+
+    Returns:
+        A value for every one of the names; None for one that is required and not given.
+
+    Raises:
+        ConfigError: unknown name or wrong type.
+    """
     path, words = _split_config_file(argv)
     flags = [word[2:].split("=")[0] for word in words if _is_flag(word)]
     check_names(iter(flags), "command line")
-    parser = _build_parser(prog)
-    from_file = {} if path is None else _read_config_file(parser, path)
+    known = [name for name in knobs() if names is None or name in names]
+    for flag in flags:
+        if flag not in known:
+            raise ConfigError(f"command line: --{flag} matters to training only; leave it out.")
+    parser = _build_parser(prog, known, description)
+    from_file = {} if path is None else _read_config_file(parser, path, known)
     try:
         values = vars(parser.parse_args(words))
     except argparse.ArgumentError as error:
         raise ConfigError(explain(str(error), {})) from None
-    for name in _list_knobs():
+    for name in _list_knobs(known):
         if values[name] in ([None], ["null"]):  # `--ho_window null` takes back what a file says
             values[name] = None
     values.update({name: value for name, value in from_file.items() if name not in flags})
-    return config_from_dict({name: values[name] for name in knobs()})
+    return {name: values[name] for name in known}
 
 
 def load_config_or_exit(argv: Sequence[str], prog: str | None = None) -> Config:
@@ -74,18 +100,18 @@ def _split_config_file(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(found.config[0]) if found.config else None), rest
 
 
-def _build_parser(prog: str | None) -> ArgumentParser:
+def _build_parser(prog: str | None, names: Collection[str], description: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config FILE] [--name VALUE ...]",
-        description="Train a LoRA adapter of a diffusers pipeline on a reward.",
+        description=description,
         formatter_class=argparse.HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=str, metavar="FILE", help=_CONFIG_HELP)
     groups: dict[str, Any] = {}
-    for knob in knobs().values():
+    for knob in (knobs()[name] for name in names):
         if knob.group not in groups:
             groups[knob.group] = parser.add_argument_group(knob.group_title)
         options: dict[str, Any] = {"type": knob.type, "help": help_text(knob), "metavar": placeholder(knob)}
@@ -99,10 +125,10 @@ def _build_parser(prog: str | None) -> ArgumentParser:
     return parser
 
 
-def _read_config_file(parser: ArgumentParser, path: Path) -> dict[str, Any]:
+def _read_config_file(parser: ArgumentParser, path: Path, names: Collection[str]) -> dict[str, Any]:
     """The typed values of the YAML file; a single value of a list knob stands for a list of one."""
-    values = read_yaml(path)
-    for name in _list_knobs():
+    values = {name: value for name, value in read_yaml(path).items() if name in names}
+    for name in _list_knobs(names):
         if values.get(name) is not None and not isinstance(values[name], list):
             values[name] = [values[name]]
     for name, value in values.items():
@@ -118,5 +144,5 @@ def _read_config_file(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     return {name: values[name] if takes_text(knobs()[name], values[name]) else typed[name] for name in values}
 
 
-def _list_knobs() -> list[str]:
-    return [name for name, knob in knobs().items() if element_type(knob) is not None]
+def _list_knobs(names: Collection[str]) -> list[str]:
+    return [name for name in names if element_type(knobs()[name]) is not None]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rlr_peft.evaluation.comparison.features import FeatureExtractor
+from rlr_peft.evaluation.comparison.pictures import Picture, make_pictures
 from rlr_peft.evaluation.videos import as_images
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.info import Info, join_info
@@ -30,6 +32,8 @@ class Evaluation:
         scores: per reward (n,) float32 on the CPU.
         images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures; of videos strips of frames.
         info: numbers that the rewards give beside their scores for every image, `REWARD/NAME` -> (n,).
+        features: (n, D) float32 on the CPU, by which sets of images are compared; None if no extractor was given.
+        pictures: all n images as small files for a page; empty if they were not asked for.
     """
 
     prompts: list[str]
@@ -37,9 +41,13 @@ class Evaluation:
     scores: dict[str, Tensor]
     images: Tensor
     info: dict[str, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
+    pictures: list[Picture] = field(default_factory=list)
 
 
-def evaluation_plan(prompts: Sequence[str], num_images: int, seed: int) -> tuple[list[str], list[int]]:
+def evaluation_plan(
+    prompts: Sequence[str], num_images: int, seed: int, images_per_prompt: int = 1
+) -> tuple[list[str], list[int]]:
     """Which images to draw: prompts in shuffled order, again and again, and a seed for each image.
 
     The order is shuffled so that fewer images than prompts are still a fair sample of them. A longer plan starts with
@@ -49,16 +57,20 @@ def evaluation_plan(prompts: Sequence[str], num_images: int, seed: int) -> tuple
         prompts: at least one.
         num_images: at least one.
         seed: of the order and of the images' seeds.
+        images_per_prompt: images of a prompt that follow each other; the variety within a prompt needs at least two.
 
     Returns:
         (num_images prompts, num_images seeds).
     """
-    if not prompts or num_images < 1:
-        raise ValueError(f"expected at least one prompt and one image, got {len(prompts)} and {num_images}")
+    if not prompts or num_images < 1 or images_per_prompt < 1:
+        raise ValueError(
+            f"expected at least one prompt, one image and one image per prompt, got {len(prompts)}, {num_images} and "
+            f"{images_per_prompt}"
+        )
     # SeedSequence promises the same numbers on every platform and in every version of numpy.
     words = numpy.random.SeedSequence(seed).generate_state(len(prompts) + num_images, numpy.uint32)
     order = numpy.argsort(words[: len(prompts)], kind="stable")
-    chosen = [prompts[order[index % len(prompts)]] for index in range(num_images)]
+    chosen = [prompts[order[index // images_per_prompt % len(prompts)]] for index in range(num_images)]
     return chosen, [int(word) for word in words[len(prompts) :]]
 
 
@@ -76,6 +88,8 @@ def evaluate(
     batch_size: int,
     *,
     num_kept_images: int = 6,
+    features: FeatureExtractor | None = None,
+    with_pictures: bool = False,
     description: str = "Evaluating",
     show_progress: bool = True,
 ) -> Evaluation:
@@ -88,6 +102,8 @@ def evaluate(
         rewards: by the name under which the scores are kept, for example "reward" and "heldout".
         batch_size: images drawn at once.
         num_kept_images: how many of the first images to keep.
+        features: keeps the features of every image.
+        with_pictures: whether to keep every image as a small file for a page.
         description: of the tqdm bar.
         show_progress: False hides the bar.
 
@@ -103,6 +119,8 @@ def evaluate(
     scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
     infos: dict[str, list[tuple[Info, int]]] = {name: [] for name in rewards}
     kept: list[Tensor] = []
+    seen: list[Tensor] = []
+    pictures: list[Picture] = []
     with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar, torch.no_grad():
         for start in range(0, len(prompts), batch_size):
             batch_prompts = list(prompts[start : start + batch_size])
@@ -114,6 +132,10 @@ def evaluate(
                 infos[name].append((scored.info, len(batch_prompts)))
             if start < num_kept_images:
                 kept.append(as_images(images[: num_kept_images - start].float().cpu()))
+            if features is not None:
+                seen.append(features(images))
+            if with_pictures:
+                pictures += make_pictures(images)
             bar.update(len(batch_prompts))
     return Evaluation(
         prompts=list(prompts),
@@ -121,6 +143,8 @@ def evaluate(
         scores={name: torch.cat(parts) for name, parts in scores.items()},
         images=torch.cat(kept) if kept else torch.empty(0, 3, 0, 0),
         info=_complete_info(infos),
+        features=torch.cat(seen) if seen else None,
+        pictures=pictures,
     )
 
 

@@ -49,7 +49,7 @@ def verify_lora_reloads(
     fresh = nn.ModuleDict({part: getattr(fresh_pipeline, part) for part in names})
     if any(isinstance(module, LoraLayer) for module in fresh.modules()):
         raise ValueError("verify_lora_reloads expects a fresh pipeline without adapters, got one that has some.")
-    with _without_text_encoder_notice():
+    with without_text_encoder_notice():
         load_lora(fresh_pipeline, directory)
     expected = _named_without_adapter(trained, adapter_name)
     loaded: dict[str, nn.Parameter] = {}
@@ -122,7 +122,7 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_text_encoder_notice() -> Iterator[None]:
+def without_text_encoder_notice() -> Iterator[None]:
     """Drops diffusers' long notice that an adapter of the denoiser has no part for the text encoder."""
 
     def keep(record: logging.LogRecord) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rlr_peft.rewards.clip import OPENAI_CLIP, load_clip_vision, unit
 from rlr_peft.rewards.linear_head import LinearHead
 from rlr_peft.rewards.model_files import load_weights
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings
+from rlr_peft.rewards.model_reward import ModelSettings, SeeingReward
 from rlr_peft.rewards.preprocessing import clip_pixels
 
 HEAD = "trl-lib/ddpo-aesthetic-predictor"
@@ -15,7 +15,7 @@ HEAD = "trl-lib/ddpo-aesthetic-predictor"
 HEAD_FILES = ("aesthetic-model.safetensors", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
 
 
-class Aesthetic(ModelReward):
+class Aesthetic(SeeingReward):
     """The head on the unit image feature; the prompt is not looked at. The head is kept in float32."""
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -26,7 +26,12 @@ class Aesthetic(ModelReward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) float32, on a scale of 1 to 10; photographs and paintings lie at 4 to 7."""
-        vision, head = self.network["vision"], self.network["head"]
-        pixels = clip_pixels(images, vision.config.image_size)
-        scores: Tensor = head(unit(vision(pixel_values=pixels.to(vision.dtype)).image_embeds))
+        scores: Tensor = self.network["head"](unit(self.features(images)))
         return scores
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        vision = self.network["vision"]
+        pixels = clip_pixels(images, vision.config.image_size)
+        embeddings: Tensor = vision(pixel_values=pixels.to(vision.dtype)).image_embeds
+        return embeddings

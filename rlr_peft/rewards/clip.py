@@ -60,8 +60,13 @@ def clip_cosine(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prom
     ).input_ids.to(pixels.device)
     with torch.no_grad():
         text = unit(model.get_text_features(input_ids=ids).pooler_output)
-    image = unit(model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output)
-    return (image * text).sum(-1)
+    return (unit(clip_image_features(model, pixels)) * text).sum(-1)
+
+
+def clip_image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """(B, D) projected image embeddings, not normalised, of preprocessed pixels (B, 3, size, size)."""
+    embeddings: Tensor = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
+    return embeddings
 
 
 def unit(features: Tensor) -> Tensor:

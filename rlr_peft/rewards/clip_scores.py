@@ -6,9 +6,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlr_peft.rewards.clip import LAION_CLIP, OPENAI_CLIP, clip_cosine, load_clip, load_clip_tokenizer
+from rlr_peft.rewards.clip import (
+    LAION_CLIP,
+    OPENAI_CLIP,
+    clip_cosine,
+    clip_image_features,
+    load_clip,
+    load_clip_tokenizer,
+)
 from rlr_peft.rewards.model_files import load_weights
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings
+from rlr_peft.rewards.model_reward import ModelSettings, SeeingReward
 from rlr_peft.rewards.open_clip_weights import clip_from_open_clip
 from rlr_peft.rewards.preprocessing import clip_pixels, padded_clip_pixels
 
@@ -17,7 +24,7 @@ HPSV2 = "xswu/HPSv2"
 HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
-class ClipScore(ModelReward):
+class ClipScore(SeeingReward):
     """100 times the cosine of image and prompt in OpenAI's CLIP ViT-L/14 (Hessel et al., 2021), with no floor at 0."""
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -29,8 +36,12 @@ class ClipScore(ModelReward):
         pixels = clip_pixels(images, self.network.config.vision_config.image_size)
         return 100 * clip_cosine(self.network, self._tokenizer, pixels, prompts)
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        return clip_image_features(self.network, clip_pixels(images, self.network.config.vision_config.image_size))
 
-class PickScore(ModelReward):
+
+class PickScore(SeeingReward):
     """Human preference learnt from Pick-a-Pic (Kirstain et al., 2023): scaled cosine in a fine-tuned CLIP ViT-H/14."""
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -43,8 +54,12 @@ class PickScore(ModelReward):
         cosine = clip_cosine(self.network, self._tokenizer, pixels, prompts)
         return self.network.logit_scale.float().exp() * cosine
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        return clip_image_features(self.network, clip_pixels(images, self.network.config.vision_config.image_size))
 
-class HPSv2(ModelReward):
+
+class HPSv2(SeeingReward):
     """Human preference score v2 (Wu et al., 2023): cosine in a fine-tuned CLIP ViT-H/14.
 
     Args:
@@ -64,3 +79,9 @@ class HPSv2(ModelReward):
         """(B,) float32, about 0.2 to 0.35."""
         pixels = padded_clip_pixels(images, self.network.config.vision_config.image_size)
         return clip_cosine(self.network, self._tokenizer, pixels, prompts)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        return clip_image_features(
+            self.network, padded_clip_pixels(images, self.network.config.vision_config.image_size)
+        )

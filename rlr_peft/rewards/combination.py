@@ -75,6 +75,11 @@ class WeightedRewards:
             raise RewardError(f"reward '{self.name}': not known yet whether it is differentiable")
         return True
 
+    @property
+    def parts(self) -> list[Reward]:
+        """The rewards that are summed."""
+        return [term.reward for term in self._terms.values()]
+
     def probe(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bool:
         """`differentiable`, after finding out about every user's callable on these images."""
         return all([settle_differentiable(term.reward, images, prompts, metadata) for term in self._terms.values()])
@@ -155,6 +160,7 @@ class OnFirstScales:
         self._rewards = rewards
         self.name = rewards.name
         self.takes_video = rewards.takes_video
+        self.parts = rewards.parts
         self.differentiable = False
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
@@ -175,6 +181,7 @@ class HeldoutRewards:
 
     def __init__(self, rewards: Sequence[Reward]) -> None:
         self._rewards = dict(zip(unique_names(rewards), rewards, strict=True))
+        self.parts = list(rewards)
         self.name = next(iter(self._rewards))
         self.takes_video = any(getattr(reward, "takes_video", False) for reward in rewards)
 

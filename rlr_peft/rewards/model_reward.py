@@ -87,6 +87,24 @@ class ModelReward(ABC):
             ) from error
 
 
+class SeeingReward(ModelReward):
+    """A `ModelReward` whose network also gives features of images, by which sets of images can be compared."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, D) float32 on the images' device, without gradient, of (B, 3, H, W) images in [0, 1]."""
+        settings = self.settings
+        self._place(settings.device)
+        with torch.no_grad():
+            features = self.features(images.to(settings.device, torch.float32)).float()
+        if settings.offload:
+            self._place(torch.device("cpu"))
+        return features.to(images.device)
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) features of (B, 3, H, W) float32 images on the network's device."""
+
+
 @contextmanager
 def loading(reward_name: str, path: Path) -> Iterator[None]:
     """Silences what transformers says about a checkpoint that holds more than the part which is loaded.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlr_peft.rewards.base import RewardError, describe_samples
+from rlr_peft.rewards.info import Info
 from rlr_peft.tiny_shapes.judges import JudgeName, load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption
 
@@ -44,7 +46,7 @@ class TinyShapesJudgeReward:
         self.device = torch.device(device)
         self._judge = load_judge(judge).to(self.device)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
         """Score a batch.
 
         Args:
@@ -53,7 +55,8 @@ class TinyShapesJudgeReward:
             metadata: not looked at.
 
         Returns:
-            (B,) float32 in (0, 1] on the images' device, differentiable with respect to the images.
+            (B,) float32 in (0, 1] on the images' device, differentiable with respect to the images; and the scores of
+            the single attributes, NaN where the prompt does not name it, as info if several are asked for.
 
         Raises:
             RewardError: a prompt is not in the words of tiny-shapes, or does not name what is asked.
@@ -61,6 +64,7 @@ class TinyShapesJudgeReward:
         asked = [self._asked_values(index, prompts) for index in range(len(prompts))]
         log_probabilities = self._judge(images.to(self.device, torch.float32))
         total = torch.zeros(len(prompts), device=self.device)
+        info: Info = {}
         for attribute, words in ATTRIBUTES.items():
             rows = [index for index, values in enumerate(asked) if attribute in values]
             columns = [words.index(asked[index][attribute]) for index in rows]
@@ -68,8 +72,16 @@ class TinyShapesJudgeReward:
                 surprise = -log_probabilities[attribute][rows, columns]
                 scores = HALF_SCORE_SURPRISE / (HALF_SCORE_SURPRISE + surprise)
                 total = total.index_add(0, torch.tensor(rows, device=self.device), scores)
+                info[attribute] = torch.full((len(prompts),), math.nan).index_copy_(
+                    0, torch.tensor(rows), scores.detach().float().cpu()
+                )
         counts = torch.tensor([len(values) for values in asked], device=self.device)
-        return (total / counts).to(images.device)
+        return (total / counts).to(images.device), {} if self.attribute else info
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, 128) float32 on the images' device: what the judge's classifiers see of images (B, 3, H, W) in [0, 1]."""
+        with torch.no_grad():
+            return self._judge.features(images.to(self.device, torch.float32)).to(images.device)
 
     def _asked_values(self, index: int, prompts: list[str]) -> dict[str, str]:
         sample = describe_samples([index], prompts)

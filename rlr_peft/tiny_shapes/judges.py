@@ -41,14 +41,19 @@ class Judge(nn.Module):
         Returns:
             Per attribute (B, classes), the classes in the order of ``ATTRIBUTES``.
         """
+        features = self.features(images)
+        return {name: functional.log_softmax(head(features), dim=1) for name, head in self.heads.items()}
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the classifiers see: (B, F) of images (B, 3, H, W) in [0, 1]."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape (B, 3, H, W), not {tuple(images.shape)}")
         if images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
             images = functional.interpolate(
                 images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False, antialias=True
             )
-        features = self.trunk(images * 2 - 1)
-        return {name: functional.log_softmax(head(features), dim=1) for name, head in self.heads.items()}
+        features: torch.Tensor = self.trunk(images * 2 - 1)
+        return features
 
 
 class _ResidualBlock(nn.Module):

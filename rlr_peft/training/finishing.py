@@ -12,12 +12,14 @@ from diffusers import DiffusionPipeline
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
+from rlr_peft.evaluation.comparison.report import PAGE
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_lora, verify_lora_reloads
 from rlr_peft.prompt import stages_of
 from rlr_peft.publishing.model_card import with_error, write_model_card
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
+from rlr_peft.training.before_after import write_comparison
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import DTYPES, load_pipeline
 from rlr_peft.training.manifest import package_versions
@@ -65,6 +67,7 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     after = evaluate_adapter(run)
     if before is not None and after is not None:
         metrics = flat_metrics(compare(before, after)) | metrics
+        write_comparison(run, before, after)
         pair_prompts = before.prompts[:NUM_PAIRS]
         save_before_after(
             run.output_dir / BEFORE_AFTER,
@@ -96,6 +99,7 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
     load_from = "rlr_peft.tiny_shapes.pipeline_path()" if base == PIPELINE_NAME else repr(base)
     lines += [
         f"  card, figures and numbers: {run.output_dir}/README.md",
+        *([f"  images side by side: {run.output_dir}/{PAGE}"] if "reward_gain" in metrics else []),
         "Load the adapter with",
         f"  pipe = diffusers.DiffusionPipeline.from_pretrained({load_from})",
         *(f"  {line}" for line in _loading_lines(run)),

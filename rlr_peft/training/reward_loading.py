@@ -25,8 +25,22 @@ def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward |
     Raises:
         RewardError: one of them cannot be loaded.
     """
+    arguments, settings = config.reward, reward_settings(config, device)
+    heldout = [load_reward(spec, device, settings) for spec in arguments.heldout_reward_fn or ()]
+    minimums = arguments.reward_minimum or {}
+    if isinstance(arguments.reward_fn, str) and not minimums:
+        reward: Reward = load_reward(arguments.reward_fn, device, settings)
+    else:
+        weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
+        terms = [Term(load_reward(spec, device, settings), w, minimums.get(spec)) for spec, w in weights.items()]
+        reward = WeightedRewards(terms, arguments.reward_scaling, arguments.reward_minimum_penalty)
+    return reward, heldout[0] if len(heldout) == 1 else HeldoutRewards(heldout) if heldout else None
+
+
+def reward_settings(config: Config, device: torch.device) -> RewardSettings:
+    """How the config says that rewards are held and servers asked."""
     arguments = config.reward
-    settings = RewardSettings(
+    return RewardSettings(
         ModelSettings(
             device,
             DTYPES[arguments.reward_dtype],
@@ -39,15 +53,6 @@ def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward |
             batch_size=arguments.reward_server_batch_size,
         ),
     )
-    heldout = [load_reward(spec, device, settings) for spec in arguments.heldout_reward_fn or ()]
-    minimums = arguments.reward_minimum or {}
-    if isinstance(arguments.reward_fn, str) and not minimums:
-        reward: Reward = load_reward(arguments.reward_fn, device, settings)
-    else:
-        weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
-        terms = [Term(load_reward(spec, device, settings), w, minimums.get(spec)) for spec, w in weights.items()]
-        reward = WeightedRewards(terms, arguments.reward_scaling, arguments.reward_minimum_penalty)
-    return reward, heldout[0] if len(heldout) == 1 else HeldoutRewards(heldout) if heldout else None
 
 
 def measure_scales(

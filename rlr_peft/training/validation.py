@@ -7,11 +7,13 @@ import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
+from rlr_peft.evaluation.comparison.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.evaluation.figures import save_image_grid
 from rlr_peft.evaluation.videos import as_images, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
+from rlr_peft.training.reward_loading import reward_settings
 from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
 
@@ -84,6 +86,13 @@ def evaluate_adapter(run: Run) -> Evaluation | None:
     return _evaluate(run, run.evaluation_prompts, "Evaluating the adapter")
 
 
+def evaluation_features(run: Run) -> FeatureExtractor:
+    """What the variety of images is measured by; nothing is downloaded for it."""
+    rewards = [reward for reward in (run.reward, run.heldout) if reward is not None]
+    settings = reward_settings(run.config, run.accelerator.device).model
+    return find_features(AUTO, run.config.model.pretrained_model_name_or_path, rewards, settings)
+
+
 def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Evaluation:
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
@@ -99,5 +108,7 @@ def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Eval
         rewards,
         arguments.evaluation_batch_size,
         num_kept_images=NUM_PAIRS,
+        features=evaluation_features(run),
+        with_pictures=True,
         description=description,
     )

@@ -1,0 +1,1 @@
+"""Base against adapters as something to look at: variety, divergence, tables, figures, and one self-contained page."""

@@ -1,0 +1,124 @@
+"""A comparison: what the base and one or more adapters drew on one plan, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from rlr_peft.evaluation.compare import Evaluation, compare
+from rlr_peft.evaluation.comparison.diversity import Estimate, Variety, variety
+
+
+@dataclass(frozen=True)
+class MeasuredReward:
+    """A reward of the comparison.
+
+    Attributes:
+        key: its name in `Evaluation.scores`.
+        name: its name for people.
+        heldout: whether it was never trained on.
+    """
+
+    key: str
+    name: str
+    heldout: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base, or the base with one adapter.
+
+    Attributes:
+        label: its name for people, different from the others'.
+        evaluation: what it drew, with pictures.
+        divergence: KL of sampled paths from the base's in nats, (k,); None where it was not measured.
+        image_files: the images' files relative to the report; empty where they are not kept.
+    """
+
+    label: str
+    evaluation: Evaluation
+    divergence: Tensor | None = None
+    image_files: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base and adapters on the same prompts and seeds.
+
+    Attributes:
+        rewards: those of the evaluations; the first one decides which images are shown first.
+        base: without an adapter.
+        adapters: one or more.
+        facts: what was compared, in words and without a path of this machine.
+        features: by what variety is measured, in words; None if it is not.
+
+    Raises:
+        ValueError: no adapter, labels that are not different, or evaluations of different plans.
+    """
+
+    rewards: Sequence[MeasuredReward]
+    base: Model
+    adapters: Sequence[Model]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    features: str | None = None
+
+    def __post_init__(self) -> None:
+        labels = [model.label for model in self.models]
+        if not self.adapters or len(set(labels)) < len(labels):
+            raise ValueError(f"expected one or more adapters with labels of their own, got {', '.join(labels)}")
+        known = self.base.evaluation.scores
+        missing = [reward.key for reward in self.rewards if reward.key not in known]
+        if missing or not self.rewards:
+            raise ValueError(f"expected rewards of the evaluations ({', '.join(known)}), got {', '.join(missing)}")
+        _ = self.gains  # refuses different plans
+
+    @property
+    def models(self) -> list[Model]:
+        """Base first."""
+        return [self.base, *self.adapters]
+
+    @cached_property
+    def gains(self) -> list[dict[str, dict[str, float]]]:
+        """For every adapter the paired comparison with the base, see `compare`."""
+        return [compare(self.base.evaluation, adapter.evaluation) for adapter in self.adapters]
+
+    @cached_property
+    def varieties(self) -> list[Variety] | None:
+        """Of base and adapters; None where no features were kept."""
+        if any(model.evaluation.features is None for model in self.models):
+            return None
+        base = self.base.evaluation
+        of_base = variety(_features(base), base.prompts)
+        of_adapters = [variety(_features(a.evaluation), base.prompts, _features(base)) for a in self.adapters]
+        return [of_base, *of_adapters]
+
+    @cached_property
+    def divergences(self) -> list[Estimate | None]:
+        """For every adapter the mean KL from the base in nats; None where it was not measured."""
+        return [None if a.divergence is None else _mean(a.divergence) for a in self.adapters]
+
+    @property
+    def attributes(self) -> dict[str, list[str]]:
+        """For every reward that gives numbers beside its score, their names in the comparison."""
+        names = [name for name in self.base.evaluation.info if all(name in gains for gains in self.gains)]
+        by_reward = {reward.key: [n for n in names if n.startswith(f"{reward.key}/")] for reward in self.rewards}
+        return {key: found for key, found in by_reward.items() if found}
+
+    def draws_as_the_base(self, index: int) -> bool:
+        """Whether every picture of an adapter is the base's, bit for bit: an adapter without any effect."""
+        base, adapter = self.base.evaluation.pictures, self.adapters[index].evaluation.pictures
+        return bool(base) and [picture.data for picture in base] == [picture.data for picture in adapter]
+
+
+def _features(evaluation: Evaluation) -> Tensor:
+    assert evaluation.features is not None
+    return evaluation.features
+
+
+def _mean(values: Tensor) -> Estimate:
+    error = values.double().std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.double().mean().item(), error)

@@ -1,0 +1,120 @@
+"""How different images are from each other, and from the base's: what falls when an adapter collapses.
+
+The distance of two images is the cosine distance of their features, ``1 - cos``: 0 for the same direction, 1 for
+orthogonal features, 2 at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error.
+
+    Attributes:
+        value: the number.
+        error: its standard error; NaN where there is too little to tell.
+    """
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Variety:
+    """How different the images of one model are.
+
+    Attributes:
+        overall: mean distance over all pairs of images.
+        within_prompt: mean over the prompts of the mean distance over the pairs of images of one prompt; None where no
+            prompt has two images.
+        overall_change: `overall` minus the base's; None for the base itself.
+        within_prompt_change: `within_prompt` minus the base's.
+        to_base: mean distance between an image and the base's image of the same prompt and seed; None for the base.
+    """
+
+    overall: Estimate
+    within_prompt: Estimate | None
+    overall_change: Estimate | None = None
+    within_prompt_change: Estimate | None = None
+    to_base: Estimate | None = None
+
+
+def variety(features: Tensor, prompts: Sequence[str], base_features: Tensor | None = None) -> Variety:
+    """Diversity of one model's images, and what became of the base's.
+
+    Args:
+        features: (n, D), n >= 2.
+        prompts: the n prompts.
+        base_features: (n, D) of the base's images of the same prompts and seeds; None for the base itself.
+
+    Raises:
+        ValueError: fewer than two images, or features that do not fit together.
+    """
+    if len(features) < 2 or len(features) != len(prompts):
+        raise ValueError(f"expected 2 or more images, one per prompt, got {len(features)} and {len(prompts)} prompts")
+    if base_features is not None and base_features.shape != features.shape:
+        raise ValueError(f"expected features of one shape, got {tuple(features.shape)}, {tuple(base_features.shape)}")
+    distances = cosine_distances(features)
+    each, of_prompt = mean_distances(distances), prompt_distances(distances, prompts)
+    if base_features is None:
+        return Variety(_pairwise(each), _mean(of_prompt))
+    base_distances = cosine_distances(base_features)
+    base_of_prompt = prompt_distances(base_distances, prompts)
+    return Variety(
+        overall=_pairwise(each),
+        within_prompt=_mean(of_prompt),
+        overall_change=_pairwise(each - mean_distances(base_distances)),
+        within_prompt_change=_mean(of_prompt - base_of_prompt),
+        to_base=_mean(1 - (_unit(features) * _unit(base_features)).sum(1)),
+    )
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(n, n) float64 distances between features (n, D); exactly 0 on the diagonal."""
+    unit = _unit(features)
+    return (1 - unit @ unit.T).clamp(min=0).fill_diagonal_(0)
+
+
+def mean_distances(distances: Tensor) -> Tensor:
+    """(n,) mean distance of every image to the n - 1 others; their mean is the mean over all pairs."""
+    return distances.sum(1) / (len(distances) - 1)
+
+
+def prompt_distances(distances: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(p,) mean distance over the pairs of images of each prompt that has two or more, in order of appearance."""
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    means = [
+        distances[members][:, members].sum() / (len(members) * (len(members) - 1))
+        for members in groups.values()
+        if len(members) > 1
+    ]
+    return torch.stack(means) if means else torch.empty(0, dtype=distances.dtype)
+
+
+def _unit(features: Tensor) -> Tensor:
+    features = features.double()
+    return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def _mean(values: Tensor) -> Estimate | None:
+    if len(values) == 0:
+        return None
+    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), error)
+
+
+def _pairwise(each: Tensor) -> Estimate:
+    """The mean over pairs from every image's mean; its error is that of a U-statistic of order two (Hoeffding 1948)."""
+    count = len(each)
+    error = 2 * each.std(correction=1).item() / math.sqrt(count) if count > 2 else math.nan
+    return Estimate(each.mean().item(), error)

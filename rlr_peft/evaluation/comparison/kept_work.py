@@ -1,0 +1,204 @@
+"""Drawn images and measured numbers on disk, so that a comparison that was stopped goes on where it stood.
+
+Everything is kept under a key of all that would change it, and is complete or absent: files are written aside and
+renamed (`durable_files`), and what cannot be read back whole counts as absent. Images are PNG files that anyone can
+look at. They hold 8 bits a channel, so a fresh image is rounded likewise before anything looks at it: scores do not
+depend on whether the image was drawn now or earlier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.evaluation.compare import Render
+from rlr_peft.evaluation.comparison.divergence import MeasureDivergence
+from rlr_peft.evaluation.comparison.features import FeatureExtractor
+from rlr_peft.evaluation.comparison.pictures import as_pil, to_bytes
+from rlr_peft.rewards.base import Reward, measure_images
+from rlr_peft.rewards.info import Info
+
+KEY_LENGTH = 16  # hexadecimal digits
+_DIGEST, _FRAMES = "sha256 of the pixels", "frames"
+
+
+def digest(*parts: Any) -> str:
+    """A short key of plain values: equal for equal values, in every process and on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+class KeptImages:
+    """A `Render` that draws a batch once and finds it again ever after.
+
+    Args:
+        folder: of this model's images; its name must hold the digest of all that would change them.
+        draw: draws what is not there.
+    """
+
+    def __init__(self, folder: Path, draw: Render) -> None:
+        self._folder = folder
+        self._draw = draw
+
+    def path(self, prompt: str, seed: int) -> Path:
+        """The file of an image, or of a video's first frame."""
+        return self._folder / f"{seed:010d}-{digest(prompt, seed)[:8]}.png"
+
+    def __call__(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """(B, 3, H, W), or (B, F, 3, H, W), in [0, 1], rounded to 8 bits.
+
+        A batch of which anything is missing is drawn whole again: rounding may depend on what is drawn together.
+        """
+        paths = [self.path(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        found = [_read(path) for path in paths]
+        whole = [image for image in found if image is not None]
+        if len(whole) == len(found) and len({image.shape for image in whole}) == 1:
+            return torch.stack(whole).float() / 255
+        images = to_bytes(self._draw(prompts, seeds))
+        for path, prompt, seed, image in zip(paths, prompts, seeds, images, strict=True):
+            _write(path, prompt, seed, image)
+        return images.float() / 255
+
+
+class KeptReward:
+    """A `Reward` that scores images once and finds the scores again, by the images' pixels and the prompts.
+
+    Args:
+        reward: scores what is not there.
+        folder: of all kept numbers.
+        identity: of the reward: all that would change its scores.
+    """
+
+    differentiable = False
+
+    def __init__(self, reward: Reward, folder: Path, identity: Any) -> None:
+        self._reward = reward
+        self._folder = folder
+        self._identity = identity
+        self.name = reward.name
+        self.takes_video = getattr(reward, "takes_video", False)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
+        """The reward's scores and info.
+
+        Raises:
+            RewardError: of the reward.
+        """
+
+        def measure() -> dict[str, Tensor]:
+            scored = measure_images(self._reward, images, prompts, metadata)
+            return {"scores": scored.scores.cpu(), **{f"info/{name}": value for name, value in scored.info.items()}}
+
+        key = digest("reward", self._identity, prompts, metadata, pixels_digest(images))
+        kept = kept_tensors(self._folder, key, measure)
+        info = {name.removeprefix("info/"): value for name, value in kept.items() if name.startswith("info/")}
+        return kept["scores"].to(images.device), info
+
+
+class KeptFeatures:
+    """A `FeatureExtractor` that looks at images once.
+
+    Args:
+        extractor: computes what is not there.
+        folder: of all kept numbers.
+        identity: all that would change the features.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, folder: Path, identity: Any) -> None:
+        self._extractor = extractor
+        self._folder = folder
+        self._identity = identity
+        self.name = extractor.name
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, D) float32 on the CPU."""
+        key = digest("features", self._identity, pixels_digest(images))
+        return kept_tensors(self._folder, key, lambda: {"features": self._extractor(images)})["features"]
+
+
+def kept_divergence(measure: MeasureDivergence, folder: Path, identity: Any) -> MeasureDivergence:
+    """A measurement of the divergence that is made once for every batch."""
+
+    def measure_once(prompts: list[str], seeds: list[int]) -> Tensor:
+        key = digest("divergence", identity, prompts, seeds)
+        return kept_tensors(folder, key, lambda: {"divergence": measure(prompts, seeds)})["divergence"]
+
+    return measure_once
+
+
+def kept_tensors(folder: Path, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors from `folder/key.safetensors`; they are computed and written there if they are not whole."""
+    path = folder / f"{key}.safetensors"
+    if path.exists():
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError):
+            pass  # damaged after it was written: as good as absent
+    tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
+    with replacing_file(path) as aside:
+        save_file(tensors, aside)
+    return tensors
+
+
+def pixels_digest(images: Tensor) -> str:
+    """SHA-256 of images that are rounded to 8 bits, and of their shape."""
+    return hashlib.sha256(str(tuple(images.shape)).encode() + to_bytes(images).numpy().tobytes()).hexdigest()
+
+
+def _write(path: Path, prompt: str, seed: int, image: Tensor) -> None:
+    """One PNG, or of a video one a frame; the first comes last, since it tells how many there are."""
+    frames = list(image) if image.ndim == 4 else [image]
+    for index in reversed(range(len(frames))):
+        notes = PngImagePlugin.PngInfo()
+        notes.add_itxt("prompt", prompt)
+        notes.add_text("seed", str(seed))
+        notes.add_text(_FRAMES, str(len(frames) if image.ndim == 4 else 0))
+        notes.add_text(_DIGEST, pixels_digest(frames[index].float() / 255))
+        with replacing_file(_frame_path(path, index)) as aside:
+            as_pil(frames[index]).save(aside, format="PNG", pnginfo=notes)
+
+
+def _read(path: Path) -> Tensor | None:
+    """The uint8 image (3, H, W) or video (F, 3, H, W); None if anything of it is missing or damaged."""
+    first = _read_frame(path)
+    if first is None:
+        return None
+    image, num_frames = first
+    if num_frames == 0:
+        return image
+    frames = [first, *(_read_frame(_frame_path(path, index)) for index in range(1, num_frames))]
+    whole = [frame[0] for frame in frames if frame is not None]
+    return torch.stack(whole) if len(whole) == num_frames else None
+
+
+def _read_frame(path: Path) -> tuple[Tensor, int] | None:
+    try:
+        with Image.open(path) as picture:
+            pixels = numpy.array(picture.convert("RGB"))
+            notes = {str(name): value for name, value in picture.info.items()}
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError):
+        return None
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    if notes.get(_DIGEST) != pixels_digest(image.float() / 255):
+        return None
+    return image, int(notes[_FRAMES])
+
+
+def _frame_path(path: Path, index: int) -> Path:
+    return path if index == 0 else path.with_name(f"{path.stem}-{index:03d}.png")
+
+
+def image_paths(kept: KeptImages, prompts: Sequence[str], seeds: Sequence[int], root: Path) -> list[str]:
+    """The images' files, relative to `root`."""
+    return [kept.path(prompt, seed).relative_to(root).as_posix() for prompt, seed in zip(prompts, seeds, strict=True)]

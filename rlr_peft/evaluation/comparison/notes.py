@@ -1,0 +1,85 @@
+"""What a reader should notice first: gains that hold, reward hacking, collapse, adapters without effect."""
+
+from __future__ import annotations
+
+from rlr_peft.evaluation.comparison.comparison import Comparison
+from rlr_peft.evaluation.comparison.diversity import Estimate
+from rlr_peft.evaluation.comparison.numbers import with_error
+
+# "Rose" and "fell" are said from so many paired standard errors on.
+CLEAR_ERRORS = 2.0
+# Less variety is worth a word from this share on: every adapter that sharpens costs a little.
+NOTABLE_LOSS = 0.1
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """One sentence or two per finding, for people; empty where nothing stands out."""
+    found = []
+    for index, adapter in enumerate(comparison.adapters):
+        if comparison.draws_as_the_base(index):
+            found.append(
+                f"{adapter.label} draws exactly the base's images: it has no effect. It may be untrained, or scaled to "
+                "zero."
+            )
+            continue
+        found += [f"{adapter.label}: {sentence}" for sentence in _of_adapter(comparison, index)]
+    return found
+
+
+def _of_adapter(comparison: Comparison, index: int) -> list[str]:
+    gains = comparison.gains[index]
+    rose = [r for r in comparison.rewards if _is_clear(gains[r.key]["gain"], gains[r.key]["gain_se"])]
+    fell = [r for r in comparison.rewards if _is_clear(-gains[r.key]["gain"], gains[r.key]["gain_se"])]
+    trained = [reward.name for reward in rose if not reward.heldout]
+    heldout_rose = [reward.name for reward in rose if reward.heldout]
+    heldout_fell = [reward.name for reward in fell if reward.heldout]
+    sentences = []
+    if trained and heldout_fell:
+        sentences.append(
+            f"{_listed(trained)} rose while {_listed(heldout_fell)}, held out, fell: the mark of reward hacking. "
+            "Look at the worst cases."
+        )
+    elif trained and heldout_rose:
+        sentences.append(f"{_listed(trained)} rose, and so did {_listed(heldout_rose)}, held out.")
+    elif trained and any(reward.heldout for reward in comparison.rewards):
+        sentences.append(f"{_listed(trained)} rose; no held-out reward moved clearly.")
+    elif trained:
+        sentences.append(f"{_listed(trained)} rose; no held-out reward was measured to confirm it.")
+    fallen = [reward.name for reward in fell if not reward.heldout]
+    if fallen:
+        sentences.append(f"{_listed(fallen)} fell.")
+    if not rose and not fell:
+        sentences.append(f"no reward moved by {CLEAR_ERRORS:g} standard errors.")
+    return sentences + _variety_notes(comparison, index)
+
+
+def _variety_notes(comparison: Comparison, index: int) -> list[str]:
+    if comparison.varieties is None:
+        return []
+    base, adapter = comparison.varieties[0], comparison.varieties[index + 1]
+    sentences = []
+    for words, before, change in (
+        ("images of one prompt", base.within_prompt, adapter.within_prompt_change),
+        ("all images", base.overall, adapter.overall_change),
+    ):
+        if before is None or change is None or before.value <= 0:
+            continue
+        loss = -change.value / before.value
+        if loss > NOTABLE_LOSS and _is_clear(-change.value, change.error):
+            sentences.append(
+                f"{words} differ {loss:.0%} less from each other than the base's, whose distance is "
+                f"{_with_error(before)}: {'a collapse' if loss > 0.5 else 'variety was lost'}."
+            )
+    return sentences
+
+
+def _is_clear(gain: float, error: float) -> bool:
+    return gain > 0 and gain > CLEAR_ERRORS * error
+
+
+def _with_error(estimate: Estimate) -> str:
+    return with_error(estimate.value, estimate.error)
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,198 @@
+"""The comparison as one page that needs nothing but itself: pairs with a slider, tables, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.evaluation.comparison.comparison import Comparison
+from rlr_peft.evaluation.comparison.figure_files import inline_svg
+from rlr_peft.evaluation.comparison.notes import notes
+from rlr_peft.evaluation.comparison.pictures import SMALL_SIDE
+from rlr_peft.evaluation.comparison.tables import tables
+
+TEMPLATE = "page.html.j2"
+MOST_PAIRS = 96
+CAPTIONS = {
+    "rewards": (
+        "Distribution of the rewards",
+        "Left the scores of all images, right the paired differences; triangles mark the means.",
+    ),
+    "reward_kl": (
+        "Reward against KL",
+        "What a gain cost in divergence from the base; the dashed line is the base. Bars are one standard error.",
+    ),
+    "attributes": (
+        "Paired differences by attribute",
+        "What the reward tells beside its score, adapter minus base; whiskers are one standard error.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Card:
+    """One pair on the page; `base` and `adapters` are data URIs."""
+
+    prompt: str
+    seed: int
+    base: str
+    adapters: list[str]
+    width: int
+    height: int
+    small: bool
+
+
+def write_page(path: Path, comparison: Comparison, drawn: dict[str, Figure]) -> Path:
+    """Writes the page.
+
+    Args:
+        path: of the page.
+        comparison: evaluated with pictures.
+        drawn: the figures by name, see `figures`.
+    """
+    text = page(comparison, drawn)
+    with replacing_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return path
+
+
+def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:
+    """The HTML.
+
+    Raises:
+        ValueError: the comparison was evaluated without pictures.
+    """
+    if not all(model.evaluation.pictures for model in comparison.models):
+        raise ValueError("expected evaluations with pictures: evaluate(..., with_pictures=True)")
+    # A missing value is an error instead of a hole, and texts of users (prompts, names) are no markup.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    chosen = chosen_pairs(comparison)
+    labels = [adapter.label for adapter in comparison.adapters]
+    total = len(comparison.base.evaluation.prompts)
+    return environment.get_template(TEMPLATE).render(
+        title=_title(comparison, labels),
+        subtitle=f"{total} images each, drawn from the same prompts and seeds.",
+        base_label=comparison.base.label,
+        adapters=labels,
+        rewards=[f"{reward.name} (held out)" if reward.heldout else reward.name for reward in comparison.rewards],
+        notes=notes(comparison),
+        tables=tables(comparison),
+        is_video=comparison.base.evaluation.pictures[0].num_frames > 1,
+        shown=_shown(comparison, chosen),
+        cards=[_card(comparison, index) for index in chosen],
+        figures=[
+            {
+                "title": CAPTIONS[name][0],
+                "caption": CAPTIONS[name][1],
+                "svg": inline_svg(figure, name, CAPTIONS[name][0]),
+            }
+            for name, figure in drawn.items()
+        ],
+        facts=comparison.facts,
+        data=_inside_script(_data(comparison, chosen)),
+    )
+
+
+def chosen_pairs(comparison: Comparison, most: int = MOST_PAIRS) -> list[int]:
+    """Which images the page shows, in the order in which they were drawn.
+
+    All if they are few. Else, taking turns between the adapters: two of those that lost most of the first reward for
+    one that gained most and one from the front of the plan.
+    """
+    total = len(comparison.base.evaluation.prompts)
+    if total <= most:
+        return list(range(total))
+    key = comparison.rewards[0].key
+    queues = []
+    for adapter in comparison.adapters:
+        gain = adapter.evaluation.scores[key].double() - comparison.base.evaluation.scores[key].double()
+        worst = gain.argsort(stable=True).tolist()
+        queues += [iter(worst), iter(worst[::-1]), iter(worst), iter(range(total))]
+    found: dict[int, None] = {}
+    while len(found) < most:
+        for queue in queues:
+            fresh = next((index for index in queue if index not in found), None)
+            if fresh is not None and len(found) < most:
+                found[fresh] = None
+    return sorted(found)
+
+
+def _title(comparison: Comparison, labels: Sequence[str]) -> str:
+    name = comparison.facts.get("base")
+    return f"{_listed(labels)} against the base" + ("" if name is None else f" {name}")
+
+
+def _shown(comparison: Comparison, chosen: Sequence[int]) -> str:
+    total = len(comparison.base.evaluation.prompts)
+    if len(chosen) == total:
+        return f"All {total}, worst cases first."
+    where = " All are in the folder images." if comparison.base.image_files else ""
+    return (
+        f"{len(chosen)} of {total}, worst cases first: those that lost most, those that gained most and the first "
+        f"ones.{where}"
+    )
+
+
+def _card(comparison: Comparison, index: int) -> _Card:
+    base = comparison.base.evaluation
+    picture = base.pictures[index]
+    return _Card(
+        prompt=str(base.prompts[index]),
+        seed=base.seeds[index],
+        base=picture.data_uri,
+        adapters=[adapter.evaluation.pictures[index].data_uri for adapter in comparison.adapters],
+        width=picture.width,
+        height=picture.height,
+        small=max(picture.width // picture.num_frames, picture.height) <= SMALL_SIDE,
+    )
+
+
+def _data(comparison: Comparison, chosen: Sequence[int]) -> dict[str, Any]:
+    keys = [reward.key for reward in comparison.rewards]
+    base = comparison.base.evaluation
+
+    def scores(model: Any, index: int) -> list[float]:
+        return [float(model.evaluation.scores[key][index]) for key in keys]
+
+    return {
+        "adapters": [adapter.label for adapter in comparison.adapters],
+        "decimals": [_decimals(comparison, key) for key in keys],
+        "pairs": [
+            {
+                "prompt": str(base.prompts[index]),
+                "base": scores(comparison.base, index),
+                "adapters": [scores(adapter, index) for adapter in comparison.adapters],
+            }
+            for index in chosen
+        ],
+    }
+
+
+def _decimals(comparison: Comparison, key: str) -> int:
+    """About three digits for the largest score."""
+    largest = max(float(model.evaluation.scores[key].abs().max()) for model in comparison.models)
+    return 3 if largest < 2 else 2 if largest < 100 else 0
+
+
+def _inside_script(data: dict[str, Any]) -> Markup:
+    """JSON that no prompt can end the script element with."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
