@@ -68,7 +68,7 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     if before is not None and after is not None:
         metrics = flat_metrics(compare(before, after)) | metrics
         write_comparison(run, before, after)
-        pair_prompts = before.prompts[:NUM_PAIRS]
+        pair_prompts = [str(prompt) for prompt in before.prompts[:NUM_PAIRS]]
         save_before_after(
             run.output_dir / BEFORE_AFTER,
             before.images,
@@ -229,7 +229,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
         fps=run.chain.call.fps if run.chain.call.is_video else None,
-        prompts=run.prompts,
+        prompts=[str(prompt) for prompt in run.prompts],
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
         reward_curve=REWARD_CURVE,
