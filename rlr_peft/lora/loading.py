@@ -39,7 +39,9 @@ def load_lora(pipeline: Any, directory: str | Path) -> None:
             pipeline.load_lora_weights(str(file.parent), load_into_transformer_2=True)
             continue
         with safe_open(file, "pt") as header:
-            prefix = next(iter(header.keys())).split(".")[0]
+            prefixes = {name.split(".")[0] for name in header.keys()}  # noqa: SIM118 (it is no dictionary)
+        # Beside the denoiser's there may be a text encoder's part, which diffusers loads where it can load at all.
+        prefix = next((name for name in ("unet", "transformer") if name in prefixes), "")
         denoiser = getattr(pipeline, prefix, None)
         if denoiser is None or diffusers_loads(pipeline, denoiser):
             pipeline.load_lora_weights(str(directory))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from rlr_peft.training.tracking import read_metrics
@@ -44,7 +45,16 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     output = finish(start(config, "--rank", "2", "--lora_alpha", "4"))
     assert "draws the same images bit for bit" in output
     assert f"pipe.load_lora_weights({str(out)!r})" in output
-    for name in ("README.md", "config.yaml", "reward_curve.png", "before_after.png", "metrics.json", WEIGHTS):
+    files = (
+        "README.md",
+        "config.yaml",
+        "reward_curve.png",
+        "before_after.png",
+        "metrics.json",
+        "compare.html",
+        WEIGHTS,
+    )
+    for name in files:
         assert (out / name).stat().st_size > 0, name
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert sorted(path.name for path in (out / "validation").iterdir()) == [f"step-00000{i}.png" for i in range(3)]
@@ -59,6 +69,15 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
         assert metrics[f"{score}_gain"] == pytest.approx(
             metrics[f"{score}_after"] - metrics[f"{score}_before"], abs=1e-6
         )
+    # One row per image: the same numbers as in the summary.
+    scores = read_table(out / "scores.parquet").to_pydict()
+    assert scores["model"] == ["base"] * 4 + ["adapter"] * 4 and set(scores["prompt"]) == {"a cat", "a dog"}
+    redness = scores["rewards.py:redness"]
+    assert sum(redness[:4]) / 4 == pytest.approx(metrics["reward_before"], abs=1e-6)
+    assert sum(redness[4:]) / 4 == pytest.approx(metrics["reward_after"], abs=1e-6)
+    assert sum(scores["jpeg-compressibility"][4:]) / 4 == pytest.approx(metrics["heldout_after"], abs=1e-6)
+    assert f"images side by side: {out}/compare.html" in output
+
     assert metrics["n"] == 4 and metrics["seconds"] > 0 and metrics["peak_memory_mb"] > 50
     # 2 updates x 4 samples x (4 sampled + 4 differentiated steps), and the calibration's 4 x (4 + 4)
     assert metrics["denoiser_evaluations"] == 2 * 4 * 8 + 4 * 8

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlr_peft.evaluation.comparison.labels import shown_name
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.model_reward import ModelSettings, loading
@@ -99,7 +100,7 @@ class VisionModelFeatures:
             with loading(user, folder):
                 network = AutoModel.from_pretrained(folder, dtype=settings.dtype)
         self._network = network.to(settings.device).eval().requires_grad_(False)
-        self.name = f"features of {folder.name if '/' not in name.strip('/.') else name}"
+        self.name = f"features of {shown_name(name)}"
 
     def __call__(self, images: Tensor) -> Tensor:
         return _over_frames(self._of_images, images)
