@@ -4,19 +4,23 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from rlr_peft import __version__
+from rlr_peft.cli.card_command import card_command
 from rlr_peft.cli.config_command import config_command
 from rlr_peft.cli.diagnose_command import diagnose_command
 from rlr_peft.cli.plan_command import plan_command
+from rlr_peft.cli.push_command import push_command
 from rlr_peft.cli.serve_reward_command import serve_reward_command
 
 # name -> (one line for --help, function of the remaining words that returns the exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "card": ("write a run's model card again, with a template or text of your own", card_command),
     "config": ("check a configuration and print it in full as YAML", config_command),
     "diagnose": (
         "measure every gradient estimator on your pipeline and reward, and say which to use",
         diagnose_command,
     ),
     "plan": ("add up the GPU memory that a training config needs, without weights or a GPU", plan_command),
+    "push": ("publish an output folder, or a checkpoint's adapter, on the Hub", push_command),
     "serve-reward": ("serve a reward over HTTP, for --reward_fn http://HOST:PORT/", serve_reward_command),
 }
 

@@ -14,7 +14,10 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_lora, verify_lora_reloads
-from rlr_peft.publishing.model_card import with_error, write_model_card
+from rlr_peft.publishing.card_file import write_card
+from rlr_peft.publishing.record_file import StoredCard
+from rlr_peft.publishing.redaction import command_without_token
+from rlr_peft.publishing.results import with_error
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.hardware import describe_hardware
@@ -75,7 +78,7 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     _save_curve(run)
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_model_card(run.output_dir, record=_record(run, progress, metrics, pair_prompts))
+    write_card(run.output_dir, StoredCard(_record(run, progress, metrics, pair_prompts)))
     _verify_adapter(run)
     return metrics
 
@@ -223,7 +226,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
         reward_curve=REWARD_CURVE,
-        command=shlex.join([*launcher, *sys.argv]),
+        command=shlex.join([*launcher, *command_without_token(sys.argv)]),
         hardware=describe_hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=package_versions(),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.processes import LoopbackHub
+from tests.training.conftest import workplace  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="session")

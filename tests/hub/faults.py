@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 class FaultInjection:
     """ASGI middleware, the outermost, that breaks chosen requests and keeps a list of all.
 
-    `POST /_faults` sets the list of faults, each `{"request": REGEX of "METHOD PATH", "kind": KIND, "times": N or null}`:
+    `POST /_faults` sets the list of faults, `{"request": REGEX of "METHOD PATH", "kind": KIND, "times": N or null}`:
 
     - `status`: answers `status` (and `headers`, `message`) instead of the application;
     - `refuse`: closes the connection at once;

@@ -1,7 +1,7 @@
 """A Hub on loopback, for the real `huggingface_hub` client: `python -m tests.hub.server FOLDER` prints its address.
 
-It speaks what the client of version 2.4 asks for: repositories with commits, branches and tags, LFS on a second port (as
-the Hub's storage is another origin), private repositories, organisations, tokens with roles, models and datasets.
+It speaks what the client of version 2.4 asks for: repositories with commits, branches and tags, LFS on a second port
+(as the Hub's storage is another origin), private repositories, organisations, tokens with roles, models and datasets.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from tests.hub.faults import FaultInjection, FaultState
-from tests.hub.store import LFS_SUFFIXES, Entry, Refused, Repository, Store
+from tests.hub.store import LFS_SUFFIXES, Entry, RefusedError, Repository, Store
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Hub:
                 (api, self.repository_info, "GET"),
             ):
                 routes.append(Route(path, _of(kind, endpoint), methods=[method]))
-        return Starlette(routes=routes, exception_handlers={Refused: _refused})
+        return Starlette(routes=routes, exception_handlers={RefusedError: _refused})
 
     # Who asks
 
@@ -88,7 +88,7 @@ class Hub:
             return None
         user = USERS.get(header.removeprefix("Bearer "))
         if user is None:
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         return user
 
     def repository(self, request: Request, kind: str, *, write: bool = False) -> Repository:
@@ -97,9 +97,9 @@ class Hub:
         repository = self.store.find(kind, f"{owner}/{request.path_params['name']}")
         belongs = user is not None and (owner == user.name or owner in user.organisations)
         if repository is None or (repository.info["private"] and not belongs):
-            raise Refused(401 if user is None else 404, "Repository not found", "RepoNotFound")
+            raise RefusedError(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if write and not (belongs and self.may_write(user, owner)):
-            raise Refused(403, "Forbidden: you don't have the required permissions to perform this action")
+            raise RefusedError(403, "Forbidden: you don't have the required permissions to perform this action")
         return repository
 
     @staticmethod
@@ -114,7 +114,7 @@ class Hub:
     async def whoami(self, request: Request) -> Response:
         user = self.user(request)
         if user is None:
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         organisations = [{"name": name, "roleInOrg": role} for name, role in user.organisations.items()]
         token = {"displayName": "a test", "role": user.role}
         answer = {"type": "user", "name": user.name, "fullname": user.name, "orgs": organisations}
@@ -123,10 +123,10 @@ class Hub:
     async def create(self, request: Request) -> Response:
         user, asked = self.user(request), await request.json()
         if user is None:
-            raise Refused(401, "Invalid username or password.")
+            raise RefusedError(401, "Invalid username or password.")
         owner, kind = asked.get("organization") or user.name, asked.get("type", "model") + "s"
         if (owner != user.name and owner not in user.organisations) or not self.may_write(user, owner):
-            raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{owner}"')
+            raise RefusedError(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{owner}"')
         id_ = f"{owner}/{asked['name']}"
         url = f"{self.endpoint}/{'' if kind == 'models' else kind + '/'}{id_}"
         if self.store.find(kind, id_) is not None:
@@ -175,7 +175,7 @@ class Hub:
         folder = request.path_params.get("path", "").strip("/")
         inside = {path: e for path, e in files.items() if not folder or path.startswith(f"{folder}/")}
         if folder and not inside:
-            raise Refused(404, f"{folder} does not exist", "EntryNotFound")
+            raise RefusedError(404, f"{folder} does not exist", "EntryNotFound")
         start, folders, answer = len(folder) + 1 if folder else 0, set(), []
         recursive = request.query_params.get("recursive", "").lower() == "true"
         for path, entry in inside.items():
@@ -229,7 +229,7 @@ class Hub:
         asked = await request.json()
         path = self.store.lfs / asked["oid"]
         if not path.exists() or path.stat().st_size != asked["size"]:
-            raise Refused(404, "Object was never uploaded")
+            raise RefusedError(404, "Object was never uploaded")
         return JSONResponse({})
 
     async def commit(self, request: Request, kind: str) -> Response:
@@ -281,7 +281,7 @@ class Hub:
         oid = repository.resolve(revision)
         entry = repository.files(oid).get(path)
         if entry is None:
-            raise Refused(404, f"{path} does not exist", "EntryNotFound")
+            raise RefusedError(404, f"{path} does not exist", "EntryNotFound")
         headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
         if entry.lfs is not None:
             location = f"{self.storage}/download/{entry.lfs}"
@@ -302,13 +302,13 @@ class Storage:
                 Route("/upload/{oid}", self.upload, methods=["PUT"]),
                 Route("/download/{oid}", self.download, methods=["GET"]),
             ],
-            exception_handlers={Refused: _refused},
+            exception_handlers={RefusedError: _refused},
         )
 
     async def upload(self, request: Request) -> Response:
         content = await request.body()
         if hashlib.sha256(content).hexdigest() != request.path_params["oid"]:
-            raise Refused(400, "The content does not have the announced SHA-256 sum")
+            raise RefusedError(400, "The content does not have the announced SHA-256 sum")
         (self.store.lfs / request.path_params["oid"]).write_bytes(content)
         return Response(status_code=200)
 
@@ -324,7 +324,7 @@ def _of(kind: str, endpoint):  # type: ignore[no-untyped-def]
 
 
 def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
+    assert isinstance(error, RefusedError)
     headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
     return JSONResponse({"error": error.message}, error.status, headers)
 

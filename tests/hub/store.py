@@ -11,7 +11,7 @@ from typing import Any
 LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".gif", ".bin")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An HTTP answer that is an error: status, `X-Error-Code` if the client knows one, and a message."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
@@ -62,7 +62,7 @@ class Repository:
                 return refs[revision]
         if (self.folder / "commits" / f"{revision}.json").exists():
             return revision
-        raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def commit_record(self, oid: str) -> dict[str, Any]:
         return json.loads((self.folder / "commits" / f"{oid}.json").read_text())
@@ -89,10 +89,10 @@ class Repository:
         """Applies the ndjson lines of a commit to a branch; returns the new commit."""
         head = self.info["branches"].get(branch)
         if head is None:
-            raise Refused(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+            raise RefusedError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
         header = next(line["value"] for line in lines if line["key"] == "header")
         if header.get("parentCommit") not in (None, head):
-            raise Refused(412, "A commit has happened since. Please refresh and try again.")
+            raise RefusedError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(self.files(branch))
         for line in lines:
             value = line["value"]
@@ -101,7 +101,7 @@ class Repository:
                     files[value["path"]] = self._add_blob(base64.b64decode(value["content"]))
                 case "lfsFile":
                     if not (self.lfs / value["oid"]).exists():
-                        raise Refused(400, f"LFS object {value['oid']} was never uploaded")
+                        raise RefusedError(400, f"LFS object {value['oid']} was never uploaded")
                     files[value["path"]] = self._lfs_entry(value["oid"])
                 case "deletedFile":
                     del files[value["path"]]
@@ -112,14 +112,14 @@ class Repository:
     def branch(self, name: str, start: str) -> None:
         info = self.info
         if name in info["branches"]:
-            raise Refused(409, f"Reference already exists: {name}")
+            raise RefusedError(409, f"Reference already exists: {name}")
         info["branches"][name] = self.resolve(start)
         self._save(info)
 
     def tag(self, name: str, revision: str) -> None:
         info = self.info
         if name in info["tags"]:
-            raise Refused(409, f"Tag already exists: {name}")
+            raise RefusedError(409, f"Tag already exists: {name}")
         info["tags"][name] = self.resolve(revision)
         self._save(info)
 

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from rlr_peft.lora import attach_lora, save_lora
-from rlr_peft.publishing.model_card import fenced, with_error, write_model_card
+from rlr_peft.publishing.model_card import fenced, write_model_card
+from rlr_peft.publishing.results import with_error
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.tiny_shapes import pipeline_path

@@ -1,0 +1,216 @@
+"""`rlr-peft push` with the real client: what is published, what is not, and what happens when the Hub fails."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.hub.folders import PRIVATE, WEIGHTS, output_folder
+from tests.hub.processes import FINE_GRAINED, OTHER, OWNER, READER, LoopbackHub, run
+
+UPLOADED = {
+    ".gitattributes",
+    "README.md",
+    WEIGHTS,
+    "before_after.png",
+    "config.yaml",
+    "images/one.png",
+    "metrics.json",
+}
+PUSH = ["tests/hub/impatient.py", "-m", "rlr_peft.cli", "push"]
+
+
+def push(
+    hub: LoopbackHub, folder: Path, *flags: str, token: str | None = OWNER, code: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return run([*PUSH, folder, *flags], hub.environment(folder.parent / "home", token, **environment), code)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return output_folder(tmp_path / "out")
+
+
+def test_one_commit_holds_what_may_be_published(hub: LoopbackHub, folder: Path) -> None:
+    done = push(hub, folder, "--hub_model_id", "owner/whole", "--hub_private_repo")
+    assert f"Published on {hub.endpoint}/owner/whole (commit" in done.stdout
+    repository = hub.repository("owner/whole")
+    assert repository.info["private"]
+    assert set(repository.files("main")) == UPLOADED
+    assert repository.read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
+    (commit, _) = repository.history("main")
+    assert commit["summary"] == "Upload LoRA adapter: tiny-shapes +0.300 ± 0.012"
+    card = repository.read("README.md").decode()
+    assert f'pipe.load_lora_weights("owner/whole", weight_name="{WEIGHTS}")' in card
+    assert card == (folder / "README.md").read_text()
+    # The adapter came back into a cache of its own, not into the user's.
+    assert hub.requests(f"GET /owner/whole/resolve/{commit['oid']}/{WEIGHTS}") or hub.requests("GET /download")
+    assert not (folder.parent / "home" / "hub").exists() or not list((folder.parent / "home" / "hub").rglob(WEIGHTS))
+
+
+def test_nothing_private_leaves_the_folder(hub: LoopbackHub, folder: Path) -> None:
+    done = push(hub, folder, "--hub_model_id", "owner/secrets", "--hub_token", OWNER, token=None)
+    assert not set(PRIVATE) & set(hub.repository("owner/secrets").files("main"))
+    everything = b"".join(path.read_bytes() for path in hub.root.rglob("*") if path.is_file())
+    everything += b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".yaml")
+    for secret in (OWNER, "secret-word"):
+        assert secret.encode() not in everything
+        assert secret not in done.stdout + done.stderr
+    assert b"http://***@127.0.0.1/" in hub.repository("owner/secrets").read("config.yaml")
+
+
+def test_a_picture_that_holds_the_token_is_refused(hub: LoopbackHub, folder: Path) -> None:
+    (folder / "images" / "leak.png").write_bytes(b"\x89PNG" + OWNER.encode())
+    done = push(hub, folder, "--hub_model_id", "owner/leak", code=1)
+    assert "leak.png holds the access token" in done.stderr and OWNER not in done.stderr
+    assert set(hub.repository("owner/leak").files("main")) == {".gitattributes"}
+
+
+def test_pushing_twice_changes_nothing(hub: LoopbackHub, folder: Path) -> None:
+    push(hub, folder, "--hub_model_id", "owner/twice")
+    before = hub.repository("owner/twice").history("main")
+    card = (folder / "README.md").read_bytes()
+    assert "nothing had changed" in push(hub, folder, "--hub_model_id", "owner/twice").stdout
+    assert hub.repository("owner/twice").history("main") == before
+    assert (folder / "README.md").read_bytes() == card and card.count(b"- lora\n") == 1
+
+
+def test_an_edited_card_is_published_as_it_is(hub: LoopbackHub, folder: Path) -> None:
+    (folder / "README.md").write_text("# mine\n")
+    assert "was edited" in push(hub, folder, "--hub_model_id", "owner/edited").stderr
+    assert hub.repository("owner/edited").read("README.md") == b"# mine\n"
+
+
+def test_a_branch_and_an_organisation(hub: LoopbackHub, folder: Path) -> None:
+    push(hub, folder, "--hub_model_id", "lab/with-branch", "--hub_revision", "trial")
+    repository = hub.repository("lab/with-branch")
+    assert WEIGHTS in repository.files("trial") and WEIGHTS not in repository.files("main")
+
+
+def test_a_hub_without_xet_gets_the_files_over_http(hub: LoopbackHub, folder: Path) -> None:
+    done = push(hub, folder, "--hub_model_id", "owner/no-xet", HF_HUB_DISABLE_XET="0")
+    assert "uploading over plain HTTP instead" in done.stderr
+    assert hub.repository("owner/no-xet").read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_is_published_without_its_state(hub: LoopbackHub, folder: Path) -> None:
+    push(hub, folder, "--hub_model_id", "owner/steps")
+    checkpoint = folder / "checkpoint-5"
+    (checkpoint / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4] + b"more")
+    (checkpoint / "manifest.json").write_text("{}")
+    push(hub, checkpoint, "--hub_model_id", "owner/steps", "--hub_revision", "checkpoint-5")
+    files = hub.repository("owner/steps").files("checkpoint-5")
+    assert set(files) == {".gitattributes", "README.md", WEIGHTS}
+    assert hub.repository("owner/steps").read(WEIGHTS, "checkpoint-5") == (checkpoint / WEIGHTS).read_bytes()
+
+
+REFUSED = {
+    "no token": ({"token": None}, "owner/refused", "there is none"),
+    "bad token": ({"token": "hf_thisTokenWasNeverGivenToAnyone00000"}, "owner/refused", "refused the access token"),
+    "token that may only read": ({"token": READER}, "owner/refused", "may only read"),
+    "fine-grained token without the right": ({"token": FINE_GRAINED}, "owner/public", "may not"),
+    "repository of somebody else": ({"token": OTHER}, "owner/public", "cannot write to owner/public"),
+    "organisation in which one may only read": ({}, "club/refused", "may only read in the organisation club"),
+    "name of another model": ({}, "owner/foreign", "taken by another model (it holds model.safetensors)"),
+    "not a name": ({}, "owner/a b", "choose another --hub_model_id"),
+    "a public repository where a private one is asked for": ({"private": True}, "owner/public", "is public"),
+}
+
+
+@pytest.fixture(scope="session")
+def taken(running_hub: LoopbackHub) -> None:
+    store = running_hub.store
+    store.create("models", "owner/public", private=False)
+    repository = store.create("models", "owner/foreign", private=False)
+    header = {"key": "header", "value": {"summary": "a model"}}
+    repository.commit("main", [header, {"key": "file", "value": {"path": "model.safetensors", "content": ""}}])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.usefixtures("taken")
+def test_refused_before_anything_is_sent(hub: LoopbackHub, folder: Path, case: str) -> None:
+    options, repo_id, expected = REFUSED[case]
+    flags = ["--hub_private_repo"] if options.pop("private", False) else []
+    done = push(hub, folder, "--hub_model_id", repo_id, *flags, code=1, **options)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and expected in done.stderr and "Traceback" not in done.stderr
+    assert not hub.requests("commit|LFS|PUT")
+
+
+def status(request: str, code: int, times: int | None, **more: object) -> dict:
+    return {"request": request, "kind": "status", "status": code, "times": times, **more}
+
+
+WHOAMI, CREATE, YAML = "GET /api/whoami", "POST /api/repos/create", "POST /api/validate-yaml"
+INFO, PREUPLOAD, COMMIT = "GET /api/models/owner/f", "POST .*/preupload/", "POST .*/commit/"
+BATCH, PUT, GET = "POST .*/objects/batch", "PUT /upload", "GET /download"
+PASSING = {
+    **{f"{request} answers {code} once": status(request, code, 1) for request in (WHOAMI, INFO) for code in (429, 503)},
+    **{f"{request} answers 500 twice": status(request, 500, 2) for request in (CREATE, YAML, PREUPLOAD, BATCH, PUT)},
+    "the commit answers 502 once": status(COMMIT, 502, 1),
+    "too many requests, with Retry-After": status(COMMIT, 429, 1, headers={"Retry-After": "2"}),
+    "the upload is cut in the middle": {"request": PUT, "kind": "cut", "after": 60_000, "times": 1},
+    "the connection is reset": {"request": WHOAMI, "kind": "refuse", "times": 1},
+    "the commit is made, its answer lost": {"request": COMMIT, "kind": "lost", "times": 1},
+    "the download is reset": {"request": GET, "kind": "refuse", "times": 1},
+}
+LASTING = {
+    "the commit always answers 503": (status(COMMIT, 503, None), "trouble of its own (HTTP 503"),
+    "the commit always answers 429": (status(COMMIT, 429, None), "was asked too often (HTTP 429"),
+    "Retry-After of an hour": (status(COMMIT, 429, None, headers={"Retry-After": "3600"}), "asked too often"),
+    "the right to write is taken away": (status(COMMIT, 403, None), "may not do this (HTTP 403"),
+    "uploads are always cut": ({"request": PUT, "kind": "cut", "after": 60_000}, f"Error while uploading '{WEIGHTS}'"),
+    "the Hub's disk is full": (status(PUT, 507, None), "no space left (HTTP 507"),
+    "the Hub goes away": ({"request": "preupload|commit|batch|models", "kind": "refuse"}, "cannot be reached"),
+    "the card's metadata are refused": (status(YAML, 400, None), "Invalid metadata in README.md"),
+}
+
+
+@pytest.mark.parametrize("case", PASSING)
+def test_a_passing_fault_is_waited_out(hub: LoopbackHub, folder: Path, case: str) -> None:
+    name = "owner/f" + re.sub(r"\W+", "-", case).strip("-").lower()[:60]
+    hub.fail(PASSING[case])
+    push(hub, folder, "--hub_model_id", name)
+    commits = hub.repository(name).history("main")
+    assert len(commits) == 2, "one commit, whatever went wrong"
+    assert hub.repository(name).read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
+    if "lost" not in case:
+        fault = PASSING[case]
+        assert len(hub.requests(str(fault["request"]))) > int(str(fault["times"]))
+
+
+@pytest.mark.parametrize("case", LASTING)
+def test_a_lasting_fault_ends_with_the_command_for_later(hub: LoopbackHub, folder: Path, case: str) -> None:
+    fault, expected = LASTING[case]
+    name = "owner/l" + re.sub(r"\W+", "-", case).strip("-").lower()[:60]
+    hub.store.create("models", name, private=False)
+    published, mine = hub.repository(name).history("main"), (folder / WEIGHTS).read_bytes()
+    hub.fail(fault)
+    done = push(hub, folder, "--hub_model_id", name, code=1)
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert expected in message, message
+    assert message.rstrip().endswith(f"Publish it with\n  rlr-peft push {folder} --hub_model_id {name}") or (
+        case == "the Hub goes away" and "Nothing was published" in message
+    )
+    assert hub.repository(name).history("main") == published and (folder / WEIGHTS).read_bytes() == mine
+    hub.fail()
+    push(hub, folder, "--hub_model_id", name)
+    assert hub.repository(name).read(WEIGHTS) == mine
+
+
+def test_a_full_disk_here(hub: LoopbackHub, folder: Path) -> None:
+    """The copy that is downloaded to be compared does not fit; real limits of the operating system."""
+    limited = folder.parent / "limited.py"
+    limited.write_text(
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "runpy.run_module('rlr_peft.cli', run_name='__main__')\n"
+    )
+    environment = hub.environment(folder.parent / "home")
+    done = run([limited, "push", folder, "--hub_model_id", "owner/full"], environment, 1)
+    assert "was made, but" in done.stderr and "File too large" in done.stderr
+    assert f"rlr-peft push {folder} --hub_model_id owner/full" in done.stderr
+    assert hub.repository("owner/full").read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
