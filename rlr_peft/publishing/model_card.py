@@ -159,9 +159,14 @@ def _pair(pair: ImagePair) -> dict[str, str]:
         "prompt": pair.prompt.replace("|", "\\|").replace("\n", " "),
         "base": pair.base,
         "adapter": pair.adapter,
-        "base_score": f"{pair.base_score:.3g}",
-        "adapter_score": f"{pair.adapter_score:.3g}",
+        "base_score": _score(pair.base_score),
+        "adapter_score": _score(pair.adapter_score),
     }
+
+
+def _score(score: float) -> str:
+    """About three digits."""
+    return f"{score:.{3 if abs(score) < 10 else 1}f}"
 
 
 def _stages(record: RunRecord) -> list[dict[str, str]]:
@@ -180,7 +185,7 @@ def _facts(record: RunRecord) -> list[dict[str, str]]:
         "denoiser evaluations": (
             f"{metrics['denoiser_evaluations']:,.0f}" if "denoiser_evaluations" in metrics else None
         ),
-        "time": _duration(metrics["seconds"]) if "seconds" in metrics else None,
+        "training time": _duration(metrics["seconds"]) if "seconds" in metrics else None,
         "peak memory": f"{metrics['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in metrics else None,
         "hardware": record.hardware,
         "packages": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or None,

@@ -50,11 +50,11 @@ class Result:
         return int(math.copysign(1, self.gain))
 
     def row(self) -> dict[str, str]:
-        """The cells of the table."""
+        """The cells of the table, whose numbers do not break across lines."""
         margin = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * self.gain_se
         places = _decimals(self.gain_se)
         low, high = (f"{edge:+.{places}f}" for edge in (self.gain - margin, self.gain + margin))
-        return {
+        cells = {
             "name": self.name,
             "role": self.role,
             "before": with_error(self.before, self.before_se),
@@ -62,6 +62,10 @@ class Result:
             "gain": f"{self.gain:+.{places}f} [{low}, {high}]",
             "win_rate": "" if self.win_rate is None else f"{self.win_rate:.0%}",
             "n": str(self.n),
+        }
+        return {
+            name: cell if name in ("name", "role") else cell.replace(" ", "\N{NO-BREAK SPACE}")
+            for name, cell in cells.items()
         }
 
 

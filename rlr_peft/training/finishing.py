@@ -20,6 +20,8 @@ from rlr_peft.publishing.redaction import command_without_token
 from rlr_peft.publishing.results import with_error
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
+from rlr_peft.training.card_facts import with_card_facts
+from rlr_peft.training.card_images import clear_card_images
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import DTYPES, load_pipeline
 from rlr_peft.training.manifest import package_versions
@@ -54,6 +56,7 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     """
     run.output_dir.mkdir(parents=True, exist_ok=True)
     save_lora(run.pipeline, run.output_dir)
+    clear_card_images(run.output_dir)
     if not run.config.validation.skip_final_inference:
         save_validation_images(run, progress.step, "test")
     metrics = {
@@ -78,7 +81,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     _save_curve(run)
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_card(run.output_dir, StoredCard(_record(run, progress, metrics, pair_prompts)))
+    record = with_card_facts(_record(run, progress, metrics, pair_prompts), run, progress, before, after)
+    write_card(run.output_dir, StoredCard(record))
     _verify_adapter(run)
     return metrics
 
@@ -215,7 +219,6 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         estimator=estimator_text,
         coverage=progress.coverage,
         pipeline_tag=run.family.pipeline_tag,
-        license="apache-2.0" if config.model.pretrained_model_name_or_path == PIPELINE_NAME else None,
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
         inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},

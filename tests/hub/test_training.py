@@ -7,10 +7,11 @@ from tests.hub.processes import OWNER, READER, LoopbackHub, run
 from tests.training.runs import WEIGHTS, config_file
 
 SCRIPT = ["tests/hub/impatient.py", "train_rlr_lora.py", "--config"]
-LOAD = """
-import json, sys, torch
+LOAD = r"""
+import json, re, sys, torch
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
+from PIL import Image
 base, local, repo = sys.argv[1:]
 pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
 pipe.set_progress_bar_config(disable=True)
@@ -31,7 +32,17 @@ for load in (lambda: images(repo, token=False, force_download=True), lambda: HfA
         load()
     except OSError as error:
         refused.append(type(error).__name__)
-print(json.dumps([same, checkpoint, refused]))
+
+# The card's snippet as it stands, downloaded from the Hub; then with the local adapter, and without any.
+card = open(hf_hub_download(repo, "README.md")).read()
+(code,) = re.findall(r"^```python\n(.*?)\n```$", card, flags=re.M | re.S)
+(line,) = re.findall(r"^pipe.load_lora_weights.*$", code, flags=re.M)
+pictures = []
+for variant in (code, code.replace(f'"{repo}"', repr(local)), code.replace(line, "")):
+    exec(variant, {})
+    pictures.append(Image.open("image.png").tobytes())
+snippet = [picture == pictures[0] for picture in pictures[1:]]
+print(json.dumps([same, checkpoint, refused, snippet]))
 """
 
 
@@ -77,8 +88,10 @@ def test_a_run_is_published_and_loads_from_the_hub(
     assert not [path for path in everything if OWNER.encode() in path.read_bytes()]
     assert OWNER not in done.stdout + done.stderr
 
-    loaded = run(["-c", LOAD, workplace / "base", out, "owner/red"], hub.environment(tmp_path / "fresh"))
-    same, checkpoint_is_same, refused = json.loads(loaded.stdout)
+    words = ["-c", LOAD, workplace / "base", out, "owner/red"]
+    loaded = run(words, hub.environment(tmp_path / "fresh"), cwd=tmp_path)
+    same, checkpoint_is_same, refused, snippet = json.loads(loaded.stdout)
+    assert snippet == [True, False]
     assert same and not checkpoint_is_same
     assert refused == ["OSError", "RepositoryNotFoundError"], "a private repository gives nothing without a token"
 
