@@ -7,6 +7,7 @@ from rlr_peft import __version__
 from rlr_peft.cli.card_command import card_command
 from rlr_peft.cli.config_command import config_command
 from rlr_peft.cli.diagnose_command import diagnose_command
+from rlr_peft.cli.merge_command import merge_command
 from rlr_peft.cli.plan_command import plan_command
 from rlr_peft.cli.push_command import push_command
 from rlr_peft.cli.serve_reward_command import serve_reward_command
@@ -19,6 +20,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         "measure every gradient estimator on your pipeline and reward, and say which to use",
         diagnose_command,
     ),
+    "merge": ("fuse an adapter into its base and save a full pipeline", merge_command),
     "plan": ("add up the GPU memory that a training config needs, without weights or a GPU", plan_command),
     "push": ("publish an output folder, or a checkpoint's adapter, on the Hub", push_command),
     "serve-reward": ("serve a reward over HTTP, for --reward_fn http://HOST:PORT/", serve_reward_command),

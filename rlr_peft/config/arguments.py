@@ -90,6 +90,9 @@ class LoraArguments:
     )
     use_dora: bool = knob(False, "Train DoRA: magnitude and direction of the weights apart.")
     use_rslora: bool = knob(False, "Scale the update by lora_alpha / sqrt(rank) instead of lora_alpha / rank.")
+    output_kohya_format: bool = knob(
+        False, "Save the adapter in kohya's format too, as kohya/lora_kohya.safetensors (Stable Diffusion and SDXL)."
+    )
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = knob(
         "gaussian", "How the LoRA matrices start; every choice starts at the base model's function."
     )

@@ -23,7 +23,17 @@ def check_config(config: Config) -> None:
     """Raises one ConfigError that names every problem: the ranges first, and combinations once all ranges hold."""
     problems = list(_ranges(config))
     if not problems:
-        checks = (_batches, _eta, check_estimator, check_memory, _regularization, _schedule, _rewards, _paths, _hub)
+        checks = (
+            _batches,
+            _eta,
+            check_estimator,
+            check_memory,
+            _regularization,
+            _schedule,
+            _rewards,
+            _paths,
+            _saving,
+        )
         for check in checks:
             problems.extend(check(config))
     if len(problems) > 1:
@@ -130,6 +140,12 @@ def _hub(config: Config) -> Iterator[str]:
             f"push_every: expected a multiple of checkpointing_steps ({interval}), as checkpoints are what is "
             f"published, got {hub.push_every}; change one of the two."
         )
+
+
+def _saving(config: Config) -> Iterator[str]:
+    yield from _hub(config)
+    if config.lora.output_kohya_format and config.lora.use_dora:
+        yield "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of the two."
 
 
 def _paths(config: Config) -> Iterator[str]:

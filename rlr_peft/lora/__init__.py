@@ -2,7 +2,9 @@
 
 from rlr_peft.lora.attach import adapted_denoisers, adapter_disabled, attach_lora, denoiser_name, lora_parameters
 from rlr_peft.lora.export import WEIGHT_NAME, save_lora
+from rlr_peft.lora.kohya import check_kohya, save_kohya
 from rlr_peft.lora.loading import diffusers_loads, load_lora
+from rlr_peft.lora.merge import merge_lora
 from rlr_peft.lora.verify import AdapterMismatchError, verify_lora_reloads
 
 __all__ = [
@@ -11,10 +13,13 @@ __all__ = [
     "adapted_denoisers",
     "adapter_disabled",
     "attach_lora",
+    "check_kohya",
     "denoiser_name",
     "diffusers_loads",
     "load_lora",
     "lora_parameters",
+    "merge_lora",
+    "save_kohya",
     "save_lora",
     "verify_lora_reloads",
 ]

@@ -13,7 +13,7 @@ from rlr_peft.config import config_to_dict
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
-from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_lora, verify_lora_reloads
+from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
 from rlr_peft.publishing.card_file import write_card
 from rlr_peft.publishing.record_file import StoredCard
 from rlr_peft.publishing.redaction import command_without_token
@@ -56,6 +56,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     """
     run.output_dir.mkdir(parents=True, exist_ok=True)
     save_lora(run.pipeline, run.output_dir)
+    if run.config.lora.output_kohya_format:
+        save_kohya(run.pipeline, run.output_dir)
     clear_card_images(run.output_dir)
     if not run.config.validation.skip_final_inference:
         save_validation_images(run, progress.step, "test")
