@@ -66,6 +66,7 @@ def test_a_run_is_published_and_loads_from_the_hub(
         push_to_hub=True,
         push_every=1,
         hub_private_repo=True,
+        output_kohya_format=True,
     )
     done = train(hub, config, home, "--hub_model_id", "owner/red", "--hub_token", OWNER, token=None)
     repository = hub.repository("owner/red")
@@ -73,6 +74,8 @@ def test_a_run_is_published_and_loads_from_the_hub(
     assert result["summary"].startswith("Upload LoRA adapter: rewards.py:redness +") and "±" in result["summary"]
     files = repository.files("main")
     assert {"README.md", WEIGHTS, "config.yaml", "metrics.json", "metrics.jsonl", "before_after.png"} <= set(files)
+    # One file at the top, which `load_lora_weights` finds; copies in other formats stand below.
+    assert [name for name in files if name.endswith(".safetensors")] == ["kohya/lora_kohya.safetensors", WEIGHTS]
     assert not [name for name in files if "checkpoint" in name or name.endswith(".pt") or "logs" in name]
     assert f"Published on {hub.endpoint}/owner/red" in done.stdout
 
