@@ -115,12 +115,13 @@ def _names(record: RunRecord) -> dict[str, Any]:
         "folder": f"the local pipeline `{label}`",
         "hub": f"[{label}](https://huggingface.co/{label})",
     }[kind]
-    names = [f"`{name}`" for name in record.reward_weights] or [f"`{record.reward_name}`"]
+    names = list(record.reward_weights) or [record.reward_name]
+    rewards = "reward" if len(names) == 1 else "rewards"
     return {
-        "title": f"LoRA of {label.rsplit('/', 1)[-1]} for the reward {record.reward_name}",
+        "title": f"LoRA of {label.rsplit('/', 1)[-1]} for the {rewards} {in_a_row(names)}",
         "base_text": base_text,
         "reward_name": record.reward_name,
-        "reward_text": f"the {'reward' if len(names) == 1 else 'rewards'} {in_a_row(names)}",
+        "reward_text": f"the {rewards} {in_a_row([f'`{name}`' for name in names])}",
     }
 
 

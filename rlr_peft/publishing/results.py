@@ -92,7 +92,8 @@ def verdicts(record: RunRecord, results: list[Result]) -> list[str]:
     scores = [result for result in results if result.is_score]
     for result in scores:
         verb = {1: "rose", -1: "fell", 0: "did not change measurably"}[result.sign]
-        what = f"the held-out reward `{result.name}`, never trained on," if result.held_out else "its reward"
+        trained = "the weighted sum of its rewards" if record.reward_weights else "its reward"
+        what = f"the held-out reward `{result.name}`, never trained on," if result.held_out else trained
         gain = with_error(result.gain, result.gain_se, sign=True)
         sentences.append(f"On {record.evaluation_prompts} {what} {verb} ({gain}).")
     rose = any(result.sign == 1 for result in scores if not result.held_out)
@@ -127,7 +128,11 @@ def _described(record: RunRecord, prefix: str) -> tuple[str, str, str] | None:
     """Kind, name and role of a prefix of `metrics.json`; None for what stands in the table already."""
     group, _, name = prefix.partition("/")
     if prefix == "reward":
-        return "trained", record.reward_name, "trained on, weighted sum" if record.reward_weights else "trained on"
+        return (
+            "trained",
+            record.reward_name,
+            "trained on, weighted sum of scaled rewards" if record.reward_weights else "trained on",
+        )
     if prefix == "heldout":
         return None if record.heldout_name is None else ("held out", record.heldout_name, "held out")
     if group == "reward":

@@ -54,7 +54,7 @@ class Hub:
 
     def application(self) -> Starlette:
         routes = [
-            Route("/api/agent-harnesses", self.nothing),
+            Route("/api/agent-harnesses", self.agent_harnesses),
             Route("/api/whoami-v2", self.whoami),
             Route("/api/repos/create", self.create, methods=["POST"]),
             Route("/api/validate-yaml", self.validate_yaml, methods=["POST"]),
@@ -108,8 +108,8 @@ class Hub:
 
     # Endpoints
 
-    async def nothing(self, request: Request) -> Response:
-        return JSONResponse([])
+    async def agent_harnesses(self, request: Request) -> Response:
+        return JSONResponse({})
 
     async def whoami(self, request: Request) -> Response:
         user = self.user(request)

@@ -241,13 +241,15 @@ def test_every_reward_of_several_has_a_row_of_its_own(folder: Path) -> None:
     text = write_model_card(folder, record=record).read_text()
     check_sections(text)
     assert [row.split(" | ")[0] for row in rows_of(text)[1:]] == [
-        "| `1 color + 0.5 texture/soft` (trained on, weighted sum)",
+        "| `1 color + 0.5 texture/soft` (trained on, weighted sum of scaled rewards)",
         "| `color` (trained on, weight 1)",
         "| `texture/soft` (trained on, weight 0.5)",
         "| `judge` (held out)",
         "| `judge/shape` (held out)",
         "| `texture/soft/kB` (only seen)",
     ]
+    assert "# LoRA of tiny-shapes for the rewards color and texture/soft\n" in text
+    assert "the weighted sum of its rewards rose" in text
     assert "trained on the rewards `color` and `texture/soft` with rlr-peft" in text
     assert "`judge` and `judge/shape` were measured too, never trained on" in text
     # The first held-out reward rose; another fell, and that is said.
