@@ -1,4 +1,4 @@
-"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, measure the base, train, finish.
+"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, measure the base, train, finish, publish.
 
 accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 """
@@ -15,19 +15,23 @@ def main() -> int:
 
     set_up_logging()
 
-    # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.training.errors import reporting_errors
-    from rlr_peft.training.finishing import finish, summary
-    from rlr_peft.training.run import build_run
-    from rlr_peft.training.trainer import train
-    from rlr_peft.training.validation import evaluate_base
+    from rlr_peft.training.publishing import open_publisher
 
-    with reporting_errors():
+    with reporting_errors(), open_publisher(config) as publisher:
+        # Only now the heavy imports: a wrong flag or token is refused at once.
+        from rlr_peft.training.finishing import finish, summary
+        from rlr_peft.training.run import build_run
+        from rlr_peft.training.trainer import train
+        from rlr_peft.training.validation import evaluate_base
+
         run = build_run(config)
         base = evaluate_base(run)
-        progress = train(run)
+        progress = train(run, publisher.push_checkpoint if publisher else None)
         if not progress.interrupted_by and run.accelerator.is_main_process:
             print(summary(run, finish(run, progress, base)))
+            if publisher is not None:
+                print(publisher.finish(run.output_dir))
         run.accelerator.end_training()
     if progress.interrupted_by and run.accelerator.is_main_process:
         print(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", file=sys.stderr)

@@ -555,3 +555,18 @@ def test_no_model_library_is_imported() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_token_is_never_shown_or_written(tmp_path: Path) -> None:
+    config = load([*REQUIRED, "--push_to_hub", "--hub_token", "hf_secret"])
+    assert config.hub.hub_token == "hf_secret"
+    save_config(config, tmp_path / "config.yaml")
+    for text in (repr(config), str(config_to_dict(config)), (tmp_path / "config.yaml").read_text()):
+        assert "hf_secret" not in text
+
+
+def test_publishing_of_checkpoints_needs_checkpoints() -> None:
+    with pytest.raises(ConfigError, match="push_every: expected push_to_hub"):
+        load([*REQUIRED, "--push_every", "500"])
+    with pytest.raises(ConfigError, match=r"push_every: expected a multiple of checkpointing_steps \(500\)"):
+        load([*REQUIRED, "--push_to_hub", "--push_every", "750"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlr_peft.config import Config, ConfigError, config_from_dict
+from rlr_peft.config.chain_of_thought import SOURCES
 from rlr_peft.config.flat import knobs
 from rlr_peft.config.parsing import exit_with, load_values
 
@@ -23,7 +24,7 @@ ALIASES = {
     "num_images": "num_evaluation_images",
 }
 # Of training's flags those that a comparison looks at: whole groups, less what only the training loop needs.
-GROUPS = ("model", "chain", "prompts", "reward")
+GROUPS = ("model", "chain", "prompts", "chain_of_thought", "reward")
 BESIDES = (
     *("denoiser", "seed"),
     *("evaluation_prompt_path", "num_evaluation_images", "evaluation_batch_size", "evaluation_eta"),
@@ -148,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="NAME",
     )
+    parser.add_argument(
+        "--dcot",
+        action=argparse.BooleanOptionalAction,
+        help="draw with stage prompts (Diffusive Chain-of-Thought), by the built-in rules unless a --dcot_ setting says "
+        "otherwise, or without; by default as the settings say",
+    )
     flag("hub_token", "token for private repositories; by default that of `hf auth login` or HF_TOKEN", metavar="TOKEN")
     return parser
 
@@ -168,15 +175,28 @@ def _config_or_exit(own: argparse.Namespace, words: list[str]) -> Config:
         words = ["--config", str(found), *words]
     try:
         values = load_values(words, PROG, _names(), DESCRIPTION)
-        values["evaluation_prompt_path"] = values["evaluation_prompt_path"] or values["prompt_path"]
+        if values["dataset_name"] is None:
+            values["evaluation_prompt_path"] = values["evaluation_prompt_path"] or values["prompt_path"]
         for alias, name in ALIASES.items():
-            if values[name] is None and alias in ("base", "prompts", "reward"):
+            needed = alias in ("base", "reward") or (alias == "prompts" and values["dataset_name"] is None)
+            if values[name] is None and needed:
                 raise ConfigError(f"--{alias}: expected a value, got none; give it, or --config with {name}.")
-        values["prompt_path"] = values["prompt_path"] or values["evaluation_prompt_path"]
+        if values["dataset_name"] is None:
+            values["prompt_path"] = values["prompt_path"] or values["evaluation_prompt_path"]
+        _choose_stages(own.dcot, values)
         # An estimator without demands on the chain, since nothing is estimated.
         return config_from_dict({**values, "estimator": "full-bp", "output_dir": str(own.output)})
     except ConfigError as error:
         exit_with(error)
+
+
+def _choose_stages(wanted: bool | None, values: dict[str, Any]) -> None:
+    """Stage prompts as the settings say, unless `--dcot` or `--no-dcot` does: the built-in rules, or none."""
+    given = [name for name in SOURCES if values[name]]
+    if wanted and not given:
+        values["dcot_rules"] = True
+    elif wanted is False:
+        values.update({name: knob.field.default for name, knob in knobs().items() if knob.group == "chain_of_thought"})
 
 
 def _config_beside(adapter: str) -> Path | None:

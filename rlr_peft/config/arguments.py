@@ -90,6 +90,9 @@ class LoraArguments:
     )
     use_dora: bool = knob(False, "Train DoRA: magnitude and direction of the weights apart.")
     use_rslora: bool = knob(False, "Scale the update by lora_alpha / sqrt(rank) instead of lora_alpha / rank.")
+    output_kohya_format: bool = knob(
+        False, "Save the adapter in kohya's format too, as kohya/lora_kohya.safetensors (Stable Diffusion and SDXL)."
+    )
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = knob(
         "gaussian", "How the LoRA matrices start; every choice starts at the base model's function."
     )
@@ -514,6 +517,32 @@ class CheckpointingArguments:
 
 
 @dataclass(frozen=True)
+class HubArguments:
+    """Hub: publishing the adapter"""
+
+    push_to_hub: bool = knob(
+        False, "Publish the adapter, its card and figures on the Hub at the end; access is checked before training."
+    )
+    hub_model_id: str | None = knob(
+        None, "Repository, `owner/name` or `name`; null means the name of output_dir, of the token's user."
+    )
+    hub_token: str | None = knob(
+        None,
+        "Access token with the right to write, never shown or saved; null takes that of HF_TOKEN or `hf auth login`.",
+        secret=True,
+    )
+    hub_private_repo: bool = knob(False, "Make the repository a private one; one that exists must be private.")
+    hub_revision: str | None = knob(None, "Branch to publish on, made when missing; null means main.")
+    push_every: int | None = knob(
+        None,
+        "How often the adapter of a checkpoint is published while training, on a branch `checkpoint-STEP`; null means "
+        "never.",
+        unit="optimiser steps",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True)
 class LoggingArguments:
     """Logging: where the curves go"""
 
@@ -538,4 +567,5 @@ class Config:
     optimizer: OptimizerArguments
     validation: ValidationArguments
     checkpointing: CheckpointingArguments
+    hub: HubArguments
     logging: LoggingArguments

@@ -26,7 +26,7 @@ def check_config(config: Config) -> None:
     if not problems:
         checks = (
             *(_batches, _eta, check_estimator, check_memory, check_prompts, check_chain_of_thought),
-            *(_regularization, _schedule, _rewards, _paths),
+            *(_regularization, _schedule, _rewards, _paths, _saving),
         )
         for check in checks:
             problems.extend(check(config))
@@ -123,6 +123,23 @@ def _rewards(config: Config) -> Iterator[str]:
             yield f"reward_minimum: expected a name of reward_fn ({', '.join(trained)}), got {name}; correct it."
         if not math.isfinite(minimum):
             yield f"reward_minimum: expected a finite number for {name}, got {minimum}; correct it."
+
+
+def _hub(config: Config) -> Iterator[str]:
+    hub, interval = config.hub, config.checkpointing.checkpointing_steps
+    if hub.push_every is not None and not hub.push_to_hub:
+        yield f"push_every: expected push_to_hub with it, got {hub.push_every} alone; give --push_to_hub too."
+    if hub.push_every is not None and hub.push_every % interval:
+        yield (
+            f"push_every: expected a multiple of checkpointing_steps ({interval}), as checkpoints are what is "
+            f"published, got {hub.push_every}; change one of the two."
+        )
+
+
+def _saving(config: Config) -> Iterator[str]:
+    yield from _hub(config)
+    if config.lora.output_kohya_format and config.lora.use_dora:
+        yield "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of the two."
 
 
 def _paths(config: Config) -> Iterator[str]:

@@ -60,16 +60,19 @@ def check_names(names: Iterator[str], where: str) -> None:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """All knobs as one flat mapping of plain values (tuples become lists, tables dicts), fit for JSON and YAML."""
+    """All knobs as one flat mapping of plain values (tuples become lists, tables dicts), fit for JSON and YAML.
+
+    It is written to files and shown, so null stands for a secret.
+    """
     flat: dict[str, Any] = {}
     for name, knob in knobs().items():
-        value = getattr(getattr(config, knob.group), name)
+        value = None if knob.field.metadata["secret"] else getattr(getattr(config, knob.group), name)
         flat[name] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
     return flat
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `config_to_dict`; names that are absent take their defaults. Types are taken on trust.
+    """The inverse of `config_to_dict`, but for secrets; absent names take their defaults, types are taken on trust.
 
     Raises:
         ConfigError: an unknown or missing name, a number out of range, or a combination that cannot be run.

@@ -27,6 +27,7 @@ def knob(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    secret: bool = False,
 ) -> Any:
     """Declare one knob of a frozen arguments dataclass.
 
@@ -35,12 +36,14 @@ def knob(
         sentence: one plain sentence, shown by `--help`.
         unit: what one of it is, shown by `--help` in brackets.
         at_least, above, at_most, below: the allowed range of a number (of every number, where the knob is a list).
+        secret: never shown or written: null stands for it in `repr`, YAML, trackers and cards.
     """
     metadata: Mapping[str, Any] = {
         "sentence": sentence,
         "unit": unit,
+        "secret": secret,
         "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
     }
     if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)

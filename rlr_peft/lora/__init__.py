@@ -3,7 +3,9 @@
 from rlr_peft.lora.attach import adapted_denoisers, adapter_disabled, attach_lora, denoiser_name, lora_parameters
 from rlr_peft.lora.export import WEIGHT_NAME, save_lora
 from rlr_peft.lora.fitting import adapted_parts, adapter_loaded, load_fitting_lora, unload_lora
+from rlr_peft.lora.kohya import check_kohya, save_kohya
 from rlr_peft.lora.loading import diffusers_loads, load_lora
+from rlr_peft.lora.merge import merge_lora
 from rlr_peft.lora.sources import AdapterFiles, AdapterNotFoundError, find_adapter
 from rlr_peft.lora.verify import AdapterMismatchError, verify_lora_reloads
 
@@ -17,12 +19,15 @@ __all__ = [
     "adapter_disabled",
     "adapter_loaded",
     "attach_lora",
+    "check_kohya",
     "denoiser_name",
     "diffusers_loads",
     "find_adapter",
     "load_fitting_lora",
     "load_lora",
     "lora_parameters",
+    "merge_lora",
+    "save_kohya",
     "save_lora",
     "unload_lora",
     "verify_lora_reloads",

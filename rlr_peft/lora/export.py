@@ -74,8 +74,13 @@ def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, 
                 weight_name=aside.name,
                 **{f"{prefix}_lora_layers": tensors, f"{prefix}_lora_adapter_metadata": metadata},
             )
-        _sort_header(aside)
+        sort_header(aside)
     return path
+
+
+def folded_adapter(denoiser: Any, adapter_name: str = "default") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The adapter with its scale multiplied into lora_B, for readers that know no other scale than 1."""
+    return _adapter(denoiser, True, adapter_name)
 
 
 def _adapter(denoiser: Any, fold_alpha: bool, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -103,7 +108,7 @@ def _write(path: Path, prefix: str, tensors: dict[str, torch.Tensor], metadata: 
     save_file(named, path, metadata={"format": "pt", "lora_adapter_metadata": text})
 
 
-def _sort_header(path: Path) -> None:
+def sort_header(path: Path) -> None:
     """Puts the file's metadata in alphabetical order: safetensors writes them in an order that changes at random.
 
     So equal adapters are equal files, byte for byte, and pushing one again uploads nothing.

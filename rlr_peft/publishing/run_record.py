@@ -7,6 +7,23 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class ImagePair:
+    """One prompt drawn by base and adapter from the same noise.
+
+    Attributes:
+        prompt: of both.
+        base, adapter: file names in the card's folder.
+        base_score, adapter_score: the trained reward of each.
+    """
+
+    prompt: str
+    base: str
+    adapter: str
+    base_score: float
+    adapter_score: float
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Facts about a run. What is unknown stays at its default and is left out of the card.
 
@@ -14,19 +31,25 @@ class RunRecord:
         base_model: as given to `--pretrained_model_name_or_path`: "tiny-shapes", a Hub id or a local folder.
         reward_name: name of the reward that was trained on.
         config: the resolved configuration, name to plain value.
-        heldout_name: name of the held-out reward.
+        reward_weights: name -> weight of the rewards of a weighted sum; empty where one alone is trained on.
+        heldout_name: name of the held-out reward, of several the first.
+        heldout_names: of several held-out rewards.
         metrics: as in `metrics.json`: `reward_before`, `reward_before_se`, `reward_after`, `reward_after_se`,
-            `reward_gain`, `reward_gain_se`, the same with `heldout_`, `n`, `seconds` (of training),
-            `peak_memory_mb`, `denoiser_evaluations`. A reward with any of its six numbers or `n` missing gets no row.
+            `reward_gain`, `reward_gain_se`, `reward_win_rate`, the same with `heldout_`, and with `reward/NAME_` and
+            `heldout/NAME_` for each of several rewards; `n`, `seconds` (of training), `peak_memory_mb`,
+            `denoiser_evaluations`, `steps`. A reward with any of its six numbers or `n` missing gets no row.
         evaluation_prompts: what the numbers were measured on, as it stands in "On ... its reward rose"; say "unseen
             prompts" only if none of them was trained on.
         evaluation: sentences on how the numbers were measured (steps, guidance, seeds).
+        selection: sentences on what chose these weights: when training was to stop, and what that was read off.
+        settings: what training was set to, in words: name -> value.
         estimator: sentences on the gradient estimator.
         coverage: a sentence on the weights of the steps (unbiased, or biased by choice).
         pipeline_tag: the Hub's task name.
         license: the Hub's licence id; inherited from the base.
         license_name: for licence "other".
         license_link: for licence "other".
+        datasets: Hub ids of the datasets that the prompts come from.
         tags: of the pipeline's family, for example "stable-diffusion"; the common ones are added, and "rlr" if
             `config["estimator"]` is one of its presets.
         dtype: torch dtype of the snippet's pipeline, "float32", "float16" or "bfloat16".
@@ -41,9 +64,10 @@ class RunRecord:
         prompts: the training prompts.
         before_after: file name of the before/after figure in the card's folder.
         before_after_prompts: the prompts in that figure.
+        pairs: single images of base and adapter.
         reward_curve: file name of the reward curve in the card's folder.
         images: file name in the card's folder and prompt of images drawn with the adapter, for the gallery.
-        command: the command line of the run.
+        command: the command line of the run, without access tokens.
         hardware: for example "1 x NVIDIA H200" or "2 CPU cores".
         versions: package name to version.
         commit: of rlr-peft.
@@ -52,16 +76,21 @@ class RunRecord:
     base_model: str
     reward_name: str
     config: Mapping[str, object]
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
     heldout_name: str | None = None
+    heldout_names: Sequence[str] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluation_prompts: str = "the evaluation prompts"
     evaluation: str | None = None
+    selection: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
     estimator: Sequence[str] = ()
     coverage: str | None = None
     pipeline_tag: str = "text-to-image"
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
+    datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
     dtype: str = "float32"
     inference: Mapping[str, object] = field(default_factory=dict)
@@ -75,6 +104,7 @@ class RunRecord:
     prompts: Sequence[str] = ()
     before_after: str | None = None
     before_after_prompts: Sequence[str] = ()
+    pairs: Sequence[ImagePair] = ()
     reward_curve: str | None = None
     images: Sequence[tuple[str, str]] = ()
     command: str | None = None

@@ -16,7 +16,8 @@ def base_kind(base_model: str) -> BaseKind:
     """Where the base comes from: shipped with rlr-peft, a folder of this machine, or the Hub."""
     if base_model == PIPELINE_NAME:
         return "embedded"
-    return "folder" if Path(base_model).expanduser().is_dir() else "hub"
+    path = Path(base_model).expanduser()
+    return "folder" if path.is_absolute() or path.is_dir() else "hub"
 
 
 def usage_snippet(record: RunRecord, prompt: str) -> str:

@@ -194,6 +194,11 @@ class HeldoutRewards:
             info.update({f"{name}/{key}": values for key, values in scored.info.items()})
         return measured[self.name].scores, info
 
+    @property
+    def names(self) -> list[str]:
+        """Of all the rewards."""
+        return list(self._rewards)
+
 
 def unique_names(rewards: Sequence[Reward]) -> list[str]:
     """Their names; those that come again get a number."""

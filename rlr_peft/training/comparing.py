@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.config import Config
+from rlr_peft.config import Config, stages_from_config
 from rlr_peft.evaluation.compare import Evaluation, Render, evaluate, evaluation_plan
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
 from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
@@ -28,7 +28,6 @@ from rlr_peft.evaluation.comparison.kept_work import (
 )
 from rlr_peft.evaluation.comparison.labels import BASE, file_name, shown_name, unique_labels
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, find_adapter
-from rlr_peft.prompts.sources import load_prompts
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import unique_names
 from rlr_peft.rewards.registry import load_reward
@@ -37,6 +36,7 @@ from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import load_pipeline
 from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.memory_options import check_machine
+from rlr_peft.training.prompt_loading import comparison_prompts, describe_chain_of_thought
 from rlr_peft.training.reward_loading import reward_settings
 from rlr_peft.training.run import build_chain, denoiser_names
 from rlr_peft.training.seeds import derive_seed
@@ -81,7 +81,7 @@ def compare_adapters(config: Config, options: CompareOptions) -> Comparison:
     if config.model.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     labels = unique_labels(options.adapters)
-    prompts = load_prompts(config.validation.evaluation_prompt_path or config.prompts.prompt_path)
+    prompts = comparison_prompts(config, device)
     adapters = [
         find_adapter(place, token=options.hub_token, cache_dir=config.model.cache_dir) for place in options.adapters
     ]
@@ -199,14 +199,16 @@ class _Comparer:
     def _facts(self, sampler: str, adapters: dict[str, AdapterFiles], measured: list[MeasuredReward]) -> dict[str, str]:
         """What is compared, in words and without a path of this machine."""
         config, (prompts, _) = self.config, self.plan
+        chain_of_thought = describe_chain_of_thought(config)
         hub = {label: files.place for label, files in adapters.items() if not Path(files.place).exists()}
         return {
             "base": shown_name(config.model.pretrained_model_name_or_path),
             "adapters": ", ".join(hub.get(label, label) for label in adapters),
             "sampler": sampler,
             "prompts": f"{len(set(prompts))} of {len(self.all_prompts)} in "
-            f"{shown_name(config.validation.evaluation_prompt_path or config.prompts.prompt_path)}, "
+            f"{shown_name(_source(config))}, "
             f"{self.options.images_per_prompt} images each",
+            **({"stages": chain_of_thought} if chain_of_thought else {}),
             "seed": str(config.training.seed),
             "rewards": ", ".join(f"{reward.name}{' (held out)' if reward.heldout else ''}" for reward in measured),
             "features": self.extractor.name,
@@ -237,9 +239,15 @@ def _load_rewards(config: Config, device: torch.device) -> tuple[dict[str, tuple
     return rewards, measured
 
 
+def _source(config: Config) -> str:
+    """Where the prompts come from."""
+    prompts = config.prompts
+    return config.validation.evaluation_prompt_path or prompts.prompt_path or prompts.dataset_name or ""
+
+
 def _setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """All but adapter, prompt and seed that an image depends on, in plain values."""
-    model = config.model
+    model, stages = config.model, stages_from_config(config)
     names = (
         model.pretrained_model_name_or_path,
         model.pretrained_vae_model_name_or_path,
@@ -252,6 +260,7 @@ def _setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
         "precision": [model.mixed_precision, file_identity(model.bnb_quantization_config_path)],
         "kernels": [model.attention_backend, model.allow_tf32],
         "chain": {name: value for name, value in asdict(config.chain).items() if name != "eta"},
+        "stages": None if stages is None else asdict(stages),
         "eta": config.validation.evaluation_eta,
         "denoisers": denoiser_names(config),
         "device": "cuda" if torch.cuda.is_available() else "cpu",

@@ -1,5 +1,6 @@
 """Errors that explain themselves end the program with one clear message."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -7,7 +8,9 @@ from contextlib import contextmanager
 
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
-from rlr_peft.rewards.base import RewardError
+from rlr_peft.rewards.errors import RewardError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -23,6 +26,15 @@ def reporting_errors() -> Iterator[None]:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(
+            f"error: A file could not be written: {error}. The last checkpoint is complete: free disk space and go on "
+            "with --resume_from_checkpoint latest.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("Stopped at once; the last checkpoint is complete.", file=sys.stderr)
         raise SystemExit(130) from None

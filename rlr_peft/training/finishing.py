@@ -14,12 +14,17 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.comparison.report import PAGE
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
-from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_lora, verify_lora_reloads
+from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
 from rlr_peft.prompt import stages_of
-from rlr_peft.publishing.model_card import with_error, write_model_card
+from rlr_peft.publishing.card_file import write_card
+from rlr_peft.publishing.record_file import StoredCard
+from rlr_peft.publishing.redaction import command_without_token
+from rlr_peft.publishing.results import with_error
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.before_after import write_comparison
+from rlr_peft.training.card_facts import with_card_facts
+from rlr_peft.training.card_images import clear_card_images
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import DTYPES, load_pipeline
 from rlr_peft.training.manifest import package_versions
@@ -55,6 +60,9 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     """
     run.output_dir.mkdir(parents=True, exist_ok=True)
     save_lora(run.pipeline, run.output_dir)
+    if run.config.lora.output_kohya_format:
+        save_kohya(run.pipeline, run.output_dir)
+    clear_card_images(run.output_dir)
     if not run.config.validation.skip_final_inference:
         save_validation_images(run, progress.step, "test")
     metrics = {
@@ -80,7 +88,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     _save_curve(run)
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_model_card(run.output_dir, record=_record(run, progress, metrics, pair_prompts))
+    record = with_card_facts(_record(run, progress, metrics, pair_prompts), run, progress, before, after)
+    write_card(run.output_dir, StoredCard(record))
     _verify_adapter(run)
     return metrics
 
@@ -220,7 +229,6 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         estimator=estimator_text,
         coverage=progress.coverage,
         pipeline_tag=run.family.pipeline_tag,
-        license="apache-2.0" if config.model.pretrained_model_name_or_path == PIPELINE_NAME else None,
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
         inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},
@@ -233,7 +241,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
         reward_curve=REWARD_CURVE,
-        command=shlex.join([*launcher, *sys.argv]),
+        command=shlex.join([*launcher, *command_without_token(sys.argv)]),
         hardware=describe_hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=package_versions(),
     )

@@ -84,6 +84,23 @@ def with_stage_prompts(config: Config, prompts: RunPrompts, accelerator: Acceler
     return RunPrompts(training, evaluation, validation, PromptSampler(training, config.training.seed))
 
 
+def comparison_prompts(config: Config, device: torch.device) -> list[str]:
+    """The prompts for a comparison of models, with stage prompts where the config asks for them.
+
+    Unseen ones if the config names any or holds any back, else those of training.
+
+    Raises:
+        PromptError: prompts that cannot be read or split.
+    """
+    path = config.validation.evaluation_prompt_path
+    if path is not None:  # those of training need not be on this machine
+        prompts = load_prompts(path, columns=columns_from_config(config))
+    else:
+        found = read_prompts(config)
+        prompts = found.evaluation or found.training
+    return decompose_prompts(prompts, _decomposer(config, device)) if _needs_decomposer(config) else prompts
+
+
 def columns_from_config(config: Config) -> Columns:
     """What to read of tables of prompts."""
     arguments = config.prompts

@@ -19,7 +19,7 @@ from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.kl_penalty import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.lora import adapter_disabled, attach_lora
+from rlr_peft.lora import adapter_disabled, attach_lora, check_kohya
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
@@ -128,6 +128,8 @@ def build_run(config: Config) -> Run:
         pipeline = load_pipeline(config.model, accelerator.device)
         family = family_of(pipeline, denoiser_names(config))
         parameters = attach_adapters(config, pipeline, family)
+        if config.lora.output_kohya_format:
+            check_kohya(pipeline)
         if config.model.torch_compile:
             compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)

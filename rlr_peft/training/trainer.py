@@ -1,7 +1,9 @@
 """The training loop: updates, logs, images, checkpoints, and an orderly end whatever comes."""
 
+import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import yaml
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from rlr_peft.config import config_to_dict, config_to_yaml, save_config
+from rlr_peft.config import HubArguments, config_to_dict, config_to_yaml, save_config
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
@@ -29,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 METRICS_LOG = "metrics.jsonl"
 KEPT_PROGRESS = ("seconds", "denoiser_evaluations", "peak_memory_mb", "coverage", "stopped_early")
-FREE_TO_CHANGE = {"resume_from_checkpoint", "output_dir", "max_train_steps", "report_to", "logging_dir", "tracker_name"}
+FREE_TO_CHANGE = {
+    *("resume_from_checkpoint", "output_dir", "max_train_steps", "report_to", "logging_dir", "tracker_name"),
+    *(field.name for field in dataclasses.fields(HubArguments)),
+}
 
 
 @dataclass
@@ -55,8 +60,12 @@ class Progress:
     interrupted_by: int = 0
 
 
-def train(run: Run) -> Progress:
+def train(run: Run, publish_checkpoint: Callable[[Path], None] | None = None) -> Progress:
     """Trains from the start, or from the checkpoint that the config names, to the last step or the first signal.
+
+    Args:
+        run: as `build_run` made it.
+        publish_checkpoint: given the folder of every checkpoint that the config says to publish; must not wait.
 
     Returns:
         How far it came; ``interrupted_by`` is not 0 if a signal ended it early, after a checkpoint.
@@ -79,7 +88,7 @@ def train(run: Run) -> Progress:
         log = None
         if run.accelerator.is_main_process:
             log = stack.enter_context(MetricsLog(run.output_dir / METRICS_LOG, progress.step or None))
-        _loop(run, progress, checkpoints, log, interruption)
+        _loop(run, progress, checkpoints, log, interruption, publish_checkpoint)
     return progress
 
 
@@ -89,6 +98,7 @@ def _loop(
     checkpoints: CheckpointManager,
     log: MetricsLog | None,
     interruption: GracefulInterruption,
+    publish_checkpoint: Callable[[Path], None] | None,
 ) -> None:
     config, last_step = run.config, run.arithmetic.max_train_steps
     if progress.step == 0 and config.validation.validation_steps:
@@ -117,7 +127,9 @@ def _loop(
             if stop or is_last or _due(progress.step, config.checkpointing.checkpointing_steps):
                 if log is not None:
                     log.synchronize()
-                _save(run, progress, checkpoints)
+                path = _save(run, progress, checkpoints)
+                if publish_checkpoint is not None and _due(progress.step, config.hub.push_every):
+                    publish_checkpoint(path)
             if stop and not is_last:
                 progress.interrupted_by = stop
                 break
@@ -166,7 +178,7 @@ def _say_coverage(run: Run, progress: Progress, update: Update) -> None:
     progress.coverage = coverage
 
 
-def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
+def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> Path:
     state = {
         "lora": {name: value.detach().cpu() for name, value in lora_parameters(run.chain.denoiser).items()},
         "optimizer": run.optimizer.state_dict(),
@@ -178,7 +190,7 @@ def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> None:
         "early_stopping": run.early_stopping.state_dict(),
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
-    checkpoints.save(
+    return checkpoints.save(
         progress.step,
         state,
         lambda folder: save_lora(run.pipeline, folder),

@@ -13,6 +13,7 @@ from rlr_peft.evaluation.videos import as_images, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
+from rlr_peft.training.card_images import save_gallery
 from rlr_peft.training.reward_loading import reward_settings
 from rlr_peft.training.run import Run, build_chain
 from rlr_peft.training.seeds import derive_seed
@@ -54,6 +55,8 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     size = arguments.evaluation_batch_size
     parts = [render(chain, prompts[i : i + size], seeds[i : i + size]).cpu() for i in range(0, len(prompts), size)]
     images = torch.cat(parts)
+    if phase == "test":
+        save_gallery(run.output_dir, images, prompts, chain.call.fps)
     path = run.output_dir / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:

@@ -1,10 +1,11 @@
 """The card: its metadata parse, its snippet runs, and it says nothing that the run does not know."""
 
+import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,15 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from rlr_peft.cli.main import main
 from rlr_peft.lora import attach_lora, save_lora
-from rlr_peft.publishing.model_card import fenced, with_error, write_model_card
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.base_license import License, base_license
+from rlr_peft.publishing.card_file import address_card, write_card
+from rlr_peft.publishing.model_card import TemplateError, fenced, write_model_card
+from rlr_peft.publishing.record_file import StoredCard, load_stored_card
+from rlr_peft.publishing.redaction import command_without_token
+from rlr_peft.publishing.results import with_error
+from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.tiny_shapes import pipeline_path
 from tests.pipelines import tiny_stable_diffusion
@@ -27,12 +34,14 @@ METRICS = {
     "reward_after_se": 0.0061,
     "reward_gain": 0.2977,
     "reward_gain_se": 0.0131,
+    "reward_win_rate": 0.8125,
     "heldout_before": 0.6,
     "heldout_before_se": 0.01,
     "heldout_after": 0.8,
     "heldout_after_se": 0.01,
     "heldout_gain": 0.2,
     "heldout_gain_se": 0.012,
+    "heldout_win_rate": 0.75,
     "n": 256,
     "seconds": 222.0,
     "peak_memory_mb": 1912.3,
@@ -56,6 +65,9 @@ FULL = RunRecord(
     before_after="before_after.png",
     reward_curve="reward_curve.png",
     images=[("images/one.png", "a small red star"), ("images/two.png", "a ring: blue")],
+    pairs=[ImagePair("a | b", "images/base_0.png", "images/adapter_0.png", 0.4, 0.75)],
+    settings={"update": "16 samples", "optimiser": "AdamW"},
+    selection=["Training ended as planned."],
     command="accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml",
     hardware="2 CPU cores",
     versions={"torch": "2.13.0", "diffusers": "0.42.1"},
@@ -67,7 +79,11 @@ FULL = RunRecord(
 def folder(tmp_path: Path) -> Path:
     """An output folder with the images that `FULL` names."""
     path = tmp_path / "my-adapter"
-    for name in ("before_after.png", "reward_curve.png", "images/one.png", "images/two.png"):
+    for name in (
+        "before_after.png",
+        "reward_curve.png",
+        *(f"images/{name}.png" for name in ("one", "two", "base_0", "adapter_0")),
+    ):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(path / name)
     return path
@@ -76,6 +92,13 @@ def folder(tmp_path: Path) -> Path:
 def outside_code(text: str) -> str:
     """The card without its code blocks."""
     return re.sub(r"^(`{3,}).*?^\1$", "CODE", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def rows_of(text: str) -> list[str]:
+    """The table of rewards, with plain spaces."""
+    rows = [row.replace("\N{NO-BREAK SPACE}", " ") for row in text.splitlines() if row.startswith("| ")]
+    start = next((index for index, row in enumerate(rows) if row.startswith("| reward |")), len(rows))
+    return [row for index, row in enumerate(rows[start:]) if index == 0 or row.startswith("| `")]
 
 
 def check_sections(text: str) -> None:
@@ -120,15 +143,20 @@ def test_metadata_of_a_base_on_the_hub(folder: Path) -> None:
 def test_a_full_card_tells_what_was_measured(folder: Path) -> None:
     text = write_model_card(folder, record=FULL).read_text()
     check_sections(text)
-    assert "| `tiny-shapes` (trained on) | 0.612 ± 0.012 | 0.9100 ± 0.0061 | +0.298 ± 0.013 | 256 |" in text
-    assert "| `tiny-shapes-heldout` (held out) | 0.600 ± 0.010 | 0.800 ± 0.010 | +0.200 ± 0.012 | 256 |" in text
+    assert rows_of(text) == [
+        "| reward | base | adapter | gain [95 % interval] | won | images |",
+        "| `tiny-shapes` (trained on) | 0.612 ± 0.012 | 0.9100 ± 0.0061 | +0.298 [+0.272, +0.323] | 81% | 256 |",
+        "| `tiny-shapes-heldout` (held out) | 0.600 ± 0.010 | 0.800 ± 0.010 | +0.200 [+0.176, +0.224] | 75% | 256 |",
+    ]
     assert "On unseen prompts its reward rose (+0.298 ± 0.013)." in text
-    assert "| time | 3 min 42 s |" in text
+    assert "| training time | 3 min 42 s |" in text
     assert "| peak memory | 1,912 MB |" in text
     assert "| denoiser evaluations | 34,000 |" in text
     assert "Steps 1 to 6 are first order. The others are half order. Every step has weight 1." in text
     assert "https://arxiv.org/abs/2502.00639" in text
     assert "The first 10 of its 12 training prompts:" in text
+    assert "20 steps, eta 0.\nTraining ended as planned." in text
+    assert "| a \\| b | ![base](images/base_0.png)<br>0.400 | ![adapter](images/adapter_0.png)<br>0.750 |" in text
     for path in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / path).is_file()
 
@@ -186,6 +214,128 @@ def test_a_reward_with_missing_numbers_gets_no_row(folder: Path) -> None:
     assert "No held-out reward was measured" in text
 
 
+def six(before: float, gain: float, prefix: str, error: float = 0.01) -> dict[str, float]:
+    values = {"before": before, "after": before + gain, "gain": gain}
+    return {f"{prefix}_{key}{end}": v for key, value in values.items() for end, v in (("", value), ("_se", error))}
+
+
+def test_every_reward_of_several_has_a_row_of_its_own(folder: Path) -> None:
+    metrics = {
+        **six(1.0, 0.5, "reward"),
+        **six(0.5, 0.2, "reward/color"),
+        **six(0.6, 0.1, "reward/texture/soft"),
+        **six(30.0, -4.0, "reward/texture/soft/kB"),
+        **six(0.7, 0.1, "heldout"),
+        **six(0.7, 0.1, "heldout/judge"),
+        **six(0.8, -0.3, "heldout/judge/shape"),
+        "n": 64,
+    }
+    record = replace(
+        FULL,
+        reward_name="1 color + 0.5 texture/soft",
+        reward_weights={"color": 1.0, "texture/soft": 0.5},
+        heldout_name="judge",
+        heldout_names=["judge", "judge/shape"],
+        metrics=metrics,
+    )
+    text = write_model_card(folder, record=record).read_text()
+    check_sections(text)
+    assert [row.split(" | ")[0] for row in rows_of(text)[1:]] == [
+        "| `1 color + 0.5 texture/soft` (trained on, weighted sum of scaled rewards)",
+        "| `color` (trained on, weight 1)",
+        "| `texture/soft` (trained on, weight 0.5)",
+        "| `judge` (held out)",
+        "| `judge/shape` (held out)",
+        "| `texture/soft/kB` (only seen)",
+    ]
+    assert "# LoRA of tiny-shapes for the rewards color and texture/soft\n" in text
+    assert "the weighted sum of its rewards rose" in text
+    assert "trained on the rewards `color` and `texture/soft` with rlr-peft" in text
+    assert "`judge` and `judge/shape` were measured too, never trained on" in text
+    # The first held-out reward rose; another fell, and that is said.
+    assert "exploits a flaw of its reward** (`judge/shape` fell)" in text
+    data = ModelCard.load(folder / "README.md").data
+    assert len(data.eval_results) == 6
+
+
+def test_stages_of_a_chain_of_thought(folder: Path) -> None:
+    record = replace(FULL, stages={"layout": 0.25, "detail": 0.75}, stage_prompts=["a red | blob", "a red star"])
+    text = write_model_card(folder, record=record).read_text()
+    check_sections(text)
+    assert "| layout | 25% | a red \\| blob |" in text and "diffusive-chain-of-thought" in text
+
+
+def test_secrets_are_crossed_out(folder: Path) -> None:
+    command = "python train_rlr_lora.py --reward_fn http://me:password@host/ --x hf_abcdefghijklmnopqrstuvwxyz"
+    text = write_model_card(folder, record=replace(FULL, command=command)).read_text()
+    assert "http://***@host/" in text and "hf_abc" not in text and "password" not in text
+    words = ["train.py", "--hub_token", "secret", "--rank", "4", "--hub_token=secret"]
+    assert command_without_token(words) == ["train.py", "--rank", "4"]
+
+
+def test_extra_text_and_a_template_that_cannot_be_rendered(folder: Path) -> None:
+    text = write_model_card(folder, record=FULL, extra_text="## Mine\n\nHand-written.\n").read_text()
+    check_sections(text)
+    assert "\n\n## Mine\n\nHand-written.\n\n## Use it\n" in text
+    with pytest.raises(TemplateError, match="cannot be rendered"):
+        write_model_card(folder, record=FULL, template="{{ card_data }} {% if %}")
+
+
+def test_a_card_is_written_again_from_its_records(folder: Path) -> None:
+    first = write_card(folder, StoredCard(FULL)).read_bytes()
+    plain = [json.loads(json.dumps(asdict(record))) for record in (load_stored_card(folder).record, FULL)]
+    assert plain[0] == plain[1]
+    (folder / "README.md").unlink()
+    (folder / "extra.md").write_text("Hand-written.")
+    (folder / "mine.md").write_text("---\n{{ card_data }}\n---\n\n# {{ title }}\n\n{{ extra_text }}\n")
+    assert main(["card", str(folder)]) == 0
+    assert (folder / "README.md").read_bytes() == first
+    title = "# LoRA of tiny-shapes for the reward tiny-shapes"
+    words = ["--template", str(folder / "mine.md"), "--extra_text", str(folder / "extra.md")]
+    assert main(["card", str(folder), *words]) == 0
+    assert (folder / "README.md").read_text().endswith(f"{title}\n\nHand-written.\n")
+    # Both are remembered, also when the card is addressed to a repository; and can be forgotten.
+    address_card(folder, "owner/name")
+    assert (folder / "README.md").read_text().endswith("Hand-written.\n")
+    assert main(["card", str(folder), "--plain"]) == 0
+    assert 'load_lora_weights("owner/name"' in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [None, "{", '{"record": {"base_model": "x", "unknown": 1}}'])
+def test_a_folder_without_records_is_refused(
+    tmp_path: Path, damage: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if damage is not None:
+        (tmp_path / "run_record.json").write_text(damage)
+    assert main(["card", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ("license: mit", License("mit")),
+        ("license: other\nlicense_name: sd\nlicense_link: LICENSE.md", License("other", "sd", "LICENSE.md")),
+        ("tags: [x]", License()),
+        ("license: [", License()),
+        (None, License()),
+    ],
+)
+def test_the_licence_is_that_of_the_bases_card(tmp_path: Path, metadata: str | None, expected: License) -> None:
+    if metadata is not None:
+        (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\nA base.\n")
+    assert base_license(str(tmp_path)) == expected
+
+
+def test_licences_of_bases_whose_card_cannot_be_read() -> None:
+    """HF_HUB_OFFLINE is set in tests."""
+    assert base_license("tiny-shapes") == License("apache-2.0")
+    assert base_license("stabilityai/stable-diffusion-xl-base-1.0") == License("openrail++")
+    link = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+    assert base_license("black-forest-labs/FLUX.1-dev") == License("other", "flux-1-dev-non-commercial-license", link)
+    assert base_license("someone/their-finetune") == License()
+
+
 def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
     first = write_model_card(folder, record=FULL).read_bytes()
     (folder / "README.md").write_text("something old that must not survive\n" * 100)
@@ -194,7 +344,8 @@ def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.md").write_text("---\n{{ card_data }}\n---\n\n# {{ title }}\n")
-    text = write_model_card(tmp_path, record=MINIMAL, template_path=tmp_path / "mine.md").read_text()
+    template = (tmp_path / "mine.md").read_text()
+    text = write_model_card(tmp_path, record=MINIMAL, template=template).read_text()
     assert text.endswith("# LoRA of stable-diffusion-v1-4 for the reward jpeg-compressibility\n")
 
 

@@ -26,6 +26,7 @@ from rlr_peft.evaluation.compare import Render
 from rlr_peft.evaluation.comparison.divergence import MeasureDivergence
 from rlr_peft.evaluation.comparison.features import FeatureExtractor
 from rlr_peft.evaluation.comparison.pictures import as_pil, to_bytes
+from rlr_peft.prompt import negative_prompt_of, stages_of
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.info import Info
 
@@ -53,7 +54,7 @@ class KeptImages:
 
     def path(self, prompt: str, seed: int) -> Path:
         """The file of an image, or of a video's first frame."""
-        return self._folder / f"{seed:010d}-{digest(prompt, seed)[:8]}.png"
+        return self._folder / f"{seed:010d}-{digest(_drawn(prompt), seed)[:8]}.png"
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """(B, 3, H, W), or (B, F, 3, H, W), in [0, 1], rounded to 8 bits.
@@ -131,7 +132,7 @@ def kept_divergence(measure: MeasureDivergence, folder: Path, identity: Any) -> 
     """A measurement of the divergence that is made once for every batch."""
 
     def measure_once(prompts: list[str], seeds: list[int]) -> Tensor:
-        key = digest("divergence", identity, prompts, seeds)
+        key = digest("divergence", identity, [_drawn(prompt) for prompt in prompts], seeds)
         return kept_tensors(folder, key, lambda: {"divergence": measure(prompts, seeds)})["divergence"]
 
     return measure_once
@@ -154,6 +155,11 @@ def kept_tensors(folder: Path, key: str, compute: Callable[[], Mapping[str, Tens
 def pixels_digest(images: Tensor) -> str:
     """SHA-256 of images that are rounded to 8 bits, and of their shape."""
     return hashlib.sha256(str(tuple(images.shape)).encode() + to_bytes(images).numpy().tobytes()).hexdigest()
+
+
+def _drawn(prompt: str) -> list[Any]:
+    """All of a prompt that its image depends on."""
+    return [str(prompt), negative_prompt_of(prompt), stages_of(prompt)]
 
 
 def _write(path: Path, prompt: str, seed: int, image: Tensor) -> None:

@@ -1,0 +1,93 @@
+"""Adapters of checkpoints on their way to the Hub while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from rlr_peft.publishing.hub import compare_with_hub, push_files
+from rlr_peft.publishing.hub_access import WEIGHT_NAME, Destination
+from rlr_peft.publishing.hub_client import FAILURES, HubError, in_words, patiently
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS = (WEIGHT_NAME, f"transformer_2/{WEIGHT_NAME}")
+
+
+class BackgroundPush:
+    """Publishes adapters of checkpoints, each on a branch of its own, in a thread; failures wait to be asked for.
+
+    A failure never reaches training: `failures` tells of it afterwards.
+
+    Args:
+        destination: the repository.
+    """
+
+    def __init__(self, destination: Destination) -> None:
+        self._destination = destination
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-checkpoint")
+        self._pushes: dict[Path, Future[None]] = {}
+
+    def submit(self, checkpoint: Path) -> None:
+        """Starts, or queues, the push of a checkpoint; returns at once.
+
+        Args:
+            checkpoint: the folder `checkpoint-N`; its adapter is copied first, so it may be deleted.
+        """
+        copy = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.push-", dir=checkpoint.parent))
+        for name in ADAPTERS:
+            if (checkpoint / name).exists():
+                (copy / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(checkpoint / name, copy / name)
+        self._pushes[checkpoint] = self._pool.submit(self._push, copy, checkpoint.name)
+
+    def failures(self) -> dict[Path, str]:
+        """Waits for what is under way; checkpoint -> what went wrong, of those that were not published."""
+        pending = sum(not push.done() for push in self._pushes.values())
+        if pending:
+            logger.info("Waiting for %d checkpoint%s to be published.", pending, "s" if pending > 1 else "")
+        return {path: str(push.exception()) for path, push in self._pushes.items() if push.exception() is not None}
+
+    def stop(self) -> None:
+        """Drops what is still queued; what is under way is ended by its time limits."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _push(self, copy: Path, name: str) -> None:
+        try:
+            destination = replace(self._destination, revision=name)
+            push_checkpoint(copy, destination, name)
+            logger.info("Published %s: %s", name, destination.url)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def push_checkpoint(folder: Path, destination: Destination, name: str) -> None:
+    """Publishes the adapter of one checkpoint, with a short card and nothing else, on the branch of the destination.
+
+    Raises:
+        HubError: it could not be published.
+    """
+    adapters = {file: folder / file for file in ADAPTERS if (folder / file).exists()}
+    api, repo_id = destination.api, destination.repo_id
+    try:
+        if destination.revision != constants.DEFAULT_REVISION:
+            patiently(lambda: api.create_branch(repo_id, branch=destination.revision, exist_ok=True))
+    except FAILURES as error:
+        raise HubError(in_words(error)) from error
+    contents: dict[str, bytes | Path] = {**adapters, "README.md": _card(repo_id, name).encode()}
+    pushed = push_files(contents, destination, f"Adapter of {name}", only=True)
+    compare_with_hub(adapters, destination, pushed.commit)
+
+
+def _card(repo_id: str, name: str) -> str:
+    """Without metadata: the Hub reads those of the main branch."""
+    return (
+        f"# {name}\n\nThe adapter of a checkpoint, taken while training went on. Its base and the way to use it are on "
+        f'the [main branch](https://huggingface.co/{repo_id}); add `revision="{name}"` to `load_lora_weights`.\n'
+    )

@@ -1,0 +1,115 @@
+"""Publishing an output folder: one commit, then a download into an empty cache that must give the same adapter."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from rlr_peft.publishing.hub_access import Destination
+from rlr_peft.publishing.hub_client import FAILURES, HubError, in_words, patiently, without_progress_bars
+from rlr_peft.publishing.hub_files import content_for_upload, published_files
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A finished push.
+
+    Attributes:
+        commit: its id; that of the last one if nothing had changed.
+        files: how many files are published.
+        changed: whether a commit was made.
+    """
+
+    commit: str
+    files: int
+    changed: bool
+
+
+def push_folder(folder: Path, destination: Destination, message: str) -> Pushed:
+    """Uploads the folder's published files in one commit, and downloads the adapter again to compare it.
+
+    Args:
+        folder: an output folder; only files of a fixed list are taken from it.
+        destination: where to.
+        message: of the commit.
+
+    Raises:
+        HubError: it could not be published, or what came back is another adapter. Nothing in the folder is changed.
+    """
+    files = published_files(folder)
+    contents = {name: content_for_upload(path, destination.token) for name, path in files.items()}
+    pushed = push_files(contents, destination, message)
+    adapters = {name: path for name, path in files.items() if name.endswith(".safetensors")}
+    compare_with_hub(adapters, destination, pushed.commit)
+    return pushed
+
+
+def push_files(
+    contents: Mapping[str, bytes | Path], destination: Destination, message: str, *, only: bool = False
+) -> Pushed:
+    """One commit with these files; none if the Hub has them already.
+
+    Args:
+        contents: path in the repository -> bytes or a file.
+        destination: where to.
+        message: of the commit.
+        only: delete everything else that is on the branch.
+    """
+    api, where = destination.api, {"repo_id": destination.repo_id, "revision": destination.revision}
+    try:
+        before = patiently(lambda: api.model_info(**where))
+        present = {one.rfilename for one in before.siblings or ()}
+        doomed = sorted(present - contents.keys() - {".gitattributes"}) if only else []
+
+        def commit() -> CommitInfo:
+            # Made anew for every try; what is uploaded or committed already is found out and left out.
+            add = [CommitOperationAdd(name, content) for name, content in contents.items()]
+            delete = [CommitOperationDelete(name) for name in doomed]
+            with warnings.catch_warnings(), without_progress_bars():
+                warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+                return api.create_commit(operations=[*delete, *add], commit_message=message, **where)
+
+        done = _over_xet_or_http(commit)
+    except FAILURES as error:
+        raise HubError(in_words(error)) from error
+    return Pushed(done.oid, len(contents), done.oid != before.sha)
+
+
+def compare_with_hub(files: Mapping[str, Path], destination: Destination, commit: str) -> None:
+    """Downloads files of a commit into an empty cache and compares them byte by byte.
+
+    Raises:
+        HubError: one of them cannot be downloaded, or differs.
+    """
+    for name, path in files.items():
+        try:
+            with tempfile.TemporaryDirectory(prefix="rlr-peft-") as cache, without_progress_bars():
+                copy = destination.api.hf_hub_download(destination.repo_id, name, revision=commit, cache_dir=cache)
+                same = Path(copy).read_bytes() == path.read_bytes()
+        except FAILURES as error:
+            raise HubError(
+                f"Commit {commit[:8]} was made, but {name} could not be downloaded to check it: {in_words(error)}"
+            ) from error
+        if not same:
+            raise HubError(f"Commit {commit[:8]} was made, but {name} came back with other bytes than were sent.")
+
+
+def _over_xet_or_http(commit: Callable[[], CommitInfo]) -> CommitInfo:
+    """hf-xet raises the built-in ConnectionError and gives up; plain HTTP often gets through where it cannot."""
+    try:
+        return patiently(commit)
+    except ConnectionError as error:
+        if constants.HF_HUB_DISABLE_XET or isinstance(error, OfflineModeIsEnabled):
+            raise
+        logger.warning("The Hub's Xet storage cannot be reached (%s): uploading over plain HTTP instead.", error)
+        constants.HF_HUB_DISABLE_XET = True
+        return patiently(commit)

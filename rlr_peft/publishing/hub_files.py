@@ -1,0 +1,64 @@
+"""What is published of an output folder: a list of what may go; secrets may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlr_peft.publishing.hub_access import WEIGHT_NAME
+from rlr_peft.publishing.hub_client import HubError
+from rlr_peft.publishing.redaction import redacted, tokens_in_use
+
+# Nothing else ever leaves the folder: no checkpoint, no optimiser state, no logs.
+PUBLISHED = (
+    WEIGHT_NAME,
+    f"transformer_2/{WEIGHT_NAME}",
+    "kohya/*.safetensors",
+    "README.md",
+    "before_after.png",
+    "reward_curve.png",
+    "images/*.png",
+    "images/*.gif",
+    "images/*.mp4",
+    "config.yaml",
+    "metrics.json",
+    "metrics.jsonl",
+    "scores.parquet",
+    "compare.html",
+)
+TEXT_SUFFIXES = (".md", ".yaml", ".json", ".jsonl")
+
+
+def published_files(folder: Path) -> dict[str, Path]:
+    """Path in the repository -> file, of everything in the folder that is published.
+
+    Raises:
+        HubError: the folder holds no adapter.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in PUBLISHED
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+    if WEIGHT_NAME not in files:
+        raise HubError(
+            f"Expected an output folder of train_rlr_lora.py with {WEIGHT_NAME}, got {folder}; check the path."
+        )
+    return files
+
+
+def content_for_upload(path: Path, token: str | None) -> bytes | Path:
+    """The file, or of a text file that holds secrets its text with them crossed out.
+
+    Raises:
+        HubError: another file holds the access token.
+    """
+    content = path.read_bytes()
+    if path.suffix in TEXT_SUFFIXES:
+        text = content.decode(errors="surrogateescape")
+        hidden = redacted(text, token)
+        return path if hidden == text else hidden.encode(errors="surrogateescape")
+    for secret in tokens_in_use(token):
+        if secret.encode() in content:
+            raise HubError(f"{path} holds the access token and is not published: remove the token from it.")
+    return path

@@ -1,0 +1,116 @@
+"""What a run needs of the Hub: checkpoints while it trains, and the result at its end, or how to publish it later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from rlr_peft.publishing.background_push import BackgroundPush, push_checkpoint
+from rlr_peft.publishing.card_file import address_card, stored_record
+from rlr_peft.publishing.hub import Pushed, push_folder
+from rlr_peft.publishing.hub_access import Destination
+from rlr_peft.publishing.hub_client import HubError
+from rlr_peft.publishing.results import with_error
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Publishes one output folder.
+
+    Args:
+        destination: a repository that the token may write to.
+    """
+
+    def __init__(self, destination: Destination) -> None:
+        self.destination = destination
+        self._background = BackgroundPush(destination)
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Publishes a checkpoint's adapter on the branch `checkpoint-N`, without waiting for it."""
+        self._background.submit(checkpoint)
+
+    def stop(self) -> None:
+        """To be called where a run ends without a result."""
+        self._background.stop()
+
+    def finish(self, folder: Path) -> str:
+        """Publishes the result, once the checkpoints are through; returns the last lines for the user.
+
+        Raises:
+            HubError: the result was not published; the message says how to do it later.
+        """
+        failed = self._background.failures()
+        notes = [
+            f"{path.name} was not published: {reason} Publish it with\n  {_later(path, self.destination, path.name)}"
+            for path, reason in failed.items()
+        ]
+        try:
+            return "\n".join([publish(folder, self.destination), *notes])
+        except HubError as error:
+            raise HubError("\n".join([str(error), *notes])) from error
+
+
+def publish(folder: Path, destination: Destination) -> str:
+    """Publishes an output folder: addresses its card to the repository, uploads, checks; returns a line for the user.
+
+    Raises:
+        HubError: it was not published; the message says how to do it later.
+    """
+    try:
+        try:
+            address_card(folder, destination.repo_id)
+        except OSError as error:
+            raise HubError(f"The card could not be written: {error}.") from error
+        if is_checkpoint(folder):
+            push_checkpoint(folder, destination, folder.resolve().name)
+            return f"Published on {destination.url}; the adapter was downloaded again and is the same."
+        pushed = push_folder(folder, destination, commit_message(folder))
+    except HubError as error:
+        raise HubError(
+            f"The adapter was not published on {destination.url}: {error} Nothing is lost, everything is in {folder}. "
+            f"Publish it with\n  {_later(folder, destination, destination.revision)}"
+        ) from error
+    return _in_words(pushed, destination)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds a training state, of which the adapter alone is published."""
+    return (folder / "manifest.json").exists() and (folder / "optimizer.pt").exists()
+
+
+def commit_message(folder: Path) -> str:
+    """States the gain of the reward, with its standard error, if it was measured."""
+    record, metrics = stored_record(folder), _metrics(folder)
+    if record is None or "reward_gain" not in metrics or "reward_gain_se" not in metrics:
+        return "Upload LoRA adapter" + ("" if record is None else f" for the reward {record.reward_name}")
+
+    def gain(prefix: str) -> str:
+        return with_error(metrics[f"{prefix}_gain"], metrics[f"{prefix}_gain_se"], sign=True)
+
+    message = f"Upload LoRA adapter: {record.reward_name} {gain('reward')}"
+    if record.heldout_name and "heldout_gain" in metrics and "heldout_gain_se" in metrics:
+        message += f", held-out {record.heldout_name} {gain('heldout')}"
+    return message
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    path = folder / "metrics.json"
+    metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return metrics
+
+
+def _in_words(pushed: Pushed, destination: Destination) -> str:
+    done = f"commit {pushed.commit[:8]}, {pushed.files} files" if pushed.changed else "nothing had changed"
+    return f"Published on {destination.url} ({done}); the adapter was downloaded again and is the same."
+
+
+def _later(folder: Path, destination: Destination, revision: str) -> str:
+    words = ["rlr-peft", "push", str(folder), "--hub_model_id", destination.repo_id]
+    if revision != constants.DEFAULT_REVISION:
+        words += ["--hub_revision", revision]
+    return shlex.join(words)

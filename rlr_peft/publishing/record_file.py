@@ -1,0 +1,66 @@
+"""`run_record.json`: what a card is made of, kept beside it, so that it can be written again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.errors import UserError
+from rlr_peft.publishing.run_record import ImagePair, RunRecord
+
+RECORD_NAME = "run_record.json"
+
+
+class RecordError(UserError, ValueError):
+    """The folder has no usable run record."""
+
+
+@dataclass(frozen=True)
+class StoredCard:
+    """A card's facts and what the user added to it.
+
+    Attributes:
+        record: the run's facts.
+        template: text of a template in place of the shipped one.
+        extra_text: Markdown of the user's own, put before the results.
+    """
+
+    record: RunRecord
+    template: str | None = None
+    extra_text: str | None = None
+
+
+def save_stored_card(directory: Path, card: StoredCard) -> Path:
+    """Writes `run_record.json`; returns its path."""
+    path = directory / RECORD_NAME
+    with replacing_file(path) as aside:
+        text = json.dumps(dataclasses.asdict(card), indent=1, ensure_ascii=False)
+        aside.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def load_stored_card(directory: Path) -> StoredCard:
+    """What `save_stored_card` wrote.
+
+    Raises:
+        RecordError: there is none, it is damaged, or another version of rlr-peft wrote it.
+    """
+    path = directory / RECORD_NAME
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        record = saved.pop("record")
+        record["images"] = [tuple(image) for image in record["images"]]
+        record["pairs"] = [ImagePair(**pair) for pair in record["pairs"]]
+        return StoredCard(record=RunRecord(**record), **saved)
+    except FileNotFoundError:
+        raise RecordError(
+            f"Expected {RECORD_NAME} in {directory}, as train_rlr_lora.py writes it at the end of a run, got no such "
+            "file; check the path."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"{path} cannot be read ({error}): it is damaged, or another version of rlr-peft wrote it; use that one."
+        ) from error

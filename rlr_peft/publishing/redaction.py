@@ -1,0 +1,39 @@
+"""Secrets stay out of what is shown and published."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from huggingface_hub import get_token
+
+HIDDEN = "***"
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+_PASSWORD_IN_URL = re.compile(r"(?<=://)[^\s/@:\"']+:[^\s/@\"']+(?=@)")
+
+
+def redacted(text: str, token: str | None = None) -> str:
+    """The text with access tokens, and user and password of URLs, crossed out."""
+    for secret in tokens_in_use(token):
+        text = text.replace(secret, HIDDEN)
+    return _PASSWORD_IN_URL.sub(HIDDEN, _TOKEN.sub(HIDDEN, text))
+
+
+def command_without_token(words: Sequence[str]) -> list[str]:
+    """A command line without `--hub_token TOKEN` and `--hub_token=TOKEN`."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip or word.startswith("--hub_token="):
+            skip = False
+            continue
+        if word == "--hub_token":
+            skip = True
+            continue
+        kept.append(word)
+    return kept
+
+
+def tokens_in_use(token: str | None) -> list[str]:
+    """The tokens that are in use; of any length, so that a mistake of the pattern above cannot let them through."""
+    return [secret for secret in dict.fromkeys((token, get_token())) if secret]

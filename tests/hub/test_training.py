@@ -1,0 +1,160 @@
+"""The training script and the Hub: access first, checkpoints on the way, the result at the end, and nothing lost."""
+
+import json
+from pathlib import Path
+
+from tests.hub.processes import OWNER, READER, LoopbackHub, run
+from tests.training.runs import WEIGHTS, config_file
+
+SCRIPT = ["tests/hub/impatient.py", "train_rlr_lora.py", "--config"]
+LOAD = r"""
+import json, re, sys, torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import HfApi, hf_hub_download
+from PIL import Image
+base, local, repo = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+pipe.set_progress_bar_config(disable=True)
+
+def images(adapter, **where):
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors", **where)
+    assert pipe.get_active_adapters()
+    noise = torch.Generator().manual_seed(0)
+    return pipe(["red ball"] * 2, generator=noise, num_inference_steps=3, output_type="pt").images
+
+mine = images(local)
+same = torch.equal(images(repo), mine)
+checkpoint = torch.equal(images(repo, revision="checkpoint-1"), mine)
+refused = []
+for load in (lambda: images(repo, token=False, force_download=True), lambda: HfApi(token=False).model_info(repo)):
+    try:
+        load()
+    except OSError as error:
+        refused.append(type(error).__name__)
+
+# The card's snippet as it stands, downloaded from the Hub; then with the local adapter, and without any.
+card = open(hf_hub_download(repo, "README.md")).read()
+(code,) = re.findall(r"^```python\n(.*?)\n```$", card, flags=re.M | re.S)
+(line,) = re.findall(r"^pipe.load_lora_weights.*$", code, flags=re.M)
+pictures = []
+for variant in (code, code.replace(f'"{repo}"', repr(local)), code.replace(line, "")):
+    exec(variant, {})
+    pictures.append(Image.open("image.png").tobytes())
+snippet = [picture == pictures[0] for picture in pictures[1:]]
+print(json.dumps([same, checkpoint, refused, snippet]))
+"""
+
+
+def train(hub: LoopbackHub, config: Path, home: Path, *flags: str, code: int = 0, token: str | None = OWNER):  # type: ignore[no-untyped-def]
+    return run([*SCRIPT, config, *flags], hub.environment(home, token), code)
+
+
+def test_a_run_is_published_and_loads_from_the_hub(
+    hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path
+) -> None:
+    out = tmp_path / "out"
+    config = config_file(
+        workplace,
+        out,
+        max_train_steps=2,
+        checkpointing_steps=1,
+        checkpoints_total_limit=1,
+        evaluation_prompt_path=str(workplace / "unseen.txt"),
+        num_evaluation_images=4,
+        report_to="tensorboard",
+        push_to_hub=True,
+        push_every=1,
+        hub_private_repo=True,
+        output_kohya_format=True,
+    )
+    done = train(hub, config, home, "--hub_model_id", "owner/red", "--hub_token", OWNER, token=None)
+    repository = hub.repository("owner/red")
+    (result, _) = repository.history("main")
+    assert result["summary"].startswith("Upload LoRA adapter: rewards.py:redness +") and "±" in result["summary"]
+    files = repository.files("main")
+    assert {"README.md", WEIGHTS, "config.yaml", "metrics.json", "metrics.jsonl", "before_after.png"} <= set(files)
+    # One file at the top, which `load_lora_weights` finds; copies in other formats stand below.
+    assert [name for name in files if name.endswith(".safetensors")] == ["kohya/lora_kohya.safetensors", WEIGHTS]
+    assert not [name for name in files if "checkpoint" in name or name.endswith(".pt") or "logs" in name]
+    assert f"Published on {hub.endpoint}/owner/red" in done.stdout
+
+    # Checkpoint 1 was published on its way, before `checkpoints_total_limit` deleted it.
+    assert set(repository.info["branches"]) == {"main", "checkpoint-1", "checkpoint-2"}
+    assert repository.read(WEIGHTS, "checkpoint-1") != repository.read(WEIGHTS, "checkpoint-2")
+    assert repository.read(WEIGHTS, "checkpoint-2") == repository.read(WEIGHTS) == (out / WEIGHTS).read_bytes()
+    assert not list(out.glob(".checkpoint-*"))
+
+    # The token was given on the command line, and is nowhere.
+    everything = [path for folder in (out, hub.root) for path in folder.rglob("*") if path.is_file()]
+    assert len(everything) > 30
+    assert not [path for path in everything if OWNER.encode() in path.read_bytes()]
+    assert OWNER not in done.stdout + done.stderr
+
+    words = ["-c", LOAD, workplace / "base", out, "owner/red"]
+    loaded = run(words, hub.environment(tmp_path / "fresh"), cwd=tmp_path)
+    same, checkpoint_is_same, refused, snippet = json.loads(loaded.stdout)
+    assert snippet == [True, False]
+    assert same and not checkpoint_is_same
+    assert refused == ["OSError", "RepositoryNotFoundError"], "a private repository gives nothing without a token"
+
+
+def test_a_failing_hub_stops_no_training_and_loses_nothing(
+    hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path
+) -> None:
+    out = tmp_path / "out"
+    values = {"max_train_steps": 2, "checkpointing_steps": 1, "push_to_hub": True, "push_every": 1}
+    config = config_file(workplace, out, hub_model_id="owner/failing", **values)
+    hub.fail(
+        {"request": "POST .*/branch/checkpoint-1", "kind": "status", "status": 500},
+        {"request": "POST .*/commit/main", "kind": "refuse"},
+    )
+    done = train(hub, config, home, code=1)
+    errors = done.stderr[done.stderr.index("error: ") :]
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert "cannot be reached" in errors and f"\n  rlr-peft push {out} --hub_model_id owner/failing\n" in errors
+    assert (
+        f"checkpoint-1 was not published: The Hub at {hub.endpoint} has trouble of its own (HTTP 500: fault). Publish "
+        f"it with\n  rlr-peft push {out}/checkpoint-1 --hub_model_id owner/failing --hub_revision checkpoint-1"
+        in errors
+    )
+    assert "Trained 2 steps" in done.stdout
+    for name in (WEIGHTS, "README.md", "metrics.json", "config.yaml", "checkpoint-2/optimizer.pt"):
+        assert (out / name).stat().st_size > 0
+    assert "checkpoint-2" in hub.repository("owner/failing").info["branches"]
+
+    hub.fail()
+    environment = hub.environment(home)
+    run(["-m", "rlr_peft.cli", "push", out], environment)  # the name is in config.yaml
+    flags = ["--hub_model_id", "owner/failing", "--hub_revision", "checkpoint-1"]
+    run(["-m", "rlr_peft.cli", "push", out / "checkpoint-1", *flags], environment)
+    for name, revision in ((out, "main"), (out / "checkpoint-1", "checkpoint-1")):
+        assert hub.repository("owner/failing").read(WEIGHTS, revision) == (name / WEIGHTS).read_bytes()
+
+
+def test_access_is_checked_before_training(hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path) -> None:
+    config = config_file(workplace, tmp_path / "out", max_train_steps=1, push_to_hub=True)
+    done = train(hub, config, home, token=READER, code=1)
+    assert "may only read" in done.stderr and "Training was not started" in done.stderr
+    assert not (tmp_path / "out").exists() and not hub.requests("POST")
+
+
+def test_prompts_are_loaded_through_the_hub(hub: LoopbackHub, tmp_path: Path, home: Path) -> None:
+    done = run(
+        [
+            "-c",
+            """
+import json
+from datasets import load_dataset
+from huggingface_hub import HfApi
+api = HfApi()
+api.create_repo("owner/prompts", repo_type="dataset", private=True)
+api.upload_file(path_or_fileobj=b'{"text": "a red ball"}\\n{"text": "a blue box"}\\n', path_in_repo="data/train.jsonl",
+    repo_id="owner/prompts", repo_type="dataset")
+print(json.dumps(load_dataset("owner/prompts", split="train")["text"][:]))
+""",
+        ],
+        hub.environment(home),
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == ["a red ball", "a blue box"]
+    assert hub.requests("/datasets/owner/prompts/resolve/")
