@@ -152,8 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dcot",
         action=argparse.BooleanOptionalAction,
-        help="draw with stage prompts (Diffusive Chain-of-Thought), by the built-in rules unless a --dcot_ setting says "
-        "otherwise, or without; by default as the settings say",
+        help="draw with stage prompts (Diffusive Chain-of-Thought), by the built-in rules unless a --dcot_ setting "
+        "says otherwise, or without; by default as the settings say",
     )
     flag("hub_token", "token for private repositories; by default that of `hf auth login` or HF_TOKEN", metavar="TOKEN")
     return parser

@@ -14,10 +14,12 @@ import numpy
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rlr_peft.cli.main import main
+from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME
 from tests.evaluation.adapter_hub import adapter_hub
 from tests.families.image_pipelines import sd3
@@ -180,6 +182,31 @@ def test_scores_are_those_of_the_kept_images(finished: Path) -> None:
         redness = (pixels[..., 0] - pixels[..., 1:].mean(-1)).mean()
         assert float(row["rewards.py:redness"]) == pytest.approx(redness, abs=1e-6)
         assert float(row["rewards.py:redness/blue"]) == pytest.approx(pixels[..., 2].mean(), abs=1e-6)
+
+
+def test_stage_prompts_draw_what_the_chain_of_thought_draws(
+    workplace: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--dcot_columns` and `--dcot` condition every stage on its own prompt, `--no-dcot` none."""
+    stages = {"coarse": "a sea", "mid": "a dog", "fine": "a cat"}
+    (tmp_path / "stages.jsonl").write_text(json.dumps({"text": "a cat", **stages}) + "\n")
+    settings = ["--prompts", str(tmp_path / "stages.jsonl"), "--dcot_columns", "coarse", "mid", "fine"]
+    command = [*words(workplace, tmp_path / "out"), *settings, "--num_images", "2", "--kl_images", "0"]
+    assert main(command) == 0
+    first = [row for row in scores_of(tmp_path / "out") if row["model"] == "base"]
+    assert "stages" in json.loads((tmp_path / "out" / "compare.json").read_text())["facts"]
+    pipeline = StableDiffusionPipeline.from_pretrained(workplace / "base", safety_checker=None)
+    thought = DiffusiveChainOfThought(pipeline, num_inference_steps=3, guidance_scale=3.0, eta=0.0)
+    drawn = thought([stages] * 2, seeds=[int(row["seed"]) for row in first])
+    for image, row in zip(drawn.images, first, strict=True):
+        assert numpy.array_equal(numpy.asarray(image), numpy.asarray(Image.open(tmp_path / "out" / row["image"])))
+    assert main([*command, "--no-dcot"]) == 0
+    plain = [row for row in scores_of(tmp_path / "out") if row["model"] == "base"]
+    assert [row["seed"] for row in plain] == [row["seed"] for row in first]
+    assert [row["rewards.py:redness"] for row in plain] != [row["rewards.py:redness"] for row in first]
+    assert "stages" not in json.loads((tmp_path / "out" / "compare.json").read_text())["facts"]
+    assert main([*words(workplace, tmp_path / "rules"), "--num_images", "2", "--kl_images", "0", "--dcot"]) == 0
+    assert "built-in rules" in json.loads((tmp_path / "rules" / "compare.json").read_text())["facts"]["stages"]
 
 
 def test_an_adapter_of_another_base_stops_before_anything_is_drawn(
