@@ -8,8 +8,8 @@
 The reward is the sum of a mid-scale attribute (shape) and a fine one (texture), each judged in (0, 1]; the other judge,
 which nothing is trained against, measures too. The arms share one estimator: first order on the three steps of the fine
 stage, and one half-order step of the others, drawn evenly or from the window. Two more arms have the default estimator,
-to tell what that choice costs. Every run leaves one JSON file below ``--folder`` and is skipped where that is there. Use
-one thread (``OMP_NUM_THREADS=1``).
+to tell what that choice costs. Every run leaves one JSON file below ``--folder`` and is skipped where that is there.
+Use one thread (``OMP_NUM_THREADS=1``).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.race import base_evaluation, claimed
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import load_config
 from rlr_peft.evaluation.compare import compare, evaluate, evaluation_plan, flat_metrics
-from rlr_peft.prompt import with_stages
+from rlr_peft.prompt import stages_of, with_stages
 from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards
 from rlr_peft.rewards.tiny_shapes_judge import TinyShapesJudgeReward
@@ -63,7 +63,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "base":
         path = folder / "base splits.json"
-        path.write_text(json.dumps(measure_splits(arguments.images), indent=2) + "\n")
+        path.write_text(json.dumps(measure_splits(folder, arguments.images), indent=2) + "\n")
     elif arguments.stage == "collect":
         runs = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed *.json"))]
         splits = json.loads((folder / "base splits.json").read_text())
@@ -171,24 +171,27 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     return run.chain.denoiser_evaluations, step, os.times().user - started, coverage
 
 
-def measure_splits(images: int) -> list[dict[str, Any]]:
+def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
     """The held-out judge's opinion of all attributes on images of the base, for every way to split a caption."""
     config = load_config(["--config", "configs/tiny_shapes.yaml"])
     pipeline = load_pipeline(config.model, torch.device("cpu"))
+    chain = DenoisingChain(pipeline, num_inference_steps=10, eta=0.0, guidance_scale=4.0, stages=make_stages())
     heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
     prompts, seeds = evaluation_plan(scenes.prompts("test"), images, TUNING_SEED)
-    rows = []
+    rows, pictures = [], {}
     for split in SPLITS:
-        chain = DenoisingChain(pipeline, num_inference_steps=10, eta=0.0, guidance_scale=4.0, stages=make_stages())
         texts = [split_caption(prompt, split) for prompt in prompts]
-        found = evaluate(lambda some, numbers: render(chain, some, numbers), texts, seeds, {"heldout": heldout}, 32)  # noqa: B023
+        found = evaluate(lambda some, numbers: render(chain, some, numbers), texts, seeds, {"heldout": heldout}, 32)
         means = {name.removeprefix("heldout/"): float(values.mean()) for name, values in found.info.items()}
-        rows.append({"split": split, "example": texts[0].stages if split != "plain" else [texts[0]], **means})
+        rows.append({"split": split, "example": stages_of(texts[0]) or [texts[0]], **means})
+        pictures[split] = found.images
         print(rows[-1], flush=True)
+    (folder / "pictures").mkdir(exist_ok=True)
+    torch.save({"prompts": prompts[: len(found.images)], "images": pictures}, folder / "pictures" / "base splits.pt")
     return rows
 
 
-def split_caption(caption: str, split: str) -> Any:
+def split_caption(caption: str, split: str) -> str:
     """A caption with the stage prompts of one way to split it."""
     attributes = scenes.parse_caption(caption)
 

@@ -14,7 +14,7 @@ import yaml
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from rlr_peft.config import HubArguments, config_to_dict, config_to_yaml, save_config
+from rlr_peft.config import HubArguments, config_to_dict, config_to_yaml, save_config, stages_from_config
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
@@ -254,6 +254,7 @@ def _warn_of_changes(run: Run, saved: Path) -> None:
 def _announce(run: Run, progress: Progress) -> None:
     training, arithmetic = run.config.training, run.arithmetic
     trainable = sum(parameter.numel() for parameter in run.chain.parameters)
+    stages = stages_from_config(run.config)
     for line in (
         "***** Running training *****",
         f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",
@@ -263,6 +264,7 @@ def _announce(run: Run, progress: Progress) -> None:
         f"accumulation steps x {run.accelerator.num_processes} processes = {arithmetic.samples_per_update} "
         f"({training.num_images_per_prompt} per prompt)",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
+        *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
         f"  Optimization steps = {arithmetic.max_train_steps}, {progress.step} done",
         f"  Estimator = {run.config.estimator.estimator}: {run.estimator.describe()}",
     ):

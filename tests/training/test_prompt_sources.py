@@ -43,7 +43,7 @@ ROWS = [
 ]
 TEXTS = [row["caption"] for row in ROWS]
 TABLE = {"caption_column": "caption", "negative_prompt_column": "ugly", "metadata_columns": ["points"]}
-STAGES = '{"coarse": "a wide sky", "mid": "an animal", "fine": "fur"}'
+STAGES = '{"coarse": "a wide | open sky", "mid": "an animal", "fine": "fur"}'
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_one_update_from_every_source_of_stage_prompts(
     values, words, names = CHAINS_OF_THOUGHT[source]
     config = config_of(workplace, place, prompt_path="@rows.jsonl", **TABLE, **values)
     if source == "model":
-        small_language_model(place / "model", dict.fromkeys(TEXTS, STAGES.replace("a wide sky", "a sky")))
+        small_language_model(place / "model", dict.fromkeys(TEXTS, STAGES))
     with chat_server(completion("As you wish:"), completion(STAGES)) as server:
         flags = ["--dcot_endpoint", server.url] if source == "endpoint" else []
         with caplog.at_level(logging.WARNING):
@@ -142,6 +142,9 @@ def test_one_update_from_every_source_of_stage_prompts(
     assert {text for text, _ in seen(place)} <= set(TEXTS), "rewards judge by the whole prompt"
     card = (place / "out" / "README.md").read_text()
     assert f"The stage prompts came from {words}" in card and f"{names[0]} (steps 3-" in card
+    example = f"far {TEXTS[0]}" if source == "columns" else TEXTS[0] if source == "rules" else "a wide \\| open sky"
+    assert f"| {names[0]} | {100 / len(names):.0f}% | {example} |" in card
+    assert 'DiffusiveChainOfThought.from_config(pipe, "config.yaml")' in card
     remembered = place / "out" / "stage_prompts.jsonl"
     assert remembered.exists() == (source in ("model", "endpoint"))
     if source == "endpoint":
