@@ -51,7 +51,7 @@ def test_on_tiny_shapes_the_held_out_judge_sees() -> None:
     with torch.no_grad():
         assert torch.equal(features(images), judge.trunk(images * 2 - 1))
         assert torch.allclose(judge(images)["color"], judge.heads["color"](features(images)).log_softmax(1))
-    assert features.name == "features of the reward tiny-shapes-heldout"
+    assert features.name == "network of the reward tiny-shapes-heldout"
 
 
 def test_elsewhere_the_last_reward_that_sees_is_taken() -> None:
@@ -63,7 +63,7 @@ def test_elsewhere_the_last_reward_that_sees_is_taken() -> None:
         ([WeightedRewards([Term(red, 1.0), Term(blind, 1.0)]), blind], red),
     ):
         found = find_features("auto", "some/base", rewards)
-        assert isinstance(found, RewardFeatures) and found.name == f"features of the reward {expected.name}"
+        assert isinstance(found, RewardFeatures) and found.name == f"network of the reward {expected.name}"
         assert torch.equal(found(IMAGES), expected.features(IMAGES))
     assert isinstance(find_features("auto", "some/base", [blind]), Thumbnails)
     assert isinstance(find_features("thumbnails", "tiny-shapes", [red]), Thumbnails)
@@ -93,7 +93,7 @@ def test_clips_projected_embedding(tmp_path: Path) -> None:
     pictures = [numpy.round(image.permute(1, 2, 0).numpy() * 255).astype(numpy.uint8) for image in IMAGES]
     with torch.no_grad():
         expected = model(**processor(pictures, return_tensors="pt")).image_embeds
-    assert features(IMAGES).shape == (3, 12) and features.name == "features of clip"
+    assert features(IMAGES).shape == (3, 12) and features.name == "clip"
     cosine = torch.nn.functional.cosine_similarity(features(IMAGES), expected)
     assert cosine.min() > 0.999
 

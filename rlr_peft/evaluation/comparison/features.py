@@ -46,7 +46,7 @@ class RewardFeatures:
 
     def __init__(self, reward: Any) -> None:
         self._features = reward.image_features
-        self.name = f"features of the reward {reward.name}"
+        self.name = f"network of the reward {reward.name}"
 
     def __call__(self, images: Tensor) -> Tensor:
         return _over_frames(self._features, images)
@@ -100,7 +100,7 @@ class VisionModelFeatures:
             with loading(user, folder):
                 network = AutoModel.from_pretrained(folder, dtype=settings.dtype)
         self._network = network.to(settings.device).eval().requires_grad_(False)
-        self.name = f"features of {shown_name(name)}"
+        self.name = shown_name(name)
 
     def __call__(self, images: Tensor) -> Tensor:
         return _over_frames(self._of_images, images)
