@@ -33,19 +33,22 @@ class BackgroundPush:
         self._destination = destination
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-checkpoint")
         self._pushes: dict[Path, Future[None]] = {}
+        self._copies: set[Path] = set()
 
     def submit(self, checkpoint: Path) -> None:
-        """Starts, or queues, the push of a checkpoint; returns at once.
+        """Starts, or queues, the push of a checkpoint; returns at once, whatever happens.
 
         Args:
             checkpoint: the folder `checkpoint-N`; its adapter is copied first, so it may be deleted.
         """
-        copy = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.push-", dir=checkpoint.parent))
-        for name in ADAPTERS:
-            if (checkpoint / name).exists():
-                (copy / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(checkpoint / name, copy / name)
-        self._pushes[checkpoint] = self._pool.submit(self._push, copy, checkpoint.name)
+        try:
+            copy = self._copy(checkpoint)
+        except OSError as error:  # no space, for example: told at the end like every other failure
+            push: Future[None] = Future()
+            push.set_exception(HubError(in_words(error)))
+        else:
+            push = self._pool.submit(self._push, copy, checkpoint.name)
+        self._pushes[checkpoint] = push
 
     def failures(self) -> dict[Path, str]:
         """Waits for what is under way; checkpoint -> what went wrong, of those that were not published."""
@@ -57,6 +60,21 @@ class BackgroundPush:
     def stop(self) -> None:
         """Drops what is still queued; what is under way is ended by its time limits."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if all(push.done() for push in self._pushes.values()):
+            for copy in self._copies:
+                shutil.rmtree(copy, ignore_errors=True)
+
+    def _copy(self, checkpoint: Path) -> Path:
+        for left in checkpoint.parent.glob(".checkpoint-*.push-*"):
+            if left not in self._copies:  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        copy = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.push-", dir=checkpoint.parent))
+        self._copies.add(copy)
+        for name in ADAPTERS:
+            if (checkpoint / name).exists():
+                (copy / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(checkpoint / name, copy / name)
+        return copy
 
     def _push(self, copy: Path, name: str) -> None:
         try:
@@ -81,7 +99,7 @@ def push_checkpoint(folder: Path, destination: Destination, name: str) -> None:
     except FAILURES as error:
         raise HubError(in_words(error)) from error
     contents: dict[str, bytes | Path] = {**adapters, "README.md": _card(repo_id, name).encode()}
-    pushed = push_files(contents, destination, f"Adapter of {name}", only=True)
+    pushed = push_files(contents, destination, f"Adapter of {name}", replaced=lambda name: True)
     compare_with_hub(adapters, destination, pushed.commit)
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from rlr_peft.publishing.hub_access import Destination
 from rlr_peft.publishing.hub_client import FAILURES, HubError, in_words, patiently, without_progress_bars
-from rlr_peft.publishing.hub_files import content_for_upload, published_files
+from rlr_peft.publishing.hub_files import content_for_upload, is_ours, published_files
 
 logger = logging.getLogger(__name__)
 
@@ -47,28 +47,33 @@ def push_folder(folder: Path, destination: Destination, message: str) -> Pushed:
     """
     files = published_files(folder)
     contents = {name: content_for_upload(path, destination.token) for name, path in files.items()}
-    pushed = push_files(contents, destination, message)
+    # What an earlier run left there, an image or a copy in another format, would belong to another adapter.
+    pushed = push_files(contents, destination, message, replaced=is_ours)
     adapters = {name: path for name, path in files.items() if name.endswith(".safetensors")}
     compare_with_hub(adapters, destination, pushed.commit)
     return pushed
 
 
 def push_files(
-    contents: Mapping[str, bytes | Path], destination: Destination, message: str, *, only: bool = False
+    contents: Mapping[str, bytes | Path],
+    destination: Destination,
+    message: str,
+    *,
+    replaced: Callable[[str], bool],
 ) -> Pushed:
-    """One commit with these files; none if the Hub has them already.
+    """One commit with these files; none if the branch is so already.
 
     Args:
         contents: path in the repository -> bytes or a file.
         destination: where to.
         message: of the commit.
-        only: delete everything else that is on the branch.
+        replaced: whether a file that is on the branch, and not among these, is deleted.
     """
     api, where = destination.api, {"repo_id": destination.repo_id, "revision": destination.revision}
     try:
         before = patiently(lambda: api.model_info(**where))
         present = {one.rfilename for one in before.siblings or ()}
-        doomed = sorted(present - contents.keys() - {".gitattributes"}) if only else []
+        doomed = sorted(filter(replaced, present - contents.keys() - {".gitattributes"}))
 
         def commit() -> CommitInfo:
             # Made anew for every try; what is uploaded or committed already is found out and left out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rlr_peft.publishing.hub_access import WEIGHT_NAME
@@ -47,18 +48,22 @@ def published_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def is_ours(name: str) -> bool:
+    """Whether a file on the Hub is one that `published_files` may have put there."""
+    return any(fnmatchcase(name, pattern) for pattern in PUBLISHED)
+
+
 def content_for_upload(path: Path, token: str | None) -> bytes | Path:
     """The file, or of a text file that holds secrets its text with them crossed out.
 
     Raises:
         HubError: another file holds the access token.
     """
-    content = path.read_bytes()
+    content, secrets = path.read_bytes(), tokens_in_use(token)
     if path.suffix in TEXT_SUFFIXES:
         text = content.decode(errors="surrogateescape")
-        hidden = redacted(text, token)
+        hidden = redacted(text, secrets)
         return path if hidden == text else hidden.encode(errors="surrogateescape")
-    for secret in tokens_in_use(token):
-        if secret.encode() in content:
-            raise HubError(f"{path} holds the access token and is not published: remove the token from it.")
+    if any(secret.encode() in content for secret in secrets):
+        raise HubError(f"{path} holds the access token and is not published: remove the token from it.")
     return path

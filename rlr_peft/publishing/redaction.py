@@ -12,9 +12,9 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^\s/@:\"']+:[^\s/@\"']+(?=@)")
 
 
-def redacted(text: str, token: str | None = None) -> str:
-    """The text with access tokens, and user and password of URLs, crossed out."""
-    for secret in tokens_in_use(token):
+def redacted(text: str, secrets: Sequence[str] = ()) -> str:
+    """The text with these secrets, whatever looks like an access token, and user and password of URLs crossed out."""
+    for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return _PASSWORD_IN_URL.sub(HIDDEN, _TOKEN.sub(HIDDEN, text))
 

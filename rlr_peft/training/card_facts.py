@@ -1,8 +1,11 @@
 """What a card says of a run beyond its numbers: settings, what chose the weights, licence, single images."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import rlr_peft
 from rlr_peft.config import config_to_dict
 from rlr_peft.evaluation.compare import Evaluation
 from rlr_peft.publishing.base_license import base_license
@@ -44,9 +47,20 @@ def with_card_facts(
         datasets=[dataset] if dataset and not Path(dataset).exists() else [],
         selection=_selection(run, progress),
         settings=_settings(run),
+        commit=_commit(),
         images=shown,
         pairs=pairs,
     )
+
+
+def _commit() -> str | None:
+    """Of rlr-peft, where it runs from a checkout of its own; None where it was installed."""
+    root = Path(rlr_peft.__file__).resolve().parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def _weights(run: Run) -> dict[str, float]:

@@ -76,6 +76,18 @@ def test_pushing_twice_changes_nothing(hub: LoopbackHub, folder: Path) -> None:
     assert (folder / "README.md").read_bytes() == card and card.count(b"- lora\n") == 1
 
 
+def test_a_new_run_replaces_what_the_earlier_one_left(hub: LoopbackHub, folder: Path) -> None:
+    (folder / "kohya").mkdir()
+    (folder / "kohya" / "lora_kohya.safetensors").write_bytes(b"earlier")
+    push(hub, folder, "--hub_model_id", "owner/replaced")
+    repository = hub.repository("owner/replaced")
+    header = {"key": "header", "value": {"summary": "by hand"}}
+    repository.commit("main", [header, {"key": "file", "value": {"path": "notes.txt", "content": ""}}])
+    push(hub, output_folder(folder.parent / "next"), "--hub_model_id", "owner/replaced")
+    assert set(repository.files("main")) == UPLOADED | {"notes.txt"}
+    assert "kohya/lora_kohya.safetensors" in repository.files(repository.history("main")[1]["oid"])
+
+
 def test_an_edited_card_is_published_as_it_is(hub: LoopbackHub, folder: Path) -> None:
     (folder / "README.md").write_text("# mine\n")
     assert "was edited" in push(hub, folder, "--hub_model_id", "owner/edited").stderr

@@ -1,0 +1,33 @@
+"""Checkpoints in the background: what fails here is told at the end and never raised into training."""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from rlr_peft.publishing.background_push import BackgroundPush
+from rlr_peft.publishing.hub_access import WEIGHT_NAME, Destination
+
+OFFLINE = Destination(HfApi(token=False), "owner/name", "main")  # HF_HUB_OFFLINE is set in tests
+
+
+def checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / WEIGHT_NAME).write_bytes(b"weights")
+    return folder
+
+
+def test_what_cannot_be_copied_or_sent_is_told_at_the_end(tmp_path: Path) -> None:
+    left = tmp_path / ".checkpoint-1.push-killed"
+    left.mkdir()
+    background = BackgroundPush(OFFLINE)
+    first = checkpoint(tmp_path / "checkpoint-2")
+    background.submit(first)
+    shutil.rmtree(first)  # as `checkpoints_total_limit` does
+    background.submit(tmp_path / "gone" / "checkpoint-3")
+    failures = background.failures()
+    assert list(failures) == [first, tmp_path / "gone" / "checkpoint-3"]
+    assert "offline mode is on" in failures[first]
+    assert "FileNotFoundError" in failures[tmp_path / "gone" / "checkpoint-3"]
+    background.stop()
+    assert not list(tmp_path.glob(".checkpoint-*")) and not left.exists()

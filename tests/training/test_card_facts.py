@@ -1,0 +1,66 @@
+"""What a card says of how its weights were chosen, and its single images."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from rlr_peft.config import load_config
+from rlr_peft.evaluation.compare import Evaluation
+from rlr_peft.training.card_facts import _selection
+from rlr_peft.training.card_images import clear_card_images, gallery, save_gallery, save_pairs
+from rlr_peft.training.trainer import Progress
+
+REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
+WATCHING = ["--heldout_reward_fn", "tiny-shapes-heldout", "--early_stopping_steps", "20"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "stopped", "expected"),
+    [
+        ([], "", "Training ended after as many updates as it was set to"),
+        (WATCHING, "", "Early stopping watched the held-out reward on training prompts and did not step in"),
+        (
+            WATCHING,
+            "It fell.",
+            "Early stopping on the held-out reward, measured on training prompts, ended",
+        ),
+        (
+            ["--kl_limit", "3"],
+            "It left.",
+            "Early stopping on the divergence from the base, measured on training",
+        ),
+    ],
+)
+def test_what_chose_the_weights(flags: list[str], stopped: str, expected: str) -> None:
+    run = SimpleNamespace(config=load_config([*REQUIRED, *flags]))
+    sentences = _selection(run, Progress(stopped_early=stopped))  # type: ignore[arg-type]
+    assert sentences[0].startswith(expected)
+    assert sentences[1] == "Whether the recipe was tuned on such numbers before this run is not recorded."
+
+
+def test_the_gallery_shows_the_first_image_or_video_of_every_prompt(tmp_path: Path) -> None:
+    prompts = ["a cat", "a cat", "a dog"]
+    save_gallery(tmp_path, torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1, 1).expand(3, 3, 4, 4), prompts, None)
+    assert gallery(tmp_path, prompts) == [("images/validation_0.png", "a cat"), ("images/validation_1.png", "a dog")]
+    pixels = [Image.open(tmp_path / name).getpixel((0, 0)) for name, _ in gallery(tmp_path, prompts)]
+    assert pixels == [(0, 0, 0), (255, 255, 255)]
+    clear_card_images(tmp_path)
+    assert gallery(tmp_path, prompts) == []
+    save_gallery(tmp_path, torch.rand(1, 5, 3, 8, 8), ["a cat runs"], 4)
+    ((name, prompt),) = gallery(tmp_path, ["a cat runs"])
+    assert prompt == "a cat runs" and Path(name).suffix in (".gif", ".mp4") and (tmp_path / name).stat().st_size > 0
+
+
+def test_pairs_are_the_first_of_the_comparison_with_their_scores(tmp_path: Path) -> None:
+    def evaluation(value: float) -> Evaluation:
+        scores = {"reward": torch.tensor([value, value / 2])}
+        return Evaluation(["a cat", "a dog"], [1, 2], scores, torch.full((2, 3, 4, 4), value))
+
+    first, second = save_pairs(tmp_path, evaluation(0.0), evaluation(1.0))
+    assert (first.prompt, first.base_score, first.adapter_score) == ("a cat", 0.0, 1.0)
+    assert (second.prompt, second.adapter_score) == ("a dog", 0.5)
+    assert Image.open(tmp_path / first.base).getpixel((0, 0)) == (0, 0, 0)
+    assert Image.open(tmp_path / second.adapter).getpixel((0, 0)) == (255, 255, 255)
