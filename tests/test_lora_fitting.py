@@ -28,6 +28,7 @@ from rlr_peft.lora import (
 )
 from tests.evaluation.adapter_hub import adapter_hub
 from tests.families.image_pipelines import pixart_sigma, sd3, sdxl
+from tests.families.video_pipelines import text_to_video_sd
 from tests.pipelines import tiny_stable_diffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -129,15 +130,16 @@ def test_an_adapter_of_the_text_encoder_too(base: StableDiffusionPipeline, base_
     assert torch.equal(render(base), base_image)
 
 
-def test_where_diffusers_has_no_loader(tmp_path: Path) -> None:
-    files = find_adapter(str(adapter_of(pixart_sigma(), tmp_path)))
-    fresh = pixart_sigma()
-    names = list(fresh.transformer.state_dict())
-    with adapter_loaded(fresh, files):
-        assert adapted_parts(fresh) == ["transformer"]
-    assert list(fresh.transformer.state_dict()) == names
-    with adapter_loaded(fresh, files):  # and again
-        assert adapted_parts(fresh) == ["transformer"]
+@pytest.mark.parametrize(("build", "part"), [(pixart_sigma, "transformer"), (text_to_video_sd, "unet")])
+def test_where_diffusers_has_no_loader(build: Callable[[], Any], part: str, tmp_path: Path) -> None:
+    files = find_adapter(str(adapter_of(build(), tmp_path)))
+    fresh = build()
+    weights = {name: value.clone() for name, value in getattr(fresh, part).state_dict().items()}
+    for _ in range(2):
+        with adapter_loaded(fresh, files):
+            assert adapted_parts(fresh) == [part]
+        found = getattr(fresh, part).state_dict()
+        assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def narrower() -> StableDiffusionPipeline:

@@ -78,10 +78,11 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
 
 
 def unload_lora(pipeline: Any) -> None:
-    """Takes every adapter out of the pipeline; its layers are then the base's own again."""
-    if hasattr(pipeline, "unload_lora_weights"):
-        pipeline.unload_lora_weights()
-    for part in pipeline.components.values():  # and what peft put there where diffusers has no loader
+    """Takes every adapter out of the pipeline; its layers are then the base's own again.
+
+    Not through `pipeline.unload_lora_weights`, which fails where diffusers has no loader for the denoiser.
+    """
+    for part in pipeline.components.values():
         if isinstance(part, nn.Module) and any(isinstance(module, LoraLayer) for module in part.modules()):
             recurse_remove_peft_layers(part)
             for attribute in ("peft_config", "_hf_peft_config_loaded"):

@@ -141,6 +141,9 @@ def jittered(values: list[float]) -> list[float]:
         (0.2, -0.1, "judge rose while other judge, held out, fell: the mark of reward hacking"),
         (0.2, 0.0, "judge rose; no held-out reward moved clearly"),
         (-0.2, 0.0, "judge fell"),
+        (-0.2, -0.1, "judge and other judge fell"),
+        (0.0, -0.1, "other judge fell"),
+        (0.0, 0.1, "other judge rose, which is held out"),
         (0.0, 0.0, "no reward moved by 2 standard errors"),
     ],
 )
@@ -162,7 +165,9 @@ def test_a_gain_without_held_out_reward_is_not_confirmed() -> None:
     assert notes(comparison(base, drawn)) == ["first: judge rose; no held-out reward was measured to confirm it."]
 
 
-@pytest.mark.parametrize(("left", "word"), [(0.05, "a collapse"), (0.7, "variety was lost"), (0.99, None)])
+@pytest.mark.parametrize(
+    ("left", "word"), [(0.05, "a collapse"), (0.7, "variety was lost, or mistakes were mended"), (0.99, None)]
+)
 def test_lost_variety_is_told(left: float, word: str | None) -> None:
     """Features of images of a prompt at right angles, all drawn together by the adapter."""
     generator = torch.Generator().manual_seed(0)
