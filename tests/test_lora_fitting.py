@@ -163,6 +163,7 @@ def test_an_adapter_of_another_base_is_refused(
     with pytest.raises(AdapterMismatchError) as caught, adapter_loaded(pipeline, files):
         pytest.fail("nothing may be drawn with it")
     message = str(caught.value)
+    assert "\n" not in message
     assert message.startswith(f"The adapter {files.place} does not fit the base, a {type(pipeline).__name__}: ")
     assert adapted_parts(pipeline) == [], "what had been loaded is out again"
 
