@@ -75,7 +75,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert left.value.code == 0
     printed = capsys.readouterr().out
-    assert "check a configuration" in printed and "measure every gradient estimator" in printed
+    assert "base against adapters" in printed and "check a configuration" in printed
+    assert "measure every gradient estimator" in printed
 
 
 def test_config_help_is_grouped_complete_and_quick() -> None:

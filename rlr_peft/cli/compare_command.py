@@ -58,7 +58,7 @@ def compare_command(words: Sequence[str]) -> int:
         features=own.features,
         hub_token=own.hub_token,
     )
-    with reporting_errors():
+    with reporting_errors("Stopped; what is drawn is kept, and the same command goes on from there."):
         comparison = compare_adapters(config, options)
         written = write_report(own.output, comparison)
     print(console_text(comparison))
@@ -168,7 +168,9 @@ def _config_or_exit(own: argparse.Namespace, words: list[str]) -> Config:
         words = ["--config", str(found), *words]
     try:
         values = load_values(words, PROG, _names(), DESCRIPTION)
-        values["evaluation_prompt_path"] = values["evaluation_prompt_path"] or values["prompt_path"]
+        if values["evaluation_prompt_path"] is None and values["prompt_path"] is not None:
+            print("Drawing training's own prompts: --prompts FILE names others, best such that it has never seen.")
+            values["evaluation_prompt_path"] = values["prompt_path"]
         for alias, name in ALIASES.items():
             if values[name] is None and alias in ("base", "prompts", "reward"):
                 raise ConfigError(f"--{alias}: expected a value, got none; give it, or --config with {name}.")

@@ -153,7 +153,8 @@ def test_what_is_finished_is_found_again(
     assert (workplace / "calls.txt").read_text() == ""
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     printed = capsys.readouterr().out
-    assert "Settings of" in printed and "rewards.py:edges (held out)" in printed and "compare.html" in printed
+    assert "Settings of" in printed and "Drawing training's own prompts" in printed
+    assert "rewards.py:edges (held out)" in printed and "compare.html" in printed
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,19 @@ def test_an_adapter_without_effect_is_told(workplace: Path, tmp_path: Path, caps
     (adapter,) = json.loads((tmp_path / "out" / "compare.json").read_text())["adapters"]
     assert adapter["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert adapter["rewards"]["rewards.py:redness"]["win_rate"] == 0.5
+
+
+def test_ctrl_c_is_answered_with_what_to_do(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlr_peft.training.comparing.load_pipeline", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main(words(workplace, tmp_path / "out"))
+    assert left.value.code == 130
+    assert capsys.readouterr().err.endswith("what is drawn is kept, and the same command goes on from there.\n")
 
 
 @pytest.mark.parametrize(

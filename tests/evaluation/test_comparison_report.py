@@ -14,7 +14,7 @@ from PIL import Image
 from rlr_peft.evaluation.comparison.comparison import Comparison, Model
 from rlr_peft.evaluation.comparison.figure_files import inline_svg
 from rlr_peft.evaluation.comparison.figures import figures
-from rlr_peft.evaluation.comparison.files import score_columns
+from rlr_peft.evaluation.comparison.files import score_columns, write_numbers, write_scores
 from rlr_peft.evaluation.comparison.labels import unique_labels
 from rlr_peft.evaluation.comparison.notes import notes
 from rlr_peft.evaluation.comparison.numbers import with_error
@@ -56,7 +56,7 @@ def test_differences_and_win_rates_are_those_worked_out_by_hand() -> None:
 
 
 def test_scores_come_back_from_parquet_and_csv(tmp_path: Path) -> None:
-    write_report(tmp_path, example())
+    write_scores(tmp_path, example())
     columns = score_columns(example())
     assert list(columns) == ["model", "prompt", "seed", "judge", "other judge", "judge/color"]
     parquet = load_dataset(
@@ -82,7 +82,7 @@ def test_images_are_named_where_they_are_kept() -> None:
 
 
 def test_numbers_are_json_without_gaps(tmp_path: Path) -> None:
-    write_report(tmp_path, example())
+    write_numbers(tmp_path / "compare.json", example())
     numbers = json.loads((tmp_path / "compare.json").read_text())
     first, second = numbers["adapters"]
     assert first["rewards"]["judge"]["gain"] == pytest.approx(0.025)
@@ -104,7 +104,8 @@ def test_markdown_and_console_hold_every_row() -> None:
 
 
 def test_every_figure_has_a_file_and_a_drawing(tmp_path: Path) -> None:
-    write_report(tmp_path, example())
+    written = write_report(tmp_path, example())
+    assert written[0] == tmp_path / "compare.html" and all(path.stat().st_size > 0 for path in written)
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         "attributes.png",
         "reward_kl.png",
