@@ -238,5 +238,6 @@ def test_places_without_an_adapter_are_explained(tmp_path: Path) -> None:
     assert "got 2 of them (one.safetensors, two.safetensors): name the file" in refused(tmp_path)
     assert "a path that does not exist" in refused(tmp_path / "nowhere")
     assert "a path that does not exist" in refused("outputs/deep/inside")
+    assert refused("some/repo").startswith("--adapter some/repo: there is no such folder or file here, and the Hub")
     assert "is not in the local cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set" in refused("some/repo")
     assert find_adapter(str(tmp_path / "one.safetensors")).weight_name == "one.safetensors"
