@@ -55,6 +55,14 @@ def test_differences_and_win_rates_are_those_worked_out_by_hand() -> None:
     assert found["second"][:4] == ["0", "-1", "0", "-1"] and found["second"][-1] == "-"
 
 
+def test_one_image_a_prompt_has_no_column_for_the_variety_within() -> None:
+    drawn = evaluation({"reward": [0.0, 1.0]}, features=torch.eye(2))
+    _, variety = tables(comparison(drawn, drawn))
+    assert list(variety.columns) == ["", "model", "all images", "change", "to the base's image"]
+    assert [row[1:] for row in variety.rows] == [["base", "1", "-", "-"], ["first", "1", "+0", "0"]]
+    assert "one prompt" not in variety.explanation
+
+
 def test_scores_come_back_from_parquet_and_csv(tmp_path: Path) -> None:
     write_scores(tmp_path, example())
     columns = score_columns(example())
