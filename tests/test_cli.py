@@ -75,7 +75,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert left.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in ("card", "merge", "push"))
+    assert all(f"\n  {name} " in printed for name in ("card", "compare", "merge", "push"))
     assert "check a configuration" in printed and "measure every gradient estimator" in printed
 
 

@@ -28,6 +28,7 @@ from rlr_peft.lora import (
 )
 from tests.evaluation.adapter_hub import adapter_hub
 from tests.families.image_pipelines import pixart_sigma, sd3, sdxl
+from tests.families.video_pipelines import text_to_video_sd
 from tests.pipelines import tiny_stable_diffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -129,15 +130,16 @@ def test_an_adapter_of_the_text_encoder_too(base: StableDiffusionPipeline, base_
     assert torch.equal(render(base), base_image)
 
 
-def test_where_diffusers_has_no_loader(tmp_path: Path) -> None:
-    files = find_adapter(str(adapter_of(pixart_sigma(), tmp_path)))
-    fresh = pixart_sigma()
-    names = list(fresh.transformer.state_dict())
-    with adapter_loaded(fresh, files):
-        assert adapted_parts(fresh) == ["transformer"]
-    assert list(fresh.transformer.state_dict()) == names
-    with adapter_loaded(fresh, files):  # and again
-        assert adapted_parts(fresh) == ["transformer"]
+@pytest.mark.parametrize(("build", "part"), [(pixart_sigma, "transformer"), (text_to_video_sd, "unet")])
+def test_where_diffusers_has_no_loader(build: Callable[[], Any], part: str, tmp_path: Path) -> None:
+    files = find_adapter(str(adapter_of(build(), tmp_path)))
+    fresh = build()
+    weights = {name: value.clone() for name, value in getattr(fresh, part).state_dict().items()}
+    for _ in range(2):
+        with adapter_loaded(fresh, files):
+            assert adapted_parts(fresh) == [part]
+        found = getattr(fresh, part).state_dict()
+        assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def narrower() -> StableDiffusionPipeline:
@@ -161,6 +163,7 @@ def test_an_adapter_of_another_base_is_refused(
     with pytest.raises(AdapterMismatchError) as caught, adapter_loaded(pipeline, files):
         pytest.fail("nothing may be drawn with it")
     message = str(caught.value)
+    assert "\n" not in message
     assert message.startswith(f"The adapter {files.place} does not fit the base, a {type(pipeline).__name__}: ")
     assert adapted_parts(pipeline) == [], "what had been loaded is out again"
 
@@ -235,5 +238,6 @@ def test_places_without_an_adapter_are_explained(tmp_path: Path) -> None:
     assert "got 2 of them (one.safetensors, two.safetensors): name the file" in refused(tmp_path)
     assert "a path that does not exist" in refused(tmp_path / "nowhere")
     assert "a path that does not exist" in refused("outputs/deep/inside")
+    assert refused("some/repo").startswith("--adapter some/repo: there is no such folder or file here, and the Hub")
     assert "is not in the local cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set" in refused("some/repo")
     assert find_adapter(str(tmp_path / "one.safetensors")).weight_name == "one.safetensors"

@@ -59,7 +59,7 @@ def compare_command(words: Sequence[str]) -> int:
         features=own.features,
         hub_token=own.hub_token,
     )
-    with reporting_errors():
+    with reporting_errors("Stopped; what is drawn is kept, and the same command goes on from there."):
         comparison = compare_adapters(config, options)
         written = write_report(own.output, comparison)
     print(console_text(comparison))
@@ -175,14 +175,14 @@ def _config_or_exit(own: argparse.Namespace, words: list[str]) -> Config:
         words = ["--config", str(found), *words]
     try:
         values = load_values(words, PROG, _names(), DESCRIPTION)
-        if values["dataset_name"] is None:
-            values["evaluation_prompt_path"] = values["evaluation_prompt_path"] or values["prompt_path"]
+        source = values["prompt_path"] or values["dataset_name"]
+        if source and values["evaluation_prompt_path"] is None and values["validation_split_percentage"] is None:
+            print("Drawing training's own prompts: --prompts FILE names others, best such that it has never seen.")
         for alias, name in ALIASES.items():
-            needed = alias in ("base", "reward") or (alias == "prompts" and values["dataset_name"] is None)
+            needed = alias in ("base", "reward") or (alias == "prompts" and not source)
             if values[name] is None and needed:
                 raise ConfigError(f"--{alias}: expected a value, got none; give it, or --config with {name}.")
-        if values["dataset_name"] is None:
-            values["prompt_path"] = values["prompt_path"] or values["evaluation_prompt_path"]
+        values["prompt_path"] = values["prompt_path"] if source else values["evaluation_prompt_path"]
         _choose_stages(own.dcot, values)
         # An estimator without demands on the chain, since nothing is estimated.
         return config_from_dict({**values, "estimator": "full-bp", "output_dir": str(own.output)})

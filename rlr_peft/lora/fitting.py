@@ -6,6 +6,7 @@ draws the base's images, and nobody knows.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,14 +59,13 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
     """
     expected = {layer for path in files.paths for layer in _layers_in(path)}
     try:
-        with without_text_encoder_notice():
+        with without_text_encoder_notice(), _quiet_loader():
             if files.weight_name == WEIGHT_NAME:
                 load_lora(pipeline, files.folder)
             else:
                 pipeline.load_lora_weights(str(files.folder), weight_name=files.weight_name)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        (first_line, *_) = str(error).splitlines() or [type(error).__name__]
-        raise AdapterMismatchError(f"{_does_not_fit(pipeline, files)}: {first_line.strip()[:300]}") from error
+        raise AdapterMismatchError(f"{_does_not_fit(pipeline, files)}: {_gist(error)}") from error
     loaded = len(_adapted_layers(pipeline))
     # More is right: layers that are one in the file and several in diffusers, such as a joint query-key-value.
     if loaded == 0 or loaded < len(expected):
@@ -78,15 +78,15 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
 
 
 def unload_lora(pipeline: Any) -> None:
-    """Takes every adapter out of the pipeline; its layers are then the base's own again."""
-    if hasattr(pipeline, "unload_lora_weights"):
-        pipeline.unload_lora_weights()
-    for part in pipeline.components.values():  # and what peft put there where diffusers has no loader
+    """Takes every adapter out of the pipeline; its layers are then the base's own again.
+
+    Not through `pipeline.unload_lora_weights`, which fails where diffusers has no loader for the denoiser.
+    """
+    for part in pipeline.components.values():
         if isinstance(part, nn.Module) and any(isinstance(module, LoraLayer) for module in part.modules()):
             recurse_remove_peft_layers(part)
             for attribute in ("peft_config", "_hf_peft_config_loaded"):
-                if hasattr(part, attribute):
-                    delattr(part, attribute)
+                part.__dict__.pop(attribute, None)
 
 
 def adapted_parts(pipeline: Any) -> list[str]:
@@ -112,6 +112,27 @@ def _layers_in(path: Path) -> set[str]:
         raise AdapterMismatchError(f"{path.name} cannot be read ({error}): it is damaged; get it again.") from None
     prefix = f"{path.parent.name}." if path.parent.name.startswith("transformer_") else ""
     return {prefix + _MATRIX.sub("", name) for name in names if _MATRIX.search(name)}
+
+
+@contextmanager
+def _quiet_loader() -> Iterator[None]:
+    """Keeps diffusers from logging all of an error that is raised anyway."""
+    logger = logging.getLogger("diffusers.loaders.peft")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _gist(error: Exception) -> str:
+    """The one line of an error that says most: torch lists every layer of another size."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    sizes = [line for line in lines if line.startswith("size mismatch")]
+    if sizes:
+        return f"{len(sizes)} of its matrices have other sizes; {sizes[0]}"[:400]
+    return lines[0][:400]
 
 
 def _does_not_fit(pipeline: Any, files: AdapterFiles) -> str:

@@ -114,7 +114,9 @@ def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFi
             _get_second_expert(get)
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         words = next((text for kind, text in _IN_WORDS.items() if isinstance(error, kind)), f"cannot be read: {error}")
-        raise AdapterNotFoundError(f"--adapter {place}: the Hub repository {repo} {words}.") from error
+        raise AdapterNotFoundError(
+            f"--adapter {place}: there is no such folder or file here, and the Hub repository {repo} {words}."
+        ) from error
     return AdapterFiles(place, file.parent, file.name)
 
 

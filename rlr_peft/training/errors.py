@@ -14,10 +14,13 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def reporting_errors() -> Iterator[None]:
+def reporting_errors(when_stopped: str = "Stopped at once; the last checkpoint is complete.") -> Iterator[None]:
     """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
 
     Where the user's own reward raised, the traceback into it comes first.
+
+    Args:
+        when_stopped: what Ctrl-C is answered with.
     """
     try:
         yield
@@ -36,7 +39,7 @@ def reporting_errors() -> Iterator[None]:
         )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("Stopped at once; the last checkpoint is complete.", file=sys.stderr)
+        print(when_stopped, file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -117,8 +117,9 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
 
 
 def _gain_text(metrics: dict[str, float], name: str) -> str:
-    gain = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
-    return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {gain}"
+    gain, error = metrics[f"{name}_gain"], metrics[f"{name}_gain_se"]
+    shown = with_error(gain, error, sign=True) if error > 1e-4 else f"{gain:+.4f} ± {error:.4f}"
+    return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {shown}"
 
 
 def _loading_lines(run: Run) -> list[str]:

@@ -155,23 +155,23 @@ def test_what_is_finished_is_found_again(
     assert (workplace / "calls.txt").read_text() == ""
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     printed = capsys.readouterr().out
-    assert "Settings of" in printed and "rewards.py:edges (held out)" in printed and "compare.html" in printed
+    assert "Settings of" in printed and "Drawing training's own prompts" in printed
+    assert "rewards.py:edges (held out)" in printed and "compare.html" in printed
 
 
 @pytest.mark.parametrize(
     ("flags", "redrawn"),
-    [(["--guidance_scale", "2"], 2), (["--eta", "0.5"], 0), (["--images_per_prompt", "4"], None)],
-    ids=["guidance", "eta of the KL", "plan"],
+    [(["--guidance_scale", "2"], 2), (["--eta", "0.5"], 0)],
+    ids=["guidance", "eta of the KL"],
 )
 def test_what_a_setting_changes_is_drawn_again(
-    workplace: Path, finished: Path, tmp_path: Path, flags: list[str], redrawn: int | None
+    workplace: Path, finished: Path, tmp_path: Path, flags: list[str], redrawn: int
 ) -> None:
     output = shutil.copytree(finished, tmp_path / "out")
     before = set(output.glob("images/*/*.png"))
     assert main([*words(workplace, output), *flags]) == 0
     fresh = set(output.glob("images/*/*.png")) - before
-    if redrawn is not None:
-        assert len(fresh) == 8 * redrawn
+    assert len(fresh) == 8 * redrawn
     files = [output / row["image"] for row in scores_of(output)]
     assert len(set(files)) == 16 and all(file.is_file() for file in files)
 
@@ -235,6 +235,19 @@ def test_an_adapter_without_effect_is_told(workplace: Path, tmp_path: Path, caps
     (adapter,) = json.loads((tmp_path / "out" / "compare.json").read_text())["adapters"]
     assert adapter["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert adapter["rewards"]["rewards.py:redness"]["win_rate"] == 0.5
+
+
+def test_ctrl_c_is_answered_with_what_to_do(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlr_peft.training.comparing.load_pipeline", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main(words(workplace, tmp_path / "out"))
+    assert left.value.code == 130
+    assert capsys.readouterr().err.endswith("what is drawn is kept, and the same command goes on from there.\n")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 from rlr_peft.evaluation.comparison.comparison import Comparison, Model
 from rlr_peft.evaluation.comparison.figure_files import inline_svg
 from rlr_peft.evaluation.comparison.figures import figures
-from rlr_peft.evaluation.comparison.files import score_columns
+from rlr_peft.evaluation.comparison.files import score_columns, write_numbers, write_scores
 from rlr_peft.evaluation.comparison.labels import unique_labels
 from rlr_peft.evaluation.comparison.notes import notes
 from rlr_peft.evaluation.comparison.numbers import with_error
@@ -55,8 +55,16 @@ def test_differences_and_win_rates_are_those_worked_out_by_hand() -> None:
     assert found["second"][:4] == ["0", "-1", "0", "-1"] and found["second"][-1] == "-"
 
 
+def test_one_image_a_prompt_has_no_column_for_the_variety_within() -> None:
+    drawn = evaluation({"reward": [0.0, 1.0]}, features=torch.eye(2))
+    _, variety = tables(comparison(drawn, drawn))
+    assert list(variety.columns) == ["", "model", "all images", "change", "to the base's image"]
+    assert [row[1:] for row in variety.rows] == [["base", "1", "-", "-"], ["first", "1", "+0", "0"]]
+    assert "one prompt" not in variety.explanation
+
+
 def test_scores_come_back_from_parquet_and_csv(tmp_path: Path) -> None:
-    write_report(tmp_path, example())
+    write_scores(tmp_path, example())
     columns = score_columns(example())
     assert list(columns) == ["model", "prompt", "seed", "judge", "other judge", "judge/color"]
     parquet = load_dataset(
@@ -82,7 +90,7 @@ def test_images_are_named_where_they_are_kept() -> None:
 
 
 def test_numbers_are_json_without_gaps(tmp_path: Path) -> None:
-    write_report(tmp_path, example())
+    write_numbers(tmp_path / "compare.json", example())
     numbers = json.loads((tmp_path / "compare.json").read_text())
     first, second = numbers["adapters"]
     assert first["rewards"]["judge"]["gain"] == pytest.approx(0.025)
@@ -104,7 +112,8 @@ def test_markdown_and_console_hold_every_row() -> None:
 
 
 def test_every_figure_has_a_file_and_a_drawing(tmp_path: Path) -> None:
-    write_report(tmp_path, example())
+    written = write_report(tmp_path, example())
+    assert written[0] == tmp_path / "compare.html" and all(path.stat().st_size > 0 for path in written)
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         "attributes.png",
         "reward_kl.png",
@@ -141,6 +150,9 @@ def jittered(values: list[float]) -> list[float]:
         (0.2, -0.1, "judge rose while other judge, held out, fell: the mark of reward hacking"),
         (0.2, 0.0, "judge rose; no held-out reward moved clearly"),
         (-0.2, 0.0, "judge fell"),
+        (-0.2, -0.1, "judge and other judge fell"),
+        (0.0, -0.1, "other judge fell"),
+        (0.0, 0.1, "other judge rose, which is held out"),
         (0.0, 0.0, "no reward moved by 2 standard errors"),
     ],
 )
@@ -162,7 +174,9 @@ def test_a_gain_without_held_out_reward_is_not_confirmed() -> None:
     assert notes(comparison(base, drawn)) == ["first: judge rose; no held-out reward was measured to confirm it."]
 
 
-@pytest.mark.parametrize(("left", "word"), [(0.05, "a collapse"), (0.7, "variety was lost"), (0.99, None)])
+@pytest.mark.parametrize(
+    ("left", "word"), [(0.05, "a collapse"), (0.7, "variety was lost, or mistakes were mended"), (0.99, None)]
+)
 def test_lost_variety_is_told(left: float, word: str | None) -> None:
     """Features of images of a prompt at right angles, all drawn together by the adapter."""
     generator = torch.Generator().manual_seed(0)

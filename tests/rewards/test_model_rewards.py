@@ -117,6 +117,25 @@ def test_hpsv2_means_its_newest_version(rewards: dict[str, ModelReward]) -> None
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
 
 
+@pytest.mark.parametrize("name", ["aesthetic", "clipscore", "hpsv2", "pickscore"])
+def test_image_features_are_those_that_are_scored(rewards: dict[str, ModelReward], name: str) -> None:
+    reward: Any = rewards[name]
+    features = reward.image_features(images().requires_grad_(True))
+    assert features.dtype == torch.float32 and features.ndim == 2 and not features.requires_grad
+    network, directions = reward.network, torch.nn.functional.normalize(features, dim=1)
+    if name == "aesthetic":
+        expected = network["head"](directions)
+    else:
+        length = network.config.text_config.max_position_embeddings
+        text = reward._tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        with torch.no_grad():
+            of_text = network.get_text_features(input_ids=text.input_ids).pooler_output
+        expected = (directions * torch.nn.functional.normalize(of_text, dim=1)).sum(1)
+        factor = {"clipscore": 100.0, "pickscore": network.logit_scale.exp().item()}.get(name, 1.0)
+        expected = expected * factor
+    torch.testing.assert_close(expected, score_images(reward, images(), PROMPTS), rtol=1e-4, atol=1e-4)
+
+
 class PlaceLog(ModelReward):
     """Notes where its network is put, in the order in which it happens."""
 

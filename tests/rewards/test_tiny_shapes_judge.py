@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlr_peft.rewards.base import Reward, RewardError, score_images
+from rlr_peft.rewards.base import Reward, RewardError, measure_images, score_images
 from rlr_peft.rewards.registry import load_reward
 from rlr_peft.rewards.tiny_shapes_judge import HALF_SCORE_SURPRISE
 from rlr_peft.tiny_shapes.drawing import draw
@@ -46,6 +46,18 @@ def test_the_score_is_the_mean_over_the_named_values(untrained: torch.nn.Module)
         expected.append(sum(values) / len(values))
     assert len(parse_caption(prompts[0])) == 7
     assert score_images(load_reward("tiny-shapes"), images, prompts).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_info_tells_every_attribute_apart(untrained: torch.nn.Module) -> None:
+    """Their mean over what a prompt names is the score; what it does not name has no number."""
+    scored = measure_images(load_reward("tiny-shapes"), random_images(2), [PROMPT, "a blue ring"])
+    assert list(scored.info) == list(ATTRIBUTES)
+    table = torch.stack(list(scored.info.values()))
+    torch.testing.assert_close(table.nanmean(0), scored.scores)
+    assert [name for name in ATTRIBUTES if scored.info[name][1].isnan()] == [
+        name for name in ATTRIBUTES if name not in ("shape", "color")
+    ]
+    assert measure_images(load_reward("tiny-shapes/color"), random_images(1), [PROMPT]).info == {}
 
 
 def test_one_attribute_alone(untrained: torch.nn.Module) -> None:

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward
@@ -124,6 +125,8 @@ def _histograms(axes: Axes, samples: list[Tensor], colors: list[str]) -> None:
     for sample, color in zip(values, colors, strict=True):
         axes.plot([sample.mean()], [high * 0.02], marker="^", markersize=8, color=color, clip_on=False, zorder=5)
     axes.set_ylim(low, high)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel("images", color=QUIET_INK)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlr_peft.evaluation.comparison.comparison import Comparison
+from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward
 from rlr_peft.evaluation.comparison.diversity import Estimate
 from rlr_peft.evaluation.comparison.numbers import with_error
 
@@ -10,6 +10,10 @@ from rlr_peft.evaluation.comparison.numbers import with_error
 CLEAR_ERRORS = 2.0
 # Less variety is worth a word from this share on: every adapter that sharpens costs a little.
 NOTABLE_LOSS = 0.1
+COLLAPSED = 0.6
+COLLAPSE = "a collapse"
+# Where the base is often wrong, drawing what is asked is less varied too.
+LESS_VARIETY = "variety was lost, or mistakes were mended"
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -30,9 +34,8 @@ def _of_adapter(comparison: Comparison, index: int) -> list[str]:
     gains = comparison.gains[index]
     rose = [r for r in comparison.rewards if _is_clear(gains[r.key]["gain"], gains[r.key]["gain_se"])]
     fell = [r for r in comparison.rewards if _is_clear(-gains[r.key]["gain"], gains[r.key]["gain_se"])]
-    trained = [reward.name for reward in rose if not reward.heldout]
-    heldout_rose = [reward.name for reward in rose if reward.heldout]
-    heldout_fell = [reward.name for reward in fell if reward.heldout]
+    trained, heldout_rose = _names(rose, heldout=False), _names(rose, heldout=True)
+    trained_fell, heldout_fell = _names(fell, heldout=False), _names(fell, heldout=True)
     sentences = []
     if trained and heldout_fell:
         sentences.append(
@@ -45,7 +48,9 @@ def _of_adapter(comparison: Comparison, index: int) -> list[str]:
         sentences.append(f"{_listed(trained)} rose; no held-out reward moved clearly.")
     elif trained:
         sentences.append(f"{_listed(trained)} rose; no held-out reward was measured to confirm it.")
-    fallen = [reward.name for reward in fell if not reward.heldout]
+    elif heldout_rose:
+        sentences.append(f"{_listed(heldout_rose)} rose, which is held out.")
+    fallen = trained_fell if trained else trained_fell + heldout_fell
     if fallen:
         sentences.append(f"{_listed(fallen)} fell.")
     if not rose and not fell:
@@ -68,9 +73,13 @@ def _variety_notes(comparison: Comparison, index: int) -> list[str]:
         if loss > NOTABLE_LOSS and _is_clear(-change.value, change.error):
             sentences.append(
                 f"{words} differ {loss:.0%} less from each other than the base's, whose distance is "
-                f"{_with_error(before)}: {'a collapse' if loss > 0.5 else 'variety was lost'}."
+                f"{_with_error(before)}: {COLLAPSE if loss > COLLAPSED else LESS_VARIETY}."
             )
     return sentences
+
+
+def _names(rewards: list[MeasuredReward], heldout: bool) -> list[str]:
+    return [reward.name for reward in rewards if reward.heldout == heldout]
 
 
 def _is_clear(gain: float, error: float) -> bool:

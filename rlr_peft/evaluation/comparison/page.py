@@ -140,7 +140,7 @@ def _shown(comparison: Comparison, chosen: Sequence[int]) -> str:
     total = len(comparison.base.evaluation.prompts)
     if len(chosen) == total:
         return f"All {total}, worst cases first."
-    where = " All are in the folder images." if comparison.base.image_files else ""
+    where = " All of them are in the folder images." if comparison.base.image_files else ""
     return (
         f"{len(chosen)} of {total}, worst cases first: those that lost most, those that gained most and the first "
         f"ones.{where}"

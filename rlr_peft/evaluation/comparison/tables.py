@@ -102,22 +102,18 @@ def _variety_table(comparison: Comparison) -> Table:
         if has_kl
         else ""
     )
+    columns = ["", "model", "within a prompt", "change", "all images", "change", "to the base's image"]
+    columns += ["KL (nats)"] if has_kl else []
+    within = "between the images of one prompt, "
+    if all(found.within_prompt is None for found in comparison.varieties):  # one image of every prompt
+        columns, rows, within = columns[:2] + columns[4:], [row[:2] + row[4:] for row in rows], ""
     return Table(
         "Variety and distance to the base",
-        (
-            "",
-            "model",
-            "within a prompt",
-            "change",
-            "all images",
-            "change",
-            "to the base's image",
-            *(["KL (nats)"] if has_kl else []),
-        ),
+        columns,
         rows,
-        f"Mean cosine distance of image features ({comparison.features}): between the images of one prompt, between "
-        "all images, and between an image and the base's at the same prompt and seed. Less variety than the base's is "
-        f"what collapse looks like.{kl_text}",
+        f"Mean cosine distance of image features ({comparison.features}): {within}between all images, and between an "
+        "image and the base's at the same prompt and seed. Less variety than the base's is what collapse looks "
+        f"like.{kl_text}",
     )
 
 
