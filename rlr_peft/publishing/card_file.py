@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 def write_card(directory: Path, card: StoredCard) -> Path:
     """Writes `run_record.json` and `README.md` into the folder; returns the path of the card."""
-    save_stored_card(directory, card)
-    return write_model_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+    path = write_model_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+    save_stored_card(directory, replace(card, readme_sha256=_sha256(path)))
+    return path
 
 
 def card_text(directory: Path, card: StoredCard) -> str:
@@ -40,7 +42,11 @@ def addressed_card(directory: Path, repo_id: str) -> StoredCard | None:
     card = load_stored_card(directory)
     if card.record.repo_id == repo_id:
         return None
-    if readme.read_text(encoding="utf-8") != card_text(directory, card):
+    if _sha256(readme) != card.readme_sha256:
         logger.warning("%s was edited: it is published as it is; its snippet may name another place.", readme)
         return None
     return replace(card, record=replace(card.record, repo_id=repo_id))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -258,6 +258,17 @@ def test_every_reward_of_several_has_a_row_of_its_own(folder: Path) -> None:
     assert len(data.eval_results) == 6
 
 
+def test_the_comparison_page_and_scores_are_named_where_they_are(folder: Path) -> None:
+    for name, expected in (("scores.parquet", "[scores.parquet](scores.parquet) holds"), ("compare.html", ") shows")):
+        assert name not in write_model_card(folder, record=FULL).read_text()
+        (folder / name).write_bytes(b"")
+        text = write_model_card(folder, record=FULL).read_text()
+        check_sections(text)
+        assert expected in text
+        assert "](compare.html) shows" not in text or "browser. [scores.parquet]" in text
+    check_sections(write_model_card(folder, record=MINIMAL).read_text())
+
+
 def test_stages_of_a_chain_of_thought(folder: Path) -> None:
     record = replace(FULL, stages={"layout": 0.25, "detail": 0.75}, stage_prompts=["a red | blob", "a red star"])
     text = write_model_card(folder, record=record).read_text()
