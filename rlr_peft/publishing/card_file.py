@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,14 @@ logger = logging.getLogger(__name__)
 
 def write_card(directory: Path, card: StoredCard) -> Path:
     """Writes `run_record.json` and `README.md` into the folder; returns the path of the card."""
-    save_stored_card(directory, card)
-    return write_model_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+    path = write_model_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+    save_stored_card(directory, replace(card, readme_sha256=_sha256(path)))
+    return path
+
+
+def card_text(directory: Path, card: StoredCard) -> str:
+    """What `write_card` would write into `README.md`."""
+    return render_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
 
 
 def stored_record(directory: Path) -> RunRecord | None:
@@ -24,19 +31,22 @@ def stored_record(directory: Path) -> RunRecord | None:
     return load_stored_card(directory).record if (directory / RECORD_NAME).exists() else None
 
 
-def address_card(directory: Path, repo_id: str) -> None:
-    """Makes the card's snippet load from this repository.
+def addressed_card(directory: Path, repo_id: str) -> StoredCard | None:
+    """The folder's card with a snippet that loads from this repository; nothing is written.
 
-    A card that was edited by hand, or is not from here, stays as it is.
+    None where the card stays as it is: it was edited by hand, is not from here, or names the repository already.
     """
     readme = directory / "README.md"
     if not (directory / RECORD_NAME).exists() or not readme.exists():
-        return
+        return None
     card = load_stored_card(directory)
     if card.record.repo_id == repo_id:
-        return
-    text = render_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
-    if readme.read_text(encoding="utf-8") != text:
+        return None
+    if _sha256(readme) != card.readme_sha256:
         logger.warning("%s was edited: it is published as it is; its snippet may name another place.", readme)
-        return
-    write_card(directory, replace(card, record=replace(card.record, repo_id=repo_id)))
+        return None
+    return replace(card, record=replace(card.record, repo_id=repo_id))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -34,19 +34,22 @@ class Pushed:
     changed: bool
 
 
-def push_folder(folder: Path, destination: Destination, message: str) -> Pushed:
+def push_folder(folder: Path, destination: Destination, message: str, *, card: str | None = None) -> Pushed:
     """Uploads the folder's published files in one commit, and downloads the adapter again to compare it.
 
     Args:
         folder: an output folder; only files of a fixed list are taken from it.
         destination: where to.
         message: of the commit.
+        card: text of `README.md` in place of the file.
 
     Raises:
         HubError: it could not be published, or what came back is another adapter. Nothing in the folder is changed.
     """
     files = published_files(folder)
     contents = {name: content_for_upload(path, destination.token) for name, path in files.items()}
+    if card is not None:
+        contents["README.md"] = card.encode()
     # What an earlier run left there, an image or a copy in another format, would belong to another adapter.
     pushed = push_files(contents, destination, message, replaced=is_ours)
     adapters = {name: path for name, path in files.items() if name.endswith(".safetensors")}

@@ -79,6 +79,8 @@ def render_card(
             has_gallery=bool(images),
             before_after=before_after,
             reward_curve=reward_curve,
+            has_page=(directory / "compare.html").is_file(),
+            has_scores=(directory / "scores.parquet").is_file(),
             pairs=[_pair(pair) for pair in pairs],
             extra_text=extra_text.strip() if extra_text else None,
             snippet=fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),

@@ -10,10 +10,11 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from rlr_peft.publishing.background_push import BackgroundPush, push_checkpoint
-from rlr_peft.publishing.card_file import address_card, stored_record
+from rlr_peft.publishing.card_file import addressed_card, card_text, stored_record, write_card
 from rlr_peft.publishing.hub import Pushed, push_folder
 from rlr_peft.publishing.hub_access import Destination
 from rlr_peft.publishing.hub_client import HubError
+from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.results import with_error
 
 logger = logging.getLogger(__name__)
@@ -45,36 +46,38 @@ class Publisher:
             HubError: the result was not published; the message says how to do it later.
         """
         failed = self._background.failures()
-        notes = [
-            f"{path.name} was not published: {reason} Publish it with\n  {_later(path, self.destination, path.name)}"
-            for path, reason in failed.items()
-        ]
+        notes = [f"{path.name} was not published: {reason} {self._mend(path)}" for path, reason in failed.items()]
         try:
             return "\n".join([publish(folder, self.destination), *notes])
         except HubError as error:
             raise HubError("\n".join([str(error), *notes])) from error
 
+    def _mend(self, checkpoint: Path) -> str:
+        if not checkpoint.exists():
+            return "It was deleted since (--checkpoints_total_limit)."
+        return f"Publish it with\n  {_later(checkpoint, self.destination, checkpoint.name)}"
+
 
 def publish(folder: Path, destination: Destination) -> str:
-    """Publishes an output folder: addresses its card to the repository, uploads, checks; returns a line for the user.
+    """Publishes an output folder, its card addressed to the repository, and checks it; returns a line for the user.
 
     Raises:
         HubError: it was not published; the message says how to do it later.
     """
     try:
-        try:
-            address_card(folder, destination.repo_id)
-        except OSError as error:
-            raise HubError(f"The card could not be written: {error}.") from error
         if is_checkpoint(folder):
             push_checkpoint(folder, destination, folder.resolve().name)
             return f"Published on {destination.url}; the adapter was downloaded again and is the same."
-        pushed = push_folder(folder, destination, commit_message(folder))
+        card = addressed_card(folder, destination.repo_id)
+        text = None if card is None else card_text(folder, card)
+        pushed = push_folder(folder, destination, commit_message(folder), card=text)
     except HubError as error:
         raise HubError(
             f"The adapter was not published on {destination.url}: {error} Nothing is lost, everything is in {folder}. "
             f"Publish it with\n  {_later(folder, destination, destination.revision)}"
         ) from error
+    if card is not None:
+        write_card(folder, card)
     return _in_words(pushed, destination)
 
 
@@ -87,7 +90,7 @@ def commit_message(folder: Path) -> str:
     """States the gain of the reward, with its standard error, if it was measured."""
     record, metrics = stored_record(folder), _metrics(folder)
     if record is None or "reward_gain" not in metrics or "reward_gain_se" not in metrics:
-        return "Upload LoRA adapter" + ("" if record is None else f" for the reward {record.reward_name}")
+        return redacted("Upload LoRA adapter" + ("" if record is None else f" for the reward {record.reward_name}"))
 
     def gain(prefix: str) -> str:
         return with_error(metrics[f"{prefix}_gain"], metrics[f"{prefix}_gain_se"], sign=True)
@@ -95,7 +98,7 @@ def commit_message(folder: Path) -> str:
     message = f"Upload LoRA adapter: {record.reward_name} {gain('reward')}"
     if record.heldout_name and "heldout_gain" in metrics and "heldout_gain_se" in metrics:
         message += f", held-out {record.heldout_name} {gain('heldout')}"
-    return message
+    return redacted(message)
 
 
 def _metrics(folder: Path) -> dict[str, float]:

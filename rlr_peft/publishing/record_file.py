@@ -25,12 +25,14 @@ class StoredCard:
     Attributes:
         record: the run's facts.
         template: text of a template in place of the shipped one.
-        extra_text: Markdown of the user's own, put before the results.
+        extra_text: Markdown of the user's own, put after the introduction.
+        readme_sha256: of the card as it was written last, by which a user's edits are noticed.
     """
 
     record: RunRecord
     template: str | None = None
     extra_text: str | None = None
+    readme_sha256: str | None = None
 
 
 def save_stored_card(directory: Path, card: StoredCard) -> Path:

@@ -104,7 +104,7 @@ def _settings(run: Run) -> dict[str, str]:
     regularization = config.regularization
     settings = {
         "adapter": f"{kind} of rank {lora.rank}, alpha {alpha:g}{' (rsLoRA)' if lora.use_rslora else ''}, "
-        f"{weights:,} weights in {' and '.join(run.family.denoisers)}",
+        f"{weights:,} weights in the {' and the '.join(run.family.denoisers)}",
         "update": f"{arithmetic.samples_per_update} samples ({groups} prompts x {training.num_images_per_prompt})"
         f"{f' on {processes} processes' if processes > 1 else ''}",
         "optimiser": f"{optimizer.optimizer}{' in 8 bits' if optimizer.use_8bit_adam else ''}, learning rate "

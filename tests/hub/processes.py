@@ -9,8 +9,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.hub.server import USERS
 from tests.hub.store import Repository, Store
+from tests.hub.users import USERS
 
 ROOT = Path(__file__).parents[2]
 OWNER, READER, FINE_GRAINED, OTHER = USERS

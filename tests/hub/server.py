@@ -5,11 +5,9 @@ It speaks what the client of version 2.4 asks for: repositories with commits, br
 """
 
 import asyncio
-import hashlib
 import json
 import socket
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
@@ -19,25 +17,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from tests.hub.answers import card_data, described, refused
 from tests.hub.faults import FaultInjection, FaultState
-from tests.hub.store import LFS_SUFFIXES, Entry, RefusedError, Repository, Store
-
-
-@dataclass(frozen=True)
-class User:
-    """Who a token belongs to, and what it allows: `read`, `write` or `fineGrained` (which may write nothing here)."""
-
-    name: str
-    role: str = "write"
-    organisations: dict[str, str] = field(default_factory=dict)  # name -> role in it
-
-
-USERS = {
-    "hf_ownerWritesThisTokenIsForTests000001": User("owner", organisations={"lab": "write", "club": "read"}),
-    "hf_ownerReadsThisTokenIsForTests00000002": User("owner", role="read"),
-    "hf_ownerFineGrainedTokenIsForTests000003": User("owner", role="fineGrained"),
-    "hf_otherWritesThisTokenIsForTests0000004": User("other"),
-}
+from tests.hub.storage import Storage
+from tests.hub.store import LFS_SUFFIXES, RefusedError, Repository, Store
+from tests.hub.users import USERS, User
 
 
 class Hub:
@@ -78,7 +62,7 @@ class Hub:
                 (api, self.repository_info, "GET"),
             ):
                 routes.append(Route(path, _of(kind, endpoint), methods=[method]))
-        return Starlette(routes=routes, exception_handlers={RefusedError: _refused})
+        return Starlette(routes=routes, exception_handlers={RefusedError: refused})
 
     # Who asks
 
@@ -152,7 +136,7 @@ class Hub:
         repository = self.repository(request, kind)
         revision = request.path_params.get("revision", "main")
         info, files = repository.info, repository.files(revision)
-        card = _card_data(repository, revision)
+        card = card_data(repository, revision)
         return JSONResponse(
             {
                 "id": info["id"],
@@ -166,7 +150,7 @@ class Hub:
                 "tags": card.get("tags", []),
                 "cardData": card,
                 "lastModified": repository.history(revision)[0]["date"],
-                "siblings": [{"rfilename": path, **_file(entry)} for path, entry in files.items()],
+                "siblings": [{"rfilename": path, **described(entry)} for path, entry in files.items()],
             }
         )
 
@@ -182,7 +166,7 @@ class Hub:
             parents = path[start:].split("/")[:-1]
             folders |= {path[:start] + "/".join(parents[: i + 1]) for i in range(len(parents) if recursive else 1)}
             if recursive or not parents:
-                answer.append({"type": "file", "path": path, **_file(entry)})
+                answer.append({"type": "file", "path": path, **described(entry)})
         folders -= {path[:start] for path in inside}
         answer += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders) if path]
         return JSONResponse([entry for entry in answer if entry["path"] not in files or entry["type"] == "file"])
@@ -197,7 +181,7 @@ class Hub:
         answer = []
         for path in asked:
             if path in files:
-                answer.append({"type": "file", "path": path, **_file(files[path])})
+                answer.append({"type": "file", "path": path, **described(files[path])})
             elif any(name.startswith(f"{path}/") for name in files):
                 answer.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
         return JSONResponse(answer)
@@ -290,57 +274,11 @@ class Hub:
         return FileResponse(repository.content(entry), headers={**headers, "ETag": f'"{entry.oid}"'})
 
 
-class Storage:
-    """Where LFS files go and come from: another origin than the Hub's, and without tokens."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def application(self) -> Starlette:
-        return Starlette(
-            routes=[
-                Route("/upload/{oid}", self.upload, methods=["PUT"]),
-                Route("/download/{oid}", self.download, methods=["GET"]),
-            ],
-            exception_handlers={RefusedError: _refused},
-        )
-
-    async def upload(self, request: Request) -> Response:
-        content = await request.body()
-        if hashlib.sha256(content).hexdigest() != request.path_params["oid"]:
-            raise RefusedError(400, "The content does not have the announced SHA-256 sum")
-        (self.store.lfs / request.path_params["oid"]).write_bytes(content)
-        return Response(status_code=200)
-
-    async def download(self, request: Request) -> Response:
-        return FileResponse(self.store.lfs / request.path_params["oid"])
-
-
 def _of(kind: str, endpoint):  # type: ignore[no-untyped-def]
     async def answer(request: Request) -> Response:
         return await endpoint(request, kind)
 
     return answer
-
-
-def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
-    return JSONResponse({"error": error.message}, error.status, headers)
-
-
-def _file(entry: Entry) -> dict[str, object]:
-    described: dict[str, object] = {"size": entry.size, "oid": entry.oid, "blobId": entry.oid}
-    if entry.lfs is not None:
-        described["lfs"] = {"oid": entry.lfs, "sha256": entry.lfs, "size": entry.size, "pointerSize": 134}
-    return described
-
-
-def _card_data(repository: Repository, revision: str) -> dict[str, object]:
-    if "README.md" not in repository.files(revision):
-        return {}
-    parts = repository.read("README.md", revision).decode().split("---\n")
-    return yaml.safe_load(parts[1]) if len(parts) > 2 else {}
 
 
 async def serve(root: Path) -> None:

@@ -159,6 +159,7 @@ def test_a_lasting_fault_ends_with_the_command_for_later(hub: LoopbackHub, folde
     assert expected in message, message
     assert message.rstrip().endswith(f"Publish it with\n  rlr-peft push {folder} --hub_model_id {name}")
     assert len(hub.repository(name).history("main")) == 1 and (folder / WEIGHTS).read_bytes() == mine
+    assert "In the folder of this file" in (folder / "README.md").read_text(), "the card says what is true here"
     hub.fail()
     push(hub, folder, "--hub_model_id", name)
     assert hub.repository(name).read(WEIGHTS) == mine

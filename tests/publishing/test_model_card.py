@@ -17,7 +17,7 @@ from PIL import Image
 from rlr_peft.cli.main import main
 from rlr_peft.lora import attach_lora, save_lora
 from rlr_peft.publishing.base_license import License, base_license
-from rlr_peft.publishing.card_file import address_card, write_card
+from rlr_peft.publishing.card_file import addressed_card, write_card
 from rlr_peft.publishing.model_card import TemplateError, fenced, write_model_card
 from rlr_peft.publishing.record_file import StoredCard, load_stored_card
 from rlr_peft.publishing.redaction import command_without_token
@@ -258,6 +258,17 @@ def test_every_reward_of_several_has_a_row_of_its_own(folder: Path) -> None:
     assert len(data.eval_results) == 6
 
 
+def test_the_comparison_page_and_scores_are_named_where_they_are(folder: Path) -> None:
+    for name, expected in (("scores.parquet", "[scores.parquet](scores.parquet) holds"), ("compare.html", ") shows")):
+        assert name not in write_model_card(folder, record=FULL).read_text()
+        (folder / name).write_bytes(b"")
+        text = write_model_card(folder, record=FULL).read_text()
+        check_sections(text)
+        assert expected in text
+        assert "](compare.html) shows" not in text or "browser. [scores.parquet]" in text
+    check_sections(write_model_card(folder, record=MINIMAL).read_text())
+
+
 def test_stages_of_a_chain_of_thought(folder: Path) -> None:
     record = replace(FULL, stages={"layout": 0.25, "detail": 0.75}, stage_prompts=["a red | blob", "a red star"])
     text = write_model_card(folder, record=record).read_text()
@@ -295,8 +306,8 @@ def test_a_card_is_written_again_from_its_records(folder: Path) -> None:
     assert main(["card", str(folder), *words]) == 0
     assert (folder / "README.md").read_text().endswith(f"{title}\n\nHand-written.\n")
     # Both are remembered, also when the card is addressed to a repository; and can be forgotten.
-    address_card(folder, "owner/name")
-    assert (folder / "README.md").read_text().endswith("Hand-written.\n")
+    addressed = addressed_card(folder, "owner/name")
+    assert addressed is not None and write_card(folder, addressed).read_text().endswith("Hand-written.\n")
     assert main(["card", str(folder), "--plain"]) == 0
     assert 'load_lora_weights("owner/name"' in (folder / "README.md").read_text()
 
