@@ -11,11 +11,6 @@ ANIMALS = tuple(
 HELD_BACK_ANIMALS = ("zebra", "raccoon", "beetle", "dolphin", "goose", "hedgehog")
 """Never trained on with ``simple-animals/train``: mammals, a bird and an insect."""
 
-BUILTIN_NAMES = (
-    *("simple-animals", "simple-animals/train", "simple-animals/test"),
-    *("tiny-shapes/train", "tiny-shapes/test"),
-)
-
 
 def builtin_prompts(name: str) -> list[str] | None:
     """The prompts of a built-in set in a fixed order; None for a name that is none."""

@@ -4,13 +4,14 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlr_peft.config.prompt_checks import BUILTIN_SETS
 from rlr_peft.prompt import Prompt
-from rlr_peft.prompts.builtin import BUILTIN_NAMES, builtin_prompts
+from rlr_peft.prompts.builtin import builtin_prompts
 from rlr_peft.prompts.errors import PromptError
 from rlr_peft.prompts.rows import Columns, RowReader
 from rlr_peft.prompts.tables import FORMATS, DatasetSpec, dataset_rows, file_rows
 
-EXPECTED = f"expected one of {', '.join(BUILTIN_NAMES)}, or a .txt, {', '.join(FORMATS)} file"
+EXPECTED = f"expected one of {', '.join(BUILTIN_SETS)}, or a .txt, {', '.join(FORMATS)} file"
 
 
 def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | None = None) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from rlr_peft.config.prompt_checks import BUILTIN_SETS
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.errors import PromptError
 from rlr_peft.prompts.rows import Columns
@@ -126,6 +127,11 @@ def test_no_such_dataset_split_or_configuration(tmp_path: Path) -> None:
         list(dataset_prompts(DatasetSpec(str(tmp_path), config_name="large"), Columns()))
     with pytest.raises(PromptError, match="cannot be read"):
         list(dataset_prompts(DatasetSpec(str(tmp_path / "absent")), Columns()))
+
+
+def test_every_name_that_the_configuration_allows_is_a_set() -> None:
+    for name in BUILTIN_SETS:
+        assert len(load_prompts(name)) > 1, name
 
 
 def test_the_built_in_animals() -> None:
