@@ -1,0 +1,1 @@
+"""The knobs, group by group; see `rlr_peft.config.arguments`."""

@@ -1,0 +1,87 @@
+"""Knobs of the base model and of the adapter."""
+
+from dataclasses import MISSING, dataclass
+from typing import Literal
+
+from rlr_peft.config.knob import knob
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Model: the pretrained pipeline and how it is held in memory"""
+
+    pretrained_model_name_or_path: str = knob(
+        MISSING, "Hub id or local folder of a diffusers pipeline, or `tiny-shapes` for the embedded one."
+    )
+    revision: str | None = knob(None, "Branch, tag or commit of the Hub repository to load.")
+    variant: str | None = knob(None, "Variant of the weight files to load, for example `fp16`.")
+    cache_dir: str | None = knob(None, "Folder in which files downloaded from the Hub are kept.")
+    pretrained_vae_model_name_or_path: str | None = knob(
+        None, "Hub id or local folder of a VAE that replaces the pipeline's own, for example an fp16-safe SDXL VAE."
+    )
+    pretrained_motion_adapter_name_or_path: str | None = knob(
+        None,
+        "Hub id or local folder of a motion adapter; it makes an AnimateDiff pipeline of a Stable Diffusion base.",
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = knob(
+        "no", "Number format of the frozen base weights; LoRA weights and latents always stay fp32."
+    )
+    gradient_checkpointing: bool = knob(
+        False, "Recompute the denoiser's activations in the backward pass: less memory, more time."
+    )
+    offload_text_encoders: bool = knob(
+        False, "Keep the text encoders on the CPU but while new prompts are encoded: less memory, a pause per prompt."
+    )
+    vae_gradient_checkpointing: bool = knob(
+        False, "Recompute the VAE decoder's activations in the backward pass: less memory, more time."
+    )
+    pretrained_tiny_vae_name_or_path: str | None = knob(
+        None,
+        "Hub id or local folder of an AutoencoderTiny that decodes for the training reward only, with far less memory; "
+        "a biased objective, since validation and evaluation still use the real VAE.",
+    )
+    offload: bool = knob(
+        False,
+        "Keep text encoders, denoiser and VAE in host memory and only the one at work on the GPU: less memory, time "
+        "for moving weights.",
+    )
+    bnb_quantization_config_path: str | None = knob(
+        None,
+        "JSON file of the arguments of BitsAndBytesConfig: the frozen denoiser is held in 4 or 8 bits. Needs a GPU.",
+    )
+    attention_backend: str | None = knob(
+        None, "Attention kernel of the denoiser by diffusers' names, for example `flash`; null leaves it to torch."
+    )
+    torch_compile: bool = knob(
+        False, "Compile the denoiser's repeated blocks with torch.compile: slow to start, then faster."
+    )
+    allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    """LoRA: the adapter that is trained"""
+
+    rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", at_least=1)
+    lora_alpha: float | None = knob(
+        None, "LoRA scale: the update is multiplied by lora_alpha / rank; null means equal to rank.", above=0
+    )
+    lora_dropout: float = knob(
+        0.0, "Share of the adapter's inputs dropped in training.", unit="fraction", at_least=0, below=1
+    )
+    lora_layers: str | None = knob(
+        None, "Comma-separated names of the modules that get an adapter; null means the family's default."
+    )
+    denoiser: str | None = knob(
+        None,
+        "Comma-separated attributes of the pipeline that get an adapter; null means the family's (of Wan 2.2 both: "
+        "`transformer` for high noise, `transformer_2` for low).",
+    )
+    use_dora: bool = knob(False, "Train DoRA: magnitude and direction of the weights apart.")
+    use_rslora: bool = knob(False, "Scale the update by lora_alpha / sqrt(rank) instead of lora_alpha / rank.")
+    output_kohya_format: bool = knob(
+        False, "Save the adapter in kohya's format too, as kohya/lora_kohya.safetensors (Stable Diffusion and SDXL)."
+    )
+    init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = knob(
+        "gaussian", "How the LoRA matrices start; every choice starts at the base model's function."
+    )
