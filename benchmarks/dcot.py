@@ -7,9 +7,8 @@
 
 The reward is the sum of a mid-scale attribute (shape) and a fine one (texture), each judged in (0, 1]; the other judge,
 which nothing is trained against, measures too. The arms share one estimator: first order on the three steps of the fine
-stage, and one half-order step of the others, drawn evenly or from the window. Two more arms have the default estimator,
-to tell what that choice costs. Every run leaves one JSON file below ``--folder`` and is skipped where that is there.
-Use one thread (``OMP_NUM_THREADS=1``).
+stage, and one half-order step of the others, drawn evenly or from the window. Every run leaves one JSON file below
+``--folder`` and is skipped where that is there. Use one thread (``OMP_NUM_THREADS=1``).
 """
 
 import argparse
@@ -43,7 +42,6 @@ DCOT = ["--dcot_rules"]
 WINDOWS = {"mid": ["mid"], "auto": ["auto"]}
 # At weight 1 a half-order step's gradient is 10 to 30 times as long as that of the first-order steps, and all noise.
 SHARED = "--estimator rlr --fo_steps 3 --ho_length 1 --ho_blocks 1 --ho_coefficient 0.05".split()
-DEFAULT = ["--estimator", "rlr"]
 LEARNING_RATES = (1e-3, 4e-3)
 TUNING_SEED = 0
 FINAL_SEEDS = (1, 2, 3)
@@ -56,14 +54,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("base", "tune", "final", "collect"), required=True)
     parser.add_argument("--folder", type=Path, default=Path("outputs/dcot"))
-    parser.add_argument("--budget", type=int, default=6000, help="denoiser evaluations of a final run; tuning: half")
-    parser.add_argument("--images", type=int, default=128, help="images of an evaluation; tuning: half")
+    parser.add_argument("--budget", type=int, help="denoiser evaluations of a run; by default 5000, tuning: 3000")
+    parser.add_argument("--images", type=int, help="images of an evaluation; by default 96, tuning: 64")
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "base":
         path = folder / "base splits.json"
-        path.write_text(json.dumps(measure_splits(folder, arguments.images), indent=2) + "\n")
+        path.write_text(json.dumps(measure_splits(folder, arguments.images or 96), indent=2) + "\n")
     elif arguments.stage == "collect":
         runs = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed *.json"))]
         splits = json.loads((folder / "base splits.json").read_text())
@@ -71,9 +69,8 @@ def main() -> None:
         print(write_results("dcot", {"splits": splits, "rows": report(finals, splits, folder), "runs": runs}))
     else:
         is_tuning = arguments.stage == "tune"
-        budget, images = (
-            (arguments.budget // 2, arguments.images // 2) if is_tuning else (arguments.budget, arguments.images)
-        )
+        budget, images = (3000, 64) if is_tuning else (5000, 96)
+        budget, images = arguments.budget or budget, arguments.images or images
         for arm, flags, rate, seed in tuning_jobs(folder) if is_tuning else final_jobs(folder):
             path = run_path(folder, arm, rate, seed)
             with claimed(path) as is_ours:
@@ -94,7 +91,7 @@ def tuning_jobs(folder: Path) -> Iterator[tuple[str, list[str], float, int]]:
 
 
 def final_jobs(folder: Path) -> Iterator[tuple[str, list[str], float, int]]:
-    """The three arms, seed by seed; then those with the default estimator, at the same rates."""
+    """The three arms, seed by seed."""
     plain_rate, rate = best(folder, "plain")[1], best(folder, "DCoT")[1]
     name = best(folder, "DCoT, window *")[0].removeprefix("DCoT, window ")
     arms = [
@@ -102,11 +99,9 @@ def final_jobs(folder: Path) -> Iterator[tuple[str, list[str], float, int]]:
         ("DCoT", [*SHARED, *DCOT], rate),
         (f"DCoT, window {name}", window_flags(WINDOWS[name]), rate),
     ]
-    references = [("plain, rlr", DEFAULT, plain_rate), ("DCoT, rlr", [*DEFAULT, *DCOT], rate)]
-    for group in (arms, references):
-        for seed in FINAL_SEEDS:
-            for arm, flags, learning_rate in group:
-                yield arm, flags, learning_rate, seed
+    for seed in FINAL_SEEDS:
+        for arm, flags, learning_rate in arms:
+            yield arm, flags, learning_rate, seed
 
 
 def window_flags(window: list[str]) -> list[str]:
@@ -137,7 +132,7 @@ def train_one(
     words += ["--heldout_reward_fn", *(f"tiny-shapes-heldout/{name}" for name in ATTRIBUTES)]
     words += ["--learning_rate", str(rate), "--seed", str(seed), *flags]
     run = build_run(load_config(words))
-    prompts = "plain" if arm.startswith("plain") else "DCoT"
+    prompts = "plain" if arm == "plain" else "DCoT"
     before = base_evaluation(run, folder / "base" / f"{prompts} seed {seed}, {images} images.pt")
     spent, steps, seconds, coverage = spend(run, budget)
     after = evaluate_adapter(run)

@@ -87,14 +87,13 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_differences(by_arm: dict[str, list[dict[str, Any]]]) -> None:
-    """Held-out scores after training, paired by seed: the same prompts and noises."""
-    for first, second in (("DCoT, window", "DCoT"), ("DCoT", "plain"), ("DCoT, rlr", "plain, rlr")):
-        names = [next((arm for arm in by_arm if arm.startswith(first)), None), second]
-        if names[0] is None or second not in by_arm or (first == "DCoT" and "DCoT" not in by_arm):
-            continue
-        pairs = list(zip(by_arm[first if first in by_arm else names[0]], by_arm[second], strict=True))
+    """Held-out scores of the arms, paired by seed: the same prompts and noises."""
+    window = next(arm for arm in by_arm if arm.startswith("DCoT, window"))
+    for first, second in (("DCoT", "plain"), (window, "DCoT")):
         for what in ("gain", "after"):
-            values = numpy.array([heldout(a, what) - heldout(b, what) for a, b in pairs])
+            values = numpy.array(
+                [heldout(a, what) - heldout(b, what) for a, b in zip(by_arm[first], by_arm[second], strict=True)]
+            )
             print(f"held-out {what}, {first} minus {second}: {values.mean():+.3f} ± {interval(values):.3f}")
 
 
