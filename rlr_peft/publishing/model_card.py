@@ -175,7 +175,7 @@ def _score(score: float) -> str:
 def _stages(record: RunRecord) -> list[dict[str, str]]:
     prompts = record.stage_prompts or [""] * len(record.stages)
     return [
-        {"name": name, "share": f"{share:.0%}", "prompt": prompt.replace("|", "\\|")}
+        {"name": name, "share": f"{share:.0%}", "prompt": prompt}
         for (name, share), prompt in zip(record.stages.items(), prompts)
     ]
 

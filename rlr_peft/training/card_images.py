@@ -43,9 +43,10 @@ def save_gallery(output_dir: Path, images: Tensor, prompts: Sequence[str], fps: 
 def gallery(output_dir: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     """What `save_gallery` left: file name in the card's folder, and prompt."""
     found = []
-    for number, prompt in enumerate(list(dict.fromkeys(prompts))[:MAX_GALLERY]):
+    for number, prompt in enumerate(list(dict.fromkeys(map(str, prompts)))[:MAX_GALLERY]):
         found += [
-            (f"{FOLDER}/{path.name}", prompt) for path in sorted((output_dir / FOLDER).glob(f"validation_{number}.*"))
+            (f"{FOLDER}/{path.name}", str(prompt))
+            for path in sorted((output_dir / FOLDER).glob(f"validation_{number}.*"))
         ]
     return found
 
@@ -60,7 +61,7 @@ def save_pairs(output_dir: Path, before: Evaluation, after: Evaluation) -> list[
             names[kind] = f"{FOLDER}/{kind}_{number}.png"
             _save(evaluation.images[number], output_dir / names[kind])
         scores = [float(evaluation.scores["reward"][number]) for evaluation in (before, after)]
-        pairs.append(ImagePair(before.prompts[number], names["base"], names["adapter"], *scores))
+        pairs.append(ImagePair(str(before.prompts[number]), names["base"], names["adapter"], *scores))
     return pairs
 
 
