@@ -70,12 +70,12 @@ class Result:
 
 
 def results_of(record: RunRecord) -> list[Result]:
-    """Every reward whose numbers are complete: the trained one and its parts, the held-out ones, and what was seen.
+    """Every reward whose numbers are complete: the trained one and its parts, and the held-out ones.
 
     A reward with any of its six numbers or `n` missing is left out.
     """
     prefixes = [key.removesuffix("_gain") for key in record.metrics if key.endswith("_gain")]
-    order = {"trained": 0, "part": 1, "held out": 2, "seen": 3}
+    order = {"trained": 0, "part": 1, "held out": 2}
     found = [pair for prefix in prefixes if (pair := _result(record, prefix)) is not None]
     return [result for _, result in sorted(found, key=lambda pair: order[pair[0]])]
 
@@ -125,7 +125,10 @@ def _result(record: RunRecord, prefix: str) -> tuple[str, Result] | None:
 
 
 def _described(record: RunRecord, prefix: str) -> tuple[str, str, str] | None:
-    """Kind, name and role of a prefix of `metrics.json`; None for what stands in the table already."""
+    """Kind, name and role of a prefix of `metrics.json`; None for what stands in the table already, or is no reward.
+
+    What rewards tell beside their scores, such as the attributes that a judge saw, is on the comparison's page.
+    """
     group, _, name = prefix.partition("/")
     if prefix == "reward":
         return (
@@ -137,9 +140,9 @@ def _described(record: RunRecord, prefix: str) -> tuple[str, str, str] | None:
         return None if record.heldout_name is None else ("held out", record.heldout_name, "held out")
     if group == "reward":
         weight = record.reward_weights.get(name)
-        return ("seen", name, "only seen") if weight is None else ("part", name, f"trained on, weight {weight:g}")
-    if group == "heldout" and name != record.heldout_name:
-        return ("held out", name, "held out") if name in record.heldout_names else ("seen", name, "only seen")
+        return None if weight is None else ("part", name, f"trained on, weight {weight:g}")
+    if group == "heldout" and name != record.heldout_name and name in record.heldout_names:
+        return "held out", name, "held out"
     return None
 
 

@@ -246,8 +246,8 @@ def test_every_reward_of_several_has_a_row_of_its_own(folder: Path) -> None:
         "| `texture/soft` (trained on, weight 0.5)",
         "| `judge` (held out)",
         "| `judge/shape` (held out)",
-        "| `texture/soft/kB` (only seen)",
     ]
+    assert "texture/soft/kB" not in text, "no reward, but what one tells beside its score"
     assert "# LoRA of tiny-shapes for the rewards color and texture/soft\n" in text
     assert "the weighted sum of its rewards rose" in text
     assert "trained on the rewards `color` and `texture/soft` with rlr-peft" in text
@@ -255,7 +255,7 @@ def test_every_reward_of_several_has_a_row_of_its_own(folder: Path) -> None:
     # The first held-out reward rose; another fell, and that is said.
     assert "exploits a flaw of its reward** (`judge/shape` fell)" in text
     data = ModelCard.load(folder / "README.md").data
-    assert len(data.eval_results) == 6
+    assert len(data.eval_results) == 5
 
 
 def test_the_comparison_page_and_scores_are_named_where_they_are(folder: Path) -> None:
