@@ -1,6 +1,8 @@
 """Settings for all tests: one thread (far faster for tiny models), no network, the same examples every time."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 # Before any Hugging Face library is imported: they read these at import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,8 +10,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def default_logging_level() -> Iterator[None]:
+    """Commands set the package's level for their process; here, many share one, in any order."""
+    yield
+    logging.getLogger("rlr_peft").setLevel(logging.NOTSET)

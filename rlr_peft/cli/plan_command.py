@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,18 +18,13 @@ def plan_command(words: Sequence[str]) -> int:
     config = load_config_or_exit(rest, prog=PROG)
 
     # Only now the heavy imports: a wrong flag is refused at once.
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     from rlr_peft.evaluation.memory_plan.plan import as_plain
     from rlr_peft.evaluation.memory_plan.table import plan_text
     from rlr_peft.training.errors import reporting_errors
+    from rlr_peft.training.logs import errors_only
     from rlr_peft.training.planning import plan_run
 
-    logging.getLogger("rlr_peft").setLevel(logging.ERROR)
-    diffusers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.set_verbosity(logging.ERROR)
-    with reporting_errors():
+    with errors_only(), reporting_errors():
         plan = plan_run(config)
     print(plan_text(plan, _title(config), own.gpu_memory))
     if own.output is not None:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def set_up_logging() -> None:
@@ -23,3 +25,22 @@ def hide_loading_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Silences our warnings and the libraries', and gives back the levels that there were."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    ours = logging.getLogger("rlr_peft")
+    before = ours.level, diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    ours.setLevel(logging.ERROR)
+    diffusers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(before[0])
+        diffusers_logging.set_verbosity(before[1])
+        transformers_logging.set_verbosity(before[2])

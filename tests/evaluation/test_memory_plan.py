@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,7 @@ def test_the_command_prints_parts_and_a_verdict(
     tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "plan.json"
+    level = logging.getLogger("rlr_peft").level
     batch = ["--evaluation_prompt_path", "tiny-shapes/test", "--rank", "8"]
     assert main(command(tiny_folder, *batch, "--gpu_memory", "24", "--output", str(output))) == 0
     printed = capsys.readouterr().out
@@ -357,6 +359,7 @@ def test_the_command_prints_parts_and_a_verdict(
     assert sum(part["bytes"] for part in plan["parts"] if ADJOINT in part["phases"]) == plan["tensors"][ADJOINT]
     assert main(command(tiny_folder, "--gpu_memory", "0.1")) == 1
     assert "Does not fit 0.1 GiB" in capsys.readouterr().out
+    assert logging.getLogger("rlr_peft").level == level  # Quiet while it plans, not for ever after.
 
 
 def test_an_unknown_checkpoint_without_network_is_explained() -> None:
