@@ -5,8 +5,8 @@
     python -m benchmarks.race --reward coarse --stage long      # four times the budget: who collapses
     python -m benchmarks.race --reward coarse --stage collect   # tables, figure, benchmarks/results/race_coarse.json
 
-``--methods`` chooses among the methods, the variants of the paper's ablation and those of half the batch; variants
-train at the rate of their method.
+``--methods`` chooses among the methods, the variants of the paper's ablation, of longer truncation and of half the
+batch; variants train at the rate of their method. ``--seeds`` gives the final runs other seeds.
 Each run leaves one JSON file below ``--folder``; runs that are there already are skipped, so a race that was
 interrupted goes on, and several processes may share the work. Use one thread for each (``OMP_NUM_THREADS=1``).
 """
@@ -50,16 +50,21 @@ ABLATION: dict[str, list[str]] = {
 }
 # `rlr` that never leaves K = T; it trains at the rate of `rlr`.
 FULL: dict[str, list[str]] = {"full-bp": ["--estimator", "full-bp"]}
+# Between K = 1 and K = T; at the rate of K = 1.
+TRUNCATION: dict[str, list[str]] = {"truncated-bp, K = 3": ["--estimator", "truncated-bp", "--fo_steps", "3"]}
 # More, noisier updates for the same evaluations: 2 prompts instead of 4.
 SMALL_BATCH: dict[str, list[str]] = {
-    f"{method}, 8 samples": [*(METHODS | FULL)[method], "--train_batch_size", "8"]
-    for method in ("rlr", "truncated-bp, K = 1", *FULL)
+    f"{method}, 8 samples": [*(METHODS | FULL | TRUNCATION)[method], "--train_batch_size", "8"]
+    for method in ("rlr", "truncated-bp, K = 1", *FULL, *TRUNCATION)
 }
-VARIANTS = ABLATION | FULL | SMALL_BATCH
+VARIANTS = ABLATION | FULL | TRUNCATION | SMALL_BATCH
+# The method at whose learning rate a variant trains.
+TUNED_AS = dict.fromkeys(ABLATION, "rlr-paper") | dict.fromkeys(FULL, "rlr")
+TUNED_AS |= dict.fromkeys(TRUNCATION, "truncated-bp, K = 1")
 # Variants and what they are shown beside.
 TABLES = {
     "The paper's ablation": (ABLATION, ("rlr", "rlr-paper", "truncated-bp, K = 1")),
-    "Half the batch, and K = T throughout": (FULL | SMALL_BATCH, ("rlr", "truncated-bp, K = 1")),
+    "Half the batch, and other K": (FULL | TRUNCATION | SMALL_BATCH, ("rlr", "truncated-bp, K = 1")),
 }
 # Reward and held-out reward.
 REWARDS = {
@@ -84,6 +89,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/race"), help="a folder per reward goes below")
     names = (*METHODS, *VARIANTS)
     parser.add_argument("--methods", nargs="+", choices=names, default=tuple(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=FINAL_SEEDS, metavar="SEED", help="of final runs")
     parser.add_argument("--budget", type=int, default=8000, help="denoiser evaluations of a final run; tuning: half")
     parser.add_argument("--evaluations", type=int, default=2, help="evaluations along a final run; tuning: one")
     parser.add_argument("--images", type=int, default=192, help="images of an evaluation; tuning: half")
@@ -102,7 +108,7 @@ def main() -> None:
             budget, evaluations = LONG_BUDGETS * budget, LONG_BUDGETS * evaluations
             jobs = [(best_learning_rate(folder, method), LONG_SEED)]
         else:
-            jobs = [(best_learning_rate(folder, method), seed) for seed in FINAL_SEEDS]
+            jobs = [(best_learning_rate(folder, method), seed) for seed in arguments.seeds]
         for learning_rate, seed in jobs:
             path = folder / f"{method} lr {learning_rate:g} seed {seed}.json"
             with claimed(path) as is_ours:
@@ -170,7 +176,8 @@ def best_learning_rate(folder: Path, method: str) -> float:
     Raises:
         FileNotFoundError: a tuning run is missing.
     """
-    tuned = "rlr-paper" if method in ABLATION else method.removesuffix(", 8 samples").replace("full-bp", "rlr")
+    whole = method.removesuffix(", 8 samples")
+    tuned = TUNED_AS.get(whole, whole)
     gains = {}
     for rate in LEARNING_RATES[folder.name]:
         result = json.loads((folder / f"{tuned} lr {rate:g} seed {TUNING_SEED}.json").read_text())
@@ -202,7 +209,8 @@ def collect(folder: Path, name: str) -> None:
     finals = [
         run
         for run in runs
-        if run["seed"] in FINAL_SEEDS and run["learning_rate"] == best_learning_rate(folder, run["method"])
+        if run["seed"] not in (TUNING_SEED, LONG_SEED)
+        and run["learning_rate"] == best_learning_rate(folder, run["method"])
     ]
     print_long_runs([run for run in runs if run["seed"] == LONG_SEED])
     write_results(name, {"rows": report(finals, name, TABLES), "runs": runs})
