@@ -6,7 +6,8 @@
     python -m benchmarks.race --reward coarse --stage collect   # tables, figure, benchmarks/results/race_coarse.json
 
 ``--methods`` chooses among the methods, the variants of the paper's ablation, of longer truncation and of half the
-batch; variants train at the rate of their method. ``--seeds`` gives the final runs other seeds.
+batch; variants train at the rate of their method. ``--seeds`` gives the final runs other seeds, ``--learning_rate``
+replaces the best rate of final and long runs.
 Each run leaves one JSON file below ``--folder``; runs that are there already are skipped, so a race that was
 interrupted goes on, and several processes may share the work. Use one thread for each (``OMP_NUM_THREADS=1``).
 """
@@ -90,6 +91,7 @@ def main() -> None:
     names = (*METHODS, *VARIANTS)
     parser.add_argument("--methods", nargs="+", choices=names, default=tuple(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=FINAL_SEEDS, metavar="SEED", help="of final runs")
+    parser.add_argument("--learning_rate", type=float, default=None, help="of final and long runs")
     parser.add_argument("--budget", type=int, default=8000, help="denoiser evaluations of a final run; tuning: half")
     parser.add_argument("--evaluations", type=int, default=2, help="evaluations along a final run; tuning: one")
     parser.add_argument("--images", type=int, default=192, help="images of an evaluation; tuning: half")
@@ -106,9 +108,10 @@ def main() -> None:
             jobs = [(rate, TUNING_SEED) for rate in LEARNING_RATES[arguments.reward]]
         elif arguments.stage == "long":
             budget, evaluations = LONG_BUDGETS * budget, LONG_BUDGETS * evaluations
-            jobs = [(best_learning_rate(folder, method), LONG_SEED)]
+            jobs = [(arguments.learning_rate or best_learning_rate(folder, method), LONG_SEED)]
         else:
-            jobs = [(best_learning_rate(folder, method), seed) for seed in arguments.seeds]
+            rate = arguments.learning_rate or best_learning_rate(folder, method)
+            jobs = [(rate, seed) for seed in arguments.seeds]
         for learning_rate, seed in jobs:
             path = folder / f"{method} lr {learning_rate:g} seed {seed}.json"
             with claimed(path) as is_ours:
