@@ -171,7 +171,9 @@ class RLREstimator:
         if plan.mixture is not None:
             mixed = mixed_segment(rollout, plan.mixture, coefficients.first_order, coefficients.half_order)
             pull_back(mixed, "mixed_order")
-            backward_steps += int((plan.mixture[:-1] < 1).sum())  # two passes where the orders are mixed
+            # two passes where another cotangent goes into the parameters than travels on
+            differs = (plan.mixture < 1) | (coefficients.first_order != 1)
+            backward_steps += int(differs[:-1].sum())
         elif plan.first_order_steps:
             pull_back(first_order_segment(rollout, plan.first_order_steps, coefficients.first_order), "first_order")
         for t in plan.black_box_steps:
