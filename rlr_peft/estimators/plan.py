@@ -141,10 +141,7 @@ def make_plan(
     else:
         blocks, zeroth = _tiles(settings, chain, beyond, weights, running_norms, generator), []
     if not (tail or black_box or blocks or zeroth):
-        raise CoverageError(
-            "Expected an estimator with a term for this reward, got none: the reward has no gradient (or K is 0) and "
-            "there are no half-order or zeroth-order terms. Use estimator rlr."
-        )
+        raise CoverageError(f"Expected an estimator with a term for this reward, got none: {_why_none(settings)}")
     is_cut_at_random = settings.first_order_steps == "random" and bool(tail) and _is_pathwise_alone(settings)
     if is_cut_at_random:
         chance_of_reaching = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
@@ -226,6 +223,17 @@ def _block_and_complement(
         weights.add(complement(block), probability * coefficients.zeroth_order)
     block = candidates[draw(probabilities, 1, generator)[0]]
     return [(block, coefficients.half_order)], complement(block)
+
+
+def _why_none(settings: RLRSettings) -> str:
+    """Why there is no term at all, and what to do."""
+    no_gradient = "the reward has no gradient (or K is 0)"
+    if settings.half_order is None and settings.black_box_steps == 0:
+        return f"{no_gradient} and there are no half-order or zeroth-order terms. Use estimator rlr."
+    return (
+        f"{no_gradient} and score terms need noise, which no step has: eta is 0, or the chain's only step ends clean. "
+        "Raise eta or num_inference_steps, or use a differentiable reward with first-order steps."
+    )
 
 
 def _is_pathwise_alone(settings: RLRSettings) -> bool:

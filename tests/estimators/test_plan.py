@@ -78,6 +78,16 @@ def _has_a_term(settings: RLRSettings, differentiable: bool) -> bool:
     return bool(tail or settings.half_order or settings.zeroth_order)
 
 
+def test_a_chain_whose_only_step_ends_clean_says_that_score_terms_need_noise() -> None:
+    """Score terms were asked for, so the advice to take an estimator that has some would lead nowhere."""
+    chain = LinearGaussianChain(num_steps=1)
+    for settings in (RLRSettings("auto", HalfOrder(1, "all")), RLRSettings(0, None, black_box_steps=1)):
+        with pytest.raises(CoverageError, match=r"need noise, which no step has.*Raise eta or num_inference_steps"):
+            RLREstimator(settings).plan(chain, False, torch.Generator())
+    with pytest.raises(CoverageError, match="no half-order or zeroth-order terms. Use estimator rlr"):
+        RLREstimator(RLRSettings(1, None)).plan(chain, False, torch.Generator())
+
+
 def test_a_random_tail_is_drawn_evenly_and_complete_with_score_terms_beyond() -> None:
     chain, generator = LinearGaussianChain(num_steps=4), torch.Generator().manual_seed(0)
     alone = [RLREstimator(RLRSettings("random", None)).plan(chain, True, generator) for _ in range(400)]
@@ -135,6 +145,11 @@ def test_coverage_is_checked_and_described() -> None:
     smoothed = Coverage(torch.ones(3), {}, smoothing=0.5)
     assert smoothed.complete and not smoothed.unbiased
     assert "unbiased" not in smoothed.describe() and "smoothed at s = 0.5" in smoothed.describe()
+    both = Coverage(torch.tensor([1.0, 0.5]), {2: "halved"}, smoothing=0.5, departures=("rewards are clipped",))
+    assert both.describe() == (
+        "Biased by choice: rewards are clipped; the zeroth-order term estimates the gradient of the objective smoothed "
+        "at s = 0.5, with a bias of order s squared; step 2 of 2 is halved."
+    )
     departed = Coverage(torch.ones(3), {}, departures=("rewards are clipped", "so are ratios"))
     assert departed.complete and not departed.unbiased
     assert departed.describe() == "Biased by choice: rewards are clipped; so are ratios."
