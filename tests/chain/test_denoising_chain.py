@@ -1,5 +1,6 @@
 """The chain against the pipeline's own call, its own records, and central differences."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -145,6 +146,16 @@ def test_the_pipeline_is_left_as_it_was() -> None:
     assert pipeline.config["scheduler"] == ("diffusers", "DDIMScheduler")
 
 
+def test_nothing_moves_the_global_random_state() -> None:
+    before = torch.get_rng_state()
+    chain = DenoisingChain(tiny_stable_diffusion(), num_inference_steps=3)
+    chain.encode(PROMPTS)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    chain.replay(trajectory, 2)
+    chain.decode(trajectory.latents[0], PROMPTS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny_stable_diffusion()
     calls = []
@@ -189,6 +200,16 @@ def test_half_precision_keeps_float32_latents() -> None:
     images = chain.decode(latents, PROMPTS)
     (gradient,) = torch.autograd.grad(images.float().sum(), latents)
     assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+def test_a_half_precision_denoiser_of_any_name_takes_float32_latents() -> None:
+    pipeline = tiny_stable_diffusion().to(torch.bfloat16)
+    pipeline.engine = copy.deepcopy(pipeline.unet)
+    chain = DenoisingChain(pipeline, num_inference_steps=2, denoisers=["engine"])
+    latents = chain.draw_noises([0])[2]
+    assert latents.dtype == torch.float32
+    embeddings = torch.zeros(1, 4, pipeline.unet.config.cross_attention_dim)
+    assert pipeline.engine(latents, 1, encoder_hidden_states=embeddings).sample.dtype == torch.bfloat16
 
 
 def test_clear_errors() -> None:

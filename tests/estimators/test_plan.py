@@ -84,7 +84,7 @@ def test_a_chain_whose_only_step_ends_clean_says_that_score_terms_need_noise() -
     for settings in (RLRSettings("auto", HalfOrder(1, "all")), RLRSettings(0, None, black_box_steps=1)):
         with pytest.raises(CoverageError, match=r"need noise, which no step has.*Raise eta or num_inference_steps"):
             RLREstimator(settings).plan(chain, False, torch.Generator())
-    with pytest.raises(CoverageError, match="no half-order or zeroth-order terms. Use estimator rlr"):
+    with pytest.raises(CoverageError, match=r"no half-order or zeroth-order terms\. Use estimator rlr"):
         RLREstimator(RLRSettings(1, None)).plan(chain, False, torch.Generator())
 
 
