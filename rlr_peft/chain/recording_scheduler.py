@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from rlr_peft.chain.gaussian_step import GaussianStep, StepKind, gaussian_step, output_sensitivity, step_std
+from rlr_peft.chain.gaussian_step import DEAD_STEP, GaussianStep, StepKind, gaussian_step, output_sensitivity, step_std
 from rlr_peft.chain.grids import BaseScheduler, Grid, TimestepSpacing, make_grid, prediction_type, retimed
-
-# Below this derivative of the clean latents by the last output the user is warned.
-DEAD_STEP = 0.05
 
 
 @dataclass

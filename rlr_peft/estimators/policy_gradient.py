@@ -21,9 +21,10 @@ from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
 from rlr_peft.estimators.coverage import Coverage
 from rlr_peft.estimators.estimator import EstimatorReport, StatelessEstimator
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.hot_steps import hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.plan import Plan, RLRSettings, make_plan
-from rlr_peft.estimators.rlr import hot_steps
+from rlr_peft.estimators.plan import Plan, make_plan
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout, per_sample
 
 

@@ -8,8 +8,12 @@ import torch
 
 from rlr_peft.estimators.coverage import Coverage, CoverageError
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import Coefficients, Plan, RLRSettings, make_plan
-from rlr_peft.estimators.rlr import RLREstimator, RLRMemory, hot_steps
+from rlr_peft.estimators.hot_steps import hot_steps
+from rlr_peft.estimators.plan import Plan, make_plan
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr_statistics import RLRMemory
+from rlr_peft.estimators.step_gradients import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
 
@@ -118,6 +122,26 @@ def test_a_mixture_is_complete_and_its_coefficients_count_by_their_shares() -> N
     assert [block.first_step for block, _ in plan(Coefficients()).blocks] == [5, 6]
     weights = plan(Coefficients(first_order=3.0, half_order=2.0)).coverage.weights
     assert weights.tolist() == [3.0, 2.25, 2.0, 2.75, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+@pytest.mark.parametrize("perturbed", [None, ZerothOrder("two-point", 0.01)])
+def test_a_window_that_the_tail_has_come_to_cover_is_drawn_from_no_more(
+    differentiable: bool, perturbed: ZerothOrder | None
+) -> None:
+    """A measured K, or the black-box tail of a reward without gradient, may pass the window in mid-training."""
+    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
+    settings = RLRSettings("auto", HalfOrder(1, 1, "window", (2, 3)), perturbed, black_box_steps=4)
+    estimator = RLREstimator(settings)
+    quiet, noisy = torch.full((6,), 1e-3), torch.ones(6)
+    estimator.step_variances = StepVariances(torch.cat([quiet[:4], noisy[4:]]), torch.cat([noisy[:4], quiet[4:]]))
+    plan = estimator.plan(chain, differentiable, torch.Generator())
+    assert (plan.first_order_steps, plan.black_box_steps) == ((4, []) if differentiable else (0, [1, 2, 3, 4]))
+    assert plan.blocks == []
+    if perturbed is None:
+        assert plan.coverage.describe() == "Biased by choice: steps 5-6 of 6 are left out, outside the chosen window."
+    else:
+        assert plan.zeroth_order_steps == [5, 6] and plan.coverage.complete
 
 
 def test_the_zeroth_order_takes_noiseless_steps_that_mirroring_cannot() -> None:

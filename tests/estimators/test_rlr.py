@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import Coefficients, RLRSettings
-from rlr_peft.estimators.rlr import NORM_DECAY, RLREstimator, RLRMemory
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr_statistics import NORM_DECAY, RLRMemory
 from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import StepVariances
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward

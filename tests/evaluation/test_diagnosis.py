@@ -19,8 +19,8 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import DecodedReward, Objective
-from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
 from rlr_peft.evaluation.diagnosis.costs import evenly_spread
