@@ -120,7 +120,8 @@ def draw_probabilities(
         if inside.sum() == 0:
             raise CoverageError(
                 f"Expected a block that starts within steps {low}..{high}, got starts "
-                f"{[block.first_step for block in blocks]}. Widen ho_window, or lower fo_steps or ho_length."
+                f"{[block.first_step for block in blocks]}. Widen ho_window, or lower "
+                "fo_steps, black_box_steps or ho_length."
             )
         return inside / inside.sum()
     uniform = torch.full((len(blocks),), 1 / len(blocks), dtype=torch.float64)
