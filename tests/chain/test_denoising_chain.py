@@ -72,6 +72,19 @@ def test_a_sample_depends_on_its_own_seed_only() -> None:
     assert torch.equal(together.select([1]).noises, alone.noises)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_hardly_any_noise_stays_in_the_image_where_the_grid_ends_just_short_of_clean(kind: str) -> None:
+    """As Stable Diffusion's does, with alpha_0 of the first training step: sigma is .03 there."""
+    pipeline = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing")
+    assert not pipeline.scheduler.config.set_alpha_to_one
+    chain = DenoisingChain(pipeline, num_inference_steps=4, step_kind=kind)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    assert chain.std(1) < 0.03
+    last = chain.replay(trajectory, 1)
+    assert last.std == chain.std(1) == trajectory.std(1)
+    assert (trajectory.latents[0] - last.pred_original_sample).std() < 0.05
+
+
 def central_difference(value: Callable[[float], torch.Tensor], h: float) -> float:
     """Fourth-order central difference of ``value`` at 0."""
     differences = 8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))
