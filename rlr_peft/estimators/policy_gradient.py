@@ -8,7 +8,7 @@ Log densities SUM over latent dimensions, so ``clip_range`` bounds the ratio of 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,9 +106,6 @@ class PolicyGradientEstimator(StatelessEstimator):
             hot_steps=hot_steps(chain, plan),
             metrics={name: sum(values) / len(values) for name, values in numbers.items()},
         )
-
-    def remember(self, memories: Iterable[Any]) -> None:
-        """Nothing beyond what ``observe`` hears."""
 
     def state_dict(self) -> dict[str, Any]:
         """The prompts' statistics."""
