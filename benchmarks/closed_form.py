@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.machine import write_results
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain

@@ -224,6 +224,8 @@ def test_a_private_repository_needs_its_token(hub: None, adapter: Path, tmp_path
     found = find_adapter("someone/adapter@main", token="hf_secret", cache_dir=cache)
     assert found.fingerprint() == find_adapter(str(adapter)).fingerprint()
     assert found.paths[0].is_relative_to(cache)
+    of_pull_request = find_adapter("someone/adapter@refs/pr/1", token="hf_secret", cache_dir=cache)
+    assert of_pull_request.fingerprint() == found.fingerprint()
 
 
 def test_places_without_an_adapter_are_explained(tmp_path: Path) -> None:

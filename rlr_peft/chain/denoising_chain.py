@@ -6,23 +6,21 @@ inference, and nothing of a model family is written twice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of
+from rlr_peft.chain.driven_pipeline import DrivenPipeline
+from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, trained_module
 from rlr_peft.chain.first_frames import first_frames
 from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
 from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
-from rlr_peft.chain.input_casts import cast_inputs_to_weights
 from rlr_peft.chain.offload import working_device
 from rlr_peft.chain.pipeline_call import PipelineCall
-from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.chain.stage_prompts import StagePrompts
-from rlr_peft.chain.text_encoders import OffloadedTextEncoders
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.stages import Stages
 
@@ -39,7 +37,7 @@ class DenoisingChain:
         parameters: what gradients are taken for; by default the denoiser's parameters that require grad.
         num_inference_steps: T.
         step_kind: which Gaussian step to take.
-        eta: amount of noise in [0, 1].
+        eta: amount of noise, at least 0, and at most 1 except for ``flow-sde``.
         timestep_spacing: where the T steps lie on the noising path; None takes the family's.
         scheduler_type: the kind of noising path; None reads it off the pipeline's scheduler.
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
@@ -55,7 +53,9 @@ class DenoisingChain:
         device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         call: the pipeline's call with its options.
+        reward_decoder: what decodes in place of the VAE; None for the VAE.
         latents_shape: shape of one sample's latents.
+        latents_dtype: their precision.
 
     Raises:
         ValueError: a pipeline that cannot be driven, an option that it does not take, or one with a safety checker.
@@ -98,15 +98,22 @@ class DenoisingChain:
         spacing = timestep_spacing or self.family.timestep_spacing
         base = base_scheduler(pipeline.scheduler, spacing, scheduler_type)
         self._scheduler = RecordingScheduler(base, step_kind, eta, spacing)
-        self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
-        encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
-        self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
-        for module in _denoisers_and_decoder(pipeline, reward_decoder):
-            cast_inputs_to_weights(module)
+        self._driven = DrivenPipeline(
+            pipeline,
+            self.call,
+            self._scheduler,
+            device=self.device,
+            denoisers=self.family.denoisers,
+            embeddings_dtype=self.latents_dtype,
+            offload_text_encoders=offload_text_encoders,
+            reward_decoder=reward_decoder,
+        )
         with explaining_unknown_class(pipeline, self.family):
-            self.latents_shape = self._scheduler.latents_shape = self._settle()
+            self.latents_shape = self._scheduler.latents_shape = self._driven.settle()
             self._try_step()
-        self._first_frames = None if decoded_frames is None else first_frames(pipeline, self.family, decoded_frames)
+        self._first_frames = (
+            None if decoded_frames is None else first_frames(pipeline, self.family, decoded_frames, self.latents_shape)
+        )
 
     @property
     def solver(self) -> str:
@@ -139,11 +146,9 @@ class DenoisingChain:
             samples.append(torch.cat([later, initial]))
         return torch.stack(samples, dim=1).to(self.device, self.latents_dtype)
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> None:
         """Encodes prompts ahead of the calls that need them, which then find them remembered."""
-        self._scheduler.expose(0, 0, None)
-        self._call(list(prompts), None)
+        self._driven.initial_latents(prompts)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
         """Samples the chain without a tape.
@@ -173,7 +178,7 @@ class DenoisingChain:
         latents = trajectory.latents[t] if latents is None else latents
         self._scheduler.expose(t, t - 1, None)
         with self._seeded_dropout(trajectory.dropout_seed):
-            self._call(self._stage_prompts.at_step(trajectory.prompts, t), latents)
+            self._driven(self._stage_prompts.at_step(trajectory.prompts, t), latents)
         self.denoiser_evaluations += trajectory.batch_size
         (step,), self._scheduler.recorded = self._scheduler.recorded.steps, RecordedSteps()
         return step
@@ -209,10 +214,8 @@ class DenoisingChain:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of clean latents, on the tape if gradients are."""
         if self._first_frames is not None:
             latents = latents.narrow(self._first_frames.axis, 0, self._first_frames.latent_frames)
-        self._scheduler.expose(0, 0, None)
         frames = {} if self._first_frames is None else {"num_frames": self._first_frames.num_frames}
-        with self._reward_decoder_as_vae():
-            return self._call(list(prompts), latents, output_type="pt", **frames)
+        return self._driven.decode(prompts, latents, **frames)
 
     def last_step_warning(self) -> str | None:
         """A sentence if the last step hardly moves the image, so that most first-order gradients vanish there."""
@@ -226,43 +229,11 @@ class DenoisingChain:
         for first, last, texts in self._stage_prompts.parts(prompts, start, stop):
             self._scheduler.expose(first, last, noises)
             with self._seeded_dropout(dropout_seed):
-                self._call(texts, latents)
+                self._driven(texts, latents)
             recorded.extend(self._scheduler.recorded)
             latents = recorded.latents[-1]
         self.denoiser_evaluations += len(prompts) * (start - stop)
         return recorded
-
-    def _call(
-        self, prompts: Sequence[str], latents: torch.Tensor | None, output_type: str = "latent", **options: Any
-    ) -> torch.Tensor:
-        """The pipeline's undecorated ``__call__`` on the exposed slice."""
-        with self._driven_pipeline() as pipeline:
-            return self.call(pipeline, prompts, latents, output_type, **options)
-
-    @contextmanager
-    def _driven_pipeline(self) -> Iterator[DiffusionPipeline]:
-        pipeline = self.pipeline
-        scheduler, progress = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
-        pipeline.scheduler, pipeline.encode_prompt = self._scheduler, self._encode_prompt
-        pipeline.set_progress_bar_config(**{**progress, "disable": True})
-        try:
-            with nullcontext() if self._offloaded is None else self._offloaded.hidden():
-                yield pipeline
-        finally:
-            pipeline.scheduler, pipeline._progress_bar_config = scheduler, progress
-            del pipeline.encode_prompt
-
-    @contextmanager
-    def _reward_decoder_as_vae(self) -> Iterator[None]:
-        if self.reward_decoder is None:
-            yield
-            return
-        attributes = self.pipeline.__dict__  # past the pipeline's __setattr__, which would note it in its config
-        vae, attributes["vae"] = attributes["vae"], self.reward_decoder
-        try:
-            yield
-        finally:
-            attributes["vae"] = vae
 
     @contextmanager
     def _seeded_dropout(self, seed: int) -> Iterator[None]:
@@ -279,47 +250,19 @@ class DenoisingChain:
                 self._scheduler.on_step = None
 
     @torch.no_grad()
-    def _settle(self) -> tuple[int, ...]:
-        """Shape of one sample's latents, asked of the pipeline itself: an empty slice returns its initial latents."""
-        self._scheduler.expose(0, 0, None)
-        with torch.random.fork_rng(devices=[]):
-            latents = self._call([""], None)
-        if not torch.is_tensor(latents) or latents.shape[0] != 1:
-            raise ValueError('expected one tensor of latents (1, ...) for one prompt with output_type="latent"')
-        return tuple(latents.shape[1:])
-
-    @torch.no_grad()
     def _try_step(self) -> None:
         """Of a class that no row knows: one step must come out as the chain expects it."""
         if self.family.name != GENERIC.name:
             return
         latents = torch.zeros(1, *self.latents_shape, dtype=self.latents_dtype, device=self.device)
         self._scheduler.expose(self.num_steps, self.num_steps - 1, None)
-        self._call([""], latents)
+        self._driven([""], latents)
         shapes = [step.mean.shape for step in self._scheduler.recorded.steps]
         if shapes != [latents.shape]:
             raise ValueError(f"expected one step on latents {tuple(latents.shape)}, got {[tuple(s) for s in shapes]}")
 
-    @torch.no_grad()
     def _initial_latents(self, generator: torch.Generator) -> torch.Tensor:
         """x_T of one sample. Packed latents are drawn by the pipeline, which packs after drawing."""
         if len(self.latents_shape) > 2:
             return torch.randn(1, *self.latents_shape, generator=generator)
-        self._scheduler.expose(0, 0, None)
-        return self._call([""], None, generator=generator).cpu()
-
-
-def trained_module(pipeline: DiffusionPipeline, denoisers: Sequence[str]) -> torch.nn.Module:
-    """What is trained: the denoiser, or a ``ModuleDict`` of several that share the work."""
-    modules = {name: getattr(pipeline, name) for name in denoisers}
-    return next(iter(modules.values())) if len(modules) == 1 else torch.nn.ModuleDict(modules)
-
-
-def _denoisers_and_decoder(pipeline: DiffusionPipeline, reward_decoder: Any) -> Iterator[torch.nn.Module]:
-    """Every module that latents enter."""
-    vae = getattr(pipeline, "vae", None)
-    places = [(pipeline, name) for name in ("unet", "transformer", "transformer_2")]
-    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]:
-        module = getattr(owner, name, None)
-        if isinstance(module, torch.nn.Module):
-            yield module
+        return self._driven.initial_latents([""], generator).cpu()

@@ -174,6 +174,12 @@ def family_of(pipeline: Any, denoisers: Sequence[str] | None = None) -> Family:
     return replace(family, denoisers=present)
 
 
+def trained_module(pipeline: Any, denoisers: Sequence[str]) -> nn.Module:
+    """What is trained: the denoiser, or a ``ModuleDict`` of several that share the work."""
+    modules = {name: getattr(pipeline, name) for name in denoisers}
+    return next(iter(modules.values())) if len(modules) == 1 else nn.ModuleDict(modules)
+
+
 @contextmanager
 def explaining_unknown_class(pipeline: Any, family: Family) -> Iterator[None]:
     """Says, where a class that no row knows cannot be driven, that it was a try, and which options may help.

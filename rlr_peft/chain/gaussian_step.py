@@ -17,6 +17,9 @@ import torch
 StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
 PredictionType = Literal["epsilon", "v_prediction", "flow_prediction"]
 
+# A last step whose clean latents move less than this per unit of denoiser output hardly trains.
+DEAD_STEP = 0.05
+
 
 @dataclass(frozen=True)
 class PathPoint:

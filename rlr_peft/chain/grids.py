@@ -136,11 +136,12 @@ def diffusion_grid(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, num_infere
         alpha_squared = scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod
         return PathPoint(float(alpha_squared) ** 0.5, max(0.0, 1 - float(alpha_squared)) ** 0.5)
 
-    timesteps = [int(timestep) for timestep in scheduler.timesteps]
+    # Trailing timesteps come from a floating-point arange, which for some T (61, 103, ...) has one too many: -1.
+    timesteps = scheduler.timesteps[:num_inference_steps].clone()
     return Grid(
-        timesteps=scheduler.timesteps.clone(),
-        points=tuple(point(timestep) for timestep in timesteps),
-        followings=tuple(point(timestep - stride) for timestep in timesteps),
+        timesteps=timesteps,
+        points=tuple(point(timestep) for timestep in timesteps.tolist()),
+        followings=tuple(point(timestep - stride) for timestep in timesteps.tolist()),
     )
 
 

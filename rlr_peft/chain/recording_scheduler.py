@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from rlr_peft.chain.gaussian_step import GaussianStep, StepKind, gaussian_step, output_sensitivity, step_std
+from rlr_peft.chain.gaussian_step import (
+    DEAD_STEP,
+    GaussianStep,
+    PathPoint,
+    StepKind,
+    gaussian_step,
+    output_sensitivity,
+    step_std,
+)
 from rlr_peft.chain.grids import BaseScheduler, Grid, TimestepSpacing, make_grid, prediction_type, retimed
-
-# Below this derivative of the clean latents by the last output the user is warned.
-DEAD_STEP = 0.05
 
 
 @dataclass
@@ -113,7 +118,8 @@ class RecordingScheduler:
         current, following = self.grid.step_points(t)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)  # a double denoiser may get single latents
         latents, output = self._unfolded(sample.to(dtype)), self._unfolded(model_output.to(dtype))
-        step = gaussian_step(self.kind, self.prediction_type, latents, output, current, following, self.eta)
+        kind = self._kind(t, following)
+        step = gaussian_step(kind, self.prediction_type, latents, output, current, following, self.eta)
         latents = step.mean if self._noises is None else step.next_latents(self._noises[t - 1])
         self.recorded.steps.append(step)
         self.recorded.latents.append(latents)
@@ -124,11 +130,12 @@ class RecordingScheduler:
 
     def std(self, t: int) -> float:
         """Standard deviation of step t."""
-        return step_std(self.kind, *self.grid.step_points(t), self.eta)
+        current, following = self.grid.step_points(t)
+        return step_std(self._kind(t, following), current, following, self.eta)
 
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
-        return output_sensitivity(self.kind, self.prediction_type, *self.grid.step_points(t), self.eta)
+        return self._sensitivity(self.grid, t)
 
     def last_step_warning(self) -> str | None:
         """A sentence if the last step hardly passes on what the denoiser outputs."""
@@ -140,11 +147,18 @@ class RecordingScheduler:
             "few steps are weak."
         )
         trailing = make_grid(retimed(self._base, "trailing"), self.grid.num_steps, "trailing", None, self._mu)
-        points = trailing.step_points(1)
-        alternative = output_sensitivity(self.kind, self.prediction_type, *points, self.eta)
+        alternative = self._sensitivity(trailing, 1)
         if alternative >= 2 * sensitivity:
             text += f" With --timestep_spacing trailing it is {alternative:.3f}."
         return text
+
+    def _kind(self, t: int, following: PathPoint) -> StepKind:
+        """A flow-SDE step is noisier than where it leads: at the end, even one just short of clean, that would stay."""
+        return "ode" if self.kind == "flow-sde" and t == 1 and following.sigma > 0 else self.kind
+
+    def _sensitivity(self, grid: Grid, t: int) -> float:
+        current, following = grid.step_points(t)
+        return output_sensitivity(self._kind(t, following), self.prediction_type, current, following, self.eta)
 
     def _announce_step(self) -> None:
         """Before a step's denoiser runs: here, since not every pipeline calls ``scale_model_input``."""

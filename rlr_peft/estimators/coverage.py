@@ -55,12 +55,15 @@ class Coverage:
         """One or two sentences for logs and cards."""
         if self.unbiased:
             return "Every step is covered with expected weight 1: the gradient estimate is unbiased."
-        if self.complete and self.smoothing is not None:
-            return (
-                "Every step is covered with expected weight 1; the zeroth-order term estimates the gradient of the "
-                f"objective smoothed at s = {self.smoothing:g}, with a bias of order s squared."
-            )
         clauses = list(self.departures)
+        if self.smoothing is not None:
+            smoothed = (
+                "the zeroth-order term estimates the gradient of the objective smoothed at "
+                f"s = {self.smoothing:g}, with a bias of order s squared"
+            )
+            if self.complete and not self.departures:
+                return f"Every step is covered with expected weight 1; {smoothed}."
+            clauses.append(smoothed)
         off = [t for t, weight in enumerate(self.weights.tolist(), start=1) if abs(weight - 1) > 1e-9]
         for reason in sorted({self.gaps[t] for t in off if t in self.gaps}):
             steps = [t for t in off if self.gaps.get(t) == reason]

@@ -56,6 +56,13 @@ class HalfOrder:
         how = {"uniform": "uniformly", "gradient-norm": "by gradient norm", "window": f"from {window}"}
         return f"half order on {self.blocks} block(s) of h = {self.length}, drawn {how[self.start]}"
 
+    def draws_beyond(self, covered_tail: int) -> bool:
+        """Whether anything is left to draw when steps 1..covered_tail are covered by other terms.
+
+        Not where these have come to cover the whole window, as a measured K may in mid-training.
+        """
+        return self.start != "window" or self.window is None or self.window[1] > covered_tail
+
 
 @dataclass(frozen=True)
 class Block:
@@ -113,7 +120,8 @@ def draw_probabilities(
         if inside.sum() == 0:
             raise CoverageError(
                 f"Expected a block that starts within steps {low}..{high}, got starts "
-                f"{[block.first_step for block in blocks]}. Widen ho_window, or lower fo_steps or ho_length."
+                f"{[block.first_step for block in blocks]}. Widen ho_window, or lower "
+                "fo_steps, black_box_steps or ho_length."
             )
         return inside / inside.sum()
     uniform = torch.full((len(blocks),), 1 / len(blocks), dtype=torch.float64)

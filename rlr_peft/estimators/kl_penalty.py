@@ -11,8 +11,13 @@ import torch
 
 from rlr_peft.chain.adjoint import ReplayedStep, add_to_gradients
 from rlr_peft.chain.interface import Chain
+from rlr_peft.errors import UserError
 from rlr_peft.estimators.half_order import Block, HalfOrder, draw, draw_probabilities, expected_draws
 from rlr_peft.estimators.rollout import Rollout
+
+
+class NoDivergenceError(UserError, ValueError):
+    """A chain without noise, whose paths have no density."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,18 @@ class KLPenalty:
 def accumulate_kl_penalty(
     chain: Chain, rollout: Rollout, penalty: KLPenalty, generator: torch.Generator
 ) -> torch.Tensor:
-    """Adds the gradient of ``-beta`` times the samples' summed KL to ``.grad``; returns the samples' KL, (B,)."""
+    """Adds the gradient of ``-beta`` times the samples' summed KL to ``.grad``; returns the samples' KL, (B,).
+
+    Raises:
+        NoDivergenceError: no step of the chain has noise.
+    """
     trajectory = rollout.trajectory
     blocks = [Block(t, 1) for t in range(1, chain.num_steps + 1) if chain.std(t) > 0]
+    if not blocks:
+        raise NoDivergenceError(
+            f"Expected noise in the chain, without which the divergence from the base is not defined, got none in its "
+            f"{chain.num_steps} step(s). Raise eta or num_inference_steps, or drop the divergence."
+        )
     count = len(blocks) if penalty.steps == "all" else penalty.steps
     probabilities = draw_probabilities(blocks, HalfOrder(1, count), {})
     expectations = expected_draws(probabilities, count).tolist()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -18,66 +17,7 @@ from rlr_peft.estimators.half_order import (
     free_blocks,
     tiles,
 )
-from rlr_peft.estimators.zeroth_order import ZerothOrder
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """Factor of each term; anything but 1 is a choice of bias.
-
-    Attributes:
-        first_order: of the pathwise gradient.
-        half_order: of the score terms, those of the black-box tail among them.
-        zeroth_order: of the perturbation term.
-    """
-
-    first_order: float = 1.0
-    half_order: float = 1.0
-    zeroth_order: float = 1.0
-
-
-@dataclass(frozen=True)
-class RLRSettings:
-    """What the estimator is made of.
-
-    Attributes:
-        first_order_steps: K; "auto" for the measured choice, "random" for a uniform draw in 1..T for every micro-batch.
-        half_order: blocks beyond K; None leaves them to the zeroth order or uncovered.
-        zeroth_order: covers what the other terms leave over; None for nothing.
-        black_box_steps: steps 1..n that get black-box tail terms when the reward has no gradient.
-        step_choice: what "auto" measures: one K, or a weight for every step that mixes both terms.
-        state_baseline: take the reward of the predicted image off the advantages of the score terms.
-        coefficients: factor of each term.
-    """
-
-    first_order_steps: int | Literal["auto", "random"] = "auto"
-    half_order: HalfOrder | None = HalfOrder(length=1, blocks="all")
-    zeroth_order: ZerothOrder | None = None
-    black_box_steps: int = 0
-    step_choice: Literal["crossing", "inverse-variance"] = "crossing"
-    state_baseline: bool = False
-    coefficients: Coefficients = Coefficients()
-
-    def describe(self) -> str:
-        """The terms in words, for logs and cards."""
-        terms = [self._describe_first_order()]
-        if self.half_order is not None:
-            baseline = " and a state baseline" if self.state_baseline else ""
-            terms.append(self.half_order.describe() + baseline)
-        if self.zeroth_order is not None:
-            terms.append(f"{self.zeroth_order.form} zeroth order with s = {self.zeroth_order.scale:g} on the rest")
-        if self.coefficients != Coefficients():
-            c = self.coefficients
-            terms.append(f"coefficients {c.first_order:g}, {c.half_order:g}, {c.zeroth_order:g} of the three orders")
-        return "; ".join(terms)
-
-    def _describe_first_order(self) -> str:
-        if self.first_order_steps == "auto" and self.step_choice == "inverse-variance":
-            return "first and half order mixed at every step by their measured variances"
-        k = {"auto": "K measured", "random": "K drawn from 1..T"}.get(
-            str(self.first_order_steps), f"K = {self.first_order_steps}"
-        )
-        return f"first order on steps 1..K, {k}"
+from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
 
 
 @dataclass(frozen=True)
@@ -129,7 +69,7 @@ def make_plan(
     tail = range(1, first_order_steps + 1) if differentiable else range(0)
     mirrored = range(0) if differentiable else range(1, min(settings.black_box_steps, num_steps) + 1)
     black_box = [t for t in mirrored if chain.std(t) > 0]
-    beyond = max(len(tail), len(mirrored)) + 1
+    covered_tail = max(len(tail), len(mirrored))
     weights = _Weights(num_steps)
     for t in tail:
         share = 1.0 if mixture is None else float(mixture[t - 1])
@@ -137,14 +77,11 @@ def make_plan(
     weights.add(black_box, coefficients.half_order)
     if settings.zeroth_order is not None:
         left = [t for t in range(1, num_steps + 1) if t not in tail and t not in black_box]
-        blocks, zeroth = _block_and_complement(settings, chain, beyond, left, weights, running_norms, generator)
+        blocks, zeroth = _block_and_complement(settings, chain, covered_tail, left, weights, running_norms, generator)
     else:
-        blocks, zeroth = _tiles(settings, chain, beyond, weights, running_norms, generator), []
+        blocks, zeroth = _tiles(settings, chain, covered_tail, weights, running_norms, generator), []
     if not (tail or black_box or blocks or zeroth):
-        raise CoverageError(
-            "Expected an estimator with a term for this reward, got none: the reward has no gradient (or K is 0) and "
-            "there are no half-order or zeroth-order terms. Use estimator rlr."
-        )
+        raise CoverageError(f"Expected an estimator with a term for this reward, got none: {_why_none(settings)}")
     is_cut_at_random = settings.first_order_steps == "random" and bool(tail) and _is_pathwise_alone(settings)
     if is_cut_at_random:
         chance_of_reaching = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
@@ -172,17 +109,17 @@ class _Weights:
 def _tiles(
     settings: RLRSettings,
     chain: Chain,
-    first_step: int,
+    covered_tail: int,
     weights: _Weights,
     running_norms: Mapping[int, float],
     generator: torch.Generator,
 ) -> list[tuple[Block, float]]:
-    """Tiles of the steps from ``first_step`` on, all of them or M drawn ones with weight 1 / q."""
+    """Tiles of the steps beyond the covered tail, all of them or M drawn ones with weight 1 / q."""
     half_order = settings.half_order
-    if half_order is None:
+    if half_order is None or not half_order.draws_beyond(covered_tail):
         return []
     noiseless = [t for t in range(1, chain.num_steps + 1) if chain.std(t) == 0]
-    blocks = tiles(first_step, chain.num_steps, half_order.length, noiseless)
+    blocks = tiles(covered_tail + 1, chain.num_steps, half_order.length, noiseless)
     if not blocks:
         return []
     if half_order.blocks == "all":
@@ -201,18 +138,18 @@ def _tiles(
 def _block_and_complement(
     settings: RLRSettings,
     chain: Chain,
-    first_step: int,
+    covered_tail: int,
     left: list[int],
     weights: _Weights,
     running_norms: Mapping[int, float],
     generator: torch.Generator,
 ) -> tuple[list[tuple[Block, float]], list[int]]:
-    """The paper's form: one block anywhere from ``first_step`` on, the zeroth order on whatever else is left."""
+    """The paper's form: one block anywhere beyond the covered tail, the zeroth order on whatever else is left."""
     half_order, num_steps, coefficients = settings.half_order, chain.num_steps, settings.coefficients
     candidates: list[Block] = []
-    if half_order is not None and first_step <= num_steps:
-        length = min(half_order.length, num_steps - first_step + 1)
-        candidates = [b for b in free_blocks(first_step, num_steps, length) if chain.std(b.first_step) > 0]
+    if half_order is not None and covered_tail < num_steps and half_order.draws_beyond(covered_tail):
+        length = min(half_order.length, num_steps - covered_tail)
+        candidates = [b for b in free_blocks(covered_tail + 1, num_steps, length) if chain.std(b.first_step) > 0]
     if half_order is None or not candidates:
         weights.add(left, coefficients.zeroth_order)
         return [], left
@@ -226,6 +163,17 @@ def _block_and_complement(
         weights.add(complement(block), probability * coefficients.zeroth_order)
     block = candidates[draw(probabilities, 1, generator)[0]]
     return [(block, coefficients.half_order)], complement(block)
+
+
+def _why_none(settings: RLRSettings) -> str:
+    """Why there is no term at all, and what to do."""
+    no_gradient = "the reward has no gradient (or K is 0)"
+    if settings.half_order is None and settings.black_box_steps == 0:
+        return f"{no_gradient} and there are no half-order or zeroth-order terms. Use estimator rlr."
+    return (
+        f"{no_gradient} and score terms need noise, which no step has: eta is 0, or the chain's only step ends clean. "
+        "Raise eta or num_inference_steps, or use a differentiable reward with first-order steps."
+    )
 
 
 def _is_pathwise_alone(settings: RLRSettings) -> bool:

@@ -81,7 +81,7 @@ def half_order_length_for_compute(
 def half_order_length_for_memory(
     memory_budget: float, half_order_step: float, zeroth_order_step: float, num_steps: int
 ) -> int:
-    """The paper's budget rule ``h* = floor((B - B_z (T - 1)) / (B_h - B_z))``, within 1..T - 1.
+    """The paper's budget rule ``h* = floor((B - B_z (T - 1)) / (B_h - B_z))``, within 1..T - 1 (1 for T = 1).
 
     It is about a tape that holds all h steps. Ours holds one (see ``rlr_peft.chain.adjoint``), so memory never forces a
     small h here; the rule is kept for comparison with the paper, whose second bound never acts.
@@ -99,4 +99,4 @@ def half_order_length_for_memory(
     if length < 1:
         needed = half_order_step + zeroth_order_step * (num_steps - 2)
         raise ValueError(f"Expected memory_budget >= {needed:.2f} GB for h = 1, got {memory_budget} GB.")
-    return min(length, num_steps - 1)
+    return max(1, min(length, num_steps - 1))

@@ -8,7 +8,7 @@ Log densities SUM over latent dimensions, so ``clip_range`` bounds the ratio of 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,9 +21,10 @@ from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
 from rlr_peft.estimators.coverage import Coverage
 from rlr_peft.estimators.estimator import EstimatorReport, StatelessEstimator
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.hot_steps import hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.plan import Plan, RLRSettings, make_plan
-from rlr_peft.estimators.rlr import hot_steps
+from rlr_peft.estimators.plan import Plan, make_plan
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout, per_sample
 
 
@@ -105,9 +106,6 @@ class PolicyGradientEstimator(StatelessEstimator):
             hot_steps=hot_steps(chain, plan),
             metrics={name: sum(values) / len(values) for name, values in numbers.items()},
         )
-
-    def remember(self, memories: Iterable[Any]) -> None:
-        """Nothing beyond what ``observe`` hears."""
 
     def state_dict(self) -> dict[str, Any]:
         """The prompts' statistics."""

@@ -17,9 +17,9 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.coverage import Coverage
 from rlr_peft.estimators.estimator import EstimatorReport, StatelessEstimator
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.hot_steps import hot_steps
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.policy_gradient import plan_steps, standardized_noise
-from rlr_peft.estimators.rlr import hot_steps
 from rlr_peft.estimators.rollout import Rollout, per_sample
 
 

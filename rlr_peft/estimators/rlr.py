@@ -7,7 +7,6 @@ backpropagation, truncated backpropagation and REINFORCE are the special cases K
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,37 +20,17 @@ from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.first_order import first_order_segment, mixed_segment
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.half_order import half_order_segment
+from rlr_peft.estimators.hot_steps import hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.plan import Plan, RLRSettings, make_plan
+from rlr_peft.estimators.plan import Plan, make_plan
 from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
+from rlr_peft.estimators.rlr_settings import RLRSettings
+from rlr_peft.estimators.rlr_statistics import RLRMemory, RLRStatistics
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.signal_sizes import SignalSizes, watched
-from rlr_peft.estimators.stage_window import has_measured_window, step_energies, with_measured_window
-from rlr_peft.estimators.state_baseline import BaselineObservation, StateBaseline
-from rlr_peft.estimators.step_gains import StepGains, calibration_sizes, step_gains
+from rlr_peft.estimators.stage_window import has_measured_window, with_measured_window
 from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients
 from rlr_peft.estimators.zeroth_order import accumulate_zeroth_order
-
-# A step whose mean moves this much per unit of denoiser output and of its noise makes a score term very noisy.
-HOT_STEP = 3.0
-NORM_DECAY = 0.9
-# Rare samples must not be forgotten soon, the rewards of much weaker weights should be.
-SIZE_DECAY = 0.99
-
-
-@dataclass
-class RLRMemory:
-    """What one micro-batch teaches the next updates.
-
-    Attributes:
-        block_norms: first step and unweighted gradient norm of every half-order block.
-        baselines: observations of the state baseline.
-        sizes: of advantages and cotangents; None unless K is measured.
-    """
-
-    block_norms: list[tuple[int, float]] = field(default_factory=list)
-    baselines: list[BaselineObservation] = field(default_factory=list)
-    sizes: SignalSizes | None = None
 
 
 class RLREstimator:
@@ -60,10 +39,6 @@ class RLREstimator:
     Args:
         settings: what the estimator is made of.
         antithetic: samples come in neighbouring pairs with mirrored noises.
-
-    Attributes:
-        step_variances: running variances of the terms, which choose K; None before the first calibration.
-        step_energies: running gradient energies of the steps, (T,), which choose the window; None before as well.
     """
 
     inner_epochs = 1
@@ -71,12 +46,21 @@ class RLREstimator:
     def __init__(self, settings: RLRSettings, antithetic: bool = False) -> None:
         self.settings = settings
         self.antithetic = antithetic
-        self.step_variances: StepVariances | None = None
-        self.step_energies: torch.Tensor | None = None
-        self._step_gains: StepGains | None = None
-        self._signal_sizes = SignalSizes()
-        self._running_norms: dict[int, float] = {}
-        self._state_baseline = StateBaseline() if settings.state_baseline else None
+        self._statistics = RLRStatistics(settings.state_baseline)
+
+    @property
+    def step_variances(self) -> StepVariances | None:
+        """Running variances of the terms, which choose K; None before the first calibration."""
+        return self._statistics.step_variances
+
+    @step_variances.setter
+    def step_variances(self, variances: StepVariances | None) -> None:
+        self._statistics.step_variances = variances
+
+    @property
+    def step_energies(self) -> torch.Tensor | None:
+        """Running gradient energies of the steps, (T,), which choose the window; None before the first calibration."""
+        return self._statistics.step_energies
 
     def describe(self) -> str:
         """The terms in words, for logs and cards."""
@@ -101,12 +85,7 @@ class RLREstimator:
         """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
         gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters))
         _check_gradient(gradients, rollouts)
-        measured = step_gains(gradients)
-        self._step_gains = measured if self._step_gains is None else self._step_gains.blend(measured, decay)
-        energies = step_energies(gradients)
-        older = energies if self.step_energies is None else self.step_energies
-        self.step_energies = decay * older + (1 - decay) * energies
-        self._see([calibration_sizes(gradients)])
+        self._statistics.calibrate(gradients, decay)
 
     def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
         """Nothing to learn from other processes: advantages are taken within a prompt's own samples."""
@@ -117,33 +96,18 @@ class RLREstimator:
 
     def remember(self, memories: Iterable[RLRMemory]) -> None:
         """Blends what a finished update saw, in all micro-batches and processes, into the running statistics."""
-        by_step: defaultdict[int, list[float]] = defaultdict(list)
-        baselines: list[BaselineObservation] = []
-        sizes: list[SignalSizes] = []
-        for memory in memories:
-            baselines += memory.baselines
-            if memory.sizes is not None:
-                sizes.append(memory.sizes)
-            for first_step, norm in memory.block_norms:
-                by_step[first_step].append(norm)
-        for first_step, norms in by_step.items():
-            newer = sum(norms) / len(norms)
-            older = self._running_norms.get(first_step, newer)
-            self._running_norms[first_step] = NORM_DECAY * older + (1 - NORM_DECAY) * newer
-        if self._state_baseline is not None:
-            self._state_baseline.remember(baselines)
-        if sizes:
-            self._see(sizes)
+        self._statistics.remember(memories)
 
     def plan(self, chain: Chain, differentiable: bool, generator: torch.Generator) -> Plan:
         """Decides which step is covered by what; random draws come from ``generator`` (CPU)."""
         steps, mixture = self._tail(chain.num_steps, generator) if differentiable else (0, None)
+        covered_tail = steps if differentiable else self.settings.black_box_steps
         return make_plan(
-            with_measured_window(self.settings, self.step_energies, steps if differentiable else 0),
+            with_measured_window(self.settings, self.step_energies, covered_tail),
             chain,
             first_order_steps=steps,
             differentiable=differentiable,
-            running_norms=self._running_norms,
+            running_norms=self._statistics.block_norms,
             generator=generator,
             mixture=mixture,
         )
@@ -171,7 +135,9 @@ class RLREstimator:
         if plan.mixture is not None:
             mixed = mixed_segment(rollout, plan.mixture, coefficients.first_order, coefficients.half_order)
             pull_back(mixed, "mixed_order")
-            backward_steps += int((plan.mixture[:-1] < 1).sum())  # two passes where the orders are mixed
+            # two passes where another cotangent goes into the parameters than travels on
+            differs = (plan.mixture < 1) | (coefficients.first_order != 1)
+            backward_steps += int(differs[:-1].sum())
         elif plan.first_order_steps:
             pull_back(first_order_segment(rollout, plan.first_order_steps, coefficients.first_order), "first_order")
         for t in plan.black_box_steps:
@@ -206,42 +172,23 @@ class RLREstimator:
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics, of plain types and tensors."""
-        return {
-            "step_gains": None if self._step_gains is None else dict(vars(self._step_gains)),
-            "step_energies": self.step_energies,
-            "signal_sizes": self._signal_sizes.state_dict(),
-            "running_norms": dict(self._running_norms),
-            "state_baseline": None if self._state_baseline is None else self._state_baseline.state_dict(),
-        }
+        return self._statistics.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        self.step_energies = state.get("step_energies")
-        if state["step_gains"] is not None:
-            self._step_gains = StepGains(**state["step_gains"])
-            self._signal_sizes = SignalSizes.from_state_dict(state["signal_sizes"])
-            self.step_variances = self._step_gains.variances(self._signal_sizes)
-        self._running_norms = dict(state["running_norms"])
-        if self._state_baseline is not None and state["state_baseline"] is not None:
-            self._state_baseline.load_state_dict(state["state_baseline"])
+        self._statistics.load_state_dict(state)
 
     @property
     def _measures_steps(self) -> bool:
         """Whether K, or the mixture, is to be chosen by measurement."""
         return self.settings.first_order_steps == "auto"
 
-    def _see(self, sizes: Iterable[SignalSizes]) -> None:
-        """Learns from the samples of one update or calibration how large signals are."""
-        self._signal_sizes = self._signal_sizes.blend(sizes, SIZE_DECAY)
-        if self._step_gains is not None:
-            self.step_variances = self._step_gains.variances(self._signal_sizes)
-
     def _score_advantages(
         self, objective: Objective, rollout: Rollout, t: int, memory: RLRMemory
     ) -> torch.Tensor | None:
-        if self._state_baseline is None:
+        if self._statistics.state_baseline is None:
             return None
-        advantages, observation = self._state_baseline.correct(objective, rollout, t)
+        advantages, observation = self._statistics.state_baseline.correct(objective, rollout, t)
         memory.baselines.append(observation)
         return advantages
 
@@ -272,11 +219,3 @@ def _check_gradient(gradients: StepGradients, rollouts: Sequence[Rollout]) -> No
             "rewards differ: it is a step function, rounded or saturated. Declare it with `differentiable = False` on "
             "the callable, or smooth it."
         )
-
-
-def hot_steps(chain: Chain, plan: Plan) -> dict[int, float]:
-    """``|d mean / d output| / std`` of the score-term steps whose mean reacts too strongly to the denoiser."""
-    mixed = [] if plan.mixture is None else [int(i) + 1 for i in (plan.mixture < 1).nonzero()]
-    score_steps = [*mixed, *(block.first_step for block, _ in plan.blocks)]
-    ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in score_steps}
-    return {t: ratio for t, ratio in ratios.items() if ratio > HOT_STEP}

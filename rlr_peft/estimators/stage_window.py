@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from rlr_peft.estimators.half_order import StageWindow
-from rlr_peft.estimators.plan import RLRSettings
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.step_gradients import StepGradients
 
 
@@ -25,15 +25,15 @@ def step_energies(gradients: StepGradients) -> torch.Tensor:
     return vectors.double().square().sum(2).mean(1)
 
 
-def choose_stage(stages: Sequence[StageWindow], energies: torch.Tensor, first_order_steps: int) -> StageWindow:
-    """The stage with the largest share of the energy among those that reach beyond the first-order steps.
+def choose_stage(stages: Sequence[StageWindow], energies: torch.Tensor, covered_tail: int) -> StageWindow:
+    """The stage with the largest share of the energy among those that reach beyond the covered tail.
 
     Args:
         stages: of the chain.
         energies: at index t - 1, (T,).
-        first_order_steps: K; these steps need no half order.
+        covered_tail: these last steps need no half order: K, or the black-box tail of a reward without gradient.
     """
-    possible = [stage for stage in stages if stage.last > first_order_steps]
+    possible = [stage for stage in stages if stage.last > covered_tail]
     return max(possible or stages, key=lambda stage: float(energies[stage.first - 1 : stage.last].sum()))
 
 
@@ -42,8 +42,8 @@ def has_measured_window(settings: RLRSettings) -> bool:
     return settings.half_order is not None and bool(settings.half_order.stage_windows)
 
 
-def with_measured_window(settings: RLRSettings, energies: torch.Tensor | None, first_order_steps: int) -> RLRSettings:
-    """The settings with the window of the chosen stage, where it is measured.
+def with_measured_window(settings: RLRSettings, energies: torch.Tensor | None, covered_tail: int) -> RLRSettings:
+    """The settings with the window of the chosen stage, where it is measured; see ``choose_stage``.
 
     Raises:
         RuntimeError: nothing has been measured yet.
@@ -53,5 +53,5 @@ def with_measured_window(settings: RLRSettings, energies: torch.Tensor | None, f
         return settings
     if energies is None:
         raise RuntimeError("Expected calibrate() before the first update with ho_window auto.")
-    stage = choose_stage(half_order.stage_windows, energies, first_order_steps)
+    stage = choose_stage(half_order.stage_windows, energies, covered_tail)
     return replace(settings, half_order=replace(half_order, window=(stage.first, stage.last)))

@@ -88,7 +88,7 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
     if path.is_dir():
         names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.safetensors"))
         return AdapterFiles(place, path, _weight_name(place, names))
-    if place.startswith(("/", ".", "~")) or place.count("/") != 1:
+    if place.startswith(("/", ".", "~")) or place.partition("@")[0].count("/") != 1:
         raise AdapterNotFoundError(
             f"--adapter {place}: expected a folder, a .safetensors file or a Hub repository `user/name`, got a path "
             f"that does not exist (looked for it from {Path.cwd()})."

@@ -1,13 +1,11 @@
 """Stepwise backpropagation against plain autograd, and its memory."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
 from tests.pipelines import tiny_stable_diffusion
 
 
@@ -128,28 +126,6 @@ def test_bad_segments_and_derivatives_are_refused() -> None:
             run(chain, trajectory, Segment(first, length, cotangent))
     with pytest.raises(FloatingPointError, match="finite derivatives at step 2"):
         run(chain, trajectory, Segment(2, 1, cotangent * float("nan")))
-
-
-class _Saved:
-    """A tensor on the tape; its bytes count as long as the tape holds it."""
-
-    live = 0
-    peak = 0
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-        _Saved.live += self.size
-        _Saved.peak = max(_Saved.peak, _Saved.live)
-
-    def __del__(self) -> None:
-        _Saved.live -= self.size
-
-
-@contextmanager
-def counted_tape() -> Iterator[type[_Saved]]:
-    _Saved.live = _Saved.peak = 0
-    with torch.autograd.graph.saved_tensors_hooks(_Saved, lambda saved: saved.tensor):
-        yield _Saved
 
 
 def peak_bytes(num_steps: int, first: int, length: int, into_parameters: IntoParameters | None = None) -> int:

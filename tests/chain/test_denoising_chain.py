@@ -1,5 +1,6 @@
 """The chain against the pipeline's own call, its own records, and central differences."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -69,6 +70,19 @@ def test_a_sample_depends_on_its_own_seed_only() -> None:
     alone = chain.sample(["a blue b"], [8])
     torch.testing.assert_close(together.latents[:, 1:2], alone.latents, rtol=0, atol=1e-10)
     assert torch.equal(together.select([1]).noises, alone.noises)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hardly_any_noise_stays_in_the_image_where_the_grid_ends_just_short_of_clean(kind: str) -> None:
+    """As Stable Diffusion's does, with alpha_0 of the first training step: sigma is .03 there."""
+    pipeline = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing")
+    assert not pipeline.scheduler.config.set_alpha_to_one
+    chain = DenoisingChain(pipeline, num_inference_steps=4, step_kind=kind)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    assert chain.std(1) < 0.03
+    last = chain.replay(trajectory, 1)
+    assert last.std == chain.std(1) == trajectory.std(1)
+    assert (trajectory.latents[0] - last.pred_original_sample).std() < 0.05
 
 
 def central_difference(value: Callable[[float], torch.Tensor], h: float) -> float:
@@ -145,6 +159,16 @@ def test_the_pipeline_is_left_as_it_was() -> None:
     assert pipeline.config["scheduler"] == ("diffusers", "DDIMScheduler")
 
 
+def test_nothing_moves_the_global_random_state() -> None:
+    before = torch.get_rng_state()
+    chain = DenoisingChain(tiny_stable_diffusion(), num_inference_steps=3)
+    chain.encode(PROMPTS)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    chain.replay(trajectory, 2)
+    chain.decode(trajectory.latents[0], PROMPTS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny_stable_diffusion()
     calls = []
@@ -189,6 +213,16 @@ def test_half_precision_keeps_float32_latents() -> None:
     images = chain.decode(latents, PROMPTS)
     (gradient,) = torch.autograd.grad(images.float().sum(), latents)
     assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+def test_a_half_precision_denoiser_of_any_name_takes_float32_latents() -> None:
+    pipeline = tiny_stable_diffusion().to(torch.bfloat16)
+    pipeline.engine = copy.deepcopy(pipeline.unet)
+    chain = DenoisingChain(pipeline, num_inference_steps=2, denoisers=["engine"])
+    latents = chain.draw_noises([0])[2]
+    assert latents.dtype == torch.float32
+    embeddings = torch.zeros(1, 4, pipeline.unet.config.cross_attention_dim)
+    assert pipeline.engine(latents, 1, encoder_hidden_states=embeddings).sample.dtype == torch.bfloat16
 
 
 def test_clear_errors() -> None:

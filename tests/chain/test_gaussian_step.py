@@ -118,6 +118,16 @@ def test_clear_errors() -> None:
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_grid_has_t_steps_for_every_t(spacing: str) -> None:
+    scheduler = DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
+    for num_steps in (*range(1, 130), 201, 1000):  # diffusers gives 62 trailing timesteps for T = 61, the last is -1
+        grid = diffusion_grid(scheduler, num_steps)
+        assert grid.num_steps == len(grid.timesteps) == num_steps
+        assert grid.timesteps.min() >= 0 and all(point.sigma > 0 for point in grid.points)
+        assert all(math.isfinite(step_std("ancestral", *grid.step_points(t), 1.0)) for t in range(1, num_steps + 1))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])

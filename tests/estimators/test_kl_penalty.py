@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty, step_kl
+from rlr_peft.estimators.kl_penalty import KLPenalty, NoDivergenceError, accumulate_kl_penalty, step_kl
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
@@ -52,6 +52,13 @@ def test_value_and_gradient_are_those_of_the_closed_form() -> None:
     torch.testing.assert_close(accumulate(chain, rollout, KLPenalty(0.0, "all")), kl.detach())
     assert not gradient_of(chain).any(), "with beta 0 it is only measured"
     torch.testing.assert_close(accumulate(chain, rollout, KLPenalty(BETA, 50)), kl.detach())  # more than there are
+
+
+@pytest.mark.parametrize("steps", ["all", 1])
+def test_a_chain_whose_only_step_ends_clean_has_no_divergence(steps) -> None:
+    chain = LinearGaussianChain(num_steps=1)
+    with pytest.raises(NoDivergenceError, match=r"Expected noise in the chain.*got none in its 1 step\(s\)"):
+        accumulate(chain, rollout_of(chain, 4, 4), KLPenalty(BETA, steps))
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -8,8 +8,12 @@ import torch
 
 from rlr_peft.estimators.coverage import Coverage, CoverageError
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import Coefficients, Plan, RLRSettings, make_plan
-from rlr_peft.estimators.rlr import RLREstimator, RLRMemory, hot_steps
+from rlr_peft.estimators.hot_steps import hot_steps
+from rlr_peft.estimators.plan import Plan, make_plan
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr_statistics import RLRMemory
+from rlr_peft.estimators.step_gradients import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
 
@@ -78,6 +82,16 @@ def _has_a_term(settings: RLRSettings, differentiable: bool) -> bool:
     return bool(tail or settings.half_order or settings.zeroth_order)
 
 
+def test_a_chain_whose_only_step_ends_clean_says_that_score_terms_need_noise() -> None:
+    """Score terms were asked for, so the advice to take an estimator that has some would lead nowhere."""
+    chain = LinearGaussianChain(num_steps=1)
+    for settings in (RLRSettings("auto", HalfOrder(1, "all")), RLRSettings(0, None, black_box_steps=1)):
+        with pytest.raises(CoverageError, match=r"need noise, which no step has.*Raise eta or num_inference_steps"):
+            RLREstimator(settings).plan(chain, False, torch.Generator())
+    with pytest.raises(CoverageError, match=r"no half-order or zeroth-order terms\. Use estimator rlr"):
+        RLREstimator(RLRSettings(1, None)).plan(chain, False, torch.Generator())
+
+
 def test_a_random_tail_is_drawn_evenly_and_complete_with_score_terms_beyond() -> None:
     chain, generator = LinearGaussianChain(num_steps=4), torch.Generator().manual_seed(0)
     alone = [RLREstimator(RLRSettings("random", None)).plan(chain, True, generator) for _ in range(400)]
@@ -110,6 +124,26 @@ def test_a_mixture_is_complete_and_its_coefficients_count_by_their_shares() -> N
     assert weights.tolist() == [3.0, 2.25, 2.0, 2.75, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("differentiable", [True, False])
+@pytest.mark.parametrize("perturbed", [None, ZerothOrder("two-point", 0.01)])
+def test_a_window_that_the_tail_has_come_to_cover_is_drawn_from_no_more(
+    differentiable: bool, perturbed: ZerothOrder | None
+) -> None:
+    """A measured K, or the black-box tail of a reward without gradient, may pass the window in mid-training."""
+    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
+    settings = RLRSettings("auto", HalfOrder(1, 1, "window", (2, 3)), perturbed, black_box_steps=4)
+    estimator = RLREstimator(settings)
+    quiet, noisy = torch.full((6,), 1e-3), torch.ones(6)
+    estimator.step_variances = StepVariances(torch.cat([quiet[:4], noisy[4:]]), torch.cat([noisy[:4], quiet[4:]]))
+    plan = estimator.plan(chain, differentiable, torch.Generator())
+    assert (plan.first_order_steps, plan.black_box_steps) == ((4, []) if differentiable else (0, [1, 2, 3, 4]))
+    assert plan.blocks == []
+    if perturbed is None:
+        assert plan.coverage.describe() == "Biased by choice: steps 5-6 of 6 are left out, outside the chosen window."
+    else:
+        assert plan.zeroth_order_steps == [5, 6] and plan.coverage.complete
+
+
 def test_the_zeroth_order_takes_noiseless_steps_that_mirroring_cannot() -> None:
     estimator = RLREstimator(RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01), black_box_steps=3))
     plan = estimator.plan(LinearGaussianChain(num_steps=6), False, torch.Generator())
@@ -135,6 +169,11 @@ def test_coverage_is_checked_and_described() -> None:
     smoothed = Coverage(torch.ones(3), {}, smoothing=0.5)
     assert smoothed.complete and not smoothed.unbiased
     assert "unbiased" not in smoothed.describe() and "smoothed at s = 0.5" in smoothed.describe()
+    both = Coverage(torch.tensor([1.0, 0.5]), {2: "halved"}, smoothing=0.5, departures=("rewards are clipped",))
+    assert both.describe() == (
+        "Biased by choice: rewards are clipped; the zeroth-order term estimates the gradient of the objective smoothed "
+        "at s = 0.5, with a bias of order s squared; step 2 of 2 is halved."
+    )
     departed = Coverage(torch.ones(3), {}, departures=("rewards are clipped", "so are ratios"))
     assert departed.complete and not departed.unbiased
     assert departed.describe() == "Biased by choice: rewards are clipped; so are ratios."

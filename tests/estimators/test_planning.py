@@ -54,6 +54,12 @@ def test_the_papers_memory_rule(budget: float, expected: int) -> None:
         half_order_length_for_memory(12, 8.0, 0.24, 50)
 
 
+def test_both_rules_give_a_block_of_one_step_where_the_chain_has_no_more() -> None:
+    """A block of no step would be laid for ever."""
+    assert half_order_length_for_memory(20, 8.0, 0.24, 1) == 1
+    assert half_order_length_for_compute(100, 1, 1, num_blocks=1, zeroth_order_evaluations=0) == 1
+
+
 def test_the_compute_rule_spends_the_budget() -> None:
     assert half_order_length_for_compute(120, 50, 1, num_blocks=1, zeroth_order_evaluations=50) == 19
     assert half_order_length_for_compute(10_000, 50, 1, num_blocks=1, zeroth_order_evaluations=0) == 49

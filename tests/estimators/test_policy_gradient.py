@@ -8,7 +8,6 @@ import torch
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import group_normalized
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.policy_gradient import (
     PolicyGradientEstimator,
     PolicyGradientSettings,
@@ -16,6 +15,7 @@ from rlr_peft.estimators.policy_gradient import (
     plan_steps,
 )
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of

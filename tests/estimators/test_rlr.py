@@ -1,13 +1,15 @@
 """What the RLR estimator remembers between updates, and what it reports."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import Coefficients, RLRSettings
-from rlr_peft.estimators.rlr import NORM_DECAY, RLREstimator, RLRMemory
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr_statistics import NORM_DECAY, RLRMemory
 from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import StepVariances
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
@@ -50,6 +52,9 @@ def test_the_terms_norms_and_passes_are_reported() -> None:
     # one pass for step 1, which has weight 1, two for step 2, one for the last of the walk, and step 4's score term
     assert report.first_order_steps == 3 and report.backward_steps == 1 + 2 + 1 + 1
     assert set(report.gradient_norms) == {"mixed_order", "half_order"}
+    mixed.settings = replace(mixed.settings, coefficients=Coefficients(first_order=0.5))
+    report = mixed.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    assert report.backward_steps == 2 + 2 + 1 + 1, "a coefficient makes step 1's cotangent another one too"
 
 
 def quiet_scores(num_steps: int) -> StepGains:

@@ -6,8 +6,8 @@ import torch
 from rlr_peft.chain import adjoint
 from rlr_peft.estimators.first_order import first_order_segment, mixed_segment
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.signal_sizes import SignalSizes, watched
 from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import StepVariances

@@ -76,6 +76,19 @@ def test_the_measured_window_follows_the_gradient() -> None:
     assert "the stage with the largest measured gradient energy" in estimator.describe()
 
 
+def test_a_black_box_tail_covers_its_stages_as_first_order_steps_do() -> None:
+    """A reward without gradient, most energy in the stage that the tail covers: the next best one is drawn from."""
+    chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto", black_box_steps=2)
+    energies = torch.tensor([9.0, 9.0, 1.0, 2.0, 0.0, 4.0], dtype=torch.float64)
+    estimator.load_state_dict(estimator.state_dict() | {"step_energies": energies})
+    plan = estimator.plan(chain, False, torch.Generator().manual_seed(0))
+    assert {block.first_step for block, _ in plan.blocks} <= {5, 6}
+    assert "measured: stage coarse" in plan.coverage.describe()
+    every_step = estimator_of("auto", black_box_steps=6)
+    every_step.load_state_dict(estimator.state_dict())
+    assert not every_step.plan(chain, False, torch.Generator()).blocks, "nothing is left to draw"
+
+
 def test_measurements_survive_a_checkpoint() -> None:
     chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto")
     estimator.calibrate(chain, [rollout_of(chain, 8, 2)], decay=0.9)

@@ -11,9 +11,9 @@ from rlr_peft.estimators.coverage import CoverageError
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.planning import best_first_order_steps
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import (

@@ -16,11 +16,11 @@ from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.plan import Coefficients, RLRSettings
 from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
 from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.state_baseline import StateBaseline
 from rlr_peft.estimators.step_gradients import StepVariances

@@ -19,8 +19,8 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import DecodedReward, Objective
-from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
 from rlr_peft.evaluation.diagnosis.costs import evenly_spread
@@ -497,9 +497,12 @@ def test_budgets_and_special_steps_are_commented_on(chaotic: Diagnosis) -> None:
     flags += ["--memory_budget", "1", "--ho_step_memory", "0.1", "--zo_step_memory", "0.01"]
     with_budget = recommend(replace(chaotic, config=config_with(*flags))).advice["Budgets"]
     assert f"`--ho_length 2` (`--fo_steps {best} --ho_blocks 1`)" in with_budget
-    assert "--ho_step_memory" in with_budget and "times the variance of the single steps" in with_budget
+    assert "--ho_step_memory" in with_budget and "times the variance that it has with the single steps" in with_budget
     flags[5] = "7"
     assert "does not even allow h = 1" in recommend(replace(chaotic, config=config_with(*flags))).advice["Budgets"]
+    no_block = ["--estimator", "rlr-paper", "--ho_blocks", "0", "--nfe_budget", "100"]
+    without_blocks = recommend(replace(chaotic, config=config_with(*no_block))).advice["Budgets"]
+    assert "with ho_blocks 0 there is no block" in without_blocks
     assert "Budgets" not in recommend(chaotic).advice
     special = replace(chaotic.profile, hot_steps={1: 5.0, 6: 4.0}, last_step_sensitivity=0.02)
     advice = recommend(replace(chaotic, profile=special)).advice

@@ -93,6 +93,8 @@ def test_first_frames_are_refused_where_they_are_not_exact(folder_of: Callable[[
         DenoisingChain(load(folder_of("cogvideox")), decoded_frames=1, **CASES["cogvideox"].options)
     with pytest.raises(ValueError, match=r"1, 5, 9, \.\.\. frames, got 3; use 1 or 5"):
         DenoisingChain(load(folder_of("wan-2.1")), decoded_frames=3, **CASES["wan-2.1"].options)
+    with pytest.raises(ValueError, match=r"at most the 5 frames of the video, got 9; lower --decoded_frames"):
+        DenoisingChain(load(folder_of("wan-2.1")), decoded_frames=9, **CASES["wan-2.1"].options)
 
 
 @pytest.mark.parametrize("name", VIDEOS)

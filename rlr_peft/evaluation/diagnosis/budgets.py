@@ -20,8 +20,8 @@ def budget_advice(diagnosis: Diagnosis) -> Iterator[str]:
     ratio = _variance_of_longer_blocks(diagnosis)
     if ratio is not None:
         yield (
-            f"Blocks of h = 2 have {ratio:.1f} times the variance of the single steps that they replace: a longer "
-            "block pays only where it takes steps from the zeroth order."
+            f"With blocks of h = 2 the whole estimate has {ratio:.1f} times the variance that it has with the single "
+            "steps that they replace: a longer block pays only where it takes steps from the zeroth order."
         )
 
 
@@ -31,6 +31,8 @@ def _compute_advice(diagnosis: Diagnosis, budget: float) -> str:
     if tail == num_steps:
         return f"nfe_budget {budget:g}: K = {tail} leaves no step for a block, so h does not matter."
     blocks = arguments.ho_blocks if isinstance(arguments.ho_blocks, int) else 1
+    if blocks == 0:
+        return f"nfe_budget {budget:g}: with ho_blocks 0 there is no block, so h does not matter."
     form = arguments.zo or ("two-point" if arguments.estimator == "rlr-paper" else "none")
     chains = {"none": 0, "one-point": 1, "two-point": 2}[form] * arguments.zo_samples
     try:

@@ -7,10 +7,10 @@ import torch
 
 from rlr_peft.config import EstimatorArguments
 from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.plan import RLRSettings
 from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.evaluation.diagnosis import sample_estimates as estimates_of
 from rlr_peft.evaluation.diagnosis.evidence import Evidence

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from rlr_peft.chain.gaussian_step import DEAD_STEP
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.rlr import HOT_STEP
+from rlr_peft.estimators.hot_steps import hot_among
 from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
 from rlr_peft.evaluation.diagnosis.evidence import Evidence
 from rlr_peft.evaluation.diagnosis.sample_estimates import first_and_half_order, squared_deviations
-
-# A last step whose image moves less than this per unit of denoiser output hardly trains.
-DEAD_STEP = 0.05
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,6 @@ def profile_of(chain: Chain, evidence: Evidence) -> StepProfile:
         energy = gradients.pathwise.double().square().sum(2).mean(1)
         mean_square = gradients.pathwise.double().mean(1).square().sum(1)
         signal = (mean_square - first_order[0] / evidence.num_samples).clamp(min=0)
-    ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in evidence.noisy_steps}
     return StepProfile(
         energy=energy,
         signal=signal,
@@ -94,7 +91,7 @@ def profile_of(chain: Chain, evidence: Evidence) -> StepProfile:
         black_box=_variances(evidence.mirrored[:, :, None] * gradients.scores[: len(evidence.mirrored)]),
         has_noise=gradients.has_noise,
         by_first_order_steps=None if gradients.pathwise is None else _by_first_order_steps(gradients),
-        hot_steps={t: ratio for t, ratio in ratios.items() if ratio > HOT_STEP},
+        hot_steps=hot_among(chain, evidence.noisy_steps),
         last_step_sensitivity=chain.output_sensitivity(1),
         stages=stages_of(num_steps, energy),
     )

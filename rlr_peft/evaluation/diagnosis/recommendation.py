@@ -101,7 +101,10 @@ def _black_box(diagnosis: Diagnosis) -> Iterator[str]:
     steps = diagnosis.comparison.black_box_steps
     yield "The reward has no gradient, so there is no pathwise term."
     if not diagnosis.evidence.noisy_steps:
-        yield "The chain has no noise either: raise `--eta`, or nothing but the zeroth order is left."
+        yield (
+            "The chain has no noise either: raise `--eta` or `--num_inference_steps`, or nothing but the zeroth order "
+            "is left."
+        )
         return
     chosen, plain = _named(diagnosis, f"rlr, black-box tail of {steps} (measured)"), _named(diagnosis, "reinforce")
     if steps == 0:

@@ -42,6 +42,6 @@ def last_step_advice(diagnosis: Diagnosis) -> Iterator[str]:
     if profile.last_step_is_dead:
         yield (
             f"The last step is nearly dead: the image moves only {profile.last_step_sensitivity:.3f} per unit of "
-            "denoiser output there, so truncated backpropagation with K = 1 hardly trains. Use another grid, such as a "
-            "scheduler with timestep_spacing trailing, or a larger K."
+            "denoiser output there, so truncated backpropagation with K = 1 hardly trains. Use a larger K, or another "
+            "grid (`--timestep_spacing trailing`, unless this is one)."
         )
