@@ -37,7 +37,7 @@ class RunningScale:
         return self._variance**0.5 if self._variance > 0 else 1.0
 
     def observe(self, scores: Tensor) -> None:
-        """Adds the scores (N,) of a batch to the past; a single one says nothing of the spread once there is a scale."""
+        """Adds the scores (N,) of a batch to the past; once there is a scale, a single one tells nothing."""
         if self._variance > 0:
             if len(scores) > 1:
                 self._variance = self._decay * self._variance + (1 - self._decay) * variance(scores)

@@ -31,6 +31,7 @@ from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, find_adap
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import unique_names
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.training.chain_building import build_chain, denoiser_names
 from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import load_pipeline
@@ -38,7 +39,6 @@ from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.memory_options import check_machine
 from rlr_peft.training.prompt_loading import comparison_prompts, describe_chain_of_thought
 from rlr_peft.training.reward_loading import reward_settings
-from rlr_peft.training.run import build_chain, denoiser_names
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.validation import render
 

@@ -25,11 +25,12 @@ from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.before_after import write_comparison
 from rlr_peft.training.card_facts import with_card_facts
 from rlr_peft.training.card_images import clear_card_images
+from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import DTYPES, load_pipeline
 from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.prompt_loading import describe_chain_of_thought
-from rlr_peft.training.run import Run, build_chain
+from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.trainer import METRICS_LOG, Progress

@@ -14,8 +14,9 @@ from rlr_peft.lora import adapter_disabled
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
 from rlr_peft.training.card_images import save_gallery
+from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.reward_loading import reward_settings
-from rlr_peft.training.run import Run, build_chain
+from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed
 
 # Pairs of base and adapter images in the before/after figure.
