@@ -13,8 +13,8 @@ from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
 from rlr_peft.training.card_images import gallery, save_pairs
+from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run
-from rlr_peft.training.trainer import Progress
 
 
 def with_card_facts(

@@ -11,10 +11,11 @@ from rlr_peft.errors import UserError
 from rlr_peft.rewards.errors import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STOPPED = "Stopped at once; checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
 
 
 @contextmanager
-def reporting_errors(when_stopped: str = "Stopped at once; the last checkpoint is complete.") -> Iterator[None]:
+def reporting_errors(when_stopped: str = STOPPED) -> Iterator[None]:
     """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
 
     Where the user's own reward raised, the traceback into it comes first.

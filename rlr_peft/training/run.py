@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
@@ -96,7 +97,7 @@ class Run:
     evaluation_prompts: list[str] | None
     validation_prompts: list[str]
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: LambdaLR
     arithmetic: Arithmetic
 
     @property

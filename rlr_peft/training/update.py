@@ -195,8 +195,8 @@ def _optimizer_step(run: Run, step: int, scale: float) -> float:
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.config.training.max_grad_norm))
     if not math.isfinite(norm):
         raise DerivativeError(
-            f"Expected a finite gradient at update {step}, got norm {norm}. Lower the learning rate, or train "
-            "in bf16 or fp32; the last checkpoint is untouched."
+            f"Expected a finite gradient at update {step + 1}, got norm {norm}. Look at the size of the rewards, lower "
+            "the learning rate, or train in bf16 or fp32. The last checkpoint, if any, is untouched."
         )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
