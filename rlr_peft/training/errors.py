@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
 from rlr_peft.rewards.errors import RewardError
@@ -30,18 +32,24 @@ def reporting_errors(when_stopped: str = STOPPED) -> Iterator[None]:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
             raise
         print(
-            f"error: A file could not be written: {error}. The last checkpoint is complete: free disk space and go on "
-            "with --resume_from_checkpoint latest.",
+            f"error: A file could not be written: {error}. Checkpoints that were saved are complete: free disk space "
+            "and go on with --resume_from_checkpoint latest.",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(when_stopped, file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"(os error {number})" in str(error) for number in DISK_FULL)  # safetensors tells it in words alone
 
 
 @contextmanager

@@ -44,7 +44,7 @@ METRICS = "metrics.json"
 
 
 def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
-    """Saves the adapter, measures it, writes metrics, figures and card, and checks that the adapter reloads.
+    """Saves the adapter, measures it, draws figures, checks that it reloads, and writes numbers and card.
 
     On the main process only.
 
@@ -87,11 +87,11 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
             after.scores["reward"][:NUM_PAIRS].tolist(),
         )
     _save_curve(run)
+    _verify_adapter(run)  # before the numbers and the card, by which others take the folder for finished
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     record = with_card_facts(_record(run, progress, metrics, pair_prompts), run, progress, before, after)
     write_card(run.output_dir, StoredCard(record))
-    _verify_adapter(run)
     return metrics
 
 
