@@ -15,10 +15,10 @@ def main() -> int:
 
     set_up_logging()
 
-    from rlr_peft.training.errors import reporting_errors
+    from rlr_peft.training.errors import AFTER_TRAINING, reporting_errors
     from rlr_peft.training.publishing import open_publisher
 
-    with reporting_errors(), open_publisher(config) as publisher:
+    with reporting_errors(AFTER_TRAINING), open_publisher(config) as publisher:
         # Only now the heavy imports: a wrong flag or token is refused at once.
         from rlr_peft.training.finishing import finish, summary
         from rlr_peft.training.resuming import resume

@@ -59,7 +59,7 @@ def compare_command(words: Sequence[str]) -> int:
         features=own.features,
         hub_token=own.hub_token,
     )
-    with reporting_errors("Stopped; what is drawn is kept, and the same command goes on from there."):
+    with reporting_errors("What is drawn is kept, and the same command goes on from there."):
         comparison = compare_adapters(config, options)
         written = write_report(own.output, comparison)
     print(console_text(comparison))

@@ -4,11 +4,12 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -35,6 +36,10 @@ from rlr_peft.training.reward_scale import RewardScale
 from rlr_peft.training.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
+
+# How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
+# minutes on GPUs) a thorough evaluation would end the run.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,7 @@ def _kl_penalty(config: Config) -> KLPenalty | None:
 def _accelerator(config: Config) -> Accelerator:
     output_dir = config.training.output_dir
     accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         log_with=None if config.logging.report_to == "none" else config.logging.report_to,
         project_config=ProjectConfiguration(output_dir, logging_dir=f"{output_dir}/{config.logging.logging_dir}"),
     )

@@ -65,6 +65,8 @@ def _loop(
     config, last_step, checkpoints = run.config, run.arithmetic.max_train_steps, open_checkpoints(run)
     if progress.step == 0 and config.validation.validation_steps:
         save_validation_images(run, 0, "validation")
+    if progress.step >= last_step:
+        logger.warning("Nothing is left to train: %d of %d updates are done.", progress.step, last_step)
     bar = tqdm(desc="Steps", initial=progress.step, total=last_step, disable=not run.accelerator.is_local_main_process)
     with bar:
         while progress.step < last_step and not progress.stopped_early:
