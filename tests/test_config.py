@@ -526,6 +526,17 @@ def test_several_problems_are_told_in_one_error() -> None:
     assert len(got.splitlines()) == 4
 
 
+@pytest.mark.parametrize("name", ["prompt_path", "evaluation_prompt_path", "output_dir", "resume_from_checkpoint"])
+@pytest.mark.parametrize("path", ["a red ball on a table " * 20, "~nobody-of-that-name/x"], ids=["long", "home"])
+def test_a_path_that_the_system_refuses_is_no_traceback(name: str, path: str) -> None:
+    """A prompt in place of its file, for example, is longer than a file's name may be."""
+    value = f"{path}/x" if name == "resume_from_checkpoint" else path
+    if name == "output_dir":
+        load([*REQUIRED, f"--{name}", value])  # it may be made yet
+    else:
+        assert refusal(*REQUIRED, f"--{name}", value).startswith(f"{name}: expected ")
+
+
 def test_prompt_file_may_be_any_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n", encoding="utf-8")

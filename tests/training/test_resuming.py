@@ -77,3 +77,17 @@ def test_evaluating_the_base_does_not_move_the_random_states(workplace: Path, tm
     before = torch.get_rng_state()
     assert evaluate_base(run) is not None
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(workplace: Path, tmp_path: Path) -> None:
+    """Whoever sent it will not wait for the final evaluation; resuming finishes the run."""
+    (tmp_path / "impatient.py").write_text(
+        "import os, signal\n\ndef impatient(images, prompts):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    return images.mean((1, 2, 3))\n"
+    )
+    values = {"reward_fn": f"{tmp_path / 'impatient.py'}:impatient", "max_train_steps": 1, "estimator": "full-bp"}
+    config = config_file(workplace, tmp_path / "out", **values)
+    _, progress = train_here(config)
+    assert (progress.step, progress.interrupted_by) == (1, 143)
+    _, progress = train_here(config, "--resume_from_checkpoint", "latest")
+    assert (progress.step, progress.interrupted_by) == (1, 0)

@@ -160,6 +160,17 @@ def test_info_of_a_single_reward_is_logged(workplace: Path, tmp_path: Path) -> N
     assert 0 < line["reward/blue"] < 1
 
 
+def test_a_single_rewards_own_total_is_not_taken_for_its_scores(workplace: Path, tmp_path: Path) -> None:
+    """`total` is also how a weighted sum tells what its curve shows."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def mine(images, prompts):\n    s = images.mean((1, 2, 3))\n    return s, {'total': s.detach() * 0 + 7}\n"
+    )
+    train_here(config_file(workplace, tmp_path / "out", reward_fn=f"{path}:mine", max_train_steps=1, fo_steps=2))
+    (line,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert line["reward/total"] == 7 and 0 < line["reward"] < 1
+
+
 def test_a_minimum_alone_needs_no_second_reward(workplace: Path, tmp_path: Path) -> None:
     reward = f"{workplace / 'rewards.py'}:redness"
     config = config_file(workplace, tmp_path / "out", reward_minimum={reward: 10.0}, max_train_steps=1, fo_steps=2)
