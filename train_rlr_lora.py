@@ -1,4 +1,4 @@
-"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, measure the base, train, finish, publish.
+"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, resume, measure, train, finish, publish.
 
 accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 """
@@ -15,19 +15,21 @@ def main() -> int:
 
     set_up_logging()
 
-    from rlr_peft.training.errors import reporting_errors
+    from rlr_peft.training.errors import AFTER_TRAINING, reporting_errors
     from rlr_peft.training.publishing import open_publisher
 
-    with reporting_errors(), open_publisher(config) as publisher:
+    with reporting_errors(AFTER_TRAINING), open_publisher(config) as publisher:
         # Only now the heavy imports: a wrong flag or token is refused at once.
         from rlr_peft.training.finishing import finish, summary
+        from rlr_peft.training.resuming import resume
         from rlr_peft.training.run import build_run
         from rlr_peft.training.trainer import train
         from rlr_peft.training.validation import evaluate_base
 
         run = build_run(config)
+        progress = resume(run)
         base = evaluate_base(run)
-        progress = train(run, publisher.push_checkpoint if publisher else None)
+        progress = train(run, progress, publisher.push_checkpoint if publisher else None)
         if not progress.interrupted_by and run.accelerator.is_main_process:
             print(summary(run, finish(run, progress, base)))
             if publisher is not None:

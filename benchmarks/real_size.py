@@ -35,10 +35,10 @@ from rlr_peft.evaluation.memory_plan.blueprint import build_pipeline
 from rlr_peft.evaluation.memory_plan.plan import ADJOINT, DECODE, SAMPLING, MemoryPlan
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
+from rlr_peft.training.chain_building import attach_adapters, build_chain
 from rlr_peft.training.loading import DTYPES, enable_checkpointing
 from rlr_peft.training.optimization import build_optimizer
 from rlr_peft.training.planning import plan_run
-from rlr_peft.training.run import attach_adapters, build_chain
 
 SEGMENT_STEPS = 3
 CHECKPOINTED = "--gradient_checkpointing true --vae_gradient_checkpointing true".split()

@@ -1,5 +1,6 @@
 """The console script, as a process: what it prints, where, and its exit codes."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -60,14 +61,17 @@ def test_an_error_is_one_line_and_exit_code_2(words: list[str], message: str) ->
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [[], ["trane"]])
-def test_wrong_command_is_exit_code_2_and_names_the_commands(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_command_is_exit_code_2_and_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main(words)
+        main(["trane"])
     assert left.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    assert "choose from 'card', 'compare'" in capsys.readouterr().err
+
+
+def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert "\n  plan " in printed.err and printed.out == ""
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +98,37 @@ def test_config_help_is_grouped_complete_and_quick() -> None:
         position = text.index(f" --{name} ", position)
         assert sentence in text[position : position + 500], name
     assert seconds < 5, "--help must not load torch (it takes about 0.2 s on a quiet machine)"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve-reward", "--reward", "jpeg-compressibility", "--port", "99999"], "error: --port: expected an address"),
+        (["serve-reward", "--reward", "jpeg-compressibility", "--device", "foo"], "error: --device: expected a device"),
+        (["plan", *REQUIRED, "--output", "FILE/plan.json"], "error: --output: expected a place that can be written"),
+        (["diagnose", *REQUIRED, "--output", "FILE/a.html"], "error: --output: expected a place that can be written"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(*(word.replace("FILE", str(tmp_path / "file")) for word in words))
+    assert done.returncode == 2
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+def test_an_address_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run("serve-reward", "--reward", "jpeg-compressibility", "--port", port)
+    assert done.returncode == 2
+    assert f"got 127.0.0.1:{port}" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_damaged_config_beside_the_adapter_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("rank: [")
+    done = run("push", str(tmp_path))
+    assert done.returncode == 1
+    assert "config.yaml is damaged" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_diagnose_help_shows_its_own_flags_and_those_of_training() -> None:

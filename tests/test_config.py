@@ -288,6 +288,20 @@ def test_wrong_yaml_value_is_refused_though_a_flag_overrides_it(tmp_path: Path) 
     assert "rank: expected a whole number" in refusal("--rank", "3", "--config", write(tmp_path, "rank: x"))
 
 
+@pytest.mark.parametrize("name", ["heldout_reward_fn", "validation_prompt", "dcot_columns"])
+def test_an_empty_list_is_refused(tmp_path: Path, name: str) -> None:
+    """An empty heldout_reward_fn would leave early stopping with nothing to watch."""
+    got = refusal(*REQUIRED, "--config", write(tmp_path, f"{name}: []"))
+    assert got == f"{name}: expected one or more values, got an empty list; fill it or leave it out."
+
+
+def test_a_checkpoint_may_be_named_from_the_output_folder(tmp_path: Path) -> None:
+    flags = [*REQUIRED, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "earlier-run-1/checkpoint-9"]
+    assert "resume_from_checkpoint: expected latest, a name or an existing folder" in refusal(*flags)
+    (tmp_path / "earlier-run-1" / "checkpoint-9").mkdir(parents=True)
+    load(flags)
+
+
 def test_missing_config_file(tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory)" in refusal("--config", str(tmp_path / "none.yaml"))
 
@@ -510,6 +524,17 @@ def test_several_problems_are_told_in_one_error() -> None:
     got = refusal(*"--train_batch_size 3 --eta 0 --ho_length 99".split())
     assert got.splitlines()[0] == "3 problems in the configuration:"
     assert len(got.splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", ["prompt_path", "evaluation_prompt_path", "output_dir", "resume_from_checkpoint"])
+@pytest.mark.parametrize("path", ["a red ball on a table " * 20, "~nobody-of-that-name/x"], ids=["long", "home"])
+def test_a_path_that_the_system_refuses_is_no_traceback(name: str, path: str) -> None:
+    """A prompt in place of its file, for example, is longer than a file's name may be."""
+    value = f"{path}/x" if name == "resume_from_checkpoint" else path
+    if name == "output_dir":
+        load([*REQUIRED, f"--{name}", value])  # it may be made yet
+    else:
+        assert refusal(*REQUIRED, f"--{name}", value).startswith(f"{name}: expected ")
 
 
 def test_prompt_file_may_be_any_existing_file(tmp_path: Path) -> None:

@@ -1,15 +1,21 @@
 """`rlr-peft merge`: the merged pipeline draws what base and adapter draw, and holds no LoRA."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rlr_peft.cli.main import main
-from rlr_peft.lora import load_lora, save_lora
+from rlr_peft.lora import WEIGHT_NAME, load_lora, save_lora
+from rlr_peft.publishing.merged_card import Merged, write_merged_card
+from rlr_peft.publishing.record_file import StoredCard, save_stored_card
+from rlr_peft.publishing.run_record import RunRecord
 from tests.families.image_pipelines import pixart_sigma
 from tests.pipelines import tiny_stable_diffusion
 from tests.test_kohya import ATTENTION, adapt, draw
@@ -58,6 +64,51 @@ def test_half_precision_and_a_folder_that_is_taken(tmp_path: Path, capsys: pytes
     assert {tensor.dtype for tensor in load_file(unet).values()} == {torch.bfloat16}
     assert merge(tmp_path) == 2
     assert "expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_the_card_tells_what_was_merged_and_its_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folders(tmp_path, "alpha")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    save_stored_card(tmp_path / "adapter", StoredCard(RunRecord("base", "redness", {})))
+    assert merge(tmp_path, "--dtype", "bf16") == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "creativeml-openrail-m" and data["pipeline_tag"] == "text-to-image"
+    assert "stable-diffusion" in data["tags"] and "base_model" not in data, "a folder is no model of the Hub"
+    text = " ".join(card.text.split())
+    assert "pipeline `base` with the LoRA adapter `adapter` added to the weights of its unet" in text
+    assert "trained on the reward `redness`" in text and "then rounded to bfloat16" in text
+    assert str(tmp_path) not in card.content
+    monkeypatch.chdir(tmp_path / "out")
+    scope: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)[0], scope)
+    assert scope["pipe"].unet.dtype == torch.bfloat16
+
+
+def test_the_card_of_hub_repositories_links_them(tmp_path: Path) -> None:
+    facts = Merged(
+        "Qwen/Qwen-Image", None, "me/my-lora", "v2", ["transformer"], "float32", "text-to-image", ["qwen-image"]
+    )
+    card = ModelCard.load(write_merged_card(tmp_path, facts))
+    assert card.data.to_dict()["base_model"] == ["Qwen/Qwen-Image", "me/my-lora"]
+    assert card.data.to_dict()["base_model_relation"] == "merge" and card.data.license == "apache-2.0"
+    assert (
+        "[me/my-lora](https://huggingface.co/me/my-lora) at `v2`" in card.text
+        and "rounded" not in card.text.split("##")[0]
+    )
+
+
+def test_an_adapter_that_fits_only_in_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diffusers passes over layers that the base does not have; half an adapter would be fused without a word."""
+    make_folders(tmp_path, "alpha")
+    file = tmp_path / "adapter" / WEIGHT_NAME
+    tensors = load_file(file)
+    names = [next(name for name in tensors if part in name) for part in ("lora_A", "lora_B")]
+    stray = {f"unet.nowhere.to_q.{name[name.index('lora_') :]}": tensors[name].clone() for name in names}
+    save_file(tensors | stray, file, metadata=safe_open(file, "pt").metadata())
+    with pytest.raises(SystemExit):
+        merge(tmp_path)
+    assert "does not fit the base" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The console script `rlr-peft`: picks a command and hands it the rest of the line."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 
 from rlr_peft import __version__
@@ -30,7 +31,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code (2 for a wrong command line)."""
+    """Runs one command; returns its exit code (2 for a wrong command line; without a command, the help)."""
     parser = argparse.ArgumentParser(
         prog="rlr-peft",
         description="Reward fine-tuning of LoRA adapters of diffusers pipelines. Training: train_rlr_lora.py.",
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the command's own flags (try --help)")
-    parsed = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    parsed = parser.parse_args(words)
     _, run = COMMANDS[parsed.command]
     return run(parsed.words)

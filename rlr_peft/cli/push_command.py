@@ -26,8 +26,8 @@ def push_command(words: Sequence[str]) -> int:
     from rlr_peft.publishing.publisher import publish
 
     folder = Path(arguments.folder)
-    config = _config(folder)
     try:
+        config = _config(folder)
         published_files(folder)  # a wrong path is refused before a repository is made
         destination = open_destination(
             arguments.hub_model_id or config.get("hub_model_id") or folder.resolve().name,
@@ -45,7 +45,13 @@ def push_command(words: Sequence[str]) -> int:
 def _config(folder: Path) -> dict[str, Any]:
     """The run's own configuration, whose names of the repository are the defaults."""
     path = folder / "config.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return dict(config)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); mend or remove it.") from error
 
 
 def _parser() -> ArgumentParser:

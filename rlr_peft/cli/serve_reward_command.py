@@ -4,9 +4,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
+
+from rlr_peft.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlr_peft.rewards.base import Reward
+    from rlr_peft.rewards.server import RewardServer
 
 PROG = "rlr-peft serve-reward"
 
@@ -20,19 +28,16 @@ def serve_reward_command(words: Sequence[str]) -> int:
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
-    import torch
-
     from rlr_peft.rewards.model_files import ModelFiles
     from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward
-    from rlr_peft.rewards.server import RewardServer
     from rlr_peft.training.errors import reporting_errors
 
     with reporting_errors():
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _device(arguments.device)
         model = ModelSettings(device, DTYPES[arguments.reward_dtype], files=ModelFiles(arguments.reward_model_path))
         reward = load_reward(arguments.reward, device, RewardSettings(model))
-        with RewardServer(reward, arguments.host, arguments.port, device) as server:
+        with _listening(reward, arguments.host, arguments.port, device) as server:
             signal.signal(signal.SIGTERM, _leave)
             print(f"Serving {reward.name} at {server.url}", flush=True)
             try:
@@ -40,6 +45,31 @@ def serve_reward_command(words: Sequence[str]) -> int:
             except KeyboardInterrupt:
                 print("Stopped.", file=sys.stderr)
     return 0
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device: expected a device of torch such as cuda:0 or cpu, got {name}.") from error
+    if device.type == "cuda" and not has_gpu:
+        raise ConfigError(f"--device: expected a machine with a GPU for {name}, got none; use --device cpu.")
+    return device
+
+
+def _listening(reward: "Reward", host: str, port: int, device: "torch.device") -> "RewardServer":
+    from rlr_peft.rewards.server import RewardServer
+
+    try:
+        return RewardServer(reward, host, port, device)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--port: expected an address that is free to listen at, got {host}:{port} ({error}); choose another, or 0 "
+            "for any free port."
+        ) from error
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

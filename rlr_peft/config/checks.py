@@ -43,6 +43,8 @@ def _ranges(config: Config) -> Iterator[str]:
             value = getattr(group, field.name)
             if isinstance(value, str) and not value.strip() and field.name != "negative_prompt":
                 yield f"{field.name}: expected a text, got an empty one; fill it or leave the flag out."
+            if value == ():
+                yield f"{field.name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):
                 yield f"{field.name}: expected a finite number, got {value}; give a number."
                 continue
@@ -144,7 +146,8 @@ def _saving(config: Config) -> Iterator[str]:
 
 def _paths(config: Config) -> Iterator[str]:
     output = Path(config.training.output_dir)
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    # os.path where Path would raise: a name that is too long, a folder that may not be looked into
+    existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         got = "which cannot be written to" if existing.is_dir() else "which is a file"
         yield f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
@@ -152,5 +155,6 @@ def _paths(config: Config) -> Iterator[str]:
     if logging_dir.is_absolute() or ".." in logging_dir.parts:
         yield f"logging_dir: expected a relative folder inside output_dir, got {logging_dir}; drop the leading part."
     vanished = config.checkpointing.resume_from_checkpoint
-    if vanished is not None and len(PurePath(vanished).parts) > 1 and not Path(vanished).is_dir():
+    places = [] if vanished is None else [Path(vanished), output / vanished]
+    if vanished is not None and len(PurePath(vanished).parts) > 1 and not any(map(os.path.isdir, places)):
         yield f"resume_from_checkpoint: expected latest, a name or an existing folder, got {vanished}; check the path."

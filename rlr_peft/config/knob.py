@@ -35,7 +35,7 @@ def knob(
         default: the default value; `MISSING` makes the knob required.
         sentence: one plain sentence, shown by `--help`.
         unit: what one of it is, shown by `--help` in brackets.
-        at_least, above, at_most, below: the allowed range of a number (of every number, where the knob is a list).
+        at_least, above, at_most, below: the allowed range of a number.
         secret: never shown or written: null stands for it in `repr`, YAML, trackers and cards.
     """
     metadata: Mapping[str, Any] = {

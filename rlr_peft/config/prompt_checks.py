@@ -3,6 +3,7 @@
 Each check yields one sentence per problem: what was expected, what was got, what to do.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def check_prompts(config: Config) -> Iterator[str]:
         ("prompt_path", prompts.prompt_path),
         ("evaluation_prompt_path", validation.evaluation_prompt_path),
     ):
-        if spec is not None and spec not in BUILTIN_SETS and not Path(spec).expanduser().is_file():
+        if spec is not None and spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
             yield (
                 f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "
                 f"{', '.join(BUILTIN_SETS)}, "

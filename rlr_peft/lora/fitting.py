@@ -64,7 +64,7 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
                 load_lora(pipeline, files.folder)
             else:
                 pipeline.load_lora_weights(str(files.folder), weight_name=files.weight_name)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AdapterMismatchError(f"{_does_not_fit(pipeline, files)}: {_gist(error)}") from error
     loaded = len(_adapted_layers(pipeline))
     # More is right: layers that are one in the file and several in diffusers, such as a joint query-key-value.

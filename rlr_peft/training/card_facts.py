@@ -13,8 +13,8 @@ from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
 from rlr_peft.training.card_images import gallery, save_pairs
+from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run
-from rlr_peft.training.trainer import Progress
 
 
 def with_card_facts(
@@ -108,7 +108,8 @@ def _settings(run: Run) -> dict[str, str]:
         "update": f"{arithmetic.samples_per_update} samples ({groups} prompts x {training.num_images_per_prompt})"
         f"{f' on {processes} processes' if processes > 1 else ''}",
         "optimiser": f"{optimizer.optimizer}{' in 8 bits' if optimizer.use_8bit_adam else ''}, learning rate "
-        f"{optimizer.learning_rate:g} ({optimizer.lr_scheduler}), gradients clipped to norm {training.max_grad_norm:g}",
+        f"{run.lr_scheduler.base_lrs[0]:g} ({optimizer.lr_scheduler}), "
+        f"gradients clipped to norm {training.max_grad_norm:g}",
         "base weights": {"no": "fp32"}.get(config.model.mixed_precision, config.model.mixed_precision),
         "seed": str(training.seed),
     }

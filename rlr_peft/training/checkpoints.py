@@ -1,6 +1,5 @@
 """Checkpoints that are complete or absent: folders `checkpoint-N` of the adapter, the state and a manifest."""
 
-import itertools
 import logging
 import os
 import re
@@ -125,22 +124,6 @@ class CheckpointManager:
         self._delete_old(newest=target)
         return target
 
-    def set_aside_earlier(self) -> Path | None:
-        """Moves the checkpoints of an earlier run away, so that `latest` can never mean one of them.
-
-        Returns:
-            The new folder `earlier-checkpoints-K` that holds them; None if there were none.
-        """
-        folders = self._folders()
-        if not folders or self.process_index != 0:
-            return None
-        names = (self.output_dir / f"earlier-checkpoints-{number}" for number in itertools.count(1))
-        aside = next(path for path in names if not path.exists())
-        aside.mkdir()
-        for _, path in folders:
-            os.rename(path, aside / path.name)
-        return aside
-
     def resolve(self, resume_from_checkpoint: str | None) -> Path | None:
         """The folder to resume from, verified against its manifest; None to start from scratch.
 
@@ -149,23 +132,24 @@ class CheckpointManager:
                 warning for each; or the name of a folder in `output_dir`, or a path.
 
         Raises:
-            CheckpointError: the named checkpoint is missing or damaged, or any was written by another number of
-                processes.
+            CheckpointError: the named checkpoint is missing or damaged, there are some but none is complete, or it was
+                written by another number of processes.
         """
         if resume_from_checkpoint is None:
             return None
         if resume_from_checkpoint == "latest":
             path = self._latest()
             if path is None:
-                logger.warning("No complete checkpoint in %s: starting from scratch.", self.output_dir)
+                logger.warning("No checkpoint in %s: starting from scratch.", self.output_dir)
                 return None
         else:
             inside = self.output_dir / resume_from_checkpoint
             path = inside if inside.is_dir() else Path(resume_from_checkpoint)
             if not path.is_dir():
+                known = ", ".join(folder.name for _, folder in checkpoint_folders(self.output_dir))
                 raise CheckpointError(
                     f"No checkpoint {resume_from_checkpoint!r}: neither {inside} nor {path} is a folder. "
-                    f"There are: {', '.join(folder.name for _, folder in self._folders()) or 'none'}."
+                    f"There are: {known or 'none'}."
                 )
             try:
                 read_manifest(path)
@@ -203,22 +187,20 @@ class CheckpointManager:
         process_states = state.pop(_PROCESS_STATES)
         return LoadedCheckpoint(checkpoint, manifest["step"], state, process_states[self.process_index])
 
-    def _folders(self) -> list[tuple[int, Path]]:
-        """Step and path of what is named like a finished checkpoint, oldest step first."""
-        found = []
-        for path in self.output_dir.iterdir() if self.output_dir.is_dir() else ():
-            match = _COMPLETE_NAME.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((int(match[1] or match[2]), path))
-        return sorted(found, key=lambda item: (item[0], not item[1].name.startswith(".")))
-
     def _latest(self) -> Path | None:
-        for _, path in reversed(self._folders()):
+        """The newest complete one; None where there is none at all, as before the first save of a run."""
+        folders = checkpoint_folders(self.output_dir)
+        for _, path in reversed(folders):
             try:
                 read_manifest(path)
                 return path
             except CheckpointError as error:
                 logger.warning("Passing over %s: %s.", path, error)
+        if folders:
+            raise CheckpointError(
+                f"None of the {len(folders)} checkpoints in {self.output_dir} can be used (see above). To start from "
+                "scratch leave --resume_from_checkpoint out: they are then moved out of the way."
+            )
         return None
 
     def _delete_old(self, newest: Path) -> None:
@@ -229,7 +211,7 @@ class CheckpointManager:
         if self.total_limit is None:
             return
         complete = []
-        for _, path in self._folders():
+        for _, path in checkpoint_folders(self.output_dir):
             try:
                 read_manifest(path, check_sums=False)
             except CheckpointError:
@@ -240,6 +222,16 @@ class CheckpointManager:
             doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
             os.rename(path, doomed)  # first out of sight, so that a kill leaves no half-deleted checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def checkpoint_folders(output_dir: Path) -> list[tuple[int, Path]]:
+    """Step and path of what is named like a finished checkpoint, oldest step first."""
+    found = []
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        match = _COMPLETE_NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1] or match[2]), path))
+    return sorted(found, key=lambda item: (item[0], not item[1].name.startswith(".")))
 
 
 def _load(path: Path) -> Any:

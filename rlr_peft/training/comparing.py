@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.config import Config, stages_from_config
+from rlr_peft.config import Config
 from rlr_peft.evaluation.compare import Evaluation, Render, evaluate, evaluation_plan
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
 from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
 from rlr_peft.evaluation.comparison.features import FeatureExtractor, find_features
-from rlr_peft.evaluation.comparison.identity import file_identity, model_identity, reward_identity
+from rlr_peft.evaluation.comparison.identity import model_identity, reward_identity
 from rlr_peft.evaluation.comparison.kept_work import (
     KeptFeatures,
     KeptImages,
@@ -29,16 +28,14 @@ from rlr_peft.evaluation.comparison.kept_work import (
 from rlr_peft.evaluation.comparison.labels import BASE, file_name, shown_name, unique_labels
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, find_adapter
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.combination import unique_names
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.training.chain_building import build_chain
+from rlr_peft.training.comparison_setup import image_setup, load_compared_rewards, prompt_source
 from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import load_pipeline
-from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.memory_options import check_machine
 from rlr_peft.training.prompt_loading import comparison_prompts, describe_chain_of_thought
 from rlr_peft.training.reward_loading import reward_settings
-from rlr_peft.training.run import build_chain, denoiser_names
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.validation import render
 
@@ -85,7 +82,7 @@ def compare_adapters(config: Config, options: CompareOptions) -> Comparison:
     adapters = [
         find_adapter(place, token=options.hub_token, cache_dir=config.model.cache_dir) for place in options.adapters
     ]
-    rewards, measured = _load_rewards(config, device)
+    rewards, measured = load_compared_rewards(config, device)
     extractor = find_features(
         options.features,
         config.model.pretrained_model_name_or_path,
@@ -121,7 +118,7 @@ class _Comparer:
         self.plan = evaluation_plan(
             prompts, validation.num_evaluation_images, derive_seed(seed, "evaluation"), options.images_per_prompt
         )
-        self.setup = _setup(config, pipeline)
+        self.setup = image_setup(config, pipeline)
         kept = options.output / KEPT
         held = [
             config.reward.reward_dtype,
@@ -206,7 +203,7 @@ class _Comparer:
             "adapters": ", ".join(hub.get(label, label) for label in adapters),
             "sampler": sampler,
             "prompts": f"{len(set(prompts))} of {len(self.all_prompts)} in "
-            f"{shown_name(_source(config))}, "
+            f"{shown_name(prompt_source(config))}, "
             f"{self.options.images_per_prompt} images each",
             **({"stages": chain_of_thought} if chain_of_thought else {}),
             "seed": str(config.training.seed),
@@ -221,48 +218,3 @@ def renderer(config: Config, pipeline: DiffusionPipeline) -> Render:
     """Draws with the pipeline as it is now, adapter included, through the config's chain."""
     chain = build_chain(config, pipeline, config.validation.evaluation_eta)
     return lambda prompts, seeds: render(chain, prompts, seeds)
-
-
-def _load_rewards(config: Config, device: torch.device) -> tuple[dict[str, tuple[str, Reward]], list[MeasuredReward]]:
-    """Every reward with its spec by a short name, those of a weighted sum one by one; and how they are called."""
-    arguments, settings = config.reward, reward_settings(config, device)
-    trained = [arguments.reward_fn] if isinstance(arguments.reward_fn, str) else list(arguments.reward_fn)
-    heldout = list(arguments.heldout_reward_fn or ())
-    rewards = {
-        f"reward{index}": (spec, load_reward(spec, device, settings)) for index, spec in enumerate([*trained, *heldout])
-    }
-    names = unique_names([reward for _, reward in rewards.values()])
-    measured = [
-        MeasuredReward(key, name, spec in heldout)
-        for (key, (spec, _)), name in zip(rewards.items(), names, strict=True)
-    ]
-    return rewards, measured
-
-
-def _source(config: Config) -> str:
-    """Where the prompts come from."""
-    prompts = config.prompts
-    return config.validation.evaluation_prompt_path or prompts.prompt_path or prompts.dataset_name or ""
-
-
-def _setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """All but adapter, prompt and seed that an image depends on, in plain values."""
-    model, stages = config.model, stages_from_config(config)
-    names = (
-        model.pretrained_model_name_or_path,
-        model.pretrained_vae_model_name_or_path,
-        model.pretrained_motion_adapter_name_or_path,
-    )
-    return {
-        "models": [model_identity(name, model.revision, model.cache_dir) for name in names],
-        "class": type(pipeline).__name__,
-        "variant": model.variant,
-        "precision": [model.mixed_precision, file_identity(model.bnb_quantization_config_path)],
-        "kernels": [model.attention_backend, model.allow_tf32],
-        "chain": {name: value for name, value in asdict(config.chain).items() if name != "eta"},
-        "stages": None if stages is None else asdict(stages),
-        "eta": config.validation.evaluation_eta,
-        "denoisers": denoiser_names(config),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": package_versions(),
-    }

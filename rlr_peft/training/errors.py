@@ -6,21 +6,30 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
 from rlr_peft.rewards.errors import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
+
+
+WITHOUT_MEMORY = (
+    "Lower --train_batch_size (and raise --gradient_accumulation_steps) or --decode_batch_size, or use "
+    "--gradient_checkpointing, --vae_gradient_checkpointing or --offload; `rlr-peft plan` adds up what a config needs."
+)
 
 
 @contextmanager
-def reporting_errors(when_stopped: str = "Stopped at once; the last checkpoint is complete.") -> Iterator[None]:
+def reporting_errors(afterwards: str = "") -> Iterator[None]:
     """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
 
     Where the user's own reward raised, the traceback into it comes first.
 
     Args:
-        when_stopped: what Ctrl-C is answered with.
+        afterwards: what is left and how to go on, said after Ctrl-C and on a full disk.
     """
     try:
         yield
@@ -29,18 +38,26 @@ def reporting_errors(when_stopped: str = "Stopped at once; the last checkpoint i
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
             raise
-        print(
-            f"error: A file could not be written: {error}. The last checkpoint is complete: free disk space and go on "
-            "with --resume_from_checkpoint latest.",
-            file=sys.stderr,
-        )
+        print(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), file=sys.stderr)
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        reason = str(error).partition(". ")[0]
+        print(f"error: {reason}. {WITHOUT_MEMORY} {afterwards}".rstrip(), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(when_stopped, file=sys.stderr)
+        print(f"Stopped at once. {afterwards}".rstrip(), file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"(os error {number})" in str(error) for number in DISK_FULL)  # safetensors tells it in words alone
 
 
 @contextmanager

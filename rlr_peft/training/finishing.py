@@ -25,14 +25,15 @@ from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.before_after import write_comparison
 from rlr_peft.training.card_facts import with_card_facts
 from rlr_peft.training.card_images import clear_card_images
+from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.loading import DTYPES, load_pipeline
 from rlr_peft.training.manifest import package_versions
+from rlr_peft.training.progress import Progress
 from rlr_peft.training.prompt_loading import describe_chain_of_thought
-from rlr_peft.training.run import Run, build_chain
+from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed
-from rlr_peft.training.tracking import read_metrics
-from rlr_peft.training.trainer import METRICS_LOG, Progress
+from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, render, save_validation_images
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ METRICS = "metrics.json"
 
 
 def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
-    """Saves the adapter, measures it, writes metrics, figures and card, and checks that the adapter reloads.
+    """Saves the adapter, measures it, draws figures, checks that it reloads, and writes numbers and card.
 
     On the main process only.
 
@@ -86,11 +87,11 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
             after.scores["reward"][:NUM_PAIRS].tolist(),
         )
     _save_curve(run)
+    _verify_adapter(run)  # before the numbers and the card, by which others take the folder for finished
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     record = with_card_facts(_record(run, progress, metrics, pair_prompts), run, progress, before, after)
     write_card(run.output_dir, StoredCard(record))
-    _verify_adapter(run)
     return metrics
 
 
@@ -163,16 +164,20 @@ def _save_curve(run: Run) -> None:
         return [
             CurvePoint(record["step"], record[name], record[f"{name}_se"], record["denoiser_evaluations"])
             for record in records
+            if name in record  # a run may have got its held-out reward when it was resumed
         ]
 
-    heldout = {run.heldout.name: points("heldout")} if run.heldout is not None else None
-    save_reward_curve(run.output_dir / REWARD_CURVE, points("reward"), heldout, reward_name=run.reward.name)
+    reward, heldout = points("reward"), {} if run.heldout is None else {run.heldout.name: points("heldout")}
+    (run.output_dir / REWARD_CURVE).unlink(missing_ok=True)
+    if reward:  # else the run went on from the last step of a checkpoint without metrics beside it
+        heldout = {name: curve for name, curve in heldout.items() if curve}
+        save_reward_curve(run.output_dir / REWARD_CURVE, reward, heldout or None, reward_name=run.reward.name)
 
 
 def _first_order_text(run: Run) -> list[str]:
     """Which K the updates really used: where it is measured or drawn, the settings alone do not tell."""
     used = {int(record["first_order_steps"]) for record in read_metrics(run.output_dir / METRICS_LOG)}
-    if used == {0}:
+    if used <= {0}:
         return []
     span = str(min(used)) if len(used) == 1 else f"between {min(used)} and {max(used)}"
     meaning = ", that is full backpropagation" if used == {run.chain.num_steps} else ""
@@ -241,7 +246,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         prompts=[str(prompt) for prompt in run.prompts],
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
-        reward_curve=REWARD_CURVE,
+        reward_curve=REWARD_CURVE if (run.output_dir / REWARD_CURVE).is_file() else None,
         command=shlex.join([*launcher, *command_without_token(sys.argv)]),
         hardware=describe_hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=package_versions(),

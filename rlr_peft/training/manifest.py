@@ -9,7 +9,7 @@ from typing import Any
 from rlr_peft.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "rlr-peft")
 
 

@@ -1,10 +1,12 @@
 """The optimiser of the LoRA weights and the course of its learning rate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlr_peft.config import OptimizerArguments
 
@@ -50,13 +52,13 @@ def build_optimizer(
 
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, arguments: OptimizerArguments, num_training_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> LambdaLR:
     """The schedule of diffusers' name `lr_scheduler`, to be stepped once after every optimiser step.
 
     It counts optimiser steps of the whole run, so it must not go through `accelerator.prepare`, whose wrapper steps
     once for each process.
     """
-    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+    scheduler: LambdaLR = get_scheduler(
         arguments.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=arguments.lr_warmup_steps,
@@ -65,3 +67,24 @@ def build_lr_scheduler(
         power=arguments.lr_power,
     )
     return scheduler
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+    optimizer_state: Mapping[str, Any],
+    lr_scheduler_state: Mapping[str, Any],
+) -> None:
+    """Puts both where a checkpoint left them, but with the learning rate, betas and so on that this run asks for.
+
+    Their own `load_state_dict` would bring back those of the checkpoint, whatever the config of the resumed run says.
+    """
+    asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    base_rates = list(lr_scheduler.base_lrs)
+    optimizer.load_state_dict(dict(optimizer_state))
+    lr_scheduler.load_state_dict(dict(lr_scheduler_state))
+    lr_scheduler.base_lrs = base_rates
+    rates = [rate * factor(lr_scheduler.last_epoch) for rate, factor in zip(base_rates, lr_scheduler.lr_lambdas)]
+    for group, settings, rate in zip(optimizer.param_groups, asked, rates, strict=True):
+        group.update(settings | {"lr": rate})
+    lr_scheduler._last_lr = rates

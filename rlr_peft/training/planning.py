@@ -15,9 +15,9 @@ from rlr_peft.evaluation.memory_plan.live_memory import fused_attention
 from rlr_peft.evaluation.memory_plan.plan import MemoryPlan
 from rlr_peft.evaluation.memory_plan.planning import plan_memory
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
+from rlr_peft.training.chain_building import attach_adapters, build_chain, denoiser_names
 from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.loading import DTYPES, check_reward_decoder
-from rlr_peft.training.run import attach_adapters, build_chain, denoiser_names
 
 META = torch.device("meta")
 

@@ -15,6 +15,7 @@ from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
+from rlr_peft.rewards.running_scale import MIN_SCORES
 from rlr_peft.training.rollouts import sample_batch
 from rlr_peft.training.seeds import derive_seed
 
@@ -66,7 +67,8 @@ def measure_scales(
         return
     training = config.training
     group_size = training.num_images_per_prompt
-    prompts = sampler.sample(0, math.ceil(config.estimator.calibration_samples / group_size))
+    num_images = max(config.estimator.calibration_samples, MIN_SCORES)
+    prompts = sampler.sample(0, math.ceil(num_images / group_size))
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     seeds = [derive_seed(training.seed, "reward_scale", i) for i in range(len(repeated))]
     batch = sample_batch(

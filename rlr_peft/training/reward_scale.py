@@ -24,7 +24,8 @@ class RewardScale:
         """
         own = variance(rewards)
         past = self._variance or own
-        self._variance = DECAY * past + (1 - DECAY) * own
+        if len(rewards) > 1:  # a single one says nothing of the spread
+            self._variance = DECAY * past + (1 - DECAY) * own
         return past**0.5 if past > 0 else 1.0
 
     def state_dict(self) -> dict[str, Any]:

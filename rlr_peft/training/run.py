@@ -4,28 +4,30 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
+from torch.optim.lr_scheduler import LambdaLR
 
-from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
-from rlr_peft.chain.families import Family, default_lora_targets, family_of
-from rlr_peft.chain.offload import working_device
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.kl_penalty import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.lora import adapter_disabled, attach_lora, check_kohya
+from rlr_peft.lora import check_kohya
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
+from rlr_peft.training.chain_building import attach_adapters, build_chain, denoiser_names
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.loading import enable_checkpointing, load_pipeline, load_reward_decoder
+from rlr_peft.training.loading import load_pipeline, load_reward_decoder
 from rlr_peft.training.memory_options import check_machine, compile_denoisers
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
 from rlr_peft.training.prompt_loading import read_prompts, warn_of_long_prompts, with_stage_prompts
@@ -34,6 +36,10 @@ from rlr_peft.training.reward_scale import RewardScale
 from rlr_peft.training.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
+
+# How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
+# minutes on GPUs) a thorough evaluation would end the run.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Run:
     evaluation_prompts: list[str] | None
     validation_prompts: list[str]
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: LambdaLR
     arithmetic: Arithmetic
 
     @property
@@ -167,47 +173,6 @@ def build_run(config: Config) -> Run:
     return run
 
 
-def build_chain(
-    config: Config,
-    pipeline: DiffusionPipeline,
-    eta: float,
-    decoded_frames: int | None = None,
-    reward_decoder: torch.nn.Module | None = None,
-) -> DenoisingChain:
-    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at."""
-    arguments, denoisers = config.chain, denoiser_names(config)
-    family = family_of(pipeline, denoisers)
-    return DenoisingChain(
-        pipeline,
-        num_inference_steps=arguments.num_inference_steps,
-        step_kind=arguments.step_kind,
-        eta=eta,
-        timestep_spacing=arguments.timestep_spacing,
-        scheduler_type=arguments.scheduler_type,
-        denoisers=denoisers,
-        decoded_frames=decoded_frames,
-        stages=stages_from_config(config),
-        offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
-        reward_decoder=reward_decoder,
-        reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),
-        guidance_scale=arguments.guidance_scale,
-        true_cfg_scale=arguments.true_cfg_scale,
-        negative_prompt=arguments.negative_prompt,
-        resolution=arguments.resolution,
-        height=arguments.height,
-        width=arguments.width,
-        num_frames=arguments.num_frames,
-        fps=arguments.fps,
-        max_sequence_length=arguments.max_sequence_length,
-    )
-
-
-def denoiser_names(config: Config) -> list[str] | None:
-    """The attributes of the pipeline that the config says to train; None leaves it to the family."""
-    names = config.lora.denoiser
-    return None if names is None else [name.strip() for name in names.split(",")]
-
-
 def _kl_penalty(config: Config) -> KLPenalty | None:
     regularization = config.regularization
     measured = regularization.kl_interval is not None or regularization.kl_limit is not None
@@ -219,6 +184,7 @@ def _kl_penalty(config: Config) -> KLPenalty | None:
 def _accelerator(config: Config) -> Accelerator:
     output_dir = config.training.output_dir
     accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         log_with=None if config.logging.report_to == "none" else config.logging.report_to,
         project_config=ProjectConfiguration(output_dir, logging_dir=f"{output_dir}/{config.logging.logging_dir}"),
     )
@@ -229,42 +195,6 @@ def _accelerator(config: Config) -> Accelerator:
             f"{accelerator.num_processes}. On a machine without GPU set ACCELERATE_USE_CPU=1 before launching."
         )
     return accelerator
-
-
-def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
-    """Adapters of all trained denoisers, on the pipeline's working device; their parameters in the chain's order."""
-    parameters = []
-    for index, name in enumerate(family.denoisers):
-        seed = derive_seed(config.training.seed, "lora", *([index] if index else []))
-        parameters += _attach_one(config, getattr(pipeline, name), family, seed)
-    return parameters
-
-
-def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed: int) -> list[torch.nn.Parameter]:
-    lora = config.lora
-    targets = (
-        default_lora_targets(family, denoiser)
-        if lora.lora_layers is None
-        else [name.strip() for name in lora.lora_layers.split(",")]
-    )
-    parameters = attach_lora(
-        denoiser,
-        target_modules=targets,
-        rank=lora.rank,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-        init_lora_weights=lora.init_lora_weights,
-        seed=seed,
-    )
-    if config.model.gradient_checkpointing:
-        enable_checkpointing(denoiser, "gradient_checkpointing")
-    denoiser.train(lora.lora_dropout > 0)
-    if config.model.offload:  # the base waits in host memory
-        for parameter in parameters:
-            parameter.data = parameter.data.to(working_device(denoiser))
-    return parameters
 
 
 def _arithmetic(config: Config, num_prompts: int, num_processes: int) -> Arithmetic:

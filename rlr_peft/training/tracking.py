@@ -8,6 +8,13 @@ from types import TracebackType
 from typing import Any
 
 from rlr_peft.durable_files import flush_to_disk, replacing_file
+from rlr_peft.errors import UserError
+
+METRICS_LOG = "metrics.jsonl"
+
+
+class MetricsError(UserError, ValueError):
+    """A number that is not finite, or a metrics file that cannot be read."""
 
 
 class MetricsLog:
@@ -41,7 +48,7 @@ class MetricsLog:
             step: finished optimiser steps.
 
         Raises:
-            ValueError: a number is NaN or infinite; nothing is written.
+            MetricsError: a number is NaN or infinite; nothing is written.
         """
         self._file.write(_line({"step": step, **{name: _plain(name, value, step) for name, value in metrics.items()}}))
         self._file.flush()
@@ -66,7 +73,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, oldest first; a last line that was cut off in writing is left out.
 
     Raises:
-        ValueError: another line is not a JSON object with a `step`.
+        MetricsError: another line is not a JSON object with a `step`.
     """
     *lines, _cut_off = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     metrics = []
@@ -75,7 +82,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
             entry["step"] + 0
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise MetricsError(
                 f"{path}, line {number}: expected a JSON object with a number `step`, got {line[:80]!r} ({error}). "
                 "Remove the line, or the file to lose the earlier metrics."
             ) from None
@@ -96,7 +103,7 @@ def _plain(name: str, value: Any, step: int) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(
+        raise MetricsError(
             f"The metric {name!r} of step {step} is {value}; expected a finite number. "
             "Something upstream diverged: look at the rewards and gradient norms of this step."
         )

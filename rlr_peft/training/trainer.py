@@ -1,86 +1,49 @@
 """The training loop: updates, logs, images, checkpoints, and an orderly end whatever comes."""
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from rlr_peft.config import HubArguments, config_to_dict, config_to_yaml, save_config, stages_from_config
-from rlr_peft.lora import lora_parameters, save_lora
-from rlr_peft.rewards.combination import WeightedRewards
-from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
+from rlr_peft.config import config_to_dict, save_config, stages_from_config
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
-from rlr_peft.training.manifest import CheckpointError
-from rlr_peft.training.random_states import capture_random_states, restore_random_states
+from rlr_peft.training.output_dir import CONFIG, claim_output_dir
+from rlr_peft.training.progress import Progress
+from rlr_peft.training.resuming import open_checkpoints, resume, save_checkpoint
 from rlr_peft.training.run import Run
-from rlr_peft.training.tracking import MetricsLog
+from rlr_peft.training.tracking import METRICS_LOG, MetricsLog
 from rlr_peft.training.update import Update, calibrate, take_update
 from rlr_peft.training.validation import save_validation_images
 
 logger = logging.getLogger(__name__)
 
-METRICS_LOG = "metrics.jsonl"
-KEPT_PROGRESS = ("seconds", "denoiser_evaluations", "peak_memory_mb", "coverage", "stopped_early")
-FREE_TO_CHANGE = {
-    *("resume_from_checkpoint", "output_dir", "max_train_steps", "report_to", "logging_dir", "tracker_name"),
-    *(field.name for field in dataclasses.fields(HubArguments)),
-}
 
-
-@dataclass
-class Progress:
-    """How far a run has come, over all its sessions.
-
-    Attributes:
-        step: finished updates.
-        seconds: time spent training.
-        denoiser_evaluations: of all processes, for training.
-        peak_memory_mb: peak memory of the main process, in MB (2**20 bytes).
-        coverage: what the estimator's last plan covers, in words.
-        stopped_early: why training was stopped before its last step, in one sentence; empty if it was not.
-        interrupted_by: exit code of the signal that ended this session early; 0 for none.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    denoiser_evaluations: int = 0
-    peak_memory_mb: float = 0.0
-    coverage: str = ""
-    stopped_early: str = ""
-    interrupted_by: int = 0
-
-
-def train(run: Run, publish_checkpoint: Callable[[Path], None] | None = None) -> Progress:
-    """Trains from the start, or from the checkpoint that the config names, to the last step or the first signal.
+def train(
+    run: Run, progress: Progress | None = None, publish_checkpoint: Callable[[Path], None] | None = None
+) -> Progress:
+    """Trains from where `resume` put the run to the last step or the first signal.
 
     Args:
         run: as `build_run` made it.
+        progress: what `resume` returned; None calls it.
         publish_checkpoint: given the folder of every checkpoint that the config says to publish; must not wait.
 
     Returns:
         How far it came; ``interrupted_by`` is not 0 if a signal ended it early, after a checkpoint.
     """
-    checkpoints = CheckpointManager(
-        run.output_dir,
-        total_limit=run.config.checkpointing.checkpoints_total_limit,
-        num_processes=run.accelerator.num_processes,
-        process_index=run.accelerator.process_index,
-        gather=gather_object,
-    )
-    progress = _resume(run, checkpoints)
+    progress = resume(run) if progress is None else progress
     if run.accelerator.is_main_process:
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(run.config, run.output_dir / "config.yaml")
+        is_latest = run.config.checkpointing.resume_from_checkpoint == "latest"
+        aside = claim_output_dir(run.output_dir, progress.resumed_from, progress.step, is_latest=is_latest)
+        if aside is not None:
+            logger.warning("What another course of training left in %s was moved to %s.", run.output_dir, aside)
+        save_config(run.config, run.output_dir / CONFIG)
     run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run))
     _announce(run, progress)
     with ExitStack() as stack:
@@ -88,21 +51,22 @@ def train(run: Run, publish_checkpoint: Callable[[Path], None] | None = None) ->
         log = None
         if run.accelerator.is_main_process:
             log = stack.enter_context(MetricsLog(run.output_dir / METRICS_LOG, progress.step or None))
-        _loop(run, progress, checkpoints, log, interruption, publish_checkpoint)
+        _loop(run, progress, log, interruption, publish_checkpoint)
     return progress
 
 
 def _loop(
     run: Run,
     progress: Progress,
-    checkpoints: CheckpointManager,
     log: MetricsLog | None,
     interruption: GracefulInterruption,
     publish_checkpoint: Callable[[Path], None] | None,
 ) -> None:
-    config, last_step = run.config, run.arithmetic.max_train_steps
+    config, last_step, checkpoints = run.config, run.arithmetic.max_train_steps, open_checkpoints(run)
     if progress.step == 0 and config.validation.validation_steps:
         save_validation_images(run, 0, "validation")
+    if progress.step >= last_step:
+        logger.warning("Nothing is left to train: %d of %d updates are done.", progress.step, last_step)
     bar = tqdm(desc="Steps", initial=progress.step, total=last_step, disable=not run.accelerator.is_local_main_process)
     with bar:
         while progress.step < last_step and not progress.stopped_early:
@@ -127,10 +91,10 @@ def _loop(
             if stop or is_last or _due(progress.step, config.checkpointing.checkpointing_steps):
                 if log is not None:
                     log.synchronize()
-                path = _save(run, progress, checkpoints)
+                path = save_checkpoint(run, progress, checkpoints)
                 if publish_checkpoint is not None and _due(progress.step, config.hub.push_every):
                     publish_checkpoint(path)
-            if stop and not is_last:
+            if stop:
                 progress.interrupted_by = stop
                 break
 
@@ -176,79 +140,6 @@ def _say_coverage(run: Run, progress: Progress, update: Update) -> None:
         for t, ratio in report.hot_steps.items():
             logger.warning("Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio)
     progress.coverage = coverage
-
-
-def _save(run: Run, progress: Progress, checkpoints: CheckpointManager) -> Path:
-    state = {
-        "lora": {name: value.detach().cpu() for name, value in lora_parameters(run.chain.denoiser).items()},
-        "optimizer": run.optimizer.state_dict(),
-        "lr_scheduler": run.lr_scheduler.state_dict(),
-        "estimator": run.estimator.state_dict(),
-        "objective": {"has_gradient": run.objective.has_gradient},
-        "reward_scale": None if run.reward_scale is None else run.reward_scale.state_dict(),
-        "component_scales": run.reward.state_dict() if isinstance(run.reward, WeightedRewards) else None,
-        "early_stopping": run.early_stopping.state_dict(),
-        "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
-    }
-    return checkpoints.save(
-        progress.step,
-        state,
-        lambda folder: save_lora(run.pipeline, folder),
-        process_state=capture_random_states(run.accelerator.device),
-    )
-
-
-def _resume(run: Run, checkpoints: CheckpointManager) -> Progress:
-    path = checkpoints.resolve(run.config.checkpointing.resume_from_checkpoint)
-    if path is None:
-        aside = checkpoints.set_aside_earlier()
-        if aside is not None:
-            logger.warning("Starting from scratch: checkpoints of an earlier run were moved to %s.", aside)
-        return Progress()
-    loaded = checkpoints.load(path)
-    saved: dict[str, torch.Tensor] = loaded.state["lora"]
-    current = lora_parameters(run.chain.denoiser)
-    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in current.items()}:
-        raise CheckpointError(
-            f"Expected the adapter of {path} to have the layers and ranks of this config, got others. Resume with the "
-            f"config that it was trained with: {path.parent / 'config.yaml'}."
-        )
-    with torch.no_grad():
-        for name, value in saved.items():
-            current[name].copy_(value)
-    run.optimizer.load_state_dict(loaded.state["optimizer"])
-    run.lr_scheduler.load_state_dict(loaded.state["lr_scheduler"])
-    _load_estimator(run, loaded)
-    run.objective.has_gradient = loaded.state["objective"]["has_gradient"]
-    if run.reward_scale is not None and loaded.state["reward_scale"] is not None:
-        run.reward_scale.load_state_dict(loaded.state["reward_scale"])
-    if isinstance(run.reward, WeightedRewards):
-        run.reward.load_state_dict(loaded.state["component_scales"] or {})
-    run.early_stopping.load_state_dict(loaded.state["early_stopping"])
-    restore_random_states(loaded.process_state, run.accelerator.device)
-    logger.info("Resuming from %s.", path)
-    _warn_of_changes(run, path.parent / "config.yaml")
-    return Progress(step=loaded.step, **loaded.state["progress"])
-
-
-def _load_estimator(run: Run, loaded: LoadedCheckpoint) -> None:
-    try:
-        run.estimator.load_state_dict(loaded.state["estimator"])
-    except KeyError:
-        raise CheckpointError(
-            f"Expected the running statistics of {run.config.estimator.estimator} in {loaded.path}, got those of "
-            f"another estimator. Resume with the config that it was trained with: {loaded.path.parent / 'config.yaml'}."
-        ) from None
-
-
-def _warn_of_changes(run: Run, saved: Path) -> None:
-    """A resumed run equals the uninterrupted one only under the same config."""
-    if not saved.exists():
-        return
-    before, now = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(config_to_yaml(run.config))
-    changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_TO_CHANGE]
-    for name in changed:
-        logger.warning("Resumed with another %s: %s instead of %s.", name, now[name], before[name])
 
 
 def _announce(run: Run, progress: Progress) -> None:

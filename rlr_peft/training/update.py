@@ -99,7 +99,9 @@ def take_update(run: Run, step: int) -> Update:
     run.lr_scheduler.step()
     run.estimator.remember(gather_object(memories))
     heldout = None if batch.heldout is None else run.accelerator.gather(batch.heldout)
-    update = Update(info.get(f"reward/{ON_FIRST_SCALES}", rewards), heldout, kl, reports, norm, _logged_info(run, info))
+    is_sum = isinstance(run.reward, WeightedRewards)
+    shown = info.pop(f"reward/{ON_FIRST_SCALES}") if is_sum else rewards  # a single reward's own `total` is its info
+    update = Update(shown, heldout, kl, reports, norm, _logged_info(run, info))
     if isinstance(run.reward, WeightedRewards):
         # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
         run.reward.observe({name.removeprefix("reward/"): values for name, values in info.items()})
@@ -118,7 +120,6 @@ def _info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
 def _logged_info(run: Run, info: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The info's means and, of a weighted sum, the scales that the update was divided by."""
     means = info_means(info)
-    means.pop(f"reward/{ON_FIRST_SCALES}", None)  # it is the `reward`
     if isinstance(run.reward, WeightedRewards) and run.reward.needs_scales:
         means |= {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
     return means
@@ -195,8 +196,8 @@ def _optimizer_step(run: Run, step: int, scale: float) -> float:
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.config.training.max_grad_norm))
     if not math.isfinite(norm):
         raise DerivativeError(
-            f"Expected a finite gradient at update {step}, got norm {norm}. Lower the learning rate, or train "
-            "in bf16 or fp32; the last checkpoint is untouched."
+            f"Expected a finite gradient at update {step + 1}, got norm {norm}. Look at the size of the rewards, lower "
+            "the learning rate, or train in bf16 or fp32. The last checkpoint, if any, is untouched."
         )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

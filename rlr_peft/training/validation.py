@@ -14,8 +14,10 @@ from rlr_peft.lora import adapter_disabled
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
 from rlr_peft.training.card_images import save_gallery
+from rlr_peft.training.chain_building import build_chain
+from rlr_peft.training.random_states import capture_random_states, restore_random_states
 from rlr_peft.training.reward_loading import reward_settings
-from rlr_peft.training.run import Run, build_chain
+from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed
 
 # Pairs of base and adapter images in the before/after figure.
@@ -74,12 +76,16 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
 def evaluate_base(run: Run) -> Evaluation | None:
     """Scores the base, which is the pipeline with its adapter off; None without evaluation prompts.
 
-    Done before training: prompts that a reward cannot judge show then, not after hours.
+    Done before training: prompts that a reward cannot judge show then, not after hours. It leaves the global random
+    generators as they are, where `resume` may have put them.
     """
     if run.evaluation_prompts is None or not run.accelerator.is_main_process:
         return None
+    states = capture_random_states(run.accelerator.device)
     with adapter_disabled(run.chain.denoiser):
-        return _evaluate(run, run.evaluation_prompts, "Evaluating the base")
+        evaluation = _evaluate(run, run.evaluation_prompts, "Evaluating the base")
+    restore_random_states(states, run.accelerator.device)
+    return evaluation
 
 
 def evaluate_adapter(run: Run) -> Evaluation | None:

@@ -247,7 +247,7 @@ def test_ctrl_c_is_answered_with_what_to_do(
     with pytest.raises(SystemExit) as left:
         main(words(workplace, tmp_path / "out"))
     assert left.value.code == 130
-    assert capsys.readouterr().err.endswith("what is drawn is kept, and the same command goes on from there.\n")
+    assert capsys.readouterr().err.endswith("What is drawn is kept, and the same command goes on from there.\n")
 
 
 @pytest.mark.parametrize(

@@ -170,15 +170,12 @@ def test_the_documents_table_is_that_of_these_tests() -> None:
     assert document == with_table(document), "run python -m tests.hub.cases"
 
 
-def test_an_adapter_is_merged_from_the_hub(hub: LoopbackHub, folder: Path) -> None:
+def test_an_adapter_is_merged_from_the_hub(hub: LoopbackHub, folder: Path, tmp_path: Path) -> None:
+    """What is on the Hub here is no real adapter: that it is looked for and fetched is what shows."""
     push(hub, folder, "--hub_model_id", "owner/to-merge")
-    code = (
-        "import sys; from rlr_peft.cli.merge_command import _adapter_folder; print(_adapter_folder(sys.argv[1], None))"
-    )
-    done = run(["-c", code, "owner/to-merge"], hub.environment(folder.parent / "fresh"))
-    copy = Path(done.stdout.strip())
-    assert [path.name for path in copy.iterdir()] == [WEIGHTS]
-    assert (copy / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    words = ["--base", "tiny-shapes", "--output", tmp_path / "merged", "--adapter", "owner/to-merge"]
+    done = run(["-m", "rlr_peft.cli", "merge", *words], hub.environment(folder.parent / "fresh"), 1)
+    assert "The adapter owner/to-merge does not fit the base" in done.stderr
 
 
 def test_a_hub_that_does_not_answer_is_given_up(hub: LoopbackHub, folder: Path) -> None:

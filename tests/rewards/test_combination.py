@@ -79,15 +79,33 @@ def test_a_batch_is_never_divided_by_its_own_scale() -> None:
 def test_the_scale_is_the_running_deviation_of_the_past() -> None:
     scale = RunningScale()
     assert scale.current == scale.first == 1
-    scale.observe(torch.ones(5))
+    scale.observe(torch.ones(20))
     assert scale.current == 1, "equal scores have no scale"
-    first, second = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 10.0])
+    first, second = torch.tensor([1.0, 3.0] * 8), torch.tensor([0.0, 10.0])
     scale.observe(first)
-    assert scale.current == scale.first == pytest.approx(2**0.5)
+    assert scale.current == scale.first == pytest.approx((16 / 15) ** 0.5)
     scale.observe(second)
-    assert scale.current == pytest.approx((DECAY * 2 + (1 - DECAY) * 50) ** 0.5)
-    assert scale.first == pytest.approx(2**0.5)
+    assert scale.current == pytest.approx((DECAY * 16 / 15 + (1 - DECAY) * 50) ** 0.5)
+    scale.observe(torch.tensor([7.0]))
+    assert scale.current == pytest.approx((DECAY * 16 / 15 + (1 - DECAY) * 50) ** 0.5), "one score has no spread"
+    assert scale.first == pytest.approx((16 / 15) ** 0.5)
     assert variance(torch.full((4,), 1 / 3) + torch.tensor([0, 1e-8, 0, 0])) == 0, "rounding is no variance"
+
+
+def test_no_scale_is_taken_from_a_handful_of_scores() -> None:
+    """Two that are nearly equal by chance would blow the sum up, on the first scales for the whole run."""
+    scores = torch.tensor([0.5, 0.5001] + 7 * [0.2, 0.8])
+    scale, restored = RunningScale(), RunningScale()
+    for part in scores.split(2):
+        assert scale.current == scale.first == 1
+        scale.observe(part)
+    assert scale.current == scale.first == pytest.approx(float(scores.std()))
+    for part in scores.split(2):  # the same from a checkpoint after every batch
+        later = RunningScale()
+        later.load_state_dict(restored.state_dict())
+        restored = later
+        restored.observe(part)
+    assert restored.state_dict() == scale.state_dict()
 
 
 def test_scales_move_on_or_stay_as_asked_and_the_total_stays_on_the_first() -> None:

@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from rlr_peft.config import load_config
+from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run, build_run
-from rlr_peft.training.trainer import Progress, train
+from rlr_peft.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "pytorch_lora_weights.safetensors"

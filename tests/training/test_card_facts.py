@@ -11,7 +11,7 @@ from rlr_peft.config import load_config
 from rlr_peft.evaluation.compare import Evaluation
 from rlr_peft.training.card_facts import _selection
 from rlr_peft.training.card_images import clear_card_images, gallery, save_gallery, save_pairs
-from rlr_peft.training.trainer import Progress
+from rlr_peft.training.progress import Progress
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
 WATCHING = ["--heldout_reward_fn", "tiny-shapes-heldout", "--early_stopping_steps", "20"]

@@ -151,7 +151,7 @@ def test_other_versions_of_the_format_and_of_packages_are_said(
     monkeypatch.setattr("rlr_peft.training.manifest.FORMAT_VERSION", 99)
     save(manager, 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format version is 99, this program reads 2"):
+    with pytest.raises(CheckpointError, match="format version is 99, this program reads 3"):
         manager.resolve("checkpoint-1")
     monkeypatch.setattr("rlr_peft.training.manifest.version", lambda package: "0.1")
     path = save(manager, 2)
@@ -283,12 +283,10 @@ def test_the_manifest_tells_who_wrote_what(tmp_path: Path) -> None:
     assert manifest["files"][ADAPTER_NAME]["size"] == 2000
 
 
-def test_a_new_run_moves_the_checkpoints_of_an_earlier_one_out_of_the_way(tmp_path: Path) -> None:
+def test_latest_does_not_start_from_scratch_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
+    """Days of work may be there, of another version for example: the user must decide."""
     manager = CheckpointManager(tmp_path)
-    assert manager.set_aside_earlier() is None
-    save(manager, 9)
-    assert manager.set_aside_earlier() == tmp_path / "earlier-checkpoints-1"
-    save(manager, 3)
-    assert manager.resolve("latest") == tmp_path / "checkpoint-3", "not the older run's checkpoint-9"
-    assert manager.resolve("earlier-checkpoints-1/checkpoint-9") is not None
-    assert manager.set_aside_earlier() == tmp_path / "earlier-checkpoints-2"
+    for step in (1, 2):
+        lose_the_manifest(save(manager, step))
+    with pytest.raises(CheckpointError, match=r"None of the 2 checkpoints in .* can be used"):
+        manager.resolve("latest")

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlr_peft.config import OptimizerArguments
-from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
+from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer, restore_optimizer
 
 
 def new_parameters() -> list[nn.Parameter]:
@@ -92,11 +92,31 @@ def test_a_resumed_optimizer_repeats_the_uninterrupted_one_bit_for_bit(use_8bit_
         parameter.data.copy_(value)
     optimizer = build_optimizer(resumed, arguments)
     scheduler = build_lr_scheduler(optimizer, arguments, 8)
-    optimizer.load_state_dict(saved["optimizer"])
-    scheduler.load_state_dict(saved["scheduler"])
+    restore_optimizer(optimizer, scheduler, saved["optimizer"], saved["scheduler"])
     take_steps(resumed, optimizer, scheduler, 4, 8)
     for left, right in zip(whole, resumed, strict=True):
         assert torch.equal(left, right)
+
+
+def test_a_resumed_optimizer_takes_the_settings_that_the_config_asks_for_now() -> None:
+    """The checkpoint's own would stay in force otherwise, while config and card name the new ones."""
+    before = OptimizerArguments(learning_rate=0.01, lr_scheduler="linear", adam_weight_decay=0.1)
+    after = OptimizerArguments(learning_rate=0.5, lr_scheduler="linear", adam_weight_decay=0.2, adam_beta1=0.5)
+    parameters = new_parameters()
+    optimizer = build_optimizer(parameters, before)
+    scheduler = build_lr_scheduler(optimizer, before, 8)
+    take_steps(parameters, optimizer, scheduler, 0, 4)
+    saved = through_a_file({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+
+    optimizer = build_optimizer(parameters, after)
+    scheduler = build_lr_scheduler(optimizer, after, 8)
+    restore_optimizer(optimizer, scheduler, saved["optimizer"], saved["scheduler"])
+    (group,) = optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.25) == scheduler.get_last_lr()[0], "halfway down from the new rate"
+    assert group["weight_decay"] == 0.2 and group["betas"] == (0.5, 0.999)
+    assert float(optimizer.state[parameters[0]]["step"]) == 4, "the moments are the checkpoint's"
+    take_steps(parameters, optimizer, scheduler, 4, 5)
+    assert group["lr"] == pytest.approx(0.5 * 3 / 8)
 
 
 def learning_rates(arguments: OptimizerArguments, steps: int, samples_per_step: int = 1) -> list[float]:

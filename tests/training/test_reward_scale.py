@@ -25,6 +25,14 @@ def test_rewards_that_are_equal_but_for_rounding_are_not_scaled() -> None:
     assert scale.scale(torch.tensor([1.0, 3.0])) == pytest.approx((DECAY * 2) ** 0.5)
 
 
+def test_single_samples_leave_the_scale_where_it_is() -> None:
+    """They have no spread; counted as equal scores they would shrink the divisor to nothing."""
+    scale = RewardScale()
+    assert scale.scale(torch.tensor([1.0, 3.0])) == pytest.approx(2**0.5)
+    for _ in range(50):
+        assert scale.scale(torch.tensor([2.0])) == pytest.approx(2**0.5)
+
+
 def test_the_state_survives_a_round_trip() -> None:
     scale, restored = RewardScale(), RewardScale()
     restored.load_state_dict(scale.state_dict())

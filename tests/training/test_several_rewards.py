@@ -96,6 +96,16 @@ def test_the_first_update_is_scaled_by_images_of_the_base_and_the_second_by_the_
     assert run.objective.has_gradient is False, "one of the two has no gradient"
 
 
+def test_the_first_scales_come_from_no_fewer_than_16_images(workplace: Path, tmp_path: Path) -> None:
+    rewards = {f"{workplace / 'rewards.py'}:redness": 1.0, "jpeg-compressibility": 0.5}
+    few, enough = (
+        build(config_file(workplace, tmp_path / str(count), reward_fn=rewards, calibration_samples=count)).reward
+        for count in (2, 16)
+    )
+    assert isinstance(few, WeightedRewards) and isinstance(enough, WeightedRewards)
+    assert few.scales() == enough.scales()
+
+
 def test_scales_stand_still_while_an_update_scores_its_mirrored_samples(workplace: Path, tmp_path: Path) -> None:
     """Otherwise a black-box tail would take the difference of two different rewards."""
     rewards = {f"{workplace / 'rewards.py'}:blind_redness": 1.0, "jpeg-compressibility": 0.5}
@@ -126,6 +136,7 @@ def test_two_processes_have_the_scales_of_one(workplace: Path, tmp_path: Path) -
     files = [tmp_path / name / "checkpoint-2" / "component_scales.pt" for name in ("one", "two")]
     single, double = (torch.load(file, weights_only=True) for file in files)
     for name, state in single.items():
+        assert double[name].pop("early") == state.pop("early") == [], "the scales are known"
         assert double[name] == pytest.approx(state, rel=1e-3), name
 
 
@@ -147,6 +158,17 @@ def test_info_of_a_single_reward_is_logged(workplace: Path, tmp_path: Path) -> N
     train_here(config)
     (line,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert 0 < line["reward/blue"] < 1
+
+
+def test_a_single_rewards_own_total_is_not_taken_for_its_scores(workplace: Path, tmp_path: Path) -> None:
+    """`total` is also how a weighted sum tells what its curve shows."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def mine(images, prompts):\n    s = images.mean((1, 2, 3))\n    return s, {'total': s.detach() * 0 + 7}\n"
+    )
+    train_here(config_file(workplace, tmp_path / "out", reward_fn=f"{path}:mine", max_train_steps=1, fo_steps=2))
+    (line,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert line["reward/total"] == 7 and 0 < line["reward"] < 1
 
 
 def test_a_minimum_alone_needs_no_second_reward(workplace: Path, tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""The card of a merged pipeline: what was fused into what, under which licence, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.publishing.base_license import License, base_license
+from rlr_peft.publishing.model_card import fenced
+from rlr_peft.publishing.redaction import redacted
+from rlr_peft.publishing.usage_snippet import BaseKind, base_kind
+
+TAGS = ("diffusers", "lora")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is known of a merged pipeline.
+
+    Attributes:
+        base: as given to `--base`: "tiny-shapes", a Hub id or a local folder.
+        base_revision: of the Hub repository; None for its newest.
+        adapter: a Hub id, a folder or a file.
+        adapter_revision: of the Hub repository; None for its newest.
+        parts: attributes of the pipeline that were changed.
+        dtype: torch dtype of the saved weights, "float32", "float16" or "bfloat16".
+        pipeline_tag: the Hub's task name.
+        tags: of the pipeline's family.
+        reward_name: what the adapter was trained on; None where it lies beside no record of its run.
+    """
+
+    base: str
+    base_revision: str | None
+    adapter: str
+    adapter_revision: str | None
+    parts: Sequence[str]
+    dtype: str
+    pipeline_tag: str
+    tags: Sequence[str]
+    reward_name: str | None = None
+
+
+def write_merged_card(directory: Path, merged: Merged) -> Path:
+    """Writes `directory/README.md`; returns its path. Paths of this machine stay out of it."""
+    licence = base_license(merged.base, revision=merged.base_revision)
+    path = directory / "README.md"
+    with replacing_file(path) as aside:
+        aside.write_text(redacted(_card(merged, licence)), encoding="utf-8", newline="\n")
+    return path
+
+
+def _card(merged: Merged, licence: License) -> str:
+    base, adapter = _link(merged.base, merged.base_revision), _link(merged.adapter, merged.adapter_revision)
+    changed = " and the ".join(merged.parts)
+    training = "" if merged.reward_name is None else f", which was trained on the reward `{merged.reward_name}`"
+    rounded = "" if merged.dtype == "float32" else f", then rounded to {merged.dtype}"
+    snippet = (
+        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.{merged.dtype})\n'
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")'
+    )
+    terms = "The licence terms of the base apply." if licence.id else "Its licence is that of the base, not known here."
+    return f"""---
+{_metadata(merged, licence)}
+---
+
+# {_label(merged.base)} with {_label(merged.adapter)} fused in
+
+The pipeline {base} with the LoRA adapter {adapter} added to the weights of its {changed}{training}. Everything else is
+the base's. The sum was taken in float32{rounded} by `rlr-peft merge`; no LoRA layers are left.
+
+## Use it
+
+In the folder of this file:
+
+{fenced(snippet, "python")}
+
+## Limits
+
+Nothing was measured of this pipeline. Numbers on the adapter's own card were measured with base and adapter apart, from
+which rounding may differ a little. {terms} The base's limits and biases remain, and where the adapter's reward is wrong
+about an image, so is this pipeline.
+"""
+
+
+def _metadata(merged: Merged, licence: License) -> ModelCardData:
+    hub_ids = [name for name in (merged.base, merged.adapter) if _kind(name) == "hub"]
+    optional: dict[str, Any] = {
+        "license": licence.id,
+        "license_name": licence.name,
+        "license_link": licence.link,
+        # Anything but Hub ids here would be dead links.
+        "base_model": hub_ids or None,
+        "base_model_relation": "merge" if hub_ids else None,
+    }
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=merged.pipeline_tag,
+        tags=list(dict.fromkeys([merged.pipeline_tag, *TAGS, *merged.tags])),
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+
+
+def _kind(name: str) -> BaseKind:
+    return "folder" if Path(name).expanduser().exists() else base_kind(name)
+
+
+def _label(name: str) -> str:
+    return Path(name).expanduser().resolve().name if _kind(name) == "folder" else name
+
+
+def _link(name: str, revision: str | None) -> str:
+    kind, label = _kind(name), _label(name)
+    if kind != "hub":
+        return f"`{label}`" if kind == "folder" else f"`{label}`, the small one that ships with rlr-peft,"
+    at = f" at `{revision}`" if revision else ""
+    return f"[{label}](https://huggingface.co/{label}){at}"

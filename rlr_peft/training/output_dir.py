@@ -1,0 +1,55 @@
+"""What another course of training left in the output folder is neither lost nor taken for this one's."""
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.publishing.hub_files import PUBLISHED
+from rlr_peft.publishing.record_file import RECORD_NAME
+from rlr_peft.training.checkpoints import checkpoint_folders
+from rlr_peft.training.tracking import METRICS_LOG
+
+CONFIG = "config.yaml"
+# What a run leaves besides checkpoints and the tracker's files.
+RESULTS = (*PUBLISHED, RECORD_NAME, "scores.csv", "validation")
+
+
+def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, is_latest: bool) -> Path | None:
+    """Leaves in the folder only what belongs to the run that starts or goes on now.
+
+    Otherwise later checkpoints that this run has not made could pass for its `latest`, and an earlier run's curve,
+    adapter or card for its own. A run that goes on from elsewhere takes the curve up to there along.
+
+    Args:
+        output_dir: of this run; it exists.
+        resumed_from: the checkpoint that it goes on from; None for a start from scratch.
+        step: finished steps.
+        is_latest: whether that is the newest usable checkpoint of the folder.
+
+    Returns:
+        The new folder `earlier-run-K` that holds what was moved; None if there was nothing.
+    """
+    goes_on_here = resumed_from is not None and resumed_from.parent.resolve() == output_dir.resolve()
+    if goes_on_here and is_latest:
+        return None
+    found = [path for number, path in checkpoint_folders(output_dir) if number > step or not goes_on_here]
+    if not goes_on_here:
+        found += [path for pattern in RESULTS for path in sorted(output_dir.glob(pattern))]
+    aside = None
+    if found:
+        folders = (output_dir / f"earlier-run-{number}" for number in itertools.count(1))
+        aside = next(path for path in folders if not path.exists())
+        for path in found:
+            target = aside / path.relative_to(output_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(path, target)
+    if aside is not None and goes_on_here:  # both need them
+        for name in (CONFIG, METRICS_LOG):
+            if (output_dir / name).is_file():
+                shutil.copy2(output_dir / name, aside / name)
+    if resumed_from is not None and not goes_on_here and (resumed_from.parent / METRICS_LOG).is_file():
+        with replacing_file(output_dir / METRICS_LOG) as copy:
+            shutil.copyfile(resumed_from.parent / METRICS_LOG, copy)
+    return aside

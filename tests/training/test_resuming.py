@@ -1,0 +1,93 @@
+"""Resuming in every way but the ordinary one: elsewhere, from an older step, after the end, with another config."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlr_peft.config import ConfigError
+from rlr_peft.training.finishing import finish
+from rlr_peft.training.manifest import CheckpointError
+from rlr_peft.training.resuming import resume
+from rlr_peft.training.tracking import read_metrics
+from rlr_peft.training.validation import evaluate_base
+from tests.training.runs import WEIGHTS, build, config_file, train_here
+
+FAST = {"estimator": "full-bp", "checkpointing_steps": 1}
+
+
+def test_an_older_checkpoint_starts_another_course_and_latest_means_that_one(workplace: Path, tmp_path: Path) -> None:
+    config = config_file(workplace, tmp_path / "out", max_train_steps=3, **FAST)
+    train_here(config)
+    train_here(config, "--resume_from_checkpoint", "checkpoint-1", "--max_train_steps", "2", "--learning_rate", "0.1")
+    run = build(config, "--resume_from_checkpoint", "latest")
+    assert resume(run).step == 2, "not the first course's checkpoint-3"
+    assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
+    assert [line["lr"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0.01, 0.1]
+    aside = tmp_path / "out" / "earlier-run-1"
+    assert [line["step"] for line in read_metrics(aside / "metrics.jsonl")] == [1, 2, 3]
+    assert (aside / "checkpoint-3" / WEIGHTS).is_file()
+
+
+def test_after_the_last_step_in_another_folder_it_finishes(workplace: Path, tmp_path: Path) -> None:
+    config = config_file(workplace, tmp_path / "out", max_train_steps=1, **FAST)
+    train_here(config)
+    flags = ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")]
+    for name in ("with curve", "without curve"):
+        run, progress = train_here(config, *flags, "--output_dir", str(tmp_path / name))
+        finish(run, progress, before=None)
+        assert (tmp_path / name / WEIGHTS).read_bytes() == (tmp_path / "out" / "checkpoint-1" / WEIGHTS).read_bytes()
+        assert (tmp_path / name / "reward_curve.png").is_file() == (name == "with curve")
+        assert ("reward_curve.png" in (tmp_path / name / "README.md").read_text()) == (name == "with curve")
+        (tmp_path / "out" / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def test_a_heldout_reward_may_come_later(workplace: Path, tmp_path: Path) -> None:
+    config = config_file(workplace, tmp_path / "out", max_train_steps=1, **FAST)
+    train_here(config)
+    heldout = ["--heldout_reward_fn", "jpeg-compressibility"]
+    run, progress = train_here(config, "--resume_from_checkpoint", "latest", "--max_train_steps", "2", *heldout)
+    finish(run, progress, before=None)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 2
+    assert (tmp_path / "out" / "reward_curve.png").is_file()
+
+
+def test_another_optimiser_is_refused(workplace: Path, tmp_path: Path) -> None:
+    config = config_file(workplace, tmp_path / "out", max_train_steps=1, **FAST)
+    train_here(config)
+    with pytest.raises(CheckpointError, match=r"state of AdamW8bit in .*checkpoint-1, got that of AdamW\."):
+        train_here(config, "--resume_from_checkpoint", "latest", "--use_8bit_adam")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_drawn(workplace: Path, tmp_path: Path) -> None:
+    run = build(config_file(workplace, tmp_path / "out", max_train_steps=1, **FAST))
+    (tmp_path / "out").touch()  # since the config was checked
+    with pytest.raises(ConfigError, match=r"output_dir: expected a folder .*out \(File exists\)"):
+        resume(run)
+
+
+def test_evaluating_the_base_does_not_move_the_random_states(workplace: Path, tmp_path: Path) -> None:
+    """Dropout draws from them: a resumed run, which is evaluated anew, would not repeat the uninterrupted one."""
+    (tmp_path / "noisy.py").write_text(
+        "import torch\n\ndef noisy(images, prompts):\n    return images.mean((1, 2, 3)) + torch.randn(len(images))\n"
+    )
+    values = {"evaluation_prompt_path": str(workplace / "unseen.txt"), "num_evaluation_images": 2, **FAST}
+    run = build(config_file(workplace, tmp_path / "out", reward_fn=f"{tmp_path / 'noisy.py'}:noisy", **values))
+    before = torch.get_rng_state()
+    assert evaluate_base(run) is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(workplace: Path, tmp_path: Path) -> None:
+    """Whoever sent it will not wait for the final evaluation; resuming finishes the run."""
+    (tmp_path / "impatient.py").write_text(
+        "import os, signal\n\ndef impatient(images, prompts):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    return images.mean((1, 2, 3))\n"
+    )
+    values = {"reward_fn": f"{tmp_path / 'impatient.py'}:impatient", "max_train_steps": 1, "estimator": "full-bp"}
+    config = config_file(workplace, tmp_path / "out", **values)
+    _, progress = train_here(config)
+    assert (progress.step, progress.interrupted_by) == (1, 143)
+    _, progress = train_here(config, "--resume_from_checkpoint", "latest")
+    assert (progress.step, progress.interrupted_by) == (1, 0)
