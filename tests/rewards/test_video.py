@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from benchmarks.reward_checkpoints import Sizes, write_dino
 from rlr_peft.rewards.base import RewardError, measure_images, score_images
+from rlr_peft.rewards.combination import Term, WeightedRewards
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import ModelSettings
 from rlr_peft.rewards.preprocessing import imagenet_pixels
@@ -53,6 +54,18 @@ def test_a_callable_may_ask_for_whole_videos(tmp_path: Path) -> None:
     )
     scores = score_images(load_reward(f"{path}:motion"), VIDEOS, PROMPTS)
     assert torch.allclose(scores, 1 - score_images(load_reward("temporal-flicker"), VIDEOS, PROMPTS))
+
+
+def test_a_callable_that_does_not_say_whether_it_is_differentiable_may_stand_beside_a_video_reward(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def mine(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    terms = [Term(load_reward(f"{path}:mine"), 2.0), Term(load_reward("temporal-flicker"), 1.0)]
+    videos = VIDEOS.clone().requires_grad_(True)
+    scores = score_images(WeightedRewards(terms, scaling="none"), videos, PROMPTS)
+    flicker = score_images(load_reward("temporal-flicker"), VIDEOS, PROMPTS)
+    assert scores.requires_grad and torch.allclose(scores, 2 * VIDEOS.mean((1, 2, 3, 4)) + flicker)
 
 
 def test_temporal_flicker_is_one_for_a_still_and_loses_the_mean_change() -> None:
