@@ -48,7 +48,7 @@ def dataset_rows(spec: DatasetSpec, columns: Columns) -> Iterator[Mapping[str, A
     """The rows of a dataset.
 
     Raises:
-        PromptError: no such dataset, configuration, split or column, damaged files, or a folder whose name is a pattern.
+        PromptError: no such dataset, configuration, split or column, damaged files, or a folder named like a pattern.
     """
     folder = Path(spec.name).absolute()
     if folder.is_dir() and glob.has_magic(str(folder)):

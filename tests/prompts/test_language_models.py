@@ -34,6 +34,15 @@ def test_no_key_no_header() -> None:
     assert "Authorization" not in server.headers[0] and server.paths == ["/v1/chat/completions"]
 
 
+def test_a_query_stays_behind_the_path_and_the_key_goes_before_a_password() -> None:
+    with chat_server(GOOD) as server:
+        url = server.url.replace("http://", "http://me:pass@")
+        LanguageModelDecomposer(EndpointModel(f"{url}?api-version=1", "m"), NAMES)("a cat")
+        LanguageModelDecomposer(EndpointModel(url, "m", "secret"), NAMES)("a cat")
+    assert server.paths == ["/v1/chat/completions?api-version=1", "/v1/chat/completions"]
+    assert [headers["Authorization"] for headers in server.headers] == ["Basic bWU6cGFzcw==", "Bearer secret"]
+
+
 def test_malformed_answers_are_asked_for_again() -> None:
     with chat_server(completion("Sorry."), completion('{"coarse": "x"}'), GOOD) as server:
         assert LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES)("a cat") == ("a room", "fur")
@@ -59,9 +68,9 @@ def test_a_busy_server_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("answer", "message", "asked"),
     [
-        ((401, b"no such key"), "answered status 401: no such key", 1),
-        ((500, b"out of memory"), "answered status 500: out of memory", 4),
-        ((200, b"<html>"), "expected an OpenAI chat completion", 1),
+        ((401, b"no such key"), "answered 401 Unauthorized: no such key", 1),
+        ((500, b"out of memory"), "answered 500 Internal Server Error after 4 tries: out of memory", 4),
+        ((200, b"<html>"), "answered no JSON but <html>", 1),
         ((200, json.dumps({"choices": []}).encode()), "expected an OpenAI chat completion", 1),
     ],
 )
@@ -76,8 +85,9 @@ def test_refusals(answer: tuple[int, bytes], message: str, asked: int) -> None:
 def test_nobody_there_and_no_url() -> None:
     with chat_server(GOOD) as server:
         pass
-    with pytest.raises(PromptError, match="cannot be reached"):
-        LanguageModelDecomposer(EndpointModel(server.url, "m", backoff=0.01), NAMES)("a cat")
+    with pytest.raises(PromptError, match=r"m at 127\.0\.0\.1 gave no answer in 4 tries of 120 s each: ") as caught:
+        LanguageModelDecomposer(EndpointModel(f"{server.url}?key=secret", "m", backoff=0.01), NAMES)("a cat")
+    assert "secret" not in str(caught.value) and "object at 0x" not in str(caught.value)
     with pytest.raises(PromptError, match="expected http://HOST:PORT/PATH"):
         EndpointModel("localhost:8000/v1", "m")
 

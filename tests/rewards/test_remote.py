@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ FAULTS = [
     Fault("text", "scores that are text", AT_ONCE, "expected numbers, got 'good' at position 0", 1),
     Fault("no-rewards", "no `rewards` in the answer", AT_ONCE, "expected a JSON object with `rewards`, got", 1),
     Fault("list", "a bare list", AT_ONCE, "expected a JSON object with `rewards`, got [1.0", 1),
-    Fault("html", "HTML, as of a proxy", AT_ONCE, "expected JSON, got <html>Welcome", 1),
+    Fault("html", "HTML, as of a proxy", AT_ONCE, "answered no JSON but <html>Welcome", 1),
+    Fault("half", "half an answer, ever", GIVEN_UP, "gave no answer in 3 tries", 3),
+    Fault("scalar", "one number for all images", AT_ONCE, "expected scores of shape (3,), got ()", 1),
 ]
 
 
@@ -136,6 +139,25 @@ def test_images_travel_in_batches_and_info_comes_back(faulty: str) -> None:
     assert scored.scores.tolist() == [3.0, 5.0, 6.0]
     assert scored.info["count"].tolist() == [2.0, 2.0, 1.0]
     assert urllib3.request("GET", f"{faulty}/asked/batches").json() == 2
+
+
+def test_info_of_another_form_is_left_out(faulty: str) -> None:
+    assert measure_images(RemoteReward(f"{faulty}/odd-info", SETTINGS), images(), PROMPTS).info == {}
+
+
+def test_metadata_that_is_no_json_is_named(faulty: str) -> None:
+    metadata = [{"day": date(2020, 1, 1)}] * 3
+    with pytest.raises(RewardError, match=r"Object of type date is not JSON.* leave such columns out of --metadata"):
+        score_images(RemoteReward(f"{faulty}/good", SETTINGS), images(), PROMPTS, metadata)
+
+
+def test_a_user_name_and_a_password_are_sent_and_not_told(faulty: str) -> None:
+    address = faulty.replace("http://", "http://me:p%40ss@")
+    assert score_images(RemoteReward(f"{address}/locked", SETTINGS), images(), PROMPTS).tolist() == [3.0, 5.0, 6.0]
+    for wrong in (f"{faulty}/locked", f"{address.replace('ss@', 's@')}/locked?token=p%40ss"):
+        with pytest.raises(RewardError, match="answered 401 Unauthorized: ") as caught:
+            score_images(RemoteReward(wrong, SETTINGS), images(), PROMPTS)
+        assert "p%40s" not in str(caught.value) and "p@s" not in str(caught.value)
 
 
 def test_the_reference_server_scores_as_the_reward_itself_does(served: str) -> None:
