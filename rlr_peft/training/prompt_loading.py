@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.prompt import with_stages
-from rlr_peft.prompts.chain_of_thought import Decomposer, RememberedStages, decompose_prompts
+from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, RememberedStages, decompose_prompts
 from rlr_peft.prompts.held_back import hold_back, is_held_back
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
 from rlr_peft.prompts.lengths import find_over_long
@@ -25,8 +25,6 @@ from rlr_peft.prompts.streaming import StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec
 
 logger = logging.getLogger(__name__)
-
-STAGE_PROMPTS = "stage_prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -187,9 +185,9 @@ def _needs_decomposer(config: Config) -> bool:
 def _decomposer(config: Config, device: torch.device) -> Decomposer:
     arguments, stages = config.chain_of_thought, stages_from_config(config)
     assert stages is not None
-    path = Path(arguments.dcot_cache or Path(config.training.output_dir) / STAGE_PROMPTS)
+    path = Path(arguments.dcot_cache or Path(config.training.output_dir) / STAGE_PROMPTS_FILE)
     if arguments.dcot_rules:
-        # Nothing is written for rules, but a file that a person edited is honoured.
+        # Rules need no memory, but a file that a person edits is honoured.
         return RememberedStages(decompose_by_rules, path, stages.names) if arguments.dcot_cache else decompose_by_rules
     model: TransformersModel | EndpointModel
     if arguments.dcot_model is not None:
