@@ -16,7 +16,7 @@ from rlr_peft.prompt import with_stages
 from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, RememberedStages, decompose_prompts
 from rlr_peft.prompts.held_back import hold_back, is_held_back
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
-from rlr_peft.prompts.lengths import find_over_long
+from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
 from rlr_peft.prompts.rows import Columns
 from rlr_peft.prompts.rule_based import decompose_by_rules
 from rlr_peft.prompts.sampler import PromptSampler, Sampler
@@ -115,7 +115,8 @@ def warn_of_long_prompts(config: Config, pipeline: object, prompts: RunPrompts) 
     names = ("tokenizer", "tokenizer_2", "tokenizer_3")
     tokenizers = [part for name in names if (part := getattr(pipeline, name, None)) is not None]
     every = [*prompts.training, *(prompts.evaluation or ()), *prompts.validation]
-    over = find_over_long(every, tokenizers, config.chain.max_sequence_length)
+    room = config.chain.max_sequence_length or default_sequence_length(pipeline)
+    over = find_over_long(every, tokenizers, room)
     if over is not None:
         logger.warning("%s", over.describe())
 
