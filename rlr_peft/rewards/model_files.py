@@ -116,13 +116,18 @@ def load_weights(reward_name: str, path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise RewardError(
             f"reward '{reward_name}': {path} cannot be read as weights ({type(error).__name__}: {first_line}); it is "
             "damaged or holds more than weights: get it again"
         ) from None
+    if not isinstance(loaded, dict):
+        raise RewardError(
+            f"reward '{reward_name}': expected weights by name in {path}, got {type(loaded).__name__}; it is another "
+            "file: get it again"
+        )
     return loaded
 
 
