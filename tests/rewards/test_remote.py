@@ -203,18 +203,25 @@ def test_a_reward_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
     path.write_text(
         "def mine(images, prompts, metadata):\n"
         "    scores = images.mean((1, 2, 3)) / (0 if prompts[0] == 'bad' else 1)\n"
-        "    return scores, {'seen': [entry.get('n', None) for entry in metadata]}\n"
+        "    return scores, {'seen': [entry.get('n', None) for entry in metadata], 'endless': float('inf')}\n"
     )
     process, line = start("-m", "rlr_peft.cli", "serve-reward", "--reward", f"{path}:mine", "--port", "0")
     try:
         reward = RemoteReward(line.rpartition(" ")[2], SETTINGS)
         scored = measure_images(reward, images(2), ["a", "b"], [{"n": 7}, {}])
         assert torch.allclose(scored.scores, images(2).mean((1, 2, 3)), atol=1e-6)
-        assert scored.info["seen"][0] == 7 and scored.info["seen"][1].isnan()
+        assert scored.info.keys() == {"seen"} and scored.info["seen"][0] == 7 and scored.info["seen"][1].isnan()
         with pytest.raises(RewardError, match=r"answered 422 .*expected finite scores"):
             score_images(reward, images(2), ["bad", "b"])
     finally:
         stop(process)
+
+
+def test_a_reward_of_whole_videos_is_not_served() -> None:
+    command = [sys.executable, "-m", "rlr_peft.cli", "serve-reward", "--reward", "temporal-flicker", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "reward 'temporal-flicker' judges whole videos, but only images travel" in done.stderr
 
 
 def test_a_request_is_json_and_comes_back_as_it_was() -> None:
