@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
+from jinja2 import TemplateError
 
 from rlr_peft.json_server import JsonServer, ServerError, shortened
 from rlr_peft.prompts.chain_of_thought import MalformedStagesError, parse_stages
@@ -99,8 +100,9 @@ class TransformersModel:
 
         self.name = name
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+            # Left to itself, transformers asks at the terminal whether to run what code the folder holds.
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self._model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError) as error:
             raise PromptError(f"dcot_model '{name}': cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -126,6 +128,12 @@ class TransformersModel:
         if self._tokenizer.chat_template is None:
             return self._tokenizer(f"{instructions}\n{question}\n", return_tensors="pt")
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
+        try:
+            return self._from_template(messages)
+        except TemplateError:  # some models, such as Gemma 2, know no system message
+            return self._from_template([{"role": "user", "content": f"{instructions}\n\n{question}"}])
+
+    def _from_template(self, messages: list[dict[str, str]]) -> Any:
         return self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )

@@ -135,6 +135,29 @@ def test_a_local_model_answers_and_its_nonsense_is_rejected(tmp_path: Path) -> N
         split("fish " * 18)
 
 
+def test_a_template_without_system_messages_gets_the_instructions_with_the_question(tmp_path: Path) -> None:
+    name = small_language_model(tmp_path / "model", {"a cat": '{"coarse": "a room", "fine": "fur"}'})
+    model = TransformersModel(name)
+    model._tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ messages[0]['content'].split('\\n')[-1] }}"
+    )
+    assert LanguageModelDecomposer(model, NAMES)("a cat") == ("a room", "fur")
+
+
+def test_code_beside_a_model_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.T", None]}}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda question="": "y")  # a hasty user at the terminal
+    with pytest.raises(PromptError, match=r"cannot be loaded: .*custom code"):
+        TransformersModel(str(tmp_path))
+    assert not (tmp_path / "was_run").exists() and "[y/N]" not in capsys.readouterr().out
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"dcot_model '.*absent': cannot be loaded"):
         TransformersModel(str(tmp_path / "absent"))
