@@ -14,8 +14,9 @@ import yaml
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from rlr_peft.config import HubArguments, config_to_dict, config_to_yaml, save_config, stages_from_config
+from rlr_peft.config import Config, HubArguments, config_to_dict, config_to_yaml, save_config, stages_from_config
 from rlr_peft.lora import lora_parameters, save_lora
+from rlr_peft.publishing.redaction import redacted
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
 from rlr_peft.training.hardware import peak_memory_mb
@@ -81,7 +82,7 @@ def train(run: Run, publish_checkpoint: Callable[[Path], None] | None = None) ->
     if run.accelerator.is_main_process:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         save_config(run.config, run.output_dir / "config.yaml")
-    run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run))
+    run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run.config))
     _announce(run, progress)
     with ExitStack() as stack:
         interruption = stack.enter_context(GracefulInterruption())
@@ -271,9 +272,10 @@ def _announce(run: Run, progress: Progress) -> None:
         logger.info(line)
 
 
-def _tracker_config(run: Run) -> dict[str, Any]:
-    values = config_to_dict(run.config).items()
-    return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in values}
+def _tracker_config(config: Config) -> dict[str, Any]:
+    """Trackers may be public: the address of a reward server may hold a password."""
+    values = config_to_dict(config).items()
+    return {name: value if isinstance(value, (bool, int, float)) else redacted(str(value)) for name, value in values}
 
 
 def _due(step: int, interval: int | None) -> bool:
