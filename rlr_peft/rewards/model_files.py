@@ -82,10 +82,11 @@ class ModelFiles:
             problem = found
             if not isinstance(problem, EntryNotFoundError):
                 break
-        words = next((text for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), "cannot be read")
+        reason = "cannot be read: " + next(iter(str(problem).splitlines()), "")
+        words = next((text.format(repo=place) for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), reason)
         raise RewardError(
             f"reward '{reward_name}' needs the file {alternatives[-1]} of the Hub repository {place}, which "
-            f"{words.format(repo=place)}. Get it with `hf download {place} {names}`, or name a local copy with "
+            f"{words}. Get it with `hf download {place} {names}`, or name a local copy with "
             f"--reward_model_path '{{{repo}: /path/to/folder}}' ({type(problem).__name__})"
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from benchmarks.reward_checkpoints import Sizes
 from benchmarks.reward_parity import PROMPTS, local_files, markdown, mixed_images, network_parity, to_tensor
@@ -21,7 +22,7 @@ from rlr_peft.rewards.clip_scores import HPSV2
 from rlr_peft.rewards.image_reward import IMAGE_REWARD
 from rlr_peft.rewards.linear_head import LinearHead
 from rlr_peft.rewards.model_files import ModelFiles, load_weights
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings
+from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
 from rlr_peft.rewards.registry import MODEL_REWARDS, RewardSettings, load_reward
 
 IMAGE_REWARDS = ["aesthetic", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]
@@ -258,6 +259,22 @@ def test_gated_absent_and_incomplete_repositories_are_told_apart(tmp_path: Path)
     assert "o/gone, which was not found, or is private" in gone
     assert "weights.pt of the Hub repository o/bare, which has no such file" in bare
     assert all("`hf download o/" in line for line in (gated, gone, bare))
+
+
+def test_why_a_file_cannot_be_had_is_said() -> None:
+    files = ModelFiles({HPSV2: "my models/hps"})
+    with pytest.raises(RewardError, match=r"my models/hps, which cannot be read: Repo id must .*ValidationError"):
+        load_reward("hpsv2", settings=RewardSettings(ModelSettings(files=files)))
+
+
+def test_loading_gives_the_progress_bars_and_the_logging_level_back(tmp_path: Path) -> None:
+    level = logging.get_verbosity()
+    for switch in (logging.disable_progress_bar, logging.enable_progress_bar):
+        switch()
+        before = logging.is_progress_bar_enabled()
+        with loading("mine", tmp_path):
+            assert not logging.is_progress_bar_enabled() and logging.get_verbosity() > logging.ERROR
+        assert logging.is_progress_bar_enabled() is before and logging.get_verbosity() == level
 
 
 def test_a_local_folder_without_the_file_is_named(tmp_path: Path) -> None:
