@@ -420,6 +420,7 @@ REFUSED = [
     ("--dcot_columns a b --dcot_fractions 0.5 0.4", "dcot_fractions: expected fractions above 0 that sum to 1"),
     ("--dcot_columns a b --num_inference_steps 1", "dcot_fractions: expected at least one of the 1 steps"),
     ("--dcot_columns a b --dcot_stages x y z", "dcot_columns: expected one column for each of 3 stages, got a b"),
+    ("--dcot_model m --dcot_stages layout prompt", "dcot_stages: expected other names than prompt, which the file of"),
     ("--dcot_rules --dcot_stages a b", "dcot_stages: expected coarse mid fine with dcot_rules, got a b"),
     ("--dcot_endpoint http://localhost:1/v1", "dcot_endpoint_model: expected together with dcot_endpoint, got None"),
     ("--dataset_name d", "prompt_path: expected one source of prompts, got tiny-shapes/train and dataset_name d"),

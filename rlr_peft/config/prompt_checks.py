@@ -91,6 +91,11 @@ def check_chain_of_thought(config: Config) -> Iterator[str]:
             f"dcot_stages: expected coarse mid fine with dcot_rules, got {' '.join(stages.names)}; drop "
             "--dcot_stages, or take the stage prompts from columns or a model."
         )
+    if stages is not None and arguments.dcot_columns is None and "prompt" in stages.names:
+        yield (
+            "dcot_stages: expected other names than prompt, which the file of stage prompts calls the whole text, got "
+            f"{' '.join(stages.names)}; rename the stage."
+        )
     columns = arguments.dcot_columns
     if stages is not None and columns is not None and len(columns) != stages.count:
         yield (

@@ -1,5 +1,6 @@
 """The Diffusive Chain-of-Thought around any supported pipeline: a prompt per stage of the denoising chain."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,11 +15,14 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
 from rlr_peft.config.chain_of_thought import stages_from_arguments
 from rlr_peft.config.yaml_files import read_yaml
-from rlr_peft.prompts.chain_of_thought import Decomposer, as_prompt
+from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, as_prompt, read_stages
+from rlr_peft.prompts.errors import PromptError
 from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
 from rlr_peft.stages import Stages, make_stages
 
-Given = str | Sequence[str] | dict[str, str]
+logger = logging.getLogger(__name__)
+
+Given = str | Sequence[str] | Mapping[str, str]
 
 
 @dataclass
@@ -78,7 +82,9 @@ class DiffusiveChainOfThought:
         Args:
             pipeline: loaded without safety checker, with the run's adapter.
             path: the run's ``config.yaml``.
-            decompose: splits a prompt that comes without stage prompts.
+            decompose: splits a prompt that comes without stage prompts; None does as the run did: by the rules or from
+                its file of stage prompts (``dcot_cache``, or the one beside the config). Where these came from columns,
+                the whole prompt conditions all stages, as in the run's validation.
             options: over those of the run, for example ``eta=0.0`` for images without the noise of training.
 
         Raises:
@@ -86,9 +92,12 @@ class DiffusiveChainOfThought:
             ValueError: a run without stages.
         """
         values = read_yaml(Path(path))
-        stages = stages_from_arguments(ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values)))
+        arguments = ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values))
+        stages = stages_from_arguments(arguments)
         if stages is None:
             raise ValueError(f"Expected the config of a run with stage prompts, got {path} without any.")
+        if decompose is None:
+            decompose = _as_the_run(arguments, stages, Path(path).parent)
         denoiser = values.get("denoiser")
         trained = {
             **vars(ChainArguments(**_group(ChainArguments, values))),
@@ -101,31 +110,46 @@ class DiffusiveChainOfThought:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Given | Sequence[Mapping[str, str]],
+        prompt: Given | Sequence[Given],
         *,
         seeds: Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
         output_type: str = "pil",
+        **others: Any,
     ) -> ChainOfThoughtOutput:
         """Draws images or videos.
 
         Args:
             prompt: a text, which is split into stages; the texts of the stages as a mapping by name (``{"coarse": ...,
-                "mid": ..., "fine": ...}``) or as a ``Prompt`` that carries them; or a list of these, in which a tuple
-                is the texts of one sample's stages.
+                "mid": ..., "fine": ...}``), as a tuple, or as a ``Prompt`` that carries them; or a list of these.
             seeds: one per sample; by default 0, 1, ...
+            num_images_per_prompt: samples of every prompt, side by side.
             output_type: ``pil`` or ``pt``.
+            others: refused; what concerns the chain is settled when this object is made.
 
         Raises:
             PromptError: a prompt that cannot be split, or stage prompts that do not fit the stages.
-            ValueError: another number of seeds than prompts, or an unknown output type.
+            ValueError: no prompt, another number of seeds than samples, or an unknown output type.
+            TypeError: an argument that only the pipeline itself takes.
         """
+        if others:
+            raise TypeError(
+                f"Expected no {', '.join(others)} here: give seeds=[...] in place of a generator, and guidance_scale, "
+                "negative_prompt, num_inference_steps and sizes to DiffusiveChainOfThought(pipe, ...) itself."
+            )
         if output_type not in ("pil", "pt"):
             raise ValueError(f"Expected output_type pil or pt, got {output_type}.")
-        given: list[Any] = [prompt] if isinstance(prompt, (str, dict)) else list(prompt)
-        prompts = [as_prompt(one, self.stages.names, self._decompose) for one in given]
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        given: list[Any] = [prompt] if isinstance(prompt, (str, tuple, Mapping)) else list(prompt)
+        if not given or num_images_per_prompt < 1:
+            raise ValueError(
+                f"Expected one prompt or more and num_images_per_prompt of 1 or more, got {len(given)} and "
+                f"{num_images_per_prompt}."
+            )
+        each = [as_prompt(one, self.stages.names, self._decompose) for one in given]
+        prompts = [one for one in each for _ in range(num_images_per_prompt)]
+        seeds = list(range(len(prompts))) if seeds is None else [seeds] if isinstance(seeds, int) else list(seeds)
         if len(seeds) != len(prompts):
-            raise ValueError(f"Expected one seed for each of {len(prompts)} prompts, got {len(seeds)}.")
+            raise ValueError(f"Expected one seed for each of {len(prompts)} samples, got {len(seeds)}.")
         trajectory = self.chain.sample(prompts, seeds)
         drawn = self.chain.decode(trajectory.latents[0], prompts).float()
         is_video = drawn.ndim == 5
@@ -136,10 +160,35 @@ class DiffusiveChainOfThought:
         return ChainOfThoughtOutput(images=result, stage_prompts=stage_prompts)
 
     def _refuse(self, prompt: str) -> Sequence[str]:
-        raise ValueError(
-            f"Expected the stage prompts of {prompt!r} ({', '.join(self.stages.names)}): the built-in rules know "
+        raise PromptError(
+            f"expected the stage prompts of {prompt!r} ({', '.join(self.stages.names)}): the built-in rules know "
             "coarse, mid and fine only. Give a mapping of names to texts, or pass `decompose`."
         )
+
+
+def _as_the_run(arguments: ChainOfThoughtArguments, stages: Stages, folder: Path) -> Decomposer:
+    """Splits a text as a run with these arguments and this output folder did; writes no file."""
+    if arguments.dcot_columns is not None:
+        return lambda prompt: (str(prompt),) * stages.count
+    file = folder / STAGE_PROMPTS_FILE if arguments.dcot_cache is None else Path(arguments.dcot_cache)
+    if arguments.dcot_rules and arguments.dcot_cache is None:
+        return decompose_by_rules
+    known = read_stages(file, stages.names) if file.exists() else {}
+    if arguments.dcot_rules and not known:
+        logger.warning("%s is not here: prompts are split by the rules alone.", file)
+
+    def decompose(prompt: str) -> Sequence[str]:
+        if prompt in known:
+            return known[prompt]
+        if arguments.dcot_rules:
+            return decompose_by_rules(prompt)
+        raise PromptError(
+            f"expected the stage prompts of {str(prompt)!r} in {file}, where the run kept those of "
+            f"{arguments.dcot_model or arguments.dcot_endpoint_model}; give a mapping of {', '.join(stages.names)} to "
+            "texts, or pass `decompose`"
+        )
+
+    return decompose
 
 
 def _group(arguments: type[ChainArguments | ChainOfThoughtArguments], values: Mapping[str, Any]) -> dict[str, Any]:

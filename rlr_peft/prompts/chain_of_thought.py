@@ -2,16 +2,20 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from codecs import BOM_UTF8
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.prompt import Prompt, with_stages
+from rlr_peft.prompt import Prompt, stages_of, with_stages
 from rlr_peft.prompts.errors import PromptError
 
 Decomposer = Callable[[str], Sequence[str]]
 """Splits a prompt into one text per stage, noise first; raises ``PromptError`` for one that it cannot split."""
 
+STAGE_PROMPTS_FILE = "stage_prompts.jsonl"
+"""Name, in a run's output folder, of the file that remembers what models answered."""
 MAX_STAGE_PROMPT_LENGTH = 1000
 """Characters; what is longer is no prompt but a model that does not stop."""
 
@@ -36,13 +40,19 @@ def parse_stages(answer: str, names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         MalformedStagesError: anything else.
     """
-    start = answer.find("{")
-    if start < 0:
-        raise MalformedStagesError("no JSON object")
-    try:
-        found, _ = json.JSONDecoder().raw_decode(answer, start)
-    except json.JSONDecodeError as error:
-        raise MalformedStagesError(f"not valid JSON ({error.msg} at character {error.pos})") from None
+    problem = MalformedStagesError("no JSON object")
+    # Braces may come in what a model says before its answer.
+    for number, brace in enumerate(re.finditer(r"\{", answer)):
+        try:
+            found, _ = json.JSONDecoder().raw_decode(answer, brace.start())
+            break
+        except json.JSONDecodeError as error:
+            if number == 0:
+                problem = MalformedStagesError(f"not valid JSON ({error.msg} at character {error.pos})")
+        except RecursionError:
+            raise MalformedStagesError("not valid JSON (nested too deeply)") from None
+    else:
+        raise problem
     return check_stages(found, names)
 
 
@@ -52,8 +62,8 @@ def check_stages(found: Any, names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         MalformedStagesError: a name is missing, there are others, or a text is none, blank or endless.
     """
-    if not isinstance(found, dict) or set(found) != set(names):
-        got = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+    if not isinstance(found, Mapping) or set(found) != set(names):
+        got = ", ".join(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
         raise MalformedStagesError(f"expected the keys {', '.join(names)}, got {got or 'none'}")
     for name in names:
         text = found[name]
@@ -85,11 +95,7 @@ class RememberedStages:
         self._decompose = decompose
         self._path = path
         self._names = tuple(names)
-        self._known: dict[str, tuple[str, ...]] = {}
-        if path.exists():
-            for number, line in enumerate(_lines(path), start=1):
-                if line.strip():
-                    self._remember(line, number)
+        self._known = read_stages(path, names) if path.exists() else {}
 
     def __call__(self, prompt: str) -> tuple[str, ...]:
         """The stage prompts, from the file or newly split."""
@@ -99,20 +105,6 @@ class RememberedStages:
             self._append({"prompt": text, **dict(zip(self._names, stages, strict=True))})
             self._known[text] = stages
         return self._known[text]
-
-    def _remember(self, line: str, number: int) -> None:
-        try:
-            entry = json.loads(line)
-            prompt = entry.pop("prompt")
-            if not isinstance(prompt, str):
-                raise MalformedStagesError(f"expected a text for prompt, got {prompt!r:.60}")
-            self._known[prompt] = check_stages(entry, self._names)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise PromptError(
-                f'{self._path}, line {number}: expected {{"prompt": ..., {", ".join(self._names)}}}: {error}; '
-                "correct or "
-                "delete the line"
-            ) from error
 
     def _append(self, entry: dict[str, str]) -> None:
         """On the disk before the next question: answers may have cost money."""
@@ -125,7 +117,35 @@ class RememberedStages:
             os.fsync(file.fileno())
 
 
-def as_prompt(given: "str | Sequence[str] | dict[str, str]", names: Sequence[str], decompose: Decomposer) -> Prompt:
+def read_stages(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What a file of ``RememberedStages`` holds: the stage prompts of every prompt in it.
+
+    Raises:
+        PromptError: the file cannot be read, or a line is not of this form; the message names it.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read: {error.strerror}") from error
+    known: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode("utf-8"))
+            prompt = entry.pop("prompt")
+            if not isinstance(prompt, str):
+                raise MalformedStagesError(f"expected a text for prompt, got {prompt!r:.60}")
+            known[prompt] = check_stages(entry, names)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise PromptError(
+                f'{path}, line {number}: expected {{"prompt": ..., {", ".join(names)}}}: {error}; correct or delete '
+                "the line"
+            ) from error
+    return known
+
+
+def as_prompt(given: "str | Sequence[str] | Mapping[str, str]", names: Sequence[str], decompose: Decomposer) -> Prompt:
     """A prompt with stage prompts from whatever a person gives.
 
     Args:
@@ -135,24 +155,27 @@ def as_prompt(given: "str | Sequence[str] | dict[str, str]", names: Sequence[str
         decompose: splits texts.
 
     Raises:
-        PromptError: another number of stages, or other names.
+        PromptError: another number of stages, other names, or something else than texts.
     """
-    if isinstance(given, Prompt) and given.stages:
-        return given
-    if isinstance(given, str):
-        return with_stages(given, decompose(given))
-    found = given if isinstance(given, dict) else dict(zip(names, given, strict=False))
     try:
-        if not isinstance(given, dict) and len(given) != len(names):
-            raise MalformedStagesError(f"expected one text for each of {', '.join(names)}, got {len(given)}")
-        stages = check_stages(found, names)
+        if isinstance(given, str):
+            return with_stages(given, _one_per_stage(stages_of(given) or decompose(given), names))
+        stages = check_stages(
+            given if isinstance(given, Mapping) else dict(zip(names, _one_per_stage(given, names), strict=True)), names
+        )
     except MalformedStagesError as error:
-        raise PromptError(f"stage prompts {given!r:.200}: {error}") from None
+        raise PromptError(f"stage prompts of {given!r:.200}: {error}") from None
     return Prompt(stages[-1], stages=stages)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+def _one_per_stage(texts: Any, names: Sequence[str]) -> Sequence[str]:
+    """Texts, which may be blank where the whole prompt is.
+
+    Raises:
+        MalformedStagesError: another number of them, or something else.
+    """
+    is_sequence = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not is_sequence or len(texts) != len(names) or not all(isinstance(text, str) for text in texts):
+        got = f"{len(texts)}: {texts!r:.60}" if is_sequence else f"{texts!r:.60}"
+        raise MalformedStagesError(f"expected one text for each of {', '.join(names)}, got {got}")
+    return list(texts)

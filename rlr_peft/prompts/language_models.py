@@ -1,13 +1,15 @@
 """Language models that split prompts into stages: a local one of ``transformers``, or one behind an endpoint."""
 
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
-import urllib3
+from jinja2 import TemplateError
 
+from rlr_peft.json_server import JsonServer, ServerError, shortened
 from rlr_peft.prompts.chain_of_thought import MalformedStagesError, parse_stages
 from rlr_peft.prompts.errors import PromptError
 
@@ -16,7 +18,6 @@ logger = logging.getLogger(__name__)
 TRIES = 3
 """Answers asked for before a prompt is given up."""
 MAX_NEW_TOKENS = 400
-RETRIED_STATUSES = frozenset([429, *range(500, 600)])
 CONNECTION_RETRIES = 3
 
 
@@ -99,8 +100,9 @@ class TransformersModel:
 
         self.name = name
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+            # Left to itself, transformers asks at the terminal whether to run what code the folder holds.
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self._model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError) as error:
             raise PromptError(f"dcot_model '{name}': cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -126,6 +128,12 @@ class TransformersModel:
         if self._tokenizer.chat_template is None:
             return self._tokenizer(f"{instructions}\n{question}\n", return_tensors="pt")
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
+        try:
+            return self._from_template(messages)
+        except TemplateError:  # some models, such as Gemma 2, know no system message
+            return self._from_template([{"role": "user", "content": f"{instructions}\n\n{question}"}])
+
+    def _from_template(self, messages: list[dict[str, str]]) -> Any:
         return self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
@@ -149,25 +157,15 @@ class EndpointModel:
         self, url: str, model: str, api_key: str | None = None, timeout: float = 120.0, backoff: float = 1.0
     ) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise PromptError(f"dcot_endpoint '{url}': expected http://HOST:PORT/PATH or https://HOST/PATH")
-        # No user name, password or query: they may be secret.
+        # A query, such as the version of the API that some servers ask for, stays at the end.
+        asked = parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions").geturl()
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        try:
+            self._server = JsonServer(asked, timeout, CONNECTION_RETRIES, backoff, headers)
+        except ValueError as error:
+            raise PromptError(f"dcot_endpoint '{url}': {error}") from None
         self.name = f"{model} at {parts.hostname}"
-        self._url = f"{url.rstrip('/')}/chat/completions"
         self._model = model
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._pool = urllib3.PoolManager(
-            retries=urllib3.Retry(
-                total=CONNECTION_RETRIES,
-                redirect=0,
-                allowed_methods=None,  # asking again changes nothing, although it is a POST
-                status_forcelist=RETRIED_STATUSES,
-                backoff_factor=backoff,
-                raise_on_status=False,
-                raise_on_redirect=False,
-            ),
-            timeout=timeout,
-        )
 
     def answer(self, instructions: str, question: str, attempt: int) -> str:
         """The content of the first choice.
@@ -183,15 +181,13 @@ class EndpointModel:
             "max_tokens": MAX_NEW_TOKENS,
         }
         try:
-            response = self._pool.request("POST", self._url, json=body, headers=self._headers)
-        except urllib3.exceptions.HTTPError as error:
-            raise PromptError(f"prompt {question!r}: {self.name} cannot be reached: {error}") from error
-        if response.status != 200:
-            text = " ".join(response.data[:300].decode("utf-8", "replace").split())
-            raise PromptError(f"prompt {question!r}: {self.name} answered status {response.status}: {text}")
+            answer = self._server.ask(body)
+        except ServerError as error:
+            raise PromptError(f"prompt {question!r}: {self.name} {error}") from None
         try:
-            return str(response.json()["choices"][0]["message"]["content"])
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return str(answer["choices"][0]["message"]["content"])
+        except (KeyError, IndexError, TypeError):
             raise PromptError(
-                f"prompt {question!r}: expected an OpenAI chat completion from {self.name}, got {response.data[:200]!r}"
-            ) from error
+                f"prompt {question!r}: expected an OpenAI chat completion from {self.name}, got "
+                f"{shortened(json.dumps(answer))}"
+            ) from None

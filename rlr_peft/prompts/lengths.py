@@ -1,5 +1,7 @@
 """Prompts that are longer than what a text encoder sees."""
 
+import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ from rlr_peft.prompt import stages_of
 MAX_CHECKED = 10_000
 # Tokenizers without a limit of their own say so by a huge number.
 UNLIMITED = 1_000_000
-# T5's default in most pipelines.
+# T5's in pipelines that do not say.
 DEFAULT_SEQUENCE_LENGTH = 512
 
 
@@ -47,15 +49,16 @@ def find_over_long(
     """Counts prompts and stage prompts beyond the roomiest tokenizer's limit; None without any.
 
     Args:
-        prompts: at most the first 10,000 different ones are looked at.
+        prompts: at most the first 10,000 different texts, stage prompts among them, are looked at.
         tokenizers: of the pipeline; a model with several text encoders loses text only where the roomiest does.
-        max_sequence_length: of tokenizers that leave it to the pipeline; None for its default.
+        max_sequence_length: of tokenizers that leave it to the pipeline; None for 512.
     """
     rooms = [(_limit(tokenizer, max_sequence_length), tokenizer) for tokenizer in tokenizers]
     if not rooms:
         return None
     limit, tokenizer = max(rooms, key=lambda room: room[0])
-    texts = dict.fromkeys(str(text) for prompt in prompts[:MAX_CHECKED] for text in (stages_of(prompt) or (prompt,)))
+    different = dict.fromkeys(str(text) for prompt in prompts for text in (stages_of(prompt) or (prompt,)))
+    texts = list(itertools.islice(different, MAX_CHECKED))
     # A token is at least one byte of text, and most texts are too short for a doubt.
     doubtful = [text for text in texts if len(text.encode()) + 2 > limit]
     lengths = [len(tokens) for tokens in tokenizer(doubtful, verbose=False)["input_ids"]] if doubtful else []
@@ -64,6 +67,12 @@ def find_over_long(
         return None
     length, text = max(over, key=lambda pair: pair[0])
     return OverLong(len(over), len(texts), limit, text, length)
+
+
+def default_sequence_length(pipeline: Any) -> int | None:
+    """The ``max_sequence_length`` that a pipeline's call takes by itself, such as 256 of SD3; None if it takes none."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
 
 
 def _limit(tokenizer: Any, max_sequence_length: int | None) -> int:

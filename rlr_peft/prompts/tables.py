@@ -1,6 +1,7 @@
 """Tables of prompts through the ``datasets`` library: local files, and datasets of the Hub or of a local folder."""
 
 import contextlib
+import glob
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,15 +39,23 @@ def file_rows(path: Path, columns: Columns) -> Iterator[Mapping[str, Any]]:
         PromptError: the file is empty or damaged.
     """
     spec = DatasetSpec(str(path), streaming=True)
-    yield from _rows(spec, columns, path=FORMATS[path.suffix.lower()], data_files=str(path))
+    # The library takes paths for patterns: `prompts[1].csv` would stand for `prompts1.csv`.
+    pattern = glob.escape(str(path.absolute()))
+    yield from _rows(spec, columns, path=FORMATS[path.suffix.lower()], data_files=pattern)
 
 
 def dataset_rows(spec: DatasetSpec, columns: Columns) -> Iterator[Mapping[str, Any]]:
     """The rows of a dataset.
 
     Raises:
-        PromptError: no such dataset, configuration, split or column, or damaged files.
+        PromptError: no such dataset, configuration, split or column, damaged files, or a folder named like a pattern.
     """
+    folder = Path(spec.name).absolute()
+    if folder.is_dir() and glob.has_magic(str(folder)):
+        raise PromptError(
+            f"prompts '{spec.name}': expected a folder without *, ? and [ in its path, which are read as a pattern of "
+            f"other folders, got {folder}; rename it, or give the file in it with --prompt_path"
+        )
     yield from _rows(spec, columns, path=spec.name, name=spec.config_name)
 
 

@@ -21,7 +21,7 @@ class Aesthetic(SeeingReward):
     def __init__(self, settings: ModelSettings) -> None:
         vision = load_clip_vision("aesthetic", settings.files, OPENAI_CLIP, settings.dtype)
         path = settings.files.find("aesthetic", HEAD, *HEAD_FILES)
-        head = LinearHead("aesthetic", path, load_weights("aesthetic", path))
+        head = LinearHead("aesthetic", path, load_weights("aesthetic", path), vision.config.projection_dim)
         super().__init__("aesthetic", settings, nn.ModuleDict({"vision": vision, "head": head}))
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:

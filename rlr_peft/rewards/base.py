@@ -97,7 +97,7 @@ def measure_images(
         (B,) finite float32 scores on the images' device, and the reward's info.
 
     Raises:
-        RewardError: wrong inputs, or scores that `check_scores` refuses.
+        RewardError: wrong inputs, images that are not finite, or scores that `check_scores` refuses.
     """
     metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
     _check_inputs(reward, images, prompts, metadata)
@@ -120,11 +120,13 @@ def settle_differentiable(
     """Whether `reward` is differentiable, asking it to find out on these images if it does not know yet.
 
     Only user callables without a `differentiable` attribute need the images (see `callables.CallableReward.probe`);
-    for all other rewards this reads the attribute.
+    for all other rewards this reads the attribute. Of videos a reward without `takes_video` tries the first frames.
     """
     probe = getattr(reward, "probe", None)
     if probe is not None:
         metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
+        if images.ndim == 5 and not getattr(reward, "takes_video", False):
+            images = images[:, 0]
         return bool(probe(images, list(prompts), metadata))
     return reward.differentiable
 
@@ -153,3 +155,11 @@ def _check_inputs(reward: Reward, images: Tensor, prompts: Sequence[str], metada
         )
     if len(metadata) != len(prompts):
         raise RewardError(f"reward '{reward.name}': got {len(prompts)} prompts but {len(metadata)} metadata entries")
+    # A file size, or a server that gets 8-bit pixels, would give a plausible score to an image that is none.
+    bad = [i for i, finite in enumerate(images.detach().isfinite().flatten(1).all(1).tolist()) if not finite]
+    if bad:
+        raise RewardError(
+            f"reward '{reward.name}': expected finite images, got NaN or infinity in {len(bad)} of {len(prompts)}: "
+            f"{describe_samples(bad, prompts)}. A decoder in fp16 may overflow: use bf16 or fp32, or a VAE made for "
+            "fp16 (--pretrained_vae_model_name_or_path)"
+        )

@@ -93,13 +93,12 @@ class CallableReward:
         """
         if self._differentiable is not None:
             return self._differentiable
-        few = images[:PROBE_BATCH_SIZE].detach().clone()
+        few = images[:PROBE_BATCH_SIZE].detach()
         arguments = (prompts[:PROBE_BATCH_SIZE], metadata[:PROBE_BATCH_SIZE])
         with torch.random.fork_rng(devices=[few.device] if few.is_cuda else []), torch.enable_grad():
             leaf = few.clone().requires_grad_(True)
             try:
-                # A copy, because decoded images are no leaf of the graph either: code may change them in place.
-                scores = check_scores(self.name, self._call(leaf.clone(), *arguments), arguments[0])
+                scores = check_scores(self.name, self._call(leaf, *arguments), arguments[0])
                 self._differentiable = is_attached(scores, leaf)
             except RewardError as error:
                 check_scores(self.name, self._call(few, *arguments), arguments[0])
@@ -127,10 +126,11 @@ class CallableReward:
         return (scores, info) if info else scores
 
     def _call(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
-        arguments: tuple[Any, ...] = (images, prompts)
+        # Copies, which the code may change in place: other rewards are still to see what was drawn.
+        arguments: tuple[Any, ...] = (images.clone(), list(prompts))
         keywords: dict[str, Any] = {}
         if self._passes_metadata == "positional":
-            arguments = (images, prompts, metadata)
+            arguments = (*arguments, metadata)
         elif self._passes_metadata == "keyword":
             keywords = {"metadata": metadata}
         try:

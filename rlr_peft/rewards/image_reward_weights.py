@@ -51,7 +51,7 @@ def image_reward_network(
     for module, weights in ((vision, vision_weights), (text, text_weights)):
         loaded = module.load_state_dict(weights, strict=False)
         check_keys(reward_name, path, loaded.missing_keys, [*loaded.unexpected_keys, *unknown])
-    head = LinearHead(reward_name, path, head_weights)
+    head = LinearHead(reward_name, path, head_weights, text.config.hidden_size)
     return nn.ModuleDict({"vision": vision.to(dtype), "text": text.to(dtype), "head": head})
 
 

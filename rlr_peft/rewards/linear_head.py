@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.model_files import check_keys
 
 _LAYER = re.compile(r"layers\.(\d+)\.weight")
@@ -20,12 +21,13 @@ class LinearHead(nn.Module):
         reward_name: named in errors.
         path: of the checkpoint, named in errors.
         weights: `layers.N.weight` (out, in) and `layers.N.bias` (out,).
+        width: D, of the features that it will get.
 
     Raises:
-        RewardError: weights are missing or unknown.
+        RewardError: weights are missing or unknown, or for features of another width.
     """
 
-    def __init__(self, reward_name: str, path: Path, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, reward_name: str, path: Path, weights: Mapping[str, Tensor], width: int) -> None:
         super().__init__()
         numbers = sorted(int(match[1]) for match in map(_LAYER.fullmatch, weights) if match)
         self.layers = nn.ModuleDict(
@@ -38,6 +40,12 @@ class LinearHead(nn.Module):
         check_keys(
             reward_name, path, loaded.missing_keys or ([] if numbers else ["layers.0.weight"]), loaded.unexpected_keys
         )
+        expected = self.layers[str(numbers[0])].in_features
+        if expected != width:
+            raise RewardError(
+                f"reward '{reward_name}': {path} is a head for features of {expected} numbers, but the model before it "
+                f"gives {width}; take the head and the model that belong together"
+            )
 
     def forward(self, features: Tensor) -> Tensor:
         """(B,) in the features' dtype."""

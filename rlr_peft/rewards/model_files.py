@@ -82,10 +82,11 @@ class ModelFiles:
             problem = found
             if not isinstance(problem, EntryNotFoundError):
                 break
-        words = next((text for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), "cannot be read")
+        reason = "cannot be read: " + next(iter(str(problem).splitlines()), "")
+        words = next((text.format(repo=place) for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), reason)
         raise RewardError(
             f"reward '{reward_name}' needs the file {alternatives[-1]} of the Hub repository {place}, which "
-            f"{words.format(repo=place)}. Get it with `hf download {place} {names}`, or name a local copy with "
+            f"{words}. Get it with `hf download {place} {names}`, or name a local copy with "
             f"--reward_model_path '{{{repo}: /path/to/folder}}' ({type(problem).__name__})"
         )
 
@@ -116,13 +117,18 @@ def load_weights(reward_name: str, path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise RewardError(
             f"reward '{reward_name}': {path} cannot be read as weights ({type(error).__name__}: {first_line}); it is "
             "damaged or holds more than weights: get it again"
         ) from None
+    if not isinstance(loaded, dict):
+        raise RewardError(
+            f"reward '{reward_name}': expected weights by name in {path}, got {type(loaded).__name__}; it is another "
+            "file: get it again"
+        )
     return loaded
 
 

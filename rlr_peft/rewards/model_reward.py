@@ -114,7 +114,7 @@ def loading(reward_name: str, path: Path) -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
@@ -126,4 +126,6 @@ def loading(reward_name: str, path: Path) -> Iterator[None]:
             "another model: get it again"
         ) from None
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()

@@ -67,6 +67,22 @@ def imagenet_pixels(images: Tensor, size: int, multiple_of: int) -> Tensor:
     return normalize(cropped, IMAGENET_MEAN, IMAGENET_STD)
 
 
+def vbench_pixels(frames: Tensor, size: int) -> Tensor:
+    """As VBench's for DINO: shortest side to `size`, bilinear without antialiasing, ImageNet's mean and deviation.
+
+    VBench rounds the resized frames to 8 bits, which has no gradient and is left out.
+
+    Args:
+        frames: (B, 3, H, W) in [0, 1].
+        size: of the shortest side, in pixels.
+
+    Returns:
+        (B, 3, h, w) float32; nothing is cut off.
+    """
+    shape = _shortest_side_to(frames, size)
+    return normalize(F.interpolate(frames.float(), size=shape, mode="bilinear"), IMAGENET_MEAN, IMAGENET_STD)
+
+
 def resize_like_pil(images: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialiasing, first in width, then in height, clamped to [0, 1] after each, in float32."""
     resized = images.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -31,11 +32,19 @@ class RewardServer(ThreadingHTTPServer):
         reward: scores; images are moved to its device by itself or by `device`.
         host, port: where to listen; port 0 takes a free one.
         device: where images are put before scoring.
+
+    Raises:
+        RewardError: a reward of whole videos; only images travel.
     """
 
     daemon_threads = True
 
     def __init__(self, reward: Reward, host: str, port: int, device: str | torch.device = "cpu") -> None:
+        if getattr(reward, "takes_video", False):
+            raise RewardError(
+                f"reward '{reward.name}' judges whole videos, but only images travel to a server: give it to "
+                "--reward_fn itself"
+            )
         super().__init__((host, port), _Handler)
         self.reward = reward
         self.device = device
@@ -134,10 +143,10 @@ def _by_size(images: list[torch.Tensor]) -> Iterator[list[int]]:
 
 
 def _answer(scored: Scored, order: list[int]) -> dict[str, Any]:
-    """JSON has no NaN: info that a sample lacks is null."""
+    """JSON has neither NaN nor infinity: info that a sample lacks is null."""
     positions = sorted(range(len(order)), key=order.__getitem__)
     info = {
-        name: [None if value != value else value for value in values[positions].tolist()]
+        name: [value if math.isfinite(value) else None for value in values[positions].tolist()]
         for name, values in scored.info.items()
     }
     answer: dict[str, Any] = {"rewards": scored.scores.tolist()}

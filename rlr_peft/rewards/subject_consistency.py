@@ -7,7 +7,7 @@ from transformers import ViTModel
 
 from rlr_peft.rewards.clip import MODEL_FILES, unit
 from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
-from rlr_peft.rewards.preprocessing import imagenet_pixels
+from rlr_peft.rewards.preprocessing import vbench_pixels
 from rlr_peft.rewards.temporal_flicker import check_length
 
 DINO = "facebook/dino-vitb16"
@@ -30,8 +30,8 @@ class SubjectConsistency(ModelReward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) float32 in [0, 1] of videos (B, F, 3, H, W), F >= 2; prompts are not looked at."""
         check_length(self.name, images)
-        config = self.network.config
-        pixels = imagenet_pixels(images.flatten(0, 1), config.image_size, config.patch_size).to(self.network.dtype)
+        # What is left of a side beyond whole patches is cut off by the network itself, as in the original.
+        pixels = vbench_pixels(images.flatten(0, 1), self.network.config.image_size).to(self.network.dtype)
         tokens = self.network(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
         features = unit(tokens[:, 0]).unflatten(0, images.shape[:2])
         to_first = (features[:, 1:] * features[:, :1]).sum(-1)

@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list
 
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.prompt import with_stages
-from rlr_peft.prompts.chain_of_thought import Decomposer, RememberedStages, decompose_prompts
+from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, RememberedStages, decompose_prompts
 from rlr_peft.prompts.held_back import hold_back, is_held_back
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
-from rlr_peft.prompts.lengths import find_over_long
+from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
 from rlr_peft.prompts.rows import Columns
 from rlr_peft.prompts.rule_based import decompose_by_rules
 from rlr_peft.prompts.sampler import PromptSampler, Sampler
@@ -25,8 +25,6 @@ from rlr_peft.prompts.streaming import StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec
 
 logger = logging.getLogger(__name__)
-
-STAGE_PROMPTS = "stage_prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,8 @@ def warn_of_long_prompts(config: Config, pipeline: object, prompts: RunPrompts) 
     names = ("tokenizer", "tokenizer_2", "tokenizer_3")
     tokenizers = [part for name in names if (part := getattr(pipeline, name, None)) is not None]
     every = [*prompts.training, *(prompts.evaluation or ()), *prompts.validation]
-    over = find_over_long(every, tokenizers, config.chain.max_sequence_length)
+    room = config.chain.max_sequence_length or default_sequence_length(pipeline)
+    over = find_over_long(every, tokenizers, room)
     if over is not None:
         logger.warning("%s", over.describe())
 
@@ -187,9 +186,9 @@ def _needs_decomposer(config: Config) -> bool:
 def _decomposer(config: Config, device: torch.device) -> Decomposer:
     arguments, stages = config.chain_of_thought, stages_from_config(config)
     assert stages is not None
-    path = Path(arguments.dcot_cache or Path(config.training.output_dir) / STAGE_PROMPTS)
+    path = Path(arguments.dcot_cache or Path(config.training.output_dir) / STAGE_PROMPTS_FILE)
     if arguments.dcot_rules:
-        # Nothing is written for rules, but a file that a person edited is honoured.
+        # Rules need no memory, but a file that a person edits is honoured.
         return RememberedStages(decompose_by_rules, path, stages.names) if arguments.dcot_cache else decompose_by_rules
     model: TransformersModel | EndpointModel
     if arguments.dcot_model is not None:

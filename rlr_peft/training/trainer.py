@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.config import config_to_dict, save_config, stages_from_config
+from rlr_peft.config import Config, config_to_dict, save_config, stages_from_config
+from rlr_peft.publishing.redaction import redacted
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.output_dir import CONFIG, claim_output_dir
@@ -44,7 +45,7 @@ def train(
         if aside is not None:
             logger.warning("What another course of training left in %s was moved to %s.", run.output_dir, aside)
         save_config(run.config, run.output_dir / CONFIG)
-    run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run))
+    run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run.config))
     _announce(run, progress)
     with ExitStack() as stack:
         interruption = stack.enter_context(GracefulInterruption())
@@ -162,9 +163,10 @@ def _announce(run: Run, progress: Progress) -> None:
         logger.info(line)
 
 
-def _tracker_config(run: Run) -> dict[str, Any]:
-    values = config_to_dict(run.config).items()
-    return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in values}
+def _tracker_config(config: Config) -> dict[str, Any]:
+    """Trackers may be public: the address of a reward server may hold a password."""
+    values = config_to_dict(config).items()
+    return {name: value if isinstance(value, (bool, int, float)) else redacted(str(value)) for name, value in values}
 
 
 def _due(step: int, interval: int | None) -> bool:

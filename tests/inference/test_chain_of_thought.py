@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import yaml
 
 import train_rlr_lora
 from rlr_peft.inference import DiffusiveChainOfThought
+from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompts.rule_based import decompose_by_rules
 from rlr_peft.training.seeds import derive_seed
 from tests.families.table import CASES, VIDEOS, load
 from tests.pipelines import tiny_stable_diffusion
@@ -105,8 +108,13 @@ def dcot() -> DiffusiveChainOfThought:
 def test_whatever_people_give(dcot: DiffusiveChainOfThought) -> None:
     stages = {"coarse": "sky", "mid": "a red kite", "fine": "silk"}
     by_name = dcot(stages, output_type="pt")
-    in_order = dcot([tuple(stages.values())], seeds=[0], output_type="pt")
-    assert torch.equal(by_name.images, in_order.images)
+    for same in (
+        [tuple(stages.values())],
+        tuple(stages.values()),
+        MappingProxyType(stages),
+        [Prompt("x", stages=list(stages.values()))],
+    ):
+        assert torch.equal(by_name.images, dcot(same, seeds=[0], output_type="pt").images)
     assert by_name.stage_prompts == [("sky", "a red kite", "silk")]
     by_rules = dcot(["a kite, on a beach, intricate silk", "sky"], seeds=[0, 7])
     assert by_rules.stage_prompts[0] == (*["a kite, on a beach"] * 2, "a kite, on a beach, intricate silk")
@@ -116,15 +124,89 @@ def test_whatever_people_give(dcot: DiffusiveChainOfThought) -> None:
     assert not torch.equal(text.images, by_name.images)
 
 
+def test_several_images_of_a_prompt_lie_side_by_side(dcot: DiffusiveChainOfThought) -> None:
+    stages = {"coarse": "sky", "mid": "a red kite", "fine": "silk"}
+    drawn = dcot([stages, "sky"], num_images_per_prompt=2, output_type="pt")
+    assert drawn.stage_prompts == [("sky", "a red kite", "silk")] * 2 + [("sky",) * 3] * 2
+    assert torch.equal(drawn.images, dcot([stages, stages, "sky", "sky"], seeds=range(4), output_type="pt").images)
+    assert not torch.equal(drawn.images[0], drawn.images[1])
+    one = dcot("sky", seeds=3, output_type="pt").images
+    assert torch.equal(one, dcot(["sky"], seeds=[3], output_type="pt").images)
+
+
+def test_negative_prompts_and_no_guidance(dcot: DiffusiveChainOfThought) -> None:
+    pipeline, stages = dcot.chain.pipeline, ("sky", "a red kite", "silk")
+    images = {
+        (scale, negative): DiffusiveChainOfThought(
+            pipeline, num_inference_steps=3, guidance_scale=scale, negative_prompt=negative
+        )(stages, output_type="pt").images
+        for scale in (1.0, 3.0)
+        for negative in (None, "blurry")
+    }
+    assert torch.equal(images[3.0, None], dcot(stages, output_type="pt").images)
+    own = dcot(Prompt("a", "blurry", stages), output_type="pt").images
+    assert torch.equal(own, images[3.0, "blurry"]) and not torch.equal(own, images[3.0, None])
+    assert torch.equal(images[1.0, None], images[1.0, "blurry"])
+    assert not torch.equal(images[1.0, None], images[3.0, None])
+
+
+CONFIG = "num_inference_steps: 3\nguidance_scale: 3.0\n"
+KITE = {"prompt": "a kite, silk", "coarse": "c", "mid": "m", "fine": "f"}
+WHOLE, BY_RULES, KEPT = ("a kite, silk",) * 3, decompose_by_rules("a kite, on a beach"), ("c", "m", "f")
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "prompt", "expected"),
+    [
+        ("dcot_rules: true", None, "a kite, on a beach", BY_RULES),
+        ("dcot_rules: true\ndcot_cache: FOLDER/edited.jsonl", "edited.jsonl", "a kite, silk", KEPT),
+        ("dcot_rules: true\ndcot_cache: FOLDER/edited.jsonl", "edited.jsonl", "a kite, on a beach", BY_RULES),
+        ("dcot_columns: [coarse, mid, fine]", None, "a kite, silk", WHOLE),
+        ("dcot_model: some/model", "stage_prompts.jsonl", "a kite, silk", KEPT),
+        ("dcot_endpoint: http://h/v1\ndcot_endpoint_model: m", "stage_prompts.jsonl", "a kite, silk", KEPT),
+    ],
+)
+def test_a_plain_text_is_split_as_the_run_did(
+    dcot: DiffusiveChainOfThought, tmp_path: Path, source: str, file: str | None, prompt: str, expected: tuple[str, ...]
+) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG + source.replace("FOLDER", str(tmp_path)))
+    if file is not None:
+        (tmp_path / file).write_text(json.dumps(KITE) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    draw = DiffusiveChainOfThought.from_config(dcot.chain.pipeline, tmp_path / "config.yaml")
+    drawn = draw(prompt, output_type="pt")
+    assert drawn.stage_prompts == [expected]
+    assert torch.equal(drawn.images, dcot(expected, output_type="pt").images)
+    assert sorted(tmp_path.rglob("*")) == before and (file is None or (tmp_path / file).read_text().count("\n") == 1)
+
+
+def test_what_a_model_did_not_split_is_refused_and_not_split_by_rules(
+    dcot: DiffusiveChainOfThought, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG + "dcot_model: some/model\n")
+    draw = DiffusiveChainOfThought.from_config(dcot.chain.pipeline, tmp_path / "config.yaml")
+    with pytest.raises(PromptError, match=r"stage prompts of 'a cat' in .*stage_prompts.jsonl, .* those of some/model"):
+        draw("a cat")
+    assert draw(("a", "b", "c")).stage_prompts == [("a", "b", "c")]
+
+
 def test_what_it_refuses(dcot: DiffusiveChainOfThought, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="expected the keys coarse, mid, fine, got coarse, end"):
         dcot({"coarse": "a", "end": "b"})
-    with pytest.raises(ValueError, match="Expected one seed for each of 2 prompts, got 1"):
+    with pytest.raises(ValueError, match="Expected one seed for each of 2 samples, got 1"):
         dcot(["a", "b"], seeds=[1])
     with pytest.raises(ValueError, match="Expected output_type pil or pt, got latent"):
         dcot("a", output_type="latent")
+    for nothing in ({"prompt": []}, {"prompt": "a", "num_images_per_prompt": 0}):
+        with pytest.raises(ValueError, match="Expected one prompt or more and num_images_per_prompt of 1 or more, got"):
+            dcot(**nothing)  # type: ignore[arg-type]
+    for word in ("generator", "negative_prompt", "guidance_scale"):
+        with pytest.raises(TypeError, match=rf"Expected no {word} here: give seeds=\[...\] in place of a generator"):
+            dcot("a", **{word: None})
+    with pytest.raises(PromptError, match="expected one text for each of coarse, mid, fine, got 2"):
+        dcot(("a", "b"))
     other = DiffusiveChainOfThought(dcot.chain.pipeline, stages=("early", "late"), num_inference_steps=2)
-    with pytest.raises(ValueError, match=r"Expected the stage prompts of 'a' \(early, late\)"):
+    with pytest.raises(PromptError, match=r"expected the stage prompts of 'a' \(early, late\)"):
         other("a")
     (tmp_path / "plain.yaml").write_text("num_inference_steps: 2\n")
     with pytest.raises(ValueError, match="Expected the config of a run with stage prompts"):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -12,6 +13,7 @@ from rlr_peft.prompts.chain_of_thought import (
     as_prompt,
     decompose_prompts,
     parse_stages,
+    read_stages,
 )
 from rlr_peft.prompts.errors import PromptError
 
@@ -44,6 +46,7 @@ def test_each_text_is_split_once_and_keeps_what_it_carries() -> None:
         '{"coarse": " a ", "fine": "b"}',
         'Sure!\n```json\n{"fine": "b", "coarse": "a"}\n```',
         '{"coarse":"a","fine":"b"}}}',
+        'The stages {coarse, fine} are {"coarse": "a", "fine": "b"}.',
     ],
 )
 def test_answers_with_one_object_are_read(answer: str) -> None:
@@ -55,6 +58,8 @@ def test_answers_with_one_object_are_read(answer: str) -> None:
     [
         ("I cannot do that", "no JSON object"),
         ('{"coarse": "a", "fine": ', "not valid JSON"),
+        ('{"coarse": ' * 100_000, "nested too deeply"),
+        ("{so} and {so", r"not valid JSON \(.* at character 1\)"),
         ('{"coarse": "a"}', "expected the keys coarse, fine, got coarse"),
         ('{"coarse": "a", "fine": "b", "extra": "c"}', "got coarse, fine, extra"),
         ('{"coarse": "a", "fine": 3}', "expected a text for fine, got 3"),
@@ -100,15 +105,34 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         RememberedStages(Counted(), path, NAMES)
 
 
+def test_a_line_that_was_cut_off_within_a_letter_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "stages.jsonl"
+    whole = '{"prompt": "a", "coarse": "a", "fine": "b"}\r\n{"prompt": "ein Kä'.encode()
+    path.write_bytes(b"\xef\xbb\xbf" + whole[:-1])
+    with pytest.raises(PromptError, match=r"stages.jsonl, line 2: expected .* correct or delete the line"):
+        read_stages(path, NAMES)
+    path.write_bytes(b"\xef\xbb\xbf" + whole[: whole.index(b"\n")])
+    assert read_stages(path, NAMES) == {"a": ("a", "b")}
+
+
 def test_what_people_give() -> None:
     split = Counted()
     assert as_prompt("a", NAMES, split).stages == ("far a", "near a")
     assert as_prompt({"fine": "y", "coarse": "x"}, NAMES, split).stages == ("x", "y")
     assert as_prompt(["x", "y"], NAMES, split).stages == ("x", "y")
-    assert as_prompt(Prompt("a", stages=("x", "y")), NAMES, split).stages == ("x", "y")
+    assert as_prompt(MappingProxyType({"fine": "y", "coarse": "x"}), NAMES, split).stages == ("x", "y")
+    full = Prompt("a", "ugly", ("x", "y"), {"n": 1})
+    kept = as_prompt(full, NAMES, split)
+    assert (kept.stages, kept.negative_prompt, kept.metadata) == (("x", "y"), "ugly", {"n": 1})
     for wrong, message in (
+        (Prompt("a", stages=("x",)), "expected one text for each of coarse, fine, got 1"),
+        (["x", None], "expected one text for each of coarse, fine, got 2: "),
+        (["x", " "], "expected a text for fine"),
         ({"coarse": "x"}, "expected the keys coarse, fine, got coarse"),
         (["x", "y", "z"], "expected one text for each of coarse, fine, got 3"),
     ):
         with pytest.raises(PromptError, match=message):
-            as_prompt(wrong, NAMES, split)
+            as_prompt(wrong, NAMES, split)  # type: ignore[arg-type]
+    for answer, message in ((("x",), "got 1"), ("xy", "got 'xy'"), (None, "got None")):
+        with pytest.raises(PromptError, match=f"stage prompts of 'a': expected one text for each of .*{message}"):
+            as_prompt("a", NAMES, lambda prompt, answer=answer: answer)  # type: ignore[misc]

@@ -34,6 +34,15 @@ def test_no_key_no_header() -> None:
     assert "Authorization" not in server.headers[0] and server.paths == ["/v1/chat/completions"]
 
 
+def test_a_query_stays_behind_the_path_and_the_key_goes_before_a_password() -> None:
+    with chat_server(GOOD) as server:
+        url = server.url.replace("http://", "http://me:pass@")
+        LanguageModelDecomposer(EndpointModel(f"{url}?api-version=1", "m"), NAMES)("a cat")
+        LanguageModelDecomposer(EndpointModel(url, "m", "secret"), NAMES)("a cat")
+    assert server.paths == ["/v1/chat/completions?api-version=1", "/v1/chat/completions"]
+    assert [headers["Authorization"] for headers in server.headers] == ["Basic bWU6cGFzcw==", "Bearer secret"]
+
+
 def test_malformed_answers_are_asked_for_again() -> None:
     with chat_server(completion("Sorry."), completion('{"coarse": "x"}'), GOOD) as server:
         assert LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES)("a cat") == ("a room", "fur")
@@ -59,9 +68,9 @@ def test_a_busy_server_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("answer", "message", "asked"),
     [
-        ((401, b"no such key"), "answered status 401: no such key", 1),
-        ((500, b"out of memory"), "answered status 500: out of memory", 4),
-        ((200, b"<html>"), "expected an OpenAI chat completion", 1),
+        ((401, b"no such key"), "answered 401 Unauthorized: no such key", 1),
+        ((500, b"out of memory"), "answered 500 Internal Server Error after 4 tries: out of memory", 4),
+        ((200, b"<html>"), "answered no JSON but <html>", 1),
         ((200, json.dumps({"choices": []}).encode()), "expected an OpenAI chat completion", 1),
     ],
 )
@@ -76,8 +85,9 @@ def test_refusals(answer: tuple[int, bytes], message: str, asked: int) -> None:
 def test_nobody_there_and_no_url() -> None:
     with chat_server(GOOD) as server:
         pass
-    with pytest.raises(PromptError, match="cannot be reached"):
-        LanguageModelDecomposer(EndpointModel(server.url, "m", backoff=0.01), NAMES)("a cat")
+    with pytest.raises(PromptError, match=r"m at 127\.0\.0\.1 gave no answer in 4 tries of 120 s each: ") as caught:
+        LanguageModelDecomposer(EndpointModel(f"{server.url}?key=secret", "m", backoff=0.01), NAMES)("a cat")
+    assert "secret" not in str(caught.value) and "object at 0x" not in str(caught.value)
     with pytest.raises(PromptError, match="expected http://HOST:PORT/PATH"):
         EndpointModel("localhost:8000/v1", "m")
 
@@ -123,6 +133,29 @@ def test_a_local_model_answers_and_its_nonsense_is_rejected(tmp_path: Path) -> N
     assert torch.equal(torch.random.get_rng_state(), state)
     with pytest.raises(PromptError, match="takes 80 tokens, and the question has 90"):
         split("fish " * 18)
+
+
+def test_a_template_without_system_messages_gets_the_instructions_with_the_question(tmp_path: Path) -> None:
+    name = small_language_model(tmp_path / "model", {"a cat": '{"coarse": "a room", "fine": "fur"}'})
+    model = TransformersModel(name)
+    model._tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ messages[0]['content'].split('\\n')[-1] }}"
+    )
+    assert LanguageModelDecomposer(model, NAMES)("a cat") == ("a room", "fur")
+
+
+def test_code_beside_a_model_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.T", None]}}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda question="": "y")  # a hasty user at the terminal
+    with pytest.raises(PromptError, match=r"cannot be loaded: .*custom code"):
+        TransformersModel(str(tmp_path))
+    assert not (tmp_path / "was_run").exists() and "[y/N]" not in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """Over-long prompts are counted as the real tokenizers count."""
 
 import pytest
+from diffusers import CogVideoXPipeline, FluxPipeline, LTXPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import T5Tokenizer
 
 from rlr_peft.prompt import Prompt
-from rlr_peft.prompts.lengths import find_over_long
+from rlr_peft.prompts.lengths import MAX_CHECKED, default_sequence_length, find_over_long
 from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
 
 
@@ -16,6 +17,25 @@ def test_prompts_and_stage_prompts_beyond_the_limit() -> None:
     assert (over.count, over.limit, over.example_tokens, over.example) == (2, PROMPT_LENGTH, 32, "b" * 30)
     assert over.checked == 5  # different texts; of a prompt with stages only these are encoded
     assert over.describe().startswith("2 of 5 prompts are longer than the 16 tokens")
+
+
+def test_repeated_prompts_do_not_hide_those_behind_them() -> None:
+    over = find_over_long(["a"] * MAX_CHECKED + ["b" * 40], [letter_tokenizer()], None)
+    assert over is not None and (over.count, over.checked) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "expected"),
+    [
+        (StableDiffusion3Pipeline, 256),
+        (FluxPipeline, 512),
+        (CogVideoXPipeline, 226),
+        (LTXPipeline, 128),
+        (StableDiffusionPipeline, None),
+    ],
+)
+def test_what_pipelines_see_by_themselves(pipeline: type, expected: int | None) -> None:
+    assert default_sequence_length(pipeline.__new__(pipeline)) == expected
 
 
 def test_nothing_to_report() -> None:

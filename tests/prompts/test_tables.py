@@ -119,6 +119,20 @@ def test_plain_lines_have_no_columns(tmp_path: Path) -> None:
             load_prompts(spec, columns=Columns(stages=("far", "near")))
 
 
+@pytest.mark.parametrize("name", ["p[1].csv", "p*.csv", "p?.csv"])
+def test_names_are_no_patterns(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (tmp_path / "run[1]", tmp_path / "run1"):
+        folder.mkdir()
+        (folder / "p1.csv").write_text("text\nanother file\n")
+    (tmp_path / "run[1]" / name).write_text("text\nthis file\n")
+    monkeypatch.chdir(tmp_path / "run[1]")
+    for path in (name, str(tmp_path / "run[1]" / name)):
+        assert load_prompts(path) == ["this file"]
+    for streaming in (False, True):
+        with pytest.raises(PromptError, match=r"expected a folder without \*, \? and \[ in its path"):
+            list(dataset_prompts(DatasetSpec(str(tmp_path / "run[1]"), streaming=streaming), Columns()))
+
+
 def test_no_such_dataset_split_or_configuration(tmp_path: Path) -> None:
     write_rows(tmp_path, ".jsonl", ROWS)
     with pytest.raises(PromptError, match='Unknown split "test"'):

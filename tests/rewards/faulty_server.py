@@ -3,6 +3,7 @@
 Prints its port. `GET /asked/PATH` answers how often PATH was asked to score.
 """
 
+import base64
 import json
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
         first = asked[self.path] == 1
         count = len(request["prompt"])
         good = {"rewards": [float(len(prompt)) for prompt in request["prompt"]], "info": {"count": count}}
-        match self.path:
+        match self.path.partition("?")[0]:
             case "/good" | "/batches":
                 self.send(200, good)
             case "/slow-once":
@@ -60,15 +61,25 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(200, {"scores": [1.0] * count})
             case "/list":
                 self.send(200, [1.0] * count)
+            case "/scalar":
+                self.send(200, {"rewards": 1.0, "info": 2.0})
+            case "/odd-info":
+                self.send(200, good | {"info": [1.0] * count})
+            case "/half":
+                self.send(200, b'{"rewards": [', {"Content-Length": "100"})
+                self.close_connection = True
+            case "/locked":
+                expected = "Basic " + base64.b64encode(b"me:p@ss").decode()
+                right = self.headers["Authorization"] == expected
+                self.send(200, good) if right else self.send(401, {"error": "who are you?"})
             case "/html":
                 self.send(200, b"<html>Welcome to the proxy</html>")
 
     def send(self, status: int, answer: object, headers: dict[str, str] | None = None) -> None:
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         try:
             self.wfile.write(data)

@@ -168,6 +168,17 @@ def test_images_that_do_not_fit_the_prompts_are_refused(shape: tuple[int, ...]) 
         score_images(Brightness(), torch.zeros(shape), PROMPTS)
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_images_that_are_none_are_refused_whatever_the_reward_would_say(value: float, differentiable: bool) -> None:
+    constant = Brightness(lambda scores: torch.zeros(3) + 0 * scores.nan_to_num(0, 0, 0))
+    constant.differentiable = differentiable
+    images = torch.zeros(3, 3, 4, 4)
+    images[1, 2, 0, 3] = value
+    with pytest.raises(RewardError, match=r'expected finite images, got .* in 1 of 3: sample 1 "a blue ring"\. .*fp16'):
+        score_images(constant, images.requires_grad_(), PROMPTS)
+
+
 def test_metadata_must_match_the_prompts() -> None:
     with pytest.raises(RewardError, match="3 prompts but 2 metadata"):
         score_images(Brightness(), torch.zeros(3, 3, 4, 4), PROMPTS, [{}, {}])

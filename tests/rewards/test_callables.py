@@ -180,6 +180,19 @@ def test_differentiability_is_declared_or_found_on_the_first_images(
     assert torch.equal(before, IMAGES)
 
 
+@pytest.mark.parametrize("declared", [None, True, False])
+def test_code_that_changes_images_in_place_changes_its_own_copy(reward_file: Path, declared: bool | None) -> None:
+    reward = load(reward_file, "in_place")
+    reward._differentiable = declared
+    latents = IMAGES.clone().requires_grad_()
+    images = latents * 1  # decoded images are no leaf of the graph either
+    scores = score_images(reward, images, PROMPTS)
+    assert torch.allclose(scores, 2 * brightness()) and torch.equal(images, IMAGES)
+    if declared is not False:
+        (gradient,) = torch.autograd.grad(scores.sum(), latents)
+        assert torch.allclose(gradient, torch.full_like(IMAGES, 2 / 192))
+
+
 def test_it_is_asked_for_too_early_without_declaration(reward_file: Path) -> None:
     with pytest.raises(RewardError, match="not known yet"):
         _ = load(reward_file, "brightness").differentiable

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from benchmarks.reward_checkpoints import Sizes
 from benchmarks.reward_parity import PROMPTS, local_files, markdown, mixed_images, network_parity, to_tensor
@@ -18,9 +19,10 @@ from rlr_peft.rewards.aesthetic import HEAD
 from rlr_peft.rewards.base import RewardError, score_images
 from rlr_peft.rewards.clip import OPENAI_CLIP
 from rlr_peft.rewards.clip_scores import HPSV2
+from rlr_peft.rewards.image_reward import IMAGE_REWARD
 from rlr_peft.rewards.linear_head import LinearHead
 from rlr_peft.rewards.model_files import ModelFiles, load_weights
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings
+from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
 from rlr_peft.rewards.registry import MODEL_REWARDS, RewardSettings, load_reward
 
 IMAGE_REWARDS = ["aesthetic", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]
@@ -259,6 +261,22 @@ def test_gated_absent_and_incomplete_repositories_are_told_apart(tmp_path: Path)
     assert all("`hf download o/" in line for line in (gated, gone, bare))
 
 
+def test_why_a_file_cannot_be_had_is_said() -> None:
+    files = ModelFiles({HPSV2: "my models/hps"})
+    with pytest.raises(RewardError, match=r"my models/hps, which cannot be read: Repo id must .*ValidationError"):
+        load_reward("hpsv2", settings=RewardSettings(ModelSettings(files=files)))
+
+
+def test_loading_gives_the_progress_bars_and_the_logging_level_back(tmp_path: Path) -> None:
+    level = logging.get_verbosity()
+    for switch in (logging.disable_progress_bar, logging.enable_progress_bar):
+        switch()
+        before = logging.is_progress_bar_enabled()
+        with loading("mine", tmp_path):
+            assert not logging.is_progress_bar_enabled() and logging.get_verbosity() > logging.ERROR
+        assert logging.is_progress_bar_enabled() is before and logging.get_verbosity() == level
+
+
 def test_a_local_folder_without_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match=r"expected HPS_v2.1_compressed.safetensors or HPS_v2.1_compressed.pt in /"):
         load_reward("hpsv2", settings=RewardSettings(ModelSettings(files=ModelFiles({HPSV2: str(tmp_path)}))))
@@ -312,6 +330,24 @@ def test_damaged_files_and_files_that_hold_code_are_refused(
     assert not (tmp_path / "should_not_exist").exists()
 
 
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
+def test_a_file_without_names_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save([torch.zeros(2)], path)
+    files = ModelFiles(dict.fromkeys((HPSV2, IMAGE_REWARD), str(path)))
+    with pytest.raises(RewardError, match=r"expected weights by name in .*weights.pt, got list"):
+        load_reward(name, settings=RewardSettings(ModelSettings(files=files)))
+
+
+def test_a_head_for_another_model_is_refused_when_it_is_loaded(folder: Path, parity: Any, tmp_path: Path) -> None:
+    width = load_weights("aesthetic", folder / "head" / "aesthetic-model.pth")["layers.0.weight"].shape[1]
+    path = tmp_path / "wide.pth"
+    torch.save({"layers.0.weight": torch.zeros(1, 2 * width), "layers.0.bias": torch.zeros(1)}, path)
+    files = ModelFiles({OPENAI_CLIP: str(folder / "openai"), HEAD: str(path)})
+    with pytest.raises(RewardError, match=f"wide.pth is a head for features of {2 * width} numbers, .* gives {width}"):
+        load_reward("aesthetic", settings=RewardSettings(ModelSettings(files=files)))
+
+
 @pytest.mark.parametrize(
     ("name", "place", "file"),
     [
@@ -357,7 +393,7 @@ def test_full_depth_imagereward_has_the_published_621_names() -> None:
 
 @pytest.mark.skipif(not REAL_HEAD.exists(), reason=f"the real aesthetic head is not at {REAL_HEAD}")
 def test_the_real_aesthetic_head_is_one_affine_map_with_the_known_norm_and_offset() -> None:
-    head = LinearHead("aesthetic", REAL_HEAD, load_weights("aesthetic", REAL_HEAD)).double()
+    head = LinearHead("aesthetic", REAL_HEAD, load_weights("aesthetic", REAL_HEAD), 768).double()
     with torch.no_grad():
         offset = head(torch.zeros(1, 768, dtype=torch.float64))
         direction = head(torch.eye(768, dtype=torch.float64)) - offset

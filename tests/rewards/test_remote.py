@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ FAULTS = [
     Fault("text", "scores that are text", AT_ONCE, "expected numbers, got 'good' at position 0", 1),
     Fault("no-rewards", "no `rewards` in the answer", AT_ONCE, "expected a JSON object with `rewards`, got", 1),
     Fault("list", "a bare list", AT_ONCE, "expected a JSON object with `rewards`, got [1.0", 1),
-    Fault("html", "HTML, as of a proxy", AT_ONCE, "expected JSON, got <html>Welcome", 1),
+    Fault("html", "HTML, as of a proxy", AT_ONCE, "answered no JSON but <html>Welcome", 1),
+    Fault("half", "half an answer, ever", GIVEN_UP, "gave no answer in 3 tries", 3),
+    Fault("scalar", "one number for all images", AT_ONCE, "expected scores of shape (3,), got ()", 1),
 ]
 
 
@@ -138,6 +141,25 @@ def test_images_travel_in_batches_and_info_comes_back(faulty: str) -> None:
     assert urllib3.request("GET", f"{faulty}/asked/batches").json() == 2
 
 
+def test_info_of_another_form_is_left_out(faulty: str) -> None:
+    assert measure_images(RemoteReward(f"{faulty}/odd-info", SETTINGS), images(), PROMPTS).info == {}
+
+
+def test_metadata_that_is_no_json_is_named(faulty: str) -> None:
+    metadata = [{"day": date(2020, 1, 1)}] * 3
+    with pytest.raises(RewardError, match=r"Object of type date is not JSON.* leave such columns out of --metadata"):
+        score_images(RemoteReward(f"{faulty}/good", SETTINGS), images(), PROMPTS, metadata)
+
+
+def test_a_user_name_and_a_password_are_sent_and_not_told(faulty: str) -> None:
+    address = faulty.replace("http://", "http://me:p%40ss@")
+    assert score_images(RemoteReward(f"{address}/locked", SETTINGS), images(), PROMPTS).tolist() == [3.0, 5.0, 6.0]
+    for wrong in (f"{faulty}/locked", f"{address.replace('ss@', 's@')}/locked?token=p%40ss"):
+        with pytest.raises(RewardError, match="answered 401 Unauthorized: ") as caught:
+            score_images(RemoteReward(wrong, SETTINGS), images(), PROMPTS)
+        assert "p%40s" not in str(caught.value) and "p@s" not in str(caught.value)
+
+
 def test_the_reference_server_scores_as_the_reward_itself_does(served: str) -> None:
     reward = load_reward(served, settings=RewardSettings(remote=RemoteSettings(batch_size=2)))
     assert not reward.differentiable
@@ -181,18 +203,25 @@ def test_a_reward_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
     path.write_text(
         "def mine(images, prompts, metadata):\n"
         "    scores = images.mean((1, 2, 3)) / (0 if prompts[0] == 'bad' else 1)\n"
-        "    return scores, {'seen': [entry.get('n', None) for entry in metadata]}\n"
+        "    return scores, {'seen': [entry.get('n', None) for entry in metadata], 'endless': float('inf')}\n"
     )
     process, line = start("-m", "rlr_peft.cli", "serve-reward", "--reward", f"{path}:mine", "--port", "0")
     try:
         reward = RemoteReward(line.rpartition(" ")[2], SETTINGS)
         scored = measure_images(reward, images(2), ["a", "b"], [{"n": 7}, {}])
         assert torch.allclose(scored.scores, images(2).mean((1, 2, 3)), atol=1e-6)
-        assert scored.info["seen"][0] == 7 and scored.info["seen"][1].isnan()
+        assert scored.info.keys() == {"seen"} and scored.info["seen"][0] == 7 and scored.info["seen"][1].isnan()
         with pytest.raises(RewardError, match=r"answered 422 .*expected finite scores"):
             score_images(reward, images(2), ["bad", "b"])
     finally:
         stop(process)
+
+
+def test_a_reward_of_whole_videos_is_not_served() -> None:
+    command = [sys.executable, "-m", "rlr_peft.cli", "serve-reward", "--reward", "temporal-flicker", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "reward 'temporal-flicker' judges whole videos, but only images travel" in done.stderr
 
 
 def test_a_request_is_json_and_comes_back_as_it_was() -> None:

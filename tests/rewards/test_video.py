@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from benchmarks.reward_checkpoints import Sizes, write_dino
 from rlr_peft.rewards.base import RewardError, measure_images, score_images
+from rlr_peft.rewards.combination import Term, WeightedRewards
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import ModelSettings
-from rlr_peft.rewards.preprocessing import imagenet_pixels
+from rlr_peft.rewards.preprocessing import imagenet_pixels, vbench_pixels
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.subject_consistency import DINO
 
@@ -55,6 +56,18 @@ def test_a_callable_may_ask_for_whole_videos(tmp_path: Path) -> None:
     assert torch.allclose(scores, 1 - score_images(load_reward("temporal-flicker"), VIDEOS, PROMPTS))
 
 
+def test_a_callable_that_does_not_say_whether_it_is_differentiable_may_stand_beside_a_video_reward(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def mine(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    terms = [Term(load_reward(f"{path}:mine"), 2.0), Term(load_reward("temporal-flicker"), 1.0)]
+    videos = VIDEOS.clone().requires_grad_(True)
+    scores = score_images(WeightedRewards(terms, scaling="none"), videos, PROMPTS)
+    flicker = score_images(load_reward("temporal-flicker"), VIDEOS, PROMPTS)
+    assert scores.requires_grad and torch.allclose(scores, 2 * VIDEOS.mean((1, 2, 3, 4)) + flicker)
+
+
 def test_temporal_flicker_is_one_for_a_still_and_loses_the_mean_change() -> None:
     reward = load_reward("temporal-flicker")
     still = VIDEOS[:, :1].expand(-1, 4, -1, -1, -1)
@@ -74,15 +87,29 @@ def consistency(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return load_reward("subject-consistency", settings=RewardSettings(ModelSettings(files=files))), model
 
 
+def published_pixels(frame: torch.Tensor) -> torch.Tensor:
+    """VBench's way: 8-bit frames, resized without antialiasing and rounded; (3, 24, 40) -> (1, 3, 32, 53)."""
+    resized = F.interpolate((frame[None] * 255).round(), size=(32, 53), mode="bilinear", antialias=False).round() / 255
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None, :, None, None]
+    return (resized - mean) / std
+
+
+def test_vbench_pixels_are_the_published_ones_up_to_their_rounding() -> None:
+    large = torch.rand(1, 3, 60, 100, generator=torch.Generator().manual_seed(1))
+    for frames in (VIDEOS[0, :1], large):
+        got = vbench_pixels(frames, 32)
+        assert got.shape == (1, 3, 32, 53)
+        assert (got - published_pixels(frames[0])).abs().max() < 1.01 / 255 / 0.224
+    assert (vbench_pixels(large, 32) - imagenet_pixels(large, 32, 1)).abs().max() > 0.1, "antialiased is another thing"
+
+
 def test_subject_consistency_is_the_mean_cosine_to_first_and_previous_frame(consistency: tuple[Any, Any]) -> None:
     reward, model = consistency
     expected = []
     for video in VIDEOS:
         with torch.no_grad():
             features = [
-                model(
-                    pixel_values=imagenet_pixels(frame[None], 32, 8), interpolate_pos_encoding=True
-                ).last_hidden_state[:, 0]
+                model(pixel_values=published_pixels(frame), interpolate_pos_encoding=True).last_hidden_state[:, 0]
                 for frame in video
             ]
         cosines = []
@@ -92,7 +119,7 @@ def test_subject_consistency_is_the_mean_cosine_to_first_and_previous_frame(cons
             cosines.append((to_first + to_previous) / 2)
         expected.append(torch.stack(cosines).mean())
     got = score_images(reward, VIDEOS, PROMPTS)
-    assert torch.allclose(got, torch.stack(expected), atol=1e-5)
+    assert torch.allclose(got, torch.stack(expected), atol=1e-4)  # of 8-bit rounding
     assert got.min() < 0.9999, "random frames must not count as the same"
     still = VIDEOS[:, :1].expand(-1, 3, -1, -1, -1)
     assert torch.allclose(score_images(reward, still, PROMPTS), torch.ones(2), atol=1e-5)
