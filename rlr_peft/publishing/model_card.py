@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.errors import UserError
 from rlr_peft.publishing.card_metadata import card_metadata
 from rlr_peft.publishing.redaction import redacted
-from rlr_peft.publishing.results import Result, results_of, verdicts
+from rlr_peft.publishing.results import Result, results_of, verdicts, with_error
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind, usage_snippet
 
@@ -189,12 +189,19 @@ def _facts(record: RunRecord) -> list[dict[str, str]]:
             f"{metrics['denoiser_evaluations']:,.0f}" if "denoiser_evaluations" in metrics else None
         ),
         "training time": _duration(metrics["seconds"]) if "seconds" in metrics else None,
+        "divergence from the base": _divergence(metrics),
         "peak memory": f"{metrics['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in metrics else None,
         "hardware": record.hardware,
         "packages": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or None,
         "commit of rlr-peft": f"`{record.commit}`" if record.commit else None,
     }
     return [{"name": name, "value": value} for name, value in facts.items() if value]
+
+
+def _divergence(metrics: Mapping[str, float]) -> str | None:
+    if "kl" not in metrics:
+        return None
+    return f"{with_error(metrics['kl'], metrics['kl_se'])} nats (KL of {metrics['kl_n']:.0f} sampled paths)"
 
 
 def in_a_row(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,9 +206,8 @@ class _Comparer:
             "base": shown_name(config.model.pretrained_model_name_or_path),
             "adapters": ", ".join(hub.get(label, label) for label in adapters),
             "sampler": sampler,
-            "prompts": f"{len(set(prompts))} of {len(self.all_prompts)} in "
-            f"{shown_name(_source(config))}, "
-            f"{self.options.images_per_prompt} images each",
+            "prompts": f"{len(set(prompts))} of {len(self.all_prompts)} in {shown_name(_source(config))}, "
+            f"{_images_of_each(prompts)}",
             **({"stages": chain_of_thought} if chain_of_thought else {}),
             "seed": str(config.training.seed),
             "rewards": ", ".join(f"{reward.name}{' (held out)' if reward.heldout else ''}" for reward in measured),
@@ -237,6 +237,12 @@ def _load_rewards(config: Config, device: torch.device) -> tuple[dict[str, tuple
         for (key, (spec, _)), name in zip(rewards.items(), names, strict=True)
     ]
     return rewards, measured
+
+
+def _images_of_each(prompts: Sequence[str]) -> str:
+    """How many images a prompt has; the last one may have fewer."""
+    fewest, most = min(counts := Counter(prompts).values()), max(counts)
+    return f"{most} image{'s' if most > 1 else ''} each" if fewest == most else f"{fewest} to {most} images each"
 
 
 def _source(config: Config) -> str:

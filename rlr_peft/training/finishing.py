@@ -22,7 +22,7 @@ from rlr_peft.publishing.redaction import command_without_token
 from rlr_peft.publishing.results import with_error
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
-from rlr_peft.training.before_after import write_comparison
+from rlr_peft.training.before_after import divergence_metrics, write_comparison
 from rlr_peft.training.card_facts import with_card_facts
 from rlr_peft.training.card_images import clear_card_images
 from rlr_peft.training.hardware import describe_hardware
@@ -74,8 +74,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     pair_prompts: list[str] = []
     after = evaluate_adapter(run)
     if before is not None and after is not None:
-        metrics = flat_metrics(compare(before, after)) | metrics
-        write_comparison(run, before, after)
+        comparison = write_comparison(run, before, after)
+        metrics = flat_metrics(compare(before, after)) | divergence_metrics(comparison) | metrics
         pair_prompts = [str(prompt) for prompt in before.prompts[:NUM_PAIRS]]
         save_before_after(
             run.output_dir / BEFORE_AFTER,
