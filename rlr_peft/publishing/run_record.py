@@ -36,8 +36,9 @@ class RunRecord:
         heldout_names: of several held-out rewards.
         metrics: as in `metrics.json`: `reward_before`, `reward_before_se`, `reward_after`, `reward_after_se`,
             `reward_gain`, `reward_gain_se`, `reward_win_rate`, the same with `heldout_`, and with `reward/NAME_` and
-            `heldout/NAME_` for each of several rewards; `kl` from the base with `kl_se` and `kl_n`; `n`, `seconds` (of training), `peak_memory_mb`,
-            `denoiser_evaluations`, `steps`. A reward with any of its six numbers or `n` missing gets no row.
+            `heldout/NAME_` for each of several rewards; `n`, `prompts` (how many were drawn), `kl` from the base with
+            `kl_se` and `kl_n`, `seconds` (of training), `peak_memory_mb`, `denoiser_evaluations`, `steps`. A reward
+            with any of its six numbers or `n` missing gets no row.
         evaluation_prompts: what the numbers were measured on, as it stands in "On ... its reward rose"; say "unseen
             prompts" only if none of them was trained on.
         evaluation: sentences on how the numbers were measured (steps, guidance, seeds).
