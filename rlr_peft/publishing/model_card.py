@@ -14,9 +14,10 @@ from jinja2 import TemplateError as JinjaError
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.errors import UserError
+from rlr_peft.estimates import with_error
 from rlr_peft.publishing.card_metadata import card_metadata
 from rlr_peft.publishing.redaction import redacted
-from rlr_peft.publishing.results import Result, results_of, verdicts, with_error
+from rlr_peft.publishing.results import Result, results_of, verdicts
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind, usage_snippet
 

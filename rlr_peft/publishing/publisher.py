@@ -9,13 +9,13 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from rlr_peft.estimates import with_error
 from rlr_peft.publishing.background_push import BackgroundPush, push_checkpoint
 from rlr_peft.publishing.card_file import addressed_card, card_text, stored_record, write_card
 from rlr_peft.publishing.hub import Pushed, push_folder
 from rlr_peft.publishing.hub_access import Destination
 from rlr_peft.publishing.hub_client import HubError
 from rlr_peft.publishing.redaction import redacted
-from rlr_peft.publishing.results import with_error
 
 logger = logging.getLogger(__name__)
 

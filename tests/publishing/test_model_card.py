@@ -15,13 +15,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from rlr_peft.cli.main import main
+from rlr_peft.estimates import with_error
 from rlr_peft.lora import attach_lora, save_lora
 from rlr_peft.publishing.base_license import License, base_license
 from rlr_peft.publishing.card_file import addressed_card, write_card
 from rlr_peft.publishing.model_card import TemplateError, fenced, write_model_card
 from rlr_peft.publishing.record_file import StoredCard, load_stored_card
 from rlr_peft.publishing.redaction import command_without_token
-from rlr_peft.publishing.results import with_error
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.tiny_shapes import pipeline_path
@@ -440,8 +440,8 @@ def test_where_a_base_comes_from(tmp_path: Path) -> None:
         (0.61234, 0.0123, "0.612 ± 0.012"),
         (0.91, 0.0061, "0.9100 ± 0.0061"),
         (-12.345, 1.26, "-12.3 ± 1.3"),
-        (1234.5, 56.7, "1234 ± 57"),
-        (0.5, 0.0, "0.5000 ± 0.0000"),
+        (1234.5, 56.7, "1,234 ± 57"),
+        (0.5, 0.0, "0.5"),
     ],
 )
 def test_numbers_are_shown_to_two_digits_of_their_error(mean: float, error: float, expected: str) -> None:
