@@ -220,7 +220,7 @@ def _pairs(before: Evaluation, after: Evaluation) -> list[tuple[str, Tensor, Ten
 
 
 def flat_metrics(comparison: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The comparison with one level of keys, as in `metrics.json`: `reward_before`, ..., `heldout_gain_se`, `n` once."""
+    """The comparison with one level of keys, as in `metrics.json`: `reward_before`, ..., `heldout_gain_se`, `n`."""
     shared = ("n", "prompts")
     flat = {
         f"{name}_{key}": value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ MARGIN = 24  # pixels
 GAP = 16  # pixels between cells
 FONT_SIZE = 15  # pixels
 LINE_HEIGHT = 20  # pixels
+SMALLEST_CELL = 96  # pixels; more columns than fit are wrapped
+MOST_LINES = 12  # of a caption; a longer one ends in dots
 
 INK = "#222222"
 QUIET_INK = "#6b6b6b"
@@ -28,10 +31,10 @@ def image_grid(images: Tensor, captions: Sequence[str] | None = None, columns: i
     Args:
         images: (N, 3, H, W) in [0, 1], N >= 1; scaled to the width of a cell.
         captions: N texts, wrapped under their images, or None.
-        columns: images per row.
+        columns: images per row, as far as cells of 96 pixels fit.
     """
     _check_lengths(images, captions=captions)
-    columns = min(columns, len(images))
+    columns = min(columns, len(images), (WIDTH - 2 * MARGIN + GAP) // (SMALLEST_CELL + GAP))
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
     wrapped = [_wrap(caption, cell) for caption in captions] if captions is not None else [[] for _ in images]
     tiles = [_scaled(image, cell) for image in images]
@@ -134,18 +137,22 @@ def _scaled(image: Tensor, width: int) -> Image.Image:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is longer than a line is cut."""
+    """Lines of at most `width` pixels, 12 at the most; a word that is longer than a line is cut."""
     font, lines, line = _font(), [], ""
     for word in text.split():
+        if len(lines) > MOST_LINES:
+            break
         if line and font.getlength(f"{line} {word}") > width:
             lines.append(line)
             line = ""
         line = f"{line} {word}" if line else word
-        while font.getlength(line) > width:
-            fits = next(end for end in range(len(line) - 1, 0, -1) if end == 1 or font.getlength(line[:end]) <= width)
+        while len(lines) <= MOST_LINES and font.getlength(line) > width:
+            # The longest beginning that fits, and one character at least.
+            fits = max(1, bisect_right(range(1, len(line)), width, key=lambda end: font.getlength(line[:end])))
             lines.append(line[:fits])
             line = line[fits:]
-    return [*lines, line] if line else lines
+    lines += [line] if line else []
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "\N{HORIZONTAL ELLIPSIS}"]
 
 
 def _text_height(lines: int) -> int:
