@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -148,7 +149,7 @@ def _wrap(text: str, width: int) -> list[str]:
         line = f"{line} {word}" if line else word
         while len(lines) <= MOST_LINES and font.getlength(line) > width:
             # The longest beginning that fits, and one character at least.
-            fits = max(1, bisect_right(range(1, len(line)), width, key=lambda end: font.getlength(line[:end])))
+            fits = max(1, bisect_right(range(1, len(line)), width, key=lambda end: ceil(font.getlength(line[:end]))))
             lines.append(line[:fits])
             line = line[fits:]
     lines += [line] if line else []

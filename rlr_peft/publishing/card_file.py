@@ -31,21 +31,21 @@ def stored_record(directory: Path) -> RunRecord | None:
     return load_stored_card(directory).record if (directory / RECORD_NAME).exists() else None
 
 
-def addressed_card(directory: Path, repo_id: str) -> StoredCard | None:
-    """The folder's card with a snippet that loads from this repository; nothing is written.
+def addressed_card(directory: Path, repo_id: str, revision: str | None = None) -> StoredCard | None:
+    """The folder's card with a snippet that loads from this repository, and this branch of it; nothing is written.
 
-    None where the card stays as it is: it was edited by hand, is not from here, or names the repository already.
+    None where the card stays as it is: it was edited by hand, is not from here, or names the place already.
     """
     readme = directory / "README.md"
     if not (directory / RECORD_NAME).exists() or not readme.exists():
         return None
     card = load_stored_card(directory)
-    if card.record.repo_id == repo_id:
+    if (card.record.repo_id, card.record.hub_revision) == (repo_id, revision):
         return None
     if _sha256(readme) != card.readme_sha256:
         logger.warning("%s was edited: it is published as it is; its snippet may name another place.", readme)
         return None
-    return replace(card, record=replace(card.record, repo_id=repo_id))
+    return replace(card, record=replace(card.record, repo_id=repo_id, hub_revision=revision))
 
 
 def _sha256(path: Path) -> str:

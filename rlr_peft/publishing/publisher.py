@@ -68,7 +68,8 @@ def publish(folder: Path, destination: Destination) -> str:
         if is_checkpoint(folder):
             push_checkpoint(folder, destination, folder.resolve().name)
             return f"Published on {destination.url}; the adapter was downloaded again and is the same."
-        card = addressed_card(folder, destination.repo_id)
+        branch = None if destination.revision == constants.DEFAULT_REVISION else destination.revision
+        card = addressed_card(folder, destination.repo_id, branch)
         text = None if card is None else card_text(folder, card)
         pushed = push_folder(folder, destination, commit_message(folder), card=text)
     except HubError as error:

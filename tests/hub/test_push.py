@@ -98,6 +98,8 @@ def test_a_branch_and_an_organisation(hub: LoopbackHub, folder: Path) -> None:
     push(hub, folder, "--hub_model_id", "lab/with-branch", "--hub_revision", "trial")
     repository = hub.repository("lab/with-branch")
     assert WEIGHTS in repository.files("trial") and WEIGHTS not in repository.files("main")
+    expected = f'pipe.load_lora_weights("lab/with-branch", weight_name="{WEIGHTS}", revision="trial")'
+    assert expected in repository.read("README.md", "trial").decode()
 
 
 def test_a_hub_without_xet_gets_the_files_over_http(hub: LoopbackHub, folder: Path) -> None:

@@ -428,6 +428,50 @@ def test_a_published_adapter_is_loaded_from_the_hub(folder: Path) -> None:
     assert "In the folder of this file" not in text
 
 
+def test_the_snippet_names_branches_and_parts_that_are_not_the_bases(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    record = replace(
+        MINIMAL,
+        repo_id="me/x",
+        hub_revision="trial",
+        base_options={"revision": "fp16", "variant": "fp16"},
+        components={"vae": str(tmp_path / "vae"), "motion_adapter": "someone/motion"},
+        fps=8,
+        denoisers=["unet"],
+    )
+    text = write_model_card(folder, record=record).read_text()
+    for line in (
+        "from diffusers import AnimateDiffPipeline, AutoModel, MotionAdapter",
+        f'vae = AutoModel.from_pretrained("{tmp_path / "vae"}", dtype=torch.float32)',
+        'motion_adapter = MotionAdapter.from_pretrained("someone/motion", dtype=torch.float32)',
+        'pipe = AnimateDiffPipeline.from_pretrained("CompVis/stable-diffusion-v1-4", revision="fp16", variant="fp16", '
+        "vae=vae, motion_adapter=motion_adapter, dtype=torch.float32)",
+        'pipe.load_lora_weights("me/x", weight_name="pytorch_lora_weights.safetensors", revision="trial")',
+    ):
+        assert f"\n{line}\n" in text, line
+    through_peft = write_model_card(folder, record=replace(record, peft_config={"r": 2})).read_text()
+    assert 'hf_hub_download("me/x", "pytorch_lora_weights.safetensors", revision="trial")' in through_peft
+
+
+def test_a_snippet_with_another_vae_runs(tmp_path: Path) -> None:
+    base, adapter, vae = tmp_path / "base", tmp_path / "adapter", tmp_path / "vae"
+    pipeline = tiny_stable_diffusion()
+    pipeline.save_pretrained(base)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias += 0.3
+    pipeline.vae.save_pretrained(vae)
+    save_adapter(pipeline, adapter)
+    inference = {"num_inference_steps": 2}
+    record = replace(
+        MINIMAL, base_model=str(base), components={"vae": str(vae)}, inference=inference, prompts=["a cat"]
+    )
+    write_model_card(adapter, record=record)
+    run_snippet(adapter)
+    drawn = pipeline("a cat", **inference, generator=torch.Generator().manual_seed(0)).images[0]
+    with Image.open(adapter / "image.png") as picture:
+        assert picture.convert("RGB").tobytes() == drawn.tobytes()
+
+
 def test_where_a_base_comes_from(tmp_path: Path) -> None:
     assert base_kind("tiny-shapes") == "embedded"
     assert base_kind(str(tmp_path)) == "folder"
