@@ -139,7 +139,8 @@ def _scaled(image: Tensor, width: int) -> Image.Image:
 
 def _wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` pixels, 12 at the most; a word that is longer than a line is cut."""
-    font, lines, line = _font(), [], ""
+    lines: list[str] = []
+    font, line = _font(), ""
     for word in text.split():
         if len(lines) > MOST_LINES:
             break

@@ -42,6 +42,10 @@ class HubError(UserError, RuntimeError):
     """The Hub cannot be used as asked for, or something was not published."""
 
 
+class UncheckedError(HubError):
+    """Something was published, but what came back could not be compared, or differs."""
+
+
 def hub_api(token: str | None) -> HfApi:
     """The client, with a time limit for every request of this process.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlr_peft.estimates import decimals_of, direction, half_width, with_error
+from rlr_peft.publishing.markdown import in_code
 from rlr_peft.publishing.run_record import RunRecord
 
 KEYS = ("before", "before_se", "after", "after_se", "gain", "gain_se")
@@ -51,7 +52,7 @@ class Result:
         margin, places = half_width(self.gain_se, self.count), decimals_of(self.gain_se)
         low, high = (f"{edge:+.{places}f}" for edge in (self.gain - margin, self.gain + margin))
         cells = {
-            "name": self.name,
+            "name": in_code(self.name),
             "role": self.role,
             "before": with_error(self.before, self.before_se),
             "after": with_error(self.after, self.after_se),
@@ -83,13 +84,13 @@ def verdicts(record: RunRecord, results: list[Result]) -> list[str]:
     for result in scores:
         verb = {1: "rose", -1: "fell", 0: "did not change measurably"}[result.sign]
         trained = "the weighted sum of its rewards" if record.reward_weights else "its reward"
-        what = f"the held-out reward `{result.name}`, never trained on," if result.held_out else trained
+        what = f"the held-out reward {in_code(result.name)}, never trained on," if result.held_out else trained
         gain = with_error(result.gain, result.gain_se, sign=True)
         sentences.append(f"On {record.evaluation_prompts} {what} {verb} ({gain}).")
     rose = any(result.sign == 1 for result in scores if not result.held_out)
     fallen = [result.name for result in results if result.held_out and result.sign == -1]
     if rose and fallen:
-        names = " and ".join(f"`{name}`" for name in fallen)
+        names = " and ".join(in_code(name) for name in fallen)
         sentences.append(f"**The two disagree: this adapter probably exploits a flaw of its reward** ({names} fell).")
     return sentences
 
