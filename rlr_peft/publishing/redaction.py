@@ -9,14 +9,17 @@ from huggingface_hub import get_token
 
 HIDDEN = "***"
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_PASSWORD_IN_URL = re.compile(r"(?<=://)[^\s/@:\"']+:[^\s/@\"']+(?=@)")
+_USER_IN_URL = re.compile(r"(?<=://)[^\s/@\"'<>]+(?=@)")  # with or without a password: tokens stand alone there
+_KEY_IN_URL = re.compile(
+    r"([?&][\w-]*(?:token|key|secret|password|passwd|signature|sig|auth)=)[^&\s\"'<>]+", re.IGNORECASE
+)
 
 
 def redacted(text: str, secrets: Sequence[str] = ()) -> str:
-    """The text with these secrets, whatever looks like an access token, and user and password of URLs crossed out."""
+    """The text without these secrets, what looks like an access token, and users, passwords and keys in URLs."""
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    return _PASSWORD_IN_URL.sub(HIDDEN, _TOKEN.sub(HIDDEN, text))
+    return _KEY_IN_URL.sub(rf"\1{HIDDEN}", _USER_IN_URL.sub(HIDDEN, _TOKEN.sub(HIDDEN, text)))
 
 
 def command_without_token(words: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ from rlr_peft.publishing.hub_files import is_ours
 from rlr_peft.publishing.markdown import fenced
 from rlr_peft.publishing.model_card import TemplateError, write_model_card
 from rlr_peft.publishing.record_file import StoredCard, load_stored_card
-from rlr_peft.publishing.redaction import command_without_token
+from rlr_peft.publishing.redaction import command_without_token, redacted
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.tiny_shapes import pipeline_path
@@ -318,6 +318,13 @@ def test_secrets_are_crossed_out(folder: Path) -> None:
     command = "python train_rlr_lora.py --reward_fn http://me:password@host/ --x hf_abcdefghijklmnopqrstuvwxyz"
     text = write_model_card(folder, record=replace(FULL, command=command)).read_text()
     assert "http://***@host/" in text and "hf_abc" not in text and "password" not in text
+    for secret, shown in (
+        ("https://ghp_0123456789@github.com/x", "https://***@github.com/x"),
+        ("http://host/score?Api_Key=abc&size=3", "http://host/score?Api_Key=***&size=3"),
+        ("http://host/?size=3&access_token=abc", "http://host/?size=3&access_token=***"),
+        ("me@host.org https://host.org/@me?monkey", "me@host.org https://host.org/@me?monkey"),
+    ):
+        assert redacted(secret) == shown
     words = ["train.py", "--hub_token", "secret", "--rank", "4", "--hub_token=secret"]
     assert command_without_token(words) == ["train.py", "--rank", "4"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import matplotlib
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,11 +24,12 @@ MOST_BINS = 30
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
     """All figures that the comparison has numbers for, by the name of their file without suffix."""
-    found = {
-        "rewards": reward_distributions(comparison),
-        "reward_kl": reward_against_kl(comparison),
-        "attributes": attribute_bars(comparison),
-    }
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
+        found = {
+            "rewards": reward_distributions(comparison),
+            "reward_kl": reward_against_kl(comparison),
+            "attributes": attribute_bars(comparison),
+        }
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
