@@ -1,6 +1,7 @@
 """Means with their errors: how wide an interval is, and how both are written."""
 
 import math
+from collections.abc import Iterable
 from statistics import NormalDist
 
 NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
@@ -33,6 +34,12 @@ def decimals_of(error: float) -> int:
     if not math.isfinite(error) or error <= 0:
         return 4
     return min(6, max(0, 1 - math.floor(math.log10(error))))
+
+
+def decimals_of_scores(scores: Iterable[float]) -> int:
+    """Decimals that show three digits of the largest score, and of the others as much; 8 at the most."""
+    largest = max(abs(score) for score in scores)
+    return min(8, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 2
 
 
 def with_error(value: float, error: float, *, sign: bool = False) -> str:

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from rlr_peft.estimates import decimals_of, direction, half_width, with_error
+from rlr_peft.estimates import decimals_of, decimals_of_scores, direction, half_width, with_error
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 10, 11, 12, 16, 30, 64, 1000])
@@ -18,6 +18,14 @@ def test_nothing_is_claimed_where_the_interval_holds_zero() -> None:
     assert direction(0.3, 0.1, 3) == 0, "three prompts prove little"
     assert direction(0.0, 0.0, 10) == 0 and direction(0.1, 0.0, 10) == 1
     assert direction(0.3, math.nan, 10) == direction(math.nan, 0.1, 10) == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "decimals"),
+    [([0.91, 0.0], 3), ([-5.2], 2), ([27.1], 1), ([300.0], 0), ([2e-4, 1e-4], 6), ([0.0], 2), ([1e-30], 8)],
+)
+def test_scores_have_three_digits(scores: list[float], decimals: int) -> None:
+    assert decimals_of_scores(scores) == decimals
 
 
 def test_digits_end_somewhere() -> None:

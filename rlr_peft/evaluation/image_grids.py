@@ -13,6 +13,8 @@ from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from rlr_peft.estimates import decimals_of_scores
+
 WIDTH = 1000  # pixels
 MARGIN = 24  # pixels
 GAP = 16  # pixels between cells
@@ -93,7 +95,7 @@ def save_before_after(
     cell = (pair_width - 4) // 2  # the two images of a pair nearly touch: that is what makes them a pair
     pairs = [(_scaled(old, cell), _scaled(new, cell)) for old, new in zip(before, after, strict=True)]
     wrapped = [_wrap(prompt, pair_width) for prompt in prompts]
-    decimals = _decimals([*scores_before, *scores_after])
+    decimals = decimals_of_scores([*scores_before, *scores_after])
     rows = [range(start, min(start + columns, len(pairs))) for start in range(0, len(pairs), columns)]
     text_heights = [_text_height(1 + max(len(wrapped[index]) for index in row)) for row in rows]
     image_height = pairs[0][0].height
@@ -121,12 +123,6 @@ def save_before_after(
 def _draw_score(draw: ImageDraw.ImageDraw, x: int, y: int, label: str, score: str, color: str) -> None:
     draw.text((x, y), f"{label} ", QUIET_INK, _font())
     draw.text((x + _font().getlength(f"{label} "), y), score, color, _font(bold=True))
-
-
-def _decimals(scores: Sequence[float]) -> int:
-    """About three digits for the largest score, and as many decimals for all others."""
-    largest = max(abs(score) for score in scores)
-    return 2 if largest < 10 else 1 if largest < 100 else 0
 
 
 def _scaled(image: Tensor, width: int) -> Image.Image:

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.errors import UserError
-from rlr_peft.estimates import with_error
+from rlr_peft.estimates import decimals_of_scores, with_error
 from rlr_peft.publishing.card_metadata import card_metadata
 from rlr_peft.publishing.markdown import fenced, in_cell, in_code, one_line
 from rlr_peft.publishing.redaction import redacted
@@ -84,7 +84,7 @@ def render_card(
         "reward_curve": reward_curve,
         "has_page": (directory / "compare.html").is_file(),
         "has_scores": (directory / "scores.parquet").is_file(),
-        "pairs": [_pair(pair) for pair in pairs],
+        "pairs": _pairs(pairs),
         "extra_text": extra_text.strip() if extra_text else None,
         "snippet": fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),
         "snippet_note": None if record.repo_id else "In the folder of this file:",
@@ -173,19 +173,18 @@ def _training(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _pair(pair: ImagePair) -> dict[str, str]:
-    return {
-        "prompt": in_cell(pair.prompt),
-        "base": pair.base,
-        "adapter": pair.adapter,
-        "base_score": _score(pair.base_score),
-        "adapter_score": _score(pair.adapter_score),
-    }
-
-
-def _score(score: float) -> str:
-    """About three digits."""
-    return f"{score:.{3 if abs(score) < 10 else 1}f}"
+def _pairs(pairs: Sequence[ImagePair]) -> list[dict[str, str]]:
+    decimals = decimals_of_scores([0.0, *(score for pair in pairs for score in (pair.base_score, pair.adapter_score))])
+    return [
+        {
+            "prompt": in_cell(pair.prompt),
+            "base": pair.base,
+            "adapter": pair.adapter,
+            "base_score": f"{pair.base_score:.{decimals}f}",
+            "adapter_score": f"{pair.adapter_score:.{decimals}f}",
+        }
+        for pair in pairs
+    ]
 
 
 def _stages(record: RunRecord) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from rlr_peft.estimates import with_error
@@ -127,6 +128,18 @@ def test_every_figure_has_a_file_and_a_drawing(tmp_path: Path) -> None:
         svg = inline_svg(figure, name, f"the <figure> {name}")
         assert svg.startswith(f'<svg role="img" aria-label="the &lt;figure&gt; {name}"')
         assert "var(--ink)" in svg and "first" in svg and "http" not in re.sub(r'xmlns[:\w]*="[^"]*"', "", svg)
+
+
+@pytest.mark.parametrize("outlier", [1e6, 0.0, -3e4])
+def test_one_outlier_does_not_ask_for_billions_of_bins(outlier: float) -> None:
+    scores = [1e-6 * index for index in range(63)]
+    drawn = comparison(
+        evaluation({"reward": [*scores, 0.0]}),
+        evaluation({"reward": [*scores, outlier]}, images=flat_images([0.5] * 64, color=1)),
+    )
+    (axes, *_) = figures(drawn)["rewards"].axes
+    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert sum(bar.get_height() for bar in bars) == 2 * 64 and len(bars) <= 2 * 30
 
 
 def test_a_run_folder_gets_the_page_and_the_scores_alone(tmp_path: Path) -> None:

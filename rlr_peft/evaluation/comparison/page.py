@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.estimates import decimals_of_scores
 from rlr_peft.evaluation.comparison.comparison import Comparison
 from rlr_peft.evaluation.comparison.figure_files import inline_svg
 from rlr_peft.evaluation.comparison.notes import notes
@@ -196,9 +197,9 @@ def _data(comparison: Comparison, chosen: Sequence[int]) -> dict[str, Any]:
 
 
 def _decimals(comparison: Comparison, key: str) -> int:
-    """About three digits for the largest score."""
+    """Three digits for the largest score, or four of those that are no share of one."""
     largest = max(float(model.evaluation.scores[key].abs().max()) for model in comparison.models)
-    return 3 if largest < 2 else 2 if largest < 100 else 0
+    return decimals_of_scores([largest]) + (1 if 1 <= largest < 100 else 0)
 
 
 def _inside_script(data: dict[str, Any]) -> Markup:
