@@ -148,8 +148,16 @@ def evaluate(
     )
 
 
-def mean_and_standard_error(scores: Tensor) -> tuple[float, float]:
-    """Mean of (n,) scores and its standard error, sample standard deviation / sqrt(n), computed in float64.
+def mean_and_standard_error(scores: Tensor, prompts: Sequence[str] | None = None) -> tuple[float, float]:
+    """Mean of (n,) scores and its standard error, computed in float64.
+
+    Images of one prompt are alike: more of them say less about other prompts than as many prompts would. So the error
+    is that of the sums over each prompt (the cluster-robust one, Liang and Zeger 1986); of different prompts, or of a
+    single one, it is the sample standard deviation / sqrt(n).
+
+    Args:
+        scores: at least two.
+        prompts: of the n scores; None takes every score for itself.
 
     Raises:
         ValueError: fewer than two scores have no standard error.
@@ -157,7 +165,16 @@ def mean_and_standard_error(scores: Tensor) -> tuple[float, float]:
     if scores.ndim != 1 or len(scores) < 2:
         raise ValueError(f"expected at least 2 scores for a standard error, got shape {tuple(scores.shape)}")
     scores = scores.double()
-    return scores.mean().item(), scores.std(correction=1).item() / math.sqrt(len(scores))
+    mean, groups = scores.mean(), independent_groups(prompts or range(len(scores)))
+    sums = torch.zeros(max(groups) + 1, dtype=torch.float64).index_add_(0, torch.tensor(groups), scores - mean)
+    count = len(sums)
+    return mean.item(), math.sqrt(count / (count - 1) * sums.square().sum().item()) / len(scores)
+
+
+def independent_groups(prompts: Sequence[object]) -> list[int]:
+    """The number of every image's prompt, in order of appearance; of a single prompt every image counts for itself."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return [numbers[prompt] for prompt in prompts] if len(numbers) > 1 else list(range(len(prompts)))
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
@@ -165,8 +182,9 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
 
     Returns:
         For each reward: `before`, `before_se`, `after`, `after_se` (means and their standard errors), `gain` (mean of
-        after - before, image by image), `gain_se` (its paired standard error), `n` (images) and `win_rate` (share of
-        images that got better; ties count one half). The same for the info that both have.
+        after - before, image by image), `gain_se` (its paired standard error), `n` (images), `prompts` (how many of
+        them) and `win_rate` (share of images that got better; ties count one half). The same for the info that both
+        have. The errors take the images of one prompt together.
 
     Raises:
         ValueError: the two were not made from the same plan and rewards, or hold fewer than two images.
@@ -175,13 +193,13 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
         raise ValueError(
             "expected the same prompts, seeds and rewards before and after; evaluate both with the same plan"
         )
-    comparison = {}
+    comparison, prompts = {}, before.prompts
     for name, old, new in _pairs(before, after):
         old, new = old.double(), new.double()
         gain = new - old
-        mean_before, se_before = mean_and_standard_error(old)
-        mean_after, se_after = mean_and_standard_error(new)
-        mean_gain, se_gain = mean_and_standard_error(gain)
+        mean_before, se_before = mean_and_standard_error(old, prompts)
+        mean_after, se_after = mean_and_standard_error(new, prompts)
+        mean_gain, se_gain = mean_and_standard_error(gain, prompts)
         comparison[name] = {
             "before": mean_before,
             "before_se": se_before,
@@ -190,6 +208,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
             "gain": mean_gain,
             "gain_se": se_gain,
             "n": len(gain),
+            "prompts": len(set(prompts)),
             "win_rate": ((gain > 0).double() + 0.5 * (gain == 0).double()).mean().item(),
         }
     return comparison
@@ -201,12 +220,16 @@ def _pairs(before: Evaluation, after: Evaluation) -> list[tuple[str, Tensor, Ten
 
 
 def flat_metrics(comparison: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The comparison with one level of keys, as in `metrics.json`: `reward_before`, ..., `heldout_gain_se`, one `n`."""
+    """The comparison with one level of keys, as in `metrics.json`: `reward_before`, ..., `heldout_gain_se`, `n`."""
+    shared = ("n", "prompts")
     flat = {
-        f"{name}_{key}": value for name, values in comparison.items() for key, value in values.items() if key != "n"
+        f"{name}_{key}": value
+        for name, values in comparison.items()
+        for key, value in values.items()
+        if key not in shared
     }
-    counts = {values["n"] for values in comparison.values()}
-    return {**flat, "n": counts.pop()} if counts else flat
+    first: Mapping[str, float] = next(iter(comparison.values()), {})
+    return flat | {key: first[key] for key in shared if key in first}
 
 
 def _complete_info(infos: Mapping[str, list[tuple[Info, int]]]) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -11,11 +13,15 @@ from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from rlr_peft.estimates import decimals_of_scores
+
 WIDTH = 1000  # pixels
 MARGIN = 24  # pixels
 GAP = 16  # pixels between cells
 FONT_SIZE = 15  # pixels
 LINE_HEIGHT = 20  # pixels
+SMALLEST_CELL = 96  # pixels; more columns than fit are wrapped
+MOST_LINES = 12  # of a caption; a longer one ends in dots
 
 INK = "#222222"
 QUIET_INK = "#6b6b6b"
@@ -28,10 +34,10 @@ def image_grid(images: Tensor, captions: Sequence[str] | None = None, columns: i
     Args:
         images: (N, 3, H, W) in [0, 1], N >= 1; scaled to the width of a cell.
         captions: N texts, wrapped under their images, or None.
-        columns: images per row.
+        columns: images per row, as far as cells of 96 pixels fit.
     """
     _check_lengths(images, captions=captions)
-    columns = min(columns, len(images))
+    columns = min(columns, len(images), (WIDTH - 2 * MARGIN + GAP) // (SMALLEST_CELL + GAP))
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
     wrapped = [_wrap(caption, cell) for caption in captions] if captions is not None else [[] for _ in images]
     tiles = [_scaled(image, cell) for image in images]
@@ -89,7 +95,7 @@ def save_before_after(
     cell = (pair_width - 4) // 2  # the two images of a pair nearly touch: that is what makes them a pair
     pairs = [(_scaled(old, cell), _scaled(new, cell)) for old, new in zip(before, after, strict=True)]
     wrapped = [_wrap(prompt, pair_width) for prompt in prompts]
-    decimals = _decimals([*scores_before, *scores_after])
+    decimals = decimals_of_scores([*scores_before, *scores_after])
     rows = [range(start, min(start + columns, len(pairs))) for start in range(0, len(pairs), columns)]
     text_heights = [_text_height(1 + max(len(wrapped[index]) for index in row)) for row in rows]
     image_height = pairs[0][0].height
@@ -119,12 +125,6 @@ def _draw_score(draw: ImageDraw.ImageDraw, x: int, y: int, label: str, score: st
     draw.text((x + _font().getlength(f"{label} "), y), score, color, _font(bold=True))
 
 
-def _decimals(scores: Sequence[float]) -> int:
-    """About three digits for the largest score, and as many decimals for all others."""
-    largest = max(abs(score) for score in scores)
-    return 2 if largest < 10 else 1 if largest < 100 else 0
-
-
 def _scaled(image: Tensor, width: int) -> Image.Image:
     """One (3, H, W) image in [0, 1] at the width of a cell."""
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -134,18 +134,23 @@ def _scaled(image: Tensor, width: int) -> Image.Image:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is longer than a line is cut."""
-    font, lines, line = _font(), [], ""
+    """Lines of at most `width` pixels, 12 at the most; a word that is longer than a line is cut."""
+    lines: list[str] = []
+    font, line = _font(), ""
     for word in text.split():
+        if len(lines) > MOST_LINES:
+            break
         if line and font.getlength(f"{line} {word}") > width:
             lines.append(line)
             line = ""
         line = f"{line} {word}" if line else word
-        while font.getlength(line) > width:
-            fits = next(end for end in range(len(line) - 1, 0, -1) if end == 1 or font.getlength(line[:end]) <= width)
+        while len(lines) <= MOST_LINES and font.getlength(line) > width:
+            # The longest beginning that fits, and one character at least.
+            fits = max(1, bisect_right(range(1, len(line)), width, key=lambda end: ceil(font.getlength(line[:end]))))
             lines.append(line[:fits])
             line = line[fits:]
-    return [*lines, line] if line else lines
+    lines += [line] if line else []
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "\N{HORIZONTAL ELLIPSIS}"]
 
 
 def _text_height(lines: int) -> int:

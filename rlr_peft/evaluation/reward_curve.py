@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -68,9 +69,10 @@ def save_reward_curve(
     figure = Figure(figsize=(WIDTH / DOTS_PER_INCH, 1.6 + 1.35 * sum(heights)), dpi=DOTS_PER_INCH, layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    _draw_training_curve(axes[0], records, reward_name)
-    for panel, (name, points) in zip(axes[1:], panels.items(), strict=True):
-        _draw_points(panel, points, f"{name}, held out")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
+        _draw_training_curve(axes[0], records, reward_name)
+        for panel, (name, points) in zip(axes[1:], panels.items(), strict=True):
+            _draw_points(panel, points, f"{name}, held out")
     axes[-1].set_xlabel("optimiser step", color=QUIET_INK)
     last = max(point.step for points in (records, *panels.values()) for point in points)
     first = min(point.step for points in (records, *panels.values()) for point in points)

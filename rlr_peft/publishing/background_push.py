@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from rlr_peft.publishing.hub import compare_with_hub, push_files
 from rlr_peft.publishing.hub_access import WEIGHT_NAME, Destination
 from rlr_peft.publishing.hub_client import FAILURES, HubError, in_words, patiently
+from rlr_peft.publishing.hub_files import is_ours
 
 logger = logging.getLogger(__name__)
 
@@ -92,20 +93,31 @@ def push_checkpoint(folder: Path, destination: Destination, name: str) -> None:
         HubError: it could not be published.
     """
     adapters = {file: folder / file for file in ADAPTERS if (folder / file).exists()}
+    if WEIGHT_NAME not in adapters:
+        raise HubError(
+            f"Expected the adapter of {name}, got a folder without {WEIGHT_NAME}; check the path."
+        )
     api, repo_id = destination.api, destination.repo_id
     try:
         if destination.revision != constants.DEFAULT_REVISION:
             patiently(lambda: api.create_branch(repo_id, branch=destination.revision, exist_ok=True))
     except FAILURES as error:
         raise HubError(in_words(error)) from error
-    contents: dict[str, bytes | Path] = {**adapters, "README.md": _card(repo_id, name).encode()}
-    pushed = push_files(contents, destination, f"Adapter of {name}", replaced=lambda name: True)
+    contents: dict[str, bytes | Path] = {**adapters, "README.md": _card(destination, name).encode()}
+    # The branch began as a copy of main: what a run made there belongs to another adapter.
+    pushed = push_files(contents, destination, f"Adapter of {name}", replaced=is_ours)
     compare_with_hub(adapters, destination, pushed.commit)
 
 
-def _card(repo_id: str, name: str) -> str:
-    """Without metadata: the Hub reads those of the main branch."""
+def _card(destination: Destination, name: str) -> str:
+    """On a branch of its own without metadata: the Hub reads those of the main branch."""
+    title = f"# {name}\n\nThe adapter of a checkpoint, taken while training went on."
+    if destination.revision == constants.DEFAULT_REVISION:
+        metadata = "---\nlibrary_name: diffusers\ntags:\n- lora\n---\n\n"
+        loading = f'pipe.load_lora_weights("{destination.repo_id}", weight_name="{WEIGHT_NAME}")'
+        return f"{metadata}{title}\n\n```python\n{loading}\n```\n"
+    main = f"{destination.api.endpoint}/{destination.repo_id}"
     return (
-        f"# {name}\n\nThe adapter of a checkpoint, taken while training went on. Its base and the way to use it are on "
-        f'the [main branch](https://huggingface.co/{repo_id}); add `revision="{name}"` to `load_lora_weights`.\n'
+        f"{title} Its base and the way to use it are on the [main branch]({main}); add "
+        f'`revision="{destination.revision}"` to `load_lora_weights`.\n'
     )

@@ -13,7 +13,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from rlr_peft.publishing.hub_access import Destination
-from rlr_peft.publishing.hub_client import FAILURES, HubError, in_words, patiently, without_progress_bars
+from rlr_peft.publishing.hub_client import (
+    FAILURES,
+    HubError,
+    UncheckedError,
+    in_words,
+    patiently,
+    without_progress_bars,
+)
 from rlr_peft.publishing.hub_files import content_for_upload, is_ours, published_files
 
 logger = logging.getLogger(__name__)
@@ -44,7 +51,8 @@ def push_folder(folder: Path, destination: Destination, message: str, *, card: s
         card: text of `README.md` in place of the file.
 
     Raises:
-        HubError: it could not be published, or what came back is another adapter. Nothing in the folder is changed.
+        HubError: it could not be published. Nothing in the folder is changed.
+        UncheckedError: it was, but what came back is another adapter, or nothing.
     """
     files = published_files(folder)
     contents = {name: content_for_upload(path, destination.token) for name, path in files.items()}
@@ -96,7 +104,7 @@ def compare_with_hub(files: Mapping[str, Path], destination: Destination, commit
     """Downloads files of a commit into an empty cache and compares them byte by byte.
 
     Raises:
-        HubError: one of them cannot be downloaded, or differs.
+        UncheckedError: one of them cannot be downloaded, or differs.
     """
     for name, path in files.items():
         try:
@@ -104,11 +112,11 @@ def compare_with_hub(files: Mapping[str, Path], destination: Destination, commit
                 copy = destination.api.hf_hub_download(destination.repo_id, name, revision=commit, cache_dir=cache)
                 same = Path(copy).read_bytes() == path.read_bytes()
         except FAILURES as error:
-            raise HubError(
+            raise UncheckedError(
                 f"Commit {commit[:8]} was made, but {name} could not be downloaded to check it: {in_words(error)}"
             ) from error
         if not same:
-            raise HubError(f"Commit {commit[:8]} was made, but {name} came back with other bytes than were sent.")
+            raise UncheckedError(f"Commit {commit[:8]} was made, but {name} came back with other bytes than were sent.")
 
 
 def _over_xet_or_http(commit: Callable[[], CommitInfo]) -> CommitInfo:

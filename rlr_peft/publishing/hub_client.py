@@ -17,7 +17,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    parse_ratelimit_headers,
+)
 from huggingface_hub.utils._http import default_client_factory
 from urllib3 import Retry
 
@@ -29,7 +34,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT = httpx2.Timeout(120.0, connect=10.0)  # seconds of silence
 TRIES = 5
 BACKOFF_SECONDS = 1.0  # half of the wait before the third try; it doubles each time
-MAX_WAIT_SECONDS = 300.0  # of a `Retry-After`; who is told to wait longer gets the error instead
+# Of a `Retry-After`, or until the Hub's window of five minutes ends; who is told to wait longer gets the error instead.
+MAX_WAIT_SECONDS = 301.0
 PASSING_STATUSES = frozenset([408, 429, 500, 502, 503, 504])
 PASSING_ERRORS = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
 # What the client raises: HTTP errors of its own and of httpx, disk and Xet errors, wrapped uploads, refused metadata.
@@ -40,6 +46,10 @@ Answer = TypeVar("Answer")
 
 class HubError(UserError, RuntimeError):
     """The Hub cannot be used as asked for, or something was not published."""
+
+
+class UncheckedError(HubError):
+    """Something was published, but what came back could not be compared, or differs."""
 
 
 def hub_api(token: str | None) -> HfApi:
@@ -53,7 +63,9 @@ def hub_api(token: str | None) -> HfApi:
 
 
 def patiently(call: Callable[[], Answer]) -> Answer:
-    """Calls again what failed for a passing reason: no connection, a time-out, 429 or 5xx; `Retry-After` is honoured.
+    """Calls again what failed for a passing reason: no connection, a time-out, 429 or 5xx.
+
+    `Retry-After` is honoured, and with 429 the Hub's own `RateLimit`, which tells when its window ends.
 
     The client does so by itself for uploads and downloads, but neither for `whoami`, `create_repo`, `model_info` and
     the check of a card's metadata, nor for the commit. `call` must change nothing when it is repeated.
@@ -121,9 +133,13 @@ def _limit_time() -> None:
 
 def _retry_after(error: Exception, retry: Retry) -> float:
     response = error.response if isinstance(error, HfHubHTTPError) else None
-    told = response.headers.get("Retry-After") if response is not None else None
+    if response is None:
+        return 0.0
+    told, limit = response.headers.get("Retry-After"), parse_ratelimit_headers(response.headers)
+    if told is None:
+        return 0.0 if limit is None or limit.remaining > 0 else limit.reset_in_seconds + 1.0
     try:
-        return 0.0 if told is None else retry.parse_retry_after(told)
+        return float(retry.parse_retry_after(told))
     except Exception:  # urllib3's InvalidHeader: a proxy's nonsense is as good as no header
         return 0.0
 

@@ -13,7 +13,7 @@ from rlr_peft.publishing.redaction import redacted, tokens_in_use
 PUBLISHED = (
     WEIGHT_NAME,
     f"transformer_2/{WEIGHT_NAME}",
-    "kohya/*.safetensors",
+    "kohya/lora_kohya.safetensors",
     "README.md",
     "before_after.png",
     "reward_curve.png",
@@ -26,7 +26,12 @@ PUBLISHED = (
     "scores.parquet",
     "compare.html",
 )
-TEXT_SUFFIXES = (".md", ".yaml", ".json", ".jsonl")
+# What a run itself makes: on the Hub these files are an earlier run's where this one lacks them, all others the user's.
+MADE = (
+    *(name for name in PUBLISHED if "*" not in name),
+    *(f"images/{kind}_*.{suffix}" for kind in ("validation", "base", "adapter") for suffix in ("png", "gif", "mp4")),
+)
+TEXT_SUFFIXES = (".md", ".yaml", ".json", ".jsonl", ".html")
 
 
 def published_files(folder: Path) -> dict[str, Path]:
@@ -49,8 +54,8 @@ def published_files(folder: Path) -> dict[str, Path]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file on the Hub is one that `published_files` may have put there."""
-    return any(fnmatchcase(name, pattern) for pattern in PUBLISHED)
+    """Whether a file on the Hub is one that a run made."""
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in MADE)
 
 
 def content_for_upload(path: Path, token: str | None) -> bytes | Path:

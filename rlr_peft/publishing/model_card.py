@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
+from jinja2 import Environment
 from jinja2 import TemplateError as JinjaError
+from jinja2.meta import find_undeclared_variables
+from yaml import YAMLError
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.errors import UserError
+from rlr_peft.estimates import decimals_of_scores, with_error
 from rlr_peft.publishing.card_metadata import card_metadata
+from rlr_peft.publishing.markdown import fenced, in_cell, in_code, one_line
 from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.results import Result, results_of, verdicts
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
@@ -60,7 +65,7 @@ def render_card(
         extra_text: Markdown of the user's own, put after the introduction.
 
     Raises:
-        TemplateError: the template is no Jinja2, or names what is not there.
+        TemplateError: the template is no Jinja2, names what is not there, or gives metadata that cannot be read.
     """
     directory = Path(directory)
     images = [(name, prompt) for name, prompt in record.images if _is_there(directory, name)]
@@ -72,33 +77,42 @@ def render_card(
         # The gallery wants one prompt with its image; the figure shows several.
         images = [(before_after, next(iter(record.before_after_prompts), "base and adapter side by side"))]
     results = results_of(record)
-    try:
-        card = ModelCard.from_template(
-            card_metadata(record, directory, images, results),
-            template_str=default_template_path().read_text(encoding="utf-8") if template is None else template,
-            has_gallery=bool(images),
-            before_after=before_after,
-            reward_curve=reward_curve,
-            has_page=(directory / "compare.html").is_file(),
-            has_scores=(directory / "scores.parquet").is_file(),
-            pairs=[_pair(pair) for pair in pairs],
-            extra_text=extra_text.strip() if extra_text else None,
-            snippet=fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),
-            snippet_note=None if record.repo_id else "In the folder of this file:",
-            **_names(record),
-            **_results(record, results),
-            **_training(record),
-        )
-    except JinjaError as error:
-        raise TemplateError(f"The template of the card cannot be rendered ({error}); correct it.") from error
+    metadata = card_metadata(record, directory, images, results)
+    variables = {
+        "has_gallery": bool(images),
+        "before_after": before_after,
+        "reward_curve": reward_curve,
+        "has_page": (directory / "compare.html").is_file(),
+        "has_scores": (directory / "scores.parquet").is_file(),
+        "pairs": _pairs(pairs),
+        "extra_text": extra_text.strip() if extra_text else None,
+        "snippet": fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),
+        "snippet_note": None if record.repo_id else "In the folder of this file:",
+        **_names(record),
+        **_results(record, results),
+        **_training(record),
+    }
+    if template is None:
+        text = default_template_path().read_text(encoding="utf-8")
+        card = ModelCard.from_template(metadata, template_str=text, **variables)
+    else:
+        card = _from_users_template(metadata, template, variables)
     return redacted(f"{str(card).rstrip()}\n")
 
 
-def fenced(text: str, language: str) -> str:
-    """A Markdown code block whose fence is longer than any row of backticks inside."""
-    longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
+def _from_users_template(metadata: ModelCardData, template: str, variables: dict[str, Any]) -> ModelCard:
+    """The card of a template that may hold mistakes; a misspelt name would be an empty place on the card."""
+    known = {*variables, *metadata.to_dict(), "card_data"}
+    try:
+        named = find_undeclared_variables(Environment().parse(template))
+        unknown = sorted(named - known)
+        if not unknown:
+            return ModelCard.from_template(metadata, template_str=template, **variables)
+    except (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, YAMLError) as error:
+        raise TemplateError(f"The template of the card cannot be rendered ({error}); correct it.") from error
+    near = [match for name in unknown for match in get_close_matches(name, known, 1)]
+    meant = f" Did you mean {in_a_row(near)}?" if near else f" Its variables are {', '.join(sorted(variables))}."
+    raise TemplateError(f"The template of the card names what is not there: {in_a_row(unknown)}.{meant}")
 
 
 def _is_there(directory: Path, name: str | None) -> bool:
@@ -114,21 +128,21 @@ def _names(record: RunRecord) -> dict[str, Any]:
     label = Path(record.base_model).name if kind == "folder" else record.base_model
     base_text = {
         "embedded": "`tiny-shapes`, the small pipeline that ships with rlr-peft",
-        "folder": f"the local pipeline `{label}`",
+        "folder": f"the local pipeline {in_code(label)}",
         "hub": f"[{label}](https://huggingface.co/{label})",
     }[kind]
     names = list(record.reward_weights) or [record.reward_name]
     rewards = "reward" if len(names) == 1 else "rewards"
     return {
-        "title": f"LoRA of {label.rsplit('/', 1)[-1]} for the {rewards} {in_a_row(names)}",
+        "title": in_cell(f"LoRA of {label.rsplit('/', 1)[-1]} for the {rewards} {in_a_row(names)}"),
         "base_text": base_text,
         "reward_name": record.reward_name,
-        "reward_text": f"the {rewards} {in_a_row([f'`{name}`' for name in names])}",
+        "reward_text": f"the {rewards} {in_a_row([in_code(name) for name in names])}",
     }
 
 
 def _results(record: RunRecord, results: Sequence[Result]) -> dict[str, Any]:
-    heldout = [f"`{result.name}`" for result in results if result.held_out]
+    heldout = [in_code(result.name) for result in results if result.held_out]
     return {
         "verdicts": verdicts(record, list(results)),
         "result_rows": [result.row() for result in results],
@@ -137,11 +151,13 @@ def _results(record: RunRecord, results: Sequence[Result]) -> dict[str, Any]:
         "selection": record.selection,
         "heldout_names": in_a_row(heldout),
         "heldout_count": len(heldout),
+        # Measured while training, where no prompts were kept for a comparison.
+        "watched": None if heldout or record.heldout_name is None else in_code(record.heldout_name),
     }
 
 
 def _training(record: RunRecord) -> dict[str, Any]:
-    shown = list(record.prompts[:MAX_PROMPTS])
+    shown = [one_line(prompt) for prompt in record.prompts[:MAX_PROMPTS]]
     return {
         "estimator_text": " ".join([*record.estimator, *([record.coverage] if record.coverage else [])]),
         "stages": _stages(record),
@@ -157,25 +173,24 @@ def _training(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _pair(pair: ImagePair) -> dict[str, str]:
-    return {
-        "prompt": pair.prompt.replace("|", "\\|").replace("\n", " "),
-        "base": pair.base,
-        "adapter": pair.adapter,
-        "base_score": _score(pair.base_score),
-        "adapter_score": _score(pair.adapter_score),
-    }
-
-
-def _score(score: float) -> str:
-    """About three digits."""
-    return f"{score:.{3 if abs(score) < 10 else 1}f}"
+def _pairs(pairs: Sequence[ImagePair]) -> list[dict[str, str]]:
+    decimals = decimals_of_scores([0.0, *(score for pair in pairs for score in (pair.base_score, pair.adapter_score))])
+    return [
+        {
+            "prompt": in_cell(pair.prompt),
+            "base": pair.base,
+            "adapter": pair.adapter,
+            "base_score": f"{pair.base_score:.{decimals}f}",
+            "adapter_score": f"{pair.adapter_score:.{decimals}f}",
+        }
+        for pair in pairs
+    ]
 
 
 def _stages(record: RunRecord) -> list[dict[str, str]]:
     prompts = record.stage_prompts or [""] * len(record.stages)
     return [
-        {"name": name, "share": f"{share:.0%}", "prompt": prompt}
+        {"name": in_cell(name), "share": f"{share:.0%}", "prompt": in_cell(prompt)}
         for (name, share), prompt in zip(record.stages.items(), prompts)
     ]
 
@@ -189,12 +204,19 @@ def _facts(record: RunRecord) -> list[dict[str, str]]:
             f"{metrics['denoiser_evaluations']:,.0f}" if "denoiser_evaluations" in metrics else None
         ),
         "training time": _duration(metrics["seconds"]) if "seconds" in metrics else None,
+        "divergence from the base": _divergence(metrics),
         "peak memory": f"{metrics['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in metrics else None,
         "hardware": record.hardware,
         "packages": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or None,
         "commit of rlr-peft": f"`{record.commit}`" if record.commit else None,
     }
-    return [{"name": name, "value": value} for name, value in facts.items() if value]
+    return [{"name": name, "value": value.replace("|", "\\|")} for name, value in facts.items() if value]
+
+
+def _divergence(metrics: Mapping[str, float]) -> str | None:
+    if "kl" not in metrics:
+        return None
+    return f"{with_error(metrics['kl'], metrics['kl_se'])} nats (KL of {metrics['kl_n']:.0f} sampled paths)"
 
 
 def in_a_row(names: Sequence[str]) -> str:

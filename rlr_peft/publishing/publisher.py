@@ -9,13 +9,13 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from rlr_peft.estimates import with_error
 from rlr_peft.publishing.background_push import BackgroundPush, push_checkpoint
 from rlr_peft.publishing.card_file import addressed_card, card_text, stored_record, write_card
 from rlr_peft.publishing.hub import Pushed, push_folder
 from rlr_peft.publishing.hub_access import Destination
-from rlr_peft.publishing.hub_client import HubError
+from rlr_peft.publishing.hub_client import HubError, UncheckedError
 from rlr_peft.publishing.redaction import redacted
-from rlr_peft.publishing.results import with_error
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +68,17 @@ def publish(folder: Path, destination: Destination) -> str:
         if is_checkpoint(folder):
             push_checkpoint(folder, destination, folder.resolve().name)
             return f"Published on {destination.url}; the adapter was downloaded again and is the same."
-        card = addressed_card(folder, destination.repo_id)
+        branch = None if destination.revision == constants.DEFAULT_REVISION else destination.revision
+        card = addressed_card(folder, destination.repo_id, branch)
         text = None if card is None else card_text(folder, card)
         pushed = push_folder(folder, destination, commit_message(folder), card=text)
     except HubError as error:
+        is_there = isinstance(error, UncheckedError)
         raise HubError(
-            f"The adapter was not published on {destination.url}: {error} Nothing is lost, everything is in {folder}. "
-            f"Publish it with\n  {_later(folder, destination, destination.revision)}"
+            f"The adapter was {'published on' if is_there else 'not published on'} {destination.url}"
+            f"{', and could not be checked' if is_there else ''}: {error} Nothing is lost, everything is in {folder}. "
+            f"{'Publish and check it again' if is_there else 'Publish it'} with\n"
+            f"  {_later(folder, destination, destination.revision)}"
         ) from error
     if card is not None:
         write_card(folder, card)

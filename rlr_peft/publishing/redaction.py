@@ -9,9 +9,9 @@ from huggingface_hub import get_token
 
 HIDDEN = "***"
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_USER_IN_URL = re.compile(r"(?<=://)[^\s/@\"']+(?=@)")
+_USER_IN_URL = re.compile(r"(?<=://)[^\s/@\"'<>]+(?=@)")  # with or without a password: tokens stand alone there
 _KEY_IN_QUERY = re.compile(
-    r"(?<=[?&])([\w-]*(?:token|key|secret|password|signature|sig|auth)[\w-]*=)[^\s&#\"']+", re.IGNORECASE
+    r"(?<=[?&])([\w-]*(?:token|key|secret|passw(?:or)?d|signature|sig|auth)[\w-]*=)[^\s&#\"'<>]+", re.IGNORECASE
 )
 
 

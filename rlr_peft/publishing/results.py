@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 
+from rlr_peft.estimates import decimals_of, direction, half_width, with_error
+from rlr_peft.publishing.markdown import in_code
 from rlr_peft.publishing.run_record import RunRecord
 
-# The claim "rose" or "fell" is made from this many paired standard errors on.
-CLEAR_STANDARD_ERRORS = 2.0
-CONFIDENCE = 0.95
 KEYS = ("before", "before_se", "after", "after_se", "gain", "gain_se")
 
 
@@ -27,6 +25,7 @@ class Result:
         gain, gain_se: mean of the paired differences, and its standard error.
         win_rate: share of the images that got better; None if it was not measured.
         n: images.
+        count: of how many independent values the errors are: the prompts, where they are more than one.
     """
 
     name: str
@@ -41,21 +40,19 @@ class Result:
     gain_se: float
     win_rate: float | None
     n: int
+    count: int
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the gain is clear of its error, else 0."""
-        if abs(self.gain) <= CLEAR_STANDARD_ERRORS * self.gain_se:
-            return 0
-        return int(math.copysign(1, self.gain))
+        """1 or -1 where the interval of the gain is clear of 0, else 0."""
+        return direction(self.gain, self.gain_se, self.count)
 
     def row(self) -> dict[str, str]:
         """The cells of the table, whose numbers do not break across lines."""
-        margin = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * self.gain_se
-        places = _decimals(self.gain_se)
+        margin, places = half_width(self.gain_se, self.count), decimals_of(self.gain_se)
         low, high = (f"{edge:+.{places}f}" for edge in (self.gain - margin, self.gain + margin))
         cells = {
-            "name": self.name,
+            "name": in_code(self.name),
             "role": self.role,
             "before": with_error(self.before, self.before_se),
             "after": with_error(self.after, self.after_se),
@@ -80,12 +77,6 @@ def results_of(record: RunRecord) -> list[Result]:
     return [result for _, result in sorted(found, key=lambda pair: order[pair[0]])]
 
 
-def with_error(mean: float, standard_error: float, *, sign: bool = False) -> str:
-    """`0.613 ± 0.012`: two digits of the standard error, and the mean to the same place."""
-    places = _decimals(standard_error)
-    return f"{mean:{'+' if sign else ''}.{places}f} ± {standard_error:.{places}f}"
-
-
 def verdicts(record: RunRecord, results: list[Result]) -> list[str]:
     """What the paired gains say, in words, and a plain warning when they say that the reward was hacked."""
     sentences = []
@@ -93,13 +84,13 @@ def verdicts(record: RunRecord, results: list[Result]) -> list[str]:
     for result in scores:
         verb = {1: "rose", -1: "fell", 0: "did not change measurably"}[result.sign]
         trained = "the weighted sum of its rewards" if record.reward_weights else "its reward"
-        what = f"the held-out reward `{result.name}`, never trained on," if result.held_out else trained
+        what = f"the held-out reward {in_code(result.name)}, never trained on," if result.held_out else trained
         gain = with_error(result.gain, result.gain_se, sign=True)
         sentences.append(f"On {record.evaluation_prompts} {what} {verb} ({gain}).")
     rose = any(result.sign == 1 for result in scores if not result.held_out)
     fallen = [result.name for result in results if result.held_out and result.sign == -1]
     if rose and fallen:
-        names = " and ".join(f"`{name}`" for name in fallen)
+        names = " and ".join(in_code(name) for name in fallen)
         sentences.append(f"**The two disagree: this adapter probably exploits a flaw of its reward** ({names} fell).")
     return sentences
 
@@ -120,6 +111,7 @@ def _result(record: RunRecord, prefix: str) -> tuple[str, Result] | None:
         is_score=prefix in ("reward", "heldout"),
         win_rate=metrics.get(f"{prefix}_win_rate"),
         n=int(metrics["n"]),
+        count=_independent(metrics),
         **numbers,
     )
 
@@ -146,5 +138,7 @@ def _described(record: RunRecord, prefix: str) -> tuple[str, str, str] | None:
     return None
 
 
-def _decimals(standard_error: float) -> int:
-    return max(0, 1 - math.floor(math.log10(standard_error))) if standard_error > 0 else 4
+def _independent(metrics: Mapping[str, float]) -> int:
+    """Images of one prompt are alike, and the errors take them together; of a single prompt every image counts."""
+    prompts = int(metrics.get("prompts", metrics["n"]))
+    return prompts if prompts > 1 else int(metrics["n"])

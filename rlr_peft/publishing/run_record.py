@@ -36,8 +36,9 @@ class RunRecord:
         heldout_names: of several held-out rewards.
         metrics: as in `metrics.json`: `reward_before`, `reward_before_se`, `reward_after`, `reward_after_se`,
             `reward_gain`, `reward_gain_se`, `reward_win_rate`, the same with `heldout_`, and with `reward/NAME_` and
-            `heldout/NAME_` for each of several rewards; `n`, `seconds` (of training), `peak_memory_mb`,
-            `denoiser_evaluations`, `steps`. A reward with any of its six numbers or `n` missing gets no row.
+            `heldout/NAME_` for each of several rewards; `n`, `prompts` (how many were drawn), `kl` from the base with
+            `kl_se` and `kl_n`, `seconds` (of training), `peak_memory_mb`, `denoiser_evaluations`, `steps`. A reward
+            with any of its six numbers or `n` missing gets no row.
         evaluation_prompts: what the numbers were measured on, as it stands in "On ... its reward rose"; say "unseen
             prompts" only if none of them was trained on.
         evaluation: sentences on how the numbers were measured (steps, guidance, seeds).
@@ -52,9 +53,13 @@ class RunRecord:
         datasets: Hub ids of the datasets that the prompts come from.
         tags: of the pipeline's family, for example "stable-diffusion"; the common ones are added, and "rlr" if
             `config["estimator"]` is one of its presets.
+        base_options: what picks the files of a base on the Hub, `revision` and `variant`.
+        components: parts of the pipeline that replaced the base's or came to it, `vae` or `motion_adapter` -> Hub id or
+            folder.
         dtype: torch dtype of the snippet's pipeline, "float32", "float16" or "bfloat16".
         inference: further arguments of the pipeline's call in the snippet, for example `num_inference_steps`.
         repo_id: of the adapter on the Hub; None makes a snippet that runs in the adapter's folder.
+        hub_revision: branch of that repository; None is its main one.
         weight_name: file name of the adapter.
         stages: share of the steps by stage of a Diffusive Chain-of-Thought, noise first; empty without one.
         stage_prompts: the stage prompts of one training prompt, as an example.
@@ -92,9 +97,12 @@ class RunRecord:
     license_link: str | None = None
     datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
+    base_options: Mapping[str, str] = field(default_factory=dict)
+    components: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
     inference: Mapping[str, object] = field(default_factory=dict)
     repo_id: str | None = None
+    hub_revision: str | None = None
     weight_name: str = "pytorch_lora_weights.safetensors"
     stages: Mapping[str, float] = field(default_factory=dict)
     stage_prompts: Sequence[str] = ()

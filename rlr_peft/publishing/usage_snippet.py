@@ -26,14 +26,16 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     Without `record.repo_id` it must be run in the adapter's folder.
     """
     kind = base_kind(record.base_model)
-    imports = ["import torch", "from diffusers import DiffusionPipeline"]
+    pipeline_class, parts, part_classes = _parts(record)
+    imports = ["import torch", f"from diffusers import {', '.join(sorted({pipeline_class, *part_classes}))}"]
     if kind == "embedded":
         imports += ["", "from rlr_peft.tiny_shapes import pipeline_path"]
         base = "pipeline_path()"
     elif kind == "folder":
-        base = _quoted(str(Path(record.base_model).expanduser().resolve()))
+        base = _place(record.base_model)
     else:
         base = _quoted(record.base_model)
+    options = "".join(f", {name}={_quoted(value)}" for name, value in record.base_options.items())
     arguments = "".join(
         f"    {name}={_quoted(value) if isinstance(value, str) else repr(value)},\n"
         for name, value in record.inference.items()
@@ -47,7 +49,8 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     else:
         ending = ').images[0]\nimage.save("image.png")'
     return "\n".join(_sorted_imports(imports, extra_imports)) + (
-        f"\n\npipe = DiffusionPipeline.from_pretrained({base}, dtype=torch.{record.dtype})\n"
+        f"\n\n{parts}pipe = {pipeline_class}.from_pretrained({base}{options}"
+        f"{''.join(f', {name}={name}' for name in record.components)}, dtype=torch.{record.dtype})\n"
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"{loading}\n"
         f"\n{'video' if is_video else 'image'} = pipe(\n"
@@ -56,6 +59,24 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
         "    generator=torch.Generator().manual_seed(0),\n"
         f"{ending}"
     )
+
+
+def _parts(record: RunRecord) -> tuple[str, str, list[str]]:
+    """The pipeline's class, lines that load what is not the base's own, and the classes of that."""
+    classes = {"motion_adapter": "MotionAdapter"}
+    used = [classes.get(name, "AutoModel") for name in record.components]
+    lines = [
+        f"{name} = {class_name}.from_pretrained({_place(place)}, dtype=torch.{record.dtype})\n"
+        for (name, place), class_name in zip(record.components.items(), used, strict=True)
+    ]
+    # A base of Stable Diffusion with a motion adapter is another pipeline than the base's own.
+    pipeline_class = "AnimateDiffPipeline" if "motion_adapter" in record.components else "DiffusionPipeline"
+    return pipeline_class, "".join(lines), used
+
+
+def _place(name: str) -> str:
+    """A Hub id as it is; a folder with its whole path."""
+    return _quoted(str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name)
 
 
 def _sorted_imports(imports: list[str], extra: list[str]) -> list[str]:
@@ -70,13 +91,14 @@ def _loading(record: RunRecord) -> tuple[list[str], str]:
     if record.peft_config is not None:
         return _loading_through_peft(record)
     lines = []
+    revision = "" if record.hub_revision is None else f", revision={_quoted(record.hub_revision)}"
     for name in record.denoisers:
         # Without `weight_name` the file is guessed by asking the Hub, which fails offline and for private repositories.
         # (In a local folder diffusers takes the first expert's file if the second's is named by `subfolder`.)
         file, into = weights, ""
         if name == "transformer_2":
             file, into = _quoted(f"transformer_2/{record.weight_name}"), ", load_into_transformer_2=True"
-        lines.append(f"pipe.load_lora_weights({adapter}, weight_name={file}{into})")
+        lines.append(f"pipe.load_lora_weights({adapter}, weight_name={file}{into}{revision})")
     return [], "\n".join(lines)
 
 
@@ -90,7 +112,8 @@ def _loading_through_peft(record: RunRecord) -> tuple[list[str], str]:
     file = _quoted(record.weight_name)
     if record.repo_id is not None:
         imports.append("from huggingface_hub import hf_hub_download")
-        file = f"hf_hub_download({_quoted(record.repo_id)}, {file})"
+        revision = "" if record.hub_revision is None else f", revision={_quoted(record.hub_revision)}"
+        file = f"hf_hub_download({_quoted(record.repo_id)}, {file}{revision})"
     options = ", ".join(f"{key}={value!r}" for key, value in (record.peft_config or {}).items())
     return imports, (
         f"weights = {{key.removeprefix({_quoted(name + '.')}): value for key, value in load_file({file}).items()}}\n"

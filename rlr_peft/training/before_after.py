@@ -1,27 +1,61 @@
 """The comparison of base and adapter that a run ends with, as a page and as one row per image."""
 
-from pathlib import Path
+from torch import Tensor
 
-from rlr_peft.evaluation.compare import Evaluation
+from rlr_peft.evaluation.compare import Evaluation, evaluation_plan
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
 from rlr_peft.evaluation.comparison.labels import BASE, shown_name
 from rlr_peft.evaluation.comparison.report import write_page_and_scores
-from rlr_peft.training.comparison_setup import prompt_source
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.run import Run
-from rlr_peft.training.validation import evaluation_features
+from rlr_peft.training.seeds import derive_seed
+from rlr_peft.training.validation import evaluation_features, in_eval_mode
 
 ADAPTER = "adapter"
+# Samples for the KL from the base: each costs two images, so that it takes a quarter of the comparison at the most.
+MOST_KL_IMAGES = 16
+KL_SHARE = 4
 
 
-def write_comparison(run: Run, before: Evaluation, after: Evaluation) -> list[Path]:
-    """Writes `compare.html`, `scores.parquet` and `scores.csv` into the run's folder; returns their paths."""
+def write_comparison(run: Run, before: Evaluation, after: Evaluation) -> Comparison:
+    """Writes `compare.html`, `scores.parquet` and `scores.csv` into the run's folder; returns what they tell."""
     rewards = [MeasuredReward("reward", run.reward.name)]
     if run.heldout is not None:
         rewards.append(MeasuredReward("heldout", run.heldout.name, heldout=True))
     features = evaluation_features(run).name
-    comparison = Comparison(rewards, Model(BASE, before), [Model(ADAPTER, after)], _facts(run, before), features)
-    return write_page_and_scores(run.output_dir, comparison)
+    adapter = Model(ADAPTER, after, divergence_from_base(run))
+    comparison = Comparison(rewards, Model(BASE, before), [adapter], _facts(run, before), features)
+    write_page_and_scores(run.output_dir, comparison)
+    return comparison
+
+
+def divergence_from_base(run: Run) -> Tensor | None:
+    """KL of the adapter's sampled paths from the base's in nats, (k,), at training's eta; the samples are those of
+    `rlr-peft compare --kl_images k`.
+
+    None where the chain has no noise, or there is nothing to sample.
+    """
+    if run.evaluation_prompts is None or not has_noise(run.chain):
+        return None
+    config = run.config
+    count = max(2, min(MOST_KL_IMAGES, config.validation.num_evaluation_images // KL_SHARE))
+    prompts, seeds = evaluation_plan(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
+    with in_eval_mode(run.chain):
+        return measure_divergence(
+            lambda texts, numbers: path_divergence(run.chain, texts, numbers),
+            prompts,
+            seeds,
+            config.validation.evaluation_batch_size,
+        )
+
+
+def divergence_metrics(comparison: Comparison) -> dict[str, float]:
+    """`kl`, its standard error `kl_se` and the samples `kl_n`, for `metrics.json`; empty where it was not measured."""
+    (estimate,), (adapter,) = comparison.divergences, comparison.adapters
+    if estimate is None or adapter.divergence is None:
+        return {}
+    return {"kl": estimate.value, "kl_se": estimate.error, "kl_n": len(adapter.divergence)}
 
 
 def _facts(run: Run, before: Evaluation) -> dict[str, str]:
@@ -31,7 +65,15 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
         "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
         "sampler": f"{run.chain.num_steps} {run.chain.solver} steps, eta {validation.evaluation_eta:g}, guidance "
         f"{run.chain.guidance_scale:g}",
-        "prompts": f"{len(set(before.prompts))} of {shown_name(prompt_source(config))}",
+        "prompts": f"{len(set(before.prompts))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
     }
+
+
+def _source(run: Run) -> str:
+    """Where the evaluation's prompts come from."""
+    path, prompts = run.config.validation.evaluation_prompt_path, run.config.prompts
+    if path is not None:
+        return f"in {shown_name(path)}"
+    return f"held back of {shown_name(prompts.prompt_path or prompts.dataset_name or 'the prompts')}"

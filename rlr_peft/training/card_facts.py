@@ -39,6 +39,11 @@ def with_card_facts(
     return replace(
         record,
         base_model=str(Path(base).expanduser().resolve()) if base_kind(base) == "folder" else base,
+        base_options=_given(revision=config.model.revision, variant=config.model.variant),
+        components=_given(
+            vae=config.model.pretrained_vae_model_name_or_path,
+            motion_adapter=config.model.pretrained_motion_adapter_name_or_path,
+        ),
         reward_weights=_weights(run),
         heldout_names=run.heldout.names if isinstance(run.heldout, HeldoutRewards) else [],
         license=licence.id,
@@ -51,6 +56,10 @@ def with_card_facts(
         images=shown,
         pairs=pairs,
     )
+
+
+def _given(**values: str | None) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _commit() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,9 +203,8 @@ class _Comparer:
             "base": shown_name(config.model.pretrained_model_name_or_path),
             "adapters": ", ".join(hub.get(label, label) for label in adapters),
             "sampler": sampler,
-            "prompts": f"{len(set(prompts))} of {len(self.all_prompts)} in "
-            f"{shown_name(prompt_source(config))}, "
-            f"{self.options.images_per_prompt} images each",
+            "prompts": f"{len(set(prompts))} of {len(self.all_prompts)} in {shown_name(prompt_source(config))}, "
+            f"{_images_of_each(prompts)}",
             **({"stages": chain_of_thought} if chain_of_thought else {}),
             "seed": str(config.training.seed),
             "rewards": ", ".join(f"{reward.name}{' (held out)' if reward.heldout else ''}" for reward in measured),
@@ -218,3 +218,9 @@ def renderer(config: Config, pipeline: DiffusionPipeline) -> Render:
     """Draws with the pipeline as it is now, adapter included, through the config's chain."""
     chain = build_chain(config, pipeline, config.validation.evaluation_eta)
     return lambda prompts, seeds: render(chain, prompts, seeds)
+
+
+def _images_of_each(prompts: Sequence[str]) -> str:
+    """How many images a prompt has; the last one may have fewer."""
+    fewest, most = min(counts := Counter(prompts).values()), max(counts)
+    return f"{most} image{'s' if most > 1 else ''} each" if fewest == most else f"{fewest} to {most} images each"

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.estimates import with_error
 from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.comparison.report import PAGE
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
@@ -19,10 +20,9 @@ from rlr_peft.prompt import stages_of
 from rlr_peft.publishing.card_file import write_card
 from rlr_peft.publishing.record_file import StoredCard
 from rlr_peft.publishing.redaction import command_without_token
-from rlr_peft.publishing.results import with_error
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
-from rlr_peft.training.before_after import write_comparison
+from rlr_peft.training.before_after import divergence_metrics, write_comparison
 from rlr_peft.training.card_facts import with_card_facts
 from rlr_peft.training.card_images import clear_card_images
 from rlr_peft.training.chain_building import build_chain
@@ -75,8 +75,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     pair_prompts: list[str] = []
     after = evaluate_adapter(run)
     if before is not None and after is not None:
-        metrics = flat_metrics(compare(before, after)) | metrics
-        write_comparison(run, before, after)
+        comparison = write_comparison(run, before, after)
+        metrics = flat_metrics(compare(before, after)) | divergence_metrics(comparison) | metrics
         pair_prompts = [str(prompt) for prompt in before.prompts[:NUM_PAIRS]]
         save_before_after(
             run.output_dir / BEFORE_AFTER,
@@ -118,8 +118,7 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
 
 
 def _gain_text(metrics: dict[str, float], name: str) -> str:
-    gain, error = metrics[f"{name}_gain"], metrics[f"{name}_gain_se"]
-    shown = with_error(gain, error, sign=True) if error > 1e-4 else f"{gain:+.4f} ± {error:.4f}"
+    shown = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
     return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {shown}"
 
 

@@ -11,6 +11,7 @@ from rlr_peft.config.memory_checks import read_quantization
 from rlr_peft.errors import UserError
 from rlr_peft.evaluation.memory_plan.architecture import find_architecture, find_component
 from rlr_peft.evaluation.memory_plan.blueprint import build_model, build_pipeline
+from rlr_peft.evaluation.memory_plan.known_values import KnownValues
 from rlr_peft.evaluation.memory_plan.live_memory import fused_attention
 from rlr_peft.evaluation.memory_plan.plan import MemoryPlan
 from rlr_peft.evaluation.memory_plan.planning import plan_memory
@@ -32,7 +33,7 @@ def plan_run(config: Config) -> MemoryPlan:
     Raises:
         ConfigError: the run cannot be built as asked for.
         ArchitectureError: the pipeline's configs cannot be found.
-        PlanError: the pipeline looks at values, which a plan does not have.
+        PlanError: the pipeline looks at values that only weights give, which a plan does not have.
     """
     model = config.model
     dtype = DTYPES[model.mixed_precision]
@@ -42,17 +43,19 @@ def plan_run(config: Config) -> MemoryPlan:
         attach_adapters(config, pipeline, family)
         decoder = _reward_decoder(model, pipeline, dtype)
         try:
-            with fused_attention():
+            with KnownValues(), fused_attention():
                 built = _without_moves(config)
                 chain = build_chain(built, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
                 looking = build_chain(built, pipeline, config.validation.evaluation_eta)
             path = model.bnb_quantization_config_path
-            return plan_memory(config, chain, looking, None if path is None else read_quantization(path))
+            with KnownValues():
+                return plan_memory(config, chain, looking, None if path is None else read_quantization(path))
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise PlanError(
-                f"{type(pipeline).__name__} cannot be planned: it looks at values of tensors or at its tokenizer "
-                f"({reason}). Start it with a small --max_train_steps and read the peak memory in its metrics instead."
+                f"{type(pipeline).__name__} cannot be planned: it looks at values that only weights give, or deep into "
+                f"its tokenizer ({reason}). Start it with a small --max_train_steps and read the peak memory in its "
+                "metrics instead."
             ) from error
 
 

@@ -1,5 +1,7 @@
 """Looks at the images: grids at fixed seeds while training, base against adapter at the end."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -27,10 +29,17 @@ NUM_PAIRS = 12
 @torch.no_grad()
 def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch.Tensor:
     """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]; sample i depends on its prompt and seed alone."""
+    with in_eval_mode(chain):
+        return chain.decode(chain.sample(prompts, seeds).latents[0], prompts).float()
+
+
+@contextmanager
+def in_eval_mode(chain: DenoisingChain) -> Iterator[None]:
+    """Inside, the denoiser has no dropout."""
     was_training = chain.denoiser.training
     chain.denoiser.eval()
     try:
-        return chain.decode(chain.sample(prompts, seeds).latents[0], prompts).float()
+        yield
     finally:
         chain.denoiser.train(was_training)
 

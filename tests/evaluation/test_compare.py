@@ -168,3 +168,27 @@ def test_an_images_noise_depends_on_its_seed_alone() -> None:
     alone = torch.randn(4, generator=image_generators([7])[0])
     in_a_batch = torch.randn(4, generator=image_generators([1, 2, 7])[2])
     assert torch.equal(alone, in_a_batch)
+
+
+def test_images_of_one_prompt_do_not_count_as_prompts() -> None:
+    """Gains that differ between prompts and hardly between seeds: 300 sets of prompts tell how much the mean varies."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [f"p{index // 4}" for index in range(64)]
+
+    def gains() -> Tensor:
+        of_prompts = torch.randn(16, generator=generator).repeat_interleave(4)
+        return of_prompts + 0.3 * torch.randn(64, generator=generator)
+
+    drawn = [mean_and_standard_error(gains(), prompts) for _ in range(300)]
+    spread = np.std([mean for mean, _ in drawn])
+    assert np.mean([error for _, error in drawn]) == pytest.approx(spread, rel=0.1)
+    assert mean_and_standard_error(gains())[1] < 0.65 * spread, "as if all were prompts of their own"
+
+
+def test_a_single_prompt_is_judged_by_its_images() -> None:
+    scores = torch.tensor([0.0, 1.0, 3.0])
+    assert mean_and_standard_error(scores, ["a"] * 3) == pytest.approx((4 / 3, stats.sem([0, 1, 3])))
+    two = Evaluation(["a", "b", "b"], [0, 1, 2], {"reward": scores}, torch.empty(0))
+    assert compare(two, two)["reward"]["prompts"] == 2 and compare(two, two)["reward"]["n"] == 3
+    # Sums over prompts of what is left of the mean 4/3: -4/3 and 4/3.
+    assert compare(two, two)["reward"]["before_se"] == pytest.approx((2 * 2 * (4 / 3) ** 2) ** 0.5 / 3)

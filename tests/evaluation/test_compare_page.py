@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from rlr_peft.evaluation.comparison.comparison import Comparison
+from rlr_peft.evaluation.comparison.comparison import Comparison, Model
 from rlr_peft.evaluation.comparison.report import write_page_and_scores
 from tests.evaluation.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
@@ -215,6 +215,31 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(browser: Browser, file: Pat
     for page in opened(browser, file):
         page.set_viewport_size({"width": 360, "height": 700})
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_long_names_and_prompts_in_any_script_keep_their_place(browser: Browser, tmp_path: Path) -> None:
+    """A long prompt scrolls in its own box, one from right to left is set so, dollar signs make no formula."""
+    prompts = ["a very long prompt " * 150, "W" * 400, "\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621 (test) 3!"]
+    base = evaluation({"reward": [0.5] * 3}, prompts=prompts)
+    drawn = evaluation({"reward": [0.4, 0.6, 0.7]}, prompts=prompts, images=flat_images([0.2] * 3, color=1))
+    names = ["run$1_2$", "a-very-long-name-of-a-run-with-many-words-in-it-and-no-end"]
+    made = Comparison([TRAINED], Model("base", base), [Model(name, drawn, torch.ones(2)) for name in names])
+    (path, *_) = write_page_and_scores(tmp_path, made)
+    for page in opened(browser, path):
+        page.set_viewport_size({"width": 360, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        boxes = [prompt.bounding_box() for prompt in page.locator(".prompt").all()]
+        assert all(box is not None and box["height"] < 160 for box in boxes)
+        directions = page.evaluate(
+            "[...document.querySelectorAll('.prompt')].map((prompt) => getComputedStyle(prompt).direction)"
+        )
+        assert directions == ["ltr", "ltr", "rtl"]
+        assert "run$1_2$" in (page.locator(".chart svg").first.text_content() or "")
+
+
+def test_without_scripts_the_worst_cases_come_first_too(browser: Browser, file: Path) -> None:
+    for page in opened(browser, file, java_script_enabled=False):
+        assert shown(page) == ["a blue boat", "a red fox", "a boat", "two foxes “"]
 
 
 def test_everything_that_can_be_used_has_a_name(page: Page) -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from matplotlib.patches import Rectangle
 from PIL import Image
 
+from rlr_peft.estimates import with_error
 from rlr_peft.evaluation.comparison.comparison import Comparison, Model
 from rlr_peft.evaluation.comparison.figure_files import inline_svg
 from rlr_peft.evaluation.comparison.figures import figures
 from rlr_peft.evaluation.comparison.files import score_columns, write_numbers, write_scores
 from rlr_peft.evaluation.comparison.labels import unique_labels
 from rlr_peft.evaluation.comparison.notes import notes
-from rlr_peft.evaluation.comparison.numbers import with_error
 from rlr_peft.evaluation.comparison.page import chosen_pairs
 from rlr_peft.evaluation.comparison.report import write_page_and_scores, write_report
 from rlr_peft.evaluation.comparison.tables import console_text, markdown, tables
@@ -44,11 +45,12 @@ def example() -> Comparison:
 def test_differences_and_win_rates_are_those_worked_out_by_hand() -> None:
     rewards, variety = tables(example())
     rows = {(row[0], row[1]): row[2:] for row in rewards.rows}
-    # differences .1 .1 0 -.1: mean .025, standard deviation .0957; two wins and a tie of four
-    assert rows["judge", "first"] == ["0.275 ± 0.025", "+0.025 ± 0.048", "62.5%"]
+    # differences .1 .1 of one prompt, 0 -.1 of the other: mean .025, sums of what is left .15 and -.15, so the error is
+    # sqrt(2 / 1 * 2 * .15^2) / 4; two wins and a tie of four
+    assert rows["judge", "first"] == ["0.275 ± 0.025", "+0.025 ± 0.075", "62.5%"]
     assert rows["judge", "base"][1:] == ["-", "-"]
-    # differences 1 1 1.5 1.5
-    assert rows["other judge (held out)", "first"][1:] == ["+1.25 ± 0.14", "100.0%"]
+    # differences 1 1, 1.5 1.5: sums of what is left -.5 and .5
+    assert rows["other judge (held out)", "first"][1:] == ["+1.25 ± 0.25", "100.0%"]
     assert rows["judge", "second"][1:] == ["+0", "50.0%"]
     found = {row[1]: row[2:] for row in variety.rows}
     assert found["first"] == ["1", "+0", "1", "+0", "0", "2.0 ± 1.0"]
@@ -96,7 +98,7 @@ def test_numbers_are_json_without_gaps(tmp_path: Path) -> None:
     assert first["rewards"]["judge"]["gain"] == pytest.approx(0.025)
     assert first["rewards"]["judge"]["win_rate"] == 0.625
     assert first["attributes"]["judge"]["color"]["gain"] == 0
-    assert first["kl"] == {"value": 2.0, "error": 1.0} and first["kl_samples"] == 2
+    assert first["kl"] == {"value": 2.0, "error": 1.0, "count": 2} and first["kl_samples"] == 2
     assert second["kl"] is None
     assert second["variety"]["overall_change"]["value"] == pytest.approx(-1)
     assert numbers["heldout"] == ["other judge"] and numbers["images"] == 4
@@ -128,6 +130,18 @@ def test_every_figure_has_a_file_and_a_drawing(tmp_path: Path) -> None:
         assert "var(--ink)" in svg and "first" in svg and "http" not in re.sub(r'xmlns[:\w]*="[^"]*"', "", svg)
 
 
+@pytest.mark.parametrize("outlier", [1e6, 0.0, -3e4])
+def test_one_outlier_does_not_ask_for_billions_of_bins(outlier: float) -> None:
+    scores = [1e-6 * index for index in range(63)]
+    drawn = comparison(
+        evaluation({"reward": [*scores, 0.0]}),
+        evaluation({"reward": [*scores, outlier]}, images=flat_images([0.5] * 64, color=1)),
+    )
+    (axes, *_) = figures(drawn)["rewards"].axes
+    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert sum(bar.get_height() for bar in bars) == 2 * 64 and len(bars) <= 2 * 30
+
+
 def test_a_run_folder_gets_the_page_and_the_scores_alone(tmp_path: Path) -> None:
     names = [path.name for path in write_page_and_scores(tmp_path, example())]
     assert names == ["compare.html", "scores.parquet", "scores.csv"]
@@ -153,7 +167,7 @@ def jittered(values: list[float]) -> list[float]:
         (-0.2, -0.1, "judge and other judge fell"),
         (0.0, -0.1, "other judge fell"),
         (0.0, 0.1, "other judge rose, which is held out"),
-        (0.0, 0.0, "no reward moved by 2 standard errors"),
+        (0.0, 0.0, "no reward moved clearly: the 95 % intervals hold 0"),
     ],
 )
 def test_gains_are_put_into_words(reward: float, heldout: float, sentence: str) -> None:

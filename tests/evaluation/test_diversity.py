@@ -9,15 +9,15 @@ import torch
 from scipy.spatial.distance import cosine
 
 from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
-from rlr_peft.evaluation.comparison.diversity import cosine_distances, prompt_distances, variety
+from rlr_peft.evaluation.comparison.diversity import mean_distances, prompt_distances, variety
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
 from tests.estimators.chains import move_parameters
 
 
 def test_distances_of_equal_orthogonal_and_opposite_features() -> None:
     features = torch.tensor([[2.0, 0, 0], [5.0, 0, 0], [0, 3.0, 0], [-1.0, 0, 0]])
-    expected = torch.tensor([[0, 0, 1, 2], [0, 0, 1, 2], [1, 1, 0, 1], [2, 2, 1, 0]], dtype=torch.float64)
-    torch.testing.assert_close(cosine_distances(features), expected)
+    expected = torch.tensor([0 + 1 + 2, 0 + 1 + 2, 1 + 1 + 1, 2 + 2 + 1], dtype=torch.float64) / 3
+    torch.testing.assert_close(mean_distances(features), expected)
 
 
 def test_variety_is_the_mean_over_pairs() -> None:
@@ -65,7 +65,7 @@ def test_a_collapsed_adapter_has_no_variety_left() -> None:
 def test_one_image_a_prompt_says_nothing_within_prompts() -> None:
     found = variety(torch.eye(3), ["a", "b", "c"])
     assert found.within_prompt is None and found.overall.value == 1
-    assert len(prompt_distances(cosine_distances(torch.eye(3)), ["a", "b", "c"])) == 0
+    assert len(prompt_distances(torch.eye(3), ["a", "b", "c"])) == 0
 
 
 @pytest.mark.parametrize(

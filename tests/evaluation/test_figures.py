@@ -1,6 +1,7 @@
 """Figures: sizes, contents at known places, and the numbers behind the curve."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,22 @@ def test_captions_are_drawn_inside_their_cell_whatever_their_length() -> None:
         left = 24 + column * (cell + 16)
         assert ink[:, left : left + cell].any()
         assert not ink[:, left + cell + 2 : left + cell + 14].any()  # the gap stays white
+
+
+@pytest.mark.parametrize("columns", [8, 32, 100])
+def test_any_number_of_columns_fits(columns: int) -> None:
+    grid = image_grid(torch.rand(columns, 3, 8, 8), ["Wide Words"] * columns, columns=columns)
+    assert grid.width == 1000
+    rows = -(-columns // 8)
+    assert grid.height >= rows * 96
+
+
+@pytest.mark.parametrize("prompt", ["word " * 3000, "W" * 30_000, "\N{CJK UNIFIED IDEOGRAPH-8BCD}" * 30_000])
+def test_a_prompt_of_any_length_is_cut_after_twelve_lines(prompt: str) -> None:
+    start = time.process_time()
+    short, long = (image_grid(torch.rand(1, 3, 8, 8), [text], columns=1).height for text in ("a cat", prompt))
+    assert long == short + 11 * 20
+    assert time.process_time() - start < 5
 
 
 def test_a_grid_is_written_as_png(tmp_path: Path) -> None:

@@ -1,12 +1,22 @@
 """The memory plan of families that ship no configs: from a folder, or a clear refusal."""
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
 
+from rlr_peft.chain.adjoint import ReplayedStep
+from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, load_config
+from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
+from rlr_peft.evaluation.memory_plan.architecture import find_architecture
+from rlr_peft.evaluation.memory_plan.blueprint import build_pipeline
 from rlr_peft.evaluation.memory_plan.plan import PHASES
 from rlr_peft.training.planning import PlanError, plan_run
+from rlr_peft.training.run import attach_adapters, build_chain
 from tests.families.table import CASES
 
 
@@ -26,10 +36,47 @@ def test_a_familys_folder_is_planned(name: str, folder_of: Callable[[str], str])
     assert plan.facts.lora > 0
 
 
-@pytest.mark.parametrize("name", ["qwen-image", "wan-2.2", "sana"])
-def test_a_pipeline_that_looks_at_values_is_refused_clearly(name: str, folder_of: Callable[[str], str]) -> None:
-    with pytest.raises(PlanError, match="Pipeline cannot be planned: it looks at values"):
-        plan_run(config_of(name, folder_of(name)))
+LOOKING = {"qwen-image": [], "sana": [], "z-image": ["--max_sequence_length", "128"], "wan-2.2": []}
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_pipeline_that_looks_at_values_is_planned_as_it_runs(name: str, folder_of: Callable[[str], str]) -> None:
+    """Masks, token ids and timesteps have values in the plan; the same pipeline on the CPU, with prompts as long, has
+    as much on its tape."""
+    config = config_of(name, folder_of(name), *LOOKING[name])
+    measured = plan_run(config).facts.measured
+    pipeline = build_pipeline(find_architecture(folder_of(name)), torch.device("cpu"), torch.float32)
+    attach_adapters(config, pipeline, family_of(pipeline))
+    chain = build_chain(config, pipeline, config.chain.eta)
+    prompts = [f"prompt {index}" for index in range(config.training.train_batch_size)]
+    trajectory = chain.sample(prompts, list(range(len(prompts))))
+    with counted_tape() as tape:
+        step = ReplayedStep(chain, trajectory, chain.num_steps)
+        assert measured.step[False].saved == pytest.approx(tape.live, rel=0.03)
+    del step
+    latents = trajectory.latents[0, :1].clone().requires_grad_()
+    with counted_tape() as tape:
+        images = chain.decode(latents, prompts[:1])
+        assert measured.decode[1, False].saved == pytest.approx(tape.live, rel=0.05)
+    assert images.numel() * 4 == measured.images
+    kept = (trajectory.latents, trajectory.noises, trajectory.pred_original_samples)
+    assert measured.trajectory == sum(tensor.nbytes for tensor in kept)
+
+
+def test_a_pipeline_that_looks_at_what_weights_make_is_refused_clearly(
+    folder_of: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = StableDiffusionXLPipeline.encode_prompt
+
+    @wraps(original)
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        embeddings = original(self, *args, **kwargs)
+        assert embeddings[0].abs().max().item() > 0
+        return embeddings
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "encode_prompt", encode_prompt)
+    with pytest.raises(PlanError, match=r"StableDiffusionXLPipeline cannot be planned: .*\(Tensor.item\(\) cannot"):
+        plan_run(config_of("sdxl", folder_of("sdxl")))
 
 
 def test_guidance_by_two_calls_doubles_the_tape(folder_of: Callable[[str], str]) -> None:

@@ -55,6 +55,7 @@ PASSING: dict[str, dict[str, Any]] = {
     },
     "the commit answers 502 once": _status(COMMIT, 502, 1),
     "the commit answers 429 with Retry-After": _status(COMMIT, 429, 1, headers={"Retry-After": "2"}),
+    "the commit answers 429 with the Hub's RateLimit": _status(COMMIT, 429, 1, headers={"RateLimit": '"api";r=0;t=1'}),
     "the commit is made, its answer is lost": {"request": COMMIT, "kind": "lost", "times": 1},
     "the download that checks is reset once": {"request": GET, "kind": "refuse", "times": 1},
 }

@@ -29,7 +29,7 @@ RECORD = RunRecord(
     config={"rank": 4, "estimator": "rlr"},
     metrics=METRICS,
     before_after="before_after.png",
-    images=[("images/one.png", "a small red star")],
+    images=[("images/validation_0.png", "a small red star")],
     license="apache-2.0",
 )
 # What a run leaves and nobody else should see.
@@ -38,10 +38,10 @@ PRIVATE = ("checkpoint-5/optimizer.pt", "logs/events", "notes.txt", "run_record.
 
 def output_folder(path: Path, size: int = 200_000, **record: object) -> Path:
     """A folder with an adapter of `size` random bytes, card, images, numbers, and private files beside them."""
-    for name in ("before_after.png", "images/one.png", *PRIVATE):
+    for name in ("before_after.png", "images/validation_0.png", *PRIVATE):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(b"private")
-    for name in ("before_after.png", "images/one.png"):
+    for name in ("before_after.png", "images/validation_0.png"):
         Image.new("RGB", (8, 8)).save(path / name)
     noise = torch.frombuffer(bytearray(os.urandom(size // 4 * 4)), dtype=torch.int32)
     save_file({"unet.x.lora_A.weight": noise}, path / WEIGHTS)

@@ -15,7 +15,7 @@ UPLOADED = {
     WEIGHTS,
     "before_after.png",
     "config.yaml",
-    "images/one.png",
+    "images/validation_0.png",
     "metrics.json",
 }
 PUSH = ["tests/hub/impatient.py", "-m", "rlr_peft.cli", "push"]
@@ -82,9 +82,11 @@ def test_a_new_run_replaces_what_the_earlier_one_left(hub: LoopbackHub, folder: 
     push(hub, folder, "--hub_model_id", "owner/replaced")
     repository = hub.repository("owner/replaced")
     header = {"key": "header", "value": {"summary": "by hand"}}
-    repository.commit("main", [header, {"key": "file", "value": {"path": "notes.txt", "content": ""}}])
+    mine = ["notes.txt", "images/mine.png", "images/drafts/base_0.png"]
+    files = [{"key": "file", "value": {"path": name, "content": ""}} for name in (*mine, "images/base_3.png")]
+    repository.commit("main", [header, *files])
     push(hub, output_folder(folder.parent / "next"), "--hub_model_id", "owner/replaced")
-    assert set(repository.files("main")) == UPLOADED | {"notes.txt"}
+    assert set(repository.files("main")) == UPLOADED | set(mine)
     assert "kohya/lora_kohya.safetensors" in repository.files(repository.history("main")[1]["oid"])
 
 
@@ -98,6 +100,8 @@ def test_a_branch_and_an_organisation(hub: LoopbackHub, folder: Path) -> None:
     push(hub, folder, "--hub_model_id", "lab/with-branch", "--hub_revision", "trial")
     repository = hub.repository("lab/with-branch")
     assert WEIGHTS in repository.files("trial") and WEIGHTS not in repository.files("main")
+    expected = f'pipe.load_lora_weights("lab/with-branch", weight_name="{WEIGHTS}", revision="trial")'
+    assert expected in repository.read("README.md", "trial").decode()
 
 
 def test_a_hub_without_xet_gets_the_files_over_http(hub: LoopbackHub, folder: Path) -> None:
@@ -112,9 +116,25 @@ def test_a_checkpoint_is_published_without_its_state(hub: LoopbackHub, folder: P
     (checkpoint / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4] + b"more")
     (checkpoint / "manifest.json").write_text("{}")
     push(hub, checkpoint, "--hub_model_id", "owner/steps", "--hub_revision", "checkpoint-5")
+    repository = hub.repository("owner/steps")
+    assert 'add `revision="checkpoint-5"`' in repository.read("README.md", "checkpoint-5").decode()
     files = hub.repository("owner/steps").files("checkpoint-5")
     assert set(files) == {".gitattributes", "README.md", WEIGHTS}
     assert hub.repository("owner/steps").read(WEIGHTS, "checkpoint-5") == (checkpoint / WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_on_main_spares_what_is_not_of_a_run(hub: LoopbackHub, folder: Path) -> None:
+    push(hub, folder, "--hub_model_id", "owner/steps-on-main")
+    repository = hub.repository("owner/steps-on-main")
+    header = {"key": "header", "value": {"summary": "by hand"}}
+    repository.commit("main", [header, {"key": "file", "value": {"path": "LICENSE", "content": ""}}])
+    checkpoint = folder / "checkpoint-5"
+    (checkpoint / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    (checkpoint / "manifest.json").write_text("{}")
+    push(hub, checkpoint, "--hub_model_id", "owner/steps-on-main")
+    assert set(repository.files("main")) == {".gitattributes", "README.md", WEIGHTS, "LICENSE"}
+    card = repository.read("README.md").decode()
+    assert "revision=" not in card and f'load_lora_weights("owner/steps-on-main", weight_name="{WEIGHTS}")' in card
 
 
 @pytest.fixture(scope="session")
@@ -203,6 +223,7 @@ def test_a_full_disk_here(hub: LoopbackHub, folder: Path) -> None:
     )
     environment = hub.environment(folder.parent / "home")
     done = run([limited, "push", folder, "--hub_model_id", "owner/full"], environment, 1)
+    assert "The adapter was published on" in done.stderr and "was not published" not in done.stderr
     assert "was made, but" in done.stderr and "File too large" in done.stderr
     assert f"rlr-peft push {folder} --hub_model_id owner/full" in done.stderr
     assert hub.repository("owner/full").read(WEIGHTS) == (folder / WEIGHTS).read_bytes()

@@ -25,8 +25,10 @@ def test_what_cannot_be_copied_or_sent_is_told_at_the_end(tmp_path: Path) -> Non
     background.submit(first)
     shutil.rmtree(first)  # as `checkpoints_total_limit` does
     background.submit(tmp_path / "gone" / "checkpoint-3")
+    background.submit(tmp_path / "checkpoint-4")  # deleted before its turn
     failures = background.failures()
-    assert list(failures) == [first, tmp_path / "gone" / "checkpoint-3"]
+    assert list(failures) == [first, tmp_path / "gone" / "checkpoint-3", tmp_path / "checkpoint-4"]
+    assert f"a folder without {WEIGHT_NAME}" in failures[tmp_path / "checkpoint-4"]
     assert "offline mode is on" in failures[first]
     assert "FileNotFoundError" in failures[tmp_path / "gone" / "checkpoint-3"]
     background.stop()

@@ -1,5 +1,6 @@
 """The card: its metadata parse, its snippet runs, and it says nothing that the run does not know."""
 
+import html
 import json
 import os
 import re
@@ -15,13 +16,16 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from rlr_peft.cli.main import main
-from rlr_peft.lora import attach_lora, save_lora
+from rlr_peft.estimates import with_error
+from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora
+from rlr_peft.lora.kohya import KOHYA_NAME
 from rlr_peft.publishing.base_license import License, base_license
 from rlr_peft.publishing.card_file import addressed_card, write_card
-from rlr_peft.publishing.model_card import TemplateError, fenced, write_model_card
+from rlr_peft.publishing.hub_files import is_ours
+from rlr_peft.publishing.markdown import fenced
+from rlr_peft.publishing.model_card import TemplateError, write_model_card
 from rlr_peft.publishing.record_file import StoredCard, load_stored_card
-from rlr_peft.publishing.redaction import command_without_token
-from rlr_peft.publishing.results import with_error
+from rlr_peft.publishing.redaction import command_without_token, redacted
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.tiny_shapes import pipeline_path
@@ -211,6 +215,8 @@ def test_a_reward_with_missing_numbers_gets_no_row(folder: Path) -> None:
     text = write_model_card(folder, record=replace(FULL, metrics=partial)).read_text()
     check_sections(text)
     assert "(held out)" not in text
+    assert "`tiny-shapes-heldout` was measured while training, on training prompts (the curve above), but not" in text
+    text = write_model_card(folder, record=replace(FULL, metrics=partial, heldout_name=None)).read_text()
     assert "No held-out reward was measured" in text
 
 
@@ -269,6 +275,38 @@ def test_the_comparison_page_and_scores_are_named_where_they_are(folder: Path) -
     check_sections(write_model_card(folder, record=MINIMAL).read_text())
 
 
+NASTY = (
+    'a \\| b <b>bold</b> </script> <!-- `tick` ``` *star* _u_ [l](http://x) ![i](y) $x$ ~~s~~ "q" &lt; <lora:x:1>'
+    "\r\n\n---\n# head\u2028next \u202b\u05d0\u05d1\u202c \N{GRINNING FACE} {{ 7 }} {% if %}"
+)
+
+
+def test_prompts_are_shown_as_they_are_and_break_nothing(folder: Path) -> None:
+    record = replace(
+        FULL,
+        pairs=[ImagePair(NASTY, "images/base_0.png", "images/adapter_0.png", 0.4, 0.75)],
+        images=[("images/one.png", NASTY)],
+        prompts=[NASTY, "second " * 100],
+        stages={"layout": 0.25, "detail": 0.75},
+        stage_prompts=[NASTY, "fine " * 200],
+        reward_name="a|b`c",
+    )
+    text = write_model_card(folder, record=record).read_text()
+    assert ModelCard.load(folder / "README.md").data.widget[0]["text"] == NASTY
+    lines = text.splitlines()
+    for start, columns in (("| a &#92;\\|", 3), ("| layout |", 3), ("| detail |", 3), ("| ``", 6)):
+        (row,) = [line for line in lines if line.startswith(start)]
+        assert len(re.split(r"(?<!\\)\|", row)) == columns + 2, row
+    (cell,) = [line.split(" | ")[2] for line in lines if line.startswith("| layout |")]
+    assert html.unescape(cell.removesuffix(" |").replace("\\|", "|")) == " ".join(NASTY.split())
+    assert not re.search(r"[<>`*_\[\]$~]", cell), "no markup is left"
+    (long,) = [line for line in lines if line.startswith("| detail |")]
+    assert len(long) < 340 and long.endswith("\N{HORIZONTAL ELLIPSIS} |")
+    (block,) = re.findall(r"^(`{3,})text\n(.*?)\n\1$", text, flags=re.MULTILINE | re.DOTALL)
+    assert block[1].splitlines()[0] == " ".join(NASTY.split()) and len(block[1].splitlines()) == 2
+    compile(re.findall(r"^(`{3,})python\n(.*?)\n\1$", text, flags=re.MULTILINE | re.DOTALL)[0][1], "snippet", "exec")
+
+
 def test_stages_of_a_chain_of_thought(folder: Path) -> None:
     record = replace(FULL, stages={"layout": 0.25, "detail": 0.75}, stage_prompts=["a red | blob", "a red star"])
     text = write_model_card(folder, record=record).read_text()
@@ -280,6 +318,13 @@ def test_secrets_are_crossed_out(folder: Path) -> None:
     command = "python train_rlr_lora.py --reward_fn http://me:password@host/ --x hf_abcdefghijklmnopqrstuvwxyz"
     text = write_model_card(folder, record=replace(FULL, command=command)).read_text()
     assert "http://***@host/" in text and "hf_abc" not in text and "password" not in text
+    for secret, shown in (
+        ("https://ghp_0123456789@github.com/x", "https://***@github.com/x"),
+        ("http://host/score?Api_Key=abc&size=3", "http://host/score?Api_Key=***&size=3"),
+        ("http://host/?size=3&access_token=abc", "http://host/?size=3&access_token=***"),
+        ("me@host.org https://host.org/@me?monkey", "me@host.org https://host.org/@me?monkey"),
+    ):
+        assert redacted(secret) == shown
     words = ["train.py", "--hub_token", "secret", "--rank", "4", "--hub_token=secret"]
     assert command_without_token(words) == ["train.py", "--rank", "4"]
 
@@ -288,8 +333,15 @@ def test_extra_text_and_a_template_that_cannot_be_rendered(folder: Path) -> None
     text = write_model_card(folder, record=FULL, extra_text="## Mine\n\nHand-written.\n").read_text()
     check_sections(text)
     assert "\n\n## Mine\n\nHand-written.\n\n## Use it\n" in text
-    with pytest.raises(TemplateError, match="cannot be rendered"):
-        write_model_card(folder, record=FULL, template="{{ card_data }} {% if %}")
+    for template, message in (
+        ("{{ card_data }} {% if %}", "cannot be rendered"),
+        ("{{ 1 / 0 }}", "cannot be rendered"),
+        ("---\ntags: [\n---\n", "cannot be rendered"),
+        ("{{ card_data }} {{ titel }}", "names what is not there: titel. Did you mean title"),
+        ("{{ card_data }} {{ qqqq }}", "names what is not there: qqqq. Its variables are base_text, before_after"),
+    ):
+        with pytest.raises(TemplateError, match=message):
+            write_model_card(folder, record=FULL, template=template)
 
 
 def test_a_card_is_written_again_from_its_records(folder: Path) -> None:
@@ -310,6 +362,15 @@ def test_a_card_is_written_again_from_its_records(folder: Path) -> None:
     assert addressed is not None and write_card(folder, addressed).read_text().endswith("Hand-written.\n")
     assert main(["card", str(folder), "--plain"]) == 0
     assert 'load_lora_weights("owner/name"' in (folder / "README.md").read_text()
+
+
+def test_a_card_that_was_edited_is_kept_beside_the_new_one(folder: Path) -> None:
+    path = write_card(folder, StoredCard(FULL))
+    assert main(["card", str(folder)]) == 0 and not (folder / "README.edited.md").exists()
+    path.write_text("# by hand\n")
+    assert main(["card", str(folder)]) == 0
+    assert (folder / "README.edited.md").read_text() == "# by hand\n"
+    assert path.read_text().startswith("---\n")
 
 
 @pytest.mark.parametrize("damage", [None, "{", '{"record": {"base_model": "x", "unknown": 1}}'])
@@ -428,6 +489,50 @@ def test_a_published_adapter_is_loaded_from_the_hub(folder: Path) -> None:
     assert "In the folder of this file" not in text
 
 
+def test_the_snippet_names_branches_and_parts_that_are_not_the_bases(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    record = replace(
+        MINIMAL,
+        repo_id="me/x",
+        hub_revision="trial",
+        base_options={"revision": "fp16", "variant": "fp16"},
+        components={"vae": str(tmp_path / "vae"), "motion_adapter": "someone/motion"},
+        fps=8,
+        denoisers=["unet"],
+    )
+    text = write_model_card(folder, record=record).read_text()
+    for line in (
+        "from diffusers import AnimateDiffPipeline, AutoModel, MotionAdapter",
+        f'vae = AutoModel.from_pretrained("{tmp_path / "vae"}", dtype=torch.float32)',
+        'motion_adapter = MotionAdapter.from_pretrained("someone/motion", dtype=torch.float32)',
+        'pipe = AnimateDiffPipeline.from_pretrained("CompVis/stable-diffusion-v1-4", revision="fp16", variant="fp16", '
+        "vae=vae, motion_adapter=motion_adapter, dtype=torch.float32)",
+        'pipe.load_lora_weights("me/x", weight_name="pytorch_lora_weights.safetensors", revision="trial")',
+    ):
+        assert f"\n{line}\n" in text, line
+    through_peft = write_model_card(folder, record=replace(record, peft_config={"r": 2})).read_text()
+    assert 'hf_hub_download("me/x", "pytorch_lora_weights.safetensors", revision="trial")' in through_peft
+
+
+def test_a_snippet_with_another_vae_runs(tmp_path: Path) -> None:
+    base, adapter, vae = tmp_path / "base", tmp_path / "adapter", tmp_path / "vae"
+    pipeline = tiny_stable_diffusion()
+    pipeline.save_pretrained(base)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias += 0.3
+    pipeline.vae.save_pretrained(vae)
+    save_adapter(pipeline, adapter)
+    inference = {"num_inference_steps": 2}
+    record = replace(
+        MINIMAL, base_model=str(base), components={"vae": str(vae)}, inference=inference, prompts=["a cat"]
+    )
+    write_model_card(adapter, record=record)
+    run_snippet(adapter)
+    drawn = pipeline("a cat", **inference, generator=torch.Generator().manual_seed(0)).images[0]
+    with Image.open(adapter / "image.png") as picture:
+        assert picture.convert("RGB").tobytes() == drawn.tobytes()
+
+
 def test_where_a_base_comes_from(tmp_path: Path) -> None:
     assert base_kind("tiny-shapes") == "embedded"
     assert base_kind(str(tmp_path)) == "folder"
@@ -440,8 +545,8 @@ def test_where_a_base_comes_from(tmp_path: Path) -> None:
         (0.61234, 0.0123, "0.612 ± 0.012"),
         (0.91, 0.0061, "0.9100 ± 0.0061"),
         (-12.345, 1.26, "-12.3 ± 1.3"),
-        (1234.5, 56.7, "1234 ± 57"),
-        (0.5, 0.0, "0.5000 ± 0.0000"),
+        (1234.5, 56.7, "1,234 ± 57"),
+        (0.5, 0.0, "0.5"),
     ],
 )
 def test_numbers_are_shown_to_two_digits_of_their_error(mean: float, error: float, expected: str) -> None:
@@ -450,3 +555,10 @@ def test_numbers_are_shown_to_two_digits_of_their_error(mean: float, error: floa
 
 def test_a_fence_is_longer_than_those_inside() -> None:
     assert fenced("a ```` b", "text") == "`````text\na ```` b\n`````"
+
+
+def test_what_a_run_makes_is_known_and_what_is_the_users_is_left() -> None:
+    for name in (WEIGHT_NAME, f"transformer_2/{WEIGHT_NAME}", KOHYA_NAME, "README.md", "images/base_0.png"):
+        assert is_ours(name), name
+    for name in ("images/mine.png", "images/drafts/base_0.png", "kohya/other.safetensors", "LICENSE"):
+        assert not is_ours(name), name

@@ -77,6 +77,10 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     assert sum(redness[4:]) / 4 == pytest.approx(metrics["reward_after"], abs=1e-6)
     assert sum(scores["jpeg-compressibility"][4:]) / 4 == pytest.approx(metrics["heldout_after"], abs=1e-6)
     assert f"images side by side: {out}/compare.html" in output
+    page, card = (out / "compare.html").read_text(), (out / "README.md").read_text()
+    assert metrics["kl"] > 0 and metrics["kl_n"] == 2
+    assert "KL (nats)" in page and "Reward against KL" in page and "2 of 2 in unseen.txt" in page
+    assert "| divergence from the base | " in card and "nats (KL of 2 sampled paths) |" in card
 
     assert metrics["n"] == 4 and metrics["seconds"] > 0 and metrics["peak_memory_mb"] > 50
     # 2 updates x 4 samples x (4 sampled + 4 differentiated steps), and the calibration's 4 x (4 + 4)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
-from rlr_peft.evaluation.compare import Evaluation, compare
-from rlr_peft.evaluation.comparison.diversity import Estimate, Variety, variety
+from rlr_peft.evaluation.compare import Evaluation, compare, independent_groups
+from rlr_peft.evaluation.comparison.diversity import Estimate, Variety, estimate_of, variety
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,11 @@ class Comparison:
         """Base first."""
         return [self.base, *self.adapters]
 
+    @property
+    def independent_images(self) -> int:
+        """Of how many independent values the errors are: the prompts, or the images of a single one."""
+        return max(independent_groups(self.base.evaluation.prompts)) + 1
+
     @cached_property
     def gains(self) -> list[dict[str, dict[str, float]]]:
         """For every adapter the paired comparison with the base, see `compare`."""
@@ -99,7 +103,7 @@ class Comparison:
     @cached_property
     def divergences(self) -> list[Estimate | None]:
         """For every adapter the mean KL from the base in nats; None where it was not measured."""
-        return [None if a.divergence is None else _mean(a.divergence) for a in self.adapters]
+        return [None if a.divergence is None else estimate_of(a.divergence) for a in self.adapters]
 
     @property
     def attributes(self) -> dict[str, list[str]]:
@@ -117,8 +121,3 @@ class Comparison:
 def _features(evaluation: Evaluation) -> Tensor:
     assert evaluation.features is not None
     return evaluation.features
-
-
-def _mean(values: Tensor) -> Estimate:
-    error = values.double().std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Estimate(values.double().mean().item(), error)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlr_peft.evaluation.compare import independent_groups, mean_and_standard_error
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -21,10 +23,12 @@ class Estimate:
     Attributes:
         value: the number.
         error: its standard error; NaN where there is too little to tell.
+        count: of how many independent values it was taken: prompts, or images of a single one.
     """
 
     value: float
     error: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -62,43 +66,36 @@ def variety(features: Tensor, prompts: Sequence[str], base_features: Tensor | No
         raise ValueError(f"expected 2 or more images, one per prompt, got {len(features)} and {len(prompts)} prompts")
     if base_features is not None and base_features.shape != features.shape:
         raise ValueError(f"expected features of one shape, got {tuple(features.shape)}, {tuple(base_features.shape)}")
-    distances = cosine_distances(features)
-    each, of_prompt = mean_distances(distances), prompt_distances(distances, prompts)
+    each, of_prompt = mean_distances(features), prompt_distances(features, prompts)
     if base_features is None:
-        return Variety(_pairwise(each), _mean(of_prompt))
-    base_distances = cosine_distances(base_features)
-    base_of_prompt = prompt_distances(base_distances, prompts)
+        return Variety(_pairwise(each, prompts), _mean(of_prompt))
+    base_of_prompt = prompt_distances(base_features, prompts)
     return Variety(
-        overall=_pairwise(each),
+        overall=_pairwise(each, prompts),
         within_prompt=_mean(of_prompt),
-        overall_change=_pairwise(each - mean_distances(base_distances)),
+        overall_change=_pairwise(each - mean_distances(base_features), prompts),
         within_prompt_change=_mean(of_prompt - base_of_prompt),
-        to_base=_mean(1 - (_unit(features) * _unit(base_features)).sum(1)),
+        to_base=_mean(1 - (_unit(features) * _unit(base_features)).sum(1), prompts),
     )
 
 
-def cosine_distances(features: Tensor) -> Tensor:
-    """(n, n) float64 distances between features (n, D); exactly 0 on the diagonal."""
+def mean_distances(features: Tensor) -> Tensor:
+    """(n,) float64 mean distance of every image to the n - 1 others; their mean is the mean over all pairs.
+
+    Through the sum of all directions: the n x n distances of many thousand images would take gigabytes.
+    """
     unit = _unit(features)
-    return (1 - unit @ unit.T).clamp(min=0).fill_diagonal_(0)
+    others = unit @ unit.sum(0) - unit.square().sum(1)
+    return (1 - others / (len(unit) - 1)).clamp(min=0)
 
 
-def mean_distances(distances: Tensor) -> Tensor:
-    """(n,) mean distance of every image to the n - 1 others; their mean is the mean over all pairs."""
-    return distances.sum(1) / (len(distances) - 1)
-
-
-def prompt_distances(distances: Tensor, prompts: Sequence[str]) -> Tensor:
+def prompt_distances(features: Tensor, prompts: Sequence[str]) -> Tensor:
     """(p,) mean distance over the pairs of images of each prompt that has two or more, in order of appearance."""
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
-    means = [
-        distances[members][:, members].sum() / (len(members) * (len(members) - 1))
-        for members in groups.values()
-        if len(members) > 1
-    ]
-    return torch.stack(means) if means else torch.empty(0, dtype=distances.dtype)
+    means = [mean_distances(features[members]).mean() for members in groups.values() if len(members) > 1]
+    return torch.stack(means) if means else torch.empty(0, dtype=torch.float64)
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -106,15 +103,19 @@ def _unit(features: Tensor) -> Tensor:
     return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def _mean(values: Tensor) -> Estimate | None:
-    if len(values) == 0:
-        return None
-    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Estimate(values.mean().item(), error)
+def estimate_of(values: Tensor, prompts: Sequence[str] | None = None) -> Estimate:
+    """Mean of (n,) values, n >= 1, with its error, which takes the images of one prompt together."""
+    if len(values) < 2:
+        return Estimate(values.double().mean().item(), math.nan, len(values))
+    mean, error = mean_and_standard_error(values, prompts)
+    return Estimate(mean, error, max(independent_groups(prompts or range(len(values)))) + 1)
 
 
-def _pairwise(each: Tensor) -> Estimate:
+def _mean(values: Tensor, prompts: Sequence[str] | None = None) -> Estimate | None:
+    return None if len(values) == 0 else estimate_of(values, prompts)
+
+
+def _pairwise(each: Tensor, prompts: Sequence[str]) -> Estimate:
     """The mean over pairs from every image's mean; its error is that of a U-statistic of order two (Hoeffding 1948)."""
-    count = len(each)
-    error = 2 * each.std(correction=1).item() / math.sqrt(count) if count > 2 else math.nan
-    return Estimate(each.mean().item(), error)
+    found = estimate_of(each, prompts)
+    return Estimate(found.value, 2 * found.error if len(each) > 2 else math.nan, found.count)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import matplotlib
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,16 +20,17 @@ from rlr_peft.evaluation.reward_curve import ACCENT, DOTS_PER_INCH, GRID_LINE, I
 
 BASE_COLOR = "#8c939c"
 ADAPTER_COLORS = (ACCENT, SECOND_ACCENT, "#6f8f2f", "#7b5ea7", "#b08a00", "#3c5a99")
-MOST_BINS = 30
+FEWEST_BINS, MOST_BINS = 8, 30
 
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
     """All figures that the comparison has numbers for, by the name of their file without suffix."""
-    found = {
-        "rewards": reward_distributions(comparison),
-        "reward_kl": reward_against_kl(comparison),
-        "attributes": attribute_bars(comparison),
-    }
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
+        found = {
+            "rewards": reward_distributions(comparison),
+            "reward_kl": reward_against_kl(comparison),
+            "attributes": attribute_bars(comparison),
+        }
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
@@ -115,9 +118,7 @@ def _colors(comparison: Comparison) -> list[str]:
 
 def _histograms(axes: Axes, samples: list[Tensor], colors: list[str]) -> None:
     values = [sample.double().numpy() for sample in samples]
-    together = numpy.concatenate(values)
-    bins = numpy.histogram_bin_edges(together, "fd" if numpy.ptp(together) > 0 else 1)
-    edges = numpy.linspace(bins[0], bins[-1], min(MOST_BINS, max(8, len(bins))) + 1).tolist()
+    edges = _edges(numpy.concatenate(values))
     for sample, color in zip(values, colors, strict=True):
         axes.hist(sample, edges, color=color, alpha=0.22, linewidth=0)
         axes.hist(sample, edges, color=color, histtype="step", linewidth=1.6)
@@ -128,6 +129,17 @@ def _histograms(axes: Axes, samples: list[Tensor], colors: list[str]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel("images", color=QUIET_INK)
+
+
+def _edges(values: numpy.ndarray) -> list[float]:
+    """Bins by the rule of Freedman and Diaconis, 8 to 30 of them: a single outlier would ask for billions."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return [low - 0.5, high + 0.5]
+    lower, upper = numpy.quantile(values, [0.25, 0.75])
+    width = 2 * (upper - lower) / len(values) ** (1 / 3)
+    count = MOST_BINS if width * MOST_BINS <= high - low else max(FEWEST_BINS, math.ceil((high - low) / width))
+    return [float(edge) for edge in numpy.linspace(low, high, count + 1)]
 
 
 def _point(axes: Axes, x: float, x_error: float, y: float, y_error: float, color: str) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+from rlr_peft.estimates import direction, with_error
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward
-from rlr_peft.evaluation.comparison.diversity import Estimate
-from rlr_peft.evaluation.comparison.numbers import with_error
 
-# "Rose" and "fell" are said from so many paired standard errors on.
-CLEAR_ERRORS = 2.0
 # Less variety is worth a word from this share on: every adapter that sharpens costs a little.
 NOTABLE_LOSS = 0.1
 COLLAPSED = 0.6
@@ -32,8 +29,9 @@ def notes(comparison: Comparison) -> list[str]:
 
 def _of_adapter(comparison: Comparison, index: int) -> list[str]:
     gains = comparison.gains[index]
-    rose = [r for r in comparison.rewards if _is_clear(gains[r.key]["gain"], gains[r.key]["gain_se"])]
-    fell = [r for r in comparison.rewards if _is_clear(-gains[r.key]["gain"], gains[r.key]["gain_se"])]
+    count = comparison.independent_images
+    signs = {r.key: direction(gains[r.key]["gain"], gains[r.key]["gain_se"], count) for r in comparison.rewards}
+    rose, fell = ([r for r in comparison.rewards if signs[r.key] == sign] for sign in (1, -1))
     trained, heldout_rose = _names(rose, heldout=False), _names(rose, heldout=True)
     trained_fell, heldout_fell = _names(fell, heldout=False), _names(fell, heldout=True)
     sentences = []
@@ -54,7 +52,7 @@ def _of_adapter(comparison: Comparison, index: int) -> list[str]:
     if fallen:
         sentences.append(f"{_listed(fallen)} fell.")
     if not rose and not fell:
-        sentences.append(f"no reward moved by {CLEAR_ERRORS:g} standard errors.")
+        sentences.append("no reward moved clearly: the 95 % intervals hold 0.")
     return sentences + _variety_notes(comparison, index)
 
 
@@ -70,24 +68,16 @@ def _variety_notes(comparison: Comparison, index: int) -> list[str]:
         if before is None or change is None or before.value <= 0:
             continue
         loss = -change.value / before.value
-        if loss > NOTABLE_LOSS and _is_clear(-change.value, change.error):
+        if loss > NOTABLE_LOSS and direction(change.value, change.error, change.count) < 0:
             sentences.append(
                 f"{words} differ {loss:.0%} less from each other than the base's, whose distance is "
-                f"{_with_error(before)}: {COLLAPSE if loss > COLLAPSED else LESS_VARIETY}."
+                f"{with_error(before.value, before.error)}: {COLLAPSE if loss > COLLAPSED else LESS_VARIETY}."
             )
     return sentences
 
 
 def _names(rewards: list[MeasuredReward], heldout: bool) -> list[str]:
     return [reward.name for reward in rewards if reward.heldout == heldout]
-
-
-def _is_clear(gain: float, error: float) -> bool:
-    return gain > 0 and gain > CLEAR_ERRORS * error
-
-
-def _with_error(estimate: Estimate) -> str:
-    return with_error(estimate.value, estimate.error)
 
 
 def _listed(names: list[str]) -> str:

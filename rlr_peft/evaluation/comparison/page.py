@@ -11,8 +11,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.estimates import decimals_of_scores
 from rlr_peft.evaluation.comparison.comparison import Comparison
 from rlr_peft.evaluation.comparison.figure_files import inline_svg
 from rlr_peft.evaluation.comparison.notes import notes
@@ -39,8 +41,9 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class _Card:
-    """One pair on the page; `base` and `adapters` are data URIs."""
+    """One pair on the page; `base` and `adapters` are data URIs, `place` is that among the pairs as they were drawn."""
 
+    place: int
     prompt: str
     seed: int
     base: str
@@ -93,7 +96,7 @@ def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:
         tables=tables(comparison),
         is_video=comparison.base.evaluation.pictures[0].num_frames > 1,
         shown=_shown(comparison, chosen),
-        cards=[_card(comparison, index) for index in chosen],
+        cards=[_card(comparison, index, place) for place, index in _worst_first(comparison, chosen)],
         figures=[
             {
                 "title": CAPTIONS[name][0],
@@ -116,11 +119,9 @@ def chosen_pairs(comparison: Comparison, most: int = MOST_PAIRS) -> list[int]:
     total = len(comparison.base.evaluation.prompts)
     if total <= most:
         return list(range(total))
-    key = comparison.rewards[0].key
     queues = []
-    for adapter in comparison.adapters:
-        gain = adapter.evaluation.scores[key].double() - comparison.base.evaluation.scores[key].double()
-        worst = gain.argsort(stable=True).tolist()
+    for number in range(len(comparison.adapters)):
+        worst = _first_gains(comparison, number).argsort(stable=True).tolist()
         queues += [iter(worst), iter(worst[::-1]), iter(worst), iter(range(total))]
     found: dict[int, None] = {}
     while len(found) < most:
@@ -129,6 +130,12 @@ def chosen_pairs(comparison: Comparison, most: int = MOST_PAIRS) -> list[int]:
             if fresh is not None and len(found) < most:
                 found[fresh] = None
     return sorted(found)
+
+
+def _first_gains(comparison: Comparison, number: int) -> Tensor:
+    """What an adapter gained of the first reward, image by image, (n,) float64."""
+    key, adapter = comparison.rewards[0].key, comparison.adapters[number]
+    return adapter.evaluation.scores[key].double() - comparison.base.evaluation.scores[key].double()
 
 
 def _title(comparison: Comparison, labels: Sequence[str]) -> str:
@@ -147,10 +154,17 @@ def _shown(comparison: Comparison, chosen: Sequence[int]) -> str:
     )
 
 
-def _card(comparison: Comparison, index: int) -> _Card:
+def _worst_first(comparison: Comparison, chosen: Sequence[int]) -> list[tuple[int, int]]:
+    """Place and index, by the gain of the first adapter in the first reward: as the page's script sorts at first."""
+    gains = _first_gains(comparison, 0)
+    return sorted(enumerate(chosen), key=lambda pair: (float(gains[pair[1]]), pair[0]))
+
+
+def _card(comparison: Comparison, index: int, place: int) -> _Card:
     base = comparison.base.evaluation
     picture = base.pictures[index]
     return _Card(
+        place=place,
         prompt=str(base.prompts[index]),
         seed=base.seeds[index],
         base=picture.data_uri,
@@ -183,9 +197,9 @@ def _data(comparison: Comparison, chosen: Sequence[int]) -> dict[str, Any]:
 
 
 def _decimals(comparison: Comparison, key: str) -> int:
-    """About three digits for the largest score."""
+    """Three digits for the largest score, or four of those that are no share of one."""
     largest = max(float(model.evaluation.scores[key].abs().max()) for model in comparison.models)
-    return 3 if largest < 2 else 2 if largest < 100 else 0
+    return decimals_of_scores([largest]) + (1 if 1 <= largest < 100 else 0)
 
 
 def _inside_script(data: dict[str, Any]) -> Markup:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlr_peft.estimates import with_error
 from rlr_peft.evaluation.comparison.comparison import Comparison
 from rlr_peft.evaluation.comparison.notes import notes
-from rlr_peft.evaluation.comparison.numbers import UNKNOWN, estimate_text, with_error
+from rlr_peft.evaluation.comparison.numbers import UNKNOWN, estimate_text
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def _reward_table(comparison: Comparison) -> Table:
         f"Rewards ({count} images each)",
         ("reward", "model", "mean", "paired difference", "win rate"),
         rows,
-        "Mean and standard error over the images. The difference is taken image by image, adapter minus base at the "
-        "same prompt and seed; its error is the paired one. The win rate is the share of images that scored higher "
+        "Mean and standard error over the images; images of one prompt are taken together, as they are alike. The "
+        "difference is taken image by image, adapter minus base at the same prompt and seed; its error is the paired "
+        "one. The win rate is the share of images that scored higher "
         "than the base's, ties counting one half.",
     )
 

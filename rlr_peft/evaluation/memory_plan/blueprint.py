@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,14 @@ class BlankTokenizer:
         length = max_length or (1 if padding == "longest" else self.model_max_length)
         ids = torch.zeros(count, length, dtype=torch.long)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        """An id for every word and every mark: of an instruction, whose length is its own."""
+        return [0] * len(re.findall(r"\w+|[^\w\s]", text))
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **_: Any) -> str:
+        """The messages' texts, which are as long as may be in any template."""
+        return "\n".join(message["content"] for message in conversation)
 
     def tokenize(self, text: str) -> list[str]:
         """Nothing: there are no added tokens to look for."""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors made inside that still live, and the most at once.
+    """Bytes of the meta tensors made inside that still live, and the most at once.
 
     A storage counts once, however many views it has. What was there before (weights, inputs) does not count. Memory
     that a kernel takes and gives back within one operation is not seen.
@@ -38,7 +38,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def _meet(self, tensor: Any, is_new: bool) -> None:
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:  # the host's memory is another matter
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

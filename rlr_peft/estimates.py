@@ -1,0 +1,53 @@
+"""Means with their errors: how wide an interval is, and how both are written."""
+
+import math
+from collections.abc import Iterable
+from statistics import NormalDist
+
+NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
+# Student's quantiles of 97.5 % for 1 to 10 degrees of freedom.
+STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+def half_width(error: float, count: int) -> float:
+    """Half the width of the 95 % interval of a mean, by Student's distribution.
+
+    Args:
+        error: standard error of the mean.
+        count: independent values that it was taken of, at least 2.
+    """
+    degrees, z = max(1, count - 1), NORMAL_QUANTILE
+    if degrees <= len(STUDENT_QUANTILES):
+        return STUDENT_QUANTILES[degrees - 1] * error
+    # The first terms of the expansion of Student's quantile in 1 / degrees (Fisher and Cornish), to four digits here.
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return (z + sum(term / degrees**power for power, term in enumerate(terms, start=1))) * error
+
+
+def direction(value: float, error: float, count: int) -> int:
+    """1 or -1 where the 95 % interval of a mean lies above or below 0, else 0, also where the error is not known."""
+    return int(math.copysign(1, value)) if abs(value) > half_width(error, count) else 0
+
+
+def decimals_of(error: float) -> int:
+    """Decimals that show two digits of a standard error; 4 where it is 0 or not known, 6 at the most."""
+    if not math.isfinite(error) or error <= 0:
+        return 4
+    return min(6, max(0, 1 - math.floor(math.log10(error))))
+
+
+def decimals_of_scores(scores: Iterable[float]) -> int:
+    """Decimals that show three digits of the largest score, and of the others as much; 8 at the most."""
+    largest = max(abs(score) for score in scores)
+    return min(8, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 2
+
+
+def with_error(value: float, error: float, *, sign: bool = False) -> str:
+    """`0.613 ± 0.012`: two digits of the standard error, and the value to the same place; the value alone without."""
+    plus = "+" if sign else ""
+    if not math.isfinite(error) or error <= 0:
+        return f"{value:{plus}.4g}"
+    if not 1e-5 < error < 1e6:
+        return f"{value:{plus}.3g} ± {error:.2g}"
+    decimals = decimals_of(error)
+    return f"{value:{plus},.{decimals}f} ± {error:,.{decimals}f}"

@@ -1,0 +1,59 @@
+"""The divergence from the base on the page that a run ends with, and where its prompts are said to come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlr_peft.estimators.kl_penalty import step_kl
+from rlr_peft.evaluation.compare import evaluation_plan
+from rlr_peft.training.before_after import _source, divergence_from_base
+from rlr_peft.training.comparing import _images_of_each
+from rlr_peft.training.seeds import derive_seed
+from tests.training.runs import build, config_file
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_it_is_the_kl_of_the_steps_of_sampled_paths(workplace: Path, tmp_path: Path, dropout: float) -> None:
+    values = {"evaluation_prompt_path": str(workplace / "unseen.txt"), "num_evaluation_images": 12}
+    run = build(config_file(workplace, tmp_path / "out", lora_dropout=dropout, **values))
+    fresh = divergence_from_base(run)
+    assert fresh is not None and float(fresh.max()) < 1e-9, "a fresh adapter changes nothing"
+    with torch.no_grad():
+        for parameter in run.chain.parameters:
+            parameter.fill_(0.02)
+    found = divergence_from_base(run)
+    prompts, seeds = evaluation_plan(["a cat", "a dog"], 3, derive_seed(run.config.training.seed, "divergence"))
+    run.chain.denoiser.eval()
+    expected = torch.zeros(3)
+    with torch.no_grad():
+        trajectory = run.chain.sample(prompts, seeds)
+        for t in range(1, run.chain.num_steps + 1):
+            if run.chain.std(t) > 0:
+                mean = run.chain.replay(trajectory, t).mean
+                expected += step_kl(mean, run.chain.reference_mean(trajectory, t), run.chain.std(t))
+    assert float(expected.min()) > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_noise_or_prompts_there_is_none(workplace: Path, tmp_path: Path) -> None:
+    unseen = {"evaluation_prompt_path": str(workplace / "unseen.txt")}
+    still = {"eta": 0.0, "estimator": "full-bp", **unseen}
+    assert divergence_from_base(build(config_file(workplace, tmp_path / "still", **still))) is None
+    assert divergence_from_base(build(config_file(workplace, tmp_path / "blind"))) is None
+
+
+def test_where_the_prompts_come_from(workplace: Path, tmp_path: Path) -> None:
+    named = build(config_file(workplace, tmp_path / "a", evaluation_prompt_path=str(workplace / "unseen.txt")))
+    assert _source(named) == "in unseen.txt"
+    assert _source(build(config_file(workplace, tmp_path / "b", validation_split_percentage=40))) == (
+        "held back of prompts.txt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [(["a", "b"], "1 image each"), (["a", "a", "b", "b"], "2 images each"), (["a", "a", "b"], "1 to 2 images each")],
+)
+def test_how_many_images_a_prompt_has(prompts: list[str], expected: str) -> None:
+    assert _images_of_each(prompts) == expected
