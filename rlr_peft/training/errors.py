@@ -38,9 +38,24 @@ def reporting_errors(when_stopped: str = "Stopped at once; the last checkpoint i
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not _is_out_of_gpu_memory(error):
+            raise
+        print(
+            f"error: The GPU's memory is full: {str(error).splitlines()[0]} `rlr-peft plan --gpu_memory GIB` with the "
+            "same config and flags says what takes it and which options help; docs/memory.md lists them.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(when_stopped, file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+    # Who has not imported torch yet cannot have got its error, and need not wait for it.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 @contextmanager
