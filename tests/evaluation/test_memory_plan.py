@@ -357,6 +357,8 @@ def test_the_command_prints_parts_and_a_verdict(
     assert str(Path(tiny_folder).parent) not in printed
     plan = json.loads(output.read_text())
     assert sum(part["bytes"] for part in plan["parts"] if ADJOINT in part["phases"]) == plan["tensors"][ADJOINT]
+    for work in ("denoiser step", "decode of one"):
+        assert 0 < plan["saved"][work]["plain"] < plan["peak"][work]["plain"]
     assert main(command(tiny_folder, "--gpu_memory", "0.1")) == 1
     assert "Does not fit 0.1 GiB" in capsys.readouterr().out
     assert logging.getLogger("rlr_peft").level == level  # Quiet while it plans, not for ever after.
