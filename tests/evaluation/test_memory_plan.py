@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rlr_peft.evaluation.memory_plan.live_memory import LiveMemory, fused_attent
 from rlr_peft.evaluation.memory_plan.measurements import blank_trajectory, measure
 from rlr_peft.evaluation.memory_plan.plan import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, Facts, Options, add_up
 from rlr_peft.evaluation.memory_plan.reward_networks import reward_memory
+from rlr_peft.evaluation.memory_plan.table import verdict
 from rlr_peft.evaluation.memory_plan.weights import optimizer_bytes, weight_bytes
 from rlr_peft.lora import attach_lora
 from tests.pipelines import tiny_stable_diffusion
@@ -337,6 +339,15 @@ def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
     assert suggestions(plan, 100) == []
     hopeless = suggestions(plan, 1)
     assert hopeless and not hopeless[-1].plan.fits(1)
+
+
+def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
+    plan = add_up(facts, Options(decode_batch_size=4))
+    assert suggestions(plan, 1)[-1].plan.peak_phase != ENCODING
+    assert "--train_batch_size" in verdict(plan, 1)[-1]
+    large_encoder = replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB})
+    left = verdict(add_up(large_encoder, Options(decode_batch_size=4)), 1)[-1]
+    assert "text encoders" in left and "--train_batch_size" not in left
 
 
 def command(folder: str, *more: str) -> list[str]:
