@@ -89,8 +89,8 @@ class DiffusiveChainOfThought:
         stages = stages_from_arguments(ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values)))
         if stages is None:
             raise ValueError(
-                f"Expected the config of a run with stage prompts, got {path} without any; draw with the pipeline itself, "
-                "or name the chain's options: DiffusiveChainOfThought(pipe, num_inference_steps=...)."
+                f"Expected the config of a run with stage prompts, got {path} without any; draw with the pipeline "
+                "itself, or name the chain's options: DiffusiveChainOfThought(pipe, num_inference_steps=...)."
             )
         denoiser = values.get("denoiser")
         trained = {

@@ -106,8 +106,8 @@ class CallableReward:
                 check_scores(self.name, self._call(few, *arguments), arguments[0])
                 self._differentiable, reason = False, error.__cause__ or error
         if not self._differentiable:
-            text = "Reward '%s' counts as not differentiable: %s. If that is meant, `differentiable = False` on it says so."
-            logger.warning(text, self.name, reason)
+            advice = "If that is meant, `differentiable = False` on it says so."
+            logger.warning("Reward '%s' counts as not differentiable: %s. %s", self.name, reason, advice)
         return self._differentiable
 
     def __call__(
