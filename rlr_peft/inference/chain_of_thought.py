@@ -95,7 +95,10 @@ class DiffusiveChainOfThought:
         arguments = ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values))
         stages = stages_from_arguments(arguments)
         if stages is None:
-            raise ValueError(f"Expected the config of a run with stage prompts, got {path} without any.")
+            raise ValueError(
+                f"Expected the config of a run with stage prompts, got {path} without any; draw with the pipeline "
+                "itself, or name the chain's options: DiffusiveChainOfThought(pipe, num_inference_steps=...)."
+            )
         if decompose is None:
             decompose = _as_the_run(arguments, stages, Path(path).parent)
         denoiser = values.get("denoiser")

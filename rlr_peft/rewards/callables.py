@@ -100,10 +100,13 @@ class CallableReward:
             try:
                 scores = check_scores(self.name, self._call(leaf, *arguments), arguments[0])
                 self._differentiable = is_attached(scores, leaf)
+                reason: object = "its scores are cut off from the images"
             except RewardError as error:
                 check_scores(self.name, self._call(few, *arguments), arguments[0])
-                self._differentiable = False
-                logger.warning("Treated as not differentiable, as it only works on images without gradient: %s", error)
+                self._differentiable, reason = False, error.__cause__ or error
+        if not self._differentiable:
+            advice = "If that is meant, `differentiable = False` on it says so."
+            logger.warning("Reward '%s' counts as not differentiable: %s. %s", self.name, reason, advice)
         return self._differentiable
 
     def __call__(

@@ -14,11 +14,10 @@ from rlr_peft.rewards.errors import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
-
-
 WITHOUT_MEMORY = (
     "Lower --train_batch_size (and raise --gradient_accumulation_steps) or --decode_batch_size, or use "
-    "--gradient_checkpointing, --vae_gradient_checkpointing or --offload; `rlr-peft plan` adds up what a config needs."
+    "--gradient_checkpointing, --vae_gradient_checkpointing or --offload; `rlr-peft plan --gpu_memory GIB` with the same "
+    "config and flags says what takes the memory and which options help."
 )
 
 
@@ -44,10 +43,10 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
         print(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), file=sys.stderr)
         raise SystemExit(1) from None
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if not _is_out_of_gpu_memory(error):
             raise
-        reason = str(error).partition(". ")[0]
-        print(f"error: {reason}. {WITHOUT_MEMORY} {afterwards}".rstrip(), file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"error: The GPU's memory is full: {reason} {WITHOUT_MEMORY} {afterwards}".rstrip(), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"Stopped at once. {afterwards}".rstrip(), file=sys.stderr)
@@ -58,6 +57,12 @@ def _is_disk_full(error: OSError | SafetensorError) -> bool:
     if isinstance(error, OSError):
         return error.errno in DISK_FULL
     return any(f"(os error {number})" in str(error) for number in DISK_FULL)  # safetensors tells it in words alone
+
+
+def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+    # Who has not imported torch yet cannot have got its error, and need not wait for it.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rlr_peft.evaluation.memory_plan.live_memory import LiveMemory, fused_attent
 from rlr_peft.evaluation.memory_plan.measurements import blank_trajectory, measure
 from rlr_peft.evaluation.memory_plan.plan import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, Facts, Options, add_up
 from rlr_peft.evaluation.memory_plan.reward_networks import reward_memory
+from rlr_peft.evaluation.memory_plan.table import verdict
 from rlr_peft.evaluation.memory_plan.weights import optimizer_bytes, weight_bytes
 from rlr_peft.lora import attach_lora
 from tests.pipelines import tiny_stable_diffusion
@@ -339,6 +341,15 @@ def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
     assert hopeless and not hopeless[-1].plan.fits(1)
 
 
+def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
+    plan = add_up(facts, Options(decode_batch_size=4))
+    assert suggestions(plan, 1)[-1].plan.peak_phase != ENCODING
+    assert "--train_batch_size" in verdict(plan, 1)[-1]
+    large_encoder = replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB})
+    left = verdict(add_up(large_encoder, Options(decode_batch_size=4)), 1)[-1]
+    assert "text encoders" in left and "--train_batch_size" not in left
+
+
 def command(folder: str, *more: str) -> list[str]:
     required = ["--prompt_path", "tiny-shapes/train", "--reward_fn", "jpeg-compressibility"]
     return ["plan", "--pretrained_model_name_or_path", folder, *required, "--resolution", "16", *more]
@@ -357,6 +368,8 @@ def test_the_command_prints_parts_and_a_verdict(
     assert str(Path(tiny_folder).parent) not in printed
     plan = json.loads(output.read_text())
     assert sum(part["bytes"] for part in plan["parts"] if ADJOINT in part["phases"]) == plan["tensors"][ADJOINT]
+    for work in ("denoiser step", "decode of one"):
+        assert 0 < plan["saved"][work]["plain"] < plan["peak"][work]["plain"]
     assert main(command(tiny_folder, "--gpu_memory", "0.1")) == 1
     assert "Does not fit 0.1 GiB" in capsys.readouterr().out
     assert logging.getLogger("rlr_peft").level == level  # Quiet while it plans, not for ever after.

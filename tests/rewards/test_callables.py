@@ -193,6 +193,28 @@ def test_code_that_changes_images_in_place_changes_its_own_copy(reward_file: Pat
         assert torch.allclose(gradient, torch.full_like(IMAGES, 2 / 192))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("without_gradient", "cut off from the images"),
+        ("through_numpy", "Can't call numpy()"),
+        ("brightness", None),
+        ("declared", None),
+    ],
+)
+def test_a_gradient_that_is_missed_is_said_once(
+    reward_file: Path, name: str, message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    reward = load(reward_file, name)
+    for _ in range(2):
+        settle_differentiable(reward, IMAGES, PROMPTS)
+    if message is None:
+        assert not caplog.records
+    else:
+        (record,) = caplog.records
+        assert message in record.getMessage() and f"my_rewards.py:{name}" in record.getMessage()
+
+
 def test_it_is_asked_for_too_early_without_declaration(reward_file: Path) -> None:
     with pytest.raises(RewardError, match="not known yet"):
         _ = load(reward_file, "brightness").differentiable

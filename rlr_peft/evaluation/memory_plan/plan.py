@@ -192,11 +192,17 @@ def as_plain(plan: MemoryPlan) -> dict[str, Any]:
         "parts": [{"name": part.name, "bytes": part.size, "phases": list(part.phases)} for part in plan.parts],
         "tensors": {phase: plan.tensors(phase) for phase in PHASES},
         "total": {phase: plan.total(phase) for phase in PHASES},
-        "saved": {
-            "denoiser step": {_word(key): value.saved for key, value in plan.facts.measured.step.items()},
-            "decode of one": {
-                _word(key): value.saved for (count, key), value in plan.facts.measured.decode.items() if count == 1
-            },
+        **{kind: _steps_and_decodes(plan, kind) for kind in ("saved", "peak")},
+    }
+
+
+def _steps_and_decodes(plan: MemoryPlan, kind: str) -> dict[str, dict[str, int]]:
+    """Bytes on the tape (``saved``), or at the ``peak`` of forward and backward, plain and checkpointed."""
+    measured = plan.facts.measured
+    return {
+        "denoiser step": {_word(key): getattr(tape, kind) for key, tape in measured.step.items()},
+        "decode of one": {
+            _word(key): getattr(tape, kind) for (count, key), tape in measured.decode.items() if count == 1
         },
     }
 

@@ -1,7 +1,7 @@
 """The plan as text."""
 
 from rlr_peft.evaluation.memory_plan.advice import suggestions
-from rlr_peft.evaluation.memory_plan.plan import FRAGMENTATION, PHASES, MemoryPlan
+from rlr_peft.evaluation.memory_plan.plan import ENCODING, FRAGMENTATION, PHASES, MemoryPlan
 
 UNIT = 2**30
 
@@ -46,13 +46,23 @@ def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
             f"{': fits' if step.plan.fits(gpu_memory) else ''}"
             for step in steps
         ]
-    if not steps or not steps[-1].plan.fits(gpu_memory):
-        lines.append(
-            "That is not enough: lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, "
-            "of a video, --num_frames and --decoded_frames; use --mixed_precision bf16; or decode with "
-            "--pretrained_tiny_vae_name_or_path."
-        )
+    best = steps[-1].plan if steps else plan
+    if not best.fits(gpu_memory):
+        lines.append(f"That is not enough: {_what_is_left(best)}")
     return lines
+
+
+def _what_is_left(plan: MemoryPlan) -> str:
+    """What lowers the peak of a plan for which no option is left."""
+    if plan.peak_phase == ENCODING:
+        return (
+            "what is left are the text encoders while they encode, which no batch size or resolution makes smaller; "
+            "use --mixed_precision bf16, or a larger GPU."
+        )
+    return (
+        "lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, of a video, --num_frames "
+        "and --decoded_frames; use --mixed_precision bf16; or decode with --pretrained_tiny_vae_name_or_path."
+    )
 
 
 def _checkpointing(plan: MemoryPlan) -> list[str]:
