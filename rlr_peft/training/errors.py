@@ -16,8 +16,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
 WITHOUT_MEMORY = (
     "Lower --train_batch_size (and raise --gradient_accumulation_steps) or --decode_batch_size, or use "
-    "--gradient_checkpointing, --vae_gradient_checkpointing or --offload; `rlr-peft plan --gpu_memory GIB` with the same "
-    "config and flags says what takes the memory and which options help."
+    "--gradient_checkpointing, --vae_gradient_checkpointing or --offload; `rlr-peft plan --gpu_memory GIB` with the "
+    "same config and flags says what takes the memory and which options help."
 )
 
 
