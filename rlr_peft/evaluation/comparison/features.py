@@ -87,7 +87,7 @@ class VisionModelFeatures:
         user = f"features {name}"
         folder = settings.files.folder(user, name, *MODEL_FILES)
         with loading(user, folder):
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self._is_clip = config.model_type in CLIP_TYPES
         if config.model_type not in CLIP_TYPES + DINO_TYPES:
             raise RewardError(
@@ -98,7 +98,7 @@ class VisionModelFeatures:
             network: Any = load_clip_vision(user, settings.files, name, settings.dtype)
         else:
             with loading(user, folder):
-                network = AutoModel.from_pretrained(folder, dtype=settings.dtype)
+                network = AutoModel.from_pretrained(folder, dtype=settings.dtype, trust_remote_code=False)
         self._network = network.to(settings.device).eval().requires_grad_(False)
         self.name = shown_name(name)
 
