@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.cli.places import make_folder_or_exit
+from rlr_peft.cli.places import check_folder_or_exit
 from rlr_peft.config import Config, ConfigError, config_from_dict
 from rlr_peft.config.chain_of_thought import SOURCES
 from rlr_peft.config.flat import knobs
@@ -41,7 +41,7 @@ def compare_command(words: Sequence[str]) -> int:
     """Draws or finds what is there already, prints the tables and writes the report."""
     own, rest = _own_flags(words)
     config = _config_or_exit(own, rest)
-    make_folder_or_exit("--output", own.output)
+    check_folder_or_exit("--output", own.output)
 
     from rlr_peft.training.logs import set_up_logging
 

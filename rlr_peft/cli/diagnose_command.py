@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlr_peft.cli.places import make_folder_or_exit
+from rlr_peft.cli.places import check_folder_or_exit
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
 from rlr_peft.config.parsing import exit_with
 
@@ -27,7 +27,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     """Builds the run as training does, measures, prints and writes the report; the weights are not trained."""
     samples, output, rest = _own_flags(words)
     config = load_config_or_exit(rest, prog=PROG)
-    make_folder_or_exit("--output", output.parent)
+    check_folder_or_exit("--output", output.parent)
 
     from rlr_peft.training.logs import set_up_logging
 

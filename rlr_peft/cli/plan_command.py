@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlr_peft.cli.places import make_folder_or_exit
+from rlr_peft.cli.places import check_folder_or_exit
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
 from rlr_peft.config.memory_checks import read_quantization
 from rlr_peft.config.parsing import exit_with
@@ -18,7 +18,7 @@ def plan_command(words: Sequence[str]) -> int:
     own, rest = _own_flags(words)
     config = load_config_or_exit(rest, prog=PROG)
     if own.output is not None:
-        make_folder_or_exit("--output", own.output.parent)
+        check_folder_or_exit("--output", own.output.parent)
 
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.evaluation.memory_plan.plan import as_plain
@@ -31,6 +31,7 @@ def plan_command(words: Sequence[str]) -> int:
         plan = plan_run(config)
     print(plan_text(plan, _title(config), own.gpu_memory))
     if own.output is not None:
+        own.output.parent.mkdir(parents=True, exist_ok=True)
         own.output.write_text(json.dumps(as_plain(plan), indent=2) + "\n", encoding="utf-8")
     return 0 if own.gpu_memory is None or plan.fits(own.gpu_memory) else 1
 

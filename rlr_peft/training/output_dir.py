@@ -32,24 +32,27 @@ def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, 
         The new folder `earlier-run-K` that holds what was moved; None if there was nothing.
     """
     goes_on_here = resumed_from is not None and resumed_from.parent.resolve() == output_dir.resolve()
-    if goes_on_here and is_latest:
-        return None
     found = [path for number, path in checkpoint_folders(output_dir) if number > step or not goes_on_here]
-    if not goes_on_here:
-        found += [path for pattern in RESULTS for path in sorted(output_dir.glob(pattern))]
-    aside = None
-    if found:
-        folders = (output_dir / f"earlier-run-{number}" for number in itertools.count(1))
-        aside = next(path for path in folders if not path.exists())
-        for path in found:
-            target = aside / path.relative_to(output_dir)
-            target.parent.mkdir(parents=True, exist_ok=True)
+    if goes_on_here and (is_latest or not found):
+        return None
+    found += [path for pattern in RESULTS for path in sorted(output_dir.glob(pattern))]
+    aside = _new_folder(output_dir) if found else None
+    for path in found:
+        assert aside is not None
+        target = aside / path.relative_to(output_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if goes_on_here and path.name in (CONFIG, METRICS_LOG):  # both courses need them
+            shutil.copy2(path, target)
+        else:
             os.rename(path, target)
-    if aside is not None and goes_on_here:  # both need them
-        for name in (CONFIG, METRICS_LOG):
-            if (output_dir / name).is_file():
-                shutil.copy2(output_dir / name, aside / name)
     if resumed_from is not None and not goes_on_here and (resumed_from.parent / METRICS_LOG).is_file():
         with replacing_file(output_dir / METRICS_LOG) as copy:
             shutil.copyfile(resumed_from.parent / METRICS_LOG, copy)
     return aside
+
+
+def _new_folder(output_dir: Path) -> Path:
+    names = (output_dir / f"earlier-run-{number}" for number in itertools.count(1))
+    folder = next(path for path in names if not path.exists())
+    folder.mkdir()
+    return folder

@@ -10,11 +10,11 @@ from rlr_peft.training.output_dir import claim_output_dir
 FINISHED = ("README.md", "config.yaml", "metrics.jsonl", "pytorch_lora_weights.safetensors", "images/base_0.png")
 
 
-def leave_run(folder: Path, *steps: int, finished: bool = True) -> None:
+def leave_run(folder: Path, *steps: int) -> None:
     """What a run leaves."""
     for step in steps:
         CheckpointManager(folder).save(step, {"from": folder.name}, lambda aside: (aside / "adapter").touch())
-    for name in FINISHED if finished else ("config.yaml", "metrics.jsonl"):
+    for name in FINISHED:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{folder.name} {name}")
 
@@ -48,12 +48,13 @@ def test_going_on_from_the_latest_checkpoint_moves_nothing(tmp_path: Path) -> No
 
 def test_going_on_from_an_older_checkpoint_moves_the_later_ones_and_copies_what_belongs_to_both(tmp_path: Path) -> None:
     """Else `latest` would mean the abandoned course after the next interruption."""
-    leave_run(tmp_path, 1, 2, 3, finished=False)
+    leave_run(tmp_path, 1, 2, 3)
     aside = claim_output_dir(tmp_path, tmp_path / "checkpoint-1", 1, is_latest=False)
     assert aside is not None
-    assert {path.name for path in aside.iterdir()} == {"checkpoint-2", "checkpoint-3", "config.yaml", "metrics.jsonl"}
+    assert {path.name for path in aside.iterdir()} == {"checkpoint-2", "checkpoint-3", "images", *FINISHED[:4]}
     assert CheckpointManager(tmp_path).resolve("latest") == tmp_path / "checkpoint-1"
-    assert (tmp_path / "config.yaml").is_file() and (tmp_path / "metrics.jsonl").is_file()
+    kept = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert kept == {"config.yaml", "metrics.jsonl"}, "the adapter and card of the abandoned course are not this one's"
 
 
 @pytest.mark.parametrize("has_curve", [True, False])
