@@ -94,9 +94,7 @@ def push_checkpoint(folder: Path, destination: Destination, name: str) -> None:
     """
     adapters = {file: folder / file for file in ADAPTERS if (folder / file).exists()}
     if WEIGHT_NAME not in adapters:
-        raise HubError(
-            f"Expected the adapter of {name}, got a folder without {WEIGHT_NAME}; check the path."
-        )
+        raise HubError(f"Expected the adapter of {name}, got a folder without {WEIGHT_NAME}; check the path.")
     api, repo_id = destination.api, destination.repo_id
     try:
         if destination.revision != constants.DEFAULT_REVISION:
