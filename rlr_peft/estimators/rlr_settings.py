@@ -46,7 +46,7 @@ class RLRSettings:
 
     def describe(self) -> str:
         """The terms in words, for logs and cards."""
-        terms = [self._describe_first_order()]
+        terms = [self._describe_first_order() + self._describe_black_box_tail()]
         if self.half_order is not None:
             baseline = " and a state baseline" if self.state_baseline else ""
             terms.append(self.half_order.describe() + baseline)
@@ -64,3 +64,8 @@ class RLRSettings:
             str(self.first_order_steps), f"K = {self.first_order_steps}"
         )
         return f"first order on steps 1..K, {k}"
+
+    def _describe_black_box_tail(self) -> str:
+        if self.black_box_steps == 0:
+            return ""
+        return f" (mirrored noises on the last {self.black_box_steps} step(s) instead if the reward has no gradient)"

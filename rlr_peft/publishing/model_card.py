@@ -22,12 +22,10 @@ from rlr_peft.publishing.card_metadata import card_metadata
 from rlr_peft.publishing.markdown import fenced, in_cell, in_code, one_line
 from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.results import Result, results_of, verdicts
-from rlr_peft.publishing.run_record import ImagePair, RunRecord
+from rlr_peft.publishing.run_record import SHOWN_PROMPTS, ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind, usage_snippet
 
 logger = logging.getLogger(__name__)
-
-MAX_PROMPTS = 10
 
 
 class TemplateError(UserError, ValueError):
@@ -157,7 +155,7 @@ def _results(record: RunRecord, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _training(record: RunRecord) -> dict[str, Any]:
-    shown = [one_line(prompt) for prompt in record.prompts[:MAX_PROMPTS]]
+    shown = [one_line(prompt) for prompt in record.prompts[:SHOWN_PROMPTS]]
     return {
         "estimator_text": " ".join([*record.estimator, *([record.coverage] if record.coverage else [])]),
         "stages": _stages(record),
@@ -165,12 +163,14 @@ def _training(record: RunRecord) -> dict[str, Any]:
         "command": fenced(record.command, "bash") if record.command else None,
         "config": fenced(yaml_dump(dict(record.config), sort_keys=False).rstrip(), "yaml"),
         "prompts": fenced("\n".join(shown), "text") if shown else None,
-        "prompts_introduction": (
-            f"The first {len(shown)} of its {len(record.prompts)} training prompts:"
-            if len(record.prompts) > len(shown)
-            else "Its training prompts:"
-        ),
+        "prompts_introduction": _prompts_introduction(len(shown), record.prompt_count),
     }
+
+
+def _prompts_introduction(shown: int, count: int | None) -> str:
+    if count is None:
+        return "The first of its training prompts:"
+    return f"The first {shown} of its {count:,} training prompts:" if count > shown else "Its training prompts:"
 
 
 def _pairs(pairs: Sequence[ImagePair]) -> list[dict[str, str]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+# Training prompts on a card. A record holds no more: there may be half a million.
+SHOWN_PROMPTS = 10
+
 
 @dataclass(frozen=True)
 class ImagePair:
@@ -66,7 +69,8 @@ class RunRecord:
         denoisers: attributes of the pipeline that have an adapter; that of `transformer_2` is in a subfolder.
         peft_config: arguments of `peft.LoraConfig` where diffusers has no loader for the denoiser; None where it has.
         fps: frames per second of the videos; None for images.
-        prompts: the training prompts.
+        prompts: the first of the training prompts; a card shows no more than `SHOWN_PROMPTS`.
+        prompt_count: how many training prompts there were; None for a stream.
         before_after: file name of the before/after figure in the card's folder.
         before_after_prompts: the prompts in that figure.
         pairs: single images of base and adapter.
@@ -110,6 +114,7 @@ class RunRecord:
     peft_config: Mapping[str, object] | None = None
     fps: int | None = None
     prompts: Sequence[str] = ()
+    prompt_count: int | None = None
     before_after: str | None = None
     before_after_prompts: Sequence[str] = ()
     pairs: Sequence[ImagePair] = ()

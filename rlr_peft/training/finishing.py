@@ -20,7 +20,7 @@ from rlr_peft.prompt import stages_of
 from rlr_peft.publishing.card_file import write_card
 from rlr_peft.publishing.record_file import StoredCard
 from rlr_peft.publishing.redaction import command_without_token
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.run_record import SHOWN_PROMPTS, RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.before_after import divergence_metrics, write_comparison
 from rlr_peft.training.card_facts import with_card_facts
@@ -242,7 +242,8 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
         fps=run.chain.call.fps if run.chain.call.is_video else None,
-        prompts=[str(prompt) for prompt in run.prompts],
+        prompts=[str(prompt) for prompt in run.prompts[:SHOWN_PROMPTS]],
+        prompt_count=None if config.prompts.streaming else len(run.prompts),
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
         reward_curve=REWARD_CURVE if (run.output_dir / REWARD_CURVE).is_file() else None,

@@ -80,7 +80,12 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps beyond"),
+        (
+            {},
+            "first order on steps 1..K, K measured (mirrored noises on the last 17 step(s) instead if the reward has "
+            "no gradient); half order in blocks of h = 1 on all steps beyond",
+        ),
+        ({"black_box_steps": 0}, "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps"),
         ({"step_choice": "inverse-variance"}, "first and half order mixed at every step by their measured variances"),
         ({"estimator": "truncated-bp", "fo_steps": "random"}, "K drawn from 1..T"),
         ({"state_baseline": True, "antithetic": True}, "and a state baseline; antithetic noises"),

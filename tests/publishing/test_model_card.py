@@ -66,6 +66,7 @@ FULL = RunRecord(
     tags=["stable-diffusion", "lora"],
     inference={"num_inference_steps": 2, "guidance_scale": 4.0},
     prompts=[f'prompt "{index}" with \\ and \'' for index in range(12)],
+    prompt_count=12_000,
     before_after="before_after.png",
     reward_curve="reward_curve.png",
     images=[("images/one.png", "a small red star"), ("images/two.png", "a ring: blue")],
@@ -158,7 +159,7 @@ def test_a_full_card_tells_what_was_measured(folder: Path) -> None:
     assert "| denoiser evaluations | 34,000 |" in text
     assert "Steps 1 to 6 are first order. The others are half order. Every step has weight 1." in text
     assert "https://arxiv.org/abs/2502.00639" in text
-    assert "The first 10 of its 12 training prompts:" in text
+    assert "The first 10 of its 12,000 training prompts:" in text
     assert "20 steps, eta 0.\nTraining ended as planned." in text
     assert "| a \\| b | ![base](images/base_0.png)<br>0.400 | ![adapter](images/adapter_0.png)<br>0.750 |" in text
     for path in re.findall(r"!\[.*?\]\((.*?)\)", text):

@@ -27,9 +27,12 @@ def images(folder: Path, adapter: Path | None, prompts: Sequence[str]) -> torch.
 
 def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    many_prompts = tmp_path / "prompts.txt"
+    many_prompts.write_text("".join(f"{number} red balls\n" for number in range(12)))
     config = config_file(
         workplace,
         out,
+        prompt_path=str(many_prompts),
         max_train_steps=2,
         report_to="tensorboard",
         skip_final_inference=False,
@@ -81,6 +84,9 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     assert metrics["kl"] > 0 and metrics["kl_n"] == 2
     assert "KL (nats)" in page and "Reward against KL" in page and "2 of 2 in unseen.txt" in page
     assert "| divergence from the base | " in card and "nats (KL of 2 sampled paths) |" in card
+    record = json.loads((out / "run_record.json").read_text())["record"]
+    assert len(record["prompts"]) == 10  # never half a million prompts in every folder
+    assert "The first 10 of its 12 training prompts:" in card
 
     assert metrics["n"] == 4 and metrics["seconds"] > 0 and metrics["peak_memory_mb"] > 50
     # 2 updates x 4 samples x (4 sampled + 4 differentiated steps), and the calibration's 4 x (4 + 4)
