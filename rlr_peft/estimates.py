@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from statistics import NormalDist
 
-NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
-# Student's quantiles of 97.5 % for 1 to 10 degrees of freedom.
-STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+from scipy.special import stdtrit
 
 
 def half_width(error: float, count: int) -> float:
@@ -16,12 +13,7 @@ def half_width(error: float, count: int) -> float:
         error: standard error of the mean.
         count: independent values that it was taken of, at least 2.
     """
-    degrees, z = max(1, count - 1), NORMAL_QUANTILE
-    if degrees <= len(STUDENT_QUANTILES):
-        return STUDENT_QUANTILES[degrees - 1] * error
-    # The first terms of the expansion of Student's quantile in 1 / degrees (Fisher and Cornish), to four digits here.
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return (z + sum(term / degrees**power for power, term in enumerate(terms, start=1))) * error
+    return float(stdtrit(max(1, count - 1), 0.975)) * error
 
 
 def direction(value: float, error: float, count: int) -> int:
