@@ -6,8 +6,8 @@
     python -m benchmarks.race --reward coarse --stage collect   # tables, figure, benchmarks/results/race_coarse.json
 
 ``--methods`` chooses among the methods, the variants of the paper's ablation, of longer truncation and of half the
-batch; variants train at the rate of their method. ``--seeds`` gives the final runs other seeds, ``--learning_rate``
-replaces the best rate of final and long runs.
+batch; variants train at the rate of their method. ``--seeds`` gives final and long runs other seeds, and
+``--learning_rate`` replaces their best rate.
 Each run leaves one JSON file below ``--folder``; runs that are there already are skipped, so a race that was
 interrupted goes on, and several processes may share the work. Use one thread for each (``OMP_NUM_THREADS=1``).
 """
@@ -78,7 +78,7 @@ REWARDS = {
 LEARNING_RATES = {"coarse": (4e-3, 1.6e-2), "mid": (4e-3, 1.6e-2), "fine": (1e-3, 4e-3)}
 TUNING_SEED = 0
 FINAL_SEEDS = (1, 2, 3)
-LONG_SEED = 11
+LONG_SEEDS = (11, 12, 13)
 LONG_BUDGETS = 4
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/race"), help="a folder per reward goes below")
     names = (*METHODS, *VARIANTS)
     parser.add_argument("--methods", nargs="+", choices=names, default=tuple(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=FINAL_SEEDS, metavar="SEED", help="of final runs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="SEED", help="of final or long runs")
     parser.add_argument("--learning_rate", type=float, default=None, help="of final and long runs")
     parser.add_argument("--budget", type=int, default=8000, help="denoiser evaluations of a final run; tuning: half")
     parser.add_argument("--evaluations", type=int, default=2, help="evaluations along a final run; tuning: one")
@@ -108,10 +108,11 @@ def main() -> None:
             jobs = [(rate, TUNING_SEED) for rate in LEARNING_RATES[arguments.reward]]
         elif arguments.stage == "long":
             budget, evaluations = LONG_BUDGETS * budget, LONG_BUDGETS * evaluations
-            jobs = [(arguments.learning_rate or best_learning_rate(folder, method), LONG_SEED)]
+            rate = arguments.learning_rate or best_learning_rate(folder, method)
+            jobs = [(rate, seed) for seed in arguments.seeds or LONG_SEEDS]
         else:
             rate = arguments.learning_rate or best_learning_rate(folder, method)
-            jobs = [(rate, seed) for seed in arguments.seeds]
+            jobs = [(rate, seed) for seed in arguments.seeds or FINAL_SEEDS]
         for learning_rate, seed in jobs:
             path = folder / f"{method} lr {learning_rate:g} seed {seed}.json"
             with claimed(path) as is_ours:
@@ -212,10 +213,10 @@ def collect(folder: Path, name: str) -> None:
     finals = [
         run
         for run in runs
-        if run["seed"] not in (TUNING_SEED, LONG_SEED)
+        if run["seed"] not in (TUNING_SEED, *LONG_SEEDS)
         and run["learning_rate"] == best_learning_rate(folder, run["method"])
     ]
-    print_long_runs([run for run in runs if run["seed"] == LONG_SEED])
+    print_long_runs([run for run in runs if run["seed"] in LONG_SEEDS])
     write_results(name, {"rows": report(finals, name, TABLES), "runs": runs})
 
 

@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+REWARDS = ("reward", "heldout")
+
 
 def report(
     finals: list[dict[str, Any]], name: str, variants: Mapping[str, tuple[Collection[str], Collection[str]]]
@@ -39,14 +41,21 @@ def report(
 
 
 def print_long_runs(runs: list[dict[str, Any]]) -> None:
-    """Gains in the reward, and in the held-out reward, along each long run."""
+    """Gains in the reward, and in the held-out reward, along the long runs of each method: means over seeds."""
     if not runs:
         return
+    groups: defaultdict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        groups[run["method"], run["learning_rate"]].append(run)
     evaluations = [f"{point['denoiser_evaluations']:,.0f}" for point in runs[0]["points"]]
-    print(f"| method | learning rate | {' | '.join(evaluations)} |\n|---|---{'|---' * len(evaluations)}|")
-    for run in sorted(runs, key=lambda run: -run["points"][-1]["reward_gain"]):
-        gains = [f"{point['reward_gain']:+.3f} ({point['heldout_gain']:+.3f})" for point in run["points"]]
-        print(f"| {run['method']} | {run['learning_rate']:g} | {' | '.join(gains)} |")
+    print(f"| method | learning rate | seeds | updates | {' | '.join(evaluations)} |")
+    print(f"|---|---|---|---{'|---' * len(evaluations)}|")
+    for (method, rate), group in sorted(groups.items(), key=lambda item: -_gains(item[1], "reward").mean()):
+        along = zip(*(run["points"] for run in group), strict=True)
+        means = [[numpy.mean([point[f"{name}_gain"] for point in points]) for name in REWARDS] for points in along]
+        updates = numpy.mean([run["points"][-1]["updates"] for run in group])
+        gains = [f"{reward:+.3f} ({heldout:+.3f})" for reward, heldout in means]
+        print(f"| {method} | {rate:g} | {len(group)} | {updates:.0f} | {' | '.join(gains)} |")
     print()
 
 
@@ -73,7 +82,7 @@ def _row(method: str, by_method: Mapping[str, list[dict[str, Any]]], time: float
     row: dict[str, Any] = {"method": method, "learning_rate": finals[0]["learning_rate"], "seeds": len(finals)}
     for name in ("updates", "cpu_seconds", "K"):
         row[name] = float(numpy.mean([run["points"][-1][name] for run in finals]))
-    for name in ("reward", "heldout"):
+    for name in REWARDS:
         gains = _gains(finals, name)
         row |= {f"{name}_gain": float(gains.mean()), f"{name}_gain_interval": interval(gains)}
     row["gain_at_equal_time"] = float(numpy.mean([_gain_at(run, time) for run in finals]))
