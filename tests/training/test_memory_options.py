@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from diffusers.models.attention_dispatch import attention_backend
 
 from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
@@ -211,7 +212,8 @@ def test_a_tiny_vae_of_another_family_is_refused(workplace: Path) -> None:
 
 def test_an_attention_backend_reaches_every_layer_of_a_transformer() -> None:
     pipeline = flux()
-    set_attention_backend(pipeline, "_native_math")
+    with attention_backend():  # diffusers keeps the choice for the whole process; this gives the present one back
+        set_attention_backend(pipeline, "_native_math")
     processors = [m.processor for m in pipeline.transformer.modules() if hasattr(m, "processor")]
     assert processors and all(processor._attention_backend == "_native_math" for processor in processors)
     with pytest.raises(ValueError, match=r"expected one of .*native.*got fastest"):
