@@ -48,8 +48,8 @@ class Estimator(Protocol):
     def uses_reward_gradient(self) -> bool:
         """Whether a reward's gradient is of use; without, its tape and the decoder's are spared."""
 
-    def describe(self) -> str:
-        """The terms in words, for logs and cards."""
+    def describe(self, has_gradient: bool | None = None) -> str:
+        """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
 
     @property
     def needs_calibration(self) -> bool:

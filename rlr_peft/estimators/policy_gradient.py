@@ -59,7 +59,7 @@ class PolicyGradientEstimator(StatelessEstimator):
         self.inner_epochs = settings.inner_epochs
         self._prompt_statistics = PromptStatistics(settings.prompt_buffer_size, settings.prompt_min_count)
 
-    def describe(self) -> str:
+    def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards."""
         s = self.settings
         steps = "all steps" if s.steps.blocks == "all" else f"{s.steps.blocks} drawn step(s)"

@@ -45,7 +45,7 @@ class PreferenceEstimator(StatelessEstimator):
         self.settings = settings
         self.inner_epochs = settings.inner_epochs
 
-    def describe(self) -> str:
+    def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards."""
         s = self.settings
         steps = "all steps" if s.steps.blocks == "all" else f"{s.steps.blocks} drawn step(s)"

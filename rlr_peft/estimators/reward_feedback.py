@@ -29,7 +29,7 @@ class RewardFeedbackEstimator(StatelessEstimator):
     def __init__(self, last_steps: int | None = None) -> None:
         self.last_steps = last_steps
 
-    def describe(self) -> str:
+    def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards."""
         last = "quarter of the steps" if self.last_steps is None else f"{self.last_steps} step(s)"
         return f"reward of the image predicted at a random one of the last {last}"

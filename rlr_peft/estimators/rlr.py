@@ -62,9 +62,9 @@ class RLREstimator:
         """Running gradient energies of the steps, (T,), which choose the window; None before the first calibration."""
         return self._statistics.step_energies
 
-    def describe(self) -> str:
-        """The terms in words, for logs and cards."""
-        return self.settings.describe() + ("; antithetic noises" if self.antithetic else "")
+    def describe(self, has_gradient: bool | None = None) -> str:
+        """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
+        return self.settings.describe(has_gradient) + ("; antithetic noises" if self.antithetic else "")
 
     @property
     def uses_reward_gradient(self) -> bool:

@@ -44,9 +44,15 @@ class RLRSettings:
     state_baseline: bool = False
     coefficients: Coefficients = Coefficients()
 
-    def describe(self) -> str:
-        """The terms in words, for logs and cards."""
-        terms = [self._describe_first_order() + self._describe_black_box_tail()]
+    def describe(self, has_gradient: bool | None = None) -> str:
+        """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
+        tail = []
+        if has_gradient is not False and self.first_order_steps != 0:
+            tail.append(self._describe_first_order())
+        if not has_gradient and self.black_box_steps > 0:
+            condition = " if the reward has no gradient" if has_gradient is None else ""
+            tail.append(f"mirrored noises on the last {self.black_box_steps} step(s){condition}")
+        terms = [", or ".join(tail)] if tail else []
         if self.half_order is not None:
             baseline = " and a state baseline" if self.state_baseline else ""
             terms.append(self.half_order.describe() + baseline)
@@ -64,8 +70,3 @@ class RLRSettings:
             str(self.first_order_steps), f"K = {self.first_order_steps}"
         )
         return f"first order on steps 1..K, {k}"
-
-    def _describe_black_box_tail(self) -> str:
-        if self.black_box_steps == 0:
-            return ""
-        return f" (mirrored noises on the last {self.black_box_steps} step(s) instead if the reward has no gradient)"

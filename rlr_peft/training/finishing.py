@@ -211,10 +211,10 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
     unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     chain_of_thought, stages = describe_chain_of_thought(config), stages_from_config(config)
+    terms = run.estimator.describe(run.objective.has_gradient)
     estimator_text = [
-        f"Gradient estimator `{config.estimator.estimator}` ({run.estimator.describe()}) over a chain of "
-        f"{run.chain.num_steps} {config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale "
-        f"{run.chain.guidance_scale:g}.",
+        f"Gradient estimator `{config.estimator.estimator}` ({terms}) over a chain of {run.chain.num_steps} "
+        f"{config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale {run.chain.guidance_scale:g}.",
         f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
         "prompt.",
         *_first_order_text(run),

@@ -82,8 +82,8 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
     [
         (
             {},
-            "first order on steps 1..K, K measured (mirrored noises on the last 17 step(s) instead if the reward has "
-            "no gradient); half order in blocks of h = 1 on all steps beyond",
+            "first order on steps 1..K, K measured, or mirrored noises on the last 17 step(s) if the reward has no "
+            "gradient; half order in blocks of h = 1 on all steps beyond",
         ),
         ({"black_box_steps": 0}, "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps"),
         ({"step_choice": "inverse-variance"}, "first and half order mixed at every step by their measured variances"),
@@ -104,6 +104,15 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
 )
 def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:
     assert words in build_estimator(EstimatorArguments(**arguments), 50).describe()
+
+
+def test_a_description_follows_the_reward_once_that_is_known() -> None:
+    estimator = build_estimator(EstimatorArguments(), 50)
+    beyond = "; half order in blocks of h = 1 on all steps beyond"
+    assert estimator.describe(has_gradient=True) == "first order on steps 1..K, K measured" + beyond
+    assert estimator.describe(has_gradient=False) == "mirrored noises on the last 17 step(s)" + beyond
+    plain = build_estimator(EstimatorArguments(estimator="reinforce"), 50)
+    assert plain.describe(has_gradient=False) == "half order in blocks of h = 1 on all steps beyond"
 
 
 @pytest.mark.parametrize(
