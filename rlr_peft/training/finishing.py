@@ -214,7 +214,8 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
     terms = run.estimator.describe(run.objective.has_gradient)
     estimator_text = [
         f"Gradient estimator `{config.estimator.estimator}` ({terms}) over a chain of {run.chain.num_steps} "
-        f"{config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale {run.chain.guidance_scale:g}.",
+        f"{config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale "
+        f"{run.chain.guidance_scale:g}.",
         f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
         "prompt.",
         *_first_order_text(run),
