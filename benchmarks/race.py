@@ -170,7 +170,7 @@ def base_evaluation(run: Run, path: Path) -> Evaluation:
     assert base is not None
     path.parent.mkdir(exist_ok=True)
     with replacing_file(path) as aside:
-        torch.save(vars(base) | {"prompts": [str(prompt) for prompt in base.prompts]}, aside)
+        torch.save(vars(base) | {"prompts": [str(prompt) for prompt in base.prompts], "pictures": []}, aside)
     return base
 
 
