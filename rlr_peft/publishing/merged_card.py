@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.publishing.base_license import License, base_license
-from rlr_peft.publishing.model_card import fenced
+from rlr_peft.publishing.markdown import fenced, in_cell, in_code
 from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.usage_snippet import BaseKind, base_kind
 
@@ -57,7 +57,7 @@ def write_merged_card(directory: Path, merged: Merged) -> Path:
 def _card(merged: Merged, licence: License) -> str:
     base, adapter = _link(merged.base, merged.base_revision), _link(merged.adapter, merged.adapter_revision)
     changed = " and the ".join(merged.parts)
-    training = "" if merged.reward_name is None else f", which was trained on the reward `{merged.reward_name}`"
+    training = "" if merged.reward_name is None else f", which was trained on the reward {in_code(merged.reward_name)}"
     rounded = "" if merged.dtype == "float32" else f", then rounded to {merged.dtype}"
     snippet = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
@@ -69,7 +69,7 @@ def _card(merged: Merged, licence: License) -> str:
 {_metadata(merged, licence)}
 ---
 
-# {_label(merged.base)} with {_label(merged.adapter)} fused in
+# {in_cell(_label(merged.base))} with {in_cell(_label(merged.adapter))} fused in
 
 The pipeline {base} with the LoRA adapter {adapter} added to the weights of its {changed}{training}. Everything else is
 the base's. The sum was taken in float32{rounded} by `rlr-peft merge`; no LoRA layers are left.
@@ -117,6 +117,6 @@ def _label(name: str) -> str:
 def _link(name: str, revision: str | None) -> str:
     kind, label = _kind(name), _label(name)
     if kind != "hub":
-        return f"`{label}`" if kind == "folder" else f"`{label}`, the small one that ships with rlr-peft,"
+        return in_code(label) if kind == "folder" else f"{in_code(label)}, the small one that ships with rlr-peft,"
     at = f" at `{revision}`" if revision else ""
     return f"[{label}](https://huggingface.co/{label}){at}"

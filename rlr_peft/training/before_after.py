@@ -7,6 +7,7 @@ from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward
 from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
 from rlr_peft.evaluation.comparison.labels import BASE, shown_name
 from rlr_peft.evaluation.comparison.report import write_page_and_scores
+from rlr_peft.training.comparison_setup import prompt_source
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed
@@ -73,7 +74,5 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
 
 def _source(run: Run) -> str:
     """Where the evaluation's prompts come from."""
-    path, prompts = run.config.validation.evaluation_prompt_path, run.config.prompts
-    if path is not None:
-        return f"in {shown_name(path)}"
-    return f"held back of {shown_name(prompts.prompt_path or prompts.dataset_name or 'the prompts')}"
+    is_own_file = run.config.validation.evaluation_prompt_path is not None
+    return f"{'in' if is_own_file else 'held back of'} {shown_name(prompt_source(run.config))}"
