@@ -37,6 +37,7 @@ from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 from rlr_peft.training.chain_building import attach_adapters, build_chain
 from rlr_peft.training.loading import DTYPES, enable_checkpointing
+from rlr_peft.training.memory_options import keep_weights_as_quantized
 from rlr_peft.training.optimization import build_optimizer
 from rlr_peft.training.planning import plan_run
 
@@ -176,6 +177,7 @@ def quantize(model: nn.Module, settings: dict[str, Any]) -> None:
             )
             packed.load_state_dict({key: value.cpu() for key, value in layer.state_dict().items()})
             setattr(parent, name, packed.to(layer.weight.device).requires_grad_(False))
+    keep_weights_as_quantized(model)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks
 
 

@@ -12,10 +12,7 @@ from rlr_peft.chain.offload import offload_models
 from rlr_peft.config import ModelArguments
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 from rlr_peft.training.logs import hide_loading_bars
-from rlr_peft.training.memory_options import (
-    pipeline_quantization,
-    set_attention_backend,
-)
+from rlr_peft.training.memory_options import keep_weights_as_quantized, pipeline_quantization, set_attention_backend
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +60,7 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
+            keep_weights_as_quantized(component)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and dtype == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast:
         # The pipeline (SDXL) would cast it to and fro around each decode, under the feet of the tape.

@@ -45,6 +45,17 @@ def pipeline_quantization(arguments: ModelArguments, dtype: torch.dtype) -> dict
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping=names)}
 
 
+def keep_weights_as_quantized(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in the first forward without gradients on a CPU.
+
+    On processors with AVX512-BF16 it does so by default. A repacked layer has no gradient, and layers with rows shorter
+    than a block of 64 weights fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
     """Chooses the attention kernel of every denoiser that the pipeline has.
 
