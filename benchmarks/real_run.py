@@ -1,0 +1,247 @@
+"""Whole runs at real size: the training script on pipelines of the true architectures with random weights.
+
+    python -m benchmarks.real_run                                    # on a GPU: all cases
+    python -m benchmarks.real_run --case stable-diffusion-1.5-512    # one of them
+    python -m benchmarks.real_run --case tiny                        # on a CPU too: the same code on tiny-shapes
+
+Random weights cost what trained ones cost, and nothing is downloaded. For each case the pipeline is saved in the true
+file layout, with a tokenizer of the true size; the reward is the aesthetic predictor on a CLIP ViT-L/14. Then:
+
+- **updates**: seconds and peak memory of one update for several methods, in one process,
+- **run**: the training script with the case's recipe, from loading to the card; and the same interrupted half-way and
+  resumed: are the adapters equal byte for byte?
+
+Written to ``benchmarks/results/real_run.json`` after every part; what is there already of the same machine is not run
+again.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from benchmarks.machine import describe_machine, read_results, write_results
+from rlr_peft.config import load_config
+from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.evaluation.memory_plan.architecture import find_architecture
+from rlr_peft.evaluation.memory_plan.blueprint import BlankTokenizer, build_pipeline
+from rlr_peft.tiny_shapes import PIPELINE_NAME
+from rlr_peft.training.hardware import peak_memory_mb
+from rlr_peft.training.run import Run, build_run
+from rlr_peft.training.update import calibrate, take_update
+
+UPDATES = 4
+STEPS = 10
+WARM_UPS, TIMED = 1, 3
+METHODS = {
+    "truncated-bp, K = 1": "--estimator truncated-bp --fo_steps 1",
+    "full-bp, K = T": "--estimator full-bp",
+    "rlr, K = 1": "--estimator rlr --fo_steps 1",
+    "rlr, K measured": "--estimator rlr --calibration_samples 4",
+    "refl": "--estimator refl",
+    "grpo": "--estimator grpo",
+}
+BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --gradient_accumulation_steps 1".split()
+# Hub id of the architecture, recipe and flags of each case.
+CASES = {
+    "tiny": (PIPELINE_NAME, "configs/tiny_shapes.yaml", "--mixed_precision no"),
+    "stable-diffusion-1.5-512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "configs/sd14.yaml", ""),
+    "stable-diffusion-1.5-512-fp16": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "configs/sd14.yaml",
+        "--mixed_precision fp16",
+    ),
+    "stable-diffusion-1.5-512-tf32": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "configs/sd14.yaml",
+        "--mixed_precision no --allow_tf32 true",
+    ),
+    "stable-diffusion-xl-1024": ("stabilityai/stable-diffusion-xl-base-1.0", "configs/sdxl.yaml", ""),
+}
+# Precisions change an update, not the rest of a run.
+UPDATES_ONLY = ("stable-diffusion-1.5-512-fp16", "stable-diffusion-1.5-512-tf32")
+
+
+def main() -> None:
+    """Runs the cases, each part in a process of its own, prints and writes the results."""
+    parser = argparse.ArgumentParser(description="Whole runs at real size on random weights.")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="one case; may be given again")
+    parser.add_argument("--folder", type=Path, help="where the random pipelines are kept; default: a temporary folder")
+    parser.add_argument("--part", choices=["updates", "run"], action="append", help="one part; default: both")
+    parser.add_argument("--updates", nargs=2, metavar=("CASE", "FILE.json"), help=argparse.SUPPRESS)
+    parsed = parser.parse_args()
+    if parsed.updates:
+        case, file = parsed.updates
+        Path(file).write_text(json.dumps(measure_updates(case, parsed.folder)), encoding="utf-8")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = parsed.folder or Path(temporary)
+        for case in parsed.case or [name for name in CASES if name != "tiny"]:
+            for part in parsed.part or ["updates", "run"]:
+                print(json.dumps({case: {part: measure(case, part, folder)}}, indent=2), flush=True)
+
+
+def measure(case: str, part: str, folder: Path) -> dict[str, Any]:
+    """One part of one case, kept in the results file; what is there of the same machine is not measured again."""
+    results = read_results("real_run")
+    kept = results["cases"] if results.get("machine") == describe_machine() else {}
+    entry = kept.setdefault(case, {"recipe": CASES[case][1], "flags": CASES[case][2], "steps": STEPS, "samples": 2})
+    if part not in entry and not (part == "run" and case in UPDATES_ONLY):
+        make_files(case, folder)
+        if part == "run":
+            entry[part] = measure_run(case, folder)
+        else:
+            file = folder / "updates.json"
+            command = [sys.executable, "-m", "benchmarks.real_run", "--folder", str(folder), "--updates", case]
+            error = _fails([*command, str(file)])
+            entry[part] = {"error": error} if error is not None else json.loads(file.read_text())
+        write_results("real_run", {"cases": kept})
+    measured: dict[str, Any] = entry.get(part, {})
+    return measured
+
+
+def measure_updates(case: str, folder: Path) -> dict[str, Any]:
+    """Seconds (mean of ``TIMED`` after a warm-up) and peak memory in MB of an update, for every method."""
+    output = ("--output_dir", str(folder / "unused"))
+    run = build_run(load_config([*_flags(case, folder), *METHODS["rlr, K = 1"].split(), *output]))
+    measured = {}
+    for method, flags in METHODS.items():
+        config = load_config([*_flags(case, folder), *flags.split(), *output])
+        estimator = build_estimator(config.estimator, config.chain.num_inference_steps, None)
+        try:
+            measured[method] = _time_updates(dataclasses.replace(run, config=config, estimator=estimator))
+        except (RuntimeError, ValueError) as error:
+            measured[method] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            run.optimizer.zero_grad(set_to_none=True)
+    return measured
+
+
+def _time_updates(run: Run) -> dict[str, Any]:
+    device = run.accelerator.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    measured: dict[str, Any] = {}
+    if run.estimator.needs_calibration:
+        started = time.perf_counter()
+        calibrate(run, 0)
+        measured["calibration_seconds"] = time.perf_counter() - started
+    for step in range(WARM_UPS):
+        take_update(run, step)
+    evaluated, started = run.chain.denoiser_evaluations, time.perf_counter()
+    for step in range(WARM_UPS, WARM_UPS + TIMED):
+        update = take_update(run, step)  # ends with the gradient's norm on the host: nothing is left on its way
+    measured["seconds"] = (time.perf_counter() - started) / TIMED
+    measured["denoiser_evaluations"] = (run.chain.denoiser_evaluations - evaluated) / TIMED
+    measured["first_order_steps"] = update.reports[0].first_order_steps
+    measured["peak_memory_mb"] = peak_memory_mb(device)
+    return measured
+
+
+def measure_run(case: str, folder: Path) -> dict[str, Any]:
+    """The script from start to card; twice without interruption, and once resumed half-way.
+
+    Returns:
+        The run's own ``metrics``, and whether the adapters of a second and of the resumed run equal the first one's
+        byte for byte.
+    """
+    flags = [*_flags(case, folder), *METHODS["rlr, K = 1"].split(), "--checkpointing_steps", str(UPDATES // 2)]
+    flags += "--validation_steps null --report_to none --num_evaluation_images 4 --evaluation_batch_size 2".split()
+    first, second, half = (folder / f"{case}-{name}" for name in ("first", "second", "half"))
+    runs = [(first, UPDATES), (second, UPDATES), (half, UPDATES // 2)]
+    # Side by side where there are cores and memory for it.
+    with ThreadPoolExecutor(len(runs) if torch.cuda.is_available() else 1) as pool:
+        errors = list(pool.map(lambda run: _train(flags, *run), runs))
+    errors.append(_train([*flags, "--resume_from_checkpoint", "latest"], half, UPDATES))
+    if any(errors):
+        return {"errors": errors}
+    adapters = [(output / "pytorch_lora_weights.safetensors").read_bytes() for output in (first, second, half)]
+    metrics = json.loads((first / "metrics.json").read_text())
+    return {
+        "adapter_bytes": len(adapters[0]),
+        "metrics": {name: metrics[name] for name in ("denoiser_evaluations", "peak_memory_mb")},
+        "second_equals_first": adapters[1] == adapters[0],
+        "resumed_equals_first": adapters[2] == adapters[0],
+    }
+
+
+def _train(flags: Sequence[str], output: Path, updates: int) -> str | None:
+    words = ["--max_train_steps", str(updates), "--output_dir", str(output)]
+    return _fails([sys.executable, "train_rlr_lora.py", *flags, *words])
+
+
+def _flags(case: str, folder: Path) -> list[str]:
+    name, recipe, flags = CASES[case]
+    words = ["--config", recipe, "--num_inference_steps", str(STEPS), *BATCH, *flags.split()]
+    if name == PIPELINE_NAME:
+        return words
+    stand_ins = {"openai/clip-vit-large-patch14": str(folder / "clip"), "trl-lib/ddpo-aesthetic-predictor": str(folder)}
+    words += ["--pretrained_model_name_or_path", str(_pipeline_folder(case, folder))]
+    words += ["--pretrained_vae_model_name_or_path", "null", "--reward_fn", "aesthetic", "--heldout_reward_fn", "null"]
+    return [*words, "--reward_model_path", json.dumps(stand_ins)]
+
+
+def make_files(case: str, folder: Path) -> None:
+    """Saves the case's pipeline and reward with random weights, if they are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if CASES[case][0] == PIPELINE_NAME:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = _pipeline_folder(case, folder)
+    if not (target / "model_index.json").exists():
+        pipeline = build_pipeline(find_architecture(CASES[case][0]), device, torch.float16)
+        for name, component in pipeline.components.items():
+            if isinstance(component, BlankTokenizer):
+                setattr(pipeline, name, _tokenizer(component.model_max_length))
+        pipeline.save_pretrained(target, safe_serialization=True)
+    if not (folder / "clip").exists():
+        config = CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            patch_size=14,
+            projection_dim=768,
+        )
+        CLIPVisionModelWithProjection(config).save_pretrained(folder / "clip")
+        widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+        layers = {number: torch.nn.Linear(*width) for number, width in widths.items()}
+        head = {f"layers.{n}.{key}": value for n, layer in layers.items() for key, value in layer.state_dict().items()}
+        save_file(head, folder / "aesthetic-model.safetensors")
+
+
+def _pipeline_folder(case: str, folder: Path) -> Path:
+    return folder / CASES[case][0].replace("/", "--")
+
+
+def _tokenizer(model_max_length: int) -> CLIPTokenizer:
+    """CLIP's vocabulary by size: its 256 bytes, alone and at the end of a word, and names for the rest; no merges."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    words += [f"<{i}>" for i in range(49406 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=model_max_length)
+
+
+def _fails(command: Sequence[str]) -> str | None:
+    """Runs a command; the last line that it printed if it fails."""
+    finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    if finished.returncode == 0:
+        return None
+    return ([*finished.stdout.strip().splitlines(), *finished.stderr.strip().splitlines()] or ["no output"])[-1]
+
+
+if __name__ == "__main__":
+    main()
