@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# All that is measured on one GPU, in about nine minutes on an H100, without network:
+# All that is measured on one GPU, without network:
 #
 #     bash benchmarks/on_gpu.sh              # all parts
 #     bash benchmarks/on_gpu.sh demo         # some of them: sizes updates demo runs tests
 #
 # Results land in benchmarks/results/: real_size.json, real_run.json, demo_gpu.json. Parts that have run on the same
-# machine are not measured again, so a call that was cut off is simply repeated.
+# machine are not measured again, so a call that was cut off is simply repeated. On an H200, `sizes` took four minutes for
+# its first five cases and `demo` three; processes take most of that to start.
 #
 # Needs the run-time dependencies of pyproject.toml and, for the part `tests`, pytest. PYTHON names another interpreter.
 set -uo pipefail

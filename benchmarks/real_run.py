@@ -79,11 +79,10 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), action="append", help="one case; may be given again")
     parser.add_argument("--folder", type=Path, help="where the random pipelines are kept; default: a temporary folder")
     parser.add_argument("--part", choices=["updates", "run"], action="append", help="one part; default: both")
-    parser.add_argument("--updates", nargs=2, metavar=("CASE", "FILE.json"), help=argparse.SUPPRESS)
+    parser.add_argument("--updates", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.updates:
-        case, file = parsed.updates
-        Path(file).write_text(json.dumps(measure_updates(case, parsed.folder)), encoding="utf-8")
+        measure_updates(parsed.updates, parsed.folder)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = parsed.folder or Path(temporary)
@@ -93,30 +92,41 @@ def main() -> None:
 
 
 def measure(case: str, part: str, folder: Path) -> dict[str, Any]:
-    """One part of one case, kept in the results file; what is there of the same machine is not measured again."""
-    results = read_results("real_run")
-    kept = results["cases"] if results.get("machine") == describe_machine() else {}
-    entry = kept.setdefault(case, {"recipe": CASES[case][1], "flags": CASES[case][2], "steps": STEPS, "samples": 2})
-    if part not in entry and not (part == "run" and case in UPDATES_ONLY):
-        make_files(case, folder)
-        if part == "run":
-            entry[part] = measure_run(case, folder)
-        else:
-            file = folder / "updates.json"
-            command = [sys.executable, "-m", "benchmarks.real_run", "--folder", str(folder), "--updates", case]
-            error = _fails([*command, str(file)])
-            entry[part] = {"error": error} if error is not None else json.loads(file.read_text())
-        write_results("real_run", {"cases": kept})
-    measured: dict[str, Any] = entry.get(part, {})
+    """One part of one case; what the results file has of the same machine is not measured again."""
+    if part == "run" and case in UPDATES_ONLY:
+        return {}
+    make_files(case, folder)
+    if part == "run":
+        if part not in _kept(case):
+            _keep(case, part, measure_run(case, folder))
+    else:
+        error = _fails([sys.executable, "-m", "benchmarks.real_run", "--folder", str(folder), "--updates", case])
+        if error is not None:
+            print(f"{case}: {error}", file=sys.stderr)
+    measured: dict[str, Any] = _kept(case).get(part, {})
     return measured
 
 
-def measure_updates(case: str, folder: Path) -> dict[str, Any]:
-    """Seconds (mean of ``TIMED`` after a warm-up) and peak memory in MB of an update, for every method."""
+def _kept(case: str) -> dict[str, Any]:
+    results = read_results("real_run")
+    cases: dict[str, Any] = results["cases"] if results.get("machine") == describe_machine() else {}
+    return cases.get(case, {"recipe": CASES[case][1], "flags": CASES[case][2], "steps": STEPS, "samples": 2})
+
+
+def _keep(case: str, part: str, measured: dict[str, Any]) -> None:
+    results = read_results("real_run")
+    cases = results["cases"] if results.get("machine") == describe_machine() else {}
+    write_results("real_run", {"cases": cases | {case: _kept(case) | {part: measured}}})
+
+
+def measure_updates(case: str, folder: Path) -> None:
+    """Seconds (mean of ``TIMED`` after a warm-up) and peak memory in MB of an update, kept method by method."""
     output = ("--output_dir", str(folder / "unused"))
     run = build_run(load_config([*_flags(case, folder), *METHODS["rlr, K = 1"].split(), *output]))
-    measured = {}
+    measured = _kept(case).get("updates", {})
     for method, flags in METHODS.items():
+        if method in measured:
+            continue
         config = load_config([*_flags(case, folder), *flags.split(), *output])
         estimator = build_estimator(config.estimator, config.chain.num_inference_steps, None)
         try:
@@ -124,7 +134,7 @@ def measure_updates(case: str, folder: Path) -> dict[str, Any]:
         except (RuntimeError, ValueError) as error:
             measured[method] = {"error": f"{type(error).__name__}: {error}"[:300]}
             run.optimizer.zero_grad(set_to_none=True)
-    return measured
+        _keep(case, "updates", measured)
 
 
 def _time_updates(run: Run) -> dict[str, Any]:
