@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.lora.export import WEIGHT_NAME
 from rlr_peft.lora.loading import SECOND_EXPERT
@@ -97,7 +98,9 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
 
 
 def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFiles:
-    repo, _, revision = place.partition("@")
+    repo, at, revision = place.partition("@")
+    if at and not stays_inside(revision):  # it becomes a path in the Hub's cache
+        raise AdapterNotFoundError(f"--adapter {place}: expected user/name@REVISION, got {revision!r}; correct it.")
 
     def get(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision or None, token=token, cache_dir=cache_dir))
