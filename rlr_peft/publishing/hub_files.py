@@ -50,7 +50,7 @@ def published_files(folder: Path) -> dict[str, Path]:
         raise HubError(
             f"Expected an output folder of train_rlr_lora.py with {WEIGHT_NAME}, got {folder}; check the path."
         )
-    for name, path in files.items():  # a folder from elsewhere would publish any file of this machine
+    for path in files.values():  # a folder from elsewhere would publish any file of this machine
         if not path.resolve().is_relative_to(folder.resolve()):
             raise HubError(f"{path} is a link to {path.resolve()}, outside of the folder; put the file itself there.")
     return files
