@@ -22,7 +22,7 @@ from rlr_peft.config.parsing import read_config
 from rlr_peft.config.prompt_checks import BUILTIN_SETS
 from rlr_peft.config.wording import takes_text
 
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)*")  # no colon: every form of a reward but the registered names has one
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no colon: every form of a reward but the registered names has one
 
 
 def read_found_config(path: Path, names: Collection[str]) -> tuple[dict[str, Any], list[str]]:

@@ -283,10 +283,9 @@ def downloaded(workplace: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str
         "dcot_cache": str(tmp_path / "appended.jsonl"),
         "cache_dir": str(tmp_path / "cache"),
         "attention_backend": "_flash_3_hub",
-        "bnb_quantization_config_path": str(tmp_path / "nf4.json"),
         "output_dir": str(tmp_path / "elsewhere"),
         "resume_from_checkpoint": str(tmp_path),
-        "num_inference_steps": 2,
+        "num_inference_steps": 3,
         "guidance_scale": 3.0,
         "num_evaluation_images": 2,
     }
@@ -315,8 +314,8 @@ def test_a_config_that_came_with_an_adapter_runs_connects_and_writes_nothing(
     config = folder / "config.yaml"
     assert first == (
         f"Settings of {config}, where no flag says otherwise. Left out, as a config that is found may name code, "
-        "addresses and files: attention_backend, bnb_quantization_config_path, cache_dir, dcot_cache, dcot_endpoint, "
-        "dcot_endpoint_model, evaluation_prompt_path, heldout_reward_fn, reward_fn, reward_model_path; if you trust "
+        "addresses and files: attention_backend, cache_dir, dcot_cache, dcot_endpoint, dcot_endpoint_model, "
+        "evaluation_prompt_path, heldout_reward_fn, reward_fn, reward_model_path; if you trust "
         f"it, give --config {config}."
     )
     rows = scores_of(tmp_path / "out")
