@@ -55,9 +55,8 @@ def _is_harmless(knob: Knob, text: str, folder: Path) -> bool:
         case "words":
             return True
         case "model":
-            return "://" not in text and not text.startswith(
-                ("//", "\\\\")
-            )  # no address, and no other machine's folder
+            # No address, and no folder of another machine.
+            return "://" not in text and not text.startswith(("//", "\\\\"))
         case "prompts":
             return text in BUILTIN_SETS or _is_file_inside(Path(text).expanduser(), folder)
         case "dataset":
