@@ -6,11 +6,13 @@ accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 import sys
 
 from rlr_peft.config import load_config_or_exit
+from rlr_peft.foreign_text import guard_terminal, say
 from rlr_peft.training.logs import set_up_logging
 
 
 def main() -> int:
     """Runs what the command line asks for; returns the exit code."""
+    guard_terminal()
     config = load_config_or_exit(sys.argv[1:])
 
     set_up_logging()
@@ -31,12 +33,12 @@ def main() -> int:
         base = evaluate_base(run)
         progress = train(run, progress, publisher.push_checkpoint if publisher else None)
         if not progress.interrupted_by and run.accelerator.is_main_process:
-            print(summary(run, finish(run, progress, base)))
+            say(summary(run, finish(run, progress, base)))
             if publisher is not None:
-                print(publisher.finish(run.output_dir))
+                say(publisher.finish(run.output_dir))
         run.accelerator.end_training()
     if progress.interrupted_by and run.accelerator.is_main_process:
-        print(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", file=sys.stderr)
+        say(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", sys.stderr)
     return progress.interrupted_by
 
 

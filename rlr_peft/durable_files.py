@@ -1,11 +1,20 @@
-"""Files that are complete or absent, even after a power cut: write aside, fsync, rename, fsync the folder."""
+"""Files that are complete or absent, even after a power cut, and names that stay inside their folder."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+
+
+def stays_inside(name: str) -> bool:
+    r"""Whether a name from a file or a flag, joined to a folder, is a path inside it on any system.
+
+    An absolute path, `..` and a NUL are not; `/` and `\\` both part folders.
+    """
+    path = PureWindowsPath(name)
+    return not (path.anchor or name.startswith("/") or ".." in path.parts or "\0" in name) and bool(path.parts)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from rlr_peft.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml, save_config
 from rlr_peft.config import load_config as load
 from rlr_peft.config.flat import Knob, knobs
+from rlr_peft.config.found import read_found_config
+from rlr_peft.config.wording import element_type, takes_text
 
 REQUIRED = [
     *("--pretrained_model_name_or_path", "tiny-shapes"),
@@ -444,6 +446,12 @@ REFUSED = [
     ("--reward_minimum_penalty 0", "reward_minimum_penalty: expected above 0, got 0.0"),
     ("--logging_dir ../logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--logging_dir /logs", "logging_dir: expected a relative folder inside output_dir"),
+    ("--tracker_name ../../x", "tracker_name: expected a relative folder inside output_dir, got ../../x; drop the"),
+    ("--tracker_name /x", "tracker_name: expected a relative folder inside output_dir"),
+    ("--tracker_name ..\\..\\x", "tracker_name: expected a relative folder inside output_dir"),
+    ("--revision ../../x", "revision: expected a branch, tag or commit of the repository, got '../../x'"),
+    ("--hub_revision ../../x", "hub_revision: expected a branch, tag or commit of the repository, got '../../x'"),
+    ("--variant ../x", "variant: expected a word of a file name such as fp16, got '../x'"),
     ("--output_dir pyproject.toml/x", "output_dir: expected a folder or a place for one"),
     ("--prompt_path nowhere.txt", "prompt_path: expected an existing text file"),
     ("--evaluation_prompt_path tiny-shapes/all", "evaluation_prompt_path: expected an existing text file"),
@@ -596,3 +604,52 @@ def test_publishing_of_checkpoints_needs_checkpoints() -> None:
         load([*REQUIRED, "--push_every", "500"])
     with pytest.raises(ConfigError, match=r"push_every: expected a multiple of checkpointing_steps \(500\)"):
         load([*REQUIRED, "--push_to_hub", "--push_every", "750"])
+
+
+def test_of_a_found_config_texts_are_taken_only_where_a_knob_says_so(tmp_path: Path) -> None:
+    """All knobs at once, a word in each that takes a text; numbers and choices of fixed words pass."""
+    words = {name: knob for name, knob in knobs().items() if takes_text(knob, "x") or element_type(knob) is str}
+    values: dict[str, Any] = {name: ["x"] if element_type(knob) is str else "x" for name, knob in words.items()}
+    values |= {"reward_model_path": {"a": "b"}, "reward_minimum": {"x": 1.0}, "rank": 8, "mixed_precision": "bf16"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    kept, left_out = read_found_config(tmp_path / "config.yaml", list(knobs()))
+    assert set(left_out) == {
+        *("attention_backend", "bnb_quantization_config_path", "cache_dir", "dcot_cache", "dcot_endpoint"),
+        *("dcot_endpoint_model", "evaluation_prompt_path", "hub_token", "logging_dir", "output_dir", "prompt_path"),
+        *("resume_from_checkpoint", "reward_model_path", "tracker_name"),
+    }
+    assert kept == {name: value for name, value in values.items() if name not in left_out}
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless", "harmful"),
+    [
+        ("reward_fn", "pickscore", "evil.py:f"),
+        ("reward_fn", "hpsv2/v2.1", "os:system"),
+        ("reward_fn", "tiny-shapes/color", "http://127.0.0.1:1/"),
+        ("pretrained_model_name_or_path", "user/name", "https://host/model"),
+        ("pretrained_model_name_or_path", "../base", "\\\\host\\share"),
+        ("pretrained_vae_model_name_or_path", "/models/vae", "//host/share"),
+        ("dataset_name", "user/name", "../data"),
+        ("dataset_name", "name", "https://host/data.csv"),
+        ("prompt_path", "tiny-shapes/test", "/etc/hostname"),
+        ("prompt_path", "FOLDER/prompts.txt", "FOLDER/link.txt"),
+        ("evaluation_prompt_path", "FOLDER/prompts.txt", "FOLDER/../secret.txt"),
+    ],
+)
+def test_of_a_found_config_what_is_harmless(name: str, harmless: str, harmful: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "prompts.txt").write_text("a cat")
+    (tmp_path / "secret.txt").write_text("a secret")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    for text, is_kept in ((harmless, True), (harmful, False)):
+        value = text.replace("FOLDER", str(folder))
+        (folder / "config.yaml").write_text(yaml.safe_dump({name: value}))
+        kept, left_out = read_found_config(folder / "config.yaml", [name])
+        assert (kept, left_out) == (({name: value}, []) if is_kept else ({}, [name]))
+
+
+def test_a_text_with_a_nul_is_refused() -> None:
+    with pytest.raises(ConfigError, match="negative_prompt: expected a text without the character NUL"):
+        load([*REQUIRED, "--negative_prompt", "a\0b"])

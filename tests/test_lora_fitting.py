@@ -1,5 +1,6 @@
 """An adapter arrives whole or not at all, and leaves without a trace; what diffusers passes over is an error."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,20 @@ def test_weights_that_are_no_adapter_are_an_error(base: StableDiffusionPipeline,
     unload_lora(base)
 
 
+def test_metadata_that_name_a_module_import_none(
+    base: StableDiffusionPipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metadata = {"unet.r": 4, "unet.megatron_config": {"a": 1}, "unet.megatron_core": "evil_module"}
+    for name in (WEIGHT_NAME, "other.safetensors"):
+        (tmp_path / name[:5]).mkdir()
+        file = tmp_path / name[:5] / name
+        save_file(load_file(adapter / WEIGHT_NAME), file, {"lora_adapter_metadata": json.dumps(metadata)})
+        with pytest.raises(AdapterMismatchError, match=rf"the metadata of {name} ask to import a module"):
+            load_fitting_lora(base, find_adapter(str(file)))
+
+
 def test_a_damaged_file_is_an_error(base: StableDiffusionPipeline, adapter: Path, tmp_path: Path) -> None:
     content = (adapter / WEIGHT_NAME).read_bytes()
     (tmp_path / WEIGHT_NAME).write_bytes(content[: len(content) // 2])
@@ -239,6 +254,7 @@ def test_places_without_an_adapter_are_explained(tmp_path: Path) -> None:
         save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     assert "got 2 of them (one.safetensors, two.safetensors): name the file" in refused(tmp_path)
     assert "a path that does not exist" in refused(tmp_path / "nowhere")
+    assert "expected user/name@REVISION, got '../../x'; correct it." in refused("some/repo@../../x")
     assert "a path that does not exist" in refused("outputs/deep/inside")
     assert refused("some/repo").startswith("--adapter some/repo: there is no such folder or file here, and the Hub")
     assert "is not in the local cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set" in refused("some/repo")

@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from rlr_peft.errors import UserError
+from rlr_peft.foreign_text import say
 
 PROG = "rlr-peft card"
 
@@ -28,9 +29,9 @@ def card_command(words: Sequence[str]) -> int:
             card = replace(card, extra_text=_text(arguments.extra_text))
         if arguments.plain:
             card = replace(card, template=None, extra_text=None)
-        print(write_card(folder, card))
+        say(write_card(folder, card))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 1
     return 0
 

@@ -10,7 +10,9 @@ from rlr_peft.cli.places import check_folder_or_exit
 from rlr_peft.config import Config, ConfigError, config_from_dict
 from rlr_peft.config.chain_of_thought import SOURCES
 from rlr_peft.config.flat import knobs
+from rlr_peft.config.found import read_found_config
 from rlr_peft.config.parsing import exit_with, load_values
+from rlr_peft.foreign_text import say
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,8 @@ def compare_command(words: Sequence[str]) -> int:
     with reporting_errors("What is drawn is kept, and the same command goes on from there."):
         comparison = compare_adapters(config, options)
         written = write_report(own.output, comparison)
-    print(console_text(comparison))
-    print(f"\nReport: {', '.join(map(str, written))}")
+    say(console_text(comparison))
+    say(f"\nReport: {', '.join(map(str, written))}")
     return 0
 
 
@@ -73,8 +75,8 @@ def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own flags, and the words that are left for the config, long names in place of short ones."""
     parser = _parser()
     if {"--help", "-h"} & set(words):
-        print(parser.format_help())
-        print("Further settings by the names of training:\n")
+        say(parser.format_help())
+        say("Further settings by the names of training:\n")
         load_values(["--help"], PROG, _names(), DESCRIPTION)
     try:
         own, rest = parser.parse_known_args(list(words))
@@ -101,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s --adapter FOLDER_OR_REPO [--adapter ...] [--output FOLDER] [--base NAME] [--prompts FILE] "
         "[--reward NAME] [--heldout NAME ...] [--config FILE] [--name VALUE ...]",
         description="Draws the same prompts and seeds with the base and with every adapter, and says what changed. The "
-        "settings of an adapter that was trained here are found beside it; --config and flags win over them.",
+        "plain settings of an adapter that was trained here are found beside it; --config and flags win over them.",
         add_help=False,
         allow_abbrev=False,
         exit_on_error=False,
@@ -172,24 +174,39 @@ def _names() -> list[str]:
 def _config_or_exit(own: argparse.Namespace, words: list[str]) -> Config:
     """The settings as a config of training, in which everything that only training needs stands at a default."""
     found = next(filter(None, map(_config_beside, own.adapter)), None)
-    if found is not None and not any(word == "--config" or word.startswith("--config=") for word in words):
-        print(f"Settings of {found}, where no flag says otherwise.")
-        words = ["--config", str(found), *words]
+    if any(word == "--config" or word.startswith("--config=") for word in words):
+        found = None
     try:
-        values = load_values(words, PROG, _names(), DESCRIPTION)
+        plain = {} if found is None else _plain_settings(found, words)
+        values = load_values(words, PROG, _names(), DESCRIPTION, plain)
         source = values["prompt_path"] or values["dataset_name"]
         if source and values["evaluation_prompt_path"] is None and values["validation_split_percentage"] is None:
-            print("Drawing training's own prompts: --prompts FILE names others, best such that it has never seen.")
+            say("Drawing training's own prompts: --prompts FILE names others, best such that it has never seen.")
         for alias, name in ALIASES.items():
             needed = alias in ("base", "reward") or (alias == "prompts" and not source)
             if values[name] is None and needed:
-                raise ConfigError(f"--{alias}: expected a value, got none; give it, or --config with {name}.")
+                file = f"--config {found}, if you trust it" if found is not None else f"--config with {name}"
+                raise ConfigError(f"--{alias}: expected a value, got none; give it, or {file}.")
         values["prompt_path"] = values["prompt_path"] if source else values["evaluation_prompt_path"]
         _choose_stages(own.dcot, values)
         # An estimator without demands on the chain, since nothing is estimated.
         return config_from_dict({**values, "estimator": "full-bp", "output_dir": str(own.output)})
     except ConfigError as error:
         exit_with(error)
+
+
+def _plain_settings(found: Path, words: list[str]) -> dict[str, Any]:
+    """Of a config that nobody gave what cannot do harm: the folder may have been downloaded. Says what is left out."""
+    flags = {word[2:].partition("=")[0] for word in words}
+    plain, left_out = read_found_config(found, [name for name in _names() if name not in flags])
+    if not any(name in plain for name in SOURCES):  # stages without prompts would be refused
+        plain = {name: value for name, value in plain.items() if knobs()[name].group != "chain_of_thought"}
+    sentence = f"Settings of {found}, where no flag says otherwise."
+    if left_out:
+        sentence += f" Left out, as a config that is found may name code, addresses and files: {', '.join(left_out)}; "
+        sentence += f"if you trust it, give --config {found}."
+    say(sentence)
+    return plain
 
 
 def _choose_stages(wanted: bool | None, values: dict[str, Any]) -> None:
@@ -202,7 +219,7 @@ def _choose_stages(wanted: bool | None, values: dict[str, Any]) -> None:
 
 
 def _config_beside(adapter: str) -> Path | None:
-    """The config of the run that left this adapter, if it lies on this machine: a file from elsewhere can name code."""
+    """The config of the run that left this adapter, if it lies on this machine."""
     folder = Path(adapter).expanduser()
     folder = folder.parent if folder.is_file() else folder
     places = [folder / "config.yaml"]

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from rlr_peft.config import config_to_yaml, load_config_or_exit
+from rlr_peft.foreign_text import say
 
 
 def config_command(words: Sequence[str]) -> int:
     """Prints the resolved YAML of `--config FILE` and flags; an error leaves with exit code 2."""
-    print(config_to_yaml(load_config_or_exit(words, prog="rlr-peft config")), end="")
+    say(config_to_yaml(load_config_or_exit(words, prog="rlr-peft config")).rstrip("\n"))
     return 0

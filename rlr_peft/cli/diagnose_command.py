@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rlr_peft.cli.places import check_folder_or_exit
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
 from rlr_peft.config.parsing import exit_with
+from rlr_peft.foreign_text import say
 
 if TYPE_CHECKING:
     from rlr_peft.training.rollouts import Batch
@@ -63,8 +64,8 @@ def diagnose_command(words: Sequence[str]) -> int:
         )
         recommendation = recommend(diagnosis)
         written = write_report(output, diagnosis, recommendation)
-    print(console_text(diagnosis, recommendation))
-    print(f"\nReport: {', '.join(map(str, written))}")
+    say(console_text(diagnosis, recommendation))
+    say(f"\nReport: {', '.join(map(str, written))}")
     return 0
 
 
@@ -93,8 +94,8 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
         help="the report; numbers and figure go beside it as .json and .png (default: %(default)s)",
     )
     if {"--help", "-h"} & set(words):
-        print(parser.format_help())
-        print("Every flag of training besides:\n")
+        say(parser.format_help())
+        say("Every flag of training besides:\n")
         load_config_or_exit(["--help"], prog=PROG)
     try:
         own, rest = parser.parse_known_args(list(words))

@@ -13,6 +13,7 @@ from rlr_peft.cli.merge_command import merge_command
 from rlr_peft.cli.plan_command import plan_command
 from rlr_peft.cli.push_command import push_command
 from rlr_peft.cli.serve_reward_command import serve_reward_command
+from rlr_peft.foreign_text import guard_terminal
 
 # name -> (one line for --help, function of the remaining words that returns the exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the command's own flags (try --help)")
+    guard_terminal()
     words = sys.argv[1:] if argv is None else argv
     if not words:
         parser.print_help(sys.stderr)

@@ -8,6 +8,11 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from rlr_peft.config import ConfigError
+from rlr_peft.config.checks import check_revision
+from rlr_peft.config.parsing import exit_with
+from rlr_peft.foreign_text import say
+
 PROG = "rlr-peft merge"
 
 
@@ -16,8 +21,10 @@ def merge_command(words: Sequence[str]) -> int:
     arguments = _parser().parse_args(list(words))
     output = Path(arguments.output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        print(f"error: --output: expected a new or empty folder, got {output}; choose another.", file=sys.stderr)
+        say(f"error: --output: expected a new or empty folder, got {output}; choose another.", sys.stderr)
         return 2
+    for problem in () if arguments.revision is None else check_revision("--revision", arguments.revision):
+        exit_with(ConfigError(problem))
 
     from rlr_peft.training.logs import set_up_logging
 
@@ -62,8 +69,8 @@ def merge_command(words: Sequence[str]) -> int:
             if output.exists():
                 output.rmdir()
             rename_directory(Path(aside) / "pipeline", output)
-    print(f"Merged the adapter into the {' and the '.join(merged)}. Load the pipeline with")
-    print(f"  pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
+    say(f"Merged the adapter into the {' and the '.join(merged)}. Load the pipeline with")
+    say(f"  pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
     return 0
 
 

@@ -9,6 +9,7 @@ from rlr_peft.cli.places import check_folder_or_exit
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
 from rlr_peft.config.memory_checks import read_quantization
 from rlr_peft.config.parsing import exit_with
+from rlr_peft.foreign_text import say
 
 PROG = "rlr-peft plan"
 
@@ -29,7 +30,7 @@ def plan_command(words: Sequence[str]) -> int:
 
     with errors_only(), reporting_errors():
         plan = plan_run(config)
-    print(plan_text(plan, _title(config), own.gpu_memory))
+    say(plan_text(plan, _title(config), own.gpu_memory))
     if own.output is not None:
         own.output.parent.mkdir(parents=True, exist_ok=True)
         own.output.write_text(json.dumps(as_plain(plan), indent=2) + "\n", encoding="utf-8")
@@ -51,8 +52,8 @@ def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--output", type=Path, default=None, metavar="FILE.json", help="write the numbers in bytes too")
     if {"--help", "-h"} & set(words):
-        print(parser.format_help())
-        print("Every flag of training besides:\n")
+        say(parser.format_help())
+        say("Every flag of training besides:\n")
         load_config_or_exit(["--help"], prog=PROG)
     try:
         own, rest = parser.parse_known_args(list(words))

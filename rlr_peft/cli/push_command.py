@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
+from rlr_peft.config import ConfigError
+from rlr_peft.config.found import read_found_config
 from rlr_peft.errors import UserError
+from rlr_peft.foreign_text import say
 
 PROG = "rlr-peft push"
 
@@ -29,29 +31,30 @@ def push_command(words: Sequence[str]) -> int:
     try:
         config = _config(folder)
         published_files(folder)  # a wrong path is refused before a repository is made
+        if arguments.hub_model_id is None and "hub_model_id" in config:
+            say(f"Publishing on {config['hub_model_id']}, as {folder / 'config.yaml'} says.")
         destination = open_destination(
             arguments.hub_model_id or config.get("hub_model_id") or folder.resolve().name,
             token=arguments.hub_token,
             private=arguments.hub_private_repo or bool(config.get("hub_private_repo")),
             revision=arguments.hub_revision or config.get("hub_revision"),
         )
-        print(publish(folder, destination))
+        say(publish(folder, destination))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 1
     return 0
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The run's own configuration, whose names of the repository are the defaults."""
+    """The run's own names of the repository, which are the defaults; all else of its configuration is passed over."""
     path = folder / "config.yaml"
     if not path.is_file():
         return {}
     try:
-        config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return dict(config)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); mend or remove it.") from error
+        return read_found_config(path, ("hub_model_id", "hub_private_repo", "hub_revision"))[0]
+    except ConfigError as error:
+        raise UserError(f"{path} is damaged ({str(error).removeprefix(f'--config {path}: ')}); mend it.") from error
 
 
 def _parser() -> ArgumentParser:

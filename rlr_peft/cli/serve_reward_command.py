@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser
 
 from rlr_peft.config import ConfigError
+from rlr_peft.foreign_text import say
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +40,11 @@ def serve_reward_command(words: Sequence[str]) -> int:
         reward = load_reward(arguments.reward, device, RewardSettings(model))
         with _listening(reward, arguments.host, arguments.port, device) as server:
             signal.signal(signal.SIGTERM, _leave)
-            print(f"Serving {reward.name} at {server.url}", flush=True)
+            say(f"Serving {reward.name} at {server.url}")
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
-                print("Stopped.", file=sys.stderr)
+                say("Stopped.", sys.stderr)
     return 0
 
 

@@ -7,15 +7,18 @@ Each check yields one sentence per problem: what was expected, what was got, wha
 import math
 import operator
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path, PurePath
+from typing import Any
 
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.estimator_checks import check_estimator, why_noiseless
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.memory_checks import check_memory
 from rlr_peft.config.prompt_checks import check_chain_of_thought, check_prompts
+from rlr_peft.durable_files import stays_inside
 
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -43,6 +46,8 @@ def _ranges(config: Config) -> Iterator[str]:
             value = getattr(group, field.name)
             if isinstance(value, str) and not value.strip() and field.name != "negative_prompt":
                 yield f"{field.name}: expected a text, got an empty one; fill it or leave the flag out."
+            if any("\0" in text for text in _texts(value)):
+                yield f"{field.name}: expected a text without the character NUL, got {value!r}; remove it."
             if value == ():
                 yield f"{field.name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):
@@ -54,6 +59,13 @@ def _ranges(config: Config) -> Iterator[str]:
             if not all(_COMPARISONS[word](value, bound) for word, bound in bounds.items()):
                 allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
                 yield f"{field.name}: expected {allowed}, got {value}; change --{field.name}."
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts that a knob's value is or holds."""
+    for one in value if isinstance(value, tuple) else (*value, *value.values()) if isinstance(value, dict) else [value]:
+        if isinstance(one, str):
+            yield one
 
 
 def _batches(config: Config) -> Iterator[str]:
@@ -138,6 +150,12 @@ def _hub(config: Config) -> Iterator[str]:
         )
 
 
+def check_revision(name: str, revision: str) -> Iterator[str]:
+    """Yields what is wrong with the name of a branch, tag or commit, which becomes a path in the Hub's cache."""
+    if not stays_inside(revision):
+        yield f"{name}: expected a branch, tag or commit of the repository, got {revision!r}; correct it."
+
+
 def _saving(config: Config) -> Iterator[str]:
     yield from _hub(config)
     if config.lora.output_kohya_format and config.lora.use_dora:
@@ -151,9 +169,15 @@ def _paths(config: Config) -> Iterator[str]:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         got = "which cannot be written to" if existing.is_dir() else "which is a file"
         yield f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
-    logging_dir = PurePath(config.logging.logging_dir)
-    if logging_dir.is_absolute() or ".." in logging_dir.parts:
-        yield f"logging_dir: expected a relative folder inside output_dir, got {logging_dir}; drop the leading part."
+    for name in ("logging_dir", "tracker_name"):
+        inside = getattr(config.logging, name)
+        if not stays_inside(inside):
+            yield f"{name}: expected a relative folder inside output_dir, got {inside}; drop the leading part."
+    for name, revision in (("revision", config.model.revision), ("hub_revision", config.hub.hub_revision)):
+        if revision is not None:
+            yield from check_revision(name, revision)
+    if config.model.variant is not None and not re.fullmatch(r"[\w.-]+", config.model.variant):
+        yield f"variant: expected a word of a file name such as fp16, got {config.model.variant!r}; correct it."
     vanished = config.checkpointing.resume_from_checkpoint
     places = [] if vanished is None else [Path(vanished), output / vanished]
     if vanished is not None and len(PurePath(vanished).parts) > 1 and not any(map(os.path.isdir, places)):

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, field
-from typing import Any
+from typing import Any, Literal
 
 from rlr_peft.errors import UserError
+
+Found = Literal["words", "model", "prompts", "dataset", "reward"]
 
 
 class Table(dict[str, Any]):
@@ -28,6 +30,7 @@ def knob(
     at_most: float | None = None,
     below: float | None = None,
     secret: bool = False,
+    found: Found | None = None,
 ) -> Any:
     """Declare one knob of a frozen arguments dataclass.
 
@@ -36,12 +39,15 @@ def knob(
         sentence: one plain sentence, shown by `--help`.
         unit: what one of it is, shown by `--help` in brackets.
         at_least, above, at_most, below: the allowed range of a number.
+        found: what of its texts is taken from a config that was merely found, see `found.py`; None for nothing.
+            Numbers, true and false, and choices of fixed words always are.
         secret: never shown or written: null stands for it in `repr`, YAML, trackers and cards.
     """
     metadata: Mapping[str, Any] = {
         "sentence": sentence,
         "unit": unit,
         "secret": secret,
+        "found": found,
         "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
     }
     if default is MISSING:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from rlr_peft.config.flat import check_names, config_from_dict, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.wording import element_type, explain, help_text, placeholder, takes_text, type_in_words
 from rlr_peft.config.yaml_files import read_yaml
+from rlr_peft.foreign_text import say
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
 _CONFIG_HELP = "YAML file with the same flat names as the flags below; flags win over it wherever they stand."
@@ -32,7 +33,11 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
 
 
 def load_values(
-    argv: Sequence[str], prog: str | None = None, names: Collection[str] | None = None, description: str = DESCRIPTION
+    argv: Sequence[str],
+    prog: str | None = None,
+    names: Collection[str] | None = None,
+    description: str = DESCRIPTION,
+    otherwise: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The typed values of flags and file by name, without the check of a whole configuration.
 
@@ -42,6 +47,7 @@ def load_values(
         names: the only names that matter to the program: of a file the others are passed over, as flags they are
             refused, and `--help` does not show them. None for all.
         description: of the program in `--help`.
+        otherwise: typed values in the place of a file, where `argv` names none.
 
     Returns:
         A value for every one of the names; None for one that is required and not given.
@@ -57,7 +63,7 @@ def load_values(
         if flag not in known:
             raise ConfigError(f"command line: --{flag} matters to training only; leave it out.")
     parser = _build_parser(prog, known, description)
-    from_file = {} if path is None else _read_config_file(parser, path, known)
+    from_file = dict(otherwise or {}) if path is None else _read_config_file(parser, path, known)
     try:
         values = vars(parser.parse_args(words))
     except argparse.ArgumentError as error:
@@ -67,6 +73,15 @@ def load_values(
             values[name] = None
     values.update({name: value for name, value in from_file.items() if name not in flags})
     return {name: values[name] for name in known}
+
+
+def read_config(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """The typed values that a YAML file gives to these names; what else it holds is passed over.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds an unknown name or a wrong type.
+    """
+    return _read_config_file(_build_parser(None, names, DESCRIPTION), path, names)
 
 
 def load_config_or_exit(argv: Sequence[str], prog: str | None = None) -> Config:
@@ -79,7 +94,7 @@ def load_config_or_exit(argv: Sequence[str], prog: str | None = None) -> Config:
 
 def exit_with(error: ConfigError) -> NoReturn:
     """Prints the error for a person and leaves with exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
+    say(f"error: {error}", sys.stderr)
     raise SystemExit(2)
 
 

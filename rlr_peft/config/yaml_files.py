@@ -1,6 +1,7 @@
 """Reading and writing the flat YAML of a configuration."""
 
 import re
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rlr_peft.config.arguments import Config
 from rlr_peft.config.flat import check_names, config_to_dict, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.foreign_text import printable
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,6 +33,14 @@ class _Dumper(yaml.SafeDumper):
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """In double quotes where it holds what `printable` writes out: only there an escape is one."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text == printable(text) else '"')
+
+
+_Dumper.add_representer(str, _text)
 
 
 for _yaml_class in (_Loader, _Dumper):
@@ -74,9 +84,13 @@ def config_to_yaml(config: Config) -> str:
     blocks = []
     for title, members in groupby(knobs().values(), key=lambda knob: knob.group_title):
         block = {knob.name: values[knob.name] for knob in members}
-        text = yaml.dump(block, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-        blocks.append(f"# {title}\n{text}")
+        blocks.append(f"# {title}\n{yaml_text(block)}")
     return "\n".join(blocks)
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML without a raw control character or the like, which mean the same when they are read."""
+    return printable(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def save_config(config: Config, path: str | Path) -> None:

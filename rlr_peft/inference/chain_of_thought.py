@@ -14,13 +14,15 @@ from diffusers.utils import BaseOutput
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
 from rlr_peft.config.chain_of_thought import stages_from_arguments
-from rlr_peft.config.yaml_files import read_yaml
+from rlr_peft.config.parsing import read_config
 from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, as_prompt, read_stages
 from rlr_peft.prompts.errors import PromptError
 from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
 from rlr_peft.stages import Stages, make_stages
 
 logger = logging.getLogger(__name__)
+
+_NAMES = [*(field.name for group in (ChainArguments, ChainOfThoughtArguments) for field in fields(group)), "denoiser"]
 
 Given = str | Sequence[str] | Mapping[str, str]
 
@@ -79,6 +81,11 @@ class DiffusiveChainOfThought:
     ) -> Self:
         """With the stages and the chain of a training run.
 
+        You name the file, but it may have come with somebody's adapter, so it is asked for plain values only: stages,
+        steps, guidance, negative prompt, the names of the denoisers, and where the stage prompts are kept. Whatever it
+        says, nothing is imported, connected to or written: of models and endpoints (``dcot_model``,
+        ``dcot_endpoint``) only the answers that stand in the file of stage prompts are read.
+
         Args:
             pipeline: loaded without safety checker, with the run's adapter.
             path: the run's ``config.yaml``.
@@ -88,10 +95,11 @@ class DiffusiveChainOfThought:
             options: over those of the run, for example ``eta=0.0`` for images without the noise of training.
 
         Raises:
-            ConfigError: a file that cannot be read.
+            ConfigError: a file that cannot be read, an unknown name or a wrong type.
+            PromptError: a file of stage prompts of another form.
             ValueError: a run without stages.
         """
-        values = read_yaml(Path(path))
+        values = read_config(Path(path), _NAMES)
         arguments = ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values))
         stages = stages_from_arguments(arguments)
         if stages is None:
@@ -176,7 +184,7 @@ def _as_the_run(arguments: ChainOfThoughtArguments, stages: Stages, folder: Path
     file = folder / STAGE_PROMPTS_FILE if arguments.dcot_cache is None else Path(arguments.dcot_cache)
     if arguments.dcot_rules and arguments.dcot_cache is None:
         return decompose_by_rules
-    known = read_stages(file, stages.names) if file.exists() else {}
+    known = read_stages(file, stages.names) if file.is_file() else {}  # no device, which would have no end
     if arguments.dcot_rules and not known:
         logger.warning("%s is not here: prompts are split by the rules alone.", file)
 

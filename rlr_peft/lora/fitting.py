@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rlr_peft.lora.export import WEIGHT_NAME
-from rlr_peft.lora.loading import load_lora
+from rlr_peft.lora.loading import load_lora, refuse_code
 from rlr_peft.lora.sources import AdapterFiles
 from rlr_peft.lora.verify import AdapterMismatchError, without_text_encoder_notice
 
@@ -63,6 +63,7 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
             if files.weight_name == WEIGHT_NAME:
                 load_lora(pipeline, files.folder)
             else:
+                refuse_code(files.folder / files.weight_name)
                 pipeline.load_lora_weights(str(files.folder), weight_name=files.weight_name)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AdapterMismatchError(f"{_does_not_fit(pipeline, files)}: {_gist(error)}") from error

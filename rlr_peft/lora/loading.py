@@ -28,9 +28,14 @@ def load_lora(pipeline: Any, directory: str | Path) -> None:
         directory: holds `pytorch_lora_weights.safetensors`, of a pipeline with two experts also `transformer_2/`.
 
     A folder without such a file is left to `pipeline.load_lora_weights`.
+
+    Raises:
+        ValueError: the adapter's metadata name a module to import.
     """
     places = (Path(directory) / WEIGHT_NAME, Path(directory) / SECOND_EXPERT / WEIGHT_NAME)
     files = [file for file in places if file.exists()]
+    for file in files or Path(directory).glob("*.safetensors"):
+        refuse_code(file)
     if not files:
         pipeline.load_lora_weights(str(directory))
     for file in files:
@@ -47,6 +52,16 @@ def load_lora(pipeline: Any, directory: str | Path) -> None:
             pipeline.load_lora_weights(str(directory))
         else:
             _inject(denoiser, file, prefix)
+
+
+def refuse_code(file: Path) -> None:
+    """Raises ValueError for an adapter with `megatron_config`: older versions of peft import any module it names."""
+    with safe_open(file, "pt") as header:
+        saved = json.loads((header.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    if any(name.rpartition(".")[2] == "megatron_config" and value for name, value in saved.items()):
+        raise ValueError(
+            f"the metadata of {file.name} ask to import a module (megatron_config), which no adapter needs"
+        )
 
 
 def _inject(denoiser: nn.Module, file: Path, prefix: str) -> None:

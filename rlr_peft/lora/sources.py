@@ -18,7 +18,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
+from rlr_peft.foreign_text import printable
 from rlr_peft.lora.export import WEIGHT_NAME
 from rlr_peft.lora.loading import SECOND_EXPERT
 
@@ -97,7 +99,9 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
 
 
 def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFiles:
-    repo, _, revision = place.partition("@")
+    repo, at, revision = place.partition("@")
+    if at and not stays_inside(revision):  # it becomes a path in the Hub's cache
+        raise AdapterNotFoundError(f"--adapter {place}: expected user/name@REVISION, got {revision!r}; correct it.")
 
     def get(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision or None, token=token, cache_dir=cache_dir))
@@ -109,7 +113,9 @@ def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFi
             raise
         except EntryNotFoundError:
             names = HfApi(token=token).list_repo_files(repo, revision=revision or None)
-            file = get(_weight_name(place, [name for name in names if name.endswith(".safetensors")]))
+            # The Hub's client shows the name while it downloads, as it is.
+            named = [name for name in names if name.endswith(".safetensors") and name == printable(name)]
+            file = get(_weight_name(place, named))
         if file.name == WEIGHT_NAME:
             _get_second_expert(get)
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:

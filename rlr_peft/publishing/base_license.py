@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 
+from rlr_peft.foreign_text import printable
 from rlr_peft.publishing.hub_client import FAILURES, in_words
 from rlr_peft.publishing.usage_snippet import base_kind
 
@@ -74,8 +75,9 @@ def _of_card(path: Path) -> License | None:
     except (ValueError, yaml.YAMLError) as error:
         logger.warning("The licence of the base is not known: %s has no readable metadata (%s)", path, error)
         return None
-    license_id = data.get("license")
-    return License(license_id, data.get("license_name"), data.get("license_link")) if license_id else None
+    found = [data.get(name) for name in ("license", "license_name", "license_link")]
+    license_id, name, link = (printable(value) if isinstance(value, str) else None for value in found)
+    return License(license_id, name, link) if license_id else None
 
 
 def _absolute(link: str | None, repo_id: str) -> str | None:

@@ -10,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from rlr_peft.durable_files import stays_inside
 from rlr_peft.publishing.hub_client import PASSING_ERRORS, HubError, hub_api, in_words, patiently
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -63,6 +64,8 @@ def open_destination(
         raise HubError(
             f"hub_model_id: expected `owner/name` or `name`, got {repo_id}; choose another --hub_model_id. {error}"
         ) from None
+    if revision is not None and not stays_inside(revision):
+        raise HubError(f"hub_revision: expected the name of a branch, got {revision!r}; choose another --hub_revision.")
     api = hub_api(token)
     try:
         me = _who_asks(api, token)

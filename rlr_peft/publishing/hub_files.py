@@ -38,7 +38,7 @@ def published_files(folder: Path) -> dict[str, Path]:
     """Path in the repository -> file, of everything in the folder that is published.
 
     Raises:
-        HubError: the folder holds no adapter.
+        HubError: the folder holds no adapter, or a link that leads out of it.
     """
     files = {
         path.relative_to(folder).as_posix(): path
@@ -50,6 +50,9 @@ def published_files(folder: Path) -> dict[str, Path]:
         raise HubError(
             f"Expected an output folder of train_rlr_lora.py with {WEIGHT_NAME}, got {folder}; check the path."
         )
+    for path in files.values():  # a folder from elsewhere would publish any file of this machine
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise HubError(f"{path} is a link to {path.resolve()}, outside of the folder; put the file itself there.")
     return files
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.foreign_text import fenced, in_cell, in_code, printable
 from rlr_peft.publishing.base_license import License, base_license
-from rlr_peft.publishing.markdown import fenced, in_cell, in_code
 from rlr_peft.publishing.redaction import redacted
-from rlr_peft.publishing.usage_snippet import BaseKind, base_kind
+from rlr_peft.publishing.usage_snippet import BaseKind, base_kind, hub_link
 
 TAGS = ("diffusers", "lora")
 
@@ -50,7 +50,7 @@ def write_merged_card(directory: Path, merged: Merged) -> Path:
     licence = base_license(merged.base, revision=merged.base_revision)
     path = directory / "README.md"
     with replacing_file(path) as aside:
-        aside.write_text(redacted(_card(merged, licence)), encoding="utf-8", newline="\n")
+        aside.write_text(printable(redacted(_card(merged, licence))), encoding="utf-8", newline="\n")
     return path
 
 
@@ -118,5 +118,5 @@ def _link(name: str, revision: str | None) -> str:
     kind, label = _kind(name), _label(name)
     if kind != "hub":
         return in_code(label) if kind == "folder" else f"{in_code(label)}, the small one that ships with rlr-peft,"
-    at = f" at `{revision}`" if revision else ""
-    return f"[{label}](https://huggingface.co/{label}){at}"
+    at = f" at {in_code(revision)}" if revision else ""
+    return f"{hub_link(label)}{at}"

@@ -7,23 +7,24 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import yaml_dump
-from jinja2 import Environment
 from jinja2 import TemplateError as JinjaError
 from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from yaml import YAMLError
 
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.config.yaml_files import yaml_text
+from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.estimates import decimals_of_scores, with_error
+from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
 from rlr_peft.publishing.card_metadata import card_metadata
-from rlr_peft.publishing.markdown import fenced, in_cell, in_code, one_line
 from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.results import Result, results_of, verdicts
-from rlr_peft.publishing.run_record import SHOWN_PROMPTS, ImagePair, RunRecord
-from rlr_peft.publishing.usage_snippet import base_kind, usage_snippet
+from rlr_peft.publishing.run_record import SHOWN_PROMPTS, ImagePair, RunRecord, printable_record
+from rlr_peft.publishing.usage_snippet import base_kind, hub_link, usage_snippet
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ def render_card(
     Args:
         directory: the folder of the adapter. Images named in the record that are not there are left out.
         record: the facts of the run.
-        template: a Jinja2 template in place of the shipped one; it gets the same variables.
+        template: a Jinja2 template in place of the shipped one; it gets the same variables and is rendered in Jinja's
+            sandbox, since one that is stored with a run may be somebody else's: it reaches these variables, and neither
+            Python nor files. Its time is not limited.
         extra_text: Markdown of the user's own, put after the introduction.
 
     Raises:
@@ -74,38 +77,42 @@ def render_card(
     if not images and before_after:
         # The gallery wants one prompt with its image; the figure shows several.
         images = [(before_after, next(iter(record.before_after_prompts), "base and adapter side by side"))]
-    results = results_of(record)
-    metadata = card_metadata(record, directory, images, results)
+    # Programs read the metadata and undo what is written out in quotes there: those values are printable themselves.
+    shown = printable_record(record)
+    results = results_of(shown)
+    metadata = card_metadata(shown, directory, printable_values(images), results)
     variables = {
         "has_gallery": bool(images),
-        "before_after": before_after,
-        "reward_curve": reward_curve,
+        "before_after": before_after and quote(before_after),
+        "reward_curve": reward_curve and quote(reward_curve),
         "has_page": (directory / "compare.html").is_file(),
         "has_scores": (directory / "scores.parquet").is_file(),
         "pairs": _pairs(pairs),
         "extra_text": extra_text.strip() if extra_text else None,
         "snippet": fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),
         "snippet_note": None if record.repo_id else "In the folder of this file:",
-        **_names(record),
-        **_results(record, results),
-        **_training(record),
+        **_names(shown),
+        **_results(shown, results),
+        **_training(shown),
     }
     if template is None:
         text = default_template_path().read_text(encoding="utf-8")
         card = ModelCard.from_template(metadata, template_str=text, **variables)
     else:
         card = _from_users_template(metadata, template, variables)
-    return redacted(f"{str(card).rstrip()}\n")
+    return printable(redacted(f"{str(card).rstrip()}\n"))
 
 
 def _from_users_template(metadata: ModelCardData, template: str, variables: dict[str, Any]) -> ModelCard:
     """The card of a template that may hold mistakes; a misspelt name would be an empty place on the card."""
     known = {*variables, *metadata.to_dict(), "card_data"}
     try:
-        named = find_undeclared_variables(Environment().parse(template))
+        sandbox = ImmutableSandboxedEnvironment()
+        named = find_undeclared_variables(sandbox.parse(template))
         unknown = sorted(named - known)
         if not unknown:
-            return ModelCard.from_template(metadata, template_str=template, **variables)
+            given = {**metadata.to_dict(), **variables, "card_data": metadata.to_yaml()}
+            return ModelCard(sandbox.from_string(template).render(given))
     except (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, YAMLError) as error:
         raise TemplateError(f"The template of the card cannot be rendered ({error}); correct it.") from error
     near = [match for name in unknown for match in get_close_matches(name, known, 1)]
@@ -114,7 +121,7 @@ def _from_users_template(metadata: ModelCardData, template: str, variables: dict
 
 
 def _is_there(directory: Path, name: str | None) -> bool:
-    if name is not None and not (directory / name).is_file():
+    if name is not None and not (stays_inside(name) and (directory / name).is_file()):
         logger.warning("The model card leaves out %s: there is no such file in %s", name, directory)
         return False
     return name is not None
@@ -127,7 +134,7 @@ def _names(record: RunRecord) -> dict[str, Any]:
     base_text = {
         "embedded": "`tiny-shapes`, the small pipeline that ships with rlr-peft",
         "folder": f"the local pipeline {in_code(label)}",
-        "hub": f"[{label}](https://huggingface.co/{label})",
+        "hub": hub_link(label),
     }[kind]
     names = list(record.reward_weights) or [record.reward_name]
     rewards = "reward" if len(names) == 1 else "rewards"
@@ -161,7 +168,7 @@ def _training(record: RunRecord) -> dict[str, Any]:
         "stages": _stages(record),
         "facts": _facts(record),
         "command": fenced(record.command, "bash") if record.command else None,
-        "config": fenced(yaml_dump(dict(record.config), sort_keys=False).rstrip(), "yaml"),
+        "config": fenced(yaml_text(record.config).rstrip(), "yaml"),
         "prompts": fenced("\n".join(shown), "text") if shown else None,
         "prompts_introduction": _prompts_introduction(len(shown), record.prompt_count),
     }
@@ -178,8 +185,8 @@ def _pairs(pairs: Sequence[ImagePair]) -> list[dict[str, str]]:
     return [
         {
             "prompt": in_cell(pair.prompt),
-            "base": pair.base,
-            "adapter": pair.adapter,
+            "base": quote(pair.base),
+            "adapter": quote(pair.adapter),
             "base_score": f"{pair.base_score:.{decimals}f}",
             "adapter_score": f"{pair.adapter_score:.{decimals}f}",
         }
@@ -210,7 +217,7 @@ def _facts(record: RunRecord) -> list[dict[str, str]]:
         "packages": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or None,
         "commit of rlr-peft": f"`{record.commit}`" if record.commit else None,
     }
-    return [{"name": name, "value": value.replace("|", "\\|")} for name, value in facts.items() if value]
+    return [{"name": in_cell(name), "value": value.replace("|", "\\|")} for name, value in facts.items() if value]
 
 
 def _divergence(metrics: Mapping[str, float]) -> str | None:

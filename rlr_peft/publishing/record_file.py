@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 
@@ -44,6 +44,26 @@ def save_stored_card(directory: Path, card: StoredCard) -> Path:
     return path
 
 
+def _check(record: RunRecord) -> None:
+    """A record may have come with somebody's adapter: what becomes a path or code is a file name or a Python name.
+
+    Raises:
+        ValueError: one is not.
+    """
+    pairs = [name for pair in record.pairs for name in (pair.base, pair.adapter)]
+    single = (record.before_after, record.reward_curve, record.weight_name)
+    for name in (*(one for one in single if one is not None), *pairs, *(image for image, _ in record.images)):
+        if not stays_inside(name):
+            raise ValueError(f"expected the name of a file in its folder, got {name!r}")
+    words = (record.inference, record.base_options, record.components, record.peft_config or ())
+    for name in (record.dtype, *record.denoisers, *(key for mapping in words for key in mapping)):
+        if not name.isidentifier():
+            raise ValueError(f"expected a name of Python, got {name!r}")
+    for number in (*record.metrics.values(), record.fps or 0):
+        if not isinstance(number, (int, float)):
+            raise ValueError(f"expected a number, got {number!r}")
+
+
 def load_stored_card(directory: Path) -> StoredCard:
     """What `save_stored_card` wrote.
 
@@ -56,7 +76,9 @@ def load_stored_card(directory: Path) -> StoredCard:
         record = saved.pop("record")
         record["images"] = [tuple(image) for image in record["images"]]
         record["pairs"] = [ImagePair(**pair) for pair in record["pairs"]]
-        return StoredCard(record=RunRecord(**record), **saved)
+        card = StoredCard(record=RunRecord(**record), **saved)
+        _check(card.record)
+        return card
     except FileNotFoundError:
         raise RecordError(
             f"Expected {RECORD_NAME} in {directory}, as train_rlr_lora.py writes it at the end of a run, got no such "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from rlr_peft.foreign_text import printable_values
 
 # Training prompts on a card. A record holds no more: there may be half a million.
 SHOWN_PROMPTS = 10
@@ -124,3 +126,8 @@ class RunRecord:
     hardware: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
+
+
+def printable_record(record: RunRecord) -> RunRecord:
+    """The record with `printable` texts, but for the pairs of images."""
+    return RunRecord(**{one.name: printable_values(getattr(record, one.name)) for one in fields(record)})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
+from rlr_peft.foreign_text import in_code
 from rlr_peft.publishing.run_record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 
@@ -18,6 +20,12 @@ def base_kind(base_model: str) -> BaseKind:
         return "embedded"
     path = Path(base_model).expanduser()
     return "folder" if path.is_absolute() or path.is_dir() else "hub"
+
+
+def hub_link(name: str) -> str:
+    """A repository of the Hub in Markdown; a name that no repository can have is no link."""
+    is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
+    return f"[{name}](https://huggingface.co/{name})" if is_repository else in_code(name)
 
 
 def usage_snippet(record: RunRecord, prompt: str) -> str:

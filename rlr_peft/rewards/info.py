@@ -10,6 +10,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from rlr_peft.foreign_text import one_line
+
 # Name -> (B,) float32 on the CPU; NaN where a sample has no such number.
 Info = dict[str, Tensor]
 
@@ -28,7 +30,7 @@ def info_of(returned: Any, batch_size: int) -> Info:
         batch_size: B.
 
     Returns:
-        Name -> (B,) float32, detached, on the CPU; NaN where a sample has no such number.
+        Printable name -> (B,) float32, detached, on the CPU; NaN where a sample has no such number.
     """
     info = returned[1] if _is_pair(returned) else None
     if isinstance(info, list):
@@ -36,7 +38,8 @@ def info_of(returned: Any, batch_size: int) -> Info:
             return {}
         names = dict.fromkeys(name for entry in info for name in entry)
         info = {name: [_number(entry.get(name)) for entry in info] for name in names}
-    numbers = {str(name): _numbers(value, batch_size) for name, value in (info or {}).items()}
+    # A server's names go into logs, tables and figures.
+    numbers = {one_line(str(name)): _numbers(value, batch_size) for name, value in (info or {}).items()}
     return {name: values for name, values in numbers.items() if values is not None and not values.isnan().all()}
 
 

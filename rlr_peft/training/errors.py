@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
+from rlr_peft.foreign_text import say
 from rlr_peft.rewards.errors import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,22 +35,22 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
         yield
     except UserError as error:
         if isinstance(error, RewardError) and error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        print(f"error: {error}", file=sys.stderr)
+            say("".join(traceback.format_exception(error.__cause__)).rstrip("\n"), sys.stderr)
+        say(f"error: {error}", sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):
             raise
-        print(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), file=sys.stderr)
+        say(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), sys.stderr)
         raise SystemExit(1) from None
     except RuntimeError as error:
         if not _is_out_of_gpu_memory(error):
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: The GPU's memory is full: {reason} {WITHOUT_MEMORY} {afterwards}".rstrip(), file=sys.stderr)
+        say(f"error: The GPU's memory is full: {reason} {WITHOUT_MEMORY} {afterwards}".rstrip(), sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"Stopped at once. {afterwards}".rstrip(), file=sys.stderr)
+        say(f"Stopped at once. {afterwards}".rstrip(), sys.stderr)
         raise SystemExit(130) from None
 
 

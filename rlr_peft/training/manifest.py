@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -71,6 +72,8 @@ def read_manifest(folder: Path, *, check_sums: bool = True) -> dict[str, Any]:
         )
     for name, expected in contents["files"].items():
         path = folder / name
+        if not stays_inside(name):
+            raise CheckpointError(f"its {MANIFEST_NAME} names {name!r}, which is no file of its folder")
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
         if path.stat().st_size != expected["size"]:

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rlr_peft.config import Config, config_to_dict, save_config, stages_from_config
+from rlr_peft.foreign_text import printable
 from rlr_peft.publishing.redaction import redacted
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
@@ -166,7 +167,10 @@ def _announce(run: Run, progress: Progress) -> None:
 def _tracker_config(config: Config) -> dict[str, Any]:
     """Trackers may be public: the address of a reward server may hold a password."""
     values = config_to_dict(config).items()
-    return {name: value if isinstance(value, (bool, int, float)) else redacted(str(value)) for name, value in values}
+    return {
+        name: value if isinstance(value, (bool, int, float)) else printable(redacted(str(value)))
+        for name, value in values
+    }
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -7,7 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy
@@ -70,7 +73,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(workplace: Path, output: Path, *adapters: str) -> list[str]:
     named = [word for place in (str(workplace / "run"), *adapters) for word in ("--adapter", place)]
-    return ["compare", *named, "--output", str(output), "--images_per_prompt", "2", "--kl_images", "3"]
+    config = str(workplace / "run" / "config.yaml")
+    own = ["--output", str(output), "--images_per_prompt", "2", "--kl_images", "3"]
+    return ["compare", *named, "--config", config, *own]
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
@@ -155,7 +160,7 @@ def test_what_is_finished_is_found_again(
     assert (workplace / "calls.txt").read_text() == ""
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     printed = capsys.readouterr().out
-    assert "Settings of" in printed and "Drawing training's own prompts" in printed
+    assert "Settings of" not in printed and "Drawing training's own prompts" in printed
     assert "rewards.py:edges (held out)" in printed and "compare.html" in printed
 
 
@@ -235,6 +240,100 @@ def test_an_adapter_without_effect_is_told(workplace: Path, tmp_path: Path, caps
     (adapter,) = json.loads((tmp_path / "out" / "compare.json").read_text())["adapters"]
     assert adapter["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert adapter["rewards"]["rewards.py:redness"]["win_rate"] == 0.5
+
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("imported").touch()
+
+def reward(images, prompts):
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def downloaded(workplace: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder of somebody else's with an adapter and a hostile config; and what connects to the addresses in it."""
+    folder = shutil.copytree(workplace / "run", tmp_path / "downloaded")
+    (tmp_path / "evil.py").write_text(EVIL)
+    (tmp_path / "secret.txt").write_text("my secret\n")
+    (folder / "prompts.txt").write_text("a cat\n")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(str(self.headers))
+
+        def do_GET(self) -> None:
+            self.do_POST()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    config = {
+        "pretrained_model_name_or_path": str(workplace / "base"),
+        "prompt_path": str(folder / "prompts.txt"),
+        "evaluation_prompt_path": str(folder / "link.txt"),
+        "reward_fn": {f"{tmp_path}/evil.py:reward": 1.0, "jpeg-compressibility": 2.0},
+        "heldout_reward_fn": [url, "os:system", "jpeg-incompressibility"],
+        "reward_model_path": {"openai/clip-vit-large-patch14": str(tmp_path)},
+        "dcot_endpoint": f"{url}/v1",
+        "dcot_endpoint_model": "some-model",
+        "dcot_cache": str(tmp_path / "appended.jsonl"),
+        "cache_dir": str(tmp_path / "cache"),
+        "attention_backend": "_flash_3_hub",
+        "output_dir": str(tmp_path / "elsewhere"),
+        "resume_from_checkpoint": str(tmp_path),
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "num_evaluation_images": 2,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    yield folder, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_config_that_came_with_an_adapter_runs_connects_and_writes_nothing(
+    downloaded: tuple[Path, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Plain values and registered rewards are taken, and one line says what is not."""
+    folder, asked = downloaded
+    monkeypatch.setenv("OPENAI_API_KEY", "my-key")
+    before = {path for path in tmp_path.rglob("*")}
+    flags = ["--adapter", str(folder), "--output", str(tmp_path / "out"), "--kl_images", "0"]
+    assert main(["compare", *flags]) == 0
+    assert not asked
+    made = {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "out")} - before
+    assert not made, "neither evil.py's mark nor the folders and files of the config"
+    first, *_ = capsys.readouterr().out.splitlines()
+    config = folder / "config.yaml"
+    assert first == (
+        f"Settings of {config}, where no flag says otherwise. Left out, as a config that is found may name code, "
+        "addresses and files: attention_backend, cache_dir, dcot_cache, dcot_endpoint, dcot_endpoint_model, "
+        "evaluation_prompt_path, heldout_reward_fn, reward_fn, reward_model_path; if you trust "
+        f"it, give --config {config}."
+    )
+    rows = scores_of(tmp_path / "out")
+    assert {row["prompt"] for row in rows} == {"a cat"} and len(rows) == 4
+    assert {"jpeg-compressibility", "jpeg-incompressibility"} <= rows[0].keys() and "my secret" not in str(rows)
+
+
+def test_what_is_left_out_and_needed_is_asked_for(
+    downloaded: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = downloaded
+    config = folder / "config.yaml"
+    config.write_text(f"pretrained_model_name_or_path: tiny-shapes\nreward_fn: {tmp_path}/evil.py:reward\n")
+    with pytest.raises(SystemExit) as left:
+        main(["compare", "--adapter", str(folder), "--prompts", "tiny-shapes/test", "--output", str(tmp_path / "out")])
+    assert left.value.code == 2 and not (tmp_path / "imported").exists()
+    expected = f"error: --reward: expected a value, got none; give it, or --config {config}, if you trust it.\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_ctrl_c_is_answered_with_what_to_do(

@@ -380,6 +380,12 @@ def test_an_unknown_checkpoint_without_network_is_explained() -> None:
         find_architecture("nobody/nothing")
 
 
+def test_a_component_outside_of_its_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "X", "../../secret": ["diffusers", "UNet2DModel"]}')
+    with pytest.raises(ArchitectureError, match=r"names of components in model_index.json of .*, got '../../secret'"):
+        find_architecture(str(tmp_path))
+
+
 def test_a_wrong_limit_is_refused(tiny_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(command(tiny_folder, "--gpu_memory", "0"))

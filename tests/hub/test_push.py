@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rlr_peft.publishing.hub_client import HubError
+from rlr_peft.publishing.hub_files import published_files
 from tests.hub.cases import DOCUMENT, LASTING, PASSING, REFUSED, WHOAMI, name_of, with_table
 from tests.hub.folders import PRIVATE, WEIGHTS, output_folder
 from tests.hub.processes import OWNER, LoopbackHub, run
@@ -58,6 +60,17 @@ def test_nothing_private_leaves_the_folder(hub: LoopbackHub, folder: Path) -> No
         assert secret.encode() not in everything
         assert secret not in done.stdout + done.stderr
     assert b"http://***@127.0.0.1/" in hub.repository("owner/secrets").read("config.yaml")
+
+
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    """It may come with a folder from elsewhere, and would publish any file of this machine."""
+    (tmp_path / "key").write_text("secret")
+    (folder / "images" / "key.png").symlink_to(tmp_path / "key")
+    with pytest.raises(HubError, match=rf"images/key.png is a link to {tmp_path}/key, outside of the folder; put the"):
+        published_files(folder)
+    (folder / "images" / "key.png").unlink()
+    (tmp_path / "elsewhere").symlink_to(folder)  # the folder itself may be reached over one
+    assert WEIGHTS in published_files(tmp_path / "elsewhere")
 
 
 def test_a_picture_that_holds_the_token_is_refused(hub: LoopbackHub, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """``DiffusiveChainOfThought`` draws what training drew, bit for bit, with and without an adapter."""
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 import train_rlr_lora
+from rlr_peft.config import ConfigError
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.errors import PromptError
@@ -188,6 +190,27 @@ def test_what_a_model_did_not_split_is_refused_and_not_split_by_rules(
     with pytest.raises(PromptError, match=r"stage prompts of 'a cat' in .*stage_prompts.jsonl, .* those of some/model"):
         draw("a cat")
     assert draw(("a", "b", "c")).stage_prompts == [("a", "b", "c")]
+
+
+def test_a_config_from_elsewhere_imports_connects_and_writes_nothing(
+    dcot: DiffusiveChainOfThought, tmp_path: Path
+) -> None:
+    """A device without end is no file of stage prompts, and a value of another type is an error with its name."""
+    hostile = f"reward_fn: {tmp_path}/evil.py:f\ncache_dir: {tmp_path}/cache\noutput_dir: {tmp_path}/out\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        source = f"dcot_endpoint: {url}\ndcot_endpoint_model: m\ndcot_cache: /dev/zero\n"
+        (tmp_path / "config.yaml").write_text(CONFIG + hostile + source)
+        draw = DiffusiveChainOfThought.from_config(dcot.chain.pipeline, tmp_path / "config.yaml")
+        with pytest.raises(PromptError, match="expected the stage prompts of 'a cat' in /dev/zero"):
+            draw("a cat")
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    (tmp_path / "config.yaml").write_text(CONFIG + "dcot_rules: true\ndenoiser: 3\n")
+    with pytest.raises(ConfigError, match="denoiser: expected a text or null, got 3"):
+        DiffusiveChainOfThought.from_config(dcot.chain.pipeline, tmp_path / "config.yaml")
 
 
 def test_what_it_refuses(dcot: DiffusiveChainOfThought, tmp_path: Path) -> None:

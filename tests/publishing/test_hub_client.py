@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from rlr_peft.publishing import hub_client
-from rlr_peft.publishing.hub_client import patiently
+from rlr_peft.publishing.hub_access import open_destination
+from rlr_peft.publishing.hub_client import HubError, patiently
 
 
 def answers(headers: dict[str, str], status: int = 429) -> HfHubHTTPError:
@@ -64,3 +65,8 @@ def test_five_tries_with_longer_and_longer_waits(waits: list[float]) -> None:
     with pytest.raises(HfHubHTTPError):
         patiently(call)
     assert waits == [0, 2, 4, 8]
+
+
+def test_a_branch_that_is_a_path_is_refused_before_anything_is_sent() -> None:
+    with pytest.raises(HubError, match=r"hub_revision: expected the name of a branch, got '../../x'; choose another"):
+        open_destination("me/adapter", revision="../../x")

@@ -1,11 +1,13 @@
 """The card: its metadata parse, its snippet runs, and it says nothing that the run does not know."""
 
+import ast
 import html
 import json
 import os
 import re
 import subprocess
 import sys
+import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,12 +19,12 @@ from PIL import Image
 
 from rlr_peft.cli.main import main
 from rlr_peft.estimates import with_error
+from rlr_peft.foreign_text import fenced
 from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora
 from rlr_peft.lora.kohya import KOHYA_NAME
 from rlr_peft.publishing.base_license import License, base_license
 from rlr_peft.publishing.card_file import addressed_card, write_card
 from rlr_peft.publishing.hub_files import is_ours
-from rlr_peft.publishing.markdown import fenced
 from rlr_peft.publishing.model_card import TemplateError, write_model_card
 from rlr_peft.publishing.record_file import StoredCard, load_stored_card
 from rlr_peft.publishing.redaction import command_without_token, redacted
@@ -278,8 +280,13 @@ def test_the_comparison_page_and_scores_are_named_where_they_are(folder: Path) -
 
 NASTY = (
     'a \\| b <b>bold</b> </script> <!-- `tick` ``` *star* _u_ [l](http://x) ![i](y) $x$ ~~s~~ "q" &lt; <lora:x:1>'
-    "\r\n\n---\n# head\u2028next \u202b\u05d0\u05d1\u202c \N{GRINNING FACE} {{ 7 }} {% if %}"
+    "\r\n\n---\n# head\u2028next \u202b\u05d0\u05d1\u202c \N{GRINNING FACE} \x1b[31m {{ 7 }} {% if %}"
 )
+# In one line: what would turn letters around, or move a cursor, is written out.
+NASTY_SHOWN = NASTY
+for mark, written in {"\u202b": "\\u202b", "\u202c": "\\u202c", "\u2028": "\\u2028", "\x1b": "\\x1b"}.items():
+    NASTY_SHOWN = NASTY_SHOWN.replace(mark, written)
+NASTY_LINE = " ".join(NASTY_SHOWN.split())
 
 
 def test_prompts_are_shown_as_they_are_and_break_nothing(folder: Path) -> None:
@@ -293,19 +300,22 @@ def test_prompts_are_shown_as_they_are_and_break_nothing(folder: Path) -> None:
         reward_name="a|b`c",
     )
     text = write_model_card(folder, record=record).read_text()
-    assert ModelCard.load(folder / "README.md").data.widget[0]["text"] == NASTY
+    assert ModelCard.load(folder / "README.md").data.widget[0]["text"] == NASTY_SHOWN.replace("\r\n", "\n")
     lines = text.splitlines()
     for start, columns in (("| a &#92;\\|", 3), ("| layout |", 3), ("| detail |", 3), ("| ``", 6)):
         (row,) = [line for line in lines if line.startswith(start)]
         assert len(re.split(r"(?<!\\)\|", row)) == columns + 2, row
     (cell,) = [line.split(" | ")[2] for line in lines if line.startswith("| layout |")]
-    assert html.unescape(cell.removesuffix(" |").replace("\\|", "|")) == " ".join(NASTY.split())
+    assert html.unescape(cell.removesuffix(" |").replace("\\|", "|")) == NASTY_LINE
     assert not re.search(r"[<>`*_\[\]$~]", cell), "no markup is left"
     (long,) = [line for line in lines if line.startswith("| detail |")]
     assert len(long) < 340 and long.endswith("\N{HORIZONTAL ELLIPSIS} |")
     (block,) = re.findall(r"^(`{3,})text\n(.*?)\n\1$", text, flags=re.MULTILINE | re.DOTALL)
-    assert block[1].splitlines()[0] == " ".join(NASTY.split()) and len(block[1].splitlines()) == 2
-    compile(re.findall(r"^(`{3,})python\n(.*?)\n\1$", text, flags=re.MULTILINE | re.DOTALL)[0][1], "snippet", "exec")
+    assert block[1].splitlines()[0] == NASTY_LINE and len(block[1].splitlines()) == 2
+    (_, snippet), *_ = re.findall(r"^(`{3,})python\n(.*?)\n\1$", text, flags=re.MULTILINE | re.DOTALL)
+    texts = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
+    assert NASTY in texts, "written out in the snippet, it is the same prompt"
+    assert not [mark for mark in text if unicodedata.category(mark) in ("Cc", "Cf", "Zl", "Zp") and mark != "\n"]
 
 
 def test_stages_of_a_chain_of_thought(folder: Path) -> None:
@@ -343,6 +353,58 @@ def test_extra_text_and_a_template_that_cannot_be_rendered(folder: Path) -> None
     ):
         with pytest.raises(TemplateError, match=message):
             write_model_card(folder, record=FULL, template=template)
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        "{{ title.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch HERE/reached') }}",
+        "{{ lipsum.__globals__['os'].popen('touch HERE/reached').read() }}",
+        "{% include 'README.md' %}",
+        "{{ pairs.clear() }}",
+    ],
+)
+def test_a_template_that_came_with_a_run_reaches_no_python(
+    folder: Path, reach: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_card(folder, StoredCard(FULL))
+    stored = json.loads((folder / "run_record.json").read_text())
+    stored["template"] = "---\n{{ card_data }}\n---\n" + reach.replace("HERE", str(tmp_path))
+    (folder / "run_record.json").write_text(json.dumps(stored))
+    before = (folder / "README.md").read_bytes()
+    assert main(["card", str(folder)]) == 1
+    assert capsys.readouterr().err.startswith("error: The template of the card cannot be rendered (")
+    assert (folder / "README.md").read_bytes() == before and not (tmp_path / "reached").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float32)\nimport evil  #"}, "expected a name of Python, got 'float32)"),
+        ({"inference": {"x=1)\nimport evil\n(y": 1}}, "expected a name of Python, got 'x=1)"),
+        ({"denoisers": ["unet\nimport evil"]}, "expected a name of Python, got 'unet"),
+        ({"before_after": "../../secret.png"}, "expected the name of a file in its folder, got '../../secret.png'"),
+        ({"images": [["/etc/hostname", "a cat"]]}, "expected the name of a file in its folder, got '/etc/hostname'"),
+        ({"metrics": {"reward_gain": "[x](y)"}}, "expected a number, got"),
+        ({"fps": "8)\nimport evil"}, "expected a number, got"),
+    ],
+)
+def test_a_record_that_came_with_an_adapter_puts_no_code_into_the_card(
+    folder: Path, changes: dict[str, object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_card(folder, StoredCard(FULL))
+    stored = json.loads((folder / "run_record.json").read_text())
+    stored["record"] |= changes
+    (folder / "run_record.json").write_text(json.dumps(stored))
+    assert main(["card", str(folder)]) == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_a_base_that_is_no_repository_is_no_link(folder: Path) -> None:
+    text = write_model_card(folder, record=replace(MINIMAL, base_model="x](javascript:a) <b>")).read_text()
+    assert "for `x](javascript:a) <b>`, trained" in outside_code(text)
 
 
 def test_a_card_is_written_again_from_its_records(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Every damage a checkpoint can suffer, done to real folders; kills and full disks in real child processes."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -110,6 +111,15 @@ def change_the_manifest(path: Path) -> None:
     (path / "manifest.json").write_text(text.replace('"step": 2', '"step": 3'))
 
 
+def name_a_file_outside(path: Path) -> None:
+    """With its own sum right, as only somebody who means it writes it."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["manifest_sha256"]
+    manifest["files"]["../../secret.pt"] = {"size": 3, "sha256": "0"}
+    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def empty_everything(path: Path) -> None:
     for file in path.iterdir():
         os.truncate(file, 0)
@@ -123,6 +133,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     truncate_the_manifest: "its manifest.json is damaged",
     change_the_manifest: "its manifest.json is damaged",
     empty_everything: "its manifest.json is damaged",
+    name_a_file_outside: "its manifest.json names '../../secret.pt', which is no file of its folder",
 }
 
 

@@ -57,4 +57,6 @@ class ChainArguments:
     max_sequence_length: int | None = knob(
         None, "Longest prompt that the text encoder sees; null means the pipeline's default.", unit="tokens", at_least=1
     )
-    negative_prompt: str | None = knob(None, "Text that guidance leads away from, used for every prompt.")
+    negative_prompt: str | None = knob(
+        None, "Text that guidance leads away from, used for every prompt.", found="words"
+    )

@@ -11,17 +11,20 @@ class ModelArguments:
     """Model: the pretrained pipeline and how it is held in memory"""
 
     pretrained_model_name_or_path: str = knob(
-        MISSING, "Hub id or local folder of a diffusers pipeline, or `tiny-shapes` for the embedded one."
+        MISSING, "Hub id or local folder of a diffusers pipeline, or `tiny-shapes` for the embedded one.", found="model"
     )
-    revision: str | None = knob(None, "Branch, tag or commit of the Hub repository to load.")
-    variant: str | None = knob(None, "Variant of the weight files to load, for example `fp16`.")
+    revision: str | None = knob(None, "Branch, tag or commit of the Hub repository to load.", found="words")
+    variant: str | None = knob(None, "Variant of the weight files to load, for example `fp16`.", found="words")
     cache_dir: str | None = knob(None, "Folder in which files downloaded from the Hub are kept.")
     pretrained_vae_model_name_or_path: str | None = knob(
-        None, "Hub id or local folder of a VAE that replaces the pipeline's own, for example an fp16-safe SDXL VAE."
+        None,
+        "Hub id or local folder of a VAE that replaces the pipeline's own, for example an fp16-safe SDXL VAE.",
+        found="model",
     )
     pretrained_motion_adapter_name_or_path: str | None = knob(
         None,
         "Hub id or local folder of a motion adapter; it makes an AnimateDiff pipeline of a Stable Diffusion base.",
+        found="model",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = knob(
         "no", "Number format of the frozen base weights; LoRA weights and latents always stay fp32."
@@ -39,6 +42,7 @@ class ModelArguments:
         None,
         "Hub id or local folder of an AutoencoderTiny that decodes for the training reward only, with far less memory; "
         "a biased objective, since validation and evaluation still use the real VAE.",
+        found="model",
     )
     offload: bool = knob(
         False,
@@ -70,12 +74,15 @@ class LoraArguments:
         0.0, "Share of the adapter's inputs dropped in training.", unit="fraction", at_least=0, below=1
     )
     lora_layers: str | None = knob(
-        None, "Comma-separated names of the modules that get an adapter; null means the family's default."
+        None,
+        "Comma-separated names of the modules that get an adapter; null means the family's default.",
+        found="words",
     )
     denoiser: str | None = knob(
         None,
         "Comma-separated attributes of the pipeline that get an adapter; null means the family's (of Wan 2.2 both: "
         "`transformer` for high noise, `transformer_2` for low).",
+        found="words",
     )
     use_dora: bool = knob(False, "Train DoRA: magnitude and direction of the weights apart.")
     use_rslora: bool = knob(False, "Scale the update by lora_alpha / sqrt(rank) instead of lora_alpha / rank.")

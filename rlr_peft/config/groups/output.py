@@ -11,14 +11,14 @@ class ValidationArguments:
     """Validation: images while training, and the comparison of base and adapter"""
 
     validation_prompt: tuple[str, ...] | None = knob(
-        None, "One or more prompts drawn at fixed seeds while training; null means none."
+        None, "One or more prompts drawn at fixed seeds while training; null means none.", found="words"
     )
     num_validation_images: int = knob(4, "Images for each validation prompt.", unit="images", at_least=1)
     validation_steps: int | None = knob(
         None, "How often validation images are drawn; null means only at the end.", unit="optimiser steps", at_least=1
     )
     evaluation_prompt_path: str | None = knob(
-        None, "Unseen prompts on which base and adapter are compared; null means no comparison."
+        None, "Unseen prompts on which base and adapter are compared; null means no comparison.", found="prompts"
     )
     num_evaluation_images: int = knob(
         256, "Images drawn from the base and from the adapter for the comparison.", unit="images", at_least=2
@@ -51,7 +51,9 @@ class HubArguments:
         False, "Publish the adapter, its card and figures on the Hub at the end; access is checked before training."
     )
     hub_model_id: str | None = knob(
-        None, "Repository, `owner/name` or `name`; null means the name of output_dir, of the token's user."
+        None,
+        "Repository, `owner/name` or `name`; null means the name of output_dir, of the token's user.",
+        found="words",
     )
     hub_token: str | None = knob(
         None,
@@ -59,7 +61,7 @@ class HubArguments:
         secret=True,
     )
     hub_private_repo: bool = knob(False, "Make the repository a private one; one that exists must be private.")
-    hub_revision: str | None = knob(None, "Branch to publish on, made when missing; null means main.")
+    hub_revision: str | None = knob(None, "Branch to publish on, made when missing; null means main.", found="words")
     push_every: int | None = knob(
         None,
         "How often the adapter of a checkpoint is published while training, on a branch `checkpoint-STEP`; null means "

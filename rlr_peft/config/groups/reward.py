@@ -14,11 +14,13 @@ class RewardArguments:
         MISSING,
         "Reward: a registered name, `package.module:callable`, `file.py:callable` or http(s) URL; or several and their "
         "weights, `{NAME: WEIGHT, ...}`.",
+        found="reward",
     )
     heldout_reward_fn: tuple[str, ...] | None = knob(
         None,
         "One or more rewards that are only ever measured, never trained on: they expose reward hacking. Early stopping "
         "watches the first.",
+        found="reward",
     )
     reward_scaling: Literal["running", "first", "none"] = knob(
         "running",
@@ -26,7 +28,9 @@ class RewardArguments:
         "base, or nothing.",
     )
     reward_minimum: dict[str, float] | None = knob(
-        None, "Hard minimums of rewards of reward_fn, `{NAME: MINIMUM, ...}`, in the rewards' own units."
+        None,
+        "Hard minimums of rewards of reward_fn, `{NAME: MINIMUM, ...}`, in the rewards' own units.",
+        found="reward",
     )
     reward_minimum_penalty: float = knob(
         10.0,

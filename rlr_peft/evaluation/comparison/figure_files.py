@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.comparison.figures import ADAPTER_COLORS, BASE_COLOR
 from rlr_peft.evaluation.reward_curve import GRID_LINE, INK, QUIET_INK
+from rlr_peft.foreign_text import printable
 
 # What a figure is drawn with, and the page's variable that stands for it.
 VARIABLES = {
@@ -49,4 +50,4 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     opening = Markup('<svg role="img" aria-label="{}"').format(label)
-    return opening + Markup(svg.removeprefix("<svg"))
+    return opening + Markup(printable(svg.removeprefix("<svg")))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlr_peft.config import ConfigError
+from rlr_peft.foreign_text import one_line
 
 BASE = "base"
 
@@ -19,7 +20,7 @@ def unique_labels(places: Sequence[str]) -> list[str]:
         raise ConfigError(f"--adapter: expected different adapters, got {', '.join(places)}.")
     labels: list[str] = []
     for length in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(part[-length:]).removesuffix(".safetensors") for part in parts]
+        labels = [one_line("/".join(part[-length:]).removesuffix(".safetensors")) for part in parts]
         if len({*labels, BASE}) == len(labels) + 1:
             return labels
     return [f"{label} ({index + 1})" for index, label in enumerate(labels)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -20,6 +19,7 @@ from rlr_peft.evaluation.comparison.figure_files import inline_svg
 from rlr_peft.evaluation.comparison.notes import notes
 from rlr_peft.evaluation.comparison.pictures import SMALL_SIDE
 from rlr_peft.evaluation.comparison.tables import tables
+from rlr_peft.foreign_text import page_environment, printable_values
 
 TEMPLATE = "page.html.j2"
 MOST_PAIRS = 96
@@ -75,14 +75,7 @@ def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:
     """
     if not all(model.evaluation.pictures for model in comparison.models):
         raise ValueError("expected evaluations with pictures: evaluate(..., with_pictures=True)")
-    # A missing value is an error instead of a hole, and texts of users (prompts, names) are no markup.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(Path(__file__).parent)
     chosen = chosen_pairs(comparison)
     labels = [adapter.label for adapter in comparison.adapters]
     total = len(comparison.base.evaluation.prompts)
@@ -204,8 +197,8 @@ def _decimals(comparison: Comparison, key: str) -> int:
 
 def _inside_script(data: dict[str, Any]) -> Markup:
     """JSON that no prompt can end the script element with."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+    text = json.dumps(printable_values(data), ensure_ascii=False, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def _listed(names: Sequence[str]) -> str:

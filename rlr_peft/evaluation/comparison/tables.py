@@ -9,6 +9,7 @@ from rlr_peft.estimates import with_error
 from rlr_peft.evaluation.comparison.comparison import Comparison
 from rlr_peft.evaluation.comparison.notes import notes
 from rlr_peft.evaluation.comparison.numbers import UNKNOWN, estimate_text
+from rlr_peft.foreign_text import in_text, one_line
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def console_text(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """All facts, notes and tables as one Markdown document."""
-    facts = [f"- **{name}:** {value}" for name, value in comparison.facts.items()]
-    found = [f"- {note}" for note in notes(comparison)]
+    facts = [f"- **{name}:** {in_text(value)}" for name, value in comparison.facts.items()]
+    found = [f"- {in_text(note)}" for note in notes(comparison)]
     parts = ["# Base against adapters", "\n".join(facts), "\n".join(found)]
     for table in tables(comparison):
         parts += [f"## {table.title}", markdown_table(table), table.explanation]
@@ -54,7 +55,7 @@ def markdown(comparison: Comparison) -> str:
 def markdown_table(table: Table) -> str:
     """One table in GitHub's Markdown."""
     lines = ["---"] * 2 + ["---:"] * (len(table.columns) - 2)
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.columns, lines, *table.rows)]
+    rows = [[in_text(cell).replace("|", "\\|") for cell in row] for row in (table.columns, lines, *table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -120,7 +121,7 @@ def _variety_table(comparison: Comparison) -> Table:
 
 
 def _aligned(table: Table) -> str:
-    lines = [table.columns, *table.rows]
+    lines = [[one_line(cell) for cell in row] for row in (table.columns, *table.rows)]
     shown = [index for index in range(len(table.columns)) if any(line[index] for line in lines)]
     widths = [max(len(line[index]) for line in lines) for index in shown]
     texts = []

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from rlr_peft.config import config_to_dict
@@ -18,6 +17,7 @@ from rlr_peft.evaluation.diagnosis.profile import StepProfile
 from rlr_peft.evaluation.diagnosis.recommendation import Recommendation
 from rlr_peft.evaluation.diagnosis.statistics import gradient_norm, signal_to_noise
 from rlr_peft.evaluation.diagnosis.table import PARTS, column_titles, notes, row_of
+from rlr_peft.foreign_text import page_environment, printable
 
 TEMPLATE = "report.html.j2"
 
@@ -46,10 +46,7 @@ def write_report(path: Path, diagnosis: Diagnosis, recommendation: Recommendatio
 
 def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -> str:
     """The HTML; ``picture`` is a PNG that is put inside."""
-    # A missing value is an error instead of a hole, and texts of users (prompts' files, rewards) are no markup.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
-    )
+    environment = page_environment(Path(__file__).parent)
     environment.filters["code"] = _with_code
     return environment.get_template(TEMPLATE).render(
         facts=diagnosis.facts,
@@ -68,7 +65,7 @@ def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -
 
 def _with_code(text: str) -> Markup:
     """Words between backticks as code; everything else is escaped."""
-    parts = text.split("`")
+    parts = printable(text).split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
     )

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 
 MODEL_INDEX = "model_index.json"
@@ -83,6 +84,8 @@ def _read(name: str, locate: Any) -> Architecture:
     for part, entry in model_index.items():
         if not isinstance(entry, list) or entry[0] is None:
             continue
+        if not stays_inside(part):
+            raise ArchitectureError(f"Expected the names of components in {MODEL_INDEX} of {name}, got {part!r}.")
         if "Tokenizer" in entry[1]:
             components[part] = _json(locate(f"{part}/tokenizer_config.json"))
         elif "Scheduler" in entry[1]:

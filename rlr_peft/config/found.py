@@ -1,0 +1,72 @@
+"""A config that was not given but found, beside an adapter that may be somebody else's: what of it is taken.
+
+Its words can make the program run code (a reward's file or module), connect and send (addresses of rewards and language
+models), write (folders, caches) or show what lies on this machine (files of prompts). So of texts only those are taken
+whose knob says of what kind they are (`knob(found=...)`), and only as far as they are harmless:
+
+- `words`: any text: it is compared, shown or drawn;
+- `model`: a Hub id or a local folder, of which weights and configs are read, never code;
+- `prompts`: a built-in set, or a file in the config's own folder;
+- `dataset`: a Hub id;
+- `reward`: a registered name.
+"""
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from rlr_peft.config.flat import Knob, knobs
+from rlr_peft.config.parsing import read_config
+from rlr_peft.config.prompt_checks import BUILTIN_SETS
+from rlr_peft.config.wording import takes_text
+
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no colon: every form of a reward but the registered names has one
+
+
+def read_found_config(path: Path, names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The plain values of a config that was found, and the names of those that were left out, in part or whole.
+
+    Args:
+        path: the YAML file.
+        names: those that matter; the others are passed over.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds an unknown name or a wrong type.
+    """
+    given = {name: value for name, value in read_config(path, names).items() if value != knobs()[name].field.default}
+    kept = {name: _plain(knobs()[name], value, path.parent) for name, value in given.items()}
+    left_out = [name for name, value in given.items() if kept[name] != value]
+    return {name: value for name, value in kept.items() if value is not None}, left_out
+
+
+def _plain(knob: Knob, value: Any, folder: Path) -> Any:
+    """As much of a value as is harmless; None for nothing."""
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if _is_harmless(knob, key, folder)} or None
+    if isinstance(value, list):
+        return [item for item in value if not isinstance(item, str) or _is_harmless(knob, item, folder)] or None
+    return value if not takes_text(knob, value) or _is_harmless(knob, value, folder) else None
+
+
+def _is_harmless(knob: Knob, text: str, folder: Path) -> bool:
+    match knob.field.metadata["found"]:
+        case "words":
+            return True
+        case "model":
+            # No address, and no folder of another machine.
+            return "://" not in text and not text.startswith(("//", "\\\\"))
+        case "prompts":
+            return text in BUILTIN_SETS or _is_file_inside(Path(text).expanduser(), folder)
+        case "dataset":
+            return _NAME.fullmatch(text) is not None and not os.path.exists(text)
+        case "reward":
+            return _NAME.fullmatch(text) is not None
+        case _:
+            return False
+
+
+def _is_file_inside(path: Path, folder: Path) -> bool:
+    """Links are followed: one that came with the folder may point anywhere."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
