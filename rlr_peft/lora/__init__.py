@@ -5,7 +5,7 @@ from rlr_peft.lora.errors import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.export import WEIGHT_NAME, save_lora
 from rlr_peft.lora.fitting import adapted_parts, adapter_loaded, unload_lora
 from rlr_peft.lora.kohya import check_kohya, save_kohya
-from rlr_peft.lora.loading import diffusers_loads, load_fitting_lora, load_lora
+from rlr_peft.lora.loading import check_adapter, diffusers_loads, load_fitting_lora, load_lora
 from rlr_peft.lora.merge import merge_lora
 from rlr_peft.lora.sources import AdapterFiles, AdapterNotFoundError, find_adapter
 from rlr_peft.lora.verify import verify_lora_reloads
@@ -21,6 +21,7 @@ __all__ = [
     "adapter_disabled",
     "adapter_loaded",
     "attach_lora",
+    "check_adapter",
     "check_kohya",
     "denoiser_name",
     "diffusers_loads",

@@ -55,6 +55,17 @@ def load_lora(pipeline: Any, place: str | Path) -> int:
     return load_fitting_lora(pipeline, find_adapter(str(place)))
 
 
+def check_adapter(files: AdapterFiles) -> None:
+    """Reads the adapter's files and looks at all that shows without a base: before hours are spent on loading one.
+
+    Raises:
+        AdapterFormatError: a file that is no adapter, is damaged or contradicts itself.
+    """
+    files.settings()
+    for path in files.paths:
+        layers_of(read_tensors(path, files.place)[0], files.place)
+
+
 def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
     """Loads the adapter that `find_adapter` found; the rest as `load_lora`."""
     loaded: dict[str, AdapterLayer] = {}

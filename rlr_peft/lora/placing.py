@@ -146,8 +146,8 @@ def _converted_by_diffusers(pipeline: Any, layers: list[AdapterLayer], place: st
     if abs(after - before) > _CHANGED_BY_CONVERSION * before or extras != kept:
         raise AdapterMismatchError(
             f"The adapter {place} cannot be converted for the base, a {type(pipeline).__name__}, without loss: "
-            f"expected {before:.4g} as the sum of squares of its changes and {sum(extras)} tensors of DoRA or biases, got "
-            f"{after:.4g} and {sum(kept)} from diffusers' conversion. Take the adapter in diffusers' format."
+            f"expected {before:.4g} as the sum of squares of its changes and {sum(extras)} tensors of DoRA or biases, "
+            f"got {after:.4g} and {sum(kept)} from diffusers' conversion. Take the adapter in diffusers' format."
         )
     return converted
 

@@ -40,7 +40,8 @@ def read_tensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[str, A
             raise AdapterFormatError(
                 f"{_got(place)} a Git LFS pointer, which stands for the file; get the file itself with `git lfs pull`."
             )
-        if start.startswith(_PICKLE_STARTS):
+        # Byte 8 begins the header of safetensors; its length before it can be any bytes, a pickle's first ones too.
+        if start[8:9] != b"{" and start.startswith(_PICKLE_STARTS):
             tensors, settings = _read_pickle(path, place), dict[str, Any]()
         else:
             tensors, settings = _read_safetensors(path, place)
