@@ -553,11 +553,15 @@ def test_biases_are_loaded_and_cannot_be_merged(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "o").exists()
 
 
-def test_an_adapter_without_effect_is_reported(base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_alpha_of_0_or_none_is_reported(base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file(GOOD | {f"{KEY}.alpha": 0 * ONE}, tmp_path / "mine.safetensors")
     load_lora(base, tmp_path)
     unload_lora(base)
-    assert "changes nothing: alpha is 0 in all its layers" in caplog.text
+    assert "changes nothing: alpha is 0 in all its layers" in caplog.text and "names no alpha" not in caplog.text
+    save_file(GOOD, tmp_path / "mine.safetensors")
+    load_lora(base, tmp_path)
+    unload_lora(base)
+    assert "in kohya's format, names no alpha for 1 of its 1 layers: it is taken as their rank" in caplog.text
 
 
 def test_loading_and_saving_again_keeps_alphas_and_ranks(tmp_path: Path) -> None:

@@ -72,11 +72,19 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
     for path in files.paths:
         tensors, settings = read_tensors(path, files.place)
         names = LayerNames(pipeline, second_expert=is_second_expert(path, files.folder, pipeline))
-        found = place_layers(pipeline, names, layers_of(tensors, files.place), files.place, format_name(tensors))
+        form = format_name(tensors)
+        found = place_layers(pipeline, names, layers_of(tensors, files.place), files.place, form)
         of_folder = files.settings()
         apply_settings(found, of_folder or settings, files.place, of_base=names.layers.keys(), prefixed=not of_folder)
         loaded |= found
-        logger.info("%s is in %s: %d layers.", files.place, format_name(tensors), len(found))
+        logger.info("%s is in %s: %d layers.", files.place, form, len(found))
+        without = sum(layer.alpha is None for layer in found.values())
+        # diffusers' format means rank where it names no alpha; elsewhere it may have been lost
+        if without and (without < len(found) or form.startswith(("kohya", "peft"))):
+            logger.warning(
+                "The adapter %s, in %s, names no alpha for %d of its %d layers: it is taken as their rank.",
+                *(files.place, form, without, len(found)),
+            )
     if not any(layer.scale for layer in loaded.values()):
         logger.warning("The adapter %s changes nothing: alpha is 0 in all its layers.", files.place)
     adapter_name = _free_name(pipeline)
