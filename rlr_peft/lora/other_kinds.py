@@ -8,13 +8,13 @@ _LORA = re.compile(r"[._]lora(?:[._]|\d)|\.hada_|\.lokr_")
 # What the names of adapters of other kinds hold, whatever else is in the file.
 _OTHER_ADAPTERS = (
     (r"lora_controlnet", "a Control-LoRA, a ControlNet in small", "load it with diffusers' ControlNetModel"),
-    (r"\.ia3_|\.on_input$", "an IA3 adapter", "which peft alone can apply; train or take a LoRA"),
-    (r"\.b?oft_|\.oft_blocks|\.oft_diag", "an OFT adapter", "which peft alone can apply; train or take a LoRA"),
-    (r"\.vera_lambda", "a VeRA adapter", "which peft alone can apply; train or take a LoRA"),
-    (r"\.fourierft_", "a FourierFT adapter", "which peft alone can apply; train or take a LoRA"),
-    (r"\.lora_embedding_", "a LoRA of an embedding table", "which diffusers cannot load; take one without"),
-    (r"\.diff(?:_b|_m)?$|\.[wb]_norm$", "an adapter with whole differences of weights (`diff`, `w_norm`)", "which are "
-     "no LoRA; ask its author for plain LoRA, or merge it with the program that made it"),
+    (r"\.ia3_|\.on_input$", "an IA3 adapter", "peft alone can apply it; train or take a LoRA"),
+    (r"\.b?oft_|\.oft_blocks|\.oft_diag", "an OFT adapter", "peft alone can apply it; train or take a LoRA"),
+    (r"\.vera_lambda", "a VeRA adapter", "peft alone can apply it; train or take a LoRA"),
+    (r"\.fourierft_", "a FourierFT adapter", "peft alone can apply it; train or take a LoRA"),
+    (r"\.lora_embedding_", "a LoRA of an embedding table", "diffusers cannot load it; take one without"),
+    (r"\.diff(?:_b|_m)?$|\.[wb]_norm$", "an adapter with whole differences of weights (`diff`, `w_norm`)", "these "
+     "are no LoRA; ask its author for one, or merge it with the program that made it"),
     (r"^image_proj\.|^ip_adapter\.|^image_proj_model\.", "an IP-Adapter", "load it with pipe.load_ip_adapter"),
     (r"string_to_param|^emb_params$|^clip_[lg]$|^t5xxl$|^<[^.]+>$", "a textual inversion, new words for the text "
      "encoder", "load it with pipe.load_textual_inversion"),
@@ -51,7 +51,7 @@ def other_kind(names: Collection[str]) -> str | None:
     for pattern, kind, advice in (*_OTHER_ADAPTERS, *(() if has_lora else _MODELS)):
         found = next((name for name in names if re.search(pattern, name)), None)
         if found is not None:
-            return f"{kind} (it holds {found[:100]}); {advice}"
+            return f"{kind} (it holds {found[:100]}): {advice}"
     if not names:
         return "a file without tensors; get it again"
     if not has_lora:

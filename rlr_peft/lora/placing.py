@@ -48,10 +48,15 @@ def place_layers(
     strangers = [name for name, full in found.items() if full is None]
     fits_not = f"The adapter {place} does not fit the base, a {type(pipeline).__name__}"
     if strangers:
+        remedy = (
+            "Take the base that it was trained on."
+            if form.startswith("diffusers")
+            else "It is of another base, or diffusers has no conversion of this format for this family: take the base "
+            "that it was trained on, or the adapter in diffusers' format."
+        )
         raise AdapterMismatchError(
             f"{fits_not}: {len(strangers)} of the {len(layers)} layers in the file, which is in {form}, have no place "
-            f"in it ({', '.join(strangers[:2])}{', ...' if len(strangers) > 2 else ''}). Take the base that it was "
-            "trained on."
+            f"in it ({', '.join(strangers[:2])}{', ...' if len(strangers) > 2 else ''}). {remedy}"
         )
     twice = [full for full, count in Counter(found.values()).items() if count > 1]
     if twice:
