@@ -288,7 +288,7 @@ def test_sdxl_by_the_names_of_its_original_unet(dora: bool, tmp_path: Path) -> N
 
 
 def test_flux_by_the_names_of_its_original_transformer(tmp_path: Path) -> None:
-    """One matrix for query, key and value, and alphas that diffusers multiplies into the weights."""
+    """One matrix for query, key and value, and alphas that diffusers multiplies into the weights; it drops DoRA."""
     draws.manual_seed(5)
     pipeline = flux()
     before = weights(pipeline)
@@ -299,6 +299,12 @@ def test_flux_by_the_names_of_its_original_transformer(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "flux.safetensors")
     assert load_lora(pipeline, tmp_path) == 3
     merge_lora(pipeline)
+    decomposed = tensors | {f"{key}.dora_scale": torch.ones(3 * width, 1)}
+    save_file(decomposed, tmp_path / "dora.safetensors")
+    with pytest.raises(
+        AdapterMismatchError, match=r"without loss: expected 96 changed outputs.* and 1 tensors of DoRA"
+    ):
+        load_lora(flux(), tmp_path / "dora.safetensors")
     parts = (2.5 * up @ down).chunk(3)
     names = [f"transformer.transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
     assert_changed(pipeline, before, {name: add(part) for name, part in zip(names, parts, strict=True)})

@@ -56,14 +56,16 @@ def load_lora(pipeline: Any, place: str | Path) -> int:
 
 
 def check_adapter(files: AdapterFiles) -> None:
-    """Reads the adapter's files and looks at all that shows without a base: before hours are spent on loading one.
+    """Reads the adapter's files and looks at all that shows without a base: before one is downloaded. Logs the format.
 
     Raises:
         AdapterFormatError: a file that is no adapter, is damaged or contradicts itself.
     """
     files.settings()
     for path in files.paths:
-        layers_of(read_tensors(path, files.place)[0], files.place)
+        tensors, _ = read_tensors(path, files.place)
+        layers = layers_of(tensors, files.place)
+        logger.info("%s is in %s, %d layers.", files.place, format_name(tensors), len(layers))
 
 
 def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
@@ -77,7 +79,6 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
         of_folder = files.settings()
         apply_settings(found, of_folder or settings, files.place, of_base=names.layers.keys(), prefixed=not of_folder)
         loaded |= found
-        logger.info("%s is in %s: %d layers.", files.place, form, len(found))
         without = sum(layer.alpha is None for layer in found.values())
         # diffusers' format means rank where it names no alpha; elsewhere it may have been lost
         if without and (without < len(found) or form.startswith(("kohya", "peft"))):

@@ -18,8 +18,8 @@ from rlr_peft.lora.layer_names import LayerNames
 
 # Width of the text features that a UNet's cross attention takes.
 _TEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
-# Relative change of a sum of squares that half precision explains, and a lost tensor or scale does not.
-_CHANGED_BY_CONVERSION = 1e-3
+# Relative change of a sum of squares that float32 explains, and a lost tensor or scale does not.
+_ROUNDING = 1e-5
 
 
 def place_layers(
@@ -125,11 +125,13 @@ def _fit(layer: AdapterLayer, module: Any) -> str | None:
 def _converted_by_diffusers(pipeline: Any, layers: list[AdapterLayer], place: str) -> list[AdapterLayer]:
     """The layers as diffusers' conversion of this family names, splits and joins them; empty where it has none.
 
-    Whether all of it came through shows in the sum of the squares of all changes, which neither splitting nor joining
-    nor another order of rows alters.
+    Whether all of it came through shows in the number of outputs that are changed and in the sum of the squares of all
+    changes, which neither splitting nor joining nor another order of rows alters.
     """
     if not hasattr(pipeline, "lora_state_dict"):
         return []
+    for layer in layers:  # some conversions multiply alpha in, which would be rounded to the file's precision
+        layer.down, layer.up = layer.down.float(), layer.up.float()
     plain = {key: tensor for layer in layers for key, tensor in layer.kohya().items()}
     options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     try:
@@ -146,13 +148,19 @@ def _converted_by_diffusers(pipeline: Any, layers: list[AdapterLayer], place: st
             layer.magnitude, layer.magnitude_key = original.magnitude, original.magnitude_key
             layer.bias = original.bias
     before, after = (sum(layer.squared_change() for layer in some) for some in (layers, converted))
-    extras = [sum(getattr(layer, kind) is not None for layer in layers) for kind in ("magnitude", "bias")]
-    kept = [sum(getattr(layer, kind) is not None for layer in converted) for kind in ("magnitude", "bias")]
-    if abs(after - before) > _CHANGED_BY_CONVERSION * before or extras != kept:
+    counts, kept = (
+        (
+            sum(layer.up.shape[0] for layer in some),
+            sum((layer.magnitude is not None) + (layer.bias is not None) for layer in some),
+        )
+        for some in (layers, converted)
+    )
+    if abs(after - before) > _ROUNDING * before or counts != kept:
         raise AdapterMismatchError(
             f"The adapter {place} cannot be converted for the base, a {type(pipeline).__name__}, without loss: "
-            f"expected {before:.4g} as the sum of squares of its changes and {sum(extras)} tensors of DoRA or biases, "
-            f"got {after:.4g} and {sum(kept)} from diffusers' conversion. Take the adapter in diffusers' format."
+            f"expected {counts[0]} changed outputs, {before:.6g} as the sum of squares of the changes and {counts[1]} "
+            f"tensors of DoRA or biases, got {kept[0]}, {after:.6g} and {kept[1]} from diffusers' conversion. Take the "
+            "adapter in diffusers' format."
         )
     return converted
 
