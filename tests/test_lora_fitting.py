@@ -1,7 +1,9 @@
 """An adapter arrives whole or not at all, and leaves without a trace; what diffusers passes over is an error."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlr_peft.lora import (
     WEIGHT_NAME,
+    AdapterFormatError,
     AdapterMismatchError,
     AdapterNotFoundError,
     adapted_parts,
@@ -185,7 +189,7 @@ def test_layers_that_diffusers_passes_over_are_an_error(
 
 def test_weights_that_are_no_adapter_are_an_error(base: StableDiffusionPipeline, tmp_path: Path) -> None:
     save_file({"unet.conv_in.weight": torch.zeros(3)}, tmp_path / "mine.safetensors")
-    with pytest.raises(AdapterMismatchError, match="does not fit the base"):
+    with pytest.raises(AdapterFormatError, match="expected LoRA weights, got the weights of a whole denoiser"):
         load_fitting_lora(base, find_adapter(str(tmp_path)))
     unload_lora(base)
 
@@ -195,40 +199,50 @@ def test_metadata_that_name_a_module_import_none(
 ) -> None:
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    metadata = {"unet.r": 4, "unet.megatron_config": {"a": 1}, "unet.megatron_core": "evil_module"}
-    for name in (WEIGHT_NAME, "other.safetensors"):
-        (tmp_path / name[:5]).mkdir()
-        file = tmp_path / name[:5] / name
-        save_file(load_file(adapter / WEIGHT_NAME), file, {"lora_adapter_metadata": json.dumps(metadata)})
-        with pytest.raises(AdapterMismatchError, match=rf"the metadata of {name} ask to import a module"):
-            load_fitting_lora(base, find_adapter(str(file)))
+    with safe_open(adapter / WEIGHT_NAME, "pt") as header:
+        metadata = json.loads(header.metadata()["lora_adapter_metadata"])
+    metadata |= {"unet.megatron_config": {"a": 1}, "unet.megatron_core": "evil_module"}
+    save_file(load_file(adapter / WEIGHT_NAME), tmp_path / WEIGHT_NAME, {"lora_adapter_metadata": json.dumps(metadata)})
+    assert load_fitting_lora(base, find_adapter(str(tmp_path))) > 0
+    assert "evil_module" not in sys.modules
+    unload_lora(base)
 
 
 def test_a_damaged_file_is_an_error(base: StableDiffusionPipeline, adapter: Path, tmp_path: Path) -> None:
     content = (adapter / WEIGHT_NAME).read_bytes()
     (tmp_path / WEIGHT_NAME).write_bytes(content[: len(content) // 2])
-    with pytest.raises(AdapterMismatchError, match="it is damaged; get it again"):
+    with pytest.raises(AdapterFormatError, match="it is damaged or not whole; get it again"):
         load_fitting_lora(base, find_adapter(str(tmp_path)))
 
 
-def test_a_folder_of_pefts_is_explained(tmp_path: Path) -> None:
-    """diffusers loads nothing of it and says nothing."""
-    model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(AdapterNotFoundError, match="as peft's save_pretrained writes it, which diffusers loads as"):
-        find_adapter(str(tmp_path))
-
-
-@pytest.fixture
-def hub(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextmanager
+def hub_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The client talks to a Hub on the loopback; both settings are read from the environment at import only."""
-    with adapter_hub("someone/adapter", adapter, "hf_secret") as endpoint:
+    with adapter_hub("someone/adapter", folder, "hf_secret") as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield
+
+
+@pytest.fixture
+def hub(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with hub_of(adapter, monkeypatch):
+        yield
+
+
+def test_a_repository_of_pefts_comes_with_its_settings(
+    base: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_peft_model(tiny_stable_diffusion().unet, LoraConfig(r=2, lora_alpha=6, target_modules=["attn1.to_q"]))
+    model.save_pretrained(tmp_path / "repo")
+    with hub_of(tmp_path / "repo", monkeypatch):
+        files = find_adapter("someone/adapter", token="hf_secret", cache_dir=str(tmp_path / "cache"))
+    with adapter_loaded(base, files):
+        layer = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        assert layer.scaling == {"default_0": 3.0}
 
 
 def test_a_private_repository_needs_its_token(hub: None, adapter: Path, tmp_path: Path) -> None:

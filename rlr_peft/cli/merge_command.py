@@ -36,7 +36,7 @@ def merge_command(words: Sequence[str]) -> int:
     from rlr_peft.chain.families import GENERIC, family_of_class
     from rlr_peft.config import ModelArguments
     from rlr_peft.durable_files import rename_directory
-    from rlr_peft.lora import find_adapter, load_fitting_lora, merge_lora
+    from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora
     from rlr_peft.publishing.merged_card import Merged, write_merged_card
     from rlr_peft.training.errors import as_config_error, reporting_errors
     from rlr_peft.training.loading import DTYPES, load_pipeline
@@ -44,6 +44,7 @@ def merge_command(words: Sequence[str]) -> int:
     with reporting_errors(), as_config_error():
         revision = arguments.adapter_revision
         adapter = find_adapter(arguments.adapter if revision is None else f"{arguments.adapter}@{revision}")
+        check_adapter(adapter)
         base = ModelArguments(pretrained_model_name_or_path=arguments.base, revision=arguments.revision)
         pipeline = load_pipeline(base, torch.device("cpu"))
         load_fitting_lora(pipeline, adapter)

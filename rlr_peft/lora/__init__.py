@@ -1,17 +1,19 @@
 """LoRA weights of a denoiser: attaching them, saving them so that diffusers loads them, and proving that it does."""
 
 from rlr_peft.lora.attach import adapted_denoisers, adapter_disabled, attach_lora, denoiser_name, lora_parameters
+from rlr_peft.lora.errors import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.export import WEIGHT_NAME, save_lora
-from rlr_peft.lora.fitting import adapted_parts, adapter_loaded, load_fitting_lora, unload_lora
+from rlr_peft.lora.fitting import adapted_parts, adapter_loaded, unload_lora
 from rlr_peft.lora.kohya import check_kohya, save_kohya
-from rlr_peft.lora.loading import diffusers_loads, load_lora
+from rlr_peft.lora.loading import check_adapter, diffusers_loads, load_fitting_lora, load_lora
 from rlr_peft.lora.merge import merge_lora
 from rlr_peft.lora.sources import AdapterFiles, AdapterNotFoundError, find_adapter
-from rlr_peft.lora.verify import AdapterMismatchError, verify_lora_reloads
+from rlr_peft.lora.verify import verify_lora_reloads
 
 __all__ = [
     "WEIGHT_NAME",
     "AdapterFiles",
+    "AdapterFormatError",
     "AdapterMismatchError",
     "AdapterNotFoundError",
     "adapted_denoisers",
@@ -19,6 +21,7 @@ __all__ = [
     "adapter_disabled",
     "adapter_loaded",
     "attach_lora",
+    "check_adapter",
     "check_kohya",
     "denoiser_name",
     "diffusers_loads",

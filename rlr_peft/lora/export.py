@@ -16,6 +16,9 @@ from rlr_peft.lora.attach import adapted_denoisers, denoiser_name
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """The one name that `pipeline.load_lora_weights(folder_or_repo)` finds by itself."""
 
+SECOND_EXPERT = "transformer_2"
+"""The attribute of a second denoiser, and the subfolder of its adapter."""
+
 METADATA_KEYS = (
     "r",
     "lora_alpha",
@@ -47,7 +50,7 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
     """
     paths = []
     for name in adapted_denoisers(pipeline, adapter_name):
-        folder = Path(directory) / name if name == "transformer_2" else Path(directory)
+        folder = Path(directory) / name if name == SECOND_EXPERT else Path(directory)
         paths.append(_save_denoiser(pipeline, name, folder, fold_alpha, adapter_name))
     if not paths:
         raise ValueError(f"Expected an adapter {adapter_name!r} in the {denoiser_name(pipeline)}: attach one first.")
@@ -56,7 +59,7 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
 
 def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, adapter_name: str) -> Path:
     denoiser = getattr(pipeline, name)
-    prefix = "transformer" if name == "transformer_2" else name
+    prefix = "transformer" if name == SECOND_EXPERT else name
     save = getattr(pipeline, "save_lora_weights", None)
     if save is not None and f"{prefix}_lora_adapter_metadata" not in inspect.signature(save).parameters:
         raise ValueError(

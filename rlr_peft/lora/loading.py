@@ -1,18 +1,34 @@
-"""Loads a saved adapter: as diffusers does, and through peft where diffusers has no loader for a denoiser."""
+"""Loads a saved adapter whole, at the scale that its file names, or says why not.
 
-import json
+diffusers loads what it recognises and passes over the rest, often without a word, and takes some scales for others. So
+the file is read here, and what arrived in the layers is compared with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
-from rlr_peft.lora.export import WEIGHT_NAME
+from rlr_peft.lora.adapter_settings import apply_settings
+from rlr_peft.lora.errors import AdapterMismatchError
+from rlr_peft.lora.export import SECOND_EXPERT
+from rlr_peft.lora.formats import AdapterLayer, format_name, layers_of
+from rlr_peft.lora.layer_names import LayerNames
+from rlr_peft.lora.placing import place_layers, quiet_diffusers
+from rlr_peft.lora.sources import AdapterFiles, find_adapter
+from rlr_peft.lora.tensor_files import read_tensors
 
-SECOND_EXPERT = "transformer_2"
-"""The attribute of a second denoiser, and the subfolder of its adapter."""
+logger = logging.getLogger(__name__)
 
 
 def diffusers_loads(pipeline: Any, denoiser: nn.Module) -> bool:
@@ -20,60 +36,182 @@ def diffusers_loads(pipeline: Any, denoiser: nn.Module) -> bool:
     return hasattr(pipeline, "load_lora_weights") and hasattr(denoiser, "load_lora_adapter")
 
 
-def load_lora(pipeline: Any, directory: str | Path) -> None:
-    """Puts the adapter of a folder that `save_lora` wrote into a pipeline of any family.
+def load_lora(pipeline: Any, place: str | Path) -> int:
+    """Puts an adapter into a pipeline of any family: every tensor of its files, at the scale that they name.
 
     Args:
         pipeline: the base that it was trained on.
-        directory: holds `pytorch_lora_weights.safetensors`, of a pipeline with two experts also `transformer_2/`.
+        place: a folder or a file, or a repository of the Hub, as `find_adapter` takes them. Kohya's, diffusers' and
+            peft's formats are read, LoHa and LoKr too.
 
-    A folder without such a file is left to `pipeline.load_lora_weights`.
+    Returns:
+        Number of adapted layers.
 
     Raises:
-        ValueError: the adapter's metadata name a module to import.
+        AdapterNotFoundError: nothing there.
+        AdapterFormatError: a file that is no adapter, or is damaged.
+        AdapterMismatchError: it does not fit the base whole.
     """
-    places = (Path(directory) / WEIGHT_NAME, Path(directory) / SECOND_EXPERT / WEIGHT_NAME)
-    files = [file for file in places if file.exists()]
-    for file in files or Path(directory).glob("*.safetensors"):
-        refuse_code(file)
-    if not files:
-        pipeline.load_lora_weights(str(directory))
-    for file in files:
-        second = file.parent.name == SECOND_EXPERT and getattr(pipeline, SECOND_EXPERT, None) is not None
-        if second:
-            pipeline.load_lora_weights(str(file.parent), load_into_transformer_2=True)
-            continue
-        with safe_open(file, "pt") as header:
-            prefixes = {name.split(".")[0] for name in header.keys()}  # noqa: SIM118 (it is no dictionary)
-        # Beside the denoiser's there may be a text encoder's part, which diffusers loads where it can load at all.
-        prefix = next((name for name in ("unet", "transformer") if name in prefixes), "")
-        denoiser = getattr(pipeline, prefix, None)
-        if denoiser is None or diffusers_loads(pipeline, denoiser):
-            pipeline.load_lora_weights(str(directory))
-        else:
-            _inject(denoiser, file, prefix)
+    return load_fitting_lora(pipeline, find_adapter(str(place)))
 
 
-def refuse_code(file: Path) -> None:
-    """Raises ValueError for an adapter with `megatron_config`: older versions of peft import any module it names."""
-    with safe_open(file, "pt") as header:
-        saved = json.loads((header.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    if any(name.rpartition(".")[2] == "megatron_config" and value for name, value in saved.items()):
-        raise ValueError(
-            f"the metadata of {file.name} ask to import a module (megatron_config), which no adapter needs"
+def check_adapter(files: AdapterFiles) -> None:
+    """Reads the adapter's files and looks at all that shows without a base: before one is downloaded. Logs the format.
+
+    Raises:
+        AdapterFormatError: a file that is no adapter, is damaged or contradicts itself.
+    """
+    files.settings()
+    for path in files.paths:
+        tensors, _ = read_tensors(path, files.place)
+        layers = layers_of(tensors, files.place)
+        logger.info("%s is in %s, %d layers.", files.place, format_name(tensors), len(layers))
+
+
+def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
+    """Loads the adapter that `find_adapter` found; the rest as `load_lora`."""
+    loaded: dict[str, AdapterLayer] = {}
+    for path in files.paths:
+        tensors, settings = read_tensors(path, files.place)
+        names = LayerNames(pipeline, second_expert=is_second_expert(path, files.folder, pipeline))
+        form = format_name(tensors)
+        found = place_layers(pipeline, names, layers_of(tensors, files.place), files.place, form)
+        of_folder = files.settings()
+        apply_settings(found, of_folder or settings, files.place, of_base=names.layers.keys(), prefixed=not of_folder)
+        loaded |= found
+        without = sum(layer.alpha is None for layer in found.values())
+        # diffusers' format means rank where it names no alpha; elsewhere it may have been lost
+        if without and (without < len(found) or form.startswith(("kohya", "peft"))):
+            logger.warning(
+                "The adapter %s, in %s, names no alpha for %d of its %d layers: it is taken as their rank.",
+                *(files.place, form, without, len(found)),
+            )
+    if not any(layer.scale for layer in loaded.values()):
+        logger.warning("The adapter %s changes nothing: alpha is 0 in all its layers.", files.place)
+    adapter_name = _free_name(pipeline)
+    for part in dict.fromkeys(name.split(".")[0] for name in loaded):
+        of_part = {
+            name.removeprefix(f"{part}."): layer for name, layer in loaded.items() if name.startswith(f"{part}.")
+        }
+        _inject(pipeline, part, of_part, adapter_name)
+    check_arrived(pipeline, loaded, adapter_name, files.place)
+    return len(loaded)
+
+
+def is_second_expert(path: Path, folder: Path, pipeline: Any) -> bool:
+    """Whether a file of an adapter's folder is for the second denoiser."""
+    has_second = getattr(pipeline, SECOND_EXPERT, None) is not None
+    return path.parent != folder or (folder.name == SECOND_EXPERT and has_second)
+
+
+def check_arrived(pipeline: Any, expected: Mapping[str, AdapterLayer], adapter_name: str, place: str) -> None:
+    """Reads the adapter back from the pipeline's layers and compares it with its file.
+
+    Args:
+        pipeline: with the adapter inside.
+        expected: the file's layers by the names of the base's, such as `unet.mid_block.attentions.0.proj_in`.
+        adapter_name: peft's name of the adapter.
+        place: what the user called it, for messages.
+
+    Raises:
+        AdapterMismatchError: a layer, tensor or scale that is missing, additional or different.
+    """
+    loaded = {
+        f"{part}.{name}": module
+        for part, model in pipeline.components.items()
+        if isinstance(model, nn.Module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+    }
+    different = sorted(loaded.keys() ^ expected.keys())
+    for name in loaded.keys() & expected.keys():
+        layer, module = expected[name], loaded[name]
+        pairs: list[tuple[Tensor | None, Tensor | None]] = [
+            (layer.down, module.lora_A[adapter_name].weight),
+            (layer.up, module.lora_B[adapter_name].weight),
+            (layer.bias, module.lora_B[adapter_name].bias),
+            (
+                layer.magnitude,
+                module.lora_magnitude_vector[adapter_name].weight if module.use_dora[adapter_name] else None,
+            ),
+        ]
+        scale_is_right = abs(module.scaling[adapter_name] - layer.scale) <= 1e-6 * abs(layer.scale)
+        if not scale_is_right or not all(_equal(*pair) for pair in pairs):
+            different.append(name)
+    if different:
+        raise AdapterMismatchError(
+            f"The adapter {place} did not arrive as its file says: expected {len(expected)} layers, got {len(loaded)}; "
+            f"missing or different are {', '.join(different[:3])}. These versions of peft and diffusers load it "
+            "wrongly; use those that rlr-peft was tested with."
         )
 
 
-def _inject(denoiser: nn.Module, file: Path, prefix: str) -> None:
-    tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in load_file(file).items()}
-    with safe_open(file, "pt") as header:
-        saved = json.loads(header.metadata()["lora_adapter_metadata"])
-    config = LoraConfig(**{name.removeprefix(f"{prefix}."): value for name, value in saved.items()})
-    dtype = next(denoiser.parameters()).dtype
-    inject_adapter_in_model(config, denoiser)
-    set_peft_model_state_dict(denoiser, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    for name, parameter in denoiser.named_parameters():
+def _equal(expected: Tensor | None, loaded: Tensor | None) -> bool:
+    if expected is None or loaded is None:
+        return expected is loaded
+    return torch.equal(expected.to(loaded.dtype).flatten(), loaded.detach().to(expected.device).flatten())
+
+
+def _free_name(pipeline: Any) -> str:
+    taken = {
+        name
+        for part in pipeline.components.values()
+        if isinstance(part, nn.Module)
+        for name in getattr(part, "peft_config", {})
+    }
+    return next(name for number in range(len(taken) + 1) if (name := f"default_{number}") not in taken)
+
+
+def _inject(pipeline: Any, part_name: str, layers: Mapping[str, AdapterLayer], adapter_name: str) -> None:
+    part = getattr(pipeline, part_name)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up}
+        if layer.bias is not None:
+            tensors[f"{name}.lora_B.bias"] = layer.bias
+        if layer.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    settings = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(layers),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+        "use_rslora": any(layer.rank_stabilised for layer in layers.values()),
+        "lora_bias": any(layer.bias is not None for layer in layers.values()),
+    }
+    with warnings.catch_warnings(), quiet_diffusers():
+        warnings.simplefilter("ignore")  # of names that end alike, and of biases that cannot be merged
+        if hasattr(part, "load_lora_adapter"):
+            part.load_lora_adapter(
+                tensors,
+                prefix=None,
+                adapter_name=adapter_name,
+                metadata=settings,
+                _pipeline=pipeline,
+                low_cpu_mem_usage=True,
+            )
+            return
+        inject_adapter_in_model(LoraConfig(**settings), part, adapter_name, state_dict=tensors)
+        dtype = next(parameter.dtype for parameter in part.parameters() if parameter.is_floating_point())
+        set_peft_model_state_dict(part, {key: tensor.to(dtype) for key, tensor in tensors.items()}, adapter_name)
+    for name, parameter in part.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(False)
-    denoiser.eval()
+    if hasattr(part, "_hf_peft_config_loaded"):  # so that the pipeline's own unloading finds it
+        part._hf_peft_config_loaded = True
+    part.eval()
+
+
+def _pattern(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """peft's patterns for layers that differ from the usual value: one for each value, for peft tries all of them."""
+    return {
+        f"^(?:{'|'.join(re.escape(name) for name in values if values[name] == value)})": value
+        for value in dict.fromkeys(values.values())
+        if value != usual
+    }

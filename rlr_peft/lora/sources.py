@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import (
@@ -21,10 +22,11 @@ from huggingface_hub.errors import (
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import printable
-from rlr_peft.lora.export import WEIGHT_NAME
-from rlr_peft.lora.loading import SECOND_EXPERT
+from rlr_peft.lora.export import SECOND_EXPERT, WEIGHT_NAME
+from rlr_peft.lora.tensor_files import PICKLE_ENDINGS, parsed_settings
 
-PEFT_NAME = "adapter_model.safetensors"
+PEFT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_SETTINGS = "adapter_config.json"
 
 _IN_WORDS = {
     GatedRepoError: "is gated: accept its terms on the Hub and log in with `hf auth login`",
@@ -62,10 +64,26 @@ class AdapterFiles:
             paths.append(self.folder / SECOND_EXPERT / WEIGHT_NAME)
         return [path for path in paths if path.exists()]
 
+    def settings(self) -> dict[str, Any]:
+        """What peft's `save_pretrained` writes beside its file; empty for other files.
+
+        Raises:
+            AdapterFormatError: it is damaged.
+        """
+        path = self._settings_path
+        if path is None:
+            return {}
+        return parsed_settings(path.read_text(errors="replace"), f"The adapter {self.place}: its {PEFT_SETTINGS}")
+
+    @property
+    def _settings_path(self) -> Path | None:
+        path = self.folder / PEFT_SETTINGS
+        return path if self.weight_name in PEFT_NAMES and path.exists() else None
+
     def fingerprint(self) -> str:
         """SHA-256 of its files: equal for equal adapters wherever they lie."""
         total = hashlib.sha256()
-        for path in self.paths:
+        for path in (*self.paths, *filter(None, [self._settings_path])):
             with path.open("rb") as file:
                 total.update(path.parent.name.encode() if path.parent != self.folder else b"")
                 total.update(hashlib.file_digest(file, "sha256").digest())
@@ -76,8 +94,8 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
     """Finds an adapter, and downloads it if it lies on the Hub.
 
     Args:
-        place: a folder, a `.safetensors` file, or a repository `user/name`, also `user/name@revision`. A folder or
-            repository holds `pytorch_lora_weights.safetensors`, or a single `.safetensors` file.
+        place: a folder, a file, or a repository `user/name`, also `user/name@revision`. A folder or repository holds
+            `pytorch_lora_weights.safetensors`, or a single `.safetensors` file, or a single pickle (`.bin`, `.pt`).
         token: for the Hub; None takes the one that the machine is logged in with.
         cache_dir: folder of the Hub's cache; None for the default one.
 
@@ -88,7 +106,7 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
     if path.is_file():
         return AdapterFiles(place, path.parent, path.name)
     if path.is_dir():
-        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.safetensors"))
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
         return AdapterFiles(place, path, _weight_name(place, names))
     if place.startswith(("/", ".", "~")) or place.partition("@")[0].count("/") != 1:
         raise AdapterNotFoundError(
@@ -114,8 +132,9 @@ def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFi
         except EntryNotFoundError:
             names = HfApi(token=token).list_repo_files(repo, revision=revision or None)
             # The Hub's client shows the name while it downloads, as it is.
-            named = [name for name in names if name.endswith(".safetensors") and name == printable(name)]
-            file = get(_weight_name(place, named))
+            file = get(_weight_name(place, sorted(name for name in names if name == printable(name))))
+            if file.name in PEFT_NAMES and PEFT_SETTINGS in names:
+                get(PEFT_SETTINGS)
         if file.name == WEIGHT_NAME:
             _get_second_expert(get)
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
@@ -137,16 +156,19 @@ def _get_second_expert(get: Callable[[str], Path]) -> None:
 
 
 def _weight_name(place: str, names: list[str]) -> str:
-    """Which of the `.safetensors` files, named from the folder on, is the adapter."""
+    """Which of the files, named from the folder on, is the adapter."""
     if WEIGHT_NAME in names or f"{SECOND_EXPERT}/{WEIGHT_NAME}" in names:
         return WEIGHT_NAME
-    top = [name for name in names if "/" not in name]
-    if top == [PEFT_NAME]:
+    if "model_index.json" in names:
         raise AdapterNotFoundError(
-            f"--adapter {place}: holds {PEFT_NAME}, as peft's save_pretrained writes it, which diffusers loads as "
-            f"nothing without an error; save it with pipeline.save_lora_weights or rlr_peft.lora.save_lora."
+            f"--adapter {place}: expected an adapter, got a whole pipeline (it has a model_index.json); give it as the "
+            "base."
         )
-    if len(top) == 1:
-        return top[0]
-    got = f"{len(top)} of them ({', '.join(top[:5])}): name the file" if top else "none"
+    top = [name for name in names if "/" not in name]
+    found = [name for name in top if name.endswith(".safetensors")] or [
+        name for name in top if name.endswith(PICKLE_ENDINGS)
+    ]
+    if len(found) == 1:
+        return found[0]
+    got = f"{len(found)} of them ({', '.join(found[:5])}): name the file" if found else "none"
     raise AdapterNotFoundError(f"--adapter {place}: expected {WEIGHT_NAME} or one .safetensors file, got {got}.")

@@ -11,14 +11,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlr_peft.errors import UserError
 from rlr_peft.lora.attach import adapted_denoisers, lora_parameters
-from rlr_peft.lora.export import WEIGHT_NAME
-from rlr_peft.lora.loading import load_lora
-
-
-class AdapterMismatchError(UserError, RuntimeError):
-    """What diffusers loads from the saved files is not the adapter that was trained."""
+from rlr_peft.lora.errors import AdapterMismatchError
+from rlr_peft.lora.export import SECOND_EXPERT, WEIGHT_NAME
+from rlr_peft.lora.loading import diffusers_loads, load_lora
 
 
 def verify_lora_reloads(
@@ -50,7 +46,7 @@ def verify_lora_reloads(
     if any(isinstance(module, LoraLayer) for module in fresh.modules()):
         raise ValueError("verify_lora_reloads expects a fresh pipeline without adapters, got one that has some.")
     with without_text_encoder_notice():
-        load_lora(fresh_pipeline, directory)
+        _load_as_users_do(fresh_pipeline, Path(directory), names)
     expected = _named_without_adapter(trained, adapter_name)
     loaded: dict[str, nn.Parameter] = {}
     for part, module in fresh.items():
@@ -69,6 +65,14 @@ def verify_lora_reloads(
             f"{directory} holds another set of layers than was trained: expected {len(expected)} LoRA tensors, got "
             f"{len(loaded)}; missing {missing[:3]}, unexpected {extra[:3]}. Save the adapter again with save_lora."
         )
+    scales, loaded_scales = _scales(trained, adapter_name), _scales(fresh)
+    wrong = [name for name, scale in scales.items() if loaded_scales.get(name) != scale]
+    if wrong:
+        raise AdapterMismatchError(
+            f"The reloaded adapter has another scale than the trained one in {len(wrong)} of {len(scales)} layers: in "
+            f"{wrong[0]} expected {scales[wrong[0]]:g}, got {loaded_scales.get(wrong[0])}. The scales are in the "
+            "file's metadata: save the adapter again with save_lora."
+        )
     with _eval_mode(trained), _rounded(expected, loaded), torch.no_grad():
         differing = [key for key in expected if not torch.equal(expected[key].to(loaded[key].device), loaded[key])]
         images, reloaded = render(trained_pipeline), render(fresh_pipeline)
@@ -84,12 +88,32 @@ def verify_lora_reloads(
         f"{len(differing)} of {len(expected)} LoRA tensors differ, the first is {differing[0]}: the file was changed "
         "or belongs to another step, so save the adapter again"
         if differing
-        else "all LoRA tensors are equal, so the scale, the base weights, the scheduler or the rendering differ: check "
-        "the file's metadata, and that both pipelines were loaded alike and render() fixes its seeds"
+        else "all LoRA tensors and scales are equal, so the base weights, the scheduler or the rendering differ: check "
+        "that both pipelines were loaded alike and render() fixes its seeds"
     )
     raise AdapterMismatchError(
         f"The reloaded adapter does not make the trained adapter's images: {difference}. {cause[0].upper()}{cause[1:]}."
     )
+
+
+def _load_as_users_do(pipeline: Any, directory: Path, denoisers: list[str]) -> None:
+    """By the line that the card shows."""
+    if all(diffusers_loads(pipeline, getattr(pipeline, name)) for name in denoisers):
+        if denoisers != [SECOND_EXPERT]:
+            pipeline.load_lora_weights(str(directory))
+        if SECOND_EXPERT in denoisers:
+            pipeline.load_lora_weights(str(directory / SECOND_EXPERT), load_into_transformer_2=True)
+    else:
+        load_lora(pipeline, directory)
+
+
+def _scales(denoisers: nn.ModuleDict, adapter_name: str | None = None) -> dict[str, float]:
+    """What each layer's product is multiplied by; None takes the one adapter that there is."""
+    return {
+        name: module.scaling[adapter_name or module.active_adapters[0]]
+        for name, module in denoisers.named_modules()
+        if isinstance(module, LoraLayer) and (adapter_name or module.active_adapters[0]) in module.scaling
+    }
 
 
 def _named_without_adapter(denoiser: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -27,7 +27,7 @@ from rlr_peft.evaluation.comparison.kept_work import (
     kept_divergence,
 )
 from rlr_peft.evaluation.comparison.labels import BASE, file_name, shown_name, unique_labels
-from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, find_adapter
+from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.rewards.base import Reward
 from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.comparison_setup import image_setup, load_compared_rewards, prompt_source
@@ -71,7 +71,8 @@ def compare_adapters(config: Config, options: CompareOptions) -> Comparison:
 
     Raises:
         ConfigError: the base or the chain cannot be built as asked for.
-        AdapterNotFoundError, AdapterMismatchError: an adapter is not there, or does not fit the base.
+        AdapterNotFoundError, AdapterFormatError, AdapterMismatchError: an adapter is not there, is none, or does not
+            fit the base.
         PromptError, RewardError: prompts or rewards that cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,6 +84,8 @@ def compare_adapters(config: Config, options: CompareOptions) -> Comparison:
     adapters = [
         find_adapter(place, token=options.hub_token, cache_dir=config.model.cache_dir) for place in options.adapters
     ]
+    for files in adapters:
+        check_adapter(files)
     rewards, measured = load_compared_rewards(config, device)
     extractor = find_features(
         options.features,

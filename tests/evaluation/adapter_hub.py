@@ -1,6 +1,7 @@
 """A Hub of one private repository on the loopback: what `hf_hub_download` asks of it, and no more."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,10 +20,13 @@ def adapter_hub(repo: str, folder: Path, token: str) -> Iterator[str]:
 
         def _answer(self, with_body: bool) -> None:
             prefix = f"/{repo}/resolve/"
-            if not self.path.startswith(prefix):
+            is_listing = self.path.startswith(f"/api/models/{repo}/tree/")
+            if not self.path.startswith(prefix) and not is_listing:
                 return self._refuse(404, "EntryNotFound")
             if self.headers.get("Authorization") != f"Bearer {token}":
                 return self._refuse(401, "RepoNotFound")
+            if is_listing:
+                return self._list()
             _, _, name = self.path.removeprefix(prefix).partition("/")
             file = folder / name
             if not file.is_file():
@@ -35,6 +39,18 @@ def adapter_hub(repo: str, folder: Path, token: str) -> Iterator[str]:
             self.end_headers()
             if with_body:
                 self.wfile.write(content)
+
+        def _list(self) -> None:
+            files = [
+                {"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "oid": "0"}
+                for path in folder.rglob("*")
+            ]
+            content = json.dumps(files).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
         def _refuse(self, status: int, code: str) -> None:
             self.send_response(status)
