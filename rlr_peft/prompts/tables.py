@@ -104,9 +104,13 @@ def _builder(datasets: Any, spec: DatasetSpec) -> Any:
 
     name = spec.name
     if huggingface_hub.constants.HF_HUB_OFFLINE and not os.path.isdir(name):
-        # `datasets` lists files on the Hub alone, although they may be here.
-        with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
-            name = huggingface_hub.snapshot_download(name, repo_type="dataset", local_files_only=True)
+        revisions: list[Any] = []
+        # `datasets` asks the Hub for the names of files, although the files may be here.
+        with contextlib.suppress(huggingface_hub.errors.CacheNotFound):
+            cached = [repo for repo in huggingface_hub.scan_cache_dir().repos if repo.repo_type == "dataset"]
+            revisions = [revision for repo in cached if repo.repo_id == name for revision in repo.revisions]
+        if revisions:
+            name = str(max(revisions, key=lambda revision: revision.last_modified).snapshot_path)
             logger.warning("Offline: %s is read as far as its files are in the cache, at %s.", spec.name, name)
     return datasets.load_dataset_builder(name, spec.config_name)
 
@@ -137,7 +141,7 @@ def _files(builder: Any, spec: DatasetSpec, columns: Columns) -> dict[str, list[
             split: [(file, readers[Path(file).suffix]) for file in files if os.path.basename(file) in names]
             for split, files in splits.items()
         }
-        return tables if all(tables.values()) else None
+        return tables if tables and all(tables.values()) else None
     else:
         return None
     return {split: [(file, reader) for file in files] for split, files in splits.items()}

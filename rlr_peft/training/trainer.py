@@ -107,6 +107,7 @@ def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -
     }
     if log is not None:
         log.log(metrics, progress.step)
+        run.learning_signal.check(progress.step, metrics)
     run.accelerator.log(metrics | {"seconds": progress.seconds}, step=progress.step)
 
 
