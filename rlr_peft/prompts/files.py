@@ -91,7 +91,8 @@ def csv_rows(
         elif len(cells) != len(header):
             raise PromptError(
                 f"{in_words(source, place)}: expected as many cells as the header has ({len(header)}: "
-                f"{', '.join(header)}), got {len(cells)}: {' | '.join(cells)!r:.100}; put a text that holds commas in quotes"
+                f"{', '.join(header)}), got {len(cells)}: {' | '.join(cells)!r:.100}; put a text that holds commas in "
+                "quotes"
             )
         else:
             yield Row(dict(zip(header, cells)), place)
@@ -127,7 +128,7 @@ def json_rows(file: BinaryIO, source: str, prefix: str = "", field: str | None =
     for place, values in found:
         if not isinstance(values, dict):
             raise PromptError(
-                f"{in_words(source, place)}: expected a JSON object such as {{\"text\": \"a cat\"}}, got "
+                f'{in_words(source, place)}: expected a JSON object such as {{"text": "a cat"}}, got '
                 f"{type(values).__name__}"
             )
         yield Row(values, place)

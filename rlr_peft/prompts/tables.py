@@ -125,6 +125,7 @@ def _files(builder: Any, spec: DatasetSpec, columns: Columns) -> dict[str, list[
 
     readers, config = _readers(spec.name, columns), builder.config
     splits = {str(split): [str(file) for file in files] for split, files in (config.data_files or {}).items()}
+    reader: Reader
     if isinstance(builder, Csv):
         _check_csv_options(config, spec)
         reader = partial(readers[".csv"], delimiter=config.sep, quotechar=config.quotechar)
@@ -150,14 +151,12 @@ def _files(builder: Any, spec: DatasetSpec, columns: Columns) -> dict[str, list[
 def _check_csv_options(config: Any, spec: DatasetSpec) -> None:
     """The other options make pandas guess, skip or rename: nothing that a reader of rows as they are can do."""
     plain = type(config)()
-    other = [
-        name for name in plain.pd_read_csv_kwargs if name not in CSV_OPTIONS
-        and getattr(config, name) != getattr(plain, name)
-    ]  # fmt: skip
+    changed = [name for name in plain.pd_read_csv_kwargs if getattr(config, name) != getattr(plain, name)]
+    other = [name for name in changed if name not in CSV_OPTIONS]
     if other:
         raise PromptError(
-            f"{in_words(spec.name)}: expected a card that says no more of its .csv files than {' and '.join(CSV_OPTIONS)}, "
-            f"got {', '.join(other)}; give the file itself with --prompt_path"
+            f"{in_words(spec.name)}: expected a card that says no more of its .csv files than "
+            f"{' and '.join(CSV_OPTIONS)}, got {', '.join(other)}; give the file itself with --prompt_path"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether updates teach anything: a reward that is constant, or too faint for the optimiser, is not met with silence."""
+"""Whether updates teach anything: a reward that is constant, or too faint for the optimiser, is said to be."""
 
 import logging
 import math
@@ -72,4 +72,3 @@ class LearningSignal:
             f"{self._epsilon:g}, so that weights move by {typical / self._epsilon:.0e} of the learning rate; "
             f"{FOR_FAINT_REWARDS}"
         )
-

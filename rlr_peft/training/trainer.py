@@ -101,7 +101,7 @@ def _loop(
 
 
 def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -> None:
-    metrics = update.metrics() | {
+    metrics: dict[str, Any] = update.metrics() | {
         "lr": run.lr_scheduler.get_last_lr()[0],
         "denoiser_evaluations": progress.denoiser_evaluations,
     }

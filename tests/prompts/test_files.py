@@ -20,14 +20,16 @@ from rlr_peft.prompts.tables import DatasetSpec
 GENEVAL = """\
 {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
 {"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"}
-{"tag": "counting", "include": [{"class": "clock"}], "exclude": [{"class": "clock", "count": 3}], "prompt": "two clocks"}
+{"tag": "counting", "include": [{"class": "clock"}], "exclude": [{"class": "clock", "count": 3}], "prompt": "clocks"}
 """
 OBJECTS = [json.loads(line) for line in GENEVAL.splitlines()]
 GENEVAL_COLUMNS = Columns("prompt", metadata=("tag", "include", "exclude"))
 GENEVAL_METADATA = [{key: value for key, value in row.items() if key != "prompt"} for row in OBJECTS]
 
 
-def read_everywhere(folder: Path, name: str, content: bytes, columns: Columns) -> list[list[tuple[str, dict[str, Any]]]]:
+def read_everywhere(
+    folder: Path, name: str, content: bytes, columns: Columns
+) -> list[list[tuple[str, dict[str, Any]]]]:
     """Prompts and metadata of a file alone, and as a dataset's file, whole and streamed."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
@@ -37,24 +39,24 @@ def read_everywhere(folder: Path, name: str, content: bytes, columns: Columns) -
 
 
 REFUSED = {
-    "commas, no index": ("p.csv", b"text\na cat, sitting on a mat\na dog, in the park\n", "line 2: expected as many cells"),
-    "commas in the first of two": ("p.csv", b"text,n\na cat, on a mat,1\n", r"line 2: .*\(2: text, n\), got 3: 'a cat |"),
+    "commas": ("p.csv", b"text\na cat, sitting on a mat\na dog, here\n", "line 2: expected as many cells"),
+    "commas, two columns": ("p.csv", b"text,n\na cat, on a mat,1\n", r"line 2: .*\(2: text, n\), got 3: 'a cat \| "),
     "commas in some rows": ("p.csv", b"text\na dog\na cat, on a mat\n", "line 3: expected as many cells"),
     "below a cell of two lines": ("p.csv", b'text,n\n"a\ncat",1\na dog, here,2\n', "line 4: expected as many cells"),
     "a cell too few": ("p.csv", b"text,n\na cat\n", "line 2: expected as many cells"),
-    "a quote that is not closed": ("p.csv", b'text,n\na cat,1\n"a dog,2\nb,3\n', "line 3: cannot be read as CSV from here"),
+    "an open quote": ("p.csv", b'text,n\na cat,1\n"a dog,2\nb,3\n', "line 3: cannot be read as CSV from here"),
     "text behind a quote": ("p.csv", b'text\n"a" cat\n', "line 2: cannot be read as CSV from here"),
     "a column twice": ("p.csv", b"text,text\na,b\n", "line 1: expected every column once, got text twice"),
-    "a key twice": ("p.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2: .*the key 'text' is there twice"),
+    "a key twice": ("p.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2: .*key 'text' is there twice"),
     "no object": ("p.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3: expected a JSON object"),
-    "half a pair": ("p.jsonl", b'{"text": "a \\ud83d"}\n', r"line 1: .*what is no character \(U\+D83D at character 3\)"),
+    "half a pair": ("p.jsonl", b'{"text": "a \\ud83d"}\n', r"line 1: .*what is no character \(U\+D83D at"),
     "a NUL in JSON": ("p.jsonl", b'{"text": "a\\u0000b"}\n', r"line 1: .*a NUL.*\(U\+0000 at character 2\)"),
     "deep JSON": ("p.jsonl", b'{"text": "a", "deep": ' + b"[" * 200000 + b"]" * 200000 + b"}\n", "line 1: .*recursion"),
     "a long number": ("p.jsonl", b'{"text": "a", "n": ' + b"9" * 6000 + b"}\n", "line 1: cannot be read as JSON"),
     "NULs": ("p.csv", b"text\na cat\x00\n", r"line 2: expected text, got a NUL"),
     "UTF-16": ("p.csv", "text\na cat\n".encode("utf-16-le"), "line 1: expected text, got a NUL, as in .* UTF-16"),
     "UTF-16 with its mark": ("p.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1: expected UTF-8, got byte 0xff"),
-    "Latin-1": ("p.csv", "text\na cat\ngr\u00fcn\n".encode("latin-1"), "line 3: expected UTF-8, got byte 0xfc at character 3"),
+    "Latin-1": ("p.csv", "text\na cat\ngr\u00fcn\n".encode("latin-1"), "line 3: expected UTF-8, got byte 0xfc at"),
     "a mark inside": ("p.csv", b"text\na cat\n\xef\xbb\xbfa dog\n", r"line 3: .*a byte order mark.*\(U\+FEFF at"),
     "invisible alone": ("p.csv", "text\n\u200b\u2060\n".encode(), r"line 2: .*invisible characters alone \(U\+200B\)"),
 }  # fmt: skip
@@ -101,7 +103,9 @@ def test_texts_that_look_odd_are_what_they_are(tmp_path: Path) -> None:
 
 
 def test_cells_of_a_csv_are_the_text_that_is_written(tmp_path: Path) -> None:
-    content = b'\xef\xbb\xbftext,answer,\r\nNone,01,\r\n\r\nnull, 1.0,\r\n"a ""cat"", here",NA,x\r\n1984,"line\r\nline",\r\n'
+    content = (
+        b'\xef\xbb\xbftext,answer,\r\nNone,01,\r\n\r\nnull, 1.0,\r\n"a ""cat"", here",NA,x\r\n1984,"line\r\nline",\r\n'
+    )
     for read in read_everywhere(tmp_path / "data", "train.csv", content, Columns(metadata=("answer",))):
         assert read == [
             ("None", {"answer": "01"}),
@@ -114,7 +118,13 @@ def test_cells_of_a_csv_are_the_text_that_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_keys_of_a_json_line_are_its_own(tmp_path: Path, name: str) -> None:
     """The first ten megabytes do not decide what the other rows may have; what nobody asked for does not matter."""
-    late = {"text": "late", "tag": None, "exclude": ["z"], "note": {"b": 2}, "include": [{"class": "a", "color": "red"}]}
+    late = {
+        "text": "late",
+        "tag": None,
+        "exclude": ["z"],
+        "note": {"b": 2},
+        "include": [{"class": "a", "color": "red"}],
+    }
     early = json.dumps({"text": "p", "tag": "a", "note": "x" * 11_000_000, "include": [{"class": "a"}]})
     content = f"{early}\n{json.dumps(late)}\n".encode()
     if name.endswith(".json"):
@@ -160,7 +170,9 @@ def test_a_column_that_no_row_has(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         load_prompts(str(tmp_path / "p.jsonl"), 5, Columns(metadata=("late",)))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert metadata_of(load_prompts(str(tmp_path / "p.jsonl"), columns=Columns(metadata=("late",)))[-1]) == {"late": 2}
+        assert metadata_of(load_prompts(str(tmp_path / "p.jsonl"), columns=Columns(metadata=("late",)))[-1]) == {
+            "late": 2
+        }
     assert f"none of the first {MANY_ROWS} rows has a column late; their columns are text, tags." in caplog.text
 
 
@@ -177,10 +189,18 @@ def test_files_of_datasets_of_other_forms(tmp_path: Path) -> None:
     card = "---\nconfigs:\n- config_name: default\n  field: data\n  data_files: train.json\n---\n"
     (folders["field"] / "README.md").write_text(card)
     (folders["lines"] / "train.txt").write_text("x\n\ny\n")
-    expected = {"shards": ["x", "y"], "tabs": ["x, with a comma"], "gz": ["x"], "field": ["x", "y"], "lines": ["x", "y"]}
+    expected = {
+        "shards": ["x", "y"],
+        "tabs": ["x, with a comma"],
+        "gz": ["x"],
+        "field": ["x", "y"],
+        "lines": ["x", "y"],
+    }
     for name, folder in folders.items():
         for streaming in (False, True):
-            assert list(dataset_prompts(DatasetSpec(str(folder), streaming=streaming), Columns())) == expected[name], name
+            assert list(dataset_prompts(DatasetSpec(str(folder), streaming=streaming), Columns())) == expected[name], (
+                name
+            )
     (folders["shards"] / "train-1.csv").write_text("b,text\n2,y, z\n")
     with pytest.raises(PromptError, match=r"train-1\.csv, line 2: expected as many cells"):
         list(dataset_prompts(DatasetSpec(str(folders["shards"])), Columns()))
@@ -192,7 +212,7 @@ def test_options_of_a_card_that_would_guess_are_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card.replace("{option}", 'sep: ";"'))
     assert list(dataset_prompts(DatasetSpec(str(tmp_path)), Columns())) == ["a, b"]
     (tmp_path / "README.md").write_text(card.replace("{option}", "skiprows: 1"))
-    with pytest.raises(PromptError, match="no more of its .csv files than sep and quotechar, got skiprows"):
+    with pytest.raises(PromptError, match=r"no more of its \.csv files than sep and quotechar, got skiprows"):
         list(dataset_prompts(DatasetSpec(str(tmp_path)), Columns()))
 
 

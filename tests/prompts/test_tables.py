@@ -92,10 +92,18 @@ def test_empty_cells_are_counted_and_reported_once(tmp_path: Path, caplog: pytes
         ("empty.jsonl", "", "it holds no row"),
         ("empty.csv", "", "it holds no row"),
         ("header.csv", "text\n", "it has no text in column text"),
-        ("broken.jsonl", '{"text": "a"}\n{bad\n', "line 2: cannot be read as JSON: Expecting property name .* at character 2"),
+        (
+            "broken.jsonl",
+            '{"text": "a"}\n{bad\n',
+            "line 2: cannot be read as JSON: Expecting property name .* at character 2",
+        ),
         ("broken.csv", 'text,n\n"unclosed,1\n', "line 2: cannot be read as CSV from here: unexpected end of data"),
         ("broken.parquet", "PAR1", "cannot be read"),
-        ("mixed.jsonl", '{"text": "a"}\n{"text": 5}\n', "line 2: expected text in column text, got int 5; its columns are text"),
+        (
+            "mixed.jsonl",
+            '{"text": "a"}\n{"text": 5}\n',
+            "line 2: expected text in column text, got int 5; its columns are text",
+        ),
         ("blank.jsonl", '{"text": ""}\n{"text": null}\n', "its 2 rows have no text in column text"),
     ],
 )

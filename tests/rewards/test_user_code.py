@@ -154,7 +154,9 @@ def test_global_state_is_set_back(tmp_path: Path, change: str, caplog: pytest.Lo
     reward = reward_from(tmp_path, "mean", top=change)
     assert global_state() == before
     if "manual_seed" not in change:
-        assert [message.split(" changed ")[1] for message in caplog.messages] == [f"{CHANGES[change]}, which was set back."]
+        assert [message.split(" changed ")[1] for message in caplog.messages] == [
+            f"{CHANGES[change]}, which was set back."
+        ]
     images = IMAGES.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(score_images(reward, images, PROMPTS).sum(), images)
     assert torch.equal(gradient, torch.full_like(IMAGES, 1 / 192))
@@ -271,13 +273,20 @@ def test_an_error_is_one_line_behind_the_users_own_frames(tmp_path: Path) -> Non
     (tmp_path / "arguments.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--nope'])\n")
     said = {f"{tmp_path}/forms.py:{name}": expected for name, expected in SAID.items()} | {
         "no_such_package.inner:f": ("", "module 'no_such_package.inner' was not found .*PYTHONPATH"),
-        f"{tmp_path}/broken.py:f": ("", r"failed while it was imported: SyntaxError: invalid syntax \(broken\.py, line 1\)"),
+        f"{tmp_path}/broken.py:f": (
+            "",
+            r"failed while it was imported: SyntaxError: invalid syntax \(broken\.py, line 1\)",
+        ),
         f"{tmp_path}/failing.py:f": ("in helper", "failed while it was imported: ZeroDivisionError"),
         f"{tmp_path}/arguments.py:f": ("in parse_args", "asked for the end of the program, SystemExit: 2"),
         "tiny-shapes": ("", "cannot read the prompt of sample 0 \"a cat\": unknown word 'cat'"),
     }
     done = subprocess.run(
-        [sys.executable, "-c", dedent(ASK), *said], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120
+        [sys.executable, "-c", dedent(ASK), *said],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=120,
     )
     *parts, rest = done.stderr.split("left with 1\n")
     assert len(parts) == len(said) and not rest, done.stderr
