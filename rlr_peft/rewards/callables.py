@@ -139,14 +139,16 @@ class CallableReward:
         # Copies, which the code may change in place: other rewards, and the next update, are still to see what there
         # was. Prompts as plain texts, since ours carry their metadata; entry by entry, since samples of a prompt and
         # frames of a video share theirs.
-        arguments: tuple[Any, ...] = (images.clone(), [str(prompt) for prompt in prompts])
+        texts = [str(prompt) for prompt in prompts]
+        arguments: tuple[Any, ...] = (images.clone(), texts)
         keywords: dict[str, Any] = {}
         if self._passes_metadata == "positional":
             arguments = (*arguments, [copy.deepcopy(entry) for entry in metadata])
         elif self._passes_metadata == "keyword":
             keywords = {"metadata": [copy.deepcopy(entry) for entry in metadata]}
         details = f" (called with images of shape {tuple(images.shape)} and {len(prompts)} prompts)"
-        with running_user_code(f"reward '{self.name}'", self._set_back, details=details):
+        about = float(images.detach().sum(dtype=torch.float64)), texts
+        with running_user_code(f"reward '{self.name}'", self._set_back, about, details=details):
             return self._function(*arguments, **keywords)
 
 

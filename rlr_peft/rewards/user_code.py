@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,19 +84,29 @@ def _set_logging(state: tuple[Any, ...]) -> None:
         one.disabled = one.name in silenced
 
 
-def _random_states() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda
+@contextmanager
+def _own_random_numbers(about: object) -> Iterator[None]:
+    """Seeds all generators by what the code is called about, and sets them back.
 
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state_all(states[1])
-
-
-def _seeds() -> tuple[int, ...]:
-    return torch.initial_seed(), torch.cuda.initial_seed() if torch.cuda.is_initialized() else 0
+    So it draws other numbers for other images, the same ones in a resumed run, and none of ours.
+    """
+    seed = zlib.crc32(repr(about).encode())
+    has_cuda = torch.cuda.is_initialized()
+    before = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    before_cuda = torch.cuda.get_rng_state_all() if has_cuda else []
+    torch.default_generator.manual_seed(seed)
+    if has_cuda:
+        torch.cuda.manual_seed_all(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        numpy.random.set_state(before[1])
+        random.setstate(before[2])
+        if has_cuda:
+            torch.cuda.set_rng_state_all(before_cuda)
 
 
 SETTINGS = (
@@ -125,15 +136,17 @@ SETTINGS = (
 
 
 @contextmanager
-def running_user_code(what: str, told: set[str], verb: str = "raised", details: str = "") -> Iterator[None]:
+def running_user_code(
+    what: str, told: set[str], about: object = None, verb: str = "raised", details: str = ""
+) -> Iterator[None]:
     """Around a call into a user's code.
 
-    Random numbers that the code draws advance torch's generators as any draw does; seeding them is undone, for every
-    call would set them to the same place.
+    It draws from random generators of its own, as it were: seeding them again and again concerns nobody else.
 
     Args:
         what: the code in words, for messages: "reward 'rewards.py:sharpness'".
         told: which settings were said to be set back; they are not said again, and new ones are added.
+        about: what seeds the random numbers that it draws, by its `repr`.
         verb: what an error did to it, in words.
         details: said behind an error.
 
@@ -141,9 +154,9 @@ def running_user_code(what: str, told: set[str], verb: str = "raised", details: 
         RewardError: the code raised, or left the program.
     """
     before = [setting.read() for setting in SETTINGS]
-    seeds, states = _seeds(), _random_states()
     try:
-        yield
+        with _own_random_numbers((what, about)):
+            yield
     except (RewardError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:
@@ -157,9 +170,6 @@ def running_user_code(what: str, told: set[str], verb: str = "raised", details: 
             if setting.read() != value:
                 setting.write(value)
                 changed.append(setting.name)
-        if _seeds() != seeds:
-            _set_random_states(states)
-            changed.append("torch's random state")
         new = [name for name in changed if name not in told]
         if new:
             told.update(new)
@@ -170,19 +180,13 @@ def running_user_code(what: str, told: set[str], verb: str = "raised", details: 
 def loading_user_code(what: str, verb: str) -> Iterator[None]:
     """Around the import of a user's module, or the making of an object of it.
 
-    As `running_user_code`; filters of warnings and all random states are set back too.
+    As `running_user_code`; filters of warnings are set back too.
 
     Raises:
         RewardError: the code raised, or left the program.
     """
-    states = _random_states(), numpy.random.get_state(), random.getstate()
-    try:
-        with warnings.catch_warnings(), running_user_code(what, set(), verb):
-            yield
-    finally:
-        _set_random_states(states[0])
-        numpy.random.set_state(states[1])
-        random.setstate(states[2])
+    with warnings.catch_warnings(), running_user_code(what, set(), verb=verb):
+        yield
 
 
 def _without_our_frames(error: BaseException) -> BaseException | None:

@@ -113,7 +113,6 @@ def global_state() -> dict[str, Any]:
         "precision": torch.get_float32_matmul_precision(),
         "benchmark": torch.backends.cudnn.benchmark,
         "anomaly": torch.is_anomaly_enabled(),
-        "random state": torch.get_rng_state().tolist(),
         "NumPy's errors": numpy.geterr(),
         "folder": os.getcwd(),
         "logging": (logging.root.level, list(logging.root.handlers), rlr.isEnabledFor(logging.WARNING), rlr.disabled),
@@ -130,7 +129,6 @@ CHANGES = {
     "torch.set_float32_matmul_precision('high')": "torch's precision of matrix products",
     "torch.backends.cudnn.benchmark = True": "cuDNN's flags",
     "torch.autograd.set_detect_anomaly(True)": "torch's anomaly detection",
-    "torch.manual_seed(0)": "torch's random state",
     "numpy.seterr(all='raise')": "NumPy's handling of errors",
     "os.chdir('/')": "the working folder",
     "logging.disable()": "the logging",
@@ -153,10 +151,7 @@ def test_global_state_is_set_back(tmp_path: Path, change: str, caplog: pytest.Lo
     caplog.clear()
     reward = reward_from(tmp_path, "mean", top=change)
     assert global_state() == before
-    if "manual_seed" not in change:
-        assert [message.split(" changed ")[1] for message in caplog.messages] == [
-            f"{CHANGES[change]}, which was set back."
-        ]
+    assert [message.split(" changed ")[1] for message in caplog.messages] == [f"{CHANGES[change]}, which was set back."]
     images = IMAGES.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(score_images(reward, images, PROMPTS).sum(), images)
     assert torch.equal(gradient, torch.full_like(IMAGES, 1 / 192))
@@ -164,7 +159,7 @@ def test_global_state_is_set_back(tmp_path: Path, change: str, caplog: pytest.Lo
 
 def test_it_is_set_back_after_errors_too(tmp_path: Path) -> None:
     before = global_state()
-    failing = "torch.set_grad_enabled(False); torch.manual_seed(0); 1 / 0"
+    failing = "torch.set_grad_enabled(False); torch.set_num_threads(7); 1 / 0"
     with pytest.raises(RewardError, match="raised ZeroDivisionError"):
         score_images(reward_from(tmp_path, "changes", inside=failing), IMAGES, PROMPTS)
     assert global_state() == before
@@ -173,22 +168,33 @@ def test_it_is_set_back_after_errors_too(tmp_path: Path) -> None:
     assert global_state() == before
 
 
-def test_an_import_leaves_warnings_and_every_random_state_alone(tmp_path: Path) -> None:
-    top = "warnings.simplefilter('ignore'); random.seed(0); numpy.random.seed(0); torch.rand(3)"
-    states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state(), list(warnings.filters)  # type: ignore[index]
-    reward_from(tmp_path, "mean", top=top)
-    assert random.getstate() == states[0] and numpy.random.get_state()[1].tolist() == states[1]  # type: ignore[index]
-    assert torch.equal(torch.get_rng_state(), states[2]) and list(warnings.filters) == states[3]
+SEEDING = "torch.manual_seed(0); random.seed(0); numpy.random.seed(0); torch.rand(3)"
 
 
-def test_random_numbers_that_a_reward_draws_are_new_in_every_call(tmp_path: Path) -> None:
-    reward = reward_from(tmp_path, "noisy")
+def test_an_import_leaves_warnings_alone(tmp_path: Path) -> None:
+    before = list(warnings.filters)
+    reward_from(tmp_path, "mean", top="warnings.simplefilter('ignore')")
+    assert list(warnings.filters) == before
+
+
+def test_a_reward_that_seeds_leaves_all_generators_alone(tmp_path: Path) -> None:
+    """Whatever they were seeded with before, even with the very same seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        first, second = (score_images(reward, IMAGES, PROMPTS) for _ in range(2))
-        torch.manual_seed(3)
-        drawn = torch.rand(8)
-    torch.testing.assert_close(torch.cat([first, second]), IMAGES.mean((1, 2, 3)).repeat(2) + drawn)
+        torch.manual_seed(0)
+        states = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+        reward = reward_from(tmp_path, "changes", top=SEEDING, inside=SEEDING)
+        score_images(reward, IMAGES, PROMPTS)
+        assert torch.equal(torch.get_rng_state(), states[0])
+    assert numpy.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]  # type: ignore[index]
+
+
+def test_random_numbers_that_a_reward_draws_belong_to_what_it_scores(tmp_path: Path) -> None:
+    """Others for other images or prompts; the same for the same, as in a resumed run."""
+    reward = reward_from(tmp_path, "noisy")
+    batches = [(IMAGES, PROMPTS), (IMAGES, ["x"] * 4), (IMAGES / 2, PROMPTS)]
+    noises = [score_images(reward, *batch) - batch[0].mean((1, 2, 3)) for batch in batches]
+    assert len({tuple(noise.tolist()) for noise in noises}) == 3
+    assert torch.equal(score_images(reward, *batches[0]) - IMAGES.mean((1, 2, 3)), noises[0])
 
 
 FORMS = """
