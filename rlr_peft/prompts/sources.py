@@ -8,7 +8,8 @@ from rlr_peft.config.prompt_checks import BUILTIN_SETS
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.builtin import builtin_prompts
 from rlr_peft.prompts.errors import PromptError
-from rlr_peft.prompts.rows import Columns, RowReader
+from rlr_peft.prompts.files import prompt_lines
+from rlr_peft.prompts.rows import Columns, Row, RowReader
 from rlr_peft.prompts.tables import FORMATS, DatasetSpec, dataset_rows, file_rows
 
 EXPECTED = f"expected one of {', '.join(BUILTIN_SETS)}, or a .txt, {', '.join(FORMATS)} file"
@@ -28,7 +29,7 @@ def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | N
         At least one prompt, in the order of the source.
 
     Raises:
-        PromptError: no such source, unreadable, a missing column, or without a prompt.
+        PromptError: no such source, unreadable, a missing column, a text that is none, or without a prompt.
     """
     if max_samples is not None and max_samples < 1:
         raise PromptError(f"expected at least 1 prompt to keep, got max_samples = {max_samples}")
@@ -37,8 +38,7 @@ def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | N
     if prompts is None:
         path = _existing_file(spec)
         if path.suffix.lower() != ".txt":
-            reader = RowReader(spec, columns)
-            return list(itertools.islice(_read(reader, file_rows(path, columns)), max_samples))
+            return list(_read(RowReader(spec, columns), file_rows(path, columns), max_samples))
         prompts = _read_text_file(path, spec)
     if columns.beyond_caption:
         raise PromptError(
@@ -48,20 +48,23 @@ def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | N
     return list(prompts[:max_samples])
 
 
-def dataset_prompts(spec: DatasetSpec, columns: Columns) -> Iterator[Prompt]:
+def dataset_prompts(spec: DatasetSpec, columns: Columns, max_samples: int | None = None) -> Iterator[Prompt]:
     """The prompts of a dataset, row by row from the first.
+
+    Args:
+        spec: which dataset.
+        columns: what to read of it.
+        max_samples: only this many prompts; None for all.
 
     Raises:
         PromptError: no such dataset, a missing column, a cell that is no text, or no prompt at all.
     """
-    return _read(RowReader(spec.name, columns), dataset_rows(spec, columns))
+    return _read(RowReader(spec.name, columns), dataset_rows(spec, columns), max_samples)
 
 
-def _read(reader: RowReader, rows: Iterator[object]) -> Iterator[Prompt]:
-    for row in rows:
-        prompt = reader.read(row)  # type: ignore[arg-type]
-        if prompt is not None:
-            yield prompt
+def _read(reader: RowReader, rows: Iterator[Row], max_samples: int | None) -> Iterator[Prompt]:
+    prompts = (prompt for row in rows if (prompt := reader.read(row)) is not None)
+    yield from itertools.islice(prompts, max_samples)
     reader.report()
 
 
@@ -81,17 +84,9 @@ def _existing_file(spec: str) -> Path:
 
 def _read_text_file(path: Path, spec: str) -> list[str]:
     try:
-        # Windows editors put a byte order mark in front, which must not become part of the first prompt.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"prompts '{spec}': expected UTF-8, got byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-            "save the file as UTF-8"
-        ) from error
+        prompts = [prompt for prompt, _ in prompt_lines(path.open("rb"), spec)]
     except OSError as error:
         raise PromptError(f"prompts '{spec}': cannot be read: {error.strerror}") from error
-    # Not `splitlines`: that also cuts at rarer characters, such as a form feed, that are no ends of lines here.
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise PromptError(f"prompts '{spec}': the file holds no prompt; write one a line")
     return prompts

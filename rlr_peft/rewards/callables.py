@@ -12,6 +12,7 @@ once, by `CallableReward.probe` on the first images of the run.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib
@@ -30,6 +31,7 @@ from torch import Tensor
 from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.info import Info, info_of
 from rlr_peft.rewards.scores import check_scores, is_attached
+from rlr_peft.rewards.user_code import loading_user_code, running_user_code
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,14 @@ class CallableReward:
         function: the callable.
 
     Raises:
-        RewardError: `function` cannot take the arguments of a reward, or its `differentiable` is not a bool.
+        RewardError: `function` cannot take the arguments of a reward, does not return when it is called (it has a
+            `yield` or is `async`), or its `differentiable` is not a bool.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         self._function = function
+        _check_returns(name, function)
         self._passes_metadata = _passes_metadata(name, function)
         declared = getattr(function, "differentiable", None)
         if declared is not None and not isinstance(declared, bool):
@@ -63,6 +67,7 @@ class CallableReward:
             )
         self._differentiable: bool | None = declared
         self.takes_video = bool(getattr(function, "takes_video", False))
+        self._set_back: set[str] = set()
 
     @property
     def differentiable(self) -> bool:
@@ -97,13 +102,15 @@ class CallableReward:
         arguments = (prompts[:PROBE_BATCH_SIZE], metadata[:PROBE_BATCH_SIZE])
         with torch.random.fork_rng(devices=[few.device] if few.is_cuda else []), torch.enable_grad():
             leaf = few.clone().requires_grad_(True)
+            reason: object = "its scores are cut off from the images"
+            attached: bool | None = None
             try:
-                scores = check_scores(self.name, self._call(leaf, *arguments), arguments[0])
-                self._differentiable = is_attached(scores, leaf)
-                reason: object = "its scores are cut off from the images"
+                attached = is_attached(check_scores(self.name, self._call(leaf, *arguments), arguments[0]), leaf)
             except RewardError as error:
+                reason = error.__cause__ or error
+            if attached is None:  # not above, where a second error would come with the first one's traceback
                 check_scores(self.name, self._call(few, *arguments), arguments[0])
-                self._differentiable, reason = False, error.__cause__ or error
+            self._differentiable = bool(attached)
         if not self._differentiable:
             advice = "If that is meant, `differentiable = False` on it says so."
             logger.warning("Reward '%s' counts as not differentiable: %s. %s", self.name, reason, advice)
@@ -129,22 +136,20 @@ class CallableReward:
         return (scores, info) if info else scores
 
     def _call(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
-        # Copies, which the code may change in place: other rewards are still to see what was drawn.
-        arguments: tuple[Any, ...] = (images.clone(), list(prompts))
+        # Copies, which the code may change in place: other rewards, and the next update, are still to see what there
+        # was. Prompts as plain texts, since ours carry their metadata; entry by entry, since samples of a prompt and
+        # frames of a video share theirs.
+        texts = [str(prompt) for prompt in prompts]
+        arguments: tuple[Any, ...] = (images.clone(), texts)
         keywords: dict[str, Any] = {}
         if self._passes_metadata == "positional":
-            arguments = (*arguments, metadata)
+            arguments = (*arguments, [copy.deepcopy(entry) for entry in metadata])
         elif self._passes_metadata == "keyword":
-            keywords = {"metadata": metadata}
-        try:
+            keywords = {"metadata": [copy.deepcopy(entry) for entry in metadata]}
+        details = f" (called with images of shape {tuple(images.shape)} and {len(prompts)} prompts)"
+        about = float(images.detach().sum(dtype=torch.float64)), texts
+        with running_user_code(f"reward '{self.name}'", self._set_back, about, details=details):
             return self._function(*arguments, **keywords)
-        except (RewardError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"reward '{self.name}' raised {type(error).__name__}: {error} (called with images of shape "
-                f"{tuple(images.shape)} and {len(prompts)} prompts; the traceback above points into it)"
-            ) from error
 
 
 def load_callable_reward(spec: str, device: str | torch.device = "cpu") -> CallableReward:
@@ -172,12 +177,8 @@ def load_callable_reward(spec: str, device: str | torch.device = "cpu") -> Calla
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(sorted(public)) or 'no callable'}"
         raise RewardError(f"reward '{spec}': '{location}' has no '{attribute}'; {hint}")
     if inspect.isclass(function):
-        try:
+        with loading_user_code(f"reward '{name}'", "cannot be instantiated without arguments:"):
             function = function()
-        except Exception as error:
-            raise RewardError(
-                f"reward '{spec}': the class cannot be instantiated without arguments: {type(error).__name__}: {error}"
-            ) from error
     if not callable(function):
         raise RewardError(
             f"reward '{spec}': expected a function or a callable object taking {EXPECTED_ARGUMENTS}, "
@@ -199,29 +200,36 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up here
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
+        with loading_user_code(f"reward file '{path}'", "failed while it was imported:"):
+            module_spec.loader.exec_module(module)
+    except BaseException:
         del sys.modules[name]
-        raise RewardError(
-            f"reward file '{path}' failed while it was imported: {type(error).__name__}: {error}"
-        ) from error
+        raise
     return module
 
 
 def _import_module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise RewardError(
-                f"reward module '{name}' was not found (no module '{error.name}'); install its package, put its folder "
-                "on PYTHONPATH, or give the file itself as `path/to/file.py:callable`"
-            ) from error
-        raise RewardError(f"reward module '{name}' needs '{error.name}', which is not installed") from error
-    except Exception as error:
+        with loading_user_code(f"reward module '{name}'", "failed while it was imported:"):
+            return importlib.import_module(name)
+    except RewardError as error:
+        cause = error.__cause__
+        if not isinstance(cause, ModuleNotFoundError):
+            raise
+    if cause.name is not None and (name == cause.name or name.startswith(f"{cause.name}.")):
         raise RewardError(
-            f"reward module '{name}' failed while it was imported: {type(error).__name__}: {error}"
-        ) from error
+            f"reward module '{name}' was not found (no module '{cause.name}'); install its package, put its folder "
+            "on PYTHONPATH, or give the file itself as `path/to/file.py:callable`"
+        )
+    raise RewardError(f"reward module '{name}' needs '{cause.name}', which is not installed")
+
+
+def _check_returns(name: str, function: Callable[..., Any]) -> None:
+    for called in (function, type(function).__call__):
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            raise RewardError(f"reward '{name}': expected a function that returns scores, got one with `yield`")
+        if inspect.iscoroutinefunction(called):
+            raise RewardError(f"reward '{name}': expected a function that returns scores, got an `async` one")
 
 
 def _passes_metadata(name: str, function: Callable[..., Any]) -> str:

@@ -71,11 +71,12 @@ def _is_pair(returned: Any) -> bool:
 
 def _numbers(value: Any, batch_size: int) -> Tensor | None:
     if isinstance(value, Tensor):
-        value = value.detach().float().cpu()
+        value = value.detach().float().cpu().numpy()
     elif isinstance(value, (list, tuple)):
         value = [_number(entry) for entry in value]
     try:
-        numbers = torch.as_tensor(numpy.asarray(value, dtype=numpy.float32))
+        # A copy, as of the scores: the reward may fill the same buffer again.
+        numbers = torch.as_tensor(numpy.array(value, dtype=numpy.float32))
     except (TypeError, ValueError):
         return None
     if numbers.ndim == 0:

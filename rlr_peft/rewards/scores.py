@@ -50,7 +50,8 @@ def check_scores(reward_name: str, scores: Any, prompts: Sequence[str], *, attac
             f"reward '{reward_name}': expected real scores, got dtype {tensor.dtype}; return float32. "
             f"The batch: {describe_samples(range(len(prompts)), prompts)}"
         )
-    tensor = tensor.to(torch.float32)
+    # A copy: code that fills one buffer again and again would change the scores of earlier images.
+    tensor = tensor.to(torch.float32, copy=True)
     finite = torch.isfinite(tensor.detach()).cpu()
     if not bool(finite.all()):
         bad = [index for index, good in enumerate(finite.tolist()) if not good]
@@ -119,17 +120,26 @@ def _as_tensor(reward_name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
         if bad and not all(isinstance(entries[index], (list, tuple, numpy.ndarray)) for index in bad):
             where = describe_samples([index for index in bad if index < len(prompts)], prompts)
             raise RewardError(
-                f"reward '{reward_name}': expected numbers, got {entries[bad[0]]!r} at position {bad[0]}; return one "
-                f"float per image. Bad: {where or 'beyond the batch'}"
+                f"reward '{reward_name}': expected numbers, got {_in_words(entries[bad[0]])} at position {bad[0]}; "
+                f"return one float per image, or (scores, info). Bad: {where or 'beyond the batch'}"
             )
     try:
-        return torch.as_tensor(numpy.asarray(scores, dtype=numpy.float64))
-    except (TypeError, ValueError) as error:
+        if scores is not None:  # NumPy would take it for NaN
+            return torch.as_tensor(numpy.asarray(scores, dtype=numpy.float64))
+        raise TypeError
+    except (TypeError, ValueError):
         raise RewardError(
             f"reward '{reward_name}': expected a tensor, an array or a list of {len(prompts)} numbers, got "
             f"{type(scores).__name__}; return one float per image. "
             f"The batch: {describe_samples(range(len(prompts)), prompts)}"
-        ) from error
+        ) from None
+
+
+def _in_words(entry: Any) -> str:
+    """Never the many lines of a large tensor."""
+    if isinstance(entry, (Tensor, numpy.ndarray)):
+        return f"{type(entry).__name__} of shape {tuple(entry.shape)}"
+    return f"{entry!r:.80}"
 
 
 def _is_number(entry: Any) -> bool:

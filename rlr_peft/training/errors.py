@@ -26,7 +26,7 @@ WITHOUT_MEMORY = (
 def reporting_errors(afterwards: str = "") -> Iterator[None]:
     """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
 
-    Where the user's own reward raised, the traceback into it comes first.
+    Where the user's own reward raised, the traceback into it comes first, from its first line in their code on.
 
     Args:
         afterwards: what is left and how to go on, said after Ctrl-C and on a full disk.
@@ -34,8 +34,8 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if isinstance(error, RewardError) and error.__cause__ is not None:
-            say("".join(traceback.format_exception(error.__cause__)).rstrip("\n"), sys.stderr)
+        if isinstance(error, RewardError) and error.raised is not None:
+            say("".join(traceback.format_exception(error.raised)).rstrip("\n"), sys.stderr)
         say(f"error: {error}", sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:

@@ -97,7 +97,10 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
 
 def summary(run: Run, metrics: dict[str, float]) -> str:
     """The last lines that a run prints: what came out, and how to load it."""
-    lines = [f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time."]
+    lines = [
+        f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time.",
+        *_nothing_learnt(run),
+    ]
     for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
         if reward is not None and f"{name}_gain" in metrics:
             lines.append(f"  {name} ({reward.name}): {_gain_text(metrics, name)} (n = {metrics['n']:.0f} images)")
@@ -115,6 +118,11 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
         *(f"  {line}" for line in _loading_lines(run)),
     ]
     return "\n".join(lines)
+
+
+def _nothing_learnt(run: Run) -> list[str]:
+    verdict = run.learning_signal.verdict(read_metrics(run.output_dir / METRICS_LOG))
+    return [] if verdict is None else [verdict]
 
 
 def _gain_text(metrics: dict[str, float], name: str) -> str:
@@ -222,6 +230,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         *([chain_of_thought] if chain_of_thought is not None else []),
         *_reward_decoder_text(run),
         *([progress.stopped_early] if progress.stopped_early else []),
+        *_nothing_learnt(run),
     ]
     return RunRecord(
         base_model=config.model.pretrained_model_name_or_path,

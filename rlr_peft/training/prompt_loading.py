@@ -59,7 +59,7 @@ def read_prompts(config: Config) -> RunPrompts:
     if arguments.prompt_path is not None:
         prompts = load_prompts(arguments.prompt_path, arguments.max_train_samples, columns)
     else:
-        prompts = list(itertools.islice(dataset_prompts(_dataset(config), columns), arguments.max_train_samples))
+        prompts = list(dataset_prompts(_dataset(config), columns, arguments.max_train_samples))
     if arguments.validation_split_percentage is not None:
         prompts, evaluation = hold_back(prompts, arguments.validation_split_percentage)
     return RunPrompts(prompts, evaluation, validation, PromptSampler(prompts, config.training.seed))
@@ -142,8 +142,7 @@ def _streamed(config: Config, columns: Columns, evaluation: list[str] | None, va
     decompose = decompose_by_rules if config.chain_of_thought.dcot_rules else None
 
     def stream(is_wanted: Callable[[str], bool]) -> Iterator[str]:
-        rows = itertools.islice(dataset_prompts(_dataset(config), columns), arguments.max_train_samples)
-        for prompt in filter(is_wanted, rows):
+        for prompt in filter(is_wanted, dataset_prompts(_dataset(config), columns, arguments.max_train_samples)):
             yield prompt if decompose is None else with_stages(prompt, decompose(prompt))
 
     def is_trained_on(prompt: str) -> bool:

@@ -27,6 +27,7 @@ from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.chain_building import attach_adapters, build_chain, denoiser_names
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.loading import load_pipeline, load_reward_decoder
 from rlr_peft.training.memory_options import check_machine, compile_denoisers
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
@@ -76,6 +77,7 @@ class Run:
         kl_penalty: how the divergence from the base is measured; None if never.
         reward_scale: the running scale of the rewards; None if they are not normalised.
         early_stopping: watches for reward hacking.
+        learning_signal: says when updates teach nothing.
         prompts: all training prompts; of a stream its first window.
         sampler: which prompts an update uses.
         evaluation_prompts: prompts of the comparison of base and adapter; None for no comparison.
@@ -97,6 +99,7 @@ class Run:
     kl_penalty: KLPenalty | None
     reward_scale: RewardScale | None
     early_stopping: EarlyStopping
+    learning_signal: LearningSignal
     prompts: list[str]
     sampler: Sampler
     evaluation_prompts: list[str] | None
@@ -160,6 +163,9 @@ def build_run(config: Config) -> Run:
         kl_penalty=_kl_penalty(config),
         reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
         early_stopping=EarlyStopping(config.regularization.early_stopping_steps, config.regularization.kl_limit),
+        learning_signal=LearningSignal(
+            reward.name, sum(parameter.numel() for parameter in parameters), config.optimizer.adam_epsilon
+        ),
         prompts=prompts.training,
         sampler=prompts.sampler,
         evaluation_prompts=prompts.evaluation,

@@ -102,12 +102,13 @@ def _loop(
 
 
 def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -> None:
-    metrics = update.metrics() | {
+    metrics: dict[str, Any] = update.metrics() | {
         "lr": run.lr_scheduler.get_last_lr()[0],
         "denoiser_evaluations": progress.denoiser_evaluations,
     }
     if log is not None:
         log.log(metrics, progress.step)
+        run.learning_signal.check(progress.step, metrics)
     run.accelerator.log(metrics | {"seconds": progress.seconds}, step=progress.step)
 
 

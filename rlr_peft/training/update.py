@@ -18,6 +18,9 @@ from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import Purpose, derive_seed
 
+# Squares of entries much below this vanish in float32, and with them the norm.
+TINY_NORM = 1e-15
+
 
 @dataclass(frozen=True)
 class Update:
@@ -199,6 +202,8 @@ def _optimizer_step(run: Run, step: int, scale: float) -> float:
             f"Expected a finite gradient at update {step + 1}, got norm {norm}. Look at the size of the rewards, lower "
             "the learning rate, or train in bf16 or fp32. The last checkpoint, if any, is untouched."
         )
+    if norm < TINY_NORM:
+        norm = math.hypot(*(float(p.grad.double().norm()) for p in parameters if p.grad is not None))
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
@@ -220,7 +225,8 @@ def to_mean_descent(parameters: Sequence[torch.nn.Parameter], divisor: float, ac
 
 def standard_error(scores: torch.Tensor) -> float:
     """Standard error of the mean of (N,) scores; 0 for a single one."""
-    return float(scores.std()) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
+    # In float64, where the squares of faint scores do not vanish.
+    return float(scores.double().std()) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -140,22 +140,48 @@ def test_access_is_checked_before_training(hub: LoopbackHub, workplace: Path, tm
     assert not (tmp_path / "out").exists() and not hub.requests("POST")
 
 
-def test_prompts_are_loaded_through_the_hub(hub: LoopbackHub, tmp_path: Path, home: Path) -> None:
-    done = run(
-        [
-            "-c",
-            """
-import json
-from datasets import load_dataset
+READ_PROMPTS = """
+import json, sys
+from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts.sources import dataset_prompts
+from rlr_peft.prompts.tables import DatasetSpec
+for name, streaming in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps(list(dataset_prompts(DatasetSpec(name, streaming=streaming), Columns()))))
+    except PromptError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_prompts_are_read_from_the_hub(hub: LoopbackHub, tmp_path: Path, home: Path) -> None:
+    """Whole and streamed, as they are written; offline what was fetched before."""
+    files = {
+        "json": ("train.jsonl", '{"text": "a red ball"}\n{"text": "None", "late": [1]}\n'),
+        "csv": ("train.csv", "text\na red ball\nNone\n"),
+        "commas": ("train.csv", "text\na red ball\na ball, red\n"),
+    }
+    create = """
+import json, sys
 from huggingface_hub import HfApi
-api = HfApi()
-api.create_repo("owner/prompts", repo_type="dataset", private=True)
-api.upload_file(path_or_fileobj=b'{"text": "a red ball"}\\n{"text": "a blue box"}\\n', path_in_repo="data/train.jsonl",
-    repo_id="owner/prompts", repo_type="dataset")
-print(json.dumps(load_dataset("owner/prompts", split="train")["text"][:]))
-""",
-        ],
-        hub.environment(home),
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == ["a red ball", "a blue box"]
-    assert hub.requests("/datasets/owner/prompts/resolve/")
+for name, (path, content) in json.loads(sys.argv[1]).items():
+    HfApi().create_repo(f"owner/{name}", repo_type="dataset", private=True)
+    HfApi().upload_file(path_or_fileobj=content.encode(), path_in_repo=f"data/{path}", repo_id=f"owner/{name}",
+        repo_type="dataset")
+"""
+    run(["-c", create, json.dumps(files)], hub.environment(home))
+    asked = [(f"owner/{name}", streaming) for name in files for streaming in (True, False)]
+    texts = ["a red ball", "None"]
+    done = run(["-c", READ_PROMPTS, json.dumps(asked)], hub.environment(home))
+    *read, refused, also_refused = map(json.loads, done.stdout.splitlines())
+    assert read == [texts] * 4
+    assert refused == also_refused
+    assert refused.startswith("prompts 'owner/commas', train.csv, line 3: expected as many cells as the header has")
+    assert hub.requests("/datasets/owner/json/resolve/")
+    hub.fail()
+    offline = hub.environment(home, HF_HUB_OFFLINE="1")
+    done = run(["-c", READ_PROMPTS, json.dumps([("owner/csv", False), ("owner/never", False)])], offline)
+    read, unknown = map(json.loads, done.stdout.splitlines())
+    assert read == texts and not hub.requests()
+    assert "Offline: owner/csv is read as far as its files are in the cache" in done.stderr
+    assert unknown.startswith("prompts 'owner/never': cannot be read: ") and "Traceback" not in done.stderr

@@ -33,7 +33,7 @@ def test_a_text_file_is_read_line_by_line(tmp_path: Path) -> None:
     [
         ("empty.txt", b"", "holds no prompt"),
         ("blank.txt", b"\n \n\t\r\n", "holds no prompt"),
-        ("latin.txt", "gr\u00fcn".encode("latin-1"), "expected UTF-8, got byte 0xfc at offset 2"),
+        ("latin.txt", "gr\u00fcn".encode("latin-1"), "line 1: expected UTF-8, got byte 0xfc at character 3"),
         ("table.xlsx", b"text\na cat\n", r"got a file ending in '\.xlsx'"),
     ],
 )
