@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,15 +120,15 @@ def _as_tensor(reward_name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
         if bad and not all(isinstance(entries[index], (list, tuple, numpy.ndarray)) for index in bad):
             where = describe_samples([index for index in bad if index < len(prompts)], prompts)
             raise RewardError(
-                f"reward '{reward_name}': expected numbers, got {entries[bad[0]]!r} at position {bad[0]}; return one "
-                f"float per image. Bad: {where or 'beyond the batch'}"
+                f"reward '{reward_name}': expected numbers, got {reprlib.repr(entries[bad[0]])} at position {bad[0]}; "
+                f"return one float per image. Bad: {where or 'beyond the batch'}"
             )
     try:
         return torch.as_tensor(numpy.asarray(scores, dtype=numpy.float64))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RewardError(
             f"reward '{reward_name}': expected a tensor, an array or a list of {len(prompts)} numbers, got "
-            f"{type(scores).__name__}; return one float per image. "
+            f"{type(scores).__name__} ({reprlib.repr(scores)}); return one float per image. "
             f"The batch: {describe_samples(range(len(prompts)), prompts)}"
         ) from error
 
