@@ -85,9 +85,10 @@ class JsonServer:
         basic = {} if user is None else {"Authorization": make_headers(basic_auth=user)["authorization"]}
         self._headers = {"Content-Type": "application/json", **basic, **(headers or {})}
         self._target = parse_url(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()).request_uri
-        values = [value for _, value in parse_qsl(parts.query) if len(value) > 3]
         self._secrets = [
-            secret for secret in (parts.query, parts.password, unquote(parts.password or ""), *values) if secret
+            *(parts.query, parts.password, unquote(parts.password or "")),
+            *(value for _, value in parse_qsl(parts.query) if len(value) > 3),
+            *(value.rpartition(" ")[2] for name, value in self._headers.items() if name == "Authorization"),
         ]
         connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._connection = connection(parts.hostname, parts.port)
@@ -118,7 +119,8 @@ class JsonServer:
             else:
                 if answer.status == 200:
                     return self._parsed(answer)
-                problem, retry_after = f"answered {answer.status} {answer.reason}", answer.retry_after
+                problem = f"answered {answer.status} {self._without_secrets(answer.reason)}"
+                retry_after = answer.retry_after
                 if answer.status not in RETRIED_STATUSES:
                     raise ServerError(f"{problem}: {self._said(answer)}")
                 if not again:
@@ -179,12 +181,18 @@ class JsonServer:
         except (ValueError, RecursionError):
             raise ServerError(f"answered no JSON but {self._said(answer)}") from None
 
+    def shown(self, answer: Any) -> str:
+        """As much of an answer as a message can show, however deep or long it is."""
+        return _shortened(self._without_secrets(_representation.repr(answer)))
+
     def _said(self, answer: _Answer) -> str:
-        """The body for a message; without the secrets of the address, which a server may repeat."""
-        text = answer.body.decode(errors="replace").strip()
-        for secret in self._secrets:
+        return _shortened(self._without_secrets(answer.body.decode(errors="replace").strip())) or "an empty body"
+
+    def _without_secrets(self, text: str) -> str:
+        """Without those of the address and the headers, which a server may repeat."""
+        for secret in filter(None, self._secrets):
             text = text.replace(secret, "***")
-        return shortened(text) or "an empty body"
+        return text
 
     def _wait(self, tried: int, problem: str, retry_after: str | None) -> None:
         """Waits before the next try, and says for what."""
@@ -193,7 +201,7 @@ class JsonServer:
         seconds = max(backoff, min(told, MAX_RETRY_AFTER_SECONDS))
         asked = ""
         if retry_after is not None:
-            asked = f" with Retry-After {shortened(retry_after)!r}"
+            asked = f" with Retry-After {_shortened(retry_after)!r}"
             if told > MAX_RETRY_AFTER_SECONDS:
                 asked += f", which is cut to {MAX_RETRY_AFTER_SECONDS} s"
         when = f"in {seconds:.3g} s" if seconds else "at once"
@@ -203,14 +211,9 @@ class JsonServer:
         time.sleep(seconds)
 
 
-def shortened(text: str) -> str:
+def _shortened(text: str) -> str:
     """As much of a text as a message can show."""
     return text if len(text) <= MAX_BODY_IN_MESSAGE else text[:MAX_BODY_IN_MESSAGE] + "..."
-
-
-def shown(answer: Any) -> str:
-    """As much of an answer as a message can show, however deep or long it is."""
-    return shortened(_representation.repr(answer))
 
 
 _representation = reprlib.Repr()
@@ -221,7 +224,9 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ServerError(f"answered an object with the key {shortened(twice)!r} twice, so that its value is not known")
+        raise ServerError(
+            f"answered an object with the key {_shortened(twice)!r} twice, so that its value is not known"
+        )
     return found
 
 
@@ -243,4 +248,4 @@ def _seconds(retry_after: str | None) -> float:
 
 def _reason(error: Exception) -> str:
     """The error without the addresses of objects and the address that was asked."""
-    return f"{type(error).__name__}: {shortened(str(error).rpartition('>: ')[2])}"
+    return f"{type(error).__name__}: {_shortened(str(error).rpartition('>: ')[2])}"

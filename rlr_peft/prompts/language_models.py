@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import torch
 from jinja2 import TemplateError
 
-from rlr_peft.json_server import JsonServer, ServerError, shown
+from rlr_peft.json_server import JsonServer, ServerError
 from rlr_peft.prompts.chain_of_thought import MalformedStagesError, parse_stages
 from rlr_peft.prompts.errors import PromptError
 
@@ -192,5 +192,6 @@ class EndpointModel:
             return content or ""
         except (KeyError, IndexError, TypeError):
             raise PromptError(
-                f"prompt {question!r}: expected an OpenAI chat completion from {self.name}, got {shown(answer)}"
+                f"prompt {question!r}: expected an OpenAI chat completion from {self.name}, got "
+                f"{self._server.shown(answer)}"
             ) from None

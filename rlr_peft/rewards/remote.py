@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError, shown
+from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError
 from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.info import Info, info_of, join_info
 from rlr_peft.rewards.scores import check_scores
@@ -111,7 +111,7 @@ class RemoteReward:
                 f"{where}: expected metadata that JSON can hold ({error}); leave such columns out of --metadata_columns"
             ) from None
         if not isinstance(answer, dict) or "rewards" not in answer:
-            raise RewardError(f"{where}: expected a JSON object with `rewards`, got {shown(answer)}")
+            raise RewardError(f"{where}: expected a JSON object with `rewards`, got {self._server.shown(answer)}")
         return answer
 
 

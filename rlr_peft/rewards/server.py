@@ -224,27 +224,30 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, self.server.stated)
 
     def do_POST(self) -> None:
-        held = 0
+        body, held, refused = bytearray(), 0, True
         try:
-            body = bytearray()
             for piece in self._pieces():
                 self.server.hold(len(piece))
                 held += len(piece)
                 body += piece
+            refused = False
             self.server.has_arrived(self.connection)
             status, answer = self._score(body)
         except WireError as error:
-            self._refuse(error.status, str(error))
+            status, answer = error.status, {"error": str(error)}
         except TimeoutError:
-            self._refuse(
-                HTTPStatus.REQUEST_TIMEOUT,
-                f"the request had not arrived after {self.server.limits.request_timeout:g} s; send fewer images at "
-                "once (--reward_server_batch_size), or start the server with a higher --request_timeout",
-            )
-        else:
-            self._send(status, answer)
+            status = HTTPStatus.REQUEST_TIMEOUT
+            answer = {
+                "error": f"the request had not arrived after {self.server.limits.request_timeout:g} s; send fewer "
+                "images at once (--reward_server_batch_size), or start the server with a higher --request_timeout"
+            }
         finally:
+            body.clear()
             self.server.hold(-held)
+        self.close_connection |= refused
+        self._send(status, answer)
+        if refused:
+            self._let_it_end()
 
     def _pieces(self) -> Iterator[bytes]:
         """Of the body, as they come."""
@@ -277,13 +280,11 @@ class _Handler(BaseHTTPRequestHandler):
             logger.exception("Scoring failed")
             return HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"{type(error).__name__}: {error}"}
 
-    def _refuse(self, status: HTTPStatus, problem: str) -> None:
-        """Answers a request that was not read to its end, and throws away what still comes of it for a while.
+    def _let_it_end(self) -> None:
+        """Throws away what still comes of a request that was not read to its end, for a while.
 
         A connection that is closed with unread bytes is reset, and its answer may be lost.
         """
-        self.close_connection = True
-        self._send(status, {"error": problem})
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self._arriving.expect_within(self.server.limits.request_timeout)
