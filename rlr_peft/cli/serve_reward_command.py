@@ -7,6 +7,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveFloat
 
 from rlr_peft.config import ConfigError
 from rlr_peft.foreign_text import say
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from rlr_peft.rewards.base import Reward
-    from rlr_peft.rewards.server import RewardServer
+    from rlr_peft.rewards.server import RewardServer, ServerLimits
 
 PROG = "rlr-peft serve-reward"
 
@@ -29,16 +30,29 @@ def serve_reward_command(words: Sequence[str]) -> int:
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.evaluation.comparison.identity import digest, reward_identity
     from rlr_peft.rewards.model_files import ModelFiles
     from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward
+    from rlr_peft.rewards.server import ServerLimits
     from rlr_peft.training.errors import reporting_errors
+    from rlr_peft.training.manifest import package_versions
 
     with reporting_errors():
         device = _device(arguments.device)
-        model = ModelSettings(device, DTYPES[arguments.reward_dtype], files=ModelFiles(arguments.reward_model_path))
+        files = ModelFiles(arguments.reward_model_path)
+        model = ModelSettings(device, DTYPES[arguments.reward_dtype], files=files)
         reward = load_reward(arguments.reward, device, RewardSettings(model))
-        with _listening(reward, arguments.host, arguments.port, device) as server:
+        limits = ServerLimits(
+            max_pixels=round(arguments.max_megapixels * 1e6),
+            max_waiting_bytes=round(arguments.max_waiting_megabytes * 1e6),
+            request_timeout=arguments.request_timeout,
+        )
+        version = digest(
+            *(reward_identity(arguments.reward), files.identity(), arguments.reward_dtype, device.type),
+            package_versions(),
+        )
+        with _listening(reward, arguments.host, arguments.port, device, version, limits) as server:
             signal.signal(signal.SIGTERM, _leave)
             say(f"Serving {reward.name} at {server.url}")
             try:
@@ -61,11 +75,13 @@ def _device(name: str | None) -> "torch.device":
     return device
 
 
-def _listening(reward: "Reward", host: str, port: int, device: "torch.device") -> "RewardServer":
+def _listening(
+    reward: "Reward", host: str, port: int, device: "torch.device", version: str, limits: "ServerLimits"
+) -> "RewardServer":
     from rlr_peft.rewards.server import RewardServer
 
     try:
-        return RewardServer(reward, host, port, device)
+        return RewardServer(reward, host, port, device, version, limits)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"--port: expected an address that is free to listen at, got {host}:{port} ({error}); choose another, or 0 "
@@ -89,4 +105,9 @@ def _parser() -> ArgumentParser:
     flag("device", str | None, None, "where the reward runs; a GPU if there is one")
     flag("reward_dtype", Literal["fp32", "fp16", "bf16"], "fp32", "number format of a built-in reward model's weights")
     flag("reward_model_path", dict[str, str] | None, None, "local copies of reward models, `{REPOSITORY: PATH, ...}`")
+    flag("max_megapixels", PositiveFloat, 70.0, "pixels of all images of a request together, in millions")
+    flag(
+        "max_waiting_megabytes", PositiveFloat, 512.0, "bytes of all requests together that arrive, wait or are scored"
+    )
+    flag("request_timeout", PositiveFloat, 60.0, "seconds in which a request must have arrived whole")
     return parser

@@ -18,6 +18,8 @@ STAGE_PROMPTS_FILE = "stage_prompts.jsonl"
 """Name, in a run's output folder, of the file that remembers what models answered."""
 MAX_STAGE_PROMPT_LENGTH = 1000
 """Characters; what is longer is no prompt but a model that does not stop."""
+MAX_ANSWER_LENGTH = 50_000
+"""Characters of a model's answer, thoughts before the stage prompts included."""
 
 
 class MalformedStagesError(ValueError):
@@ -40,6 +42,8 @@ def parse_stages(answer: str, names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         MalformedStagesError: anything else.
     """
+    if len(answer) > MAX_ANSWER_LENGTH:
+        raise MalformedStagesError(f"expected at most {MAX_ANSWER_LENGTH} characters, got {len(answer)}")
     problem = MalformedStagesError("no JSON object")
     # Braces may come in what a model says before its answer.
     for number, brace in enumerate(re.finditer(r"\{", answer)):
@@ -49,8 +53,8 @@ def parse_stages(answer: str, names: Sequence[str]) -> tuple[str, ...]:
         except json.JSONDecodeError as error:
             if number == 0:
                 problem = MalformedStagesError(f"not valid JSON ({error.msg} at character {error.pos})")
-        except RecursionError:
-            raise MalformedStagesError("not valid JSON (nested too deeply)") from None
+        except (RecursionError, ValueError):  # a ValueError of its own: Python reads no numbers of thousands of digits
+            raise MalformedStagesError("not valid JSON (nested too deeply, or a number too long)") from None
     else:
         raise problem
     return check_stages(found, names)
@@ -64,7 +68,7 @@ def check_stages(found: Any, names: Sequence[str]) -> tuple[str, ...]:
     """
     if not isinstance(found, Mapping) or set(found) != set(names):
         got = ", ".join(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
-        raise MalformedStagesError(f"expected the keys {', '.join(names)}, got {got or 'none'}")
+        raise MalformedStagesError(f"expected the keys {', '.join(names)}, got {got or 'none':.200}")
     for name in names:
         text = found[name]
         if not isinstance(text, str) or not text.strip():

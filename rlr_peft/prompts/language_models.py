@@ -1,6 +1,5 @@
 """Language models that split prompts into stages: a local one of ``transformers``, or one behind an endpoint."""
 
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,7 +8,7 @@ from urllib.parse import urlsplit
 import torch
 from jinja2 import TemplateError
 
-from rlr_peft.json_server import JsonServer, ServerError, shortened
+from rlr_peft.json_server import JsonServer, ServerError
 from rlr_peft.prompts.chain_of_thought import MalformedStagesError, parse_stages
 from rlr_peft.prompts.errors import PromptError
 
@@ -146,7 +145,7 @@ class EndpointModel:
         url: up to and without ``/chat/completions``, for example ``http://localhost:8000/v1``.
         model: the name that the server knows it by.
         api_key: sent as bearer token; None for servers that want none.
-        timeout: seconds to wait for an answer.
+        timeout: seconds for one try as a whole, until the answer's last byte.
         backoff: of the waits between tries on connection errors, 429 and 5xx, in seconds.
 
     Raises:
@@ -185,9 +184,14 @@ class EndpointModel:
         except ServerError as error:
             raise PromptError(f"prompt {question!r}: {self.name} {error}") from None
         try:
-            return str(answer["choices"][0]["message"]["content"])
+            content = answer["choices"][0]["message"]["content"]
+            if not isinstance(
+                content, str | None
+            ):  # null of a model that ran out of tokens; it may do better next time
+                raise TypeError
+            return content or ""
         except (KeyError, IndexError, TypeError):
             raise PromptError(
                 f"prompt {question!r}: expected an OpenAI chat completion from {self.name}, got "
-                f"{shortened(json.dumps(answer))}"
+                f"{self._server.shown(answer)}"
             ) from None

@@ -18,6 +18,7 @@ from rlr_peft.publishing.hub_client import (
     HubError,
     UncheckedError,
     in_words,
+    model_info,
     patiently,
     without_progress_bars,
 )
@@ -82,7 +83,7 @@ def push_files(
     """
     api, where = destination.api, {"repo_id": destination.repo_id, "revision": destination.revision}
     try:
-        before = patiently(lambda: api.model_info(**where))
+        before = model_info(api, **where)
         present = {one.rfilename for one in before.siblings or ()}
         doomed = sorted(filter(replaced, present - contents.keys() - {".gitattributes"}))
 

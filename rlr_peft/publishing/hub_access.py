@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from rlr_peft.durable_files import stays_inside
-from rlr_peft.publishing.hub_client import PASSING_ERRORS, HubError, hub_api, in_words, patiently
+from rlr_peft.publishing.hub_client import PASSING_ERRORS, HubError, hub_api, in_words, model_info, patiently
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
@@ -121,7 +121,7 @@ def _check_owner(repo_id: str, me: dict[str, Any]) -> None:
 
 def _create(api: HfApi, repo_id: str, private: bool) -> None:
     patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-    info = patiently(lambda: api.model_info(repo_id))
+    info = model_info(api, repo_id)
     if private and not info.private:
         raise HubError(
             f"{repo_id} exists and is public, but --hub_private_repo asks for a private one: change its visibility in "

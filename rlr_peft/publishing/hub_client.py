@@ -10,7 +10,7 @@ from functools import cache
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import HfApi, ModelInfo, constants, set_client_factory
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -31,7 +31,9 @@ from rlr_peft.errors import UserError
 logger = logging.getLogger(__name__)
 
 # The client itself waits for ever. The Hub may take a minute to check a commit.
-TIMEOUT = httpx2.Timeout(120.0, connect=10.0)  # seconds of silence
+# Seconds of silence; an answer that comes byte by byte has no limit, as an upload of gigabytes may take hours.
+TIMEOUT_SECONDS = 120.0
+TIMEOUT = httpx2.Timeout(TIMEOUT_SECONDS, connect=10.0)
 TRIES = 5
 BACKOFF_SECONDS = 1.0  # half of the wait before the third try; it doubles each time
 # Of a `Retry-After`, or until the Hub's window of five minutes ends; who is told to wait longer gets the error instead.
@@ -82,6 +84,14 @@ def patiently(call: Callable[[], Answer]) -> Answer:
             wait = max(told, retry.get_backoff_time())
             logger.warning("%s Trying again in %.0f s.", in_words(error), wait)
             time.sleep(wait)
+
+
+def model_info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
+    """What the Hub knows of a repository, asked for patiently.
+
+    Of the client's calls that are used here this is the one that puts no time limit in the place of ours.
+    """
+    return patiently(lambda: api.model_info(repo_id, revision=revision, timeout=TIMEOUT_SECONDS))
 
 
 def is_passing(error: Exception) -> bool:

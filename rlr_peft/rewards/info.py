@@ -77,7 +77,7 @@ def _numbers(value: Any, batch_size: int) -> Tensor | None:
     try:
         # A copy, as of the scores: the reward may fill the same buffer again.
         numbers = torch.as_tensor(numpy.array(value, dtype=numpy.float32))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if numbers.ndim == 0:
         return numbers.repeat(batch_size)
@@ -86,7 +86,10 @@ def _numbers(value: Any, batch_size: int) -> Tensor | None:
 
 def _number(value: Any) -> float:
     if isinstance(value, (bool, int, float, numpy.number, numpy.bool_)):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            return math.nan
     if isinstance(value, (Tensor, numpy.ndarray)) and value.ndim == 0 and not isinstance(value.item(), str):
         return float(value.item())
     return math.nan

@@ -43,6 +43,13 @@ class ModelFiles:
     def __init__(self, replacements: Mapping[str, str] | None = None, cache_dir: str | None = None) -> None:
         self._replacements = dict(replacements or {})
         self._cache_dir = cache_dir
+        self._found: set[Path] = set()
+
+    def identity(self) -> list[Any]:
+        """Of all files that were found, in plain values: the Hub's cache names a file after its contents; of others the
+        size and the time of change count too."""
+        files = [(path, path.resolve(), path.stat()) for path in sorted(self._found)]
+        return [[path.name, place.name, stat.st_size, stat.st_mtime_ns] for path, place, stat in files]
 
     def find(self, reward_name: str, repo: str, *alternatives: str, beside: Sequence[str] = ()) -> Path:
         """One file: the first of the alternatives that there is.
@@ -60,11 +67,11 @@ class ModelFiles:
         names = " ".join(beside or alternatives[-1:])
         path = Path(place).expanduser()
         if path.is_file():
-            return path
+            return self._note(path)
         if path.is_dir():
             for name in alternatives:
                 if (path / name).is_file():
-                    return path / name
+                    return self._note(path / name)
             raise RewardError(
                 f"reward '{reward_name}': expected {' or '.join(alternatives)} in {path}, which stands for {repo}; "
                 f"get it with `hf download {repo} {names} --local-dir {path}`"
@@ -78,7 +85,7 @@ class ModelFiles:
         for name in alternatives:
             found = self._download(place, name)
             if isinstance(found, Path):
-                return found
+                return self._note(found)
             problem = found
             if not isinstance(problem, EntryNotFoundError):
                 break
@@ -100,6 +107,10 @@ class ModelFiles:
         beside = [alternatives[0] for alternatives in wanted]
         found = [self.find(reward_name, repo, *alternatives, beside=beside) for alternatives in wanted]
         return found[0].parent
+
+    def _note(self, path: Path) -> Path:
+        self._found.add(path)
+        return path
 
     def _download(self, place: str, name: str) -> Path | Exception:
         try:

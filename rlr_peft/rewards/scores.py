@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,10 +128,10 @@ def _as_tensor(reward_name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
         if scores is not None:  # NumPy would take it for NaN
             return torch.as_tensor(numpy.asarray(scores, dtype=numpy.float64))
         raise TypeError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RewardError(
             f"reward '{reward_name}': expected a tensor, an array or a list of {len(prompts)} numbers, got "
-            f"{type(scores).__name__}; return one float per image. "
+            f"{type(scores).__name__} ({reprlib.repr(scores)}); return one float per image. "
             f"The batch: {describe_samples(range(len(prompts)), prompts)}"
         ) from None
 
@@ -139,7 +140,7 @@ def _in_words(entry: Any) -> str:
     """Never the many lines of a large tensor."""
     if isinstance(entry, (Tensor, numpy.ndarray)):
         return f"{type(entry).__name__} of shape {tuple(entry.shape)}"
-    return f"{entry!r:.80}"
+    return reprlib.repr(entry)
 
 
 def _is_number(entry: Any) -> bool:

@@ -1,15 +1,17 @@
 """The JSON that travels between a remote reward and its server: images as base64 PNG of 8 bits.
 
 Request: `{"prompt": [...], "image": [base64 PNG, ...], "metadata": [{...}, ...]}`, the last one optional.
-Answer: `{"rewards": [...]}` and, optionally, `"info": {name: [...]}`; an error is `{"error": "..."}`.
+Answer: `{"rewards": [...]}` and, optionally, `"info": {name: [...]}` and `"version": "..."`; an error is
+`{"error": "..."}`.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
+import json
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 import numpy
@@ -17,9 +19,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+MAX_VALUES = 1_000_000
+
 
 class WireError(ValueError):
-    """A request that does not keep to the protocol."""
+    """A request that does not keep to the protocol.
+
+    Attributes:
+        status: of the answer.
+    """
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class TooLargeError(WireError):
+    """A request that asks for more than the server gives."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -34,10 +50,37 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
     return {"prompt": list(prompts), "image": [_encode(image) for image in pixels], "metadata": list(metadata)}
 
 
-def read_request(body: Any) -> tuple[list[Tensor], list[str], list[dict[str, Any]]]:
-    """Images (3, H, W) in [0, 1], which may differ in size, prompts and metadata of a request.
+def parse_body(body: bytearray) -> Any:
+    """The JSON of a request, whose bytes are emptied: a large one is not held twice.
 
     Raises:
+        TooLargeError: more than `MAX_VALUES` values: three bytes of an empty list become 64 in memory.
+        WireError: no JSON.
+    """
+    num_values = sum(map(body.count, b"[{,"))  # or more: texts may hold these marks too
+    if num_values > MAX_VALUES:
+        raise TooLargeError(f"expected JSON of at most {MAX_VALUES} values, got about {num_values}")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise WireError("expected JSON") from None
+    finally:
+        body.clear()
+
+
+def read_request(body: Any, max_pixels: int) -> tuple[list[Tensor], list[str], list[dict[str, Any]]]:
+    """Images, prompts and metadata of a request.
+
+    Args:
+        body: its JSON.
+        max_pixels: of all images together. PIL refuses a single image of more than twice its own `MAX_IMAGE_PIXELS`
+            (179 megapixels) besides, and stays as it is: it holds for the whole process.
+
+    Returns:
+        Images (3, H, W) uint8, which may differ in size; as many prompts; as many dictionaries.
+
+    Raises:
+        TooLargeError: the images have more pixels. None of them has been decoded then.
         WireError: a field is missing or of the wrong type, the numbers differ, or an image is no PNG.
     """
     if not isinstance(body, dict):
@@ -55,7 +98,15 @@ def read_request(body: Any) -> tuple[list[Tensor], list[str], list[dict[str, Any
             f"expected as many prompts, images and metadata, one or more; got {len(prompts)}, {len(images)} and "
             f"{len(metadata)}"
         )
-    return [_decode(index, image) for index, image in enumerate(images)], prompts, metadata
+    files = [_open(index, image) for index, image in enumerate(images)]
+    num_pixels = sum(file.width * file.height for file in files)
+    if num_pixels > max_pixels:
+        raise TooLargeError(
+            f"expected images of at most {max_pixels / 1e6:g} megapixels in a request, got {num_pixels / 1e6:.1f}; "
+            "send fewer at once (--reward_server_batch_size) or smaller ones, or start the server with a higher "
+            "--max_megapixels"
+        )
+    return [_decode(index, file) for index, file in enumerate(files)], prompts, metadata
 
 
 def _encode(pixels: numpy.ndarray) -> str:
@@ -65,10 +116,20 @@ def _encode(pixels: numpy.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _decode(index: int, text: str) -> Tensor:
+def _open(index: int, text: str) -> Image.Image:
+    """The file with its size; pixels are not decoded yet."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            pixels = numpy.asarray(image.convert("RGB"))
-    except (binascii.Error, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise WireError(f"`image` {index}: expected a base64 PNG ({type(error).__name__}: {error})") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+        return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(f"`image` {index}: {error}") from None
+    except Exception as error:  # of damaged files PIL raises SyntaxError, struct.error, zlib.error and more
+        raise WireError(f"`image` {index}: expected a base64 PNG ({type(error).__name__})") from None
+
+
+def _decode(index: int, file: Image.Image) -> Tensor:
+    try:
+        with file:
+            pixels = numpy.asarray(file.convert("RGB"))
+    except Exception as error:
+        raise WireError(f"`image` {index}: expected a whole PNG ({type(error).__name__})") from None
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -17,12 +17,11 @@ from rlr_peft.evaluation.compare import Evaluation, Render, evaluate, evaluation
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
 from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
 from rlr_peft.evaluation.comparison.features import FeatureExtractor, find_features
-from rlr_peft.evaluation.comparison.identity import model_identity, reward_identity
+from rlr_peft.evaluation.comparison.identity import digest, model_identity, reward_identity
 from rlr_peft.evaluation.comparison.kept_work import (
     KeptFeatures,
     KeptImages,
     KeptReward,
-    digest,
     image_paths,
     kept_divergence,
 )

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.rewards.combination import WeightedRewards
+from rlr_peft.rewards.remote import remote_rewards
 from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
 from rlr_peft.training.manifest import CheckpointError
 from rlr_peft.training.optimization import restore_optimizer
@@ -80,6 +81,7 @@ def save_checkpoint(run: Run, progress: Progress, checkpoints: CheckpointManager
         "objective": {"has_gradient": run.objective.has_gradient},
         "reward_scale": None if run.reward_scale is None else run.reward_scale.state_dict(),
         "component_scales": run.reward.state_dict() if isinstance(run.reward, WeightedRewards) else None,
+        "server_versions": {reward.name: reward.version for reward in remote_rewards(run.reward, run.heldout)},
         "early_stopping": run.early_stopping.state_dict(),
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
@@ -102,6 +104,8 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
         run.reward_scale.load_state_dict(state["reward_scale"])
     if isinstance(run.reward, WeightedRewards):
         run.reward.load_state_dict(state["component_scales"] or {})
+    for reward in remote_rewards(run.reward, run.heldout):  # it warns at the first answer of another version
+        reward.version = state.get("server_versions", {}).get(reward.name)
     run.early_stopping.load_state_dict(state["early_stopping"])
     restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)

@@ -1,6 +1,9 @@
 """What is kept is found again, bit for bit; what is damaged, incomplete or of something else is not."""
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from torch import Tensor
 from rlr_peft.evaluation.comparison.features import Thumbnails
 from rlr_peft.evaluation.comparison.kept_work import KeptFeatures, KeptImages, KeptReward, kept_divergence
 from rlr_peft.rewards.base import RewardError, measure_images
+from rlr_peft.rewards.remote import RemoteReward
+from rlr_peft.rewards.server import RewardServer
 
 PROMPTS, SEEDS = ["a cat", "a dog, “quoted” 日本"], [7, 4294967295]
 
@@ -132,6 +137,66 @@ def test_damaged_numbers_are_measured_again(tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     cut_in_half(file)
     assert torch.equal(measure_images(kept, images, PROMPTS).scores, first) and reward.calls == 2
+
+
+@contextmanager
+def serving(reward: Redness, version: str | None) -> Iterator[RewardServer]:
+    """The reward behind HTTP."""
+    with RewardServer(reward, "127.0.0.1", 0, version=version) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_scores_of_a_server_are_found_again_under_its_version_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, reward = Draw(3, 8, 8)(PROMPTS, SEEDS), Redness()
+
+    def measure(url: str) -> Tensor:
+        return measure_images(KeptReward(RemoteReward(url), tmp_path, url), images, PROMPTS).scores
+
+    with serving(reward, "v1") as server:
+        first = measure(server.url)
+        assert torch.equal(measure(server.url), first) and reward.calls == 1 and not caplog.messages
+        server.stated["version"] = "v2"
+        measure(server.url)
+        assert reward.calls == 2, "measured again"
+        measure(server.url)
+        assert reward.calls == 2, "and kept under the new version"
+        del server.stated["version"]
+        measure(server.url)
+        assert reward.calls == 2
+    assert torch.equal(measure(server.url), first), "nobody there: as good as a server that says nothing"
+    name, here = server.url.removeprefix("http://").strip("/"), tmp_path
+    silent = (
+        f"Reward server '{name}' does not say which version it is: its scores in {here} are taken as they are. If it "
+        "has changed since, delete that folder."
+    )
+    assert caplog.messages == [
+        f"Reward server '{name}' is of version v2 now: its scores in {here} are of version v1, and are measured again.",
+        *(silent, silent),
+    ]
+
+
+def test_a_server_that_changes_between_two_answers_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    images = Draw(3, 8, 8)(PROMPTS, SEEDS)
+    with serving(Redness(), "v1") as server:
+        reward = RemoteReward(server.url)
+        for version in ("v1", "v1", "v2", "v2"):
+            server.stated["version"] = version
+            measure_images(reward, images, PROMPTS)
+        del server.stated["version"]
+        measure_images(reward, images, PROMPTS)
+    changed = (
+        f"Reward server '{reward.name}' has changed: it is of version %s now and was of %s. Its scores before and "
+    )
+    assert [message.partition("after")[0] for message in caplog.messages] == [
+        changed % ("v2", "v1"),
+        changed % ("an unknown one", "v2"),
+    ]
 
 
 def test_a_failing_reward_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """`rlr-peft push` with the real client: what is published, what is not, and what happens when the Hub fails."""
 
+import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,3 +243,18 @@ def test_a_full_disk_here(hub: LoopbackHub, folder: Path) -> None:
     assert "was made, but" in done.stderr and "File too large" in done.stderr
     assert f"rlr-peft push {folder} --hub_model_id owner/full" in done.stderr
     assert hub.repository("owner/full").read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_hub_that_stays_silent_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """Of the client's calls this one puts no limit in the place of ours."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        script = (
+            "from rlr_peft.publishing import hub_client\n"
+            "hub_client.TRIES, hub_client.TIMEOUT_SECONDS = 1, 0.3\n"
+            "hub_client.model_info(hub_client.hub_api('hf_token'), 'owner/name')"
+        )
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | endpoint, capture_output=True, text=True, timeout=60
+        )
+    assert "ReadTimeout" in done.stderr

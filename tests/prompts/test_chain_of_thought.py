@@ -58,7 +58,9 @@ def test_answers_with_one_object_are_read(answer: str) -> None:
     [
         ("I cannot do that", "no JSON object"),
         ('{"coarse": "a", "fine": ', "not valid JSON"),
-        ('{"coarse": ' * 100_000, "nested too deeply"),
+        ('{"coarse": ' * 4_000, "nested too deeply"),
+        ('{"coarse": ' + "1" * 5_000, "a number too long"),
+        ("{" * 50_001, "expected at most 50000 characters, got 50001"),
         ("{so} and {so", r"not valid JSON \(.* at character 1\)"),
         ('{"coarse": "a"}', "expected the keys coarse, fine, got coarse"),
         ('{"coarse": "a", "fine": "b", "extra": "c"}', "got coarse, fine, extra"),

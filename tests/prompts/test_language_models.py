@@ -1,19 +1,28 @@
 """Models that split prompts: real HTTP on loopback, and a real transformers model trained for the purpose."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import urllib3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlr_peft.prompts.errors import PromptError
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel, instructions
 from tests.prompts.chat_server import chat_server, completion
+from tests.rewards.faulty_server import running
 
 NAMES = ("coarse", "fine")
 GOOD = completion('{"coarse": "a room", "fine": "fur"}')
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[str]:
+    with running() as url:
+        yield url
 
 
 def test_an_endpoint_is_asked_as_the_api_says() -> None:
@@ -90,6 +99,39 @@ def test_nobody_there_and_no_url() -> None:
     assert "secret" not in str(caught.value) and "object at 0x" not in str(caught.value)
     with pytest.raises(PromptError, match="expected http://HOST:PORT/PATH"):
         EndpointModel("localhost:8000/v1", "m")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("drip-body", r"gave no answer in 4 tries of 0\.3 s each: TimeoutError: the answer was not whole after 0\.3 s"),
+        ("drip-headers", r"gave no answer in 4 tries of 0\.3 s each: TimeoutError: the answer was not whole"),
+        ("huge", "answered more than 16 MiB"),
+        ("twice", "answered an object with the key 'rewards' twice"),
+        ("deep", "answered no JSON but"),
+        ("latin", "answered no JSON but"),
+        ("redirect-away", "answered 307 Temporary Redirect"),
+        ("echo", r"answered 404 Not Found: .*\*\*\*"),
+    ],
+)
+def test_an_endpoint_that_misbehaves_is_named_and_keeps_no_one_waiting(faulty: str, path: str, message: str) -> None:
+    timeout = 0.3 if "drip" in path else 10
+    model = EndpointModel(f"{faulty}/{path}?key=letmein", "m", "api-key", timeout=timeout, backoff=0.01)
+    with pytest.raises(PromptError, match=rf"^prompt 'a cat': m at 127\.0\.0\.1 {message}") as caught:
+        LanguageModelDecomposer(model, NAMES)("a cat")
+    assert "letmein" not in str(caught.value) and "api-key" not in str(caught.value)
+    assert urllib3.request("GET", f"{faulty}/asked/stolen").json() == 0
+
+
+def test_an_answer_without_text_is_asked_for_again_and_one_that_is_none_is_refused() -> None:
+    def choice(content: object) -> tuple[int, bytes]:
+        return 200, json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+
+    with chat_server(choice(None), GOOD) as server:
+        assert LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES)("a cat") == ("a room", "fur")
+    refused = pytest.raises(PromptError, match="expected an OpenAI chat completion from m at 127")
+    with chat_server(choice([{"text": "a room"}])) as server, refused:
+        LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES)("a cat")
 
 
 def small_language_model(folder: Path, lessons: dict[str, str]) -> str:

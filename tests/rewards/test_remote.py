@@ -1,11 +1,13 @@
 """Reward servers over loopback, in processes of their own: the protocol, and every fault of the documentation."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import pytest
 import torch
 import urllib3
 
+from rlr_peft import json_server
 from rlr_peft.rewards.base import RewardError, measure_images, score_images
 from rlr_peft.rewards.compression import JpegReward
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
 from rlr_peft.rewards.wire import WireError, read_request, request_body
+from tests.rewards.faulty_server import running
 
 PROMPTS = ["one", "three", "eleven"]
 SETTINGS = RemoteSettings(timeout=0.5, retries=2, backoff=0.01)
@@ -45,13 +49,20 @@ class Fault:
 
 
 RETRIED, GIVEN_UP, AT_ONCE = "asked again, then scored", "stops after the retries", "stops at once"
+DRIPS = "gave no answer in 3 tries of 0.5 s each: TimeoutError: the answer was not whole after 0.5 s"
 FAULTS = [
     Fault("slow-once", "one answer comes too late", RETRIED, "", 2),
     Fault("500-once", "500, then well", RETRIED, "", 2),
     Fault("503-retry-after", "503 with `Retry-After: 1`, then well", "waits as told, " + RETRIED, "", 2),
+    Fault("503-retry-date", "503 with a date in `Retry-After`, then well", "waits as told, " + RETRIED, "", 2),
+    Fault("503-retry-soon", "503 with `Retry-After: soon`, then well", RETRIED, "", 2),
     Fault("429-once", "429, then well", RETRIED, "", 2),
     Fault("reset-once", "the connection breaks, then well", RETRIED, "", 2),
     Fault("slow", "no answer in time, ever", GIVEN_UP, "gave no answer in 3 tries of 0.5 s each", 3),
+    Fault("drip-body", "an answer that comes byte by byte, for ever", GIVEN_UP, DRIPS, 3),
+    Fault("drip-headers", "headers that come byte by byte, for ever", GIVEN_UP, DRIPS, 3),
+    Fault("interim", "100 Continue, for ever", GIVEN_UP, DRIPS, 3),
+    Fault("long-length", "a `Content-Length` beyond the answer, which stays away", GIVEN_UP, DRIPS, 3),
     Fault("500", "500 for ever", GIVEN_UP, "answered 500 Internal Server Error after 3 tries", 3),
     Fault("", "dead: nobody listens", GIVEN_UP, "gave no answer in 3 tries", 0),
     Fault("404", "404", AT_ONCE, 'answered 404 Not Found: {"error": "no such reward"}', 1),
@@ -59,18 +70,29 @@ FAULTS = [
     Fault("redirect", "redirect", AT_ONCE, "answered 302 Found", 1),
     Fault("wrong-count", "one score for three images", AT_ONCE, "expected scores of shape (3,), got (1,)", 1),
     Fault("nan", "NaN", AT_ONCE, "expected finite scores, got nan", 1),
+    Fault("nan-text", "NaN as a text", AT_ONCE, "expected numbers, got 'NaN' at position 0", 1),
+    Fault("long-number", "numbers of 400 digits", AT_ONCE, "or a list of 3 numbers, got list ([1000000", 1),
+    Fault("endless-number", "a number of 6000 digits", AT_ONCE, 'answered no JSON but {"rewards": [111', 1),
     Fault("text", "scores that are text", AT_ONCE, "expected numbers, got 'good' at position 0", 1),
     Fault("no-rewards", "no `rewards` in the answer", AT_ONCE, "expected a JSON object with `rewards`, got", 1),
     Fault("list", "a bare list", AT_ONCE, "expected a JSON object with `rewards`, got [1.0", 1),
     Fault("html", "HTML, as of a proxy", AT_ONCE, "answered no JSON but <html>Welcome", 1),
+    Fault("deep", "JSON nested 100,000 deep", AT_ONCE, 'answered no JSON but {"rewards": [[[', 1),
+    Fault("nested", "objects in place of scores", AT_ONCE, "expected numbers, got {'a': {'a': {", 1),
+    Fault("latin", "no UTF-8", AT_ONCE, "answered no JSON but {", 1),
+    Fault("twice", "`rewards` twice", AT_ONCE, "answered an object with the key 'rewards' twice", 1),
+    Fault("short-length", "a `Content-Length` within the answer", AT_ONCE, 'answered no JSON but {"rewards": [', 1),
+    Fault("huge", "17 MiB", AT_ONCE, "answered more than 16 MiB", 1),
+    Fault("zipped", "17 MiB, compressed to 17 kB", AT_ONCE, "answered more than 16 MiB", 1),
+    Fault("cut", "half a header, ever", GIVEN_UP, "gave no answer in 3 tries", 3),
     Fault("half", "half an answer, ever", GIVEN_UP, "gave no answer in 3 tries", 3),
     Fault("scalar", "one number for all images", AT_ONCE, "expected scores of shape (3,), got ()", 1),
 ]
 
 
-def start(*command: str) -> tuple["subprocess.Popen[str]", str]:
+def start(*command: str, stderr: Any = None) -> tuple["subprocess.Popen[str]", str]:
     """A server process, and the first line that it prints."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
 
@@ -82,9 +104,8 @@ def stop(process: "subprocess.Popen[str]") -> None:
 
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[str]:
-    process, port = start(str(Path(__file__).with_name("faulty_server.py")))
-    yield f"http://127.0.0.1:{port}"
-    stop(process)
+    with running() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -102,24 +123,26 @@ def images(count: int = 3, size: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.path or "dead" for fault in FAULTS])
-def test_faults(faulty: str, fault: Fault) -> None:
-    url = f"{faulty}/{fault.path}"
+def test_faults(faulty: str, fault: Fault, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"{faulty}/{fault.path}?key=letmein"
     if not fault.path:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{free.getsockname()[1]}/"
-    reward = RemoteReward(url, SETTINGS)
+    reward = RemoteReward(url, SETTINGS if fault.happens != AT_ONCE else replace(SETTINGS, timeout=10))
     if fault.message:
         with pytest.raises(RewardError) as caught:
             score_images(reward, images(), PROMPTS)
         message = str(caught.value)
         assert fault.message in message
-        assert reward.name in message and "object at 0x" not in message
+        assert reward.name in message and "object at 0x" not in message and "letmein" not in message
+        assert len(message) < 700 and "\n" not in message
     else:
         assert score_images(reward, images(), PROMPTS).tolist() == [3.0, 5.0, 6.0]
     if fault.path:
         asked = urllib3.request("GET", f"{faulty}/asked/{fault.path}").json()
         assert asked == fault.asked
+    assert "Traceback" not in caplog.text and "letmein" not in caplog.text
 
 
 def fault_table() -> str:
@@ -138,6 +161,7 @@ def test_images_travel_in_batches_and_info_comes_back(faulty: str) -> None:
     scored = measure_images(reward, images(), PROMPTS)
     assert scored.scores.tolist() == [3.0, 5.0, 6.0]
     assert scored.info["count"].tolist() == [2.0, 2.0, 1.0]
+    assert len(set(scored.info["port"].tolist())) == 1, "over one connection"
     assert urllib3.request("GET", f"{faulty}/asked/batches").json() == 2
 
 
@@ -160,6 +184,69 @@ def test_a_user_name_and_a_password_are_sent_and_not_told(faulty: str) -> None:
         assert "p%40s" not in str(caught.value) and "p@s" not in str(caught.value)
 
 
+def test_a_server_that_repeats_the_address_tells_no_secret_of_it(faulty: str) -> None:
+    address = faulty.replace("http://", "http://me:p%40ss@")
+    with pytest.raises(RewardError, match=r"answered 404 Not Found: .*nothing at /echo\?\*\*\*") as caught:
+        score_images(RemoteReward(f"{address}/echo?token=letmein&n=1", SETTINGS), images(), PROMPTS)
+    assert "letmein" not in str(caught.value) and "p@ss" not in str(caught.value)
+
+
+def test_a_redirect_takes_no_password_elsewhere(faulty: str) -> None:
+    address = faulty.replace("http://", "http://me:p%40ss@")
+    with pytest.raises(RewardError, match="answered 307 Temporary Redirect"):
+        score_images(RemoteReward(f"{address}/redirect-away", SETTINGS), images(), PROMPTS)
+    assert urllib3.request("GET", f"{faulty}/asked/stolen").json() == 0
+
+
+def test_a_long_wait_is_cut_and_every_wait_is_announced(
+    faulty: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert json_server.MAX_RETRY_AFTER_SECONDS == 300
+    monkeypatch.setattr(json_server, "MAX_RETRY_AFTER_SECONDS", 0.1)
+    for path in ("503-retry-day", "429-once/again", "reset-once/again"):
+        assert score_images(RemoteReward(f"{faulty}/{path}", SETTINGS), images(), PROMPTS).tolist() == [3.0, 5.0, 6.0]
+    host = faulty.removeprefix("http://")
+    told, busy, broken = [record.getMessage() for record in caplog.records]
+    assert told == (
+        f"{host}/503-retry-day answered 503 Service Unavailable with Retry-After '86400', which is cut to 0.1 s: "
+        "asking again in 0.1 s (try 2 of 3)."
+    )
+    assert busy == f"{host}/429-once/again answered 429 Too Many Requests: asking again at once (try 2 of 3)."
+    assert broken.startswith(f"{host}/reset-once/again gave no answer (") and broken.endswith(
+        "again at once (try 2 of 3)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        (None, 0),
+        ("7", 7),
+        (" 7 ", 7),
+        ("soon", 0),
+        ("-5", 0),
+        ("1e3", 0),
+        ("", 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Fri, 99 Xyz 99999999 99:99:99 GMT", 0),
+        ("9" * 5000, 0),
+    ],
+)
+def test_any_retry_after_is_a_number_of_seconds(told: str | None, seconds: float) -> None:
+    assert json_server._seconds(told) == seconds
+
+
+def test_a_server_that_does_not_read_is_not_waited_for() -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        server = json_server.JsonServer(f"http://127.0.0.1:{deaf.getsockname()[1]}/", 0.3, retries=0, backoff=0)
+        start_time = time.monotonic()
+        with pytest.raises(json_server.NoAnswerError, match=r"gave no answer in 1 tries of 0\.3 s each: TimeoutError"):
+            server.ask({"image": "A" * 20_000_000})
+        assert time.monotonic() - start_time < 2
+
+
 def test_the_reference_server_scores_as_the_reward_itself_does(served: str) -> None:
     reward = load_reward(served, settings=RewardSettings(remote=RemoteSettings(batch_size=2)))
     assert not reward.differentiable
@@ -173,6 +260,9 @@ def test_the_reference_server_scores_as_the_reward_itself_does(served: str) -> N
     ("body", "message"),
     [
         (b"{", "expected JSON"),
+        (b"[" * 100_000, "expected JSON"),
+        (b'["\xff"]', "expected JSON"),
+        (b"1" * 6000, "expected JSON"),
         (b"[]", "expected a JSON object, got list"),
         (b"{}", "`prompt`: expected a list of texts"),
         (b'{"prompt": ["a"]}', "`image`: expected a list"),
@@ -195,7 +285,9 @@ def test_the_reference_server_takes_images_of_different_sizes_and_says_what_it_s
     rewards = urllib3.request("POST", served, json=body).json()["rewards"]
     expected = [score_images(JpegReward(True), image, ["x"]).item() for image in mixed]
     assert rewards == pytest.approx(expected)
-    assert urllib3.request("GET", served).json() == {"reward": "jpeg-compressibility"}
+    stated = urllib3.request("GET", served).json()
+    assert stated["reward"] == "jpeg-compressibility" and re.fullmatch("[0-9a-f]{16}", stated["version"])
+    assert urllib3.request("POST", served, json=body).json() == {"rewards": rewards, **stated}
 
 
 def test_a_reward_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
@@ -226,8 +318,8 @@ def test_a_reward_of_whole_videos_is_not_served() -> None:
 
 def test_a_request_is_json_and_comes_back_as_it_was() -> None:
     metadata: list[dict[str, Any]] = [{"n": 1}, {}, {"text": "é"}]
-    back, prompts, entries = read_request(json.loads(json.dumps(request_body(images(), PROMPTS, metadata))))
-    assert torch.allclose(torch.stack(back), images(), atol=1e-6)
+    back, prompts, entries = read_request(json.loads(json.dumps(request_body(images(), PROMPTS, metadata))), 10**6)
+    assert torch.allclose(torch.stack(back) / 255, images(), atol=1e-6)
     assert (prompts, entries) == (PROMPTS, metadata)
 
 
@@ -235,7 +327,7 @@ def test_only_png_is_decoded() -> None:
     body = request_body(images(1), ["a"], [{}])
     body["image"] = ["R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="]  # a GIF
     with pytest.raises(WireError, match="expected a base64 PNG"):
-        read_request(body)
+        read_request(body, 10**6)
 
 
 def test_names_hold_no_secrets() -> None:

@@ -1,12 +1,16 @@
 """Resuming in every way but the ordinary one: elsewhere, from an older step, after the end, with another config."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from rlr_peft.config import ConfigError
+from rlr_peft.rewards.base import score_images
+from rlr_peft.rewards.compression import JpegReward
+from rlr_peft.rewards.server import RewardServer
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.manifest import CheckpointError
 from rlr_peft.training.resuming import resume
@@ -51,6 +55,32 @@ def test_a_heldout_reward_may_come_later(workplace: Path, tmp_path: Path) -> Non
     finish(run, progress, before=None)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 2
     assert (tmp_path / "out" / "reward_curve.png").is_file()
+
+
+def test_a_reward_server_that_changed_in_between_is_noticed(
+    workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RewardServer(JpegReward(compressible=True), "127.0.0.1", 0, version="v1") as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        config = config_file(
+            workplace,
+            tmp_path / "out",
+            reward_fn=server.url,
+            estimator="reinforce",
+            checkpointing_steps=1,
+            max_train_steps=1,
+        )
+        train_here(config)
+        for version, messages in (("v1", 0), ("v2", 1)):
+            server.stated["version"] = version
+            run = build(config, "--resume_from_checkpoint", "latest")
+            resume(run)
+            score_images(run.reward, torch.rand(1, 3, 8, 8), ["a cat"])
+            told = [message for message in caplog.messages if "it is of version v2 now and was of v1" in message]
+            assert len(told) == messages
+        server.shutdown()
+        thread.join()
 
 
 def test_another_optimiser_is_refused(workplace: Path, tmp_path: Path) -> None:

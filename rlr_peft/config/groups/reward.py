@@ -49,7 +49,10 @@ class RewardArguments:
         "Local copies of reward models, `{REPOSITORY: PATH, ...}`: a folder or file that stands for a Hub repository.",
     )
     reward_server_timeout: float = knob(
-        120.0, "How long to wait for the answer of a reward server before asking again.", unit="seconds", above=0
+        120.0,
+        "How long one try with a reward server may take, up to its answer's last byte, before it is asked again.",
+        unit="seconds",
+        above=0,
     )
     reward_server_retries: int = knob(
         5, "Further tries when a reward server does not answer, or answers 429 or 5xx.", unit="tries", at_least=0

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+
+KEY_LENGTH = 16  # hexadecimal digits
+
+
+def digest(*parts: Any) -> str:
+    """A short key of plain values: equal for equal values, in every process and on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def model_identity(name: str | None, revision: str | None = None, cache_dir: str | None = None) -> Any:
@@ -35,7 +44,7 @@ def file_identity(path: str | None) -> str | None:
 
 
 def reward_identity(spec: str) -> Any:
-    """Of a reward: its spec, and the source of a user's callable; a server's scores are known by its address alone."""
+    """Of a reward: its spec, and the source of a user's callable; a server is asked for its version besides."""
     source, _, _ = spec.rpartition(":")
     if not source or spec.startswith(("http://", "https://")):
         return [spec]

@@ -9,35 +9,33 @@ depend on whether the image was drawn now or earlier.
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.compare import Render
 from rlr_peft.evaluation.comparison.divergence import MeasureDivergence
 from rlr_peft.evaluation.comparison.features import FeatureExtractor
+from rlr_peft.evaluation.comparison.identity import digest
 from rlr_peft.evaluation.comparison.pictures import as_pil, to_bytes
 from rlr_peft.prompt import negative_prompt_of, stages_of
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.info import Info
+from rlr_peft.rewards.remote import RemoteReward
 
-KEY_LENGTH = 16  # hexadecimal digits
-_DIGEST, _FRAMES = "sha256 of the pixels", "frames"
+logger = logging.getLogger(__name__)
 
-
-def digest(*parts: Any) -> str:
-    """A short key of plain values: equal for equal values, in every process and on every machine."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+_DIGEST, _FRAMES, _VERSION = "sha256 of the pixels", "frames", "version"
 
 
 class KeptImages:
@@ -75,6 +73,9 @@ class KeptImages:
 class KeptReward:
     """A `Reward` that scores images once and finds the scores again, by the images' pixels and the prompts.
 
+    What a server scored is kept with the version that it stated. It is found again under that version only, and with a
+    warning if the server does not say now which version it is: it may have changed since.
+
     Args:
         reward: scores what is not there.
         folder: of all kept numbers.
@@ -89,6 +90,7 @@ class KeptReward:
         self._identity = identity
         self.name = reward.name
         self.takes_video = getattr(reward, "takes_video", False)
+        self._said: set[str] = set()
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
         """The reward's scores and info.
@@ -96,15 +98,43 @@ class KeptReward:
         Raises:
             RewardError: of the reward.
         """
-
-        def measure() -> dict[str, Tensor]:
+        path = (
+            self._folder / f"{digest('reward', self._identity, prompts, metadata, pixels_digest(images))}.safetensors"
+        )
+        found = _found(path)
+        if found is not None and self._is_current(found[1]):
+            kept = found[0]
+        else:
             scored = measure_images(self._reward, images, prompts, metadata)
-            return {"scores": scored.scores.cpu(), **{f"info/{name}": value for name, value in scored.info.items()}}
-
-        key = digest("reward", self._identity, prompts, metadata, pixels_digest(images))
-        kept = kept_tensors(self._folder, key, measure)
+            kept = {"scores": scored.scores.cpu(), **{f"info/{name}": value for name, value in scored.info.items()}}
+            _keep(path, kept, self._reward.version if isinstance(self._reward, RemoteReward) else None)
         info = {name.removeprefix("info/"): value for name, value in kept.items() if name.startswith("info/")}
         return kept["scores"].to(images.device), info
+
+    def _is_current(self, version: str | None) -> bool:
+        """Whether scores of this version may be taken; it says once if they may not, or if that cannot be known."""
+        if not isinstance(self._reward, RemoteReward):
+            return True
+        if self._version is None:
+            self._say(
+                f"Reward server '{self.name}' does not say which version it is: its scores in {self._folder} are taken "
+                "as they are. If it has changed since, delete that folder."
+            )
+        elif self._version != version:
+            self._say(
+                f"Reward server '{self.name}' is of version {self._version} now: its scores in {self._folder} are of "
+                f"version {version or 'unknown'}, and are measured again."
+            )
+        return self._version in (None, version)
+
+    @cached_property
+    def _version(self) -> str | None:
+        return self._reward.ask_version() if isinstance(self._reward, RemoteReward) else None
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            logger.warning(sentence)
+        self._said.add(sentence)
 
 
 class KeptFeatures:
@@ -141,15 +171,24 @@ def kept_divergence(measure: MeasureDivergence, folder: Path, identity: Any) -> 
 def kept_tensors(folder: Path, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors from `folder/key.safetensors`; they are computed and written there if they are not whole."""
     path = folder / f"{key}.safetensors"
-    if path.exists():
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError):
-            pass  # damaged after it was written: as good as absent
-    tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
+    found = _found(path)
+    return found[0] if found is not None else _keep(path, compute())
+
+
+def _found(path: Path) -> tuple[dict[str, Tensor], str | None] | None:
+    """The tensors of a file and the version that they are of; None if it is not there, or damaged since."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get(_VERSION)  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor], version: str | None = None) -> dict[str, Tensor]:
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing_file(path) as aside:
-        save_file(tensors, aside)
-    return tensors
+        save_file(whole, aside, None if version is None else {_VERSION: version})
+    return whole
 
 
 def pixels_digest(images: Tensor) -> str:
