@@ -18,6 +18,7 @@ def card_command(words: Sequence[str]) -> int:
 
     from rlr_peft.publishing.card_file import write_card
     from rlr_peft.publishing.record_file import load_stored_card
+    from rlr_peft.training.folder_lock import only_writer
 
     folder = Path(arguments.folder)
     try:
@@ -28,7 +29,8 @@ def card_command(words: Sequence[str]) -> int:
             card = replace(card, extra_text=_text(arguments.extra_text))
         if arguments.plain:
             card = replace(card, template=None, extra_text=None)
-        print(write_card(folder, card))
+        with only_writer(folder):
+            print(write_card(folder, card))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
