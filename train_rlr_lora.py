@@ -4,6 +4,7 @@ accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 """
 
 import sys
+from pathlib import Path
 
 from rlr_peft.config import load_config_or_exit
 from rlr_peft.foreign_text import guard_terminal, say
@@ -18,9 +19,17 @@ def main() -> int:
     set_up_logging()
 
     from rlr_peft.training.errors import AFTER_TRAINING, reporting_errors
+    from rlr_peft.training.folder_lock import only_writer
+    from rlr_peft.training.interruption import stopping_with_launcher
     from rlr_peft.training.publishing import open_publisher
 
-    with reporting_errors(AFTER_TRAINING), open_publisher(config) as publisher:
+    output_dir = Path(config.training.output_dir)
+    with (
+        reporting_errors(AFTER_TRAINING),
+        stopping_with_launcher(),
+        only_writer(output_dir),
+        open_publisher(config) as publisher,
+    ):
         # Only now the heavy imports: a wrong flag or token is refused at once.
         from rlr_peft.training.finishing import finish, summary
         from rlr_peft.training.resuming import resume
@@ -36,6 +45,7 @@ def main() -> int:
             say(summary(run, finish(run, progress, base)))
             if publisher is not None:
                 say(publisher.finish(run.output_dir))
+        run.processes.close()
         run.accelerator.end_training()
     if progress.interrupted_by and run.accelerator.is_main_process:
         say(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", sys.stderr)

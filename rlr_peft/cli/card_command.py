@@ -19,6 +19,7 @@ def card_command(words: Sequence[str]) -> int:
 
     from rlr_peft.publishing.card_file import write_card
     from rlr_peft.publishing.record_file import load_stored_card
+    from rlr_peft.training.folder_lock import only_writer
 
     folder = Path(arguments.folder)
     try:
@@ -29,7 +30,8 @@ def card_command(words: Sequence[str]) -> int:
             card = replace(card, extra_text=_text(arguments.extra_text))
         if arguments.plain:
             card = replace(card, template=None, extra_text=None)
-        say(write_card(folder, card))
+        with only_writer(folder):
+            say(write_card(folder, card))
     except UserError as error:
         say(f"error: {error}", sys.stderr)
         return 1

@@ -54,6 +54,7 @@ def compare_command(words: Sequence[str]) -> int:
     from rlr_peft.evaluation.comparison.tables import console_text
     from rlr_peft.training.comparing import CompareOptions, compare_adapters
     from rlr_peft.training.errors import reporting_errors
+    from rlr_peft.training.folder_lock import only_writer
 
     options = CompareOptions(
         adapters=own.adapter,
@@ -63,7 +64,7 @@ def compare_command(words: Sequence[str]) -> int:
         features=own.features,
         hub_token=own.hub_token,
     )
-    with reporting_errors("What is drawn is kept, and the same command goes on from there."):
+    with reporting_errors("What is drawn is kept, and the same command goes on from there."), only_writer(own.output):
         comparison = compare_adapters(config, options)
         written = write_report(own.output, comparison)
     say(console_text(comparison))

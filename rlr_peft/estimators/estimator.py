@@ -59,6 +59,10 @@ class Estimator(Protocol):
     def calibrates_without_gradient(self) -> bool:
         """Whether ``calibrate`` is of use for a reward without gradient too."""
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether ``calibrate`` has run, in this session or before the checkpoint that was loaded."""
+
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures on rollouts that no update uses; ``decay`` is the weight of the past."""
 
@@ -88,6 +92,7 @@ class StatelessEstimator:
 
     inner_epochs = 1
     needs_calibration = False
+    is_calibrated = True
     calibrates_without_gradient = False
     uses_reward_gradient = False
 

@@ -81,6 +81,11 @@ class RLREstimator:
         """Whether a reward without gradient still leaves something to choose: the window."""
         return has_measured_window(self.settings)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the steps have been measured, in this session or before the checkpoint that was loaded."""
+        return self.step_energies is not None
+
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
         gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters))

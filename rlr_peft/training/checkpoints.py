@@ -2,9 +2,11 @@
 
 import logging
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from rlr_peft.durable_files import rename_directory
+from rlr_peft.errors import UserError
 from rlr_peft.training.manifest import CheckpointError, package_versions, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -181,11 +184,12 @@ class CheckpointManager:
                 checkpoint,
                 ", ".join(changed),
             )
-        state = {
-            name.removesuffix(".pt"): _load(checkpoint / name) for name in manifest["files"] if name.endswith(".pt")
-        }
-        process_states = state.pop(_PROCESS_STATES)
-        return LoadedCheckpoint(checkpoint, manifest["step"], state, process_states[self.process_index])
+        with understanding(checkpoint):
+            state = {
+                name.removesuffix(".pt"): _load(checkpoint / name) for name in manifest["files"] if name.endswith(".pt")
+            }
+            process_states = state.pop(_PROCESS_STATES)
+            return LoadedCheckpoint(checkpoint, manifest["step"], state, process_states[self.process_index])
 
     def _latest(self) -> Path | None:
         """The newest complete one; None where there is none at all, as before the first save of a run."""
@@ -222,6 +226,31 @@ class CheckpointManager:
             doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
             os.rename(path, doomed)  # first out of sight, so that a kill leaves no half-deleted checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def understanding(checkpoint: Path) -> Iterator[None]:
+    """Inside, what a checkpoint holds is read and used: whole files may still hold what this program never wrote.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _not_ours(checkpoint, error) from error
+    except pickle.UnpicklingError as error:  # it goes on for a page, with advice to switch the protection off
+        raise _not_ours(checkpoint, "a file of it holds more than numbers and names") from error
+
+
+def _not_ours(checkpoint: Path, why: object) -> CheckpointError:
+    words = f"{type(why).__name__}: {why}" if isinstance(why, Exception) else str(why)
+    return CheckpointError(
+        f"The checkpoint {checkpoint} is whole, but does not hold what this program saves ({words[:200]}). "
+        "It was changed, or written by another program: resume from another one."
+    )
 
 
 def checkpoint_folders(output_dir: Path) -> list[tuple[int, Path]]:

@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import sys
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -164,8 +165,14 @@ def _can_move(run: Run) -> bool:
     return not model.offload and model.bnb_quantization_config_path is None
 
 
+def _logged(run: Run) -> list[dict[str, Any]]:
+    """The updates' numbers; none if somebody has removed the file, by which a finished training must not be lost."""
+    path = run.output_dir / METRICS_LOG
+    return read_metrics(path) if path.is_file() else []
+
+
 def _save_curve(run: Run) -> None:
-    records = read_metrics(run.output_dir / METRICS_LOG)
+    records = _logged(run)
 
     def points(name: str) -> list[CurvePoint]:
         return [
@@ -183,10 +190,10 @@ def _save_curve(run: Run) -> None:
 
 def _first_order_text(run: Run) -> list[str]:
     """Which K the updates really used: where it is measured or drawn, the settings alone do not tell."""
-    used = {int(record["first_order_steps"]) for record in read_metrics(run.output_dir / METRICS_LOG)}
+    used = {record["first_order_steps"] for record in _logged(run)}  # means of an update's, where K is drawn
     if used <= {0}:
         return []
-    span = str(min(used)) if len(used) == 1 else f"between {min(used)} and {max(used)}"
+    span = f"{min(used):g}" if len(used) == 1 else f"between {min(used):g} and {max(used):g}"
     meaning = ", that is full backpropagation" if used == {run.chain.num_steps} else ""
     return [f"K was {span} of {run.chain.num_steps} in its updates{meaning}."]
 

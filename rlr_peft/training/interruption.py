@@ -2,8 +2,17 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+import psutil
+
+from rlr_peft.training.repeating import repeating
+
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
 
 
 class GracefulInterruption:
@@ -56,3 +65,36 @@ class GracefulInterruption:
         name = signal.Signals(number).name
         # straight to the file: a print may be what the signal has interrupted, and print cannot be entered twice
         os.write(2, f"\n{name}: finishing this step, then saving a checkpoint. Ctrl-C now stops at once.\n".encode())
+
+
+@contextmanager
+def stopping_with_launcher() -> Iterator[None]:
+    """Inside, the end of the launcher that started this process counts as a SIGTERM, whatever ended it.
+
+    `accelerate launch` of one process does not pass signals on: a training would run on without anybody. Only a
+    launcher is watched: a program behind `nohup` outlives its shell on purpose.
+    """
+    launcher = os.getppid()
+    if not _is_launcher(launcher):
+        yield
+        return
+    said = False
+
+    def look() -> None:
+        nonlocal said
+        if os.getppid() == launcher or said:
+            return
+        said = True
+        os.write(2, f"\nThe launcher (process {launcher}) has ended: stopping as on SIGTERM.\n".encode())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with repeating(1.0, look):
+        yield
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        words = psutil.Process(process).cmdline()[:4]
+    except psutil.Error:
+        return False
+    return any(word in LAUNCHERS or Path(word).name in LAUNCHERS for word in words)

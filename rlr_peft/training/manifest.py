@@ -3,14 +3,16 @@
 import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# Far more than any checkpoint's: a crafted manifest is not read whole, and no number in it is used as it is.
+_MOST_BYTES, _LARGEST = 1 << 24, 1 << 53
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "rlr-peft")
 
 
@@ -57,19 +59,22 @@ def read_manifest(folder: Path, *, check_sums: bool = True) -> dict[str, Any]:
         CheckpointError: in a few words, what is missing or damaged.
     """
     try:
-        contents: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if not (folder / MANIFEST_NAME).is_file():
+            raise CheckpointError(f"it has no {MANIFEST_NAME}, so it was never finished")
+        with (folder / MANIFEST_NAME).open("rb") as file:
+            contents: dict[str, Any] = json.loads(file.read(_MOST_BYTES))
         recorded_sum = contents.pop("manifest_sha256")
-    except FileNotFoundError:
-        raise CheckpointError(f"it has no {MANIFEST_NAME}, so it was never finished") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        own_sum = _sha256_of_contents(contents)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"its {MANIFEST_NAME} is damaged ({error})") from None
-    if recorded_sum != _sha256_of_contents(contents):
+    if recorded_sum != own_sum:
         raise CheckpointError(f"its {MANIFEST_NAME} is damaged (its own sum is wrong)")
-    if contents["format_version"] != FORMAT_VERSION:
+    if contents.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"its format version is {contents['format_version']}, this program reads {FORMAT_VERSION}: "
+            f"its format version is {str(contents.get('format_version'))[:20]}, this program reads {FORMAT_VERSION}: "
             "use the rlr-peft release that wrote it"
         )
+    _check_contents(contents)
     for name, expected in contents["files"].items():
         path = folder / name
         if not stays_inside(name):
@@ -81,6 +86,26 @@ def read_manifest(folder: Path, *, check_sums: bool = True) -> dict[str, Any]:
         if check_sums and _sha256_of_file(path) != expected["sha256"]:
             raise CheckpointError(f"{name} is damaged (its SHA-256 sum is wrong)")
     return contents
+
+
+def _check_contents(contents: dict[str, Any]) -> None:
+    """A sum that is right says that the file is whole, not that this program wrote it."""
+    problems = [
+        *(name for name, least in (("step", 0), ("num_processes", 1)) if not _is_number(contents.get(name), least)),
+        *(name for name in ("packages", "files") if not isinstance(contents.get(name), dict)),
+    ]
+    if problems:
+        raise CheckpointError(f"its {MANIFEST_NAME} is damaged or not of this program (its {problems[0]} is odd)")
+    for name, expected in contents["files"].items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or len(name) > 255:
+            raise CheckpointError(f"its {MANIFEST_NAME} names {name[:80]!r}, which is not a file in its folder")
+        if not (isinstance(expected, dict) and _is_number(expected.get("size"), 0) and "sha256" in expected):
+            raise CheckpointError(f"its {MANIFEST_NAME} is damaged or not of this program (its entry {name!r} is odd)")
+
+
+def _is_number(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
 
 
 def _sha256_of_file(path: Path) -> str:

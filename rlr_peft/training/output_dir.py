@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from rlr_peft.durable_files import replacing_file
@@ -14,6 +15,9 @@ from rlr_peft.training.tracking import METRICS_LOG
 CONFIG = "config.yaml"
 # What a run leaves besides checkpoints and the tracker's files.
 RESULTS = (*PUBLISHED, RECORD_NAME, "scores.csv", "validation")
+
+# What a start leaves that ended before its first checkpoint: the next one writes all of it again.
+BEGINNINGS = (CONFIG, METRICS_LOG, "validation")
 
 
 def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, is_latest: bool) -> Path | None:
@@ -35,7 +39,11 @@ def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, 
     found = [path for number, path in checkpoint_folders(output_dir) if number > step or not goes_on_here]
     if goes_on_here and (is_latest or not found):
         return None
-    found += [path for pattern in RESULTS for path in sorted(output_dir.glob(pattern))]
+    results = [path for pattern in RESULTS for path in sorted(output_dir.glob(pattern))]
+    if not found and resumed_from is None and all(path.name in BEGINNINGS for path in results):
+        _remove(results)
+        results = []
+    found += results
     aside = _new_folder(output_dir) if found else None
     for path in found:
         assert aside is not None
@@ -49,6 +57,14 @@ def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, 
         with replacing_file(output_dir / METRICS_LOG) as copy:
             shutil.copyfile(resumed_from.parent / METRICS_LOG, copy)
     return aside
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _new_folder(output_dir: Path) -> Path:

@@ -27,3 +27,11 @@ class Progress:
     stopped_early: str = ""
     interrupted_by: int = 0
     resumed_from: Path | None = None
+
+
+def is_due_after(step: int, interval: int | None) -> bool:
+    """Whether something that is done every `interval` updates is done after update `step`, the first being 1.
+
+    Checkpoints, validation images, the divergence and publishing all count so. None is never.
+    """
+    return interval is not None and step % interval == 0

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.prompt import with_stages
@@ -23,6 +22,7 @@ from rlr_peft.prompts.sampler import PromptSampler, Sampler
 from rlr_peft.prompts.sources import dataset_prompts, load_prompts
 from rlr_peft.prompts.streaming import StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec
+from rlr_peft.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ def read_prompts(config: Config) -> RunPrompts:
     return RunPrompts(prompts, evaluation, validation, PromptSampler(prompts, config.training.seed))
 
 
-def with_stage_prompts(config: Config, prompts: RunPrompts, accelerator: Accelerator) -> RunPrompts:
+def with_stage_prompts(
+    config: Config, prompts: RunPrompts, accelerator: Accelerator, processes: Processes
+) -> RunPrompts:
     """The prompts split into stages, if a decomposer is asked for; answers of models are kept in a file.
 
     Raises:
@@ -77,8 +79,10 @@ def with_stage_prompts(config: Config, prompts: RunPrompts, accelerator: Acceler
     split: list[list[str] | None] = [prompts.training, prompts.evaluation, prompts.validation]
     if accelerator.is_main_process:
         decompose = _decomposer(config, accelerator.device)
-        split = [None if part is None else decompose_prompts(part, decompose) for part in split]
-    training, evaluation, validation = broadcast_object_list(split)
+        with processes.doing("splitting the prompts into stages"):
+            split = [None if part is None else decompose_prompts(part, decompose) for part in split]
+    training, evaluation, validation = processes.broadcast(split, "the stage prompts")
+    assert training is not None and validation is not None
     return RunPrompts(training, evaluation, validation, PromptSampler(training, config.training.seed))
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import gather_object
 
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.rewards.remote import remote_rewards
-from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint
+from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint, understanding
 from rlr_peft.training.manifest import CheckpointError
 from rlr_peft.training.optimization import restore_optimizer
 from rlr_peft.training.output_dir import CONFIG
@@ -37,7 +36,7 @@ def open_checkpoints(run: Run) -> CheckpointManager:
         total_limit=run.config.checkpointing.checkpoints_total_limit,
         num_processes=run.accelerator.num_processes,
         process_index=run.accelerator.process_index,
-        gather=gather_object,
+        gather=lambda states: run.processes.gather_objects(states, "the checkpoint's states"),
     )
 
 
@@ -60,8 +59,8 @@ def resume(run: Run) -> Progress:
         ) from error
     checkpoints = open_checkpoints(run)
     path = checkpoints.resolve(run.config.checkpointing.resume_from_checkpoint)
-    progress = Progress() if path is None else _load(run, checkpoints.load(path))
-    steps = set(gather_object([progress.step]))
+    progress = Progress() if path is None else load_state(run, checkpoints.load(path))
+    steps = set(run.processes.gather_objects([progress.step], "the step to go on from"))
     if len(steps) > 1:
         raise CheckpointError(
             f"Expected every process to go on from the same checkpoint, got those of steps {sorted(steps)}: "
@@ -75,6 +74,7 @@ def save_checkpoint(run: Run, progress: Progress, checkpoints: CheckpointManager
     state = {
         "lora": {name: value.detach().cpu() for name, value in lora_parameters(run.chain.denoiser).items()},
         "optimizer_class": type(run.optimizer).__name__,
+        "identity": _identity(run),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "estimator": run.estimator.state_dict(),
@@ -93,13 +93,24 @@ def save_checkpoint(run: Run, progress: Progress, checkpoints: CheckpointManager
     )
 
 
+def load_state(run: Run, loaded: LoadedCheckpoint) -> Progress:
+    """Puts what a checkpoint holds into the run.
+
+    Raises:
+        CheckpointError: it is of another run, or holds what this program never wrote.
+    """
+    with understanding(loaded.path):
+        return _load(run, loaded)
+
+
 def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     path, state = loaded.path, loaded.state
+    _check_identity(run, path, state["identity"])
     _load_adapter(run, path, state["lora"])
     _check_optimizer(run, path, state["optimizer_class"])
     restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"])
-    _load_estimator(run, loaded)
-    run.objective.has_gradient = state["objective"]["has_gradient"]
+    run.estimator.load_state_dict(state["estimator"])
+    run.objective.has_gradient = bool(state["objective"]["has_gradient"])
     if run.reward_scale is not None and state["reward_scale"] is not None:
         run.reward_scale.load_state_dict(state["reward_scale"])
     if isinstance(run.reward, WeightedRewards):
@@ -111,15 +122,46 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     logger.info("Resuming from %s.", path)
     if run.accelerator.is_main_process:
         _warn_of_changes(run, path.parent / CONFIG)
-    return Progress(step=loaded.step, resumed_from=path, **state["progress"])
+    return _progress(loaded)
+
+
+def _identity(run: Run) -> dict[str, str | int]:
+    """What the running statistics belong to; another config's could not be used, or would mean something else."""
+    return {
+        "estimator": run.config.estimator.estimator,
+        "num_inference_steps": run.chain.num_steps,
+        "denoiser": ", ".join(run.family.denoisers),
+    }
+
+
+def _check_identity(run: Run, path: Path, written: dict[str, str | int]) -> None:
+    for name, here in _identity(run).items():
+        if written[name] != here:
+            raise CheckpointError(
+                f"Expected a checkpoint of {name} {here}, got {path}, which is of {name} {str(written[name])[:80]}. "
+                f"Resume with --{name} {str(written[name])[:80]}, as in {path.parent / CONFIG}, or start a new run."
+            )
+
+
+def _progress(loaded: LoadedCheckpoint) -> Progress:
+    kept = loaded.state["progress"]
+    for name, value in kept.items():
+        is_text = isinstance(getattr(Progress(), name), str)
+        is_right = isinstance(value, str) if is_text else isinstance(value, (int, float)) and 0 <= value < 2**63
+        if not is_right:
+            raise ValueError(f"{name} is {value!r}"[:100])
+    return Progress(step=loaded.step, resumed_from=loaded.path, **kept)
 
 
 def _load_adapter(run: Run, path: Path, saved: dict[str, torch.Tensor]) -> None:
     current = lora_parameters(run.chain.denoiser)
-    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in current.items()}:
+    there = {name: tuple(value.shape) for name, value in saved.items()}
+    here = {name: tuple(value.shape) for name, value in current.items()}
+    if there != here:
         raise CheckpointError(
-            f"Expected the adapter of {path} to have the layers and ranks of this config, got others. Resume with the "
-            f"config that it was trained with: {path.parent / CONFIG}."
+            f"Expected the adapter of {path} to have the {len(here)} weights of this config, got {len(there)}: "
+            f"{_first_difference(here, there)}. Resume with the rank, lora_layers, denoiser, use_dora and base that it "
+            f"was trained with, see {path.parent / CONFIG}, or start a new run."
         )
     with torch.no_grad():
         for name, value in saved.items():
@@ -135,14 +177,15 @@ def _check_optimizer(run: Run, path: Path, written_by: str) -> None:
         )
 
 
-def _load_estimator(run: Run, loaded: LoadedCheckpoint) -> None:
-    try:
-        run.estimator.load_state_dict(loaded.state["estimator"])
-    except KeyError:
-        raise CheckpointError(
-            f"Expected the running statistics of {run.config.estimator.estimator} in {loaded.path}, got those of "
-            f"another estimator. Resume with the config that it was trained with: {loaded.path.parent / CONFIG}."
-        ) from None
+def _first_difference(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> str:
+    """Of two adapters' weights, name -> shape, in words."""
+    for name in here:
+        if name in there and there[name] != here[name]:
+            return f"{name} is {here[name]} here and {there[name]} there"
+    missing = [name for name in here if name not in there]
+    if missing:
+        return f"{missing[0]} is not in the checkpoint"
+    return f"{next(name for name in there if name not in here)} is not in this run"
 
 
 def _warn_of_changes(run: Run, saved: Path) -> None:

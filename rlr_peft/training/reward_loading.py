@@ -3,7 +3,6 @@
 import math
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config
@@ -16,6 +15,7 @@ from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
 from rlr_peft.rewards.running_scale import MIN_SCORES
+from rlr_peft.training.processes import Processes
 from rlr_peft.training.rollouts import sample_batch
 from rlr_peft.training.seeds import derive_seed
 
@@ -57,7 +57,12 @@ def reward_settings(config: Config, device: torch.device) -> RewardSettings:
 
 
 def measure_scales(
-    reward: WeightedRewards, chain: DenoisingChain, objective: DecodedReward, sampler: Sampler, config: Config
+    reward: WeightedRewards,
+    chain: DenoisingChain,
+    objective: DecodedReward,
+    sampler: Sampler,
+    config: Config,
+    processes: Processes,
 ) -> None:
     """Gives a weighted sum its first scales, from images of the base that no update will see.
 
@@ -75,6 +80,4 @@ def measure_scales(
         chain, objective, repeated, seeds, training.train_batch_size, lambda rewards, _: rewards, differentiate=False
     )
     reward.observe(batch.info)
-    state = [reward.state_dict()]
-    broadcast_object_list(state)
-    reward.load_state_dict(state[0])
+    reward.load_state_dict(processes.broadcast(reward.state_dict(), "the rewards' first scales"))

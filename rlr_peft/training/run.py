@@ -31,6 +31,7 @@ from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.loading import load_pipeline, load_reward_decoder
 from rlr_peft.training.memory_options import check_machine, compile_denoisers
 from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
+from rlr_peft.training.processes import Processes
 from rlr_peft.training.prompt_loading import read_prompts, warn_of_long_prompts, with_stage_prompts
 from rlr_peft.training.reward_loading import load_rewards, measure_scales
 from rlr_peft.training.reward_scale import RewardScale
@@ -66,7 +67,8 @@ class Run:
 
     Attributes:
         config: what was asked for.
-        accelerator: device, processes and trackers.
+        accelerator: device and trackers.
+        processes: how those of the run exchange what they need of each other.
         pipeline: the base with the trainable adapter inside.
         family: what is particular to the pipeline's class.
         chain: the pipeline as the chain that is trained.
@@ -89,6 +91,7 @@ class Run:
 
     config: Config
     accelerator: Accelerator
+    processes: Processes
     pipeline: DiffusionPipeline
     family: Family
     chain: DenoisingChain
@@ -124,6 +127,7 @@ def build_run(config: Config) -> Run:
     """
     prompts = read_prompts(config)
     accelerator = _accelerator(config)
+    processes = Processes(accelerator)
     check_machine(config.model, accelerator.device)
     if config.model.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -131,7 +135,7 @@ def build_run(config: Config) -> Run:
     with as_config_error():
         estimator = build_estimator(config.estimator, config.chain.num_inference_steps, stages_from_config(config))
     reward, heldout = load_rewards(config, accelerator.device)
-    prompts = with_stage_prompts(config, prompts, accelerator)
+    prompts = with_stage_prompts(config, prompts, accelerator, processes)
     arithmetic = _arithmetic(config, len(prompts.training), accelerator.num_processes)
     with as_config_error():
         pipeline = load_pipeline(config.model, accelerator.device)
@@ -153,6 +157,7 @@ def build_run(config: Config) -> Run:
     run = Run(
         config=config,
         accelerator=accelerator,
+        processes=processes,
         pipeline=pipeline,
         family=family,
         chain=chain,
@@ -175,7 +180,7 @@ def build_run(config: Config) -> Run:
         arithmetic=arithmetic,
     )
     if isinstance(reward, WeightedRewards):
-        measure_scales(reward, chain, run.objective, run.sampler, config)
+        measure_scales(reward, chain, run.objective, run.sampler, config, processes)
     return run
 
 

@@ -1,7 +1,9 @@
 """`metrics.jsonl`: one line of numbers for every step, the same file whether or not the run was interrupted."""
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +11,8 @@ from typing import Any
 
 from rlr_peft.durable_files import flush_to_disk, replacing_file
 from rlr_peft.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 METRICS_LOG = "metrics.jsonl"
 
@@ -37,7 +41,7 @@ class MetricsLog:
             kept = [metrics for metrics in read_metrics(self.path) if metrics["step"] <= resume_step]
         with replacing_file(self.path) as aside:
             aside.write_text("".join(_line(metrics) for metrics in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a+", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Appends one line; it survives the end of this process however it comes.
@@ -54,8 +58,28 @@ class MetricsLog:
         self._file.flush()
 
     def synchronize(self) -> None:
-        """Waits until all lines are on the disk and would survive a power cut."""
+        """Waits until all lines are on the disk and would survive a power cut.
+
+        Where somebody has removed or replaced the file in between, it is written anew, with all lines.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._restore()
         flush_to_disk(self.path)
+
+    def _restore(self) -> None:
+        if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+            return
+        self._file.seek(0)  # an open file lives on without its name
+        lines = self._file.read()
+        if self.path.exists():
+            os.replace(self.path, self.path.with_name(f"{self.path.name}.replaced"))
+        with replacing_file(self.path) as aside:
+            aside.write_text(lines, encoding="utf-8")
+        self._file.close()
+        self._file = self.path.open("a+", encoding="utf-8")
+        logger.warning("%s was removed while the run wrote to it: it is there again, with all lines.", self.path)
 
     def close(self) -> None:
         self._file.close()

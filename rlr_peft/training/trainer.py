@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 from rlr_peft.config import Config, config_to_dict, save_config, stages_from_config
 from rlr_peft.foreign_text import printable
 from rlr_peft.publishing.redaction import redacted
+from rlr_peft.training.checkpoints import CheckpointManager
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.output_dir import CONFIG, claim_output_dir
-from rlr_peft.training.progress import Progress
+from rlr_peft.training.progress import Progress, is_due_after
 from rlr_peft.training.resuming import open_checkpoints, resume, save_checkpoint
 from rlr_peft.training.run import Run
-from rlr_peft.training.tracking import METRICS_LOG, MetricsLog
+from rlr_peft.training.tracking import METRICS_LOG, MetricsError, MetricsLog
 from rlr_peft.training.update import Update, calibrate, take_update
 from rlr_peft.training.validation import save_validation_images
 
@@ -73,9 +74,10 @@ def _loop(
     with bar:
         while progress.step < last_step and not progress.stopped_early:
             started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
-            if _calibration_due(run, progress.step):
-                calibrate(run, progress.step)
-            update = take_update(run, progress.step)
+            with run.processes.doing(f"update {progress.step + 1}"):
+                if _calibration_due(run, progress.step):
+                    calibrate(run, progress.step)
+                update = take_update(run, progress.step)
             progress.step += 1
             progress.seconds += time.monotonic() - started
             progress.denoiser_evaluations += _total(run, run.chain.denoiser_evaluations - evaluated)
@@ -84,21 +86,40 @@ def _loop(
             _log(run, progress, update, log)
             bar.update()
             bar.set_postfix(reward=f"{update.rewards.mean():.4f}", lr=f"{run.lr_scheduler.get_last_lr()[0]:.2e}")
-            if _due(progress.step, config.validation.validation_steps) and progress.step < last_step:
+            if is_due_after(progress.step, config.validation.validation_steps) and progress.step < last_step:
                 save_validation_images(run, progress.step, "validation")
             _stop_early(run, progress, update)
             is_last = progress.step == last_step or bool(progress.stopped_early)
             # Any process may have got the signal; all must act on it at the same step.
-            stop = _largest(run, interruption.exit_code)
-            if stop or is_last or _due(progress.step, config.checkpointing.checkpointing_steps):
-                if log is not None:
-                    log.synchronize()
-                path = save_checkpoint(run, progress, checkpoints)
-                if publish_checkpoint is not None and _due(progress.step, config.hub.push_every):
+            stop = run.processes.largest(interruption.exit_code, "the signals")
+            if stop or is_last or is_due_after(progress.step, config.checkpointing.checkpointing_steps):
+                path = _save(run, progress, checkpoints, log)
+                if publish_checkpoint is not None and is_due_after(progress.step, config.hub.push_every):
                     publish_checkpoint(path)
-            if stop:
+            if stop and not is_last:  # after the last one what is left is the result, which a second signal ends
                 progress.interrupted_by = stop
                 break
+
+
+def _save(run: Run, progress: Progress, checkpoints: CheckpointManager, log: MetricsLog | None) -> Path:
+    """Saves a checkpoint, with the metrics' lines on the disk before it; those that cannot be are told of after it."""
+    unwritten: OSError | None = None
+    if log is not None:
+        try:
+            log.synchronize()
+        except OSError as error:
+            unwritten = error
+    with run.processes.doing(f"saving checkpoint-{progress.step}"):
+        path = save_checkpoint(run, progress, checkpoints)
+    if log is not None and not (run.output_dir / CONFIG).exists():
+        save_config(run.config, run.output_dir / CONFIG)
+        logger.warning("%s was removed while the run wrote to it: it is there again.", run.output_dir / CONFIG)
+    if unwritten is not None:
+        raise MetricsError(
+            f"{log and log.path} cannot be written ({unwritten}). {path} is complete: mend the cause and go on with "
+            "--resume_from_checkpoint latest."
+        ) from unwritten
+    return path
 
 
 def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -> None:
@@ -109,7 +130,16 @@ def _log(run: Run, progress: Progress, update: Update, log: MetricsLog | None) -
     if log is not None:
         log.log(metrics, progress.step)
         run.learning_signal.check(progress.step, metrics)
-    run.accelerator.log(metrics | {"seconds": progress.seconds}, step=progress.step)
+    _track(run, metrics | {"seconds": progress.seconds}, progress.step)
+
+
+def _track(run: Run, metrics: Mapping[str, Any], step: int) -> None:
+    """Hands the numbers to the trackers, whose files may be removed by somebody: the run does not depend on them."""
+    folder = run.output_dir / run.config.logging.logging_dir / run.config.logging.tracker_name
+    if run.accelerator.trackers and not folder.exists():
+        folder.mkdir(parents=True)
+        logger.warning("%s was removed while the run wrote to it: its curves begin anew.", folder)
+    run.accelerator.log(dict(metrics), step=step)
 
 
 def _stop_early(run: Run, progress: Progress, update: Update) -> None:
@@ -129,9 +159,12 @@ def _stop_early(run: Run, progress: Progress, update: Update) -> None:
 
 def _calibration_due(run: Run, step: int) -> bool:
     """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
-    is_due = step % run.config.estimator.calibration_interval == 0
+    # Not only every so often: a run may have come to a measured K when it was resumed.
+    is_due = step % run.config.estimator.calibration_interval == 0 or not run.estimator.is_calibrated
+    if not (run.estimator.needs_calibration and is_due):
+        return False
     has_choice = run.objective.has_gradient or run.estimator.calibrates_without_gradient
-    return run.estimator.needs_calibration and has_choice and is_due
+    return bool(run.processes.largest(int(has_choice), "the need of a calibration"))
 
 
 def _say_coverage(run: Run, progress: Progress, update: Update) -> None:
@@ -174,17 +207,8 @@ def _tracker_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0
-
-
-def _largest(run: Run, number: int) -> int:
-    """The largest of the processes' numbers."""
-    return int(run.accelerator.gather(torch.tensor([number], device=run.accelerator.device)).max())
-
-
 def _total(run: Run, count: int) -> int:
     """Sum of a count over all processes."""
     if run.accelerator.num_processes == 1:
         return count
-    return int(run.accelerator.reduce(torch.tensor(count, device=run.accelerator.device), reduction="sum"))
+    return int(run.processes.sum(torch.tensor(count, device=run.accelerator.device), "the denoiser evaluations"))

@@ -1,12 +1,12 @@
 """One update: sample, score, estimate the gradient, all-reduce it once, clip, step."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
@@ -14,6 +14,8 @@ from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
 from rlr_peft.rewards.info import info_means, join_info
+from rlr_peft.training.processes import Processes
+from rlr_peft.training.progress import is_due_after
 from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import Purpose, derive_seed
@@ -30,7 +32,7 @@ class Update:
         rewards: of the samples of all processes, (samples_per_update,); a weighted sum is that on its first scales.
         heldout: held-out scores of the same samples; None without a held-out reward.
         kl: estimates of the samples' divergence from the base in nats, (samples_per_update,); None if not measured.
-        reports: of this process's micro-batches, in the last inner epoch.
+        reports: of all processes' micro-batches, in the last inner epoch.
         gradient_norm: of the mean reward's gradient, before clipping, in the last inner epoch.
         info: means of the numbers that the rewards give beside their scores, `reward/NAME` and `heldout/NAME`.
     """
@@ -49,16 +51,18 @@ class Update:
             "reward_se": standard_error(self.rewards),
             "loss": -float(self.rewards.mean()),
             "gradient_norm": self.gradient_norm,
-            "first_order_steps": self.reports[0].first_order_steps,
+            "first_order_steps": statistics.mean(report.first_order_steps for report in self.reports),
         }
         if self.heldout is not None:
             metrics |= {"heldout": float(self.heldout.mean()), "heldout_se": standard_error(self.heldout)}
         if self.kl is not None:  # no standard error: the samples of a micro-batch share their drawn steps
             metrics["kl"] = float(self.kl.mean())
-        for term in self.reports[0].gradient_norms:
-            metrics[f"gradient_norm/{term}"] = _mean(report.gradient_norms.get(term, 0.0) for report in self.reports)
-        for name in self.reports[0].metrics:
-            metrics[name] = _mean(report.metrics[name] for report in self.reports)
+        # A term that is drawn, or that a random K leaves no room, need not be in every micro-batch.
+        for term in dict.fromkeys(term for report in self.reports for term in report.gradient_norms):
+            norms = [report.gradient_norms.get(term, 0.0) for report in self.reports]
+            metrics[f"gradient_norm/{term}"] = statistics.fmean(norms)
+        for name in dict.fromkeys(name for report in self.reports for name in report.metrics):
+            metrics[name] = statistics.fmean(report.metrics[name] for report in self.reports if name in report.metrics)
         return metrics | self.info
 
 
@@ -79,6 +83,8 @@ def calibrate(run: Run, step: int) -> None:
         lambda rewards, _: leave_one_out(rewards, group_size),
     )
     run.estimator.calibrate(run.chain, batch.rollouts, arguments.calibration_decay)
+    # Sums on GPUs differ in their last digits, which may tip the choice of K: all go by the main process's numbers.
+    run.estimator.load_state_dict(run.processes.broadcast(run.estimator.state_dict(), "the calibration"))
 
 
 def take_update(run: Run, step: int) -> Update:
@@ -89,19 +95,20 @@ def take_update(run: Run, step: int) -> Update:
         DerivativeError: the gradient is not finite; this optimiser step has not been taken.
     """
     batch = _sample(run, step)
-    rewards = run.accelerator.gather(batch.rewards)
+    rewards = run.processes.gather(batch.rewards, "the rewards")
     scale = run.reward_scale.scale(rewards) if run.reward_scale is not None else 1.0
     info = _info(run, batch)
     kl: torch.Tensor | None = None
-    memories = []
+    memories: list[Any] = []
     for epoch in range(run.estimator.inner_epochs):
         reports, divergence = _accumulate(run, step, epoch, batch, scale)
-        kl = kl if divergence is None or epoch > 0 else run.accelerator.gather(divergence)
+        kl = kl if divergence is None or epoch > 0 else run.processes.gather(divergence, "the divergences")
         memories += [report.memory for report in reports if report.memory is not None]
         norm = _optimizer_step(run, step, scale)
     run.lr_scheduler.step()
-    run.estimator.remember(gather_object(memories))
-    heldout = None if batch.heldout is None else run.accelerator.gather(batch.heldout)
+    memories, reports = _of_all(run, memories, reports)
+    run.estimator.remember(memories)
+    heldout = None if batch.heldout is None else run.processes.gather(batch.heldout, "the held-out scores")
     is_sum = isinstance(run.reward, WeightedRewards)
     shown = info.pop(f"reward/{ON_FIRST_SCALES}") if is_sum else rewards  # a single reward's own `total` is its info
     update = Update(shown, heldout, kl, reports, norm, _logged_info(run, info))
@@ -111,12 +118,19 @@ def take_update(run: Run, step: int) -> Update:
     return update
 
 
+def _of_all(run: Run, memories: list[Any], reports: list[EstimatorReport]) -> tuple[list[Any], list[EstimatorReport]]:
+    """Memories and reports of all processes, in their order."""
+    own = memories, [replace(report, memory=None) for report in reports]
+    parts = run.processes.gather_objects([own], "the estimator's numbers")
+    return [memory for part, _ in parts for memory in part], [report for _, part in parts for report in part]
+
+
 def _info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
     """The numbers that the rewards give beside their scores, of all processes: `reward/NAME` and `heldout/NAME`."""
     names = {f"reward/{name}": values for name, values in batch.info.items()}
     names |= {f"heldout/{name}": values for name, values in batch.heldout_info.items()}
     # As objects, because processes need not have the same names.
-    parts = gather_object([(names, len(batch.rewards))])
+    parts = run.processes.gather_objects([(names, len(batch.rewards))], "the rewards' own numbers")
     return join_info(parts)
 
 
@@ -149,8 +163,8 @@ def _kl_penalty(run: Run, step: int, epoch: int, scale: float) -> KLPenalty | No
         return None
     interval = run.config.regularization.kl_interval
     is_limited = run.config.regularization.kl_limit is not None
-    is_due = epoch == 0 and (is_limited or (interval is not None and step % interval == 0))
-    if run.kl_penalty.beta == 0 and not is_due:
+    measures = epoch == 0 and (is_limited or is_due_after(step + 1, interval))
+    if run.kl_penalty.beta == 0 and not measures:
         return None
     # The whole gradient is divided by the rewards' scale; the penalty's weight is relative to the scaled rewards.
     return replace(run.kl_penalty, beta=run.kl_penalty.beta * scale)
@@ -164,7 +178,8 @@ def _sample(run: Run, step: int) -> Batch:
     repeated, seeds = _repeat(run, step, "samples", prompts, first=index * run.arithmetic.samples_per_process)
 
     def advantages(rewards: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        run.estimator.observe(gather_object(texts), accelerator.gather(rewards))
+        every = run.processes.gather_objects(texts, "the prompts"), run.processes.gather(rewards, "the rewards")
+        run.estimator.observe(*every)
         return run.estimator.advantages(rewards, texts, training.num_images_per_prompt)
 
     return sample_batch(
@@ -195,7 +210,7 @@ def _generator(run: Run, purpose: Purpose, *key: int) -> torch.Generator:
 def _optimizer_step(run: Run, step: int, scale: float) -> float:
     """All-reduces, clips, and takes the optimiser step; returns the gradient's norm before clipping."""
     parameters = run.chain.parameters
-    to_mean_descent(parameters, run.arithmetic.samples_per_update * scale, run.accelerator)
+    to_mean_descent(parameters, run.arithmetic.samples_per_update * scale, run.processes)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.config.training.max_grad_norm))
     if not math.isfinite(norm):
         raise DerivativeError(
@@ -209,7 +224,7 @@ def _optimizer_step(run: Run, step: int, scale: float) -> float:
     return norm
 
 
-def to_mean_descent(parameters: Sequence[torch.nn.Parameter], divisor: float, accelerator: Accelerator) -> None:
+def to_mean_descent(parameters: Sequence[torch.nn.Parameter], divisor: float, processes: Processes) -> None:
     """Turns the summed ascent gradients of all processes into the gradient of minus the mean reward, all-reduced once.
 
     ``divisor`` is the number of samples of all processes, times the scale of the rewards if they are normalised.
@@ -218,7 +233,7 @@ def to_mean_descent(parameters: Sequence[torch.nn.Parameter], divisor: float, ac
     """
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    flat = accelerator.reduce(flat, reduction="sum") / -divisor
+    flat = processes.sum(flat, "the gradient") / -divisor
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 
@@ -227,8 +242,3 @@ def standard_error(scores: torch.Tensor) -> float:
     """Standard error of the mean of (N,) scores; 0 for a single one."""
     # In float64, where the squares of faint scores do not vanish.
     return float(scores.double().std()) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
-
-
-def _mean(values: Iterable[float]) -> float:
-    kept = list(values)
-    return sum(kept) / len(kept)

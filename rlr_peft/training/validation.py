@@ -64,7 +64,8 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     prompts = [prompt for prompt in run.validation_prompts for _ in range(arguments.num_validation_images)]
     seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
     size = arguments.evaluation_batch_size
-    parts = [render(chain, prompts[i : i + size], seeds[i : i + size]).cpu() for i in range(0, len(prompts), size)]
+    with run.processes.doing("drawing validation images"):
+        parts = [render(chain, prompts[i : i + size], seeds[i : i + size]).cpu() for i in range(0, len(prompts), size)]
     images = torch.cat(parts)
     if phase == "test":
         save_gallery(run.output_dir, images, prompts, chain.call.fps)
@@ -91,7 +92,7 @@ def evaluate_base(run: Run) -> Evaluation | None:
     if run.evaluation_prompts is None or not run.accelerator.is_main_process:
         return None
     states = capture_random_states(run.accelerator.device)
-    with adapter_disabled(run.chain.denoiser):
+    with adapter_disabled(run.chain.denoiser), run.processes.doing("evaluating the base"):
         evaluation = _evaluate(run, run.evaluation_prompts, "Evaluating the base")
     restore_random_states(states, run.accelerator.device)
     return evaluation

@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -162,7 +163,7 @@ def test_other_versions_of_the_format_and_of_packages_are_said(
     monkeypatch.setattr("rlr_peft.training.manifest.FORMAT_VERSION", 99)
     save(manager, 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format version is 99, this program reads 3"):
+    with pytest.raises(CheckpointError, match="format version is 99, this program reads 4"):
         manager.resolve("checkpoint-1")
     monkeypatch.setattr("rlr_peft.training.manifest.version", lambda package: "0.1")
     path = save(manager, 2)
@@ -263,6 +264,54 @@ def test_whenever_a_saving_process_is_killed_the_latest_checkpoint_is_complete(t
             read_manifest(folder)  # nothing unfinished ever carries a checkpoint's name
         newest = loaded.step
     assert newest > 2
+
+
+Change = Callable[[dict[str, Any]], object]
+CRAFTED: dict[str, tuple[Change, str]] = {
+    "traversal": (lambda m: m["files"].update({"../secret.pt": m["files"][ADAPTER_NAME]}), "not a file in its folder"),
+    "absolute": (lambda m: m["files"].update({"/etc/hostname": m["files"][ADAPTER_NAME]}), "not a file in its folder"),
+    "list of files": (lambda m: m.update(files=[ADAPTER_NAME]), "its files is odd"),
+    "list as entry": (lambda m: m["files"].update({ADAPTER_NAME: [1, 2]}), "entry 'pytorch_lora_weights.safetensors'"),
+    "negative size": (lambda m: m["files"][ADAPTER_NAME].update(size=-1), "entry 'pytorch_lora_weights.safetensors'"),
+    "huge step": (lambda m: m.update(step=10**400), "its step is odd"),
+    "step in words": (lambda m: m.update(step="2"), "its step is odd"),
+    "no processes": (lambda m: m.update(num_processes=0), "its num_processes is odd"),
+    "no packages": (lambda m: m.pop("packages"), "its packages is odd"),
+    "huge version": (lambda m: m.update(format_version=10**400), "its format version is 1000"),
+}
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_a_crafted_manifest_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    """With a sum that is right: no accident."""
+    manager = CheckpointManager(tmp_path)
+    save(manager, 1)
+    path = save(manager, 2) / "manifest.json"
+    change, message = CRAFTED[kind]
+    contents = json.loads(path.read_text())
+    del contents["manifest_sha256"]
+    change(contents)
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(contents | {"manifest_sha256": digest}))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        manager.resolve("checkpoint-2")
+    assert manager.resolve("latest") == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[" * 100_000, "9" * 6000, '"', "{}", "null"])
+def test_a_manifest_of_anything_else_is_one_sentence(text: str, tmp_path: Path) -> None:
+    path = save(CheckpointManager(tmp_path), 2) / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"its manifest\.json is damaged"):
+        CheckpointManager(tmp_path).resolve("checkpoint-2")
+
+
+def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = save(CheckpointManager(tmp_path), 2) / "manifest.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"it has no manifest\.json"):
+        CheckpointManager(tmp_path).resolve("checkpoint-2")
 
 
 def test_every_process_gets_its_own_state_back_and_another_number_of_processes_is_refused(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Real processes, real signals: each test runs a small training loop as a child and signals it."""
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlr_peft.training.interruption import GracefulInterruption
@@ -83,3 +85,46 @@ def test_without_a_signal_nothing_is_requested_and_handlers_come_back_after_an_e
         raise KeyError
     assert interruption.exit_code == 0
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
+
+
+LAUNCHED = "from rlr_peft.training.interruption import stopping_with_launcher\nwith stopping_with_launcher():\n"
+LAUNCHED += "".join(f"    {line}\n" for line in LOOP.splitlines())
+LAUNCHER = "import subprocess, sys\nsubprocess.Popen(sys.argv[1:]).wait()\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_the_launcher_alone_is_an_orderly_end_too(number: signal.Signals, tmp_path: Path) -> None:
+    """As containers stop programs; `accelerate launch` does not pass the signal on."""
+    launcher = tmp_path / "accelerate"
+    launcher.write_text(LAUNCHER)
+    output, errors = run_launched(launcher, number, lines=5)
+    assert output[-1].startswith("checkpoint ")
+    assert re.search(r"The launcher \(process \d+\) has ended: stopping as on SIGTERM", errors)
+
+
+def test_a_shell_that_ends_stops_nothing(tmp_path: Path) -> None:
+    """A program behind nohup outlives it on purpose."""
+    launcher = tmp_path / "shell"
+    launcher.write_text(LAUNCHER)
+    output, errors = run_launched(launcher, signal.SIGKILL, lines=12)
+    assert not any(line.startswith("checkpoint") for line in output[:12]) and "The launcher" not in errors
+
+
+def run_launched(launcher: Path, number: signal.Signals, lines: int) -> tuple[list[str], str]:
+    """What a loop printed that was started by the launcher, which was sent the signal; at least so many lines."""
+    words = [sys.executable, str(launcher), sys.executable, "-c", LAUNCHED, "0.2"]
+    process = subprocess.Popen(
+        words, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    child = psutil.Process(process.pid)
+    assert process.stdout.readline() == "start 1\n"
+    (child,) = child.children()
+    process.send_signal(number)
+    process.wait()
+    output = []
+    for line in process.stdout:  # ends with the orphan
+        output.append(line.strip())
+        if len(output) >= lines and child.is_running() and launcher.name == "shell":
+            child.kill()
+    return output, process.stderr.read()

@@ -39,6 +39,14 @@ def test_a_start_from_scratch_moves_all_of_an_earlier_run_and_no_file_of_the_use
     assert claim_output_dir(tmp_path, None, 0, is_latest=False) == tmp_path / "earlier-run-2"
 
 
+def test_a_start_that_saved_nothing_leaves_no_folder_behind(tmp_path: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "validation/step-000000.png", "logs/events", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert claim_output_dir(tmp_path, None, 0, is_latest=True) is None
+    assert files(tmp_path) == {"logs/events", "notes.txt"}
+
+
 def test_going_on_from_the_latest_checkpoint_moves_nothing(tmp_path: Path) -> None:
     leave_run(tmp_path, 1, 2)
     before = files(tmp_path)

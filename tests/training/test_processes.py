@@ -1,6 +1,8 @@
 """What processes agree on when they start."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,110 @@ accelerator = _accelerator(load_config(["--config", sys.argv[1]]))
 group = torch.distributed.group.WORLD
 print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 """
+
+
+MEETING = """
+import os, signal, sys, time
+from accelerate import Accelerator
+from rlr_peft.training import processes
+processes.BEAT, processes.FIRST_WORD, processes.SILENT = 0.1, 1.0, 0.7
+from rlr_peft.training.logs import set_up_logging
+
+set_up_logging()
+group = processes.Processes(Accelerator(cpu=True))
+rank = int(os.environ["RANK"])
+assert group.broadcast({"k": rank}, "the choice") == {"k": 0}
+assert group.gather_objects([rank], "the ranks") == [0, 1] and group.largest(rank, "the largest") == 1
+if rank == 1:
+    with group.doing("thinking"):
+        time.sleep(2.5)
+group.gather_objects([], "the thoughts")
+if rank == 1:
+    with group.doing("update 7"):
+        time.sleep(0.3)
+        print("frozen", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    with group.doing("update 7"):
+        group.gather_objects([], "the rewards")
+except processes.ProcessLostError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_who_waits_long_says_for_whom_and_who_loses_another_says_which() -> None:
+    ports = socket.socket()
+    ports.bind(("127.0.0.1", 0))
+    port = str(ports.getsockname()[1])
+    ports.close()
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    main, peer = (
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING],
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    )
+    try:
+        assert main.stderr is not None and peer.stdout is not None
+        name = rf"process 1 \(id {peer.pid} on {re.escape(socket.gethostname())}\)"
+        said = iter(line for line in main.stderr if line.startswith(("Process", "error")))
+        alive = rf"Process 0 has waited \d s in starting, at the exchange of the thoughts, for {name}, which is alive, "
+        assert re.fullmatch(alive + r"in thinking\.\n", next(said))
+        assert "has waited 2 s" in next(said), "ever more rarely"
+        assert peer.stdout.readline() == "frozen\n"
+        frozen = rf"in update 7, at the exchange of the rewards, for {name}, which has given no sign of life for \d s"
+        assert re.search(frozen, next(line for line in said if "no sign of life" in line))
+        peer.kill()
+        lost = next(line for line in said if line.startswith("error"))
+        assert re.match(
+            rf"error: Process 0 stopped in update 7, at the exchange of the rewards: {name} has ended", lost
+        )
+        assert "--resume_from_checkpoint latest" in lost and "Traceback" not in "".join(said)
+        assert main.wait(30) == 1
+    finally:
+        for process in (main, peer):
+            process.kill()
+            process.communicate()
+
+
+CALIBRATION = """
+import json, os, sys
+import torch
+from rlr_peft.config import load_config
+from rlr_peft.training.run import build_run
+from rlr_peft.training.update import calibrate
+
+run = build_run(load_config(["--config", sys.argv[1]]))
+calibrate(run, 0)
+print("energies", json.dumps(run.estimator.step_energies.tolist()), flush=True)
+run.processes.close()
+"""
+
+
+def test_all_processes_go_by_the_main_ones_calibration(workplace: Path, tmp_path: Path) -> None:
+    """Sums on GPUs differ in their last digits; here the processes' rewards differ outright."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import os\n\ndef own(images, prompts):\n    return images.mean((1, 2, 3)) * (1 + int(os.environ['RANK']))\n"
+    )
+    config = config_file(workplace, tmp_path / "out", reward_fn=f"{own}:own", gradient_accumulation_steps=1)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (tmp_path / "program.py").write_text(CALIBRATION)
+    done = subprocess.run(
+        [*words, str(tmp_path / "program.py"), str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    energies = re.findall(r"energies (\[.*?\])", done.stdout)
+    assert len(energies) == 2 and energies[0] == energies[1]
 
 
 def test_the_others_wait_for_a_long_evaluation_of_the_main_process(workplace: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Resuming in every way but the ordinary one: elsewhere, from an older step, after the end, with another config."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from rlr_peft.rewards.base import score_images
 from rlr_peft.rewards.compression import JpegReward
 from rlr_peft.rewards.server import RewardServer
 from rlr_peft.training.finishing import finish
-from rlr_peft.training.manifest import CheckpointError
+from rlr_peft.training.manifest import CheckpointError, write_manifest
 from rlr_peft.training.resuming import resume
-from rlr_peft.training.tracking import read_metrics
+from rlr_peft.training.tracking import MetricsError, read_metrics
 from rlr_peft.training.validation import evaluate_base
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
@@ -83,6 +84,102 @@ def test_a_reward_server_that_changed_in_between_is_noticed(
         thread.join()
 
 
+OTHERS = {
+    "estimator": (["--estimator", "full-bp"], "of estimator full-bp, got .*checkpoint-1, which is of estimator rlr"),
+    "steps": (["--num_inference_steps", "5"], "of num_inference_steps 5, got .* of num_inference_steps 4"),
+    "rank": (["--rank", "2"], r"lora_A.* is \(2, \d+\) here and \(4, \d+\) there"),
+    "targets": (["--lora_layers", "to_k"], r"the \d+ weights of this config, got \d+: .*to_.* is not in this run"),
+    "DoRA": (["--use_dora"], "lora_magnitude_vector.* is not in the checkpoint"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a run of one update, whose K was not measured."""
+    config = config_file(workplace, tmp_path_factory.mktemp("finished") / "out", max_train_steps=1, fo_steps=1)
+    train_here(config)
+    return config
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_checkpoint_of_another_kind_is_refused_by_name(finished: Path, kind: str) -> None:
+    flags, message = OTHERS[kind]
+    run = build(finished, "--resume_from_checkpoint", "latest", "--fo_steps", "null", *flags)
+    with pytest.raises(CheckpointError, match=message):
+        resume(run)
+
+
+def test_a_k_that_is_measured_only_since_resuming_is_measured_at_once(finished: Path) -> None:
+    other = str(finished.with_name("measured"))
+    flags = ["--resume_from_checkpoint", str(finished.with_suffix("") / "checkpoint-1"), "--output_dir", other]
+    run, _ = train_here(finished, *flags, "--max_train_steps", "2", "--fo_steps", "auto")
+    assert run.estimator.is_calibrated
+
+
+NOT_OURS = {
+    "progress": {"seconds": "long"},
+    "optimizer": [1, 2, 3],
+    "estimator": {},
+    "identity": None,
+    "lora": ["weights"],
+    "process_states": [],
+    "early_stopping": {"best": 3},
+}
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_whole_files_with_foreign_contents_are_one_sentence(finished: Path, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(finished.with_suffix("") / "checkpoint-1", tmp_path / "checkpoint-1")
+    torch.save(NOT_OURS[name], copy / f"{name}.pt")
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, step=1, num_processes=1)
+    run = build(finished, "--resume_from_checkpoint", str(copy))
+    with pytest.raises(CheckpointError, match="is whole, but does not hold what this program saves"):
+        resume(run)
+
+
+REMOVING = """
+import shutil
+from pathlib import Path
+
+calls = 0
+
+def removing(images, prompts):
+    global calls
+    calls += 1
+    if calls == 3:  # in the second update
+        {act}
+    return images.mean((1, 2, 3))
+"""
+REMOVE_ALL = "shutil.rmtree({out!r})"
+# Neither the file nor a place for it: what cannot be mended.
+BLOCK = "Path({out!r}, 'metrics.jsonl').unlink(); [Path({out!r}, n, 'x').mkdir(parents=True) for n in ({names})]"
+
+
+def removing_config(workplace: Path, folder: Path, act: str, **values: object) -> Path:
+    act = act.format(out=str(folder / "out"), names="'metrics.jsonl', 'metrics.jsonl.replaced'")
+    (folder / "removing.py").write_text(REMOVING.replace("{act}", act))
+    reward = f"{folder / 'removing.py'}:removing"
+    return config_file(workplace, folder / "out", reward_fn=reward, max_train_steps=2, estimator="full-bp", **values)
+
+
+def test_an_output_folder_that_is_removed_while_training_comes_back(workplace: Path, tmp_path: Path) -> None:
+    config = removing_config(workplace, tmp_path, REMOVE_ALL, checkpointing_steps=2, report_to="tensorboard")
+    run, progress = train_here(config)
+    finish(run, progress, before=None)
+    assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
+    assert {"config.yaml", "checkpoint-2", "logs", WEIGHTS} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_checkpoint_is_saved_before_metrics_that_cannot_be_written_are_complained_of(
+    workplace: Path, tmp_path: Path
+) -> None:
+    config = removing_config(workplace, tmp_path, BLOCK, checkpointing_steps=2)
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl cannot be written .*checkpoint-2 is complete"):
+        train_here(config)
+    assert (tmp_path / "out" / "checkpoint-2" / WEIGHTS).is_file()
+
+
 def test_another_optimiser_is_refused(workplace: Path, tmp_path: Path) -> None:
     config = config_file(workplace, tmp_path / "out", max_train_steps=1, **FAST)
     train_here(config)
@@ -109,8 +206,8 @@ def test_evaluating_the_base_does_not_move_the_random_states(workplace: Path, tm
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_signal_in_the_last_step_ends_the_run_too(workplace: Path, tmp_path: Path) -> None:
-    """Whoever sent it will not wait for the final evaluation; resuming finishes the run."""
+def test_a_signal_in_the_last_update_finishes_the_run(workplace: Path, tmp_path: Path) -> None:
+    """Stopped as interrupted, it would have nothing left to do."""
     (tmp_path / "impatient.py").write_text(
         "import os, signal\n\ndef impatient(images, prompts):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    return images.mean((1, 2, 3))\n"
@@ -118,6 +215,7 @@ def test_a_signal_in_the_last_step_ends_the_run_too(workplace: Path, tmp_path: P
     values = {"reward_fn": f"{tmp_path / 'impatient.py'}:impatient", "max_train_steps": 1, "estimator": "full-bp"}
     config = config_file(workplace, tmp_path / "out", **values)
     _, progress = train_here(config)
-    assert (progress.step, progress.interrupted_by) == (1, 143)
-    _, progress = train_here(config, "--resume_from_checkpoint", "latest")
     assert (progress.step, progress.interrupted_by) == (1, 0)
+    assert (tmp_path / "out" / "checkpoint-1" / WEIGHTS).is_file()
+    _, progress = train_here(config, "--max_train_steps", "2", "--output_dir", str(tmp_path / "longer"))
+    assert (progress.step, progress.interrupted_by) == (1, 143)

@@ -2,6 +2,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -63,6 +64,26 @@ def test_a_new_run_starts_a_new_file_and_resuming_without_one_too(tmp_path: Path
         with MetricsLog(path, resume_step=resume_step) as log:
             write_steps(log, 4, 5)
         assert [line["step"] for line in read_metrics(path)] == [4, 5]
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "replaced"])
+def test_a_file_that_is_removed_while_it_is_written_comes_back_whole(tmp_path: Path, what: str) -> None:
+    path, whole = tmp_path / "logs" / "metrics.jsonl", tmp_path / "whole.jsonl"
+    with MetricsLog(path) as log, MetricsLog(whole) as expected:
+        write_steps(log, 1, 3)
+        if what == "folder":
+            shutil.rmtree(path.parent)
+        else:
+            path.unlink()
+        if what == "replaced":
+            path.write_text("somebody's own\n")
+        write_steps(log, 4, 5)
+        log.synchronize()
+        write_steps(log, 6, 6)
+        write_steps(expected, 1, 6)
+        assert path.read_bytes() == whole.read_bytes()
+    others = {"metrics.jsonl.replaced"} if what == "replaced" else set()
+    assert {file.name for file in path.parent.iterdir()} == {"metrics.jsonl", *others}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(-math.inf), {"fo": [1.0, math.nan]}])

@@ -218,8 +218,9 @@ def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path, e
     weights = [load_file(tmp_path / name / "checkpoint-2" / WEIGHTS) for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
-    rewards = [[line["reward"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
-    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+    # Every number of every term is that of all processes.
+    for here, there in zip(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
+        assert here == pytest.approx(there, rel=1e-3, abs=1e-5)
     folder = tmp_path / "two" / "checkpoint-2"
     states = torch.load(folder / "process_states.pt", weights_only=True)
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
