@@ -16,7 +16,15 @@ from rlr_peft.chain.gaussian_step import (
     output_sensitivity,
     step_std,
 )
-from rlr_peft.chain.grids import BaseScheduler, Grid, TimestepSpacing, make_grid, prediction_type, retimed
+from rlr_peft.chain.grids import (
+    BaseScheduler,
+    Grid,
+    TimestepSpacing,
+    check_grid,
+    make_grid,
+    prediction_type,
+    retimed,
+)
 
 
 @dataclass
@@ -95,7 +103,9 @@ class RecordingScheduler:
         """Called by the pipeline: the slice replaces the grid it asks for."""
         if self._settled is None:
             steps = len(sigmas) if num_inference_steps is None else num_inference_steps
-            self._settled, self._mu = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu), mu
+            grid = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu)
+            check_grid(grid, self.prediction_type)
+            self._settled, self._mu = grid, mu
         grid = self._settled
         first = grid.num_steps - self._exposed.start if len(self._exposed) else grid.num_steps
         stop = first + len(self._exposed)

@@ -8,10 +8,12 @@ from rlr_peft.chain.families import Family, default_lora_targets, family_of
 from rlr_peft.chain.offload import working_device
 from rlr_peft.config import Config, stages_from_config
 from rlr_peft.lora import adapter_disabled, attach_lora
+from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.loading import enable_checkpointing
 from rlr_peft.training.seeds import derive_seed
 
 
+@as_config_error()
 def build_chain(
     config: Config,
     pipeline: DiffusionPipeline,
@@ -19,7 +21,11 @@ def build_chain(
     decoded_frames: int | None = None,
     reward_decoder: torch.nn.Module | None = None,
 ) -> DenoisingChain:
-    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at."""
+    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at.
+
+    Raises:
+        ConfigError: the base, its scheduler or an option that the chain cannot be built with.
+    """
     arguments, denoisers = config.chain, denoiser_names(config)
     family = family_of(pipeline, denoisers)
     return DenoisingChain(
