@@ -160,12 +160,22 @@ def make_grid(
     if timestep_spacing == "linspace":
         sigmas = None
     elif timestep_spacing == "trailing" or sigmas is None:
-        sigmas = numpy.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        sigmas = requested_sigmas(base, num_inference_steps, timestep_spacing)
     shift = {"mu": mu} if base.config.use_dynamic_shifting else {}
     base.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas, **shift)
     levels = [float(sigma) for sigma in base.sigmas]
     points = tuple(PathPoint(1 - sigma, sigma) for sigma in levels)
     return Grid(timesteps=base.timesteps.clone(), points=points[:-1], followings=points[1:])
+
+
+def requested_sigmas(
+    base: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, timestep_spacing: TimestepSpacing | None
+) -> numpy.ndarray:
+    """The noise levels before any shift, (T,), of the grid that ``make_grid`` takes by itself."""
+    if timestep_spacing != "linspace":
+        return numpy.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    first, last = base._sigma_to_t(base.sigma_max), base._sigma_to_t(base.sigma_min)
+    return numpy.linspace(first, last, num_inference_steps) / base.config.num_train_timesteps
 
 
 def diffusion_grid(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, num_inference_steps: int) -> Grid:

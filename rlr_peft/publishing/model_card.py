@@ -85,6 +85,7 @@ def render_card(
         "pairs": _pairs(pairs),
         "extra_text": extra_text.strip() if extra_text else None,
         "snippet": fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),
+        "snippet_differences": list(record.snippet_notes),
         "snippet_note": None if record.repo_id else "In the folder of this file:",
         **_names(record),
         **_results(record, results),
@@ -159,6 +160,7 @@ def _training(record: RunRecord) -> dict[str, Any]:
     return {
         "estimator_text": " ".join([*record.estimator, *([record.coverage] if record.coverage else [])]),
         "stages": _stages(record),
+        "evaluation_eta": record.config.get("evaluation_eta"),
         "facts": _facts(record),
         "command": fenced(record.command, "bash") if record.command else None,
         "config": fenced(yaml_dump(dict(record.config), sort_keys=False).rstrip(), "yaml"),
