@@ -39,7 +39,9 @@ def merge_command(words: Sequence[str]) -> int:
     with reporting_errors(), as_config_error():
         revision = arguments.adapter_revision
         adapter = find_adapter(arguments.adapter if revision is None else f"{arguments.adapter}@{revision}")
-        base = ModelArguments(pretrained_model_name_or_path=arguments.base, revision=arguments.revision)
+        base = ModelArguments(
+            pretrained_model_name_or_path=arguments.base, revision=arguments.revision, variant=arguments.variant
+        )
         pipeline = load_pipeline(base, torch.device("cpu"))
         load_fitting_lora(pipeline, adapter)
         record = stored_record(adapter.folder)  # of the adapter's run, where it lies beside it
@@ -81,5 +83,6 @@ def _parser() -> ArgumentParser:
         "--dtype", type=Literal["fp32", "fp16", "bf16"], default="fp32", help="number format of the saved weights"
     )
     parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the base")
+    parser.add_argument("--variant", type=str | None, default=None, help="variant of the base's weights, such as fp16")
     parser.add_argument("--adapter_revision", type=str | None, default=None, help="the same of the adapter")
     return parser

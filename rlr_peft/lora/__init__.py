@@ -7,7 +7,7 @@ from rlr_peft.lora.kohya import check_kohya, save_kohya
 from rlr_peft.lora.loading import diffusers_loads, load_lora
 from rlr_peft.lora.merge import merge_lora
 from rlr_peft.lora.sources import AdapterFiles, AdapterNotFoundError, find_adapter
-from rlr_peft.lora.verify import AdapterMismatchError, verify_lora_reloads
+from rlr_peft.lora.verify import AdapterMismatchError, check_adapter_saves, verify_lora_reloads
 
 __all__ = [
     "WEIGHT_NAME",
@@ -19,6 +19,7 @@ __all__ = [
     "adapter_disabled",
     "adapter_loaded",
     "attach_lora",
+    "check_adapter_saves",
     "check_kohya",
     "denoiser_name",
     "diffusers_loads",

@@ -5,6 +5,8 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,7 +36,7 @@ from rlr_peft.training.prompt_loading import describe_chain_of_thought
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
-from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, render, save_validation_images
+from rlr_peft.training.validation import NUM_PAIRS, ImagesError, evaluate_adapter, render, save_validation_images
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
         "denoiser_evaluations": progress.denoiser_evaluations,
     }
     pair_prompts: list[str] = []
-    after = evaluate_adapter(run)
+    with _adapter_kept(run):
+        after = evaluate_adapter(run)
     if before is not None and after is not None:
         comparison = write_comparison(run, before, after)
         metrics = flat_metrics(compare(before, after)) | divergence_metrics(comparison) | metrics
@@ -87,12 +90,25 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
             after.scores["reward"][:NUM_PAIRS].tolist(),
         )
     _save_curve(run)
-    _verify_adapter(run)  # before the numbers and the card, by which others take the folder for finished
+    with _adapter_kept(run):
+        _verify_adapter(run)  # before the numbers and the card, by which others take the folder for finished
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     record = with_card_facts(_record(run, progress, metrics, pair_prompts), run, progress, before, after)
     write_card(run.output_dir, StoredCard(record))
     return metrics
+
+
+@contextmanager
+def _adapter_kept(run: Run) -> Iterator[None]:
+    """Where the images are not finite, the adapter is there all the same, and its user should know."""
+    try:
+        yield
+    except ImagesError as error:
+        raise ImagesError(
+            f"{error} The trained adapter is saved in {run.output_dir}, without numbers and card; `rlr-peft compare` "
+            "measures it, also in another --mixed_precision."
+        ) from error
 
 
 def summary(run: Run, metrics: dict[str, float]) -> str:
