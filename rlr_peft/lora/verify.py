@@ -152,7 +152,7 @@ def _same_layers(
 
 def _saved(directory: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of the files that `save_lora` wrote, named as those of a `ModuleDict` of the denoisers."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         folder, prefix = (Path(directory) / name, "transformer") if name == SECOND_EXPERT else (Path(directory), name)
         found = load_file(folder / WEIGHT_NAME)
