@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from rlr_peft.chain.families import default_lora_targets, family_of
+from rlr_peft.config import ConfigError, load_config
 from rlr_peft.lora import AdapterMismatchError, adapted_denoisers, attach_lora, check_adapter_saves, lora_parameters
 from rlr_peft.lora import verify as verify_module
+from rlr_peft.training.chain_building import attach_adapters
 from tests.families.conftest import folder_of, quiet  # noqa: F401
 from tests.families.table import CASES, load
 from tests.pipelines import tiny_stable_diffusion
@@ -44,5 +46,7 @@ def test_what_does_not_come_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("denoiser", ["vae", "text_encoder"])
 def test_parts_that_take_no_steps_are_no_denoisers(denoiser: str) -> None:
-    with pytest.raises(ValueError, match=f"--denoiser: expected unet, transformer.*got {denoiser} of StableDiff"):
-        family_of(tiny_stable_diffusion(), [denoiser])
+    required = ["--pretrained_model_name_or_path", "x", "--prompt_path", "simple-animals", "--reward_fn", "aesthetic"]
+    pipeline = tiny_stable_diffusion()
+    with pytest.raises(ConfigError, match=f"--denoiser: expected unet, transformer.*got {denoiser} of StableDiff"):
+        attach_adapters(load_config(required), pipeline, family_of(pipeline, [denoiser]))

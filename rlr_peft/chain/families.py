@@ -139,9 +139,6 @@ FAMILIES = (
 GENERIC = Family(name="generic", pipeline_classes=(), denoisers=("unet", "transformer"), lora_targets=())
 """The row that an unknown pipeline class is tried with."""
 
-TRAINABLE = ("unet", "transformer", "transformer_2")
-"""The parts that denoise step by step, and whose adapters pipelines load."""
-
 GENERIC_TARGETS = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 
 
@@ -173,12 +170,6 @@ def family_of(pipeline: Any, denoisers: Sequence[str] | None = None) -> Family:
         raise ValueError(
             f"Could not determine the denoiser of {class_name}: expected {' or '.join(names)}, got a pipeline with "
             f"{', '.join(models) or 'no models'}. Set --denoiser to the one that is trained."
-        )
-    others = [name for name in present if name not in TRAINABLE]
-    if others:
-        raise ValueError(
-            f"--denoiser: expected {', '.join(TRAINABLE)}, whose adapters can be saved and loaded, got "
-            f"{', '.join(others)} of {class_name}; leave --denoiser out, or name one of these."
         )
     return replace(family, denoisers=present)
 
