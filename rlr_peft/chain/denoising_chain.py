@@ -17,6 +17,7 @@ from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of
 from rlr_peft.chain.first_frames import first_frames
 from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
 from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
+from rlr_peft.chain.inference_scheduler import InferenceScheduler
 from rlr_peft.chain.offload import working_device
 from rlr_peft.chain.pipeline_call import PipelineCall
 from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
@@ -216,6 +217,19 @@ class DenoisingChain:
             latents = latents.narrow(self._first_frames.axis, 0, self._first_frames.latent_frames)
         frames = {} if self._first_frames is None else {"num_frames": self._first_frames.num_frames}
         return self._driven.decode(prompts, latents, **frames)
+
+    def inference_scheduler(self) -> InferenceScheduler:
+        """The diffusers scheduler with which the pipeline alone draws what this chain draws, or comes nearest to it."""
+        return self._scheduler.for_inference(self.pipeline.scheduler.config, self.call.parameters)
+
+    def sampling_in_words(self) -> str:
+        """What images of this chain are drawn with: steps, scheduler, eta and guidance."""
+        is_noisy = any(self.std(t) > 0 for t in range(1, self.num_steps + 1))
+        kind = self._scheduler.kind if is_noisy else self.solver
+        return (
+            f"{self.num_steps} {kind} steps ({self.inference_scheduler()}), "
+            f"eta {self._scheduler.eta:g} and guidance scale {self.guidance_scale:g}"
+        )
 
     def last_step_warning(self) -> str | None:
         """A sentence if the last step hardly moves the image, so that most first-order gradients vanish there."""

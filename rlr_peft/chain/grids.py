@@ -5,8 +5,9 @@ trained: DDPM noise levels, or flow matching with a shift. The chain takes that 
 """
 
 import inspect
+import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy
 import torch
@@ -58,6 +59,12 @@ def base_scheduler(
     """
     kind = scheduler_type or _type_of(scheduler)
     config = dict(scheduler.config)
+    betas, count = config.get("trained_betas"), config.get("num_train_timesteps")
+    if kind == "diffusion" and betas is not None and len(betas) != count:
+        raise ValueError(
+            f"{type(scheduler).__name__} has {len(betas)} trained_betas for num_train_timesteps={count}: expected one "
+            "for each; correct scheduler/scheduler_config.json."
+        )
     if kind == "flow":
         if timestep_spacing == "leading":
             raise ValueError("Expected timestep_spacing trailing or linspace for a flow-matching model, got leading.")
@@ -90,10 +97,44 @@ def retimed(base: BaseScheduler, timestep_spacing: TimestepSpacing) -> BaseSched
 
 
 def prediction_type(base: BaseScheduler) -> PredictionType:
-    """What the denoiser of this path outputs."""
+    """What the denoiser of this path outputs.
+
+    Raises:
+        ValueError: something that the chain's steps do not know, such as the clean latents themselves ("sample").
+    """
     if isinstance(base, FlowMatchEulerDiscreteScheduler):
         return "flow_prediction"
-    return base.config.prediction_type
+    kind = base.config.prediction_type
+    if kind not in get_args(PredictionType):
+        raise ValueError(
+            f"The base's scheduler says prediction_type={kind!r}, and the chain's steps know "
+            f"{', '.join(get_args(PredictionType))}: correct scheduler/scheduler_config.json if the model was trained "
+            "for one of them, else take another base."
+        )
+    return kind
+
+
+def check_grid(grid: Grid, kind: PredictionType) -> None:
+    """Refuses a grid on which a step is not defined.
+
+    Raises:
+        ValueError: epsilon prediction from pure noise, or noise levels that are no numbers or grow along the chain.
+    """
+    for number, (point, following) in enumerate(zip(grid.points, grid.followings, strict=True)):
+        levels = (point.alpha, point.sigma, following.alpha, following.sigma)
+        if not all(map(math.isfinite, levels)) or following.sigma > point.sigma or following.alpha == 0:
+            raise ValueError(
+                f"The base's scheduler leads from noise level {point.sigma:.4g} to {following.sigma:.4g} in step "
+                f"{number + 1} of {grid.num_steps}: expected levels that fall. Correct its betas or sigmas in "
+                "scheduler/scheduler_config.json, or take fewer steps with --num_inference_steps."
+            )
+        if kind == "epsilon" and point.alpha == 0:
+            raise ValueError(
+                "The base's scheduler starts at pure noise (rescale_betas_zero_snr), where epsilon prediction leaves "
+                "the image undetermined: set rescale_betas_zero_snr to false in scheduler/scheduler_config.json, or "
+                "prediction_type to v_prediction if the model was trained for it; --timestep_spacing leading keeps "
+                "clear of pure noise too."
+            )
 
 
 def make_grid(
@@ -119,12 +160,22 @@ def make_grid(
     if timestep_spacing == "linspace":
         sigmas = None
     elif timestep_spacing == "trailing" or sigmas is None:
-        sigmas = numpy.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        sigmas = requested_sigmas(base, num_inference_steps, timestep_spacing)
     shift = {"mu": mu} if base.config.use_dynamic_shifting else {}
     base.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas, **shift)
     levels = [float(sigma) for sigma in base.sigmas]
     points = tuple(PathPoint(1 - sigma, sigma) for sigma in levels)
     return Grid(timesteps=base.timesteps.clone(), points=points[:-1], followings=points[1:])
+
+
+def requested_sigmas(
+    base: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, timestep_spacing: TimestepSpacing | None
+) -> numpy.ndarray:
+    """The noise levels before any shift, (T,), of the grid that ``make_grid`` takes by itself."""
+    if timestep_spacing != "linspace":
+        return numpy.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    first, last = base._sigma_to_t(base.sigma_max), base._sigma_to_t(base.sigma_min)
+    return numpy.linspace(first, last, num_inference_steps) / base.config.num_train_timesteps
 
 
 def diffusion_grid(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, num_inference_steps: int) -> Grid:

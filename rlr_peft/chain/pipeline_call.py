@@ -60,12 +60,12 @@ class PipelineCall:
     ) -> None:
         self._name = type(pipeline).__name__
         self._undecorated: Callable[..., Any] = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
-        self._parameters = inspect.signature(self._undecorated).parameters
+        self.parameters = inspect.signature(self._undecorated).parameters
         for needed in ("prompt", "latents", "num_inference_steps", "output_type"):
-            if needed not in self._parameters:
+            if needed not in self.parameters:
                 raise ValueError(f"{self._name} cannot be driven as a chain: its call takes no `{needed}`.")
         self._num_inference_steps = num_inference_steps
-        self.is_video = "num_frames" in self._parameters
+        self.is_video = "num_frames" in self.parameters
         self.guidance = self._guidance(family, guidance_scale, true_cfg_scale)
         self.guidance_scale = float(self.guidance.get(family.guidance_argument, 1.0))
         self._options = self._checked(
@@ -76,11 +76,11 @@ class PipelineCall:
                 "max_sequence_length": max_sequence_length,
             }
         )
-        frame_rate = self._parameters.get("frame_rate")
+        frame_rate = self.parameters.get("frame_rate")
         if fps is not None and frame_rate is not None:
             self._options["frame_rate"] = fps
         self.fps: int = fps or (DEFAULT_FPS if frame_rate is None else frame_rate.default)
-        if "use_resolution_binning" in self._parameters:  # it would resize the images after decoding
+        if "use_resolution_binning" in self.parameters:  # it would resize the images after decoding
             self._options["use_resolution_binning"] = False
         self._negative_prompt = self._checked({"negative_prompt": negative_prompt}).get("negative_prompt")
         if self._negative_prompt is None and self.guidance.get("true_cfg_scale", 1.0) > 1:
@@ -128,7 +128,7 @@ class PipelineCall:
         own = [negative_prompt_of(prompt) for prompt in prompts]
         if all(text is None for text in own):
             return None if self._negative_prompt is None else [self._negative_prompt] * len(prompts)
-        if "negative_prompt" not in self._parameters:
+        if "negative_prompt" not in self.parameters:
             raise ValueError(f"{self._name} takes no negative_prompt: leave --negative_prompt_column out.")
         default = self._negative_prompt or ""
         return [default if text is None else text for text in own]
@@ -141,8 +141,8 @@ class PipelineCall:
                 raise ValueError(f"{self._name} has one guidance: give guidance_scale or true_cfg_scale, not both.")
             given[name] = guidance_scale
         guidance = self._checked(given)
-        if name in self._parameters and name not in guidance:
-            default = self._parameters[name].default
+        if name in self.parameters and name not in guidance:
+            default = self.parameters[name].default
             if isinstance(default, (int, float)):
                 guidance[name] = float(default)
         return guidance
@@ -151,7 +151,7 @@ class PipelineCall:
         """The options that were given; those that the pipeline does not take are refused."""
         given = {name: value for name, value in options.items() if value is not None}
         for name in given:
-            if name not in self._parameters:
+            if name not in self.parameters:
                 flag = "--resolution" if name in ("height", "width") else f"--{name}"
                 raise ValueError(f"{self._name} takes no {name}: leave {flag} out.")
         return given

@@ -1,6 +1,6 @@
 """Stands in for a pipeline's scheduler: shows it a slice of the grid, takes the Gaussian step, records it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,16 @@ from rlr_peft.chain.gaussian_step import (
     output_sensitivity,
     step_std,
 )
-from rlr_peft.chain.grids import BaseScheduler, Grid, TimestepSpacing, make_grid, prediction_type, retimed
+from rlr_peft.chain.grids import (
+    BaseScheduler,
+    Grid,
+    TimestepSpacing,
+    check_grid,
+    make_grid,
+    prediction_type,
+    retimed,
+)
+from rlr_peft.chain.inference_scheduler import InferenceScheduler, inference_scheduler
 
 
 @dataclass
@@ -64,6 +73,7 @@ class RecordingScheduler:
         self._timestep_spacing = timestep_spacing
         self._settled: Grid | None = None
         self._mu: float | None = None
+        self._request: dict[str, Any] = {}
         self._noises: torch.Tensor | None = None
         self._next_step = 0
         self._exposed = range(0)
@@ -95,7 +105,11 @@ class RecordingScheduler:
         """Called by the pipeline: the slice replaces the grid it asks for."""
         if self._settled is None:
             steps = len(sigmas) if num_inference_steps is None else num_inference_steps
-            self._settled, self._mu = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu), mu
+            grid = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu)
+            check_grid(grid, self.prediction_type)
+            self._settled, self._mu = grid, mu
+            asked = {"num_inference_steps": steps, "sigmas": sigmas, "mu": mu}
+            self._request = {name: value for name, value in asked.items() if value is not None}
         grid = self._settled
         first = grid.num_steps - self._exposed.start if len(self._exposed) else grid.num_steps
         stop = first + len(self._exposed)
@@ -136,6 +150,25 @@ class RecordingScheduler:
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
         return self._sensitivity(self.grid, t)
+
+    def for_inference(self, own_config: Any, call_parameters: Collection[str]) -> InferenceScheduler:
+        """The diffusers scheduler that draws like this one.
+
+        Args:
+            own_config: of the scheduler that the pipeline came with.
+            call_parameters: what the pipeline's call takes.
+        """
+        is_noisy = any(self.std(t) > 0 for t in range(1, self.grid.num_steps + 1))
+        return inference_scheduler(
+            own_config,
+            self._base,
+            self.grid,
+            self._request,
+            timestep_spacing=self._timestep_spacing,
+            noise=self.kind if is_noisy else None,
+            eta=self.eta,
+            call_parameters=call_parameters,
+        )
 
     def last_step_warning(self) -> str | None:
         """A sentence if the last step hardly passes on what the denoiser outputs."""

@@ -34,9 +34,11 @@ def merge_command(words: Sequence[str]) -> int:
     import torch
 
     from rlr_peft.chain.families import GENERIC, family_of_class
+    from rlr_peft.chain.inference_scheduler import build_scheduler
     from rlr_peft.config import ModelArguments
     from rlr_peft.durable_files import rename_directory
     from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora
+    from rlr_peft.publishing.card_file import stored_record
     from rlr_peft.publishing.merged_card import Merged, write_merged_card
     from rlr_peft.training.errors import as_config_error, reporting_errors
     from rlr_peft.training.loading import DTYPES, load_pipeline
@@ -45,9 +47,14 @@ def merge_command(words: Sequence[str]) -> int:
         revision = arguments.adapter_revision
         adapter = find_adapter(arguments.adapter if revision is None else f"{arguments.adapter}@{revision}")
         check_adapter(adapter)
-        base = ModelArguments(pretrained_model_name_or_path=arguments.base, revision=arguments.revision)
+        base = ModelArguments(
+            pretrained_model_name_or_path=arguments.base, revision=arguments.revision, variant=arguments.variant
+        )
         pipeline = load_pipeline(base, torch.device("cpu"))
         load_fitting_lora(pipeline, adapter)
+        record = stored_record(adapter.folder)  # of the adapter's run, where it lies beside it
+        if record is not None and record.scheduler is not None:
+            pipeline.scheduler = build_scheduler(pipeline.scheduler.config, record.scheduler, record.scheduler_options)
         merged = merge_lora(pipeline)
         if arguments.dtype != "fp32":
             pipeline.to(dtype=DTYPES[arguments.dtype])
@@ -64,7 +71,7 @@ def merge_command(words: Sequence[str]) -> int:
                 dtype=str(DTYPES["no" if arguments.dtype == "fp32" else arguments.dtype]).removeprefix("torch."),
                 pipeline_tag=family.pipeline_tag,
                 tags=family.tags,
-                reward_name=_reward_name(adapter.folder),
+                record=record,
             )
             write_merged_card(Path(aside) / "pipeline", facts)
             if output.exists():
@@ -73,14 +80,6 @@ def merge_command(words: Sequence[str]) -> int:
     say(f"Merged the adapter into the {' and the '.join(merged)}. Load the pipeline with")
     say(f"  pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
     return 0
-
-
-def _reward_name(folder: Path) -> str | None:
-    """What the adapter in this folder was trained on, where its run left a record beside it."""
-    from rlr_peft.publishing.card_file import stored_record
-
-    record = stored_record(folder)
-    return None if record is None else record.reward_name
 
 
 def _parser() -> ArgumentParser:
@@ -92,5 +91,6 @@ def _parser() -> ArgumentParser:
         "--dtype", type=Literal["fp32", "fp16", "bf16"], default="fp32", help="number format of the saved weights"
     )
     parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the base")
+    parser.add_argument("--variant", type=str | None, default=None, help="variant of the base's weights, such as fp16")
     parser.add_argument("--adapter_revision", type=str | None, default=None, help="the same of the adapter")
     return parser

@@ -8,7 +8,7 @@ from rlr_peft.lora.kohya import check_kohya, save_kohya
 from rlr_peft.lora.loading import check_adapter, diffusers_loads, load_fitting_lora, load_lora
 from rlr_peft.lora.merge import merge_lora
 from rlr_peft.lora.sources import AdapterFiles, AdapterNotFoundError, find_adapter
-from rlr_peft.lora.verify import verify_lora_reloads
+from rlr_peft.lora.verify import check_adapter_saves, verify_lora_reloads
 
 __all__ = [
     "WEIGHT_NAME",
@@ -22,6 +22,7 @@ __all__ = [
     "adapter_loaded",
     "attach_lora",
     "check_adapter",
+    "check_adapter_saves",
     "check_kohya",
     "denoiser_name",
     "diffusers_loads",

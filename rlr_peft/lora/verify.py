@@ -1,20 +1,66 @@
 """Proves that the saved adapter, loaded as users load it, makes the images that the trained one makes."""
 
+import copy
 import logging
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlr_peft.lora.attach import adapted_denoisers, lora_parameters
 from rlr_peft.lora.errors import AdapterMismatchError
-from rlr_peft.lora.export import SECOND_EXPERT, WEIGHT_NAME
+from rlr_peft.lora.export import SECOND_EXPERT, WEIGHT_NAME, save_lora
 from rlr_peft.lora.loading import diffusers_loads, load_lora
+
+
+def check_adapter_saves(pipeline: Any, *, adapter_name: str = "default") -> None:
+    """Saves the adapter and loads it again, which costs no second pipeline: what cannot be saved shows before training.
+
+    It is loaded, as users load it, into denoisers without weights on the meta device, which keep names and shapes; the
+    numbers are compared with those of the files.
+
+    Args:
+        pipeline: with the adapter inside; left as it is.
+        adapter_name: peft's name of the adapter.
+
+    Raises:
+        ValueError: the pipeline cannot save an adapter of this part.
+        AdapterMismatchError: what comes back is not what was saved.
+    """
+    names = adapted_denoisers(pipeline, adapter_name)
+    trained = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
+    # Nothing but the denoisers: loading takes the hooks off offloaded models, and these are the pipeline's own.
+    shell = copy.copy(pipeline)
+    shell.__dict__.update({name: None for name, part in pipeline.components.items() if isinstance(part, nn.Module)})
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # of parameters without weights
+        save_lora(pipeline, folder, adapter_name=adapter_name)
+        for name, module in trained.items():
+            with torch.device("meta"):
+                shell.__dict__[name] = type(module).from_config(module.config)  # type: ignore[attr-defined]
+        with without_text_encoder_notice():
+            _load_as_users_do(shell, Path(folder), names)
+        fresh = nn.ModuleDict({name: getattr(shell, name) for name in names})
+        expected, loaded = _same_layers(trained, fresh, folder, adapter_name)
+        saved = _saved(folder, names)
+    differing = [
+        key
+        for key, value in expected.items()
+        if value.shape != loaded[key].shape or not torch.equal(value.detach().cpu(), saved[key])
+    ]
+    if differing:
+        raise AdapterMismatchError(
+            f"The untrained adapter does not come back from its file: {len(differing)} of {len(expected)} LoRA tensors "
+            f"differ, the first is {differing[0]}. Choose other --lora_layers."
+        )
 
 
 def verify_lora_reloads(
@@ -40,31 +86,13 @@ def verify_lora_reloads(
         AdapterMismatchError: nothing was loaded, other layers were loaded than trained, or an image differs.
     """
     names = adapted_denoisers(trained_pipeline, adapter_name)
-    name = " and the ".join(names)
     trained = nn.ModuleDict({part: getattr(trained_pipeline, part) for part in names})
     fresh = nn.ModuleDict({part: getattr(fresh_pipeline, part) for part in names})
     if any(isinstance(module, LoraLayer) for module in fresh.modules()):
         raise ValueError("verify_lora_reloads expects a fresh pipeline without adapters, got one that has some.")
     with without_text_encoder_notice():
         _load_as_users_do(fresh_pipeline, Path(directory), names)
-    expected = _named_without_adapter(trained, adapter_name)
-    loaded: dict[str, nn.Parameter] = {}
-    for part, module in fresh.items():
-        for active in getattr(module, "peft_config", {}):
-            named = _named_without_adapter(module, active)
-            loaded |= {f"{part}.{key}": parameter for key, parameter in named.items()}
-    if not loaded:
-        raise AdapterMismatchError(
-            f"load_lora_weights({str(directory)!r}) loaded nothing, without an error: expected {len(expected)} LoRA "
-            f"tensors for the {name}. The folder must hold {WEIGHT_NAME} as save_lora writes it (a folder of peft's "
-            "save_pretrained has other names and is ignored). Save the adapter again with save_lora."
-        )
-    if loaded.keys() != expected.keys():
-        missing, extra = sorted(expected.keys() - loaded.keys()), sorted(loaded.keys() - expected.keys())
-        raise AdapterMismatchError(
-            f"{directory} holds another set of layers than was trained: expected {len(expected)} LoRA tensors, got "
-            f"{len(loaded)}; missing {missing[:3]}, unexpected {extra[:3]}. Save the adapter again with save_lora."
-        )
+    expected, loaded = _same_layers(trained, fresh, directory, adapter_name)
     scales, loaded_scales = _scales(trained, adapter_name), _scales(fresh)
     wrong = [name for name, scale in scales.items() if loaded_scales.get(name) != scale]
     if wrong:
@@ -114,6 +142,46 @@ def _scales(denoisers: nn.ModuleDict, adapter_name: str | None = None) -> dict[s
         for name, module in denoisers.named_modules()
         if isinstance(module, LoraLayer) and (adapter_name or module.active_adapters[0]) in module.scaling
     }
+
+
+def _same_layers(
+    trained: nn.ModuleDict, fresh: nn.ModuleDict, directory: str | Path, adapter_name: str
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The trained adapter's parameters and those that were loaded, by the same names.
+
+    Raises:
+        AdapterMismatchError: nothing was loaded, or other layers than were trained.
+    """
+    expected = _named_without_adapter(trained, adapter_name)
+    loaded: dict[str, nn.Parameter] = {}
+    for part, module in fresh.items():
+        for active in getattr(module, "peft_config", {}):
+            named = _named_without_adapter(module, active)
+            loaded |= {f"{part}.{key}": parameter for key, parameter in named.items()}
+    if not loaded:
+        raise AdapterMismatchError(
+            f"load_lora_weights({str(directory)!r}) loaded nothing, without an error: expected {len(expected)} LoRA "
+            f"tensors for the {' and the '.join(trained)}. The folder must hold {WEIGHT_NAME} as save_lora writes it "
+            "(a folder of peft's save_pretrained has other names and is ignored). Save the adapter again with "
+            "save_lora."
+        )
+    if loaded.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - loaded.keys()), sorted(loaded.keys() - expected.keys())
+        raise AdapterMismatchError(
+            f"{directory} holds another set of layers than was trained: expected {len(expected)} LoRA tensors, got "
+            f"{len(loaded)}; missing {missing[:3]}, unexpected {extra[:3]}. Save the adapter again with save_lora."
+        )
+    return expected, loaded
+
+
+def _saved(directory: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of the files that `save_lora` wrote, named as those of a `ModuleDict` of the denoisers."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        folder, prefix = (Path(directory) / name, "transformer") if name == SECOND_EXPERT else (Path(directory), name)
+        found = load_file(folder / WEIGHT_NAME)
+        tensors |= {f"{name}.{key.removeprefix(f'{prefix}.')}": tensor for key, tensor in found.items()}
+    return tensors
 
 
 def _named_without_adapter(denoiser: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

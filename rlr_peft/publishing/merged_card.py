@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import fenced, in_cell, in_code, printable
 from rlr_peft.publishing.base_license import License, base_license
 from rlr_peft.publishing.redaction import redacted
-from rlr_peft.publishing.usage_snippet import BaseKind, base_kind, hub_link
+from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.usage_snippet import BaseKind, base_kind, call_arguments, hub_link, told_sigmas
 
 TAGS = ("diffusers", "lora")
+PARTIAL = "from functools import partial\n\n"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Merged:
         dtype: torch dtype of the saved weights, "float32", "float16" or "bfloat16".
         pipeline_tag: the Hub's task name.
         tags: of the pipeline's family.
-        reward_name: what the adapter was trained on; None where it lies beside no record of its run.
+        record: of the adapter's run; None where it lies beside none.
     """
 
     base: str
@@ -42,7 +45,7 @@ class Merged:
     dtype: str
     pipeline_tag: str
     tags: Sequence[str]
-    reward_name: str | None = None
+    record: RunRecord | None = None
 
 
 def write_merged_card(directory: Path, merged: Merged) -> Path:
@@ -57,12 +60,24 @@ def write_merged_card(directory: Path, merged: Merged) -> Path:
 def _card(merged: Merged, licence: License) -> str:
     base, adapter = _link(merged.base, merged.base_revision), _link(merged.adapter, merged.adapter_revision)
     changed = " and the ".join(merged.parts)
-    training = "" if merged.reward_name is None else f", which was trained on the reward {in_code(merged.reward_name)}"
+    record = merged.record
+    training = "" if record is None else f", which was trained on the reward {in_code(record.reward_name)}"
+    scheduler = (
+        ""
+        if record is None or record.scheduler is None
+        else (
+            f" Its scheduler is the {record.scheduler} that the adapter's numbers were measured with"
+            f"{_settings(record.scheduler_options)}."
+        )
+    )
     rounded = "" if merged.dtype == "float32" else f", then rounded to {merged.dtype}"
+    is_told = record is not None and record.scheduler_sigmas
     snippet = (
+        f"{PARTIAL if is_told else ''}"
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.{merged.dtype})\n'
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")'
+        f"{'' if record is None else _drawing(record)}"
     )
     terms = "The licence terms of the base apply." if licence.id else "Its licence is that of the base, not known here."
     return f"""---
@@ -72,7 +87,7 @@ def _card(merged: Merged, licence: License) -> str:
 # {in_cell(_label(merged.base))} with {in_cell(_label(merged.adapter))} fused in
 
 The pipeline {base} with the LoRA adapter {adapter} added to the weights of its {changed}{training}. Everything else is
-the base's. The sum was taken in float32{rounded} by `rlr-peft merge`; no LoRA layers are left.
+the base's.{scheduler} The sum was taken in float32{rounded} by `rlr-peft merge`; no LoRA layers are left.
 
 ## Use it
 
@@ -86,6 +101,18 @@ Nothing was measured of this pipeline. Numbers on the adapter's own card were me
 which rounding may differ a little. {terms} The base's limits and biases remain, and where the adapter's reward is wrong
 about an image, so is this pipeline.
 """
+
+
+def _settings(options: Mapping[str, object]) -> str:
+    return f" ({', '.join(f'{name} {value}' for name, value in options.items())})" if options else ""
+
+
+def _drawing(record: RunRecord) -> str:
+    """Lines that draw as the adapter's numbers were measured."""
+    prompt = next(iter(record.prompts), "a photo of a cat")
+    told = f"\n{told_sigmas(record).rstrip()}" if record.scheduler_sigmas else ""
+    arguments = [json.dumps(prompt, ensure_ascii=False), *call_arguments(record, prompt)]
+    return f"{told}\n\nresult = pipe({', '.join(arguments)}, generator=torch.Generator().manual_seed(0))"
 
 
 def _metadata(merged: Merged, licence: License) -> ModelCardData:

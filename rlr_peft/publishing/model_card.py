@@ -90,6 +90,7 @@ def render_card(
         "pairs": _pairs(pairs),
         "extra_text": extra_text.strip() if extra_text else None,
         "snippet": fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),
+        "snippet_differences": list(record.snippet_notes),
         "snippet_note": None if record.repo_id else "In the folder of this file:",
         **_names(shown),
         **_results(shown, results),
@@ -166,6 +167,7 @@ def _training(record: RunRecord) -> dict[str, Any]:
     return {
         "estimator_text": " ".join([*record.estimator, *([record.coverage] if record.coverage else [])]),
         "stages": _stages(record),
+        "evaluation_eta": record.config.get("evaluation_eta"),
         "facts": _facts(record),
         "command": fenced(record.command, "bash") if record.command else None,
         "config": fenced(yaml_text(record.config).rstrip(), "yaml"),

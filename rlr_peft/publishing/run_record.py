@@ -63,6 +63,12 @@ class RunRecord:
             folder.
         dtype: torch dtype of the snippet's pipeline, "float32", "float16" or "bfloat16".
         inference: further arguments of the pipeline's call in the snippet, for example `num_inference_steps`.
+        scheduler: class of diffusers that the snippet's pipeline draws with, as the numbers were measured; None leaves
+            the base's own.
+        scheduler_options: its settings over the config of the base's own.
+        scheduler_sigmas: noise levels that it must be told where the pipeline's call takes none.
+        snippet_notes: sentences on what the snippet draws otherwise than the numbers were measured with.
+        negative_prompts: of shown prompts that have one of their own, by prompt.
         repo_id: of the adapter on the Hub; None makes a snippet that runs in the adapter's folder.
         hub_revision: branch of that repository; None is its main one.
         weight_name: file name of the adapter.
@@ -107,6 +113,11 @@ class RunRecord:
     components: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
     inference: Mapping[str, object] = field(default_factory=dict)
+    scheduler: str | None = None
+    scheduler_options: Mapping[str, object] = field(default_factory=dict)
+    scheduler_sigmas: Sequence[float] = ()
+    snippet_notes: Sequence[str] = ()
+    negative_prompts: Mapping[str, str] = field(default_factory=dict)
     repo_id: str | None = None
     hub_revision: str | None = None
     weight_name: str = "pytorch_lora_weights.safetensors"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +37,9 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     """
     kind = base_kind(record.base_model)
     pipeline_class, parts, part_classes = _parts(record)
-    imports = ["import torch", f"from diffusers import {', '.join(sorted({pipeline_class, *part_classes}))}"]
+    scheduler_imports, scheduler = _scheduler(record)
+    classes = sorted({pipeline_class, *part_classes, *filter(None, [record.scheduler])})
+    imports = ["import torch", f"from diffusers import {', '.join(classes)}"]
     if kind == "embedded":
         imports += ["", "from rlr_peft.tiny_shapes import pipeline_path"]
         base = "pipeline_path()"
@@ -44,10 +48,7 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     else:
         base = _quoted(record.base_model)
     options = "".join(f", {name}={_quoted(value)}" for name, value in record.base_options.items())
-    arguments = "".join(
-        f"    {name}={_quoted(value) if isinstance(value, str) else repr(value)},\n"
-        for name, value in record.inference.items()
-    )
+    arguments = "".join(f"    {argument},\n" for argument in call_arguments(record, prompt))
     is_video = record.fps is not None
     extra_imports, loading = _loading(record)
     if is_video:
@@ -56,17 +57,61 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
         ending = f').frames[0]\nexport_to_gif(video, "video.gif", fps={record.fps})'
     else:
         ending = ').images[0]\nimage.save("image.png")'
-    return "\n".join(_sorted_imports(imports, extra_imports)) + (
+    return "\n".join(scheduler_imports + _sorted_imports(imports, extra_imports)) + (
         f"\n\n{parts}pipe = {pipeline_class}.from_pretrained({base}{options}"
         f"{''.join(f', {name}={name}' for name in record.components)}, dtype=torch.{record.dtype})\n"
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        f"{loading}\n"
+        f"{scheduler}{loading}\n"
         f"\n{'video' if is_video else 'image'} = pipe(\n"
         f"    {_quoted(prompt)},\n"
         f"{arguments}"
         "    generator=torch.Generator().manual_seed(0),\n"
         f"{ending}"
     )
+
+
+def call_arguments(record: RunRecord, prompt: str) -> list[str]:
+    """Arguments of the pipeline's call that make it draw this prompt as it was measured, in Python."""
+    given = dict(record.inference)
+    if prompt in record.negative_prompts:
+        given["negative_prompt"] = record.negative_prompts[prompt]
+    return [
+        f"{name}={_levels(value) if name == 'sigmas' else _value(value)}"
+        for name, value in given.items()
+        if name.isidentifier()  # a record may have come with somebody's adapter
+    ]
+
+
+def told_sigmas(record: RunRecord) -> str:
+    """The line that tells a pipeline's scheduler its noise levels where the call takes none; needs `partial`."""
+    levels = _levels(record.scheduler_sigmas)
+    return f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={levels})\n"
+
+
+def _scheduler(record: RunRecord) -> tuple[list[str], str]:
+    """Imports and lines that give the pipeline the scheduler that the numbers were measured with."""
+    if record.scheduler is None:
+        return [], ""
+    options = "".join(
+        f", {name}={_value(value)}" for name, value in record.scheduler_options.items() if name.isidentifier()
+    )
+    lines = f"pipe.scheduler = {record.scheduler}.from_config(pipe.scheduler.config{options})\n"
+    return (
+        (["from functools import partial", ""], lines + told_sigmas(record)) if record.scheduler_sigmas else ([], lines)
+    )
+
+
+def _levels(sigmas: object) -> str:
+    """Noise levels in Python: the evenly spaced ones 1, ..., 2/T, 1/T by their rule."""
+    levels = [float(sigma) for sigma in sigmas] if isinstance(sigmas, Sequence) else []
+    count = len(levels)
+    if all(math.isclose(level, 1 - step / count, abs_tol=1e-9) for step, level in enumerate(levels)):
+        return f"[1 - step / {count} for step in range({count})]"
+    return repr(levels)
+
+
+def _value(value: object) -> str:
+    return _quoted(value) if isinstance(value, str) else repr(value)
 
 
 def _parts(record: RunRecord) -> tuple[str, str, list[str]]:

@@ -7,6 +7,7 @@ from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward
 from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
 from rlr_peft.evaluation.comparison.labels import BASE, shown_name
 from rlr_peft.evaluation.comparison.report import write_page_and_scores
+from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.comparison_setup import prompt_source
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.run import Run
@@ -60,12 +61,11 @@ def divergence_metrics(comparison: Comparison) -> dict[str, float]:
 
 
 def _facts(run: Run, before: Evaluation) -> dict[str, str]:
-    config, validation = run.config, run.config.validation
+    config = run.config
     return {
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
-        "sampler": f"{run.chain.num_steps} {run.chain.solver} steps, eta {validation.evaluation_eta:g}, guidance "
-        f"{run.chain.guidance_scale:g}",
+        "sampler": build_chain(config, run.pipeline, config.validation.evaluation_eta).sampling_in_words(),
         "prompts": f"{len(set(before.prompts))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),

@@ -4,17 +4,22 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import rlr_peft
-from rlr_peft.config import config_to_dict
+from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.evaluation.compare import Evaluation
+from rlr_peft.prompt import negative_prompt_of
 from rlr_peft.publishing.base_license import base_license
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.run_record import SHOWN_PROMPTS, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
 from rlr_peft.training.card_images import gallery, save_pairs
+from rlr_peft.training.chain_building import build_chain
+from rlr_peft.training.loading import DTYPES
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run
+from rlr_peft.training.validation import NUM_PAIRS
 
 
 def with_card_facts(
@@ -38,6 +43,7 @@ def with_card_facts(
     dataset = config_to_dict(config).get("dataset_name")
     return replace(
         record,
+        **_drawing(run, before),
         base_model=str(Path(base).expanduser().resolve()) if base_kind(base) == "folder" else base,
         base_options=_given(revision=config.model.revision, variant=config.model.variant),
         components=_given(
@@ -56,6 +62,40 @@ def with_card_facts(
         images=shown,
         pairs=pairs,
     )
+
+
+def _drawing(run: Run, before: Evaluation | None) -> dict[str, Any]:
+    """How the images that were measured came about, and how a pipeline alone draws them."""
+    config = run.config
+    chain = build_chain(config, run.pipeline, config.validation.evaluation_eta)
+    scheduler = chain.inference_scheduler()
+    notes = [] if scheduler.difference is None else [scheduler.difference]
+    if stages_from_config(config) is not None:
+        notes.append("The numbers were measured with a prompt for every stage; how to draw so is said below.")
+    if config.model.mixed_precision != "no":
+        notes.append(
+            f"In {DTYPES[config.model.mixed_precision]} it rounds its latents at every step, which were float32 where "
+            "the numbers were measured: images differ in detail.".replace("torch.", "")
+        )
+    if config.model.bnb_quantization_config_path is not None:
+        notes.append(
+            "The numbers were measured on a base that bitsandbytes held in few bits, as the configuration says; here "
+            "it is loaded in full."
+        )
+    shown = [*run.prompts[:SHOWN_PROMPTS], *([] if before is None else before.prompts[:NUM_PAIRS])]
+    return {
+        "evaluation": f"Drawn with {chain.sampling_in_words()}.",
+        "inference": {
+            "num_inference_steps": chain.num_steps,
+            **chain.call.card_options,
+            **scheduler.call_options(),
+        },
+        "scheduler": scheduler.class_name,
+        "scheduler_options": dict(scheduler.options),
+        "scheduler_sigmas": () if scheduler.sigmas_in_call else scheduler.sigmas,
+        "snippet_notes": notes,
+        "negative_prompts": {str(prompt): text for prompt in shown if (text := negative_prompt_of(prompt)) is not None},
+    }
 
 
 def _given(**values: str | None) -> dict[str, str]:

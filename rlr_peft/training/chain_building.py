@@ -6,12 +6,17 @@ from diffusers import DiffusionPipeline
 from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
 from rlr_peft.chain.families import Family, default_lora_targets, family_of
 from rlr_peft.chain.offload import working_device
-from rlr_peft.config import Config, stages_from_config
+from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.lora import adapter_disabled, attach_lora
+from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.loading import enable_checkpointing
 from rlr_peft.training.seeds import derive_seed
 
+# The parts that denoise step by step, and whose adapters pipelines load.
+TRAINABLE = ("unet", "transformer", "transformer_2")
 
+
+@as_config_error()
 def build_chain(
     config: Config,
     pipeline: DiffusionPipeline,
@@ -19,7 +24,11 @@ def build_chain(
     decoded_frames: int | None = None,
     reward_decoder: torch.nn.Module | None = None,
 ) -> DenoisingChain:
-    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at."""
+    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at.
+
+    Raises:
+        ConfigError: the base, its scheduler or an option that the chain cannot be built with.
+    """
     arguments, denoisers = config.chain, denoiser_names(config)
     family = family_of(pipeline, denoisers)
     return DenoisingChain(
@@ -54,7 +63,17 @@ def denoiser_names(config: Config) -> list[str] | None:
 
 
 def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
-    """Adapters of all trained denoisers, on the pipeline's working device; their parameters in the chain's order."""
+    """Adapters of all trained denoisers, on the pipeline's working device; their parameters in the chain's order.
+
+    Raises:
+        ConfigError: a part that takes no denoising steps, or whose adapter no pipeline loads.
+    """
+    others = [name for name in family.denoisers if name not in TRAINABLE]
+    if others:
+        raise ConfigError(
+            f"--denoiser: expected {', '.join(TRAINABLE)}, whose adapters can be saved and loaded, got "
+            f"{', '.join(others)} of {type(pipeline).__name__}; leave --denoiser out, or name one of these."
+        )
     parameters = []
     for index, name in enumerate(family.denoisers):
         seed = derive_seed(config.training.seed, "lora", *([index] if index else []))

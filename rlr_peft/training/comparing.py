@@ -138,10 +138,7 @@ class _Comparer:
     def compare(self, adapters: dict[str, AdapterFiles], measured: list[MeasuredReward]) -> Comparison:
         """The base, then every adapter in turn."""
         chain = build_chain(self.config, self.pipeline, self.config.validation.evaluation_eta)
-        sampler = (
-            f"{chain.num_steps} {chain.solver} steps, eta {self.config.validation.evaluation_eta:g}, guidance "
-            f"{chain.guidance_scale:g}"
-        )
+        sampler = chain.sampling_in_words()
         base = self._model(BASE, None)
         models = []
         for label, files in adapters.items():

@@ -5,6 +5,8 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from rlr_peft.training.prompt_loading import describe_chain_of_thought
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
-from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, render, save_validation_images
+from rlr_peft.training.validation import NUM_PAIRS, ImagesError, evaluate_adapter, render, save_validation_images
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
         "denoiser_evaluations": progress.denoiser_evaluations,
     }
     pair_prompts: list[str] = []
-    after = evaluate_adapter(run)
+    with _adapter_kept(run):
+        after = evaluate_adapter(run)
     if before is not None and after is not None:
         comparison = write_comparison(run, before, after)
         metrics = flat_metrics(compare(before, after)) | divergence_metrics(comparison) | metrics
@@ -88,12 +91,25 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
             after.scores["reward"][:NUM_PAIRS].tolist(),
         )
     _save_curve(run)
-    _verify_adapter(run)  # before the numbers and the card, by which others take the folder for finished
+    with _adapter_kept(run):
+        _verify_adapter(run)  # before the numbers and the card, by which others take the folder for finished
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     record = with_card_facts(_record(run, progress, metrics, pair_prompts), run, progress, before, after)
     write_card(run.output_dir, StoredCard(record))
     return metrics
+
+
+@contextmanager
+def _adapter_kept(run: Run) -> Iterator[None]:
+    """Where the images are not finite, the adapter is there all the same, and its user should know."""
+    try:
+        yield
+    except ImagesError as error:
+        raise ImagesError(
+            f"{error} The trained adapter is saved in {run.output_dir}, without numbers and card; `rlr-peft compare` "
+            "measures it, also in another --mixed_precision."
+        ) from error
 
 
 def summary(run: Run, metrics: dict[str, float]) -> str:
@@ -246,14 +262,11 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         config=config_to_dict(config),
         metrics=metrics,
         evaluation_prompts="unseen prompts" if unseen else "the evaluation prompts",
-        evaluation=f"Drawn with {run.chain.num_steps} {run.chain.solver} steps, "
-        f"eta {config.validation.evaluation_eta:g} and guidance scale {run.chain.guidance_scale:g}.",
         estimator=estimator_text,
         coverage=progress.coverage,
         pipeline_tag=run.family.pipeline_tag,
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
-        inference={"num_inference_steps": run.chain.num_steps, **run.chain.call.card_options},
         stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
         stage_prompts=next((stages_of(prompt) for prompt in run.prompts if stages_of(prompt)), ()),
         denoisers=adapted_denoisers(run.pipeline),

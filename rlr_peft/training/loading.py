@@ -2,12 +2,14 @@
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderTiny, AutoModel, DiffusionPipeline, MotionAdapter
 
+from rlr_peft.chain.base_files import check_loaded, loading_base, read_model_index
 from rlr_peft.chain.offload import offload_models
 from rlr_peft.config import ModelArguments
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
@@ -27,7 +29,7 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
     With ``offload`` its models stay in host memory and come to the device when they are called.
 
     Raises:
-        OSError: the folder or the Hub repository does not hold a diffusers pipeline.
+        BaseModelError: the folder or the Hub repository does not hold a diffusers pipeline that can be loaded.
         ValueError: the VAE cannot recompute its activations, or the denoiser cannot use the attention backend.
     """
     hide_loading_bars()
@@ -35,26 +37,33 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
     name = arguments.pretrained_model_name_or_path
     source = str(pipeline_path()) if name == PIPELINE_NAME else name
     where = {"revision": arguments.revision, "cache_dir": arguments.cache_dir}
+    index = read_model_index(source, **where)
     replaced: dict[str, Any] = {}
-    if arguments.pretrained_vae_model_name_or_path is not None:
-        replaced["vae"] = AutoModel.from_pretrained(
-            arguments.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=arguments.cache_dir
-        )
-    pipeline_class: Any = DiffusionPipeline
-    if arguments.pretrained_motion_adapter_name_or_path is not None:
-        pipeline_class = diffusers.AnimateDiffPipeline
-        replaced["motion_adapter"] = MotionAdapter.from_pretrained(
-            arguments.pretrained_motion_adapter_name_or_path, dtype=dtype, cache_dir=arguments.cache_dir
-        )
-    pipeline = pipeline_class.from_pretrained(
-        source,
-        variant=arguments.variant,
-        dtype=dtype,
-        **where,
-        **_settings(pipeline_class, source, where),
-        **pipeline_quantization(arguments, dtype),
-        **replaced,
+    vae_name, motion_name = (
+        arguments.pretrained_vae_model_name_or_path,
+        arguments.pretrained_motion_adapter_name_or_path,
     )
+    if vae_name is not None:
+        with loading_base(vae_name):
+            replaced["vae"] = AutoModel.from_pretrained(vae_name, dtype=dtype, cache_dir=arguments.cache_dir)
+    pipeline_class: Any = DiffusionPipeline
+    if motion_name is not None:
+        pipeline_class = diffusers.AnimateDiffPipeline
+        with loading_base(motion_name):
+            replaced["motion_adapter"] = MotionAdapter.from_pretrained(
+                motion_name, dtype=dtype, cache_dir=arguments.cache_dir
+            )
+    with loading_base(name):
+        pipeline = pipeline_class.from_pretrained(
+            source,
+            variant=arguments.variant,
+            dtype=dtype,
+            **where,
+            **_settings(pipeline_class, index),
+            **pipeline_quantization(arguments, dtype),
+            **replaced,
+        )
+    check_loaded(name, pipeline)
     if not arguments.offload:
         pipeline.to(device)
     for component in pipeline.components.values():
@@ -124,12 +133,9 @@ def enable_checkpointing(model: Any, flag: str) -> None:
     model.enable_gradient_checkpointing()
 
 
-def _settings(pipeline_class: Any, source: str, where: dict[str, Any]) -> dict[str, Any]:
+def _settings(pipeline_class: Any, index: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the class of the pipeline takes; the others would be reported as ignored."""
     if pipeline_class is DiffusionPipeline:
-        class_name = DiffusionPipeline.load_config(source, **where).get("_class_name")
-        pipeline_class = getattr(diffusers, str(class_name), None)
-    if pipeline_class is None:
-        return {}
+        pipeline_class = getattr(diffusers, index["_class_name"])
     taken = inspect.signature(pipeline_class.__init__).parameters
     return {name: value for name, value in SETTINGS.items() if name in taken}

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
 from rlr_peft.config.memory_checks import read_quantization
@@ -38,7 +39,9 @@ def plan_run(config: Config) -> MemoryPlan:
     model = config.model
     dtype = DTYPES[model.mixed_precision]
     with as_config_error():
-        pipeline = build_pipeline(_architecture(model), META, dtype, _replaced(model, dtype))
+        architecture, replaced = _architecture(model), _replaced(model, dtype)
+        with loading_base(model.pretrained_model_name_or_path):
+            pipeline = build_pipeline(architecture, META, dtype, replaced)
         family = family_of(pipeline, denoiser_names(config))
         attach_adapters(config, pipeline, family)
         decoder = _reward_decoder(model, pipeline, dtype)

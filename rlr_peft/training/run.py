@@ -20,7 +20,7 @@ from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.kl_penalty import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.lora import check_kohya
+from rlr_peft.lora import check_adapter_saves, check_kohya
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
@@ -148,6 +148,7 @@ def build_run(config: Config) -> Run:
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
         chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
         chain.call.negative_prompts(prompts.training[:1])  # refuses those of a pipeline that takes none
+        check_adapter_saves(pipeline)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
     warn_of_long_prompts(config, pipeline, prompts)
     warning = chain.last_step_warning()

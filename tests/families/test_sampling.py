@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.inference_scheduler import build_scheduler
 from tests.families.table import CASES, NUM_STEPS, PROMPTS, VIDEOS, load
 
 SEEDS = [3, 4]
@@ -14,26 +15,37 @@ KINDS = ("ancestral", "flow-sde", "cps", "ode")
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_noise_the_images_are_the_pipelines_own(name: str, folder_of: Callable[[str], str]) -> None:
-    """The pipeline draws its own noise from the same seeds, encodes its own prompts and steps its own scheduler."""
-    case = CASES[name]
+    """The pipeline alone, told what the card tells: it draws its own noise from the same seeds, encodes its own prompts
+    and steps the scheduler of diffusers that the chain names."""
     pipeline = load(folder_of(name))
-    chain = DenoisingChain(
-        pipeline, num_inference_steps=NUM_STEPS, eta=0.0, timestep_spacing=case.own_grid, **case.options
-    )
-    trajectory = chain.sample(PROMPTS, SEEDS)
-    with torch.no_grad():
-        images = chain.decode(trajectory.latents[0], PROMPTS)
-    pipeline.scheduler = case.own_scheduler(pipeline.scheduler)
-    expected = pipeline(
-        PROMPTS,
-        num_inference_steps=NUM_STEPS,
-        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-        output_type="pt",
-        return_dict=False,
-        **{**case.options, **case.own_options},
-    )[0]
-    assert images.std() > 0.01, "a constant image would prove nothing"
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    base = pipeline.scheduler
+    for spacing in (None, "linspace"):
+        options = {"eta": 0.0, "timestep_spacing": spacing, **CASES[name].options}
+        chain = DenoisingChain(pipeline, num_inference_steps=NUM_STEPS, **options)
+        trajectory = chain.sample(PROMPTS, SEEDS)
+        with torch.no_grad():
+            images = chain.decode(trajectory.latents[0], PROMPTS)
+        scheduler = chain.inference_scheduler()
+        if name == "ltx" and spacing == "linspace":  # it tells its scheduler noise levels, and cannot be told others
+            assert "places 3 steps elsewhere" in (scheduler.difference or "")
+            continue
+        assert scheduler.difference is None
+        told = () if scheduler.sigmas_in_call else scheduler.sigmas
+        pipeline.scheduler = build_scheduler(base.config, scheduler.class_name, scheduler.options, told)
+        call = chain.call.card_options | scheduler.call_options()
+        if "negative_prompt" in call:
+            call["negative_prompt"] = [call["negative_prompt"]] * len(PROMPTS)
+        expected = pipeline(
+            PROMPTS,
+            num_inference_steps=NUM_STEPS,
+            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+            output_type="pt",
+            return_dict=False,
+            **call,
+        )[0]
+        assert images.std() > 0.01, "a constant image would prove nothing"
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+        pipeline.scheduler = base
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,10 +13,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from rlr_peft.chain.base_files import MODEL_INDEX, check_model_index, read_model_index
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 
-MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 CONFIG = "config.json"
 
@@ -47,12 +47,14 @@ def find_architecture(name_or_path: str, revision: str | None = None, cache_dir:
         ArchitectureError: there is no such folder or repository, or it cannot be reached.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
-        return _read(folder.name, lambda file: folder / file)
+    if folder.exists():
+        return _read(folder.name, lambda file: folder / file, read_model_index(name_or_path))
     shipped = _shipped().get(name_or_path)
     if shipped is not None:
         return Architecture(name_or_path, shipped["model_index"], shipped["components"])
-    return _read(name_or_path, lambda file: _fetch(name_or_path, file, revision, cache_dir))
+    index = _json(_fetch(name_or_path, MODEL_INDEX, revision, cache_dir))
+    check_model_index(name_or_path, index)
+    return _read(name_or_path, lambda file: _fetch(name_or_path, file, revision, cache_dir), index)
 
 
 def find_component(name_or_path: str, cache_dir: str | None = None) -> Mapping[str, Any]:
@@ -78,8 +80,7 @@ def _shipped() -> dict[str, dict[str, Any]]:
     return {name: entry for entry in entries for name in entry["ids"]}
 
 
-def _read(name: str, locate: Any) -> Architecture:
-    model_index = _json(locate(MODEL_INDEX))
+def _read(name: str, locate: Any, model_index: Mapping[str, Any]) -> Architecture:
     components: dict[str, Mapping[str, Any]] = {}
     for part, entry in model_index.items():
         if not isinstance(entry, list) or entry[0] is None:

@@ -1,0 +1,230 @@
+"""What a base is made of, read before any of it is loaded: a mistake in its place or its files is one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from rlr_peft.config import ConfigError
+from rlr_peft.errors import UserError
+
+MODEL_INDEX = "model_index.json"
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+WEIGHTS = (".safetensors", ".bin")
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+CONVERT = (
+    "convert it once with diffusers, `StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)` (or the "
+    "class of its family), and give the folder"
+)
+_ON_THE_HUB = {
+    GatedRepoError: "is gated: accept its terms on the Hub and log in with `hf auth login`",
+    RevisionNotFoundError: "has no such revision",
+    RepositoryNotFoundError: "was not found, or is private: check the name, and log in with `hf auth login`",
+    LocalEntryNotFoundError: "is not in the local cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set: check "
+    "the name, or go online",
+    EntryNotFoundError: f"has no {MODEL_INDEX}, so it is no diffusers pipeline",
+}
+
+
+class BaseModelError(ConfigError):
+    """What was given as base is no pipeline that can be loaded."""
+
+
+def read_model_index(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """The checked `model_index.json` of a folder or a repository of the Hub.
+
+    Raises:
+        BaseModelError: it is not there, cannot be read, or names classes that neither diffusers nor transformers has.
+            Code that comes with a base is never run.
+    """
+    path = Path(name)
+    if path.exists():
+        _check_place(name, path)
+        file = path / MODEL_INDEX
+    else:
+        file = _download(name, revision, cache_dir)
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseModelError(f"The base {name}: {MODEL_INDEX} cannot be read as JSON ({error}).") from error
+    check_model_index(name, index)
+    return index
+
+
+def check_model_index(name: str, index: Any) -> None:
+    """Raises a BaseModelError where the index names what cannot be loaded, or only by running code of its own."""
+    if not isinstance(index, dict):
+        raise BaseModelError(f"The base {name}: expected {MODEL_INDEX} to be a mapping, got {type(index).__name__}.")
+    class_name = index.get("_class_name")
+    if isinstance(class_name, list):
+        raise BaseModelError(
+            f"The base {name} needs a pipeline class of its own code, which is not run; take another base."
+        )
+    if not isinstance(class_name, str) or getattr(diffusers, class_name, None) is None:
+        raise BaseModelError(
+            f"The base {name}: expected a pipeline class of diffusers {diffusers.__version__} in {MODEL_INDEX}, got "
+            f"{class_name!r}; correct the file or upgrade diffusers."
+        )
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, (list, dict)):  # plain values are settings of the class
+            continue
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str | None) for word in entry):
+            raise BaseModelError(
+                f"The base {name}: expected [library, class] for {part} in {MODEL_INDEX}, got {entry!r}."
+            )
+        _check_component(name, part, *entry)
+
+
+@contextmanager
+def loading_base(name: str) -> Iterator[None]:
+    """Inside, diffusers and transformers load a base; whatever they raise on its files is one sentence.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        variants = _variants(Path(name))
+        if variants:
+            kinds = ", ".join(sorted(variants))
+            raise BaseModelError(
+                f"The base {name} has weights of the variant {kinds} only: give --variant {min(variants)}."
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnpicklingError) or "Unable to load weights" in reason:
+            where = "" if isinstance(error, UnpicklingError) else f" ({reason[:200]})"
+            reason = (
+                "a file of weights is damaged, or a pickle that holds more than tensors and could run code, which is "
+                f"not unpickled{where}; take a base with .safetensors."
+            )
+        raise BaseModelError(f"The base {name} cannot be loaded: {reason[:400]}") from error
+
+
+def check_loaded(name: str, pipeline: Any) -> None:
+    """Refuses a pipeline of which some weights came from no file.
+
+    Raises:
+        BaseModelError: a model has parameters without values.
+    """
+    for part, model in pipeline.components.items():
+        if isinstance(model, torch.nn.Module):
+            missing = [key for key, value in model.named_parameters() if value.is_meta]
+            if missing:
+                raise BaseModelError(
+                    f"The base {name} lacks {len(missing)} tensors of its {part}, the first is {missing[0]}: the file "
+                    "is damaged, or of another model than its config says; get it again."
+                )
+
+
+def _check_place(name: str, path: Path) -> None:
+    """Says of a file or folder that is no pipeline what it is."""
+    if path.is_file():
+        if path.suffix not in SINGLE_FILES:
+            raise BaseModelError(f"The base {name} is a file: expected the folder or Hub id of a diffusers pipeline.")
+        if _is_adapter(path):
+            raise BaseModelError(
+                f"The base {name} is a LoRA adapter: expected the pipeline that it was trained on; an adapter is given "
+                "with --adapter (`compare`, `merge`) or --resume_from_checkpoint."
+            )
+        raise BaseModelError(
+            f"The base {name} is a single file: expected a folder or Hub id of a diffusers pipeline; {CONVERT}."
+        )
+    if (path / MODEL_INDEX).is_file():
+        return
+    names = sorted(entry.name for entry in path.iterdir())
+    inner = [place.parent for pattern in ("*", "snapshots/*") for place in path.glob(f"{pattern}/{MODEL_INDEX}")]
+    files = [entry for entry in names if entry.endswith(SINGLE_FILES)]
+    if not names:
+        what = "is an empty folder"
+    elif inner:
+        what = f"holds a pipeline one level down: give {inner[0]}"
+    elif any((path / place).is_file() and _is_adapter(path / place) for place in files):
+        kind = "a checkpoint of a training run" if path.name.startswith("checkpoint-") else "a LoRA adapter"
+        what = (
+            f"holds {kind}, not the pipeline that it was trained on; --resume_from_checkpoint goes on from a checkpoint"
+        )
+    elif "config.json" in names:
+        what = "holds one model, not a whole pipeline: give the folder above it, where the other parts are"
+    elif files:
+        what = f"holds single files ({files[0]}): {CONVERT}"
+    else:
+        what = f"holds {', '.join(names[:5])}"
+    raise BaseModelError(f"The base {name} has no {MODEL_INDEX}; it {what}.")
+
+
+def _is_adapter(file: Path) -> bool:
+    """Whether a file of tensors holds LoRA layers, by its keys; of a pickle this is not looked at."""
+    if file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(file, "pt") as header:
+            return any("lora" in key.lower() for key in header.keys())  # noqa: SIM118 (it is no dictionary)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _download(name: str, revision: str | None, cache_dir: str | None) -> Path:
+    try:
+        return Path(hf_hub_download(name, MODEL_INDEX, revision=revision, cache_dir=cache_dir))
+    except HFValidationError as error:
+        raise BaseModelError(
+            f"The base {name}: there is no such folder (looked for it from {Path.cwd()}), and it is no Hub id "
+            "`user/name`."
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        words = next(
+            (text for kind, text in _ON_THE_HUB.items() if isinstance(error, kind)), f"cannot be read: {error}"
+        )
+        raise BaseModelError(
+            f"The base {name}: there is no such folder here, and the Hub repository {words}."
+        ) from error
+
+
+def _check_component(name: str, part: str, library: str | None, class_name: str | None) -> None:
+    if library is None or class_name is None or hasattr(diffusers.pipelines, library):
+        return
+    if library not in LIBRARIES:
+        raise BaseModelError(
+            f"The base {name} takes its {part} from {library}.{class_name}, code that is neither diffusers nor "
+            "transformers and is not run; take another base."
+        )
+    if not hasattr(LIBRARIES[library], class_name):
+        raise BaseModelError(
+            f"The base {name} needs {library}.{class_name} for its {part}, which the installed {library} "
+            f"{LIBRARIES[library].__version__} does not have; upgrade it."
+        )
+
+
+def _variants(folder: Path) -> set[str]:
+    """The variants of a local base of which a model has no other weights, such as fp16."""
+    found: set[str] = set()
+    for part in folder.iterdir() if folder.is_dir() else ():
+        names = [file.name for file in part.iterdir() if file.suffix in WEIGHTS] if part.is_dir() else []
+        # diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+        kinds = {name.split(".")[1].split("-")[0] if name.count(".") > 1 else "" for name in names}
+        if kinds and "" not in kinds:
+            found |= kinds
+    return found
