@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from rlr_peft.errors import UserError
+from rlr_peft.plain_files import PlainFileError, parse_yaml, read_plain_text
 
 PROG = "rlr-peft push"
 
@@ -48,10 +48,12 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return dict(config)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); mend or remove it.") from error
+        config = parse_yaml(read_plain_text(path))
+    except PlainFileError as error:
+        raise UserError(f"{path} is damaged ({error}); mend or remove it.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged (expected lines of `name: value`); mend or remove it.")
+    return config
 
 
 def _parser() -> ArgumentParser:

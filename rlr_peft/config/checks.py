@@ -7,6 +7,7 @@ Each check yields one sentence per problem: what was expected, what was got, wha
 import math
 import operator
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path, PurePath
@@ -17,6 +18,8 @@ from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.memory_checks import check_memory
 from rlr_peft.config.prompt_checks import check_chain_of_thought, check_prompts
 
+# No path or prompt holds them: control characters but the tab and the ends of lines, and halves of characters.
+_UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -43,6 +46,9 @@ def _ranges(config: Config) -> Iterator[str]:
             value = getattr(group, field.name)
             if isinstance(value, str) and not value.strip() and field.name != "negative_prompt":
                 yield f"{field.name}: expected a text, got an empty one; fill it or leave the flag out."
+            if unfit := next((text for text in _texts(value) if _UNFIT.search(text)), None):
+                yield (f"{field.name}: expected a text without control characters, got {unfit!r:.80}; take them out.")
+                continue
             if value == ():
                 yield f"{field.name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):
@@ -54,6 +60,15 @@ def _ranges(config: Config) -> Iterator[str]:
             if not all(_COMPARISONS[word](value, bound) for word, bound in bounds.items()):
                 allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
                 yield f"{field.name}: expected {allowed}, got {value}; change --{field.name}."
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for pair in value.items() for text in pair if isinstance(text, str))
+    elif isinstance(value, tuple):
+        yield from (text for text in value if isinstance(text, str))
 
 
 def _batches(config: Config) -> Iterator[str]:

@@ -14,10 +14,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from rlr_peft.errors import UserError
+from rlr_peft.plain_files import read_plain_text
 
 MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 CONFIG = "config.json"
+MAX_CONFIG_BYTES = 2**25  # tokenizers list their added tokens
 
 
 class ArchitectureError(UserError, ValueError):
@@ -81,7 +83,7 @@ def _read(name: str, locate: Any) -> Architecture:
     model_index = _json(locate(MODEL_INDEX))
     components: dict[str, Mapping[str, Any]] = {}
     for part, entry in model_index.items():
-        if not isinstance(entry, list) or entry[0] is None:
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             continue
         if "Tokenizer" in entry[1]:
             components[part] = _json(locate(f"{part}/tokenizer_config.json"))
@@ -106,7 +108,9 @@ def _fetch(name: str, file: str, revision: str | None, cache_dir: str | None) ->
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(read_plain_text(Path(path), MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"Expected a JSON config at {path}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ArchitectureError(f"Expected a JSON object at {path}, got something else; check the folder of the base.")
     return content
