@@ -193,7 +193,7 @@ awkward_text = st.one_of(
 
 
 @settings(max_examples=25)
-@given(text=awkward_text, prompts=st.lists(awkward_text, min_size=1), rate=st.floats(1e-300, 1e300))
+@given(text=awkward_text, prompts=st.lists(awkward_text, min_size=1), rate=st.floats(1e-300, 10))
 def test_any_text_and_number_survives_saving(
     tmp_path_factory: pytest.TempPathFactory, text: str, prompts: list[str], rate: float
 ) -> None:
@@ -314,9 +314,9 @@ def test_empty_yaml_file_is_no_settings(tmp_path: Path) -> None:
 
 REFUSED = [
     ("--train_batch_size 3", "num_images_per_prompt: expected a divisor of the 3 samples"),
-    ("--train_batch_size 0", "train_batch_size: expected at least 1, got 0"),
-    ("--gradient_accumulation_steps=-1", "gradient_accumulation_steps: expected at least 1, got -1"),
-    ("--zo_scale 0", "zo_scale: expected above 0, got 0.0"),
+    ("--train_batch_size 0", "train_batch_size: expected at least 1 and at most 4096, got 0"),
+    ("--gradient_accumulation_steps=-1", "gradient_accumulation_steps: expected at least 1 and at most 100000, got -1"),
+    ("--zo_scale 0", "zo_scale: expected above 0 and at most 1000, got 0.0"),
     ("--learning_rate .nan", "learning_rate: expected a finite number"),
     ("--max_grad_norm .inf", "max_grad_norm: expected a finite number"),
     ("--lora_dropout 1", "lora_dropout: expected at least 0 and below 1, got 1.0"),
@@ -390,7 +390,7 @@ REFUSED = [
     ("--estimator ddpo --normalize_rewards", "normalize_rewards: expected false with ddpo, whose gradient"),
     ("--estimator refl --fo_coefficient 2", "fo_coefficient: expected 1 with refl, got 2"),
     ("--estimator grpo --ho_coefficient 0.5", "ho_coefficient: expected 1 with grpo, got 0.5"),
-    ("--zo_coefficient=-1", "zo_coefficient: expected at least 0, got -1.0"),
+    ("--zo_coefficient=-1", "zo_coefficient: expected at least 0 and at most 1000000, got -1.0"),
     (
         "--per_prompt_stat_tracking_min_count 33",
         "per_prompt_stat_tracking_min_count: expected at most per_prompt_stat_tracking_buffer_size (32), got 33",
@@ -432,7 +432,7 @@ REFUSED = [
         "validation_split_percentage: expected only without evaluation_prompt_path",
     ),
     ("--early_stopping_steps 20", "early_stopping_steps: expected a heldout_reward_fn to watch, got none"),
-    ("--early_stopping_steps 4", "early_stopping_steps: expected at least 5, got 4"),
+    ("--early_stopping_steps 4", "early_stopping_steps: expected at least 5 and at most 1000000000, got 4"),
     ("--lr_warmup_steps 5", "lr_warmup_steps: expected 0 with lr_scheduler constant, got 5"),
     ("--lr_scheduler cosine --lr_warmup_steps 5 --max_train_steps 4", "expected at most max_train_steps (4), got 5"),
     ("--heldout_reward_fn tiny-shapes", "heldout_reward_fn: expected another reward than reward_fn"),
@@ -440,8 +440,8 @@ REFUSED = [
     ("--reward_fn {a:,b:1} --heldout_reward_fn b", 'mapping of names to numbers, got {"a": null, "b:1": null}'),
     ("--reward_fn={}", "reward_fn: expected finite weights, not all 0, got {}"),
     ('--reward_minimum {"pickscore":20}', "reward_minimum: expected a name of reward_fn (tiny-shapes), got pick"),
-    ("--reward_server_timeout 0", "reward_server_timeout: expected above 0, got 0.0"),
-    ("--reward_minimum_penalty 0", "reward_minimum_penalty: expected above 0, got 0.0"),
+    ("--reward_server_timeout 0", "reward_server_timeout: expected above 0 and at most 86400, got 0.0"),
+    ("--reward_minimum_penalty 0", "reward_minimum_penalty: expected above 0 and at most 1000000, got 0.0"),
     ("--logging_dir ../logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--logging_dir /logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--output_dir pyproject.toml/x", "output_dir: expected a folder or a place for one"),
@@ -596,3 +596,28 @@ def test_publishing_of_checkpoints_needs_checkpoints() -> None:
         load([*REQUIRED, "--push_every", "500"])
     with pytest.raises(ConfigError, match=r"push_every: expected a multiple of checkpointing_steps \(500\)"):
         load([*REQUIRED, "--push_to_hub", "--push_every", "750"])
+
+
+NUMBERS = [name for name, knob in knobs().items() if {int, float} & {knob.type, *getattr(knob.type, "__args__", ())}]
+HAS_A_MEANING = {  # beside what a range says: 0 turns something off, or is one end of the range
+    *(
+        "lora_dropout guidance_scale true_cfg_scale reward_server_retries fo_steps black_box_steps fo_coefficient"
+    ).split(),
+    *("ho_coefficient zo_coefficient calibration_decay zo_step_memory kl_beta seed lr_warmup_steps").split(),
+    *("adam_beta1 adam_beta2 adam_weight_decay evaluation_eta").split(),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_out_of_all_reason_is_refused_with_the_range(name: str) -> None:
+    """In a line each, before torch is imported, as `test_no_model_library_is_imported` shows."""
+    for value in ("-1", str(10**19), "1e18", "9" * 299, "9" * 350, "1e400", ".nan", ".inf", "-.inf", "nan", "inf"):
+        got = refusal(f"--{name}={value}")
+        assert got.startswith(f"{name}: expected ") and "\n" not in got and len(got) < 500
+        if value in ("-1", str(10**19)):
+            bounds = knobs()[name].field.metadata["bounds"]
+            assert all(f"{word} " in got for word, bound in bounds.items() if bound is not None), got
+    if name in HAS_A_MEANING:
+        load([*REQUIRED, f"--{name}=0"])
+    else:
+        refusal(f"--{name}=0")

@@ -58,8 +58,12 @@ def _ranges(config: Config) -> Iterator[str]:
                 continue
             bounds = {word: bound for word, bound in field.metadata["bounds"].items() if bound is not None}
             if not all(_COMPARISONS[word](value, bound) for word, bound in bounds.items()):
-                allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
-                yield f"{field.name}: expected {allowed}, got {value}; change --{field.name}."
+                allowed = " and ".join(f"{word} {_plain(bound)}" for word, bound in bounds.items())
+                yield f"{field.name}: expected {allowed}, got {value!s:.100}; change --{field.name}."
+
+
+def _plain(bound: float) -> str:
+    return f"{bound:.0f}" if bound == int(bound) else str(bound)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """Errors that explain themselves end the program with one clear message."""
 
 import errno
+import importlib
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -25,7 +27,7 @@ WITHOUT_MEMORY = (
 def reporting_errors(afterwards: str = "") -> Iterator[None]:
     """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
 
-    Where the user's own reward raised, the traceback into it comes first.
+    Where the user's own reward raised, the traceback into it follows.
 
     Args:
         afterwards: what is left and how to go on, said after Ctrl-C and on a full disk.
@@ -33,24 +35,31 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if isinstance(error, RewardError) and error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, RewardError) and error.__cause__ is not None and _leads_elsewhere(error.__cause__):
+            traceback.print_exception(error.__cause__)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):
             raise
         print(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), file=sys.stderr)
         raise SystemExit(1) from None
-    except RuntimeError as error:
-        if not _is_out_of_gpu_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        whose = _memory_that_is_full(error)
+        if whose is None:
             raise
-        reason = str(error).splitlines()[0]
-        print(f"error: The GPU's memory is full: {reason} {WITHOUT_MEMORY} {afterwards}".rstrip(), file=sys.stderr)
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else "an allocation failed"
+        print(f"error: {whose} memory is full: {reason}. {WITHOUT_MEMORY} {afterwards}".rstrip(), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"Stopped at once. {afterwards}".rstrip(), file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _leads_elsewhere(error: BaseException) -> bool:
+    """Whether the traceback ends in code of the user's, and not in ours or in the search for a module."""
+    ours = (str(Path(__file__).parents[1]), "<frozen", importlib.__path__[0])
+    return any(not frame.filename.startswith(ours) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _is_disk_full(error: OSError | SafetensorError) -> bool:
@@ -59,10 +68,13 @@ def _is_disk_full(error: OSError | SafetensorError) -> bool:
     return any(f"(os error {number})" in str(error) for number in DISK_FULL)  # safetensors tells it in words alone
 
 
-def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+def _memory_that_is_full(error: RuntimeError | MemoryError) -> str | None:
     # Who has not imported torch yet cannot have got its error, and need not wait for it.
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "The GPU's"
+    # torch has no class of its own for the host's allocator.
+    return "The host's" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else None
 
 
 @contextmanager
