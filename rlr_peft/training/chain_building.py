@@ -1,6 +1,7 @@
 """The config's chain over a pipeline, and the adapters that are trained in it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -93,7 +94,7 @@ def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed:
     return parameters
 
 
-def _check_size(denoiser: torch.nn.Module, targets: list[str], rank: int) -> None:
+def _check_size(denoiser: torch.nn.Module, targets: Sequence[str], rank: int) -> None:
     """Before anything is allocated: where the adapter alone fills the memory, its rank is a mistake.
 
     Raises:
