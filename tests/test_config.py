@@ -599,25 +599,47 @@ def test_publishing_of_checkpoints_needs_checkpoints() -> None:
 
 
 NUMBERS = [name for name, knob in knobs().items() if {int, float} & {knob.type, *getattr(knob.type, "__args__", ())}]
-HAS_A_MEANING = {  # beside what a range says: 0 turns something off, or is one end of the range
+FLOATS = [name for name in NUMBERS if float in {knobs()[name].type, *getattr(knobs()[name].type, "__args__", ())}]
+ZERO_HAS_A_MEANING = {  # it turns something off, or is one end of the range
     *(
         "lora_dropout guidance_scale true_cfg_scale reward_server_retries fo_steps black_box_steps fo_coefficient"
     ).split(),
     *("ho_coefficient zo_coefficient calibration_decay zo_step_memory kl_beta seed lr_warmup_steps").split(),
-    *("adam_beta1 adam_beta2 adam_weight_decay evaluation_eta").split(),
+    *("adam_beta1 adam_beta2 adam_weight_decay eta evaluation_eta ho_blocks").split(),
 }
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_out_of_all_reason_is_refused_with_the_range(name: str) -> None:
-    """In a line each, before torch is imported, as `test_no_model_library_is_imported` shows."""
-    for value in ("-1", str(10**19), "9" * 299, ".nan", ".inf", "inf"):
-        got = refusal(f"--{name}={value}")
-        assert got.startswith(f"{name}: expected ") and "\n" not in got and len(got) < 500
-        if value in ("-1", str(10**19)):
-            bounds = knobs()[name].field.metadata["bounds"]
-            assert all(f"{word} " in got for word, bound in bounds.items() if bound is not None), got
-    if name in HAS_A_MEANING:
-        load([*REQUIRED, f"--{name}=0"])
-    else:
-        refusal(f"--{name}=0")
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("-1", set(NUMBERS)),
+        (str(10**19), set(NUMBERS)),
+        ("9" * 299, set(NUMBERS)),
+        ("0", set(NUMBERS) - ZERO_HAS_A_MEANING),
+        (".nan", set(FLOATS)),
+        ("-.inf", set(FLOATS)),
+        ("1e400", set(FLOATS)),
+    ],
+)
+def test_every_number_out_of_all_reason_is_refused_with_its_range(value: str, names: set[str]) -> None:
+    """All in one message, a line each, before torch is imported, as `test_no_model_library_is_imported` shows."""
+    got = refusal(*(f"--{name}={value}" for name in names)).splitlines()
+    lines = {line.removeprefix("- ").split(":")[0]: line for line in got[1:]}
+    assert all(len(line) < 300 for line in got)
+    assert set(lines) == names
+    for name in names:
+        bounds = {word: bound for word, bound in knobs()[name].field.metadata["bounds"].items() if bound is not None}
+        expected = "expected a finite number" if value[-1].isalpha() or value == "1e400" else "expected "
+        assert expected in lines[name] and "; " in lines[name]
+        assert value[-1].isalpha() or value == "1e400" or all(f"{word} " in lines[name] for word in bounds)
+
+
+def test_zero_is_taken_where_it_has_a_meaning() -> None:
+    """Each in its range; what they mean together is another question."""
+    load([*REQUIRED, *(f"--{name}=0" for name in ZERO_HAS_A_MEANING)])
+
+
+@pytest.mark.parametrize("value", ["1e18", ".nan", "inf"])
+def test_a_whole_number_is_digits(value: str) -> None:
+    assert refusal(f"--rank={value}").startswith("rank: expected a whole number, got ")
+    assert refusal(f"--max_train_steps={value}").startswith("max_train_steps: expected a whole number or null, got ")
