@@ -18,6 +18,7 @@ from rlr_peft.lora import (
     adapter_disabled,
     attach_lora,
     lora_parameters,
+    lora_size,
     save_lora,
     verify_lora_reloads,
 )
@@ -243,6 +244,13 @@ def test_attaching_leaves_the_output_and_the_global_random_state_alone_and_repea
     attach_lora(other, target_modules=[*ATTENTION, "conv1"], init_lora_weights=init_lora_weights, seed=6)
     name = next(name for name in lora_parameters(other) if "lora_A" in name)
     assert not torch.equal(lora_parameters(other)[name], values[0][name])
+
+
+def test_the_size_is_known_before_it_is_attached() -> None:
+    unet = tiny_stable_diffusion().unet
+    targets = [*ATTENTION, "conv1"]
+    expected = lora_size(unet, targets, 3)
+    assert sum(parameter.numel() for parameter in attach_lora(unet, target_modules=targets, rank=3)) == expected
 
 
 def test_only_the_adapter_is_trainable_and_in_float32() -> None:

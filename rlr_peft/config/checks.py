@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path, PurePath
-from typing import Any
 
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.estimator_checks import check_estimator, why_noiseless
@@ -20,6 +19,8 @@ from rlr_peft.config.memory_checks import check_memory
 from rlr_peft.config.prompt_checks import check_chain_of_thought, check_prompts
 from rlr_peft.durable_files import stays_inside
 
+# No path or prompt holds them: control characters but the tab and the ends of lines, and halves of characters.
+_UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -46,8 +47,9 @@ def _ranges(config: Config) -> Iterator[str]:
             value = getattr(group, field.name)
             if isinstance(value, str) and not value.strip() and field.name != "negative_prompt":
                 yield f"{field.name}: expected a text, got an empty one; fill it or leave the flag out."
-            if any("\0" in text for text in _texts(value)):
-                yield f"{field.name}: expected a text without the character NUL, got {value!r}; remove it."
+            if unfit := next((text for text in _texts(value) if _UNFIT.search(text)), None):
+                yield (f"{field.name}: expected a text without control characters, got {unfit!r:.80}; take them out.")
+                continue
             if value == ():
                 yield f"{field.name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):
@@ -57,15 +59,22 @@ def _ranges(config: Config) -> Iterator[str]:
                 continue
             bounds = {word: bound for word, bound in field.metadata["bounds"].items() if bound is not None}
             if not all(_COMPARISONS[word](value, bound) for word, bound in bounds.items()):
-                allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
-                yield f"{field.name}: expected {allowed}, got {value}; change --{field.name}."
+                allowed = " and ".join(f"{word} {_plain(bound)}" for word, bound in bounds.items())
+                yield f"{field.name}: expected {allowed}, got {value!s:.100}; change --{field.name}."
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _plain(bound: float) -> str:
+    return f"{bound:.0f}" if bound == int(bound) else str(bound)
+
+
+def _texts(value: object) -> Iterator[str]:
     """The texts that a knob's value is or holds."""
-    for one in value if isinstance(value, tuple) else (*value, *value.values()) if isinstance(value, dict) else [value]:
-        if isinstance(one, str):
-            yield one
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for pair in value.items() for text in pair if isinstance(text, str))
+    elif isinstance(value, tuple):
+        yield from (text for text in value if isinstance(text, str))
 
 
 def _batches(config: Config) -> Iterator[str]:

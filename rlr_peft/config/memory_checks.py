@@ -3,13 +3,13 @@
 Each check yields one sentence per problem: what was expected, what was got, what to do.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.knob import ConfigError
+from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
 
 _WIDTHS = ("load_in_4bit", "load_in_8bit")
 
@@ -46,12 +46,12 @@ def read_quantization(path: str) -> dict[str, Any]:
         ConfigError: no such file, no JSON object, or not exactly one of 4 and 8 bits.
     """
     try:
-        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        arguments = parse_json(read_plain_text(Path(path)))
+    except PlainFileError as error:
         raise ConfigError(
             f"bnb_quantization_config_path: expected a JSON file, got {path} ({error}); check the path and its text."
         ) from error
-    chosen = [name for name in _WIDTHS if isinstance(arguments, dict) and arguments.get(name)]
+    chosen = [name for name in _WIDTHS if isinstance(arguments, dict) and arguments.get(name) is True]
     if len(chosen) != 1:
         raise ConfigError(
             f"bnb_quantization_config_path: expected an object with {' or '.join(_WIDTHS)} true, got "

@@ -1,6 +1,7 @@
 """From command line and YAML file to a checked Config; jsonargparse does the typing."""
 
 import argparse
+import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,19 @@ from jsonargparse import ArgumentParser
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.flat import check_names, config_from_dict, knobs
 from rlr_peft.config.knob import ConfigError
-from rlr_peft.config.wording import element_type, explain, help_text, placeholder, takes_text, type_in_words
+from rlr_peft.config.wording import (
+    clear_value,
+    element_type,
+    explain,
+    help_text,
+    placeholder,
+    takes_mapping,
+    takes_text,
+    type_in_words,
+)
 from rlr_peft.config.yaml_files import read_yaml
 from rlr_peft.foreign_text import say
+from rlr_peft.plain_files import PlainFileError, parse_yaml
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
 _CONFIG_HELP = "YAML file with the same flat names as the flags below; flags win over it wherever they stand."
@@ -62,6 +73,7 @@ def load_values(
     for flag in flags:
         if flag not in known:
             raise ConfigError(f"command line: --{flag} matters to training only; leave it out.")
+    words = _strict_words(words)
     parser = _build_parser(prog, known, description)
     from_file = dict(otherwise or {}) if path is None else _read_config_file(parser, path, known)
     try:
@@ -115,6 +127,38 @@ def _split_config_file(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(found.config[0]) if found.config else None), rest
 
 
+def _strict_words(words: list[str]) -> list[str]:
+    """The words, after a look at their values; mappings become JSON, which nobody reads in two ways.
+
+    Raises:
+        ConfigError: a number or truth value that some readers would take for another, or no YAML.
+    """
+    name, strict = "", []
+    for word in words:
+        start, value = "", word
+        if _is_flag(word):
+            name, sign, value = word[2:].partition("=")
+            start = f"--{name}{sign}"
+            if not sign:
+                strict.append(word)
+                continue
+        if name in knobs():
+            if takes_mapping(knobs()[name]) and value.lstrip().startswith("{"):
+                value = json.dumps(_mapping(name, value))
+            else:
+                clear_value(knobs()[name], value, "")
+        strict.append(start + value)
+    return strict
+
+
+def _mapping(name: str, text: str) -> Any:
+    try:
+        value = parse_yaml(text)
+    except PlainFileError as error:
+        raise ConfigError(f"{name}: {error}.") from error
+    return clear_value(knobs()[name], value, "")
+
+
 def _build_parser(prog: str | None, names: Collection[str], description: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
@@ -142,7 +186,11 @@ def _build_parser(prog: str | None, names: Collection[str], description: str) ->
 
 def _read_config_file(parser: ArgumentParser, path: Path, names: Collection[str]) -> dict[str, Any]:
     """The typed values of the YAML file; a single value of a list knob stands for a list of one."""
-    values = {name: value for name, value in read_yaml(path).items() if name in names}
+    values = {
+        name: clear_value(knobs()[name], value, f"--config {path}: ")
+        for name, value in read_yaml(path).items()
+        if name in names
+    }
     for name in _list_knobs(names):
         if values.get(name) is not None and not isinstance(values[name], list):
             values[name] = [values[name]]

@@ -6,6 +6,10 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from rlr_peft.config.flat import Knob, knobs
+from rlr_peft.config.knob import ConfigError
+from rlr_peft.plain_files import AMBIGUOUS, MAX_DIGITS, YAML_VALUES, Ambiguous
+
+_NUMBER = re.compile("|".join(pattern for tag, pattern, _ in YAML_VALUES if tag in ("int", "float")))
 
 
 def element_type(knob: Knob) -> type | None:
@@ -20,6 +24,73 @@ def element_type(knob: Knob) -> type | None:
 def takes_text(knob: Knob, value: Any) -> bool:
     """Whether the value is a text and the knob takes any text."""
     return isinstance(value, str) and str in _options(knob)
+
+
+def takes_mapping(knob: Knob) -> bool:
+    """Whether a mapping is a value of the knob."""
+    return any(get_origin(option) is dict for option in _options(knob))
+
+
+def clear_value(knob: Knob, value: Any, where: str) -> Any:
+    """The value, in which no text stands for one number or truth value here and for another elsewhere (0x10, 010, yes).
+
+    Args:
+        knob: whose value it is.
+        value: as typed, or as `parse_yaml` gives it.
+        where: the file, for the message.
+
+    Raises:
+        ConfigError: the value or a part of it is such a text.
+    """
+    if isinstance(value, dict):
+        return {name: _clear_part(knob, part, where) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_clear_part(knob, part, where) for part in value]
+    return _clear_part(knob, value, where)
+
+
+def _clear_part(knob: Knob, part: Any, where: str) -> Any:
+    if not isinstance(part, str) or part in _choices(knob):
+        return str(part) if isinstance(part, str) else part
+    unclear = AMBIGUOUS.fullmatch(part) is not None
+    if _takes_number(knob) and len(part) > MAX_DIGITS and _NUMBER.fullmatch(part):
+        advice = f"write a number of at most {MAX_DIGITS} digits"
+    elif _takes_number(knob) and (unclear or (_is_a_number_to_python(part) and not _NUMBER.fullmatch(part))):
+        advice = "write it in plain decimal digits"
+    elif knob.type is bool and unclear:
+        advice = "write true or false"
+    elif isinstance(part, Ambiguous):
+        advice = "put quotes around it, as other readers of YAML take it for no text"
+    else:
+        return part
+    place = f"{part.place}: " if isinstance(part, Ambiguous) else ""
+    raise ConfigError(f"{where}{place}{knob.name}: expected {type_in_words(knob)}, got {shortened(part)}; {advice}.")
+
+
+def _choices(knob: Knob) -> set[str]:
+    options = (*_options(knob), *get_args(element_type(knob)))
+    return {str(choice) for option in options if get_origin(option) is Literal for choice in get_args(option)}
+
+
+def _takes_number(knob: Knob) -> bool:
+    element = element_type(knob)
+    options = {*_options(knob), element, *get_args(element)}
+    options |= {type_ for option in options if get_origin(option) is dict for type_ in get_args(option)}
+    # In a list of numbers and names, a name does not look like a number.
+    return bool(options & {int, float})
+
+
+def _is_a_number_to_python(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def shortened(text: str) -> str:
+    """As much of a value as a message can show."""
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def placeholder(knob: Knob) -> str:
@@ -75,16 +146,16 @@ def explain(message: str, given: Mapping[str, Any]) -> str:
         return f"expected --name VALUE, got the stray {stray[1]}; put quotes around a value that holds spaces."
     named = re.search(r'(?:key "|argument --)(\w+)', joined)
     if named is None or named[1] not in knobs():
-        return joined
+        return shortened(joined)
     name = named[1]
     expected = type_in_words(knobs()[name])
     if re.search(r"expected (one|at least one) argument", joined):
         return f"{name}: expected {expected}, got nothing; write --{name} VALUE (--{name}=VALUE if it starts with -)."
     value = re.search(r"(?:Got|Given) value: (.*)$", joined)
-    got = repr(given[name]) if name in given else value[1] if value else joined
+    got = shortened(repr(given[name]) if name in given else value[1] if value else joined)
     got = {"None": "null", "True": "true", "False": "false"}.get(got, got)
     advice = f"write {name}: VALUE" if name in given else f"write --{name} VALUE"
-    if name in given and "text" in expected:
+    if name in given and "text" in expected and not isinstance(given[name], (dict, list)):
         advice = "put quotes around it"
     return f"{name}: expected {expected}, got {got}; {advice}."
 

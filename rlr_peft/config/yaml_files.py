@@ -13,23 +13,18 @@ from rlr_peft.config.flat import check_names, config_to_dict, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import printable
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: `no` is text (as in `mixed_precision: no`) and `1e-4` a number; no name twice."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (add_implicit_resolver fills it)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(name) for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError(f"{', '.join(twice)} is given twice; keep one.")
-        return super().construct_mapping(node, deep)
+from rlr_peft.plain_files import (
+    AMBIGUOUS,
+    AMBIGUOUS_TAG,
+    YAML_VALUES,
+    PlainFileError,
+    parse_yaml,
+    read_plain_text,
+)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_Loader` or a YAML 1.1 reader would take for something else, such as `no` or `12e4`."""
+    """Quotes every text that `parse_yaml` or a YAML 1.1 reader takes for something else, such as `no` or `12e4`."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
@@ -43,15 +38,9 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-for _yaml_class in (_Loader, _Dumper):
-    for _tag, _pattern, _first in (
-        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
-        ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ):
-        _yaml_class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
+for _tag, _pattern, _first in YAML_VALUES:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
+_Dumper.add_implicit_resolver(AMBIGUOUS_TAG, re.compile(rf"(?:{AMBIGUOUS.pattern})$"), None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -61,20 +50,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or unreadable, is not a mapping, or holds an unknown name or one name twice.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(
-            f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())}).") from error
-    except ConfigError as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        values = parse_yaml(read_plain_text(path))
+    except PlainFileError as error:
+        raise ConfigError(f"--config {path}: {error}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected lines of `name: value`, got a {type(values).__name__}.")
-    check_names((str(name) for name in values), f"--config {path}")
+        got = "a list" if isinstance(values, list) else "one value"
+        raise ConfigError(f"--config {path}: expected lines of `name: value`, got {got}.")
+    check_names(iter(values), f"--config {path}")
     return values
 
 

@@ -1,6 +1,13 @@
 """LoRA weights of a denoiser: attaching them, saving them so that diffusers loads them, and proving that it does."""
 
-from rlr_peft.lora.attach import adapted_denoisers, adapter_disabled, attach_lora, denoiser_name, lora_parameters
+from rlr_peft.lora.attach import (
+    adapted_denoisers,
+    adapter_disabled,
+    attach_lora,
+    denoiser_name,
+    lora_parameters,
+    lora_size,
+)
 from rlr_peft.lora.errors import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.export import WEIGHT_NAME, save_lora
 from rlr_peft.lora.fitting import adapted_parts, adapter_loaded, unload_lora
@@ -30,6 +37,7 @@ __all__ = [
     "load_fitting_lora",
     "load_lora",
     "lora_parameters",
+    "lora_size",
     "merge_lora",
     "save_kohya",
     "save_lora",

@@ -97,6 +97,16 @@ def attach_lora(
     return list(parameters.values())
 
 
+def lora_size(denoiser: nn.Module, target_modules: Sequence[str], rank: int) -> int:
+    """Number of weights that `attach_lora` would add for these targets (DoRA's norms, which are few, left out)."""
+    size = 0
+    for name, module in denoiser.named_modules():
+        if isinstance(module, _ADAPTABLE) and any(f".{name}".endswith(f".{target}") for target in target_modules):
+            inputs = module.weight[0].numel()
+            size += rank * (inputs + module.weight.shape[0])
+    return size
+
+
 def lora_parameters(denoiser: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
     """The adapter's parameters by their names in the denoiser, in the denoiser's order: the same in every process."""
     of_adapter = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlr_peft.plain_files import parse_json
 from rlr_peft.prompt import Prompt, stages_of, with_stages
 from rlr_peft.prompts.errors import PromptError
 
@@ -136,7 +137,7 @@ def read_stages(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode("utf-8"))
+            entry = parse_json(line.decode("utf-8"))
             prompt = entry.pop("prompt")
             if not isinstance(prompt, str):
                 raise MalformedStagesError(f"expected a text for prompt, got {prompt!r:.60}")

@@ -1,5 +1,8 @@
 """The config's chain over a pipeline, and the adapters that are trained in it."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from diffusers import DiffusionPipeline
 
@@ -7,8 +10,9 @@ from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
 from rlr_peft.chain.families import Family, default_lora_targets, family_of
 from rlr_peft.chain.offload import working_device
 from rlr_peft.config import Config, ConfigError, stages_from_config
-from rlr_peft.lora import adapter_disabled, attach_lora
+from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
 from rlr_peft.training.errors import as_config_error
+from rlr_peft.training.hardware import total_memory
 from rlr_peft.training.loading import enable_checkpointing
 from rlr_peft.training.seeds import derive_seed
 
@@ -88,6 +92,7 @@ def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed:
         if lora.lora_layers is None
         else [name.strip() for name in lora.lora_layers.split(",")]
     )
+    _check_size(denoiser, targets, lora.rank)
     parameters = attach_lora(
         denoiser,
         target_modules=targets,
@@ -106,3 +111,36 @@ def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed:
         for parameter in parameters:
             parameter.data = parameter.data.to(working_device(denoiser))
     return parameters
+
+
+def _check_size(denoiser: torch.nn.Module, targets: Sequence[str], rank: int) -> None:
+    """Before anything is allocated: where the adapter alone fills the memory, its rank is a mistake.
+
+    Raises:
+        ConfigError: weights, gradients and Adam's two moments are more than there is.
+    """
+    device = working_device(denoiser)
+    needed, total = 16 * lora_size(denoiser, targets, rank), total_memory(device)
+    if total is not None and needed > total:
+        raise ConfigError(
+            f"rank: expected an adapter that fits the {total / 2**30:.3g} GiB of {device.type} memory, got {rank}, "
+            f"which takes {needed / 2**30:.3g} GiB with gradients and optimiser state; lower --rank or name "
+            "fewer --lora_layers."
+        )
+
+
+def check_trajectory(config: Config, chain: DenoisingChain) -> None:
+    """Before anything is sampled: where the latents of one micro-batch alone fill the memory, it cannot run.
+
+    Raises:
+        ConfigError: latents, noises and predictions of all steps are more than there is.
+    """
+    batch, steps = config.training.train_batch_size, chain.num_steps
+    needed = batch * (3 * steps + 2) * math.prod(chain.latents_shape) * chain.latents_dtype.itemsize
+    total = total_memory(chain.device)
+    if total is not None and needed > total:
+        raise ConfigError(
+            f"train_batch_size: expected samples that fit the {total / 2**30:.3g} GiB of {chain.device.type} memory, "
+            f"got {batch} of {steps} steps with latents of {' x '.join(map(str, chain.latents_shape))}, which take "
+            f"{needed / 2**30:.3g} GiB; lower --train_batch_size, the resolution or --num_inference_steps."
+        )

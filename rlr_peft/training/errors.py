@@ -26,7 +26,7 @@ WITHOUT_MEMORY = (
 def reporting_errors(afterwards: str = "") -> Iterator[None]:
     """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
 
-    Where the user's own reward raised, the traceback into it comes first, from its first line in their code on.
+    Where the user's own reward raised, the traceback into it follows, from its first line in their code on.
 
     Args:
         afterwards: what is left and how to go on, said after Ctrl-C and on a full disk.
@@ -34,20 +34,21 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        say(f"error: {error}", sys.stderr)
         if isinstance(error, RewardError) and error.raised is not None:
             say("".join(traceback.format_exception(error.raised)).rstrip("\n"), sys.stderr)
-        say(f"error: {error}", sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):
             raise
         say(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), sys.stderr)
         raise SystemExit(1) from None
-    except RuntimeError as error:
-        if not _is_out_of_gpu_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        whose = _memory_that_is_full(error)
+        if whose is None:
             raise
-        reason = str(error).splitlines()[0]
-        say(f"error: The GPU's memory is full: {reason} {WITHOUT_MEMORY} {afterwards}".rstrip(), sys.stderr)
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else "an allocation failed"
+        say(f"error: {whose} memory is full: {reason}. {WITHOUT_MEMORY} {afterwards}".rstrip(), sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         say(f"Stopped at once. {afterwards}".rstrip(), sys.stderr)
@@ -60,10 +61,13 @@ def _is_disk_full(error: OSError | SafetensorError) -> bool:
     return any(f"(os error {number})" in str(error) for number in DISK_FULL)  # safetensors tells it in words alone
 
 
-def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+def _memory_that_is_full(error: RuntimeError | MemoryError) -> str | None:
     # Who has not imported torch yet cannot have got its error, and need not wait for it.
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "The GPU's"
+    # torch has no class of its own for the host's allocator.
+    return "The host's" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else None
 
 
 @contextmanager

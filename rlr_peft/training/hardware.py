@@ -1,5 +1,6 @@
 """What a run ran on, in words and numbers."""
 
+import math
 import os
 import platform
 import resource
@@ -13,6 +14,16 @@ def describe_hardware(device: torch.device, num_processes: int = 1) -> str:
     if device.type == "cuda":
         return f"{num_processes} x {torch.cuda.get_device_name(device)}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of the GPU, or of the host's memory; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    return None if any(name not in os.sysconf_names for name in names) else math.prod(map(os.sysconf, names))
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
 from rlr_peft.lora import lora_parameters, save_lora
+from rlr_peft.plain_files import PlainFileError, parse_yaml, read_plain_text
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.rewards.remote import remote_rewards
 from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint, understanding
@@ -192,8 +192,12 @@ def _warn_of_changes(run: Run, saved: Path) -> None:
     """A resumed run equals the uninterrupted one only under the same config."""
     if not saved.exists():
         return
-    before: dict[str, Any] = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    now: dict[str, Any] = yaml.safe_load(config_to_yaml(run.config))
+    now: dict[str, Any] = parse_yaml(config_to_yaml(run.config))
+    try:
+        before: dict[str, Any] = parse_yaml(read_plain_text(saved)) or {}
+    except PlainFileError as error:
+        logger.warning("Whether the config has changed cannot be told: %s is damaged (%s).", saved, error)
+        return
     changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_TO_CHANGE]
     for name in changed:
         logger.warning("Resumed with another %s: %s instead of %s.", name, now[name], before[name])

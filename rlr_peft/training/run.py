@@ -24,7 +24,7 @@ from rlr_peft.lora import check_adapter_saves, check_kohya
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
-from rlr_peft.training.chain_building import attach_adapters, build_chain, denoiser_names
+from rlr_peft.training.chain_building import attach_adapters, build_chain, check_trajectory, denoiser_names
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.learning_signal import LearningSignal
@@ -147,6 +147,7 @@ def build_run(config: Config) -> Run:
             compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
         chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
+        check_trajectory(config, chain)
         chain.call.negative_prompts(prompts.training[:1])  # refuses those of a pipeline that takes none
         check_adapter_saves(pipeline)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlr_peft.chain.families import family_of
+from rlr_peft.config import ConfigError, load_config
+from rlr_peft.rewards.registry import load_reward
+from rlr_peft.training import chain_building
+from rlr_peft.training.chain_building import attach_adapters, build_chain, check_trajectory
 from rlr_peft.training.errors import reporting_errors
+from rlr_peft.training.loading import load_pipeline
 
 # Real limits of the operating system: a longer file cannot be written, as on a full disk.
 PROGRAM = """
@@ -45,6 +51,60 @@ def test_a_full_gpu_is_one_message_that_says_what_saves_memory(capsys: pytest.Ca
     assert printed.startswith("error: The GPU's memory is full: CUDA out of memory. Tried to allocate 2.00 GiB. Lower ")
     assert "--gradient_checkpointing" in printed and "`rlr-peft plan --gpu_memory GIB`" in printed
     assert printed.count("\n") == 1 and "at some kernel" not in printed
+
+
+@pytest.mark.parametrize("too_much", ["torch.empty(2**60)", "bytearray(2**60)"])
+def test_a_full_host_is_one_message_too(capsys: pytest.CaptureFixture[str], too_much: str) -> None:
+    with pytest.raises(SystemExit) as left, reporting_errors():
+        eval(too_much)
+    assert left.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: The host's memory is full: ") and printed.count("\n") == 1
+    assert "Lower --train_batch_size" in printed
+
+
+def test_what_no_memory_holds_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (
+        "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
+    )
+
+    def build(flags: str) -> None:
+        config = load_config([*words, *flags.split()])
+        pipeline = load_pipeline(config.model, torch.device("cpu"))
+        attach_adapters(config, pipeline, family_of(pipeline))
+        check_trajectory(config, build_chain(config, pipeline, 1.0))
+
+    build("")
+    with pytest.raises(ConfigError) as caught:  # 3 PiB, which no machine has
+        build("--resolution 16384 --train_batch_size 4096 --num_inference_steps 1000")
+    assert str(caught.value).startswith("train_batch_size: expected samples that fit the ")
+    assert "got 4096 of 1000 steps with latents of 4 x 4096 x 4096, which take 3.07e+06 GiB; lower" in str(caught.value)
+    monkeypatch.setattr(chain_building, "total_memory", lambda device: 2**30)  # a small machine
+    with pytest.raises(ConfigError) as caught:
+        build("--rank 65536")
+    assert str(caught.value).startswith(
+        "rank: expected an adapter that fits the 1 GiB of cpu memory, got 65536, which "
+    )
+
+
+def test_the_sentence_comes_first_and_a_traceback_only_into_foreign_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    raise KeyError('mine')\n")
+    images = torch.zeros(1, 3, 8, 8)
+    device = torch.device("cpu")
+    for spec in ("no_such_module:f", f"{tmp_path / 'mine.py'}:g"):
+        with pytest.raises(SystemExit), reporting_errors():
+            load_reward(spec, device)
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: reward ") and printed.count("\n") == 1
+    with pytest.raises(SystemExit), reporting_errors():
+        load_reward(f"{tmp_path / 'mine.py'}:f", device)(images, ["a"], [{}])
+    first, second, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: reward ") and second.startswith("Traceback") and last == "KeyError: 'mine'"
+    with pytest.raises(SystemExit), reporting_errors():
+        load_reward("tiny-shapes", device)(torch.zeros(1, 3, 64, 64), ["no shape at all"], [{}])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_ctrl_c_is_answered_with_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:

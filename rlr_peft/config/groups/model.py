@@ -66,9 +66,12 @@ class ModelArguments:
 class LoraArguments:
     """LoRA: the adapter that is trained"""
 
-    rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", at_least=1)
+    rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", at_least=1, at_most=65536)
     lora_alpha: float | None = knob(
-        None, "LoRA scale: the update is multiplied by lora_alpha / rank; null means equal to rank.", above=0
+        None,
+        "LoRA scale: the update is multiplied by lora_alpha / rank; null means equal to rank.",
+        above=0,
+        at_most=1e6,
     )
     lora_dropout: float = knob(
         0.0, "Share of the adapter's inputs dropped in training.", unit="fraction", at_least=0, below=1

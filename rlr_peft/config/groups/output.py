@@ -13,19 +13,35 @@ class ValidationArguments:
     validation_prompt: tuple[str, ...] | None = knob(
         None, "One or more prompts drawn at fixed seeds while training; null means none.", found="words"
     )
-    num_validation_images: int = knob(4, "Images for each validation prompt.", unit="images", at_least=1)
+    num_validation_images: int = knob(
+        4, "Images for each validation prompt.", unit="images", at_least=1, at_most=10_000
+    )
     validation_steps: int | None = knob(
-        None, "How often validation images are drawn; null means only at the end.", unit="optimiser steps", at_least=1
+        None,
+        "How often validation images are drawn; null means only at the end.",
+        unit="optimiser steps",
+        at_least=1,
+        at_most=10**9,
     )
     evaluation_prompt_path: str | None = knob(
         None, "Unseen prompts on which base and adapter are compared; null means no comparison.", found="prompts"
     )
     num_evaluation_images: int = knob(
-        256, "Images drawn from the base and from the adapter for the comparison.", unit="images", at_least=2
+        256,
+        "Images drawn from the base and from the adapter for the comparison.",
+        unit="images",
+        at_least=2,
+        at_most=10**6,
     )
-    evaluation_batch_size: int = knob(16, "Images drawn at once in the comparison.", unit="images", at_least=1)
+    evaluation_batch_size: int = knob(
+        16, "Images drawn at once in the comparison.", unit="images", at_least=1, at_most=4096
+    )
     evaluation_eta: float = knob(
-        0.0, "The chain's eta while evaluating; 0 is what a deterministic sampler draws.", unit="factor", at_least=0
+        0.0,
+        "The chain's eta while evaluating; 0 is what a deterministic sampler draws.",
+        unit="factor",
+        at_least=0,
+        at_most=10,
     )
     skip_final_inference: bool = knob(False, "Draw no validation images after training.")
 
@@ -34,9 +50,11 @@ class ValidationArguments:
 class CheckpointingArguments:
     """Checkpointing: saving the state and resuming from it"""
 
-    checkpointing_steps: int = knob(500, "How often a checkpoint is saved.", unit="optimiser steps", at_least=1)
+    checkpointing_steps: int = knob(
+        500, "How often a checkpoint is saved.", unit="optimiser steps", at_least=1, at_most=10**9
+    )
     checkpoints_total_limit: int | None = knob(
-        None, "Checkpoints kept, the oldest go first; null means all.", unit="checkpoints", at_least=1
+        None, "Checkpoints kept, the oldest go first; null means all.", unit="checkpoints", at_least=1, at_most=10**6
     )
     resume_from_checkpoint: str | None = knob(
         None, "Checkpoint to go on from: `latest`, a name such as `checkpoint-500`, or a path."
@@ -68,6 +86,7 @@ class HubArguments:
         "never.",
         unit="optimiser steps",
         at_least=1,
+        at_most=10**9,
     )
 
 

@@ -26,6 +26,7 @@ class PromptArguments:
         "Prompts of a streamed dataset that are shuffled among each other, window by window.",
         unit="prompts",
         at_least=1,
+        at_most=10**7,
     )
     caption_column: str = knob(
         "text", "Column of the prompts in a dataset or a .jsonl, .csv or .parquet file.", found="words"
@@ -37,7 +38,7 @@ class PromptArguments:
         None, "Columns that rewards get as the `metadata` of a prompt; null means none.", found="words"
     )
     max_train_samples: int | None = knob(
-        None, "Use only the first so many training prompts; null means all.", unit="prompts", at_least=1
+        None, "Use only the first so many training prompts; null means all.", unit="prompts", at_least=1, at_most=10**9
     )
     validation_split_percentage: float | None = knob(
         None,

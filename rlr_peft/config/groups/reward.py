@@ -37,6 +37,7 @@ class RewardArguments:
         "What a reward below its minimum costs for every standard deviation that it lacks.",
         unit="standard deviations of reward",
         above=0,
+        at_most=1e6,
     )
     reward_dtype: Literal["fp32", "fp16", "bf16"] = knob(
         "fp32", "Number format of the weights of built-in reward models."
@@ -53,20 +54,29 @@ class RewardArguments:
         "How long one try with a reward server may take, up to its answer's last byte, before it is asked again.",
         unit="seconds",
         above=0,
+        at_most=86400,
     )
     reward_server_retries: int = knob(
-        5, "Further tries when a reward server does not answer, or answers 429 or 5xx.", unit="tries", at_least=0
+        5,
+        "Further tries when a reward server does not answer, or answers 429 or 5xx.",
+        unit="tries",
+        at_least=0,
+        at_most=1000,
     )
-    reward_server_batch_size: int = knob(16, "Images sent to a reward server at once.", unit="images", at_least=1)
+    reward_server_batch_size: int = knob(
+        16, "Images sent to a reward server at once.", unit="images", at_least=1, at_most=4096
+    )
     decode_batch_size: int | None = knob(
         None,
         "Images decoded and scored on the tape at once; null means train_batch_size.",
         unit="images",
         at_least=1,
+        at_most=4096,
     )
     decoded_frames: int | None = knob(
         None,
         "Train on the first so many frames of a video alone, for the decoder's memory; null decodes all.",
         unit="frames",
         at_least=1,
+        at_most=10_000,
     )

@@ -16,9 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from rlr_peft.chain.base_files import MODEL_INDEX, check_model_index, read_model_index
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
+from rlr_peft.plain_files import read_plain_text
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 CONFIG = "config.json"
+MAX_CONFIG_BYTES = 2**25  # tokenizers list their added tokens
 
 
 class ArchitectureError(UserError, ValueError):
@@ -83,7 +85,7 @@ def _shipped() -> dict[str, dict[str, Any]]:
 def _read(name: str, locate: Any, model_index: Mapping[str, Any]) -> Architecture:
     components: dict[str, Mapping[str, Any]] = {}
     for part, entry in model_index.items():
-        if not isinstance(entry, list) or entry[0] is None:
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             continue
         if not stays_inside(part):
             raise ArchitectureError(f"Expected the names of components in {MODEL_INDEX} of {name}, got {part!r}.")
@@ -110,7 +112,9 @@ def _fetch(name: str, file: str, revision: str | None, cache_dir: str | None) ->
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(read_plain_text(Path(path), MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"Expected a JSON config at {path}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ArchitectureError(f"Expected a JSON object at {path}, got something else; check the folder of the base.")
     return content
