@@ -1,18 +1,22 @@
 """Asking a server by POST, in JSON: what is tried again, and what may be said of it in messages."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from urllib3 import BaseHTTPResponse, PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError
 from urllib3.util import make_headers
 
+from rlr_peft.redaction import redacted, redacted_address
+
 RETRIED_STATUSES = frozenset([429, *range(500, 600)])
 MAX_BACKOFF_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 10
 MAX_BODY_IN_MESSAGE = 300
+SHORTEST_SECRET = 4  # characters
 
 
 class ServerError(Exception):
@@ -40,19 +44,23 @@ class JsonServer:
         name: host, port and path: no user name, password or query, which may be secret.
 
     Raises:
-        ValueError: not an http(s) URL with a host.
+        ValueError: not an http(s) URL with a host; the message, which goes on from the server's name, does not quote it.
     """
 
     def __init__(
         self, url: str, timeout: float, retries: int, backoff: float, headers: Mapping[str, str] | None = None
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected http://HOST:PORT/PATH or https://HOST/PATH")
-        self.name = f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path.rstrip('/')}"
+        parts = read_address(url)
+        place = f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path.rstrip('/')}"
+        self.name = redacted_address(f"{parts.scheme}://{place}").partition("://")[2]
         # The client itself leaves the user name and password of an address out.
-        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
-        basic = {} if user is None else {"Authorization": make_headers(basic_auth=user)["authorization"]}
+        name, password = unquote(parts.username or ""), unquote(parts.password or "")
+        login = make_headers(basic_auth=f"{name}:{password}")["authorization"]
+        basic = {"Authorization": login} if parts.username or parts.password else {}
+        # A server may repeat them in its answer. Of shorter ones every text is full.
+        known = [name, password, *filter(None, (parts.username, parts.password)), *_values_of(parts.query)]
+        known += [value.partition(" ")[2] or value for value in (headers or {}).values()]
+        self._secrets = sorted({one for one in known if len(one) >= SHORTEST_SECRET}, key=len, reverse=True)
         self._headers = {"Content-Type": "application/json", **basic, **(headers or {})}
         self._url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         self._timeout = timeout
@@ -84,16 +92,49 @@ class JsonServer:
         try:
             response = self._pool.request("POST", self._url, body=data, headers=self._headers)
         except HTTPError as error:
+            reason = redacted(_reason(error), self._secrets)
             raise NoAnswerError(
-                f"gave no answer in {self._tries} tries of {self._timeout:g} s each: {_reason(error)}"
+                f"gave no answer in {self._tries} tries of {self._timeout:g} s each: {reason}"
             ) from None
         if response.status != 200:
             again = f" after {self._tries} tries" if response.status in RETRIED_STATUSES else ""
-            raise ServerError(f"answered {response.status} {response.reason or ''}{again}: {_said(response)}")
+            raise ServerError(f"answered {response.status} {response.reason or ''}{again}: {self._said(response)}")
         try:
             return response.json()
         except (ValueError, RecursionError):
-            raise ServerError(f"answered no JSON but {_said(response)}") from None
+            raise ServerError(f"answered no JSON but {self._said(response)}") from None
+
+    def _said(self, response: BaseHTTPResponse) -> str:
+        said = redacted(response.data.decode(errors="replace").strip(), self._secrets)
+        return shortened(said) or "an empty body"
+
+
+def read_address(url: str) -> SplitResult:
+    """The parts of an http(s) address.
+
+    Raises:
+        ValueError: it is none; the message says what was expected and does not quote it, as it may hold a password.
+    """
+    try:
+        parts = urlsplit(url)
+        problem = (
+            "another scheme"
+            if parts.scheme not in ("http", "https")
+            else "a host with a space in it"
+            if re.search(r"\s", parts.netloc.rpartition("@")[2])
+            else None
+            if parts.hostname and (parts.port is None or parts.port > 0)
+            else "no host"
+        )
+    except ValueError as error:
+        is_port = str(error).startswith("Port")
+        problem = "a port that is no number from 1 to 65535" if is_port else "a host that cannot be read"
+    if problem is not None:
+        raise ValueError(
+            f"expected http://HOST:PORT/PATH or https://HOST/PATH, got {problem}; correct it, with %2F, %3F and %23 for "
+            "/, ? and # in a password"
+        )
+    return parts
 
 
 def shortened(text: str) -> str:
@@ -101,8 +142,8 @@ def shortened(text: str) -> str:
     return text if len(text) <= MAX_BODY_IN_MESSAGE else text[:MAX_BODY_IN_MESSAGE] + "..."
 
 
-def _said(response: BaseHTTPResponse) -> str:
-    return shortened(response.data.decode(errors="replace").strip()) or "an empty body"
+def _values_of(query: str) -> list[str]:
+    return [value for part in query.split("&") for value in (part.partition("=")[2], unquote(part.partition("=")[2]))]
 
 
 def _reason(error: HTTPError) -> str:

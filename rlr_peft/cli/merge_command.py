@@ -8,12 +8,14 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from rlr_peft.config.parsing import parse_or_exit
+
 PROG = "rlr-peft merge"
 
 
 def merge_command(words: Sequence[str]) -> int:
     """Loads both in float32, fuses the adapter into the base, saves the whole pipeline and its card."""
-    arguments = _parser().parse_args(list(words))
+    arguments = parse_or_exit(_parser(), words)
     output = Path(arguments.output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         print(f"error: --output: expected a new or empty folder, got {output}; choose another.", file=sys.stderr)

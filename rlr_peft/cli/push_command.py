@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from rlr_peft.config.parsing import parse_or_exit
+from rlr_peft.config.yaml_files import problem_in_yaml
 from rlr_peft.errors import UserError
 
 PROG = "rlr-peft push"
@@ -15,7 +17,7 @@ PROG = "rlr-peft push"
 
 def push_command(words: Sequence[str]) -> int:
     """Checks access, uploads the folder's published files in one commit and downloads the adapter to compare it."""
-    arguments = _parser().parse_args(list(words))
+    arguments = parse_or_exit(_parser(), words)
 
     from rlr_peft.training.logs import set_up_logging
 
@@ -30,10 +32,10 @@ def push_command(words: Sequence[str]) -> int:
         config = _config(folder)
         published_files(folder)  # a wrong path is refused before a repository is made
         destination = open_destination(
-            arguments.hub_model_id or config.get("hub_model_id") or folder.resolve().name,
+            arguments.hub_model_id or _text_of(config, "hub_model_id", folder) or folder.resolve().name,
             token=arguments.hub_token,
             private=arguments.hub_private_repo or bool(config.get("hub_private_repo")),
-            revision=arguments.hub_revision or config.get("hub_revision"),
+            revision=arguments.hub_revision or _text_of(config, "hub_revision", folder),
         )
         print(publish(folder, destination))
     except UserError as error:
@@ -51,7 +53,16 @@ def _config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return dict(config)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); mend or remove it.") from error
+        raise UserError(f"{path} is damaged ({problem_in_yaml(error)}); mend or remove it.") from None
+
+
+def _text_of(config: dict[str, Any], name: str, folder: Path) -> str | None:
+    value = config.get(name)
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise UserError(
+            f"{folder / 'config.yaml'}: {name}: expected a text, got {value!r}; mend it there, or give --{name}."
+        )
+    return value
 
 
 def _parser() -> ArgumentParser:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser
 
 from rlr_peft.config import ConfigError
+from rlr_peft.config.parsing import parse_or_exit
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ PROG = "rlr-peft serve-reward"
 
 def serve_reward_command(words: Sequence[str]) -> int:
     """Loads the reward, prints `Serving REWARD at URL`, and answers until it is interrupted."""
-    arguments = _parser().parse_args(list(words))
+    arguments = parse_or_exit(_parser(), words)
 
     from rlr_peft.training.logs import set_up_logging
 

@@ -10,13 +10,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path, PurePath
+from typing import Any
 
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.estimator_checks import check_estimator, why_noiseless
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.memory_checks import check_memory
 from rlr_peft.config.prompt_checks import check_chain_of_thought, check_prompts
+from rlr_peft.redaction import HIDDEN
 
+# An empty prompt is one, too.
+MAY_BE_EMPTY = ("negative_prompt", "validation_prompt")
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -41,8 +45,14 @@ def _ranges(config: Config) -> Iterator[str]:
         group = getattr(config, group_field.name)
         for field in fields(group):
             value = getattr(group, field.name)
-            if isinstance(value, str) and not value.strip() and field.name != "negative_prompt":
+            texts = list(_texts(value))
+            if field.name not in MAY_BE_EMPTY and not all(text.strip() for text in texts):
                 yield f"{field.name}: expected a text, got an empty one; fill it or leave the flag out."
+            if any("//" in text and HIDDEN in text for text in texts):
+                yield (
+                    f"{field.name}: expected a whole address, got {value} of a saved file, where {HIDDEN} stands for "
+                    f"what may be secret and is never written; give the whole address as --{field.name}."
+                )
             if value == ():
                 yield f"{field.name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):
@@ -54,6 +64,17 @@ def _ranges(config: Config) -> Iterator[str]:
             if not all(_COMPARISONS[word](value, bound) for word, bound in bounds.items()):
                 allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
                 yield f"{field.name}: expected {allowed}, got {value}; change --{field.name}."
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """A value's texts: itself, or those of its parts, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        yield from _texts((*value, *value.values()))
 
 
 def _batches(config: Config) -> Iterator[str]:

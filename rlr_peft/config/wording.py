@@ -6,6 +6,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from rlr_peft.config.flat import Knob, knobs
+from rlr_peft.redaction import HIDDEN
 
 
 def element_type(knob: Knob) -> type | None:
@@ -82,6 +83,8 @@ def explain(message: str, given: Mapping[str, Any]) -> str:
         return f"{name}: expected {expected}, got nothing; write --{name} VALUE (--{name}=VALUE if it starts with -)."
     value = re.search(r"(?:Got|Given) value: (.*)$", joined)
     got = repr(given[name]) if name in given else value[1] if value else joined
+    if knobs()[name].field.metadata["secret"]:
+        got = HIDDEN
     got = {"None": "null", "True": "true", "False": "false"}.get(got, got)
     advice = f"write {name}: VALUE" if name in given else f"write --{name} VALUE"
     if name in given and "text" in expected:

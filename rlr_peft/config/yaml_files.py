@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())}).") from error
+        raise ConfigError(f"--config {path}: not valid YAML ({problem_in_yaml(error)}).") from None
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
     if values is None:
@@ -66,6 +66,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: expected lines of `name: value`, got a {type(values).__name__}.")
     check_names((str(name) for name in values), f"--config {path}")
     return values
+
+
+def problem_in_yaml(error: Exception) -> str:
+    """What is wrong, and where; the line itself is not quoted, as it may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    said = " ".join(filter(None, (error.context, error.problem)))
+    return place + re.sub(r"(alias|anchor|tag|handle) '.*?'", r"\1", said)  # a password may begin with `*`, `&` or `!`
 
 
 def config_to_yaml(config: Config) -> str:

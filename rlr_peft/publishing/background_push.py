@@ -15,6 +15,7 @@ from rlr_peft.publishing.hub import compare_with_hub, push_files
 from rlr_peft.publishing.hub_access import WEIGHT_NAME, Destination
 from rlr_peft.publishing.hub_client import FAILURES, HubError, in_words, patiently
 from rlr_peft.publishing.hub_files import is_ours
+from rlr_peft.redaction import redacted_address
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _card(destination: Destination, name: str) -> str:
         metadata = "---\nlibrary_name: diffusers\ntags:\n- lora\n---\n\n"
         loading = f'pipe.load_lora_weights("{destination.repo_id}", weight_name="{WEIGHT_NAME}")'
         return f"{metadata}{title}\n\n```python\n{loading}\n```\n"
-    main = f"{destination.api.endpoint}/{destination.repo_id}"
+    main = redacted_address(f"{destination.api.endpoint}/{destination.repo_id}")
     return (
         f"{title} Its base and the way to use it are on the [main branch]({main}); add "
         f'`revision="{destination.revision}"` to `load_lora_weights`.\n'

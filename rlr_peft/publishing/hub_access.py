@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from rlr_peft.publishing.hub_client import PASSING_ERRORS, HubError, hub_api, in_words, patiently
+from rlr_peft.redaction import redacted_address
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
@@ -38,7 +39,7 @@ class Destination:
     @property
     def url(self) -> str:
         """Of the page that shows the adapter."""
-        page = f"{self.api.endpoint}/{self.repo_id}"
+        page = redacted_address(f"{self.api.endpoint}/{self.repo_id}")
         return page if self.revision == constants.DEFAULT_REVISION else f"{page}/tree/{self.revision}"
 
 

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCardData
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.publishing.base_license import License, base_license
 from rlr_peft.publishing.markdown import fenced, in_cell, in_code
-from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.usage_snippet import BaseKind, base_kind
+from rlr_peft.redaction import redacted
 
 TAGS = ("diffusers", "lora")
 

@@ -20,10 +20,10 @@ from rlr_peft.errors import UserError
 from rlr_peft.estimates import decimals_of_scores, with_error
 from rlr_peft.publishing.card_metadata import card_metadata
 from rlr_peft.publishing.markdown import fenced, in_cell, in_code, one_line
-from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.results import Result, results_of, verdicts
 from rlr_peft.publishing.run_record import SHOWN_PROMPTS, ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind, usage_snippet
+from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from rlr_peft.publishing.card_file import addressed_card, card_text, stored_reco
 from rlr_peft.publishing.hub import Pushed, push_folder
 from rlr_peft.publishing.hub_access import Destination
 from rlr_peft.publishing.hub_client import HubError, UncheckedError
-from rlr_peft.publishing.redaction import redacted
+from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
 

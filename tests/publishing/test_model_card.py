@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from rlr_peft.publishing.redaction import command_without_token, redacted
 
 from rlr_peft.cli.main import main
 from rlr_peft.estimates import with_error
@@ -25,7 +26,6 @@ from rlr_peft.publishing.hub_files import is_ours
 from rlr_peft.publishing.markdown import fenced
 from rlr_peft.publishing.model_card import TemplateError, write_model_card
 from rlr_peft.publishing.record_file import StoredCard, load_stored_card
-from rlr_peft.publishing.redaction import command_without_token, redacted
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
 from rlr_peft.tiny_shapes import pipeline_path

@@ -1,9 +1,9 @@
 """Secrets are crossed out of what is published, and nothing else is."""
 
 import pytest
+from rlr_peft.publishing.redaction import redacted
 
 from rlr_peft.config import config_from_dict
-from rlr_peft.publishing.redaction import redacted
 from rlr_peft.training.trainer import _tracker_config
 
 
