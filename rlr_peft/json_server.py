@@ -44,7 +44,7 @@ class JsonServer:
         name: host, port and path: no user name, password or query, which may be secret.
 
     Raises:
-        ValueError: not an http(s) URL with a host; the message, which goes on from the server's name, does not quote it.
+        ValueError: not an http(s) URL with a host; the message does not quote it.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ def read_address(url: str) -> SplitResult:
         problem = "a port that is no number from 1 to 65535" if is_port else "a host that cannot be read"
     if problem is not None:
         raise ValueError(
-            f"expected http://HOST:PORT/PATH or https://HOST/PATH, got {problem}; correct it, with %2F, %3F and %23 for "
-            "/, ? and # in a password"
+            f"expected http://HOST:PORT/PATH or https://HOST/PATH, got {problem}; correct it, and write %2F, %3F and "
+            "%23 for /, ? and # in a password"
         )
     return parts
 

@@ -52,12 +52,12 @@ class BackgroundPush:
             push = self._pool.submit(self._push, copy, checkpoint.name)
         self._pushes[checkpoint] = push
 
-    def failures(self) -> dict[Path, str]:
+    def failures(self) -> dict[Path, BaseException]:
         """Waits for what is under way; checkpoint -> what went wrong, of those that were not published."""
         pending = sum(not push.done() for push in self._pushes.values())
         if pending:
             logger.info("Waiting for %d checkpoint%s to be published.", pending, "s" if pending > 1 else "")
-        return {path: str(push.exception()) for path, push in self._pushes.items() if push.exception() is not None}
+        return {path: error for path, push in self._pushes.items() if (error := push.exception()) is not None}
 
     def stop(self) -> None:
         """Drops what is still queued; what is under way is ended by its time limits."""

@@ -39,8 +39,12 @@ class Destination:
     @property
     def url(self) -> str:
         """Of the page that shows the adapter."""
-        page = redacted_address(f"{self.api.endpoint}/{self.repo_id}")
-        return page if self.revision == constants.DEFAULT_REVISION else f"{page}/tree/{self.revision}"
+        is_main = self.revision == constants.DEFAULT_REVISION
+        return redacted_address(f"{self.api.endpoint}/{self.repo_id}") if is_main else self.tree(self.revision)
+
+    def tree(self, revision: str) -> str:
+        """Of the page that lists the files of a branch or commit."""
+        return redacted_address(f"{self.api.endpoint}/{self.repo_id}/tree/{revision}")
 
 
 def open_destination(
