@@ -22,6 +22,8 @@ _LOGIN = re.compile(
 )
 _CLOSING = {'"': '"', "'": "'", "`": "`", "<": ">", "(": ")", "[": "]"}
 _WORD_END = re.compile(r"\s|</")
+# Ports that no password is hidden behind: a redacted one, and that of our own `http://HOST:PORT/`.
+_NO_PORTS = (f":{HIDDEN}", "HOST:PORT", "host:port")
 # How far the rest of a password with a space in it is looked for, in characters.
 _REACH = 100
 
@@ -173,7 +175,7 @@ def _is_whole(rest: str) -> bool:
     """Whether this can be an address with a host, and a port that is a number or nothing."""
     try:
         parts = urlsplit(f"//{rest}")
-        return parts.netloc.endswith(f":{HIDDEN}") or parts.port is None or not rest.endswith("@")
+        return parts.netloc.endswith(_NO_PORTS) or parts.port is None or not rest.endswith("@")
     except ValueError:
         return False
 
@@ -181,6 +183,8 @@ def _is_whole(rest: str) -> bool:
 def _in_address(rest: str) -> str:
     """What follows the `//` of an address."""
     head = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if head in _NO_PORTS:
+        return rest
     last = rest.rfind("@")
     if last >= 0 and ("@" in head or ":" in head):
         # A password with `/`, `?`, `#` or `@` in it goes on to the last `@`.

@@ -159,7 +159,7 @@ class EndpointModel:
         try:
             parts = read_address(url)
         except ValueError as error:
-            raise PromptError(f"dcot_endpoint {redacted_address(url)}: {error}") from None
+            raise PromptError(f"dcot_endpoint '{redacted_address(url)}': {error}") from None
         # A query, such as the version of the API that some servers ask for, stays at the end.
         asked = parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions").geturl()
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}

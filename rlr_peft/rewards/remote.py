@@ -53,7 +53,7 @@ class RemoteReward:
         try:
             self._server = JsonServer(url, self._settings.timeout, self._settings.retries, self._settings.backoff)
         except ValueError as error:
-            raise RewardError(f"reward server {redacted_address(url)}: {error}") from None
+            raise RewardError(f"reward server '{redacted_address(url)}': {error}") from None
         self.name = self._server.name
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:

@@ -14,7 +14,6 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from rlr_peft.publishing.redaction import command_without_token, redacted
 
 from rlr_peft.cli.main import main
 from rlr_peft.estimates import with_error
@@ -28,6 +27,7 @@ from rlr_peft.publishing.model_card import TemplateError, write_model_card
 from rlr_peft.publishing.record_file import StoredCard, load_stored_card
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
+from rlr_peft.redaction import redacted, redacted_command
 from rlr_peft.tiny_shapes import pipeline_path
 from tests.pipelines import tiny_stable_diffusion
 
@@ -327,7 +327,7 @@ def test_secrets_are_crossed_out(folder: Path) -> None:
     ):
         assert redacted(secret) == shown
     words = ["train.py", "--hub_token", "secret", "--rank", "4", "--hub_token=secret"]
-    assert command_without_token(words) == ["train.py", "--rank", "4"]
+    assert redacted_command(words) == ["train.py", "--rank", "4"]
 
 
 def test_extra_text_and_a_template_that_cannot_be_rendered(folder: Path) -> None:
