@@ -17,6 +17,7 @@ MAX_BACKOFF_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 10
 MAX_BODY_IN_MESSAGE = 300
 SHORTEST_SECRET = 4  # characters
+BAD_PORT = "a port that is no number from 1 to 65535"
 
 
 class ServerError(Exception):
@@ -115,20 +116,19 @@ def read_address(url: str) -> SplitResult:
     Raises:
         ValueError: it is none; the message says what was expected and does not quote it, as it may hold a password.
     """
+    problem = None
     try:
         parts = urlsplit(url)
-        problem = (
-            "another scheme"
-            if parts.scheme not in ("http", "https")
-            else "a host with a space in it"
-            if re.search(r"\s", parts.netloc.rpartition("@")[2])
-            else None
-            if parts.hostname and (parts.port is None or parts.port > 0)
-            else "no host"
-        )
+        if parts.scheme not in ("http", "https"):
+            problem = "another scheme"
+        elif not parts.hostname:
+            problem = "no host"
+        elif re.search(r"\s", parts.netloc.rpartition("@")[2]):
+            problem = "a host with a space in it"
+        elif parts.port == 0:
+            problem = BAD_PORT
     except ValueError as error:
-        is_port = str(error).startswith("Port")
-        problem = "a port that is no number from 1 to 65535" if is_port else "a host that cannot be read"
+        problem = BAD_PORT if str(error).startswith("Port") else "a host that cannot be read"
     if problem is not None:
         raise ValueError(
             f"expected http://HOST:PORT/PATH or https://HOST/PATH, got {problem}; correct it, and write %2F, %3F and "
