@@ -323,7 +323,7 @@ def test_secrets_are_crossed_out(folder: Path) -> None:
         ("https://ghp_0123456789@github.com/x", "https://***@github.com/x"),
         ("http://host/score?Api_Key=abc&size=3", "http://host/score?Api_Key=***&size=3"),
         ("http://host/?size=3&access_token=abc", "http://host/?size=3&access_token=***"),
-        ("me@host.org https://host.org/@me?monkey", "me@host.org https://host.org/@me?monkey"),
+        ("me@host.org https://host.org/@me?monkey", "me@host.org https://host.org/@me?***"),  # a token may stand alone
     ):
         assert redacted(secret) == shown
     words = ["train.py", "--hub_token", "secret", "--rank", "4", "--hub_token=secret"]
