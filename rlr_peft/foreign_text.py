@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rlr_peft.redaction import redacted
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -50,26 +52,36 @@ def say(text: object, to: TextIO | None = None) -> None:
     print(printable(str(text)), file=to, flush=True)
 
 
+def say_traceback(error: BaseException) -> None:
+    """Prints the traceback on stderr, printable and without secrets."""
+    say(redacted("".join(traceback.format_exception(error)).rstrip("\n")), sys.stderr)
+
+
 def guard_terminal() -> None:
-    """From now on log messages of any library, warnings and tracebacks are printable too."""
-    logging.setLogRecordFactory(_PrintableRecord)
+    """From now on log messages of any library, warnings and tracebacks are printable too, and without secrets.
+
+    Clients log the addresses that they ask, with what is secret in them.
+    """
+    logging.setLogRecordFactory(_SafeRecord)
     logging.captureWarnings(True)
-    sys.excepthook = _say_traceback
+    sys.excepthook = _say_uncaught
 
 
-class _PrintableRecord(logging.LogRecord):
+class _SafeRecord(logging.LogRecord):
+    """What any logger of the process is told, libraries' own handlers included."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if self.exc_info:
             # Formatters take the text that is there in place of making their own.
-            self.exc_text = printable("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
+            self.exc_text = printable(redacted("".join(traceback.format_exception(*self.exc_info)).rstrip("\n")))
 
     def getMessage(self) -> str:  # noqa: N802 (the library's name)
-        return printable(super().getMessage())
+        return printable(redacted(super().getMessage()))
 
 
-def _say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
+def _say_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say_traceback(error.with_traceback(trace))
 
 
 def in_cell(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import reprlib
 import socket
 import threading
@@ -12,12 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from urllib3 import Retry
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import make_headers, parse_url
+
+from rlr_peft.redaction import redacted, redacted_address
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ CONNECT_TIMEOUT_SECONDS = 10
 LOOK_SECONDS = 10
 MAX_ANSWER_BYTES = 16 * 2**20
 MAX_BODY_IN_MESSAGE = 300
+SHORTEST_SECRET = 4  # characters
+BAD_PORT = "a port that is no number from 1 to 65535"
 # Of malformed headers it prints the address, whatever is secret in it, and a traceback; it goes on without them.
 logging.getLogger("urllib3.connection").addFilter(lambda record: "Failed to parse headers" not in str(record.msg))
 # No connection, a time-out, a broken connection, or no HTTP.
@@ -70,28 +75,27 @@ class JsonServer:
         name: host, port and path: no user name, password or query, which may be secret.
 
     Raises:
-        ValueError: not an http(s) URL with a host.
+        ValueError: not an http(s) URL with a host; the message does not quote it.
     """
 
     def __init__(
         self, url: str, timeout: float, retries: int, backoff: float, headers: Mapping[str, str] | None = None
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected http://HOST:PORT/PATH or https://HOST/PATH")
-        self.name = f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path.rstrip('/')}"
+        parts = read_address(url)
+        place = f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path.rstrip('/')}"
+        self.name = redacted_address(f"{parts.scheme}://{place}").partition("://")[2]
         # The client itself leaves the user name and password of an address out.
-        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
-        basic = {} if user is None else {"Authorization": make_headers(basic_auth=user)["authorization"]}
+        name, password = unquote(parts.username or ""), unquote(parts.password or "")
+        login = make_headers(basic_auth=f"{name}:{password}")["authorization"]
+        basic = {"Authorization": login} if parts.username or parts.password else {}
+        # A server may repeat them in its answer. Of shorter ones every text is full.
+        known = [name, password, *filter(None, (parts.username, parts.password)), *_values_of(parts.query)]
+        known += [value.partition(" ")[2] or value for value in {**basic, **(headers or {})}.values()]
+        self._secrets = sorted({one for one in known if len(one) >= SHORTEST_SECRET}, key=len, reverse=True)
         self._headers = {"Content-Type": "application/json", **basic, **(headers or {})}
         self._target = parse_url(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()).request_uri
-        self._secrets = [
-            *(parts.query, parts.password, unquote(parts.password or "")),
-            *(value for _, value in parse_qsl(parts.query) if len(value) > 3),
-            *(value.rpartition(" ")[2] for name, value in self._headers.items() if name == "Authorization"),
-        ]
         connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._connection = connection(parts.hostname, parts.port)
+        self._connection = connection(str(parts.hostname), parts.port)
         self._timeout = timeout
         self._tries = retries + 1
         self._backoff = backoff
@@ -111,15 +115,16 @@ class JsonServer:
             try:
                 answer = self._exchange("POST", data, self._timeout)
             except _NO_ANSWER as error:
-                problem, retry_after = f"gave no answer ({_reason(error)})", None
+                reason, retry_after = redacted(_reason(error), self._secrets), None
+                problem = f"gave no answer ({reason})"
                 if not again:
                     raise NoAnswerError(
-                        f"gave no answer in {self._tries} tries of {self._timeout:g} s each: {_reason(error)}"
+                        f"gave no answer in {self._tries} tries of {self._timeout:g} s each: {reason}"
                     ) from None
             else:
                 if answer.status == 200:
                     return self._parsed(answer)
-                problem = f"answered {answer.status} {self._without_secrets(answer.reason)}"
+                problem = f"answered {answer.status} {redacted(answer.reason, self._secrets)}"
                 retry_after = answer.retry_after
                 if answer.status not in RETRIED_STATUSES:
                     raise ServerError(f"{problem}: {self._said(answer)}")
@@ -183,16 +188,10 @@ class JsonServer:
 
     def shown(self, answer: Any) -> str:
         """As much of an answer as a message can show, however deep or long it is."""
-        return _shortened(self._without_secrets(_representation.repr(answer)))
+        return _shortened(redacted(_representation.repr(answer), self._secrets))
 
     def _said(self, answer: _Answer) -> str:
-        return _shortened(self._without_secrets(answer.body.decode(errors="replace").strip())) or "an empty body"
-
-    def _without_secrets(self, text: str) -> str:
-        """Without those of the address and the headers, which a server may repeat."""
-        for secret in filter(None, self._secrets):
-            text = text.replace(secret, "***")
-        return text
+        return _shortened(redacted(answer.body.decode(errors="replace").strip(), self._secrets)) or "an empty body"
 
     def _wait(self, tried: int, problem: str, retry_after: str | None) -> None:
         """Waits before the next try, and says for what."""
@@ -211,6 +210,33 @@ class JsonServer:
         time.sleep(seconds)
 
 
+def read_address(url: str) -> SplitResult:
+    """The parts of an http(s) address.
+
+    Raises:
+        ValueError: it is none; the message says what was expected and does not quote it, as it may hold a password.
+    """
+    problem = None
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            problem = "another scheme"
+        elif not parts.hostname:
+            problem = "no host"
+        elif re.search(r"\s", parts.netloc.rpartition("@")[2]):
+            problem = "a host with a space in it"
+        elif parts.port == 0:
+            problem = BAD_PORT
+    except ValueError as error:
+        problem = BAD_PORT if str(error).startswith("Port") else "a host that cannot be read"
+    if problem is not None:
+        raise ValueError(
+            f"expected http://HOST:PORT/PATH or https://HOST/PATH, got {problem}; correct it, and write %2F, %3F and "
+            "%23 for /, ? and # in a password"
+        )
+    return parts
+
+
 def _shortened(text: str) -> str:
     """As much of a text as a message can show."""
     return text if len(text) <= MAX_BODY_IN_MESSAGE else text[:MAX_BODY_IN_MESSAGE] + "..."
@@ -218,6 +244,10 @@ def _shortened(text: str) -> str:
 
 _representation = reprlib.Repr()
 _representation.maxstring = MAX_BODY_IN_MESSAGE
+
+
+def _values_of(query: str) -> list[str]:
+    return [value for part in query.split("&") for value in (part.partition("=")[2], unquote(part.partition("=")[2]))]
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -130,11 +130,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         place = _place(event.start_mark)
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            got = ("*" if isinstance(event, yaml.AliasEvent) else "&") + _short(event.anchor)
-            raise PlainFileError(f"{place}anchors and aliases are not read, got {got}; write the value out")
+            raise PlainFileError(f"{place}anchors (&) and aliases (*) are not read; write the value out, or quote it")
         if event.tag is not None:
-            tag = _short(event.tag.replace("tag:yaml.org,2002:", "!!"))
-            raise PlainFileError(f"{place}tags are not read, got {tag}; write the plain value, or quote it")
+            raise PlainFileError(f"{place}tags (!) are not read; write the plain value, or quote it")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise PlainFileError(f"{place}nested deeper than {MAX_DEPTH} levels; write it flat")

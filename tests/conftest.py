@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 # Before any Hugging Face library is imported: they read these at import.
@@ -21,7 +22,10 @@ hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def default_logging_level() -> Iterator[None]:
-    """Commands set the package's level for their process; here, many share one, in any order."""
+def default_logging() -> Iterator[None]:
+    """Commands set what their process logs and how; here, many share one, in any order."""
     yield
     logging.getLogger("rlr_peft").setLevel(logging.NOTSET)
+    logging.setLogRecordFactory(logging.LogRecord)
+    logging.captureWarnings(False)
+    sys.excepthook = sys.__excepthook__

@@ -148,7 +148,7 @@ def test_diagnose_help_shows_its_own_flags_and_those_of_training() -> None:
             "error: --output: expected a file that ends in .html, got report.pdf; rename it.\n",
         ),
         (["--sample", "8"], "error: command line: unknown name sample; did you mean "),
-        (["--rank", "0"], "error: rank: expected at least 1, got 0; change --rank.\n"),
+        (["--rank", "0"], "error: rank: expected at least 1 and at most 65536, got 0; change --rank.\n"),
     ],
 )
 def test_a_wrong_flag_of_diagnose_is_refused_at_once(words: list[str], message: str) -> None:

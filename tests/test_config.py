@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlr_peft.cli.main import main
 from rlr_peft.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml, save_config
 from rlr_peft.config import load_config as load
 from rlr_peft.config.flat import Knob, knobs
@@ -457,6 +458,9 @@ REFUSED = [
     ("--evaluation_prompt_path tiny-shapes/all", "evaluation_prompt_path: expected an existing text file"),
     ("--resume_from_checkpoint some/checkpoint-3", "resume_from_checkpoint: expected latest, a name or an existing"),
     ("--output_dir=", "output_dir: expected a text, got an empty one"),
+    ("--tracker_name=", "tracker_name: expected a text, got an empty one"),
+    ("--heldout_reward_fn=", "heldout_reward_fn: expected a text, got an empty one"),
+    ("--config=", "config: expected a text, got an empty one"),
     ("--bnb_quantization_config_path nowhere.json", "bnb_quantization_config_path: expected a JSON file, got nowhere"),
     ("--bnb_quantization_config_path README.md", "bnb_quantization_config_path: expected a JSON file, got README.md"),
     ("--offload --torch_compile", "torch_compile: expected weights that stay where they are, got offload"),
@@ -597,6 +601,22 @@ def test_a_token_is_never_shown_or_written(tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.yaml")
     for text in (repr(config), str(config_to_dict(config)), (tmp_path / "config.yaml").read_text()):
         assert "hf_secret" not in text
+
+
+@pytest.mark.parametrize("text", ["hub_model_id: ''", "heldout_reward_fn: [a, ' ']", "reward_model_path: {a: ''}"])
+def test_an_empty_name_in_a_file_is_an_error(tmp_path: Path, text: str) -> None:
+    expected = f"{text.partition(':')[0]}: expected a text, got an empty one"
+    assert expected in refusal("--config", write(tmp_path, text))
+    assert load([*REQUIRED, "--negative_prompt", "", "--validation_prompt", ""]).validation.validation_prompt == ("",)
+
+
+@pytest.mark.parametrize(
+    "words", ["compare --adapter=", "plan --output=", "merge --base=", "card ", "diagnose --output="]
+)
+def test_an_empty_name_is_an_error_of_every_command(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words.split(" "))
+    assert left.value.code == 2 and "got an empty one; fill it or leave" in capsys.readouterr().err
 
 
 def test_publishing_of_checkpoints_needs_checkpoints() -> None:

@@ -74,7 +74,7 @@ except ValueError as error:
     cause = error
 try:
     with reporting_errors():
-        raise RewardError(foreign) from cause
+        raise RewardError(foreign, cause)
 except SystemExit:
     pass
 raise RuntimeError(foreign)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from rlr_peft.config.parsing import parse_or_exit
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import say
 
@@ -15,7 +16,7 @@ PROG = "rlr-peft card"
 
 def card_command(words: Sequence[str]) -> int:
     """Renders `README.md` from `run_record.json`; template and extra text are remembered there."""
-    arguments = _parser().parse_args(list(words))
+    arguments = parse_or_exit(_parser(), words)
 
     from rlr_peft.publishing.card_file import write_card
     from rlr_peft.publishing.record_file import load_stored_card

@@ -11,7 +11,7 @@ from rlr_peft.config import Config, ConfigError, config_from_dict
 from rlr_peft.config.chain_of_thought import SOURCES
 from rlr_peft.config.flat import knobs
 from rlr_peft.config.found import read_found_config
-from rlr_peft.config.parsing import exit_with, load_values
+from rlr_peft.config.parsing import exit_with, load_values, refuse_empty
 from rlr_peft.foreign_text import say
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,10 @@ def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         say("Further settings by the names of training:\n")
         load_values(["--help"], PROG, _names(), DESCRIPTION)
     try:
+        refuse_empty(words)
         own, rest = parser.parse_known_args(list(words))
+    except ConfigError as error:
+        exit_with(error)
     except argparse.ArgumentError as error:
         exit_with(ConfigError(f"{error.argument_name}: {error.message}; see {PROG} --help."))
     if not own.adapter:

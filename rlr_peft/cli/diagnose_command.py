@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlr_peft.cli.places import check_folder_or_exit
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
-from rlr_peft.config.parsing import exit_with
+from rlr_peft.config.parsing import exit_with, refuse_empty
 from rlr_peft.foreign_text import say
 
 if TYPE_CHECKING:
@@ -98,7 +98,10 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
         say("Every flag of training besides:\n")
         load_config_or_exit(["--help"], prog=PROG)
     try:
+        refuse_empty(words)
         own, rest = parser.parse_known_args(list(words))
+    except ConfigError as error:
+        exit_with(error)
     except argparse.ArgumentError as error:
         exit_with(ConfigError(f"{error.argument_name}: {error.message}; see {PROG} --help."))
     if own.samples < MIN_SAMPLES:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from rlr_peft.config import ConfigError
 from rlr_peft.config.checks import check_revision
-from rlr_peft.config.parsing import exit_with
+from rlr_peft.config.parsing import exit_with, parse_or_exit
 from rlr_peft.foreign_text import say
 
 PROG = "rlr-peft merge"
@@ -18,7 +18,7 @@ PROG = "rlr-peft merge"
 
 def merge_command(words: Sequence[str]) -> int:
     """Loads both in float32, fuses the adapter into the base, saves the whole pipeline and its card."""
-    arguments = _parser().parse_args(list(words))
+    arguments = parse_or_exit(_parser(), words)
     output = Path(arguments.output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         say(f"error: --output: expected a new or empty folder, got {output}; choose another.", sys.stderr)

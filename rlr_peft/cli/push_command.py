@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from rlr_peft.config import ConfigError
 from rlr_peft.config.found import read_found_config
+from rlr_peft.config.parsing import parse_or_exit
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import say
 
@@ -17,7 +18,7 @@ PROG = "rlr-peft push"
 
 def push_command(words: Sequence[str]) -> int:
     """Checks access, uploads the folder's published files in one commit and downloads the adapter to compare it."""
-    arguments = _parser().parse_args(list(words))
+    arguments = parse_or_exit(_parser(), words)
 
     from rlr_peft.training.logs import set_up_logging
 
@@ -34,10 +35,10 @@ def push_command(words: Sequence[str]) -> int:
         if arguments.hub_model_id is None and "hub_model_id" in config:
             say(f"Publishing on {config['hub_model_id']}, as {folder / 'config.yaml'} says.")
         destination = open_destination(
-            arguments.hub_model_id or config.get("hub_model_id") or folder.resolve().name,
+            arguments.hub_model_id or _text_of(config, "hub_model_id", folder) or folder.resolve().name,
             token=arguments.hub_token,
             private=arguments.hub_private_repo or bool(config.get("hub_private_repo")),
-            revision=arguments.hub_revision or config.get("hub_revision"),
+            revision=arguments.hub_revision or _text_of(config, "hub_revision", folder),
         )
         say(publish(folder, destination))
     except UserError as error:
@@ -55,6 +56,15 @@ def _config(folder: Path) -> dict[str, Any]:
         return read_found_config(path, ("hub_model_id", "hub_private_repo", "hub_revision"))[0]
     except ConfigError as error:
         raise UserError(f"{path} is damaged ({str(error).removeprefix(f'--config {path}: ')}); mend it.") from error
+
+
+def _text_of(config: dict[str, Any], name: str, folder: Path) -> str | None:
+    value = config.get(name)
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise UserError(
+            f"{folder / 'config.yaml'}: {name}: expected a text, got {value!r}; mend it there, or give --{name}."
+        )
+    return value
 
 
 def _parser() -> ArgumentParser:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat
 
 from rlr_peft.config import ConfigError
+from rlr_peft.config.parsing import parse_or_exit
 from rlr_peft.foreign_text import say
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ PROG = "rlr-peft serve-reward"
 
 def serve_reward_command(words: Sequence[str]) -> int:
     """Loads the reward, prints `Serving REWARD at URL`, and answers until it is interrupted."""
-    arguments = _parser().parse_args(list(words))
+    arguments = parse_or_exit(_parser(), words)
 
     from rlr_peft.training.logs import set_up_logging
 

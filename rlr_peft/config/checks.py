@@ -18,9 +18,12 @@ from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.memory_checks import check_memory
 from rlr_peft.config.prompt_checks import check_chain_of_thought, check_prompts
 from rlr_peft.durable_files import stays_inside
+from rlr_peft.redaction import HIDDEN
 
 # No path or prompt holds them: control characters but the tab and the ends of lines, and halves of characters.
 _UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# An empty prompt is one, too.
+MAY_BE_EMPTY = ("negative_prompt", "validation_prompt")
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -45,11 +48,17 @@ def _ranges(config: Config) -> Iterator[str]:
         group = getattr(config, group_field.name)
         for field in fields(group):
             value = getattr(group, field.name)
-            if isinstance(value, str) and not value.strip() and field.name != "negative_prompt":
+            texts = list(_texts(value))
+            if field.name not in MAY_BE_EMPTY and not all(text.strip() for text in texts):
                 yield f"{field.name}: expected a text, got an empty one; fill it or leave the flag out."
-            if unfit := next((text for text in _texts(value) if _UNFIT.search(text)), None):
+            if unfit := next((text for text in texts if _UNFIT.search(text)), None):
                 yield (f"{field.name}: expected a text without control characters, got {unfit!r:.80}; take them out.")
                 continue
+            if any("//" in text and HIDDEN in text for text in texts):
+                yield (
+                    f"{field.name}: expected a whole address, got {value} of a saved file, where {HIDDEN} stands for "
+                    f"what may be secret and is never written; give the whole address as --{field.name}."
+                )
             if value == ():
                 yield f"{field.name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):

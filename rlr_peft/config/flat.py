@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 from rlr_peft.config.arguments import Config
 from rlr_peft.config.checks import check_config
 from rlr_peft.config.knob import ConfigError, Table
+from rlr_peft.redaction import redacted_values
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ def check_names(names: Iterator[str], where: str) -> None:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """All knobs as one flat mapping of plain values (tuples become lists, tables dicts), fit for JSON and YAML.
 
-    It is written to files and shown, so null stands for a secret.
+    It is written to files and shown, so null stands for a secret, and `***` for what is secret in an address.
     """
     flat: dict[str, Any] = {}
     for name, knob in knobs().items():
         value = None if knob.field.metadata["secret"] else getattr(getattr(config, knob.group), name)
-        flat[name] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
+        flat[name] = redacted_values(value)
     return flat
 
 

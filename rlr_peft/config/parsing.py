@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from rlr_peft.config.arguments import Config
+from rlr_peft.config.checks import MAY_BE_EMPTY
 from rlr_peft.config.flat import check_names, config_from_dict, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.wording import (
@@ -25,6 +26,7 @@ from rlr_peft.config.wording import (
 from rlr_peft.config.yaml_files import read_yaml
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
+from rlr_peft.redaction import redacted, secrets_of_command
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
 _CONFIG_HELP = "YAML file with the same flat names as the flags below; flags win over it wherever they stand."
@@ -66,6 +68,7 @@ def load_values(
     Raises:
         ConfigError: unknown name or wrong type.
     """
+    refuse_empty(argv)
     path, words = _split_config_file(argv)
     flags = [word[2:].split("=")[0] for word in words if _is_flag(word)]
     check_names(iter(flags), "command line")
@@ -79,7 +82,7 @@ def load_values(
     try:
         values = vars(parser.parse_args(words))
     except argparse.ArgumentError as error:
-        raise ConfigError(explain(str(error), {})) from None
+        raise ConfigError(redacted(explain(str(error), {}), secrets_of_command(argv))) from None
     for name in _list_knobs(known):
         if values[name] in ([None], ["null"]):  # `--ho_window null` takes back what a file says
             values[name] = None
@@ -108,6 +111,32 @@ def exit_with(error: ConfigError) -> NoReturn:
     """Prints the error for a person and leaves with exit code 2."""
     say(f"error: {error}", sys.stderr)
     raise SystemExit(2)
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Raises ConfigError for a flag, or a word of its own, that is there but empty; only prompts may be so."""
+    flag: str | None = None
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            value = value if equals else flag
+        name = (flag or "").removeprefix("--")
+        if not value.strip() and name not in MAY_BE_EMPTY:
+            where = f"{name}: expected a text" if flag else "expected a name or a path"
+            raise ConfigError(f"{where}, got an empty one; fill it or leave {'the flag' if flag else 'it'} out.")
+
+
+def parse_or_exit(parser: Any, words: Sequence[str]) -> Any:
+    """What argparse or jsonargparse reads of a command's words; an error is one line on stderr and exit code 2."""
+    parser.error = lambda message, *_: exit_with(
+        ConfigError(f"{redacted(' '.join(str(message).split()), secrets_of_command(words))}; see {parser.prog} --help.")
+    )
+    try:
+        refuse_empty(words)
+    except ConfigError as error:
+        exit_with(error)
+    return parser.parse_args(list(words))
 
 
 def _is_flag(word: str) -> bool:

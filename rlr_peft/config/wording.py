@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from rlr_peft.config.flat import Knob, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.plain_files import AMBIGUOUS, MAX_DIGITS, YAML_VALUES, Ambiguous
+from rlr_peft.redaction import HIDDEN
 
 _NUMBER = re.compile("|".join(pattern for tag, pattern, _ in YAML_VALUES if tag in ("int", "float")))
 
@@ -153,6 +154,8 @@ def explain(message: str, given: Mapping[str, Any]) -> str:
         return f"{name}: expected {expected}, got nothing; write --{name} VALUE (--{name}=VALUE if it starts with -)."
     value = re.search(r"(?:Got|Given) value: (.*)$", joined)
     got = shortened(repr(given[name]) if name in given else value[1] if value else joined)
+    if knobs()[name].field.metadata["secret"]:
+        got = HIDDEN
     got = {"None": "null", "True": "true", "False": "false"}.get(got, got)
     advice = f"write {name}: VALUE" if name in given else f"write --{name} VALUE"
     if name in given and "text" in expected and not isinstance(given[name], (dict, list)):

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import torch
 from jinja2 import TemplateError
 
-from rlr_peft.json_server import JsonServer, ServerError
+from rlr_peft.json_server import JsonServer, ServerError, read_address
 from rlr_peft.prompts.chain_of_thought import MalformedStagesError, parse_stages
 from rlr_peft.prompts.errors import PromptError
+from rlr_peft.redaction import redacted_address
 
 logger = logging.getLogger(__name__)
 
@@ -155,14 +155,14 @@ class EndpointModel:
     def __init__(
         self, url: str, model: str, api_key: str | None = None, timeout: float = 120.0, backoff: float = 1.0
     ) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = read_address(url)
+        except ValueError as error:
+            raise PromptError(f"dcot_endpoint '{redacted_address(url)}': {error}") from None
         # A query, such as the version of the API that some servers ask for, stays at the end.
         asked = parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions").geturl()
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        try:
-            self._server = JsonServer(asked, timeout, CONNECTION_RETRIES, backoff, headers)
-        except ValueError as error:
-            raise PromptError(f"dcot_endpoint '{url}': {error}") from None
+        self._server = JsonServer(asked, timeout, CONNECTION_RETRIES, backoff, headers)
         self.name = f"{model} at {parts.hostname}"
         self._model = model
 

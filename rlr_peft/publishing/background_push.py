@@ -15,6 +15,7 @@ from rlr_peft.publishing.hub import compare_with_hub, push_files
 from rlr_peft.publishing.hub_access import WEIGHT_NAME, Destination
 from rlr_peft.publishing.hub_client import FAILURES, HubError, in_words, patiently
 from rlr_peft.publishing.hub_files import is_ours
+from rlr_peft.redaction import redacted_address
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,12 @@ class BackgroundPush:
             push = self._pool.submit(self._push, copy, checkpoint.name)
         self._pushes[checkpoint] = push
 
-    def failures(self) -> dict[Path, str]:
+    def failures(self) -> dict[Path, BaseException]:
         """Waits for what is under way; checkpoint -> what went wrong, of those that were not published."""
         pending = sum(not push.done() for push in self._pushes.values())
         if pending:
             logger.info("Waiting for %d checkpoint%s to be published.", pending, "s" if pending > 1 else "")
-        return {path: str(push.exception()) for path, push in self._pushes.items() if push.exception() is not None}
+        return {path: error for path, push in self._pushes.items() if (error := push.exception()) is not None}
 
     def stop(self) -> None:
         """Drops what is still queued; what is under way is ended by its time limits."""
@@ -114,7 +115,7 @@ def _card(destination: Destination, name: str) -> str:
         metadata = "---\nlibrary_name: diffusers\ntags:\n- lora\n---\n\n"
         loading = f'pipe.load_lora_weights("{destination.repo_id}", weight_name="{WEIGHT_NAME}")'
         return f"{metadata}{title}\n\n```python\n{loading}\n```\n"
-    main = f"{destination.api.endpoint}/{destination.repo_id}"
+    main = redacted_address(f"{destination.api.endpoint}/{destination.repo_id}")
     return (
         f"{title} Its base and the way to use it are on the [main branch]({main}); add "
         f'`revision="{destination.revision}"` to `load_lora_weights`.\n'

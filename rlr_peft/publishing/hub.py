@@ -16,8 +16,10 @@ from rlr_peft.publishing.hub_access import Destination
 from rlr_peft.publishing.hub_client import (
     FAILURES,
     HubError,
+    IncompleteError,
     UncheckedError,
     in_words,
+    is_missing,
     model_info,
     patiently,
     without_progress_bars,
@@ -53,7 +55,8 @@ def push_folder(folder: Path, destination: Destination, message: str, *, card: s
 
     Raises:
         HubError: it could not be published. Nothing in the folder is changed.
-        UncheckedError: it was, but what came back is another adapter, or nothing.
+        IncompleteError: it was, but what came back is another adapter, or nothing.
+        UncheckedError: it was, but the adapter could not be downloaded to compare it.
     """
     files = published_files(folder)
     contents = {name: content_for_upload(path, destination.token) for name, path in files.items()}
@@ -105,19 +108,23 @@ def compare_with_hub(files: Mapping[str, Path], destination: Destination, commit
     """Downloads files of a commit into an empty cache and compares them byte by byte.
 
     Raises:
-        UncheckedError: one of them cannot be downloaded, or differs.
+        IncompleteError: the Hub lacks one of them, or holds another file in its place.
+        UncheckedError: one of them cannot be downloaded for another reason.
     """
+    said = f"Commit {commit[:8]} was accepted, but"
     for name, path in files.items():
         try:
             with tempfile.TemporaryDirectory(prefix="rlr-peft-") as cache, without_progress_bars():
                 copy = destination.api.hf_hub_download(destination.repo_id, name, revision=commit, cache_dir=cache)
                 same = Path(copy).read_bytes() == path.read_bytes()
         except FAILURES as error:
-            raise UncheckedError(
-                f"Commit {commit[:8]} was made, but {name} could not be downloaded to check it: {in_words(error)}"
-            ) from error
+            if is_missing(error):
+                raise IncompleteError(
+                    f"{said} {name} cannot be downloaded from it: {in_words(error)}", name, commit
+                ) from error
+            raise UncheckedError(f"{said} {name} could not be downloaded to check it: {in_words(error)}") from error
         if not same:
-            raise UncheckedError(f"Commit {commit[:8]} was made, but {name} came back with other bytes than were sent.")
+            raise IncompleteError(f"{said} {name} came back with other bytes than were sent.", name, commit)
 
 
 def _over_xet_or_http(commit: Callable[[], CommitInfo]) -> CommitInfo:

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.publishing.hub_client import PASSING_ERRORS, HubError, hub_api, in_words, model_info, patiently
+from rlr_peft.redaction import redacted_address
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
@@ -39,8 +40,12 @@ class Destination:
     @property
     def url(self) -> str:
         """Of the page that shows the adapter."""
-        page = f"{self.api.endpoint}/{self.repo_id}"
-        return page if self.revision == constants.DEFAULT_REVISION else f"{page}/tree/{self.revision}"
+        is_main = self.revision == constants.DEFAULT_REVISION
+        return redacted_address(f"{self.api.endpoint}/{self.repo_id}") if is_main else self.tree(self.revision)
+
+    def tree(self, revision: str) -> str:
+        """Of the page that lists the files of a branch or commit."""
+        return redacted_address(f"{self.api.endpoint}/{self.repo_id}/tree/{revision}")
 
 
 def open_destination(

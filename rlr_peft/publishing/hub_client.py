@@ -51,7 +51,20 @@ class HubError(UserError, RuntimeError):
 
 
 class UncheckedError(HubError):
-    """Something was published, but what came back could not be compared, or differs."""
+    """The Hub accepted a commit, but a file of it could not be downloaded to compare it; another try may do."""
+
+
+class IncompleteError(HubError):
+    """The Hub accepted a commit, but lacks a file of it or holds another one; the same push would send nothing.
+
+    Attributes:
+        name: of the file, in the repository.
+        commit: its id.
+    """
+
+    def __init__(self, message: str, name: str, commit: str) -> None:
+        super().__init__(message)
+        self.name, self.commit = name, commit
 
 
 def hub_api(token: str | None) -> HfApi:
@@ -99,6 +112,13 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code in PASSING_STATUSES
     return isinstance(error, PASSING_ERRORS)
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether the Hub, which knows the repository, says that what is asked for is not there."""
+    if isinstance(error, RepositoryNotFoundError) or not isinstance(error, HfHubHTTPError) or error.response is None:
+        return False
+    return error.response.status_code in (404, 410)
 
 
 def in_words(error: BaseException) -> str:

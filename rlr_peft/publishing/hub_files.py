@@ -5,9 +5,11 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from huggingface_hub import get_token
+
 from rlr_peft.publishing.hub_access import WEIGHT_NAME
 from rlr_peft.publishing.hub_client import HubError
-from rlr_peft.publishing.redaction import redacted, tokens_in_use
+from rlr_peft.redaction import redacted
 
 # Nothing else ever leaves the folder: no checkpoint, no optimiser state, no logs.
 PUBLISHED = (
@@ -59,6 +61,11 @@ def published_files(folder: Path) -> dict[str, Path]:
 def is_ours(name: str) -> bool:
     """Whether a file on the Hub is one that a run made."""
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in MADE)
+
+
+def tokens_in_use(token: str | None) -> list[str]:
+    """The tokens that are in use; of any length, so that one of an unusual form does not slip through."""
+    return [secret for secret in dict.fromkeys((token, get_token())) if secret]
 
 
 def content_for_upload(path: Path, token: str | None) -> bytes | Path:

@@ -21,10 +21,10 @@ from rlr_peft.errors import UserError
 from rlr_peft.estimates import decimals_of_scores, with_error
 from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
 from rlr_peft.publishing.card_metadata import card_metadata
-from rlr_peft.publishing.redaction import redacted
 from rlr_peft.publishing.results import Result, results_of, verdicts
 from rlr_peft.publishing.run_record import SHOWN_PROMPTS, ImagePair, RunRecord, printable_record
 from rlr_peft.publishing.usage_snippet import base_kind, hub_link, usage_snippet
+from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -14,8 +15,8 @@ from rlr_peft.publishing.background_push import BackgroundPush, push_checkpoint
 from rlr_peft.publishing.card_file import addressed_card, card_text, stored_record, write_card
 from rlr_peft.publishing.hub import Pushed, push_folder
 from rlr_peft.publishing.hub_access import Destination
-from rlr_peft.publishing.hub_client import HubError, UncheckedError
-from rlr_peft.publishing.redaction import redacted
+from rlr_peft.publishing.hub_client import HubError, IncompleteError, UncheckedError
+from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,19 @@ class Publisher:
             HubError: the result was not published; the message says how to do it later.
         """
         failed = self._background.failures()
-        notes = [f"{path.name} was not published: {reason} {self._mend(path)}" for path, reason in failed.items()]
+        notes = [self._note(path, error) for path, error in failed.items()]
         try:
             return "\n".join([publish(folder, self.destination), *notes])
         except HubError as error:
             raise HubError("\n".join([str(error), *notes])) from error
 
-    def _mend(self, checkpoint: Path) -> str:
-        if not checkpoint.exists():
-            return "It was deleted since (--checkpoints_total_limit)."
-        return f"Publish it with\n  {_later(checkpoint, self.destination, checkpoint.name)}"
+    def _note(self, checkpoint: Path, error: BaseException) -> str:
+        is_there = isinstance(error, (UncheckedError, IncompleteError))
+        outcome = "was published, but is not known to be whole" if is_there else "was not published"
+        advice = "It was deleted since (--checkpoints_total_limit)."
+        if checkpoint.exists():
+            advice = _advice(error, checkpoint, replace(self.destination, revision=checkpoint.name))
+        return f"{checkpoint.name} {outcome}: {error} {advice}"
 
 
 def publish(folder: Path, destination: Destination) -> str:
@@ -73,16 +77,35 @@ def publish(folder: Path, destination: Destination) -> str:
         text = None if card is None else card_text(folder, card)
         pushed = push_folder(folder, destination, commit_message(folder), card=text)
     except HubError as error:
-        is_there = isinstance(error, UncheckedError)
+        outcome, doubt = "not published on", ""
+        if isinstance(error, UncheckedError):
+            outcome, doubt = "published on", ", and could not be checked"
+        elif isinstance(error, IncompleteError):
+            outcome = "not published whole on"
         raise HubError(
-            f"The adapter was {'published on' if is_there else 'not published on'} {destination.url}"
-            f"{', and could not be checked' if is_there else ''}: {error} Nothing is lost, everything is in {folder}. "
-            f"{'Publish and check it again' if is_there else 'Publish it'} with\n"
-            f"  {_later(folder, destination, destination.revision)}"
+            f"The adapter was {outcome} {destination.url}{doubt}: {error} Nothing is lost, everything is in {folder}. "
+            f"{_advice(error, folder, destination)}"
         ) from error
     if card is not None:
         write_card(folder, card)
     return _in_words(pushed, destination)
+
+
+def _advice(error: BaseException, folder: Path, destination: Destination) -> str:
+    """What to do after a failed push, with the commands for it."""
+    again = _later(folder, destination, destination.revision)
+    if isinstance(error, IncompleteError):
+        words = ["hf", "repos", "delete-files", destination.repo_id, error.name, "--revision", destination.revision]
+        return (
+            "Pushing again as it is would find nothing changed and send nothing. Look at "
+            f"{destination.tree(error.commit)}; then take the file out of the Hub and send it anew:\n"
+            f"  {shlex.join(words)}\n  {again}\n"
+            "If it is missing again, the Hub's storage has lost it: tell who runs that Hub, and publish under another "
+            "--hub_model_id meanwhile."
+        )
+    if isinstance(error, UncheckedError):
+        return f"Once the reason is mended, this compares what is there, and sends only what is not:\n  {again}"
+    return f"Publish it with\n  {again}"
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.publishing.run_record import ImagePair, RunRecord
+from rlr_peft.redaction import redacted_values
 
 RECORD_NAME = "run_record.json"
 
@@ -39,7 +40,7 @@ def save_stored_card(directory: Path, card: StoredCard) -> Path:
     """Writes `run_record.json`; returns its path."""
     path = directory / RECORD_NAME
     with replacing_file(path) as aside:
-        text = json.dumps(dataclasses.asdict(card), indent=1, ensure_ascii=False)
+        text = json.dumps(redacted_values(dataclasses.asdict(card)), indent=1, ensure_ascii=False)
         aside.write_text(text + "\n", encoding="utf-8")
     return path
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rlr_peft.redaction import is_address
 from rlr_peft.rewards.base import Reward, RewardError
 from rlr_peft.rewards.callables import load_callable_reward
 from rlr_peft.rewards.compression import JpegReward
@@ -120,9 +121,9 @@ def load_reward(spec: str, device: str | torch.device = "cpu", settings: RewardS
     for judge, judge_spec in SPEC_OF_JUDGE.items():
         if spec == judge_spec or (base == judge_spec and attribute in ATTRIBUTES):
             return TinyShapesJudgeReward(judge, attribute or None, device)
-    if spec.startswith(("http://", "https://")):
+    if is_address(spec):
         return RemoteReward(spec, settings.remote)
-    if ":" in spec and "://" not in spec:
+    if ":" in spec:
         return load_callable_reward(spec, device)
     raise RewardError(_unknown(spec))
 

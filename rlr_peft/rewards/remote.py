@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError
+from rlr_peft.redaction import redacted_address
 from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.info import Info, info_of, join_info
 from rlr_peft.rewards.scores import check_scores
@@ -61,7 +62,7 @@ class RemoteReward:
         try:
             self._server = JsonServer(url, self._settings.timeout, self._settings.retries, self._settings.backoff)
         except ValueError as error:
-            raise RewardError(f"reward server '{url}': {error}") from None
+            raise RewardError(f"reward server '{redacted_address(url)}': {error}") from None
         self.name = self._server.name
         self.version: str | None = None
 

@@ -2,7 +2,6 @@
 
 import errno
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
-from rlr_peft.foreign_text import say
+from rlr_peft.foreign_text import say, say_traceback
 from rlr_peft.rewards.errors import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,7 +35,7 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
     except UserError as error:
         say(f"error: {error}", sys.stderr)
         if isinstance(error, RewardError) and error.raised is not None:
-            say("".join(traceback.format_exception(error.raised)).rstrip("\n"), sys.stderr)
+            say_traceback(error.raised)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):

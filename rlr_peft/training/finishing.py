@@ -22,8 +22,8 @@ from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_l
 from rlr_peft.prompt import stages_of
 from rlr_peft.publishing.card_file import write_card
 from rlr_peft.publishing.record_file import StoredCard
-from rlr_peft.publishing.redaction import command_without_token
 from rlr_peft.publishing.run_record import SHOWN_PROMPTS, RunRecord
+from rlr_peft.redaction import redacted_command
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.before_after import divergence_metrics, write_comparison
 from rlr_peft.training.card_facts import with_card_facts
@@ -277,7 +277,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
         reward_curve=REWARD_CURVE if (run.output_dir / REWARD_CURVE).is_file() else None,
-        command=shlex.join([*launcher, *command_without_token(sys.argv)]),
+        command=shlex.join([*launcher, *redacted_command(sys.argv)]),
         hardware=describe_hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=package_versions(),
     )

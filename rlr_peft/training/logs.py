@@ -5,12 +5,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rlr_peft.foreign_text import guard_terminal
+
 
 def set_up_logging() -> None:
     """Our messages at INFO from the main process, warnings from all, on stderr; to be called before torch is imported.
 
     bitsandbytes and transformers report at import what optional accelerations they lack: nothing of it is used here.
     """
+    guard_terminal()
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("rlr_peft").setLevel(logging.INFO if is_main else logging.WARNING)

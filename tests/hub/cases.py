@@ -76,9 +76,25 @@ LASTING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the card's metadata are refused": (_status(YAML, 400, None), "Invalid metadata in README.md"),
 }
+# The Hub accepts the commit, and has not what was sent.
+NOT_FOUND = {"X-Error-Code": "EntryNotFound"}
+INCOMPLETE: dict[str, tuple[dict[str, Any], str]] = {
+    "the commit is accepted, a file is not there": (
+        _status(f"HEAD .*/resolve/.*/{WEIGHTS}", 404, None, headers=NOT_FOUND),
+        f"was accepted, but {WEIGHTS} cannot be downloaded from it",
+    ),
+    "the commit is accepted, the storage has lost a file": (
+        _status(GET, 404, None),
+        f"was accepted, but {WEIGHTS} cannot be downloaded from it",
+    ),
+    "the commit is accepted, a file comes back changed": (
+        {"request": GET, "kind": "other"},
+        f"was accepted, but {WEIGHTS} came back with other bytes than were sent",
+    ),
+}
 LOCAL = {
     "no disk space for the copy that is compared": (
-        "exit code 1, `Commit ... was made, but ... could not be downloaded to check it`, and the command for that"
+        "exit code 1, `Commit ... was accepted, but ... could not be downloaded to check it`, and the command for that"
     ),
     "checkpoints cannot be published while training": (
         "training goes on; the end of the run names every one of them with the command that publishes it"
@@ -102,6 +118,10 @@ def table() -> str:
     rows += [
         (case, f"exit code 1, `... {message} ...` and the command for later, which then works")
         for case, (_, message) in LASTING.items()
+    ]
+    rows += [
+        (case, f"exit code 1, `... {message} ...`, and how to take the file out of the Hub and send it anew")
+        for case, (_, message) in INCOMPLETE.items()
     ]
     rows += list(LOCAL.items())
     return "\n".join(["| what goes wrong | what happens |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""])

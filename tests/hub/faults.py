@@ -17,7 +17,8 @@ class FaultInjection:
     - `refuse`: closes the connection at once;
     - `cut`: closes it after `after` bytes of the request's body;
     - `lost`: lets the application do its work and closes the connection instead of answering;
-    - `slow`: waits `seconds` first.
+    - `slow`: waits `seconds` first;
+    - `other`: answers with the first byte of every part of the body changed.
 
     `GET /_requests` lists every request since `DELETE /_requests`.
     """
@@ -58,6 +59,13 @@ class FaultInjection:
 
                 await self.application(scope, receive, swallow)
                 _close(receive)
+            case "other":
+
+                async def changed(message: Message) -> None:
+                    body = message.get("body", b"")
+                    await send({**message, "body": bytes([body[0] ^ 1]) + body[1:]} if body else message)
+
+                await self.application(scope, receive, changed)
             case "slow":
                 await asyncio.sleep(fault["seconds"])
                 await self.application(scope, receive, send)

@@ -10,7 +10,7 @@ import pytest
 
 from rlr_peft.publishing.hub_client import HubError
 from rlr_peft.publishing.hub_files import published_files
-from tests.hub.cases import DOCUMENT, LASTING, PASSING, REFUSED, WHOAMI, name_of, with_table
+from tests.hub.cases import DOCUMENT, INCOMPLETE, LASTING, PASSING, REFUSED, WHOAMI, name_of, with_table
 from tests.hub.folders import PRIVATE, WEIGHTS, output_folder
 from tests.hub.processes import OWNER, LoopbackHub, run
 
@@ -201,6 +201,41 @@ def test_a_lasting_fault_ends_with_the_command_for_later(hub: LoopbackHub, folde
     assert hub.repository(name).read(WEIGHTS) == mine
 
 
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_hub_that_lacks_what_it_accepted_is_not_asked_the_same_again(
+    hub: LoopbackHub, folder: Path, case: str
+) -> None:
+    (fault, expected), name = INCOMPLETE[case], name_of(case)
+    hub.fail(fault)
+    done = push(hub, folder, "--hub_model_id", name, code=1)
+    (commit, _) = hub.repository(name).history("main")
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert f"not published whole on {hub.endpoint}/{name}: Commit {commit['oid'][:8]} {expected}" in message, message
+    assert "would find nothing changed and send nothing" in message and "Traceback" not in done.stderr
+    again = f"rlr-peft push {folder} --hub_model_id {name}"
+    assert f"\n  hf repos delete-files {name} {WEIGHTS} --revision main\n  {again}\n" in message
+    # What the message says is so: the file is taken out, and the push sends it anew.
+    hub.fail()
+    delete = "import sys; from huggingface_hub import HfApi; HfApi().delete_file(sys.argv[2], sys.argv[1])"
+    run(["-c", delete, name, WEIGHTS], hub.environment(folder.parent / "home"))
+    push(hub, folder, "--hub_model_id", name)
+    assert hub.requests("POST .*/commit/") and hub.repository(name).read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("flag", ["--hub_model_id", "--hub_revision", ""])
+def test_an_empty_name_is_an_error(hub: LoopbackHub, folder: Path, flag: str) -> None:
+    words = [folder, flag, ""] if flag else [""]
+    done = run([*PUSH, *words], hub.environment(folder.parent / "home"), 2)
+    what = f"{flag[2:]}: expected a text" if flag else "expected a name or a path"
+    assert f"error: {what}, got an empty one" in done.stderr and not hub.requests()
+
+
+def test_an_empty_name_in_the_runs_config_is_an_error(hub: LoopbackHub, folder: Path) -> None:
+    (folder / "config.yaml").write_text("hub_model_id: ''\n")
+    assert "config.yaml: hub_model_id: expected a text, got ''" in push(hub, folder, code=1).stderr
+    assert not hub.requests()
+
+
 def test_the_documents_table_is_that_of_these_tests() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     assert document == with_table(document), "run python -m tests.hub.cases"
@@ -240,7 +275,7 @@ def test_a_full_disk_here(hub: LoopbackHub, folder: Path) -> None:
     environment = hub.environment(folder.parent / "home")
     done = run([limited, "push", folder, "--hub_model_id", "owner/full"], environment, 1)
     assert "The adapter was published on" in done.stderr and "was not published" not in done.stderr
-    assert "was made, but" in done.stderr and "File too large" in done.stderr
+    assert "was accepted, but" in done.stderr and "File too large" in done.stderr
     assert f"rlr-peft push {folder} --hub_model_id owner/full" in done.stderr
     assert hub.repository("owner/full").read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
 

@@ -16,6 +16,7 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.comparison.comparison import Comparison
 from rlr_peft.evaluation.comparison.diversity import Estimate
 from rlr_peft.evaluation.comparison.notes import notes
+from rlr_peft.redaction import redacted_values
 
 SCORES = "scores"
 
@@ -59,7 +60,7 @@ def write_scores(folder: Path, comparison: Comparison) -> list[Path]:
 def write_numbers(path: Path, comparison: Comparison) -> Path:
     """Writes all summaries as JSON; null where a number does not exist."""
     with replacing_file(path) as aside:
-        text = json.dumps(plain_numbers(comparison), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(redacted_values(plain_numbers(comparison)), indent=2, ensure_ascii=False, allow_nan=False)
         aside.write_text(f"{text}\n", encoding="utf-8")
     return path
 

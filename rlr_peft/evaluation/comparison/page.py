@@ -20,6 +20,7 @@ from rlr_peft.evaluation.comparison.notes import notes
 from rlr_peft.evaluation.comparison.pictures import SMALL_SIDE
 from rlr_peft.evaluation.comparison.tables import tables
 from rlr_peft.foreign_text import page_environment, printable_values
+from rlr_peft.redaction import redacted
 
 TEMPLATE = "page.html.j2"
 MOST_PAIRS = 96
@@ -61,7 +62,7 @@ def write_page(path: Path, comparison: Comparison, drawn: dict[str, Figure]) -> 
         comparison: evaluated with pictures.
         drawn: the figures by name, see `figures`.
     """
-    text = page(comparison, drawn)
+    text = redacted(page(comparison, drawn))
     with replacing_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return path

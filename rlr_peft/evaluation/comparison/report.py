@@ -11,6 +11,7 @@ from rlr_peft.evaluation.comparison.figures import figures
 from rlr_peft.evaluation.comparison.files import write_numbers, write_scores
 from rlr_peft.evaluation.comparison.page import write_page
 from rlr_peft.evaluation.comparison.tables import markdown
+from rlr_peft.redaction import redacted
 
 PAGE, NUMBERS, MARKDOWN = "compare.html", "compare.json", "compare.md"
 FIGURES = "figures"
@@ -25,7 +26,7 @@ def write_report(folder: Path, comparison: Comparison) -> list[Path]:
     drawn = figures(comparison)
     saved = [save_figure(folder / FIGURES / f"{name}.png", figure) for name, figure in drawn.items()]
     with replacing_file(folder / MARKDOWN) as aside:
-        aside.write_text(markdown(comparison), encoding="utf-8")
+        aside.write_text(redacted(markdown(comparison)), encoding="utf-8")
     return [
         write_page(folder / PAGE, comparison, drawn),
         write_numbers(folder / NUMBERS, comparison),

@@ -18,6 +18,7 @@ from rlr_peft.evaluation.diagnosis.recommendation import Recommendation
 from rlr_peft.evaluation.diagnosis.statistics import gradient_norm, signal_to_noise
 from rlr_peft.evaluation.diagnosis.table import PARTS, column_titles, notes, row_of
 from rlr_peft.foreign_text import page_environment, printable
+from rlr_peft.redaction import redacted, redacted_values
 
 TEMPLATE = "report.html.j2"
 
@@ -37,10 +38,11 @@ def write_report(path: Path, diagnosis: Diagnosis, recommendation: Recommendatio
     numbers = path.with_suffix(".json")
     with replacing_file(numbers) as aside:
         aside.write_text(
-            json.dumps(plain_numbers(diagnosis, recommendation), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            json.dumps(redacted_values(plain_numbers(diagnosis, recommendation)), indent=2, allow_nan=False) + "\n",
+            encoding="utf-8",
         )
     with replacing_file(path) as aside:
-        aside.write_text(page(diagnosis, recommendation, picture.read_bytes()), encoding="utf-8")
+        aside.write_text(redacted(page(diagnosis, recommendation, picture.read_bytes())), encoding="utf-8")
     return [path, numbers, picture]
 
 
