@@ -56,7 +56,7 @@ def _run_and_look(endpoint: str, hub: LoopbackHub, workplace: Path, tmp_path: Pa
     for secret in (SECRET, OWNER):
         assert not [path for path in everything if secret.encode() in path.read_bytes()]
         assert secret not in done.stdout + done.stderr
-    assert "reset-once gave no answer" in done.stderr and "/reset-once?token=***" in done.stderr
+    assert "reset-once gave no answer" in done.stderr
     card = hub.repository("owner/addresses").read("README.md").decode()
     assert "--heldout_reward_fn" in card and "http://***@127.0.0.1" in card and "--hub_token" not in card
     assert json.loads((out / "run_record.json").read_text())["record"]["config"]["hub_token"] is None
