@@ -194,8 +194,11 @@ class _Holder:
 
     def release(self) -> None:
         """Leaves the folder in order."""
-        if _owner(self._folder) == self._me:
-            (self._folder / OWNER).unlink(missing_ok=True)
+        try:
+            if _owner(self._folder) == self._me:
+                (self._folder / OWNER).unlink(missing_ok=True)
+        except OSError as error:  # the folder may be read-only by now: an error under way must not be replaced by this
+            logger.debug("%s stays in %s: %s", OWNER, self._folder, error)
         if self._lock is not None:
             self._lock.release()  # its file stays: removed now, it could be somebody's lock already
 
