@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -158,6 +159,7 @@ class _Watch:
     def __init__(self, wait: _Wait, index: int, places: list[tuple[str, int]]) -> None:
         self._wait, self._index, self._places = wait, index, places
         self._store = _connect()
+        self._exchange: threading.Thread | None = None
         self._beats = 0
         self._said = (0, 0.0)  # meeting, and after how many seconds of it the next word is due
         now = time.monotonic()
@@ -169,11 +171,11 @@ class _Watch:
         wait = self._wait
         meeting, since = wait.meetings, wait.since
         mine = {"beats": self._beats, "meetings": meeting, "work": wait.work}
-        try:
-            self._store.set(str(self._index), json.dumps(mine))
-            self._listen()
-        except RuntimeError:  # it ends with the process that holds it, which then falls silent
-            logger.debug("The processes' common store does not answer.")
+        if self._exchange is None or not self._exchange.is_alive():
+            # In a thread of its own: the store may be held by a process that is frozen, and would stop the words too.
+            self._exchange = threading.Thread(target=self._tell_and_listen, args=(mine,), daemon=True)
+            self._exchange.start()
+        self._exchange.join(1.0)
         if since is None:
             return
         due = self._said[1] if self._said[0] == meeting else FIRST_WORD
@@ -195,6 +197,13 @@ class _Watch:
             "example because the machine's memory was full. Checkpoints that were saved are complete: mend the cause "
             "and start all processes again with --resume_from_checkpoint latest."
         )
+
+    def _tell_and_listen(self, mine: dict[str, Any]) -> None:
+        try:
+            self._store.set(str(self._index), json.dumps(mine))
+            self._listen()
+        except RuntimeError:  # it ends with the process that holds it, which then falls silent
+            logger.debug("The processes' common store does not answer.")
 
     def _listen(self) -> None:
         for index, peer in self._peers.items():

@@ -5,6 +5,8 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.training.runs import config_file
@@ -37,7 +39,7 @@ if rank == 1:
     with group.doing("thinking"):
         time.sleep(2.5)
 group.gather_objects([], "the thoughts")
-if rank == 1:
+if rank == int(sys.argv[1]):
     with group.doing("update 7"):
         time.sleep(0.3)
         print("frozen", flush=True)
@@ -50,15 +52,15 @@ except processes.ProcessLostError as error:
 """
 
 
-def test_who_waits_long_says_for_whom_and_who_loses_another_says_which() -> None:
-    ports = socket.socket()
-    ports.bind(("127.0.0.1", 0))
-    port = str(ports.getsockname()[1])
-    ports.close()
+@contextmanager
+def meeting(frozen: int) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """Two processes, of which the first holds the store by which they find each other; one freezes in update 7."""
+    with socket.create_server(("127.0.0.1", 0)) as ports:
+        port = str(ports.getsockname()[1])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
     main, peer = (
         subprocess.Popen(
-            [sys.executable, "-c", MEETING],
+            [sys.executable, "-c", MEETING, str(frozen)],
             env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
@@ -68,6 +70,23 @@ def test_who_waits_long_says_for_whom_and_who_loses_another_says_which() -> None
         for rank in (0, 1)
     )
     try:
+        yield main, peer
+    finally:
+        for process in (main, peer):
+            process.kill()
+            process.communicate()
+
+
+def test_a_frozen_process_is_told_of_though_it_holds_what_the_others_meet_by() -> None:
+    with meeting(frozen=0) as (main, peer):
+        assert main.stdout is not None and peer.stderr is not None
+        assert main.stdout.readline() == "frozen\n"
+        said = next(line for line in peer.stderr if line.startswith("Process 1 has waited"))
+        assert f"for process 0 (id {main.pid} on {socket.gethostname()}), which has given no sign of life for" in said
+
+
+def test_who_waits_long_says_for_whom_and_who_loses_another_says_which() -> None:
+    with meeting(frozen=1) as (main, peer):
         assert main.stderr is not None and peer.stdout is not None
         name = rf"process 1 \(id {peer.pid} on {re.escape(socket.gethostname())}\)"
         said = iter(line for line in main.stderr if line.startswith(("Process", "error")))
@@ -84,10 +103,6 @@ def test_who_waits_long_says_for_whom_and_who_loses_another_says_which() -> None
         )
         assert "--resume_from_checkpoint latest" in lost and "Traceback" not in "".join(said)
         assert main.wait(30) == 1
-    finally:
-        for process in (main, peer):
-            process.kill()
-            process.communicate()
 
 
 CALIBRATION = """
