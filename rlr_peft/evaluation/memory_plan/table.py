@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rlr_peft.evaluation.memory_plan.advice import suggestions
 from rlr_peft.evaluation.memory_plan.host import HOST_PHASES, HostPlan, host_plan
-from rlr_peft.evaluation.memory_plan.plan import ENCODING, FRAGMENTATION, PHASES, MemoryPlan, Part
+from rlr_peft.evaluation.memory_plan.plan import ENCODING, FRAGMENTATION, PHASES, VERIFICATION, MemoryPlan, Part
 
 UNIT = 2**30
 
@@ -87,9 +87,9 @@ def _rows(title: str, parts: Sequence[Part], phases: Sequence[str], width: int) 
 
 def _what_is_left(plan: MemoryPlan) -> str:
     """What lowers the peak of a plan for which no option is left."""
-    if plan.peak_phase == ENCODING:
+    if plan.peak_phase in (ENCODING, VERIFICATION):
         return (
-            "what is left are the text encoders while they encode, which no batch size or resolution makes smaller; "
+            "what is left are weights, such as the text encoders while they encode, which no batch size or resolution makes smaller; "
             "use --mixed_precision bf16, or a larger GPU."
         )
     return (
