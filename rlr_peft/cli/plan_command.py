@@ -1,4 +1,4 @@
-"""`rlr-peft plan`: how much GPU memory will this run need, before anything is downloaded?"""
+"""`rlr-peft plan`: how much GPU and host memory will this run need, before anything is downloaded?"""
 
 import argparse
 import json
@@ -15,13 +15,15 @@ PROG = "rlr-peft plan"
 
 
 def plan_command(words: Sequence[str]) -> int:
-    """Prints the plan; exit code 1 where it does not fit the GPU memory that was given."""
+    """Prints the plan; exit code 1 where it does not fit the memory that was given."""
     own, rest = _own_flags(words)
     config = load_config_or_exit(rest, prog=PROG)
     if own.output is not None:
         check_folder_or_exit("--output", own.output.parent)
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.evaluation.memory_plan.host import as_plain as host_as_plain
+    from rlr_peft.evaluation.memory_plan.host import host_plan
     from rlr_peft.evaluation.memory_plan.plan import as_plain
     from rlr_peft.evaluation.memory_plan.table import plan_text
     from rlr_peft.training.errors import reporting_errors
@@ -30,25 +32,32 @@ def plan_command(words: Sequence[str]) -> int:
 
     with errors_only(), reporting_errors():
         plan = plan_run(config)
-    say(plan_text(plan, _title(config), own.gpu_memory))
+    host = host_plan(plan)
+    say(plan_text(plan, _title(config), own.gpu_memory, own.host_memory))
     if own.output is not None:
         own.output.parent.mkdir(parents=True, exist_ok=True)
-        own.output.write_text(json.dumps(as_plain(plan), indent=2) + "\n", encoding="utf-8")
-    return 0 if own.gpu_memory is None or plan.fits(own.gpu_memory) else 1
+        own.output.write_text(
+            json.dumps({**as_plain(plan), "host": host_as_plain(host)}, indent=2) + "\n", encoding="utf-8"
+        )
+    fits = (own.gpu_memory is None or plan.fits(own.gpu_memory), own.host_memory is None or host.fits(own.host_memory))
+    return 0 if all(fits) else 1
 
 
 def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own flags, and the words that are left for the config."""
     parser = argparse.ArgumentParser(
         prog=PROG,
-        usage="%(prog)s [--gpu_memory GIB] [--output FILE.json] [--config FILE] [--name VALUE ...]",
-        description="Adds up the GPU memory of a training config, part by part, without weights and without a GPU.",
+        usage="%(prog)s [--gpu_memory GIB] [--host_memory GIB] [--output FILE.json] [--config FILE] [--name VALUE ...]",
+        description="Adds up the GPU and host memory of a training config by parts, without weights and without a GPU.",
         add_help=False,
         allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument(
         "--gpu_memory", type=float, default=None, metavar="GIB", help="say whether it fits so many GiB, and what helps"
+    )
+    parser.add_argument(
+        "--host_memory", type=float, default=None, metavar="GIB", help="say whether so much host memory is enough"
     )
     parser.add_argument("--output", type=Path, default=None, metavar="FILE.json", help="write the numbers in bytes too")
     if {"--help", "-h"} & set(words):
@@ -62,8 +71,10 @@ def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         exit_with(error)
     except argparse.ArgumentError as error:
         exit_with(ConfigError(f"{error.argument_name}: {error.message}; see {PROG} --help."))
-    if own.gpu_memory is not None and not own.gpu_memory > 0:
-        exit_with(ConfigError(f"--gpu_memory: expected more than 0 GiB, got {own.gpu_memory:g}; raise it."))
+    for flag in ("gpu_memory", "host_memory"):
+        size = getattr(own, flag)
+        if size is not None and not size > 0:
+            exit_with(ConfigError(f"--{flag}: expected more than 0 GiB, got {size:g}; raise it."))
     return own, rest
 
 

@@ -17,6 +17,9 @@ from rlr_peft.evaluation.videos import as_images
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.info import Info, join_info
 
+# Images that the trained and the reloaded adapter draw to be compared bit for bit at the end of a run.
+VERIFIED_IMAGES = 2
+
 # Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).
 Render = Callable[[list[str], list[int]], Tensor]

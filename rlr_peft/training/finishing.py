@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimates import with_error
-from rlr_peft.evaluation.compare import Evaluation, compare, evaluation_plan, flat_metrics
+from rlr_peft.evaluation.compare import VERIFIED_IMAGES, Evaluation, compare, evaluation_plan, flat_metrics
 from rlr_peft.evaluation.comparison.report import PAGE
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
@@ -160,7 +160,7 @@ def _loading_lines(run: Run) -> list[str]:
 
 
 def _verify_adapter(run: Run) -> None:
-    prompts, seeds = evaluation_plan(run.prompts, 2, derive_seed(run.config.training.seed, "validation"))
+    prompts, seeds = evaluation_plan(run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation"))
     eta = run.config.validation.evaluation_eta
     fresh = load_pipeline(run.config.model, torch.device("cpu") if _can_move(run) else run.accelerator.device)
 

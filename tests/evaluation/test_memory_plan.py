@@ -171,7 +171,7 @@ def test_the_plan_foresees_what_a_real_step_holds_and_allocates(tiny_folder: str
     """Nothing in common with the plan but the models: saved tensors counted by autograd, bytes by the allocator."""
     with fused_attention():
         planned = tiny_chain(build_pipeline(find_architecture(tiny_folder), META, torch.float32))
-        measured = measure(planned, 2, 2)
+        measured = measure(planned, 2, 2, planned)
     pipeline = tiny_stable_diffusion(sample_size=32)
     chain = tiny_chain(pipeline)
     trajectory = chain.sample(["a", "b"], [0, 1])
@@ -287,6 +287,8 @@ def facts(pipeline_of: Callable[[str], Any]) -> Facts:
             },
             images=0,
             evaluation={},
+            verification=(3 * GIB, 4 * GIB),
+            picture=0,
         ),
         weights={"text_encoder": 9 * GIB, "vae": 1 * GIB, "transformer": 20 * GIB},
         denoisers=("transformer",),
@@ -309,6 +311,7 @@ def test_parts_are_summed_where_they_are_alive_together(facts: Facts) -> None:
         weights + 24,
         weights + 22,
         weights,
+        weights + 10,
     ]
     assert plan.peak_phase == DECODE
     offloaded = add_up(facts, Options(decode_batch_size=4, offload=True))

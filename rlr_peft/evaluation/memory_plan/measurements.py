@@ -10,6 +10,7 @@ import torch
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.evaluation.compare import VERIFIED_IMAGES
 from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
 from rlr_peft.evaluation.memory_plan.live_memory import LiveMemory, fused_attention
 
@@ -41,6 +42,8 @@ class Measurements:
         images: one sample's decoded pixels in float32.
         evaluation: peak of drawing images to look at, by their number: of a denoiser step and of the decode, without a
             tape; empty where nothing is drawn.
+        verification: the same of the images that prove the saved adapter.
+        picture: pixels of one image or video to look at, in float32.
     """
 
     trajectory: int
@@ -51,13 +54,16 @@ class Measurements:
     decode: Mapping[tuple[int, bool], Differentiated]
     images: int
     evaluation: Mapping[int, tuple[int, int]]
+    verification: tuple[int, int]
+    picture: int
 
 
 def measure(
     chain: DenoisingChain,
     batch_size: int,
     decode_batch_size: int,
-    evaluation: tuple[DenoisingChain, int] | None = None,
+    looking: DenoisingChain,
+    evaluation_batch_size: int | None = None,
 ) -> Measurements:
     """Measures a chain whose pipeline is on the meta device; its gradient checkpointing is left switched off.
 
@@ -65,7 +71,8 @@ def measure(
         chain: with its adapter attached.
         batch_size: samples of a micro-batch.
         decode_batch_size: samples that are decoded at once.
-        evaluation: the chain that draws images to look at, and how many at once; None where none are drawn.
+        looking: the chain that draws images to look at, over the same pipeline.
+        evaluation_batch_size: how many it draws at once for an evaluation; None where there is none.
     """
     prompts = [f"prompt {i}" for i in range(batch_size)]
     with fused_attention():
@@ -74,7 +81,8 @@ def measure(
         encoding, embeddings = memory.peak, memory.live
         trajectory = blank_trajectory(chain, prompts)
         sampling = _sampling(chain, trajectory)
-        evaluated = {} if evaluation is None else {n: _drawing(evaluation[0], n) for n in {1, evaluation[1]}}
+        counts = {VERIFIED_IMAGES} if evaluation_batch_size is None else {VERIFIED_IMAGES, 1, evaluation_batch_size}
+        drawn = {count: _drawing(looking, count) for count in counts}
         denoisers = [getattr(chain.pipeline, name) for name in chain.family.denoisers]
         decoder = chain.reward_decoder or getattr(chain.pipeline, "vae", None)
         step = {checkpointed: differentiated_step(chain, trajectory) for checkpointed in _variants(denoisers)}
@@ -85,6 +93,7 @@ def measure(
         }
         with torch.no_grad():
             images = chain.decode(trajectory.latents[0, :1], prompts[:1])
+            picture = looking.decode(trajectory.latents[0, :1], prompts[:1])
     return Measurements(
         trajectory=trajectory_bytes(trajectory),
         embeddings=embeddings,
@@ -93,7 +102,9 @@ def measure(
         step=step,
         decode=decode,
         images=images.numel() * 4,
-        evaluation=evaluated,
+        evaluation={} if evaluation_batch_size is None else {n: drawn[n] for n in (1, evaluation_batch_size)},
+        verification=drawn[VERIFIED_IMAGES],
+        picture=picture.numel() * 4,
     )
 
 

@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlr_peft.evaluation.compare import VERIFIED_IMAGES
 from rlr_peft.evaluation.memory_plan.measurements import Measurements
 
-PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation")
-ENCODING, SAMPLING, DECODE, ADJOINT, EVALUATION = PHASES
+PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation", "verification")
+ENCODING, SAMPLING, DECODE, ADJOINT, EVALUATION, VERIFICATION = PHASES
 # What no tensor accounts for: the CUDA context with the libraries' workspaces, and the allocator's rounding and gaps.
 CONTEXT_BYTES = 700 * 2**20
 FRAGMENTATION = 0.05
+# The reward's own decoder, which is no part of the pipeline.
+TINY_VAE = "tiny VAE"
 # Batches whose joined embeddings are remembered.
 KEPT_BATCHES = 4
 
@@ -45,6 +48,9 @@ class Facts:
         rewards: weights of the rewards' networks.
         rewards_at_once: of those that score together: all that are trained on, or one that is held out.
         scoring: the rewards' peak besides, by the number of images scored at once.
+        compared: images of the evaluation; 0 without one.
+        validated: validation images that are drawn together; 0 without them.
+        prompt: embeddings of one prompt.
     """
 
     measured: Measurements
@@ -57,6 +63,9 @@ class Facts:
     rewards: int
     rewards_at_once: int
     scoring: Mapping[int, int]
+    compared: int = 0
+    validated: int = 0
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
         Part("denoiser step, tape", step.peak + dequantized, (ADJOINT,)),
         Part("summed LoRA gradients", 2 * facts.lora, (ADJOINT,)),
         *_evaluation(facts, options),
+        *_verification(facts, options),
     ]
     if options.offload_rewards:
         parts.append(Part("reward networks at work", facts.rewards_at_once, (DECODE,)))
@@ -165,9 +175,47 @@ def _evaluation(facts: Facts, options: Options) -> list[Part]:
     return [Part(f"drawing {count} at once, no tape", max(sampling, decode + pixels, scoring), (EVALUATION,))]
 
 
+def _verification(facts: Facts, options: Options) -> list[Part]:
+    """Proving the saved adapter: the trained and a freshly loaded pipeline draw the same images, one after the other.
+
+    They take turns on the GPU where they can be moved. With ``offload`` each keeps its last model, the VAE, there while
+    the other works; bitsandbytes' layers stay, and with them all that was loaded.
+    """
+    measured = facts.measured
+    encoders, vae = text_encoders(facts), facts.weights.get("vae", 0)
+    encoding, (sampling, decode) = measured.encoding, measured.verification
+    sampling += facts.dequantized if options.quantized else 0
+    decode += VERIFIED_IMAGES * measured.picture  # the other pipeline's images wait
+    stay = sum(facts.quantized.values()) if options.quantized else 0
+    if options.offload:
+        denoiser = max(0 if options.quantized else facts.weights[name] for name in facts.denoisers)
+        drawing = max(encoding + max(encoders.values(), default=0), sampling + denoiser, decode + vae)
+        second = vae + facts.lora + stay
+    else:
+        # the encoders are counted as weights, and have left when the denoiser starts
+        left = sum(encoders.values()) if options.offload_text_encoders else 0
+        drawing = max(encoding, max(sampling, decode) - left)
+        second = facts.lora + stay + host_weights(facts, options) if options.quantized else 0
+    return [
+        Part(f"drawing {VERIFIED_IMAGES} to compare", drawing, (VERIFICATION,)),
+        Part("reloaded pipeline beside it", second, (VERIFICATION,)),
+    ]
+
+
+def text_encoders(facts: Facts) -> dict[str, int]:
+    """Bytes of each text encoder."""
+    return {name: size for name, size in facts.weights.items() if name.startswith("text_encoder")}
+
+
+def host_weights(facts: Facts, options: Options) -> int:
+    """Bytes of the pipeline's models that are loaded by way of the host: all but what bitsandbytes holds."""
+    held = facts.denoisers if options.quantized else ()
+    return sum(size for name, size in facts.weights.items() if name not in held and name != TINY_VAE)
+
+
 def _weights(facts: Facts, options: Options) -> list[Part]:
     parts = []
-    encoders = {name: size for name, size in facts.weights.items() if name.startswith("text_encoder")}
+    encoders = text_encoders(facts)
     for name, size in facts.weights.items():
         phases: tuple[str, ...] = PHASES
         is_denoiser = name in facts.denoisers
@@ -181,7 +229,7 @@ def _weights(facts: Facts, options: Options) -> list[Part]:
         elif name in encoders and options.offload:
             phases = (ENCODING,) if name == max(encoders, key=lambda other: encoders[other]) else ()
         elif name in encoders and options.offload_text_encoders:
-            phases = (ENCODING,)
+            phases = (ENCODING, VERIFICATION)  # there the whole pipeline comes before its encoders leave
         parts.append(Part(f"weights: {name}", size, phases))
     return parts
 

@@ -9,7 +9,7 @@ from torch import nn
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config
 from rlr_peft.evaluation.memory_plan.measurements import measure
-from rlr_peft.evaluation.memory_plan.plan import Facts, MemoryPlan, Options, add_up
+from rlr_peft.evaluation.memory_plan.plan import TINY_VAE, Facts, MemoryPlan, Options, add_up
 from rlr_peft.evaluation.memory_plan.reward_networks import reward_memory, reward_names
 from rlr_peft.evaluation.memory_plan.weights import largest_quantized, optimizer_bytes, weight_bytes
 
@@ -38,25 +38,17 @@ def plan_memory(
     batch_size = config.training.train_batch_size
     decode_batch_size = min(config.reward.decode_batch_size or batch_size, batch_size)
     validation = config.validation
-    counts = [
-        min(number, validation.evaluation_batch_size)
-        for number, prompts in (
-            (
-                validation.num_evaluation_images,
-                validation.evaluation_prompt_path or config.prompts.validation_split_percentage,
-            ),
-            (validation.num_validation_images * len(validation.validation_prompt or ()), validation.validation_prompt),
-        )
-        if prompts
-    ]
-    evaluation = (evaluation_chain, max(counts)) if counts else None
-    measured = measure(chain, batch_size, decode_batch_size, evaluation)
+    compares = validation.evaluation_prompt_path or config.prompts.validation_split_percentage
+    compared = validation.num_evaluation_images if compares else 0
+    validated = validation.num_validation_images * len(validation.validation_prompt or ())
+    counts = [min(number, validation.evaluation_batch_size) for number in (compared, validated) if number]
+    measured = measure(chain, batch_size, decode_batch_size, evaluation_chain, max(counts, default=None))
     parameters = list(chain.parameters)
     models: dict[str, Any] = {
         name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)
     }
     if chain.reward_decoder is not None:
-        models["tiny VAE"] = chain.reward_decoder
+        models[TINY_VAE] = chain.reward_decoder
     denoisers = {name: models[name] for name in chain.family.denoisers}
     held = quantization or NF4
     trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
@@ -78,6 +70,9 @@ def plan_memory(
         rewards=sum(weights.values()),
         rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
         scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},
+        compared=compared,
+        validated=validated,
+        prompt=measured.embeddings // (2 * batch_size),  # each is held alone and in its batch
     )
     options = Options(
         gradient_checkpointing=config.model.gradient_checkpointing,
