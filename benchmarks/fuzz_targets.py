@@ -38,6 +38,7 @@ from rlr_peft.lora import (
     lora_parameters,
     save_kohya,
     save_lora,
+    unload_lora,
 )
 from rlr_peft.prompts.rows import Columns
 from rlr_peft.prompts.sources import load_prompts
@@ -295,7 +296,7 @@ class Adapters(Target):
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
         ours = save_lora(self.pipeline, folder / "ours")
         kohya = save_kohya(self.pipeline, folder / "sound")
-        unet.delete_adapters("default")
+        unload_lora(self.pipeline)
         self.kinds = [self._read(ours), self._read(kohya)]
         tensors, metadata = self.kinds[0]
         bare = {f"base_model.model.{name.removeprefix('unet.')}": value for name, value in tensors.items()}
@@ -367,9 +368,9 @@ class Adapters(Target):
             case 3:
                 tensors[name] = torch.ones(shape)
             case 4:
-                tensors[name] = old.to(chance.choice(dtypes))
+                tensors[name] = old.float().to(chance.choice(dtypes))
             case 5:
-                tensors[name] = torch.full_like(old, chance.choice([float("nan"), float("inf"), 1e38, 1e-45, 0.0]))
+                tensors[name] = torch.full(old.shape, chance.choice([float("nan"), float("inf"), 1e38, 1e-45, 0.0]))
             case 6:
                 tensors |= {name: old, alpha: torch.tensor(chance.choice([0.0, -4.0, 1e38, float("nan"), 3.0]))}
             case 7:
