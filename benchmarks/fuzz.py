@@ -8,7 +8,7 @@
 An input is made from its target and its seed alone; seeds go on where the results file ends. Every target runs in a
 process of its own, whose memory and time are limited. A finding is
 
-- an exception that is no `UserError`, or one whose message is long, has several lines or shows a control character;
+- an exception that is no `UserError`, or one whose message is long, or has several lines that are no list;
 - an input that takes more than `LIMIT` seconds, or more than `MEMORY` bytes above what the process began with;
 - the end of the process;
 - a file opened for writing, a folder or a name changed outside the input's folder, a program started, or a connection
@@ -42,7 +42,7 @@ from rlr_peft.foreign_text import printable
 LIMIT = 30.0  # seconds for one input
 STARTING = 120.0  # seconds for a target to get ready
 MEMORY = 1536 * 2**20
-LONGEST_MESSAGE = 1500
+LONGEST_LINE = 1500  # characters of a message
 MOST_FINDINGS = 20  # listed of each target, with different words; all are counted
 COUNTS = ("inputs", "accepted", "refused", "findings")
 
@@ -114,12 +114,13 @@ def judge(target: Target, seed: int, fence: Fence) -> Outcome:
 def problem_of(error: UserError) -> str:
     """What makes an error no clear one, as the programs print it; empty if nothing."""
     said = printable(str(error))
+    first, *others = said.split("\n")
     problem = ""
-    if "\n" in said or "\t" in said:
+    if not all(line.startswith("- ") for line in others) or "\t" in said:  # a list of problems is clear
         problem = "a message of several lines"
-    elif len(said) > LONGEST_MESSAGE:
+    elif any(len(line) > LONGEST_LINE for line in (first, *others)):
         problem = f"a message of {len(said)} characters"
-    elif not said.strip():
+    elif not first.strip():
         problem = "a message without a word"
     return problem and f"{type(error).__name__}: {problem}: {said[:150]}"
 

@@ -167,6 +167,7 @@ class Configs(Target):
         super().__init__(folder)
         self.files = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         self.file = folder / "config.yaml"
+        (folder / "configs").symlink_to(ROOT / "configs")  # they name prompts there
 
     def attempt(self, chance: random.Random) -> bool:
         content = chance.choice(self.files)

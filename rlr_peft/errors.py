@@ -1,5 +1,23 @@
 """Errors that explain themselves to the user: what was expected, what was got, and what to do."""
 
+from rlr_peft.foreign_text import printable
+
+LONGEST_LINE = 1200  # characters; of a longer one the beginning and the end are shown, which hold place and advice
+_BEGINNING, _END = 800, 300
+
 
 class UserError(Exception):
-    """Its message is all that a user needs; the programs print it without a traceback."""
+    """Its message is all that a user needs; the programs print it without a traceback.
+
+    Each argument is a line of the message. What it repeats of files and servers neither breaks a line nor makes it
+    endless: line breaks and control characters are written out, and a very long line is cut in the middle.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(_line(str(argument)) for argument in self.args)
+
+
+def _line(text: str) -> str:
+    if len(text) > LONGEST_LINE:
+        text = f"{text[:_BEGINNING]} [...] {text[-_END:]}"
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
