@@ -458,7 +458,7 @@ class Returned(Target):
         value = self._value(chance)
 
         def reward(images: Tensor, prompts: list[str]) -> Any:
-            return value() if isinstance(value, type(self._value)) else value
+            return value
 
         images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         images.requires_grad_(chance.random() < 0.5)
