@@ -38,7 +38,7 @@ def check_config(config: Config) -> None:
         for check in checks:
             problems.extend(check(config))
     if len(problems) > 1:
-        raise ConfigError("\n".join([f"{len(problems)} problems in the configuration:", *(f"- {p}" for p in problems)]))
+        raise ConfigError(f"{len(problems)} problems in the configuration:", *(f"- {problem}" for problem in problems))
     if problems:
         raise ConfigError(problems[0])
 

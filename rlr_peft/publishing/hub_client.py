@@ -47,7 +47,10 @@ Answer = TypeVar("Answer")
 
 
 class HubError(UserError, RuntimeError):
-    """The Hub cannot be used as asked for, or something was not published."""
+    """The Hub cannot be used as asked for, or something was not published; the message may have several lines."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(*message.splitlines())
 
 
 class UncheckedError(HubError):

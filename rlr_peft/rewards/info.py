@@ -61,6 +61,13 @@ def info_means(info: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in finite.items() if len(values)}
 
 
+def unusual_kind(tensor: Tensor) -> str | None:
+    """What keeps a tensor's numbers from being read as they are, in a word; None for a plain one."""
+    kinds = {"nested": tensor.is_nested, "meta": tensor.is_meta, "quantized": tensor.is_quantized}
+    kinds["sparse"] = tensor.layout is not torch.strided
+    return next((kind for kind, is_so in kinds.items() if is_so), None)
+
+
 def _is_pair(returned: Any) -> bool:
     if not isinstance(returned, tuple) or len(returned) != 2:
         return False
@@ -71,13 +78,15 @@ def _is_pair(returned: Any) -> bool:
 
 def _numbers(value: Any, batch_size: int) -> Tensor | None:
     if isinstance(value, Tensor):
+        if unusual_kind(value) is not None:
+            return None
         value = value.detach().float().cpu().numpy()
     elif isinstance(value, (list, tuple)):
         value = [_number(entry) for entry in value]
     try:
         # A copy, as of the scores: the reward may fill the same buffer again.
         numbers = torch.as_tensor(numpy.array(value, dtype=numpy.float32))
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # objects of a user's class may raise anything when they are asked for a number
         return None
     if numbers.ndim == 0:
         return numbers.repeat(batch_size)
@@ -85,11 +94,13 @@ def _numbers(value: Any, batch_size: int) -> Tensor | None:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, (bool, int, float, numpy.number, numpy.bool_)):
+    if isinstance(value, (bool, int, float, numpy.integer, numpy.floating, numpy.bool_)):
         try:
             return float(value)
         except OverflowError:  # an integer of more than 308 digits
             return math.nan
-    if isinstance(value, (Tensor, numpy.ndarray)) and value.ndim == 0 and not isinstance(value.item(), str):
-        return float(value.item())
+    if isinstance(value, Tensor) and unusual_kind(value) is not None:
+        return math.nan
+    if isinstance(value, (Tensor, numpy.ndarray)) and value.ndim == 0:
+        return _number(value.item())
     return math.nan

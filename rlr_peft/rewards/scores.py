@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlr_peft.rewards.errors import RewardError
-from rlr_peft.rewards.info import without_info
+from rlr_peft.rewards.info import unusual_kind, without_info
 
 # An error message shows at most this many bad samples; the rest are counted.
 MAX_SAMPLES_IN_MESSAGE = 4
@@ -110,9 +110,9 @@ def describe_samples(indices: Sequence[int] | range, prompts: Sequence[str]) -> 
 def _as_tensor(reward_name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
     """A tensor of any shape from what user code may return; list entries that are 0-dim tensors keep their graph."""
     if isinstance(scores, Tensor):
-        return scores
+        return _plain(reward_name, scores)
     if isinstance(scores, (list, tuple)):
-        entries = list(scores)
+        entries = [_plain(reward_name, entry) if isinstance(entry, Tensor) else entry for entry in scores]
         if entries and all(isinstance(entry, Tensor) for entry in entries):
             if len({tuple(entry.shape) for entry in entries}) == 1:
                 return torch.stack(entries)
@@ -128,12 +128,23 @@ def _as_tensor(reward_name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
         if scores is not None:  # NumPy would take it for NaN
             return torch.as_tensor(numpy.asarray(scores, dtype=numpy.float64))
         raise TypeError
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # objects of a user's class may raise anything when they are asked for a number
         raise RewardError(
             f"reward '{reward_name}': expected a tensor, an array or a list of {len(prompts)} numbers, got "
             f"{type(scores).__name__} ({reprlib.repr(scores)}); return one float per image. "
             f"The batch: {describe_samples(range(len(prompts)), prompts)}"
         ) from None
+
+
+def _plain(reward_name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it holds its numbers as most do."""
+    found = unusual_kind(tensor)
+    if found is not None:
+        raise RewardError(
+            f"reward '{reward_name}': expected a plain tensor of scores, got a {found} one; return a dense tensor of "
+            "float32, one number per image"
+        )
+    return tensor
 
 
 def _in_words(entry: Any) -> str:

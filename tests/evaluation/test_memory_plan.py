@@ -24,7 +24,17 @@ from rlr_peft.evaluation.memory_plan.architecture import ArchitectureError, find
 from rlr_peft.evaluation.memory_plan.blueprint import build_model, build_pipeline
 from rlr_peft.evaluation.memory_plan.live_memory import LiveMemory, fused_attention
 from rlr_peft.evaluation.memory_plan.measurements import blank_trajectory, measure
-from rlr_peft.evaluation.memory_plan.plan import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, Facts, Options, add_up
+from rlr_peft.evaluation.memory_plan.plan import (
+    ADJOINT,
+    DECODE,
+    ENCODING,
+    PHASES,
+    SAMPLING,
+    VERIFICATION,
+    Facts,
+    Options,
+    add_up,
+)
 from rlr_peft.evaluation.memory_plan.reward_networks import reward_memory
 from rlr_peft.evaluation.memory_plan.table import verdict
 from rlr_peft.evaluation.memory_plan.weights import optimizer_bytes, weight_bytes
@@ -345,8 +355,9 @@ def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
 
 
 def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
-    plan = add_up(facts, Options(decode_batch_size=4))
-    assert suggestions(plan, 1)[-1].plan.peak_phase != ENCODING
+    light = replace(facts, weights={name: size // 100 for name, size in facts.weights.items()})
+    plan = add_up(light, Options(decode_batch_size=4))
+    assert suggestions(plan, 1)[-1].plan.peak_phase not in (ENCODING, VERIFICATION)
     assert "--train_batch_size" in verdict(plan, 1)[-1]
     large_encoder = replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB})
     left = verdict(add_up(large_encoder, Options(decode_batch_size=4)), 1)[-1]
@@ -384,7 +395,9 @@ def test_an_unknown_checkpoint_without_network_is_explained() -> None:
 
 
 def test_a_component_outside_of_its_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "X", "../../secret": ["diffusers", "UNet2DModel"]}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "DDPMPipeline", "../../secret": ["diffusers", "UNet2DModel"]}'
+    )
     with pytest.raises(ArchitectureError, match=r"names of components in model_index.json of .*, got '../../secret'"):
         find_architecture(str(tmp_path))
 

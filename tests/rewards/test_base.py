@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlr_peft.rewards.base import RewardError, check_scores, is_attached, score_images
+from rlr_peft.rewards.info import info_of
 
 PROMPTS = ["a red star", "a blue ring", "a green moon"]
 
@@ -108,6 +109,28 @@ def test_wrong_shapes_are_refused_with_advice(scores: Any, advice: str) -> None:
 def test_things_that_are_no_real_numbers_are_refused(scores: Any) -> None:
     with pytest.raises(RewardError, match="'mine'"):
         check_scores("mine", scores, PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "nested"])
+def test_tensors_whose_numbers_cannot_be_read_as_they_are_are_refused_by_kind(kind: str) -> None:
+    scores = {
+        "sparse": torch.ones(3).to_sparse(),
+        "meta": torch.ones(3, device="meta"),
+        "nested": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+    }[kind]
+    with pytest.raises(RewardError, match=f"got a {kind} one; return a dense tensor"):
+        check_scores("mine", scores, PROMPTS)
+    assert info_of(([1.0, 2.0, 3.0], {"a": scores}), 3) == {}
+
+
+def test_an_object_that_raises_when_it_is_read_is_refused() -> None:
+    class Rude:
+        def __array__(self, *arguments: Any, **options: Any) -> Any:
+            raise KeyError("gone")
+
+    with pytest.raises(RewardError, match="expected a tensor, an array or a list of 3 numbers, got Rude"):
+        check_scores("mine", Rude(), PROMPTS)
+    assert info_of(([1.0, 2.0, 3.0], {"a": Rude()}), 3) == {}
 
 
 def test_none_in_a_list_names_its_sample() -> None:

@@ -89,8 +89,8 @@ def _what_is_left(plan: MemoryPlan) -> str:
     """What lowers the peak of a plan for which no option is left."""
     if plan.peak_phase in (ENCODING, VERIFICATION):
         return (
-            "what is left are weights, such as the text encoders while they encode, which no batch size or resolution makes smaller; "
-            "use --mixed_precision bf16, or a larger GPU."
+            "what is left are weights, such as the text encoders while they encode, which no batch size or resolution "
+            "makes smaller; use --mixed_precision bf16, or a larger GPU."
         )
     return (
         "lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, of a video, --num_frames "

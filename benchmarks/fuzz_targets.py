@@ -1,0 +1,625 @@
+"""What is fuzzed: each target makes inputs from a random generator and gives them to the program.
+
+An input begins as a sound one, and is then damaged byte by byte, or gets values where nobody expects them.
+"""
+
+import base64
+import hashlib
+import http.client
+import json
+import random
+import shutil
+import socket
+import struct
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlr_peft.config.flat import config_to_dict, knobs
+from rlr_peft.config.parsing import load_config, load_values
+from rlr_peft.config.yaml_files import save_config
+from rlr_peft.lora import (
+    adapter_loaded,
+    attach_lora,
+    check_adapter,
+    find_adapter,
+    lora_parameters,
+    save_kohya,
+    save_lora,
+    unload_lora,
+)
+from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts.sources import load_prompts
+from rlr_peft.rewards.base import measure_images
+from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.rewards.compression import JpegReward
+from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
+from rlr_peft.rewards.server import RewardServer, ServerLimits
+from rlr_peft.rewards.wire import request_body
+from rlr_peft.training.checkpoints import CheckpointManager
+from rlr_peft.training.manifest import MANIFEST_NAME, read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+DEEP = 3000
+TEXTS = [
+    *("", " ", "\0", "\x1b[2J", "\u202e", "\ud800", "\ufeff", "a" * 100_000, "[" * DEEP, '{"a":' * DEEP, "9" * 6000),
+    *("../../out", "/etc/passwd", "C:\\x", "~", "null", "true", "nan", "-inf", "1e400", "0x10", "1_000", "%s", "{}"),
+    *("(a+)+$", "(.*.*.*)*!", "(", "&a [*a]", "!!python/object:os.system x", "<<: 1", "line\nline", "http://[::1", "@"),
+]
+NUMBERS: list[Any] = [0, 1, -1, 2**31, 2**63, 10**400, 1e308, 1e-320, 0.5, float("nan"), float("inf"), True, False]
+BYTES = [b"\0", b"\xff\xfe", b"\n", b"\r", b'"', b",", b"\\", b"{", b"[", b"]", b"}", b"-", b"\xc3", b"\xe2\x80\xae"]
+
+
+class FindingError(Exception):
+    """What a target finds wrong, in words."""
+
+
+class Target(ABC):
+    """A door of the program.
+
+    Args:
+        folder: for the input's files; the working folder too.
+    """
+
+    name: str
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @abstractmethod
+    def attempt(self, chance: random.Random) -> bool:
+        """Makes one input and gives it to the program.
+
+        Returns:
+            Whether it was accepted.
+
+        Raises:
+            UserError: it was refused.
+            FindingError: something is wrong.
+        """
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """A few bytes flipped, lost, doubled, moved or added."""
+    changed = bytearray(content)
+    for _ in range(chance.choice([1, 1, 2, 5, 30])):
+        at = chance.randrange(len(changed) + 1)
+        length = min(chance.choice([1, 1, 4, 50, 5000]), len(changed) - at)
+        match chance.randrange(6):
+            case 0 if at < len(changed):
+                changed[at] ^= 1 << chance.randrange(8)
+            case 1:
+                del changed[at : at + length]
+            case 2:
+                changed[at:at] = changed[at : at + length]
+            case 3:
+                changed[at : at + length] = chance.randbytes(length)
+            case 4:
+                changed[at:at] = chance.choice(BYTES)
+            case 5 if chance.random() < 0.3:
+                del changed[at:]
+    return bytes(changed)
+
+
+def odd(chance: random.Random, depth: int = 0) -> Any:
+    """A value that JSON can hold, or nearly."""
+    match chance.randrange(8 if depth < 3 else 5):
+        case 0:
+            return None
+        case 1 | 2:
+            return chance.choice(NUMBERS)
+        case 3 | 4:
+            return chance.choice(TEXTS)
+        case 5:
+            return [odd(chance, depth + 1) for _ in range(chance.choice([0, 1, 2, 5]))]
+        case 6:
+            return {
+                chance.choice([*TEXTS[:3], "a", "text"]): odd(chance, depth + 1) for _ in range(chance.randrange(3))
+            }
+        case _:
+            return [odd(chance, depth + 1)] * 2
+
+
+def bent(value: Any, chance: random.Random) -> Any:
+    """The same plain value with an odd one somewhere in it, or a name that is lost or new."""
+    if isinstance(value, dict) and value and chance.random() < 0.9:
+        key = chance.choice(list(value))
+        match chance.randrange(6):
+            case 0:
+                return {name: kept for name, kept in value.items() if name != key}
+            case 1:
+                return value | {chance.choice(TEXTS): odd(chance)}
+            case _:
+                return value | {key: bent(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.8:
+        at = chance.randrange(len(value))
+        kept = [] if chance.random() < 0.2 else [bent(value[at], chance)]
+        return [*value[:at], *kept, *value[at + 1 :]]
+    return odd(chance)
+
+
+def as_json(value: Any, chance: random.Random) -> bytes:
+    """The value, sometimes with a key twice or damaged."""
+    content = json.dumps(value, ensure_ascii=chance.random() < 0.5).encode(errors="surrogatepass")
+    if chance.random() < 0.1:
+        content = content[:1] + b'"a": 1, "a": 2, ' + content[1:]
+    return damaged(content, chance) if chance.random() < 0.3 else content
+
+
+class Configs(Target):
+    """Flags and YAML files."""
+
+    name = "configs"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.files = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+        self.file = folder / "config.yaml"
+        (folder / "configs").symlink_to(ROOT / "configs")  # they name prompts there
+
+    def attempt(self, chance: random.Random) -> bool:
+        content = chance.choice(self.files)
+        values = yaml.safe_load(content)
+        for _ in range(chance.choice([0, 1, 1, 3])):
+            values[chance.choice(list(knobs()))] = self._value(chance)
+        if chance.random() < 0.3:
+            content = damaged(content, chance)
+        elif chance.random() < 0.5:
+            content = yaml.dump(values, allow_unicode=chance.random() < 0.5).encode(errors="surrogatepass")
+        else:  # texts as they are, not quoted
+            content = "".join(f"{name}: {value}\n" for name, value in values.items()).encode(errors="surrogatepass")
+        self.file.write_bytes(content)
+        flags = ["--config", str(self.file)] if chance.random() < 0.8 else []
+        for _ in range(chance.choice([0, 0, 1, 3])):
+            name = f"--{chance.choice([*knobs(), *TEXTS])}"
+            value = str(self._value(chance))
+            flags += chance.choice([[name], [name, value], [f"{name}={value}"], [value]])
+        if chance.random() < 0.2:
+            load_values(flags, names=chance.sample(list(knobs()), 10))
+            return True
+        try:
+            config = load_config(flags)
+        except SystemExit as end:
+            if end.code == 0:  # --help
+                return True
+            raise
+        save_config(config, self.folder / "saved.yaml")
+        again = load_config(["--config", str(self.folder / "saved.yaml")])
+        if str(config_to_dict(again)) != str(config_to_dict(config)):  # NaN differs from itself
+            raise FindingError("the config that was saved is read as another one")
+        return True
+
+    def _value(self, chance: random.Random) -> Any:
+        return chance.choice([odd(chance), chance.randrange(-3, 1000), chance.random(), chance.choice(TEXTS)])
+
+
+class Prompts(Target):
+    """Files of prompts."""
+
+    name = "prompts"
+
+    def attempt(self, chance: random.Random) -> bool:
+        ending = chance.choice(["txt", "csv", "jsonl", "jsonl", "parquet", "parquet", "json"])
+        rows: list[dict[str, Any]] = [
+            {"text": f"a {word}, red", "negative": "blur", "number": 3, "labels": ["x", {"a": 1}]}
+            for word in ("cat", "dog", 'bird "quoted"', "Käfer", "fish\nin two lines")
+        ]
+        content = self._content(ending, rows, chance)
+        if chance.random() < 0.5:
+            content = damaged(content, chance)
+        if chance.random() < 0.05:
+            content = content.decode("utf-8", "replace").encode(
+                chance.choice(["utf-16", "latin-1", "utf-32"]), "replace"
+            )
+        path = self.folder / f"prompts.{ending}"
+        path.write_bytes(content)
+        names = ["text", "negative", "number", "labels", "absent"]
+        columns = Columns(
+            chance.choice([*["text"] * 8, "number", "absent"]),
+            chance.choice([None, None, "negative", "number"]),
+            metadata=tuple(chance.sample(names, chance.choice([0, 0, 1, 2]))),
+        )
+        prompts = load_prompts(str(path), chance.choice([None, None, 1, 3]), chance.choice([None, columns]))
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt:
+                raise FindingError(f"a prompt that is none: {prompt!r:.100}")
+            prompt.encode()
+        return True
+
+    def _content(self, ending: str, rows: list[dict[str, Any]], chance: random.Random) -> bytes:
+        if ending == "txt":
+            return "".join(f"{row['text']}\n" for row in rows).encode() + chance.choice(TEXTS).encode(
+                errors="surrogatepass"
+            )
+        if ending == "parquet":
+            return self._parquet(rows, chance)
+        while chance.random() < 0.6:
+            rows = bent(rows, chance) if ending == "json" else [*rows[:-1], bent(rows[-1], chance)]
+        if ending == "csv":
+            quoted = [
+                '"' + str(cell).replace('"', '""') + '"'
+                for row in rows
+                if isinstance(row, dict)
+                for cell in row.values()
+            ]
+            lines = [",".join(quoted[at : at + 4]) for at in range(0, len(quoted), 4)]
+            return "\n".join(["text,negative,number,labels", *lines]).encode(errors="surrogatepass")
+        if ending == "json":
+            return as_json(rows, chance)
+        return b"\n".join(as_json(row, chance) for row in rows)
+
+    def _parquet(self, rows: list[dict[str, Any]], chance: random.Random) -> bytes:
+        kinds: list[Any] = [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.int64(), pyarrow.null()]
+        kinds += [pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), pyarrow.list_(pyarrow.string())]
+        kinds += [pyarrow.timestamp("ns"), pyarrow.struct([("a", pyarrow.string())]), pyarrow.float16()]
+        columns = {name: pyarrow.array([str(row[name]) for row in rows]) for name in ("text", "negative")}
+        columns["number"] = pyarrow.array([row["number"] for row in rows])
+        for name in list(columns):
+            if chance.random() < 0.2:
+                columns[name] = pyarrow.nulls(len(rows), chance.choice(kinds))
+        table = pyarrow.table(columns)
+        if chance.random() < 0.2:
+            about = as_json(
+                bent({"info": {"features": {"text": {"dtype": "string", "_type": "Value"}}}}, chance), chance
+            )
+            table = table.replace_schema_metadata({"huggingface": about})
+        file = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(table, file, compression=chance.choice(["NONE", "SNAPPY", "ZSTD"]))
+        return bytes(file.getvalue())
+
+
+class Adapters(Target):
+    """Adapters of several formats, read alone and into a base."""
+
+    name = "adapters"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from tests.pipelines import tiny_stable_diffusion
+
+        self.pipeline = tiny_stable_diffusion()
+        unet = self.pipeline.unet
+        self.weights = sorted(unet.state_dict())
+        attach_lora(unet, target_modules=["to_q", "to_out.0", "conv1"], rank=2, lora_alpha=4)
+        for parameter in lora_parameters(unet).values():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        ours = save_lora(self.pipeline, folder / "ours")
+        kohya = save_kohya(self.pipeline, folder / "sound")
+        unload_lora(self.pipeline)
+        self.kinds = [self._read(ours), self._read(kohya)]
+        tensors, metadata = self.kinds[0]
+        bare = {f"base_model.model.{name.removeprefix('unet.')}": value for name, value in tensors.items()}
+        self.kinds.append((bare, {}))
+        settings = json.loads(metadata["lora_adapter_metadata"])
+        self.settings = {name.removeprefix("unet."): value for name, value in settings.items()} | {"peft_type": "LORA"}
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    def attempt(self, chance: random.Random) -> bool:
+        place = self.folder / "adapter"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        kind = chance.randrange(len(self.kinds))
+        tensors, metadata = dict(self.kinds[kind][0]), dict(self.kinds[kind][1])
+        for _ in range(chance.choice([0, 1, 1, 3])):
+            self._change(tensors, chance)
+        if "lora_adapter_metadata" in metadata and chance.random() < 0.4:
+            settings = self._settings(json.loads(metadata["lora_adapter_metadata"]), chance)
+            metadata["lora_adapter_metadata"] = settings.decode(errors="replace")
+        is_peft = kind == 2
+        path = place / ("adapter_model" if is_peft else "pytorch_lora_weights")
+        if chance.random() < 0.25:
+            path = path.with_suffix(chance.choice([".bin", ".safetensors"]))
+            content: Any = tensors if chance.random() < 0.7 else bent(tensors, chance)
+            torch.save(content, path, _use_new_zipfile_serialization=chance.random() < 0.7)
+        else:
+            path = path.with_suffix(".safetensors")
+            save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+        if chance.random() < 0.4:
+            path.write_bytes(damaged(path.read_bytes(), chance))
+        if is_peft and chance.random() < 0.9:
+            (place / "adapter_config.json").write_bytes(self._settings(self.settings, chance))
+        files = find_adapter(str(place))
+        try:
+            check_adapter(files)
+            with adapter_loaded(self.pipeline, files):
+                pass
+        finally:
+            if sorted(self.pipeline.unet.state_dict()) != self.weights:
+                raise FindingError("the base is not as it was")
+        return True
+
+    def _settings(self, settings: dict[str, Any], chance: random.Random) -> bytes:
+        """Of the adapter, with patterns of layers' names as anyone may write them."""
+        if chance.random() < 0.3:
+            name = chance.choice([key for key in settings if key.endswith("_pattern")])
+            settings = settings | {name: {chance.choice(TEXTS): chance.choice([2, 4, odd(chance)])}}
+        return as_json(bent(settings, chance) if chance.random() < 0.7 else settings, chance)
+
+    def _change(self, tensors: dict[str, Tensor], chance: random.Random) -> None:
+        """One tensor dropped, renamed, of another shape or dtype, or with numbers that are none."""
+        name = chance.choice(list(tensors) or ["a"])
+        old = tensors.pop(name, torch.ones(1))
+        shape = [chance.choice([0, 1, 2, 3, 8]) for _ in range(chance.randrange(5))]
+        alpha = name.rpartition(".lora")[0] + ".alpha"
+        dtypes = [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn]
+        match chance.randrange(8):
+            case 0:
+                return
+            case 1:
+                tensors[damaged(name.encode(), chance).decode(errors="replace").replace("__metadata__", "")] = old
+            case 2:
+                tensors[chance.choice([f"text_encoder.{name}", f"module.{name}", name.upper(), f"{name}.{name}"])] = old
+            case 3:
+                tensors[name] = torch.ones(shape)
+            case 4:
+                tensors[name] = old.float().to(chance.choice(dtypes))
+            case 5:
+                tensors[name] = torch.full(old.shape, chance.choice([float("nan"), float("inf"), 1e38, 1e-45, 0.0]))
+            case 6:
+                tensors |= {name: old, alpha: torch.tensor(chance.choice([0.0, -4.0, 1e38, float("nan"), 3.0]))}
+            case 7:
+                tensors |= {name: old, chance.choice(TEXTS[:5]) + "x": torch.ones(shape)}
+
+
+class Checkpoints(Target):
+    """Damage must be noticed, and the older checkpoint taken; what is whole but crafted must be refused clearly."""
+
+    name = "checkpoints"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sound = folder / "sound"
+        writer = CheckpointManager(self.sound)
+        states = {"lora": {"a": torch.ones(2, 2)}, "numbers": [1, 2.5, "text", None]}
+        for step in (1, 2):
+            writer.save(step, states, lambda aside: aside.joinpath("adapter.safetensors").write_bytes(bytes(200)))
+        self.files = {path.name: path.read_bytes() for path in (self.sound / "checkpoint-2").iterdir()}
+        self.contents = read_manifest(self.sound / "checkpoint-2")
+
+    def attempt(self, chance: random.Random) -> bool:
+        output_dir = self.folder / "run"
+        shutil.rmtree(output_dir, ignore_errors=True)
+        shutil.copytree(self.sound, output_dir)
+        newest = output_dir / "checkpoint-2"
+        is_crafted = chance.random() < 0.4
+        for _ in range(chance.choice([1, 1, 2])):
+            self._damage(newest, chance)
+        if is_crafted:
+            self._craft(newest, chance)
+        manager = CheckpointManager(output_dir)
+        path = manager.resolve("latest")
+        manager.resolve("checkpoint-1")
+        if path == newest:
+            if not is_crafted and not self._is_sound(newest):
+                raise FindingError("a damaged checkpoint passes for whole")
+            manager.load(newest)
+            return True
+        manager.resolve("checkpoint-2")  # which says why
+        raise FindingError("a checkpoint is passed over as damaged, and taken when it is named")
+
+    def _damage(self, folder: Path, chance: random.Random) -> None:
+        name = chance.choice([*self.files, MANIFEST_NAME])
+        match chance.randrange(6):
+            case 0:
+                (folder / name).unlink(missing_ok=True)
+            case 1:
+                (folder / name).write_bytes(self.files[chance.choice(list(self.files))])
+            case 2:
+                contents = bent(json.loads(self.files[MANIFEST_NAME]), chance)
+                (folder / MANIFEST_NAME).write_bytes(as_json(contents, chance))
+            case _:
+                (folder / name).write_bytes(damaged(self.files[name], chance))
+
+    def _craft(self, folder: Path, chance: random.Random) -> None:
+        """A manifest whose sums are right."""
+        contents = json.loads(self.files[MANIFEST_NAME])
+        del contents["manifest_sha256"]
+        for name in contents["files"]:
+            path = folder / name
+            content = path.read_bytes() if path.exists() else b""
+            contents["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        if chance.random() < 0.6:
+            contents = bent(contents, chance)
+        if isinstance(contents, dict):
+            whole = json.dumps(contents, sort_keys=True).encode()
+            contents["manifest_sha256"] = hashlib.sha256(whole).hexdigest()
+        (folder / MANIFEST_NAME).write_text(json.dumps(contents))
+
+    def _is_sound(self, folder: Path) -> bool:
+        """Blanks between the manifest's values mean nothing."""
+        there = {path.name: path.read_bytes() for path in folder.iterdir()}
+        unchanged = all(there[name] == content for name, content in self.files.items() if name != MANIFEST_NAME)
+        return unchanged and read_manifest(folder) == self.contents
+
+
+class Returned(Target):
+    """What a user's reward may return."""
+
+    name = "reward-values"
+
+    def attempt(self, chance: random.Random) -> bool:
+        value = self._value(chance)
+
+        def reward(images: Tensor, prompts: list[str]) -> Any:
+            return value
+
+        images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        images.requires_grad_(chance.random() < 0.5)
+        scored = measure_images(CallableReward("r", reward), images, ["a cat", chance.choice(TEXTS[:5]) + "dog"])
+        if scored.scores.shape != (2,) or not scored.scores.isfinite().all():
+            raise FindingError(f"scores {scored.scores}")
+        return True
+
+    def _value(self, chance: random.Random) -> Any:
+        class Rude:
+            """Raises whatever is asked of it."""
+
+            def __getattr__(self, name: str) -> Any:
+                raise chance.choice([KeyError, RuntimeError, RecursionError])(name * chance.choice([1, 1000]))
+
+            def __repr__(self) -> str:
+                return self.anything
+
+        shape = chance.choice([(2,), (2, 1), (1, 2), (), (0,), (3,), (2, 2)])
+        number = torch.full(shape, chance.choice([0.5, 1e38, float("nan"), -float("inf")]))
+        dtypes = [torch.float64, torch.complex64, torch.bool, torch.int8, torch.bfloat16, torch.uint8]
+        makers: list[Callable[[], Any]] = [
+            lambda: odd(chance),
+            lambda: [odd(chance, 3), odd(chance, 3)],
+            lambda: number.to(chance.choice(dtypes)),
+            lambda: number.to_sparse() if number.ndim else number,
+            lambda: number.to("meta"),
+            lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+            lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+            lambda: number.requires_grad_(),
+            lambda: list(number) if number.ndim else [number, number],
+            lambda: numpy.array([odd(chance, 3), odd(chance, 3)], dtype=object),
+            lambda: numpy.array(["1", "2"]),
+            lambda: numpy.ma.masked_array([1.0, 2.0], [True, False]),
+            lambda: Rude(),
+            lambda: [Rude(), Rude()],
+            lambda: (number, Rude()),
+            lambda: (1.0, 2.0),
+            lambda: (entry for entry in (1.0, 2.0)),
+            lambda: {1.0, 2.0},
+            lambda: type("Scores", (list,), {})([1, 2]),
+        ]
+        value = chance.choice(makers)()
+        if chance.random() < 0.3:
+            value = ([0.5, 0.25], chance.choice([{"a": value}, {odd(chance, 4): value}, [{"a": value}] * 2, value]))
+        return value
+
+
+class Answers(Target):
+    """What a reward's server may answer."""
+
+    name = "reward-answers"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.answer = b""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        threading.Thread(target=self._serve, args=(listener,), daemon=True).start()
+
+    def _serve(self, listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            with closing(connection), closing(connection.makefile("rb")) as asked:
+                try:
+                    length = 0
+                    while (line := asked.readline()) not in (b"\r\n", b""):
+                        if line.lower().startswith(b"content-length:"):
+                            length = int(line.split(b":")[1])
+                    asked.read(length)
+                    connection.sendall(self.answer)
+                except OSError:
+                    continue
+
+    def attempt(self, chance: random.Random) -> bool:
+        sound = {"rewards": [0.5, 0.25], "info": {"a": [1, 2], "b": 3}, "version": "1"}
+        body = as_json(bent(sound, chance) if chance.random() < 0.8 else sound, chance)
+        status = chance.choice(["200 OK"] * 6 + ["422 No", "500 Error", "302 Found", "204 None", "999 \x1b[2J"])
+        length = len(body) if chance.random() < 0.9 else chance.choice([0, 1, 10**30, -1, "x"])
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+        if chance.random() < 0.1:
+            head += chance.choice(
+                ["Content-Encoding: gzip", "Transfer-Encoding: chunked", "Retry-After: x", "a" * 70000]
+            )
+            head += "\r\n"
+        self.answer = head.encode() + b"Connection: close\r\n\r\n" + body
+        if chance.random() < 0.15:
+            self.answer = damaged(self.answer, chance)
+        reward = RemoteReward(f"http://127.0.0.1:{self.port}/", RemoteSettings(timeout=2, retries=0))
+        scored = measure_images(reward, torch.zeros(2, 3, 4, 4), ["a cat", "a dog"])
+        if scored.scores.shape != (2,) or not scored.scores.isfinite().all():
+            raise FindingError(f"scores {scored.scores}")
+        return True
+
+
+class Requests(Target):
+    """What may be sent to `serve-reward`, which must answer in JSON, never with 500, and go on."""
+
+    name = "server-requests"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        limits = ServerLimits(max_pixels=1_000_000, max_waiting_bytes=20_000_000, request_timeout=1.0)
+        self.server = RewardServer(JpegReward(compressible=True), "127.0.0.1", 0, limits=limits)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.sound = request_body(images, ["a cat", "a dog"], [{"a": 1}, {}])
+
+    def attempt(self, chance: random.Random) -> bool:
+        body = dict(self.sound)
+        if chance.random() < 0.6:
+            body["image"] = [self._image(chance), *body["image"][1:]]
+        if chance.random() < 0.6:
+            body = bent(body, chance)
+        content = as_json(body, chance)
+        headers = {}
+        if chance.random() < 0.05:
+            headers["Content-Length"] = chance.choice(["x", "-1", "9" * 30, "0", str(len(content) // 2)])
+        status, answer = self._ask("POST", content, headers)
+        if status == 200 and not all(isinstance(score, float) for score in answer["rewards"]):
+            raise FindingError(f"200 with {answer!r:.200}")
+        alive, _ = self._ask("GET", b"", {})
+        if alive != 200:
+            raise FindingError(f"the server answers {alive} afterwards")
+        return status == 200
+
+    def _ask(self, method: str, content: bytes, headers: dict[str, str]) -> tuple[int, Any]:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.server.server_address[1], timeout=20)) as connection:
+            connection.request(method, "/", content, headers)
+            response = connection.getresponse()
+            said = response.read()
+        if not (200 <= response.status < 300 or 400 <= response.status < 500 or response.status == 503):
+            raise FindingError(f"the server answers {response.status}: {said!r:.200}")
+        try:
+            return response.status, json.loads(said)
+        except ValueError:
+            raise FindingError(f"the server answers {response.status} without JSON: {said!r:.200}") from None
+
+    def _image(self, chance: random.Random) -> str:
+        """A PNG with odd chunks whose checksums are right, or a damaged one."""
+        content = base64.b64decode(self.sound["image"][0])
+        chunks, at = [], 8
+        while at < len(content):
+            (length,) = struct.unpack(">I", content[at : at + 4])
+            chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
+            at += length + 12
+        for _ in range(chance.randrange(3)):
+            place = chance.randrange(len(chunks))
+            kind, data = chunks[place]
+            if chance.random() < 0.3:
+                kind = chance.choice([b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"eXIf", b"gAMA"])
+                data = zlib.compress(bytes(10**6)) if chance.random() < 0.3 else data
+                chunks.insert(chance.randrange(len(chunks) + 1), (kind, b"a\0\0" + data))
+            else:
+                chunks[place] = (kind, damaged(data, chance))
+        made = content[:8]
+        for kind, data in chunks:
+            made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return base64.b64encode(damaged(made, chance) if chance.random() < 0.2 else made).decode()
+
+
+TARGETS: dict[str, type[Target]] = {
+    kind.name: kind for kind in (Configs, Prompts, Adapters, Checkpoints, Returned, Answers, Requests)
+}
