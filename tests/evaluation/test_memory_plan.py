@@ -355,8 +355,10 @@ def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
 
 
 def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
-    light = replace(facts, weights={name: size // 100 for name, size in facts.weights.items()})
-    plan = add_up(light, Options(decode_batch_size=4))
+    steps = {
+        name: replace(work, saved=100 * work.saved, peak=100 * work.peak) for name, work in facts.measured.step.items()
+    }
+    plan = add_up(replace(facts, measured=replace(facts.measured, step=steps)), Options(decode_batch_size=4))
     assert suggestions(plan, 1)[-1].plan.peak_phase not in (ENCODING, VERIFICATION)
     assert "--train_batch_size" in verdict(plan, 1)[-1]
     large_encoder = replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB})
