@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from rlr_peft.chain.families import default_lora_targets, family_of
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.lora import AdapterMismatchError, adapted_denoisers, attach_lora, check_adapter_saves, lora_parameters
-from rlr_peft.lora import verify as verify_module
 from rlr_peft.training.chain_building import attach_adapters
 from tests.families.conftest import folder_of, quiet  # noqa: F401
 from tests.families.table import CASES, load
@@ -39,7 +39,8 @@ def named(pipeline: object, part: str) -> dict[str, torch.nn.Parameter]:
 def test_what_does_not_come_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny_stable_diffusion()
     attach_lora(pipeline.unet, target_modules=["to_q", "conv1"], rank=2)
-    monkeypatch.setattr(verify_module, "load_lora", lambda *_: None)  # a loader that loads nothing, without an error
+    # A loader that loads nothing, without an error.
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda *_, **__: None)
     with pytest.raises(AdapterMismatchError, match="loaded nothing"):
         check_adapter_saves(pipeline)
 

@@ -43,9 +43,12 @@ def check_adapter_saves(pipeline: Any, *, adapter_name: str = "default") -> None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of parameters without weights
         save_lora(pipeline, folder, adapter_name=adapter_name)
-        for name, module in trained.items():
-            with torch.device("meta"):
-                shell.__dict__[name] = type(module).from_config(module.config)  # type: ignore[attr-defined]
+        # The other expert too: diffusers looks at its config, whichever of the two an adapter is for.
+        for name in {*names, SECOND_EXPERT, "transformer"}:
+            module = getattr(pipeline, name, None)
+            if module is not None:
+                with torch.device("meta"):
+                    shell.__dict__[name] = type(module).from_config(module.config)
         with without_text_encoder_notice():
             _load_as_users_do(shell, Path(folder), names)
         fresh = nn.ModuleDict({name: getattr(shell, name) for name in names})
@@ -180,7 +183,11 @@ def _saved(directory: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     for name in names:
         folder, prefix = (Path(directory) / name, "transformer") if name == SECOND_EXPERT else (Path(directory), name)
         found = load_file(folder / WEIGHT_NAME)
-        tensors |= {f"{name}.{key.removeprefix(f'{prefix}.')}": tensor for key, tensor in found.items()}
+        # The file names a DoRA's magnitudes without the `weight` that peft's layers call them by.
+        tensors |= {
+            f"{name}.{key.removeprefix(f'{prefix}.')}{'.weight' if key.endswith('_vector') else ''}": tensor
+            for key, tensor in found.items()
+        }
     return tensors
 
 

@@ -134,7 +134,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     truncate_the_manifest: "its manifest.json is damaged",
     change_the_manifest: "its manifest.json is damaged",
     empty_everything: "its manifest.json is damaged",
-    name_a_file_outside: "its manifest.json names '../../secret.pt', which is no file of its folder",
+    name_a_file_outside: "its manifest.json names '../../secret.pt', which is not a file in its folder",
 }
 
 

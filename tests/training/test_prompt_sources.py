@@ -147,7 +147,7 @@ def test_one_update_from_every_source_of_stage_prompts(
     assert f"The stage prompts came from {words}" in card and f"{names[0]} (steps 3-" in card
     example = f"far {TEXTS[0]}" if source == "columns" else TEXTS[0] if source == "rules" else "a wide \\| open sky"
     assert f"| {names[0]} | {100 / len(names):.0f}% | {example} |" in card
-    assert 'DiffusiveChainOfThought.from_config(pipe, "config.yaml")' in card
+    assert 'DiffusiveChainOfThought.from_config(pipe, "config.yaml", eta=' in card
     remembered = place / "out" / "stage_prompts.jsonl"
     assert remembered.exists() == (source in ("model", "endpoint"))
     if source == "endpoint":
