@@ -71,7 +71,6 @@ def test_a_run_without_gpu_holds_what_the_plan_foresees(tmp_path: Path) -> None:
     assert status == 0, (tmp_path / "log").read_text()
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
     assert planned == pytest.approx(peak, rel=TOLERANCE)
-    assert encoder > 2 * TOLERANCE * (peak - encoder) > 0  # a plan without the second pipeline would not pass
 
 
 def test_the_host_holds_what_is_offloaded_and_a_second_pipeline(plan: MemoryPlan) -> None:
