@@ -54,7 +54,7 @@ def test_a_run_without_gpu_holds_what_the_plan_foresees(tmp_path: Path) -> None:
     settings = pipeline.text_encoder.config.to_dict()
     settings["vocab_size"] = 2**26 // settings["hidden_size"]  # costs no arithmetic
     pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**settings))
-    encoder = sum(4 * parameter.numel() for parameter in pipeline.text_encoder.parameters())
+    sum(4 * parameter.numel() for parameter in pipeline.text_encoder.parameters())
     pipeline.to(torch.bfloat16)  # widened while it is loaded, so that all of it is there and not only in the file
     pipeline.save_pretrained(tmp_path / "base")
     more = "--train_batch_size 2 --num_images_per_prompt 2 --max_train_steps 1 --rank 4 --report_to none".split()
