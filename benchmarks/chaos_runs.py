@@ -262,8 +262,16 @@ def difference(expected: Mapping[str, bytes], got: Mapping[str, bytes]) -> str:
     """The first differences in words; empty if there are none."""
     words = [f"{name} is missing" for name in expected if name not in got]
     words += [f"{name} should not be there" for name in got if name not in expected]
-    words += [f"{name} differs" for name in expected if name in got and expected[name] != got[name]]
+    differing = [name for name in expected if name in got and expected[name] != got[name]]
+    words += [f"{name} differs{_first_lines(expected[name], got[name])}" for name in differing]
     return "; ".join(words[:5])
+
+
+def _first_lines(expected: bytes, got: bytes) -> str:
+    """The first pair of lines that differ."""
+    pairs = zip(expected.splitlines(), got.splitlines(), strict=False)
+    first = next(((a, b) for a, b in pairs if a != b), None)
+    return "" if first is None else f": {first[0][:200]!r}, {first[1][:200]!r}"
 
 
 def clear(folder: Path) -> None:
