@@ -32,8 +32,7 @@ def serve_reward_command(words: Sequence[str]) -> int:
 
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.evaluation.comparison.identity import digest, reward_identity
-    from rlr_peft.rewards.model_files import ModelFiles
-    from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
+    from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward
     from rlr_peft.rewards.server import ServerLimits
     from rlr_peft.training.errors import reporting_errors

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import say, say_traceback
-from rlr_peft.rewards.errors import RewardError
+from rlr_peft.rewards.scores import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
