@@ -2,17 +2,18 @@
 
 from torch import Tensor
 
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.drawing import in_eval_mode
+from rlr_peft.build.machine import describe_hardware
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.evaluation.compare import Evaluation, evaluation_plan
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
 from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
 from rlr_peft.evaluation.comparison.labels import BASE, shown_name
 from rlr_peft.evaluation.comparison.report import write_page_and_scores
-from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.comparison_setup import prompt_source
-from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.run import Run
-from rlr_peft.training.seeds import derive_seed
-from rlr_peft.training.validation import evaluation_features, in_eval_mode
+from rlr_peft.training.validation import evaluation_features
 
 ADAPTER = "adapter"
 # Samples for the KL from the base: each costs two images, so that it takes a quarter of the comparison at the most.

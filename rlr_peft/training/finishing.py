@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.drawing import ImagesError, render
+from rlr_peft.build.machine import describe_hardware, package_versions
+from rlr_peft.build.pipeline import DTYPES, load_pipeline
+from rlr_peft.build.prompts import describe_chain_of_thought
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimates import with_error
@@ -28,16 +34,10 @@ from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.before_after import divergence_metrics, write_comparison
 from rlr_peft.training.card_facts import with_card_facts
 from rlr_peft.training.card_images import clear_card_images
-from rlr_peft.training.chain_building import build_chain
-from rlr_peft.training.hardware import describe_hardware
-from rlr_peft.training.loading import DTYPES, load_pipeline
-from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.prompt_loading import describe_chain_of_thought
 from rlr_peft.training.run import Run
-from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
-from rlr_peft.training.validation import NUM_PAIRS, ImagesError, evaluate_adapter, render, save_validation_images
+from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, save_validation_images
 
 logger = logging.getLogger(__name__)
 
