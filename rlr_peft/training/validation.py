@@ -12,12 +12,11 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.errors import UserError
 from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
 from rlr_peft.evaluation.comparison.features import AUTO, FeatureExtractor, find_features
-from rlr_peft.evaluation.figures import save_image_grid
-from rlr_peft.evaluation.videos import as_images, save_video
+from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
+from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
-from rlr_peft.training.card_images import save_gallery
 from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.random_states import capture_random_states, restore_random_states
 from rlr_peft.training.reward_loading import reward_settings
