@@ -34,7 +34,7 @@ def merge_command(words: Sequence[str]) -> int:
     import torch
 
     from rlr_peft.chain.families import GENERIC, family_of_class
-    from rlr_peft.chain.inference_scheduler import build_scheduler
+    from rlr_peft.chain.scheduler import build_scheduler
     from rlr_peft.config import ModelArguments
     from rlr_peft.durable_files import rename_directory
     from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora

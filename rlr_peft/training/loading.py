@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, AutoModel, DiffusionPipeline, MotionAdapter
 
 from rlr_peft.chain.base_files import check_loaded, loading_base, read_model_index
-from rlr_peft.chain.offload import offload_models
+from rlr_peft.chain.memory import offload_models
 from rlr_peft.config import ModelArguments
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 from rlr_peft.training.logs import hide_loading_bars

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import default_lora_targets, family_of
-from rlr_peft.chain.offload import ModelOffload, offload_models, working_device
+from rlr_peft.chain.memory import ModelOffload, offload_models, working_device
 from rlr_peft.config import ConfigError, ModelArguments, load_config
 from rlr_peft.lora import attach_lora
 from rlr_peft.training.finishing import finish
