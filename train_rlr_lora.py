@@ -20,8 +20,8 @@ def main() -> int:
 
     from rlr_peft.build.folder_lock import only_writer
     from rlr_peft.build.reporting import AFTER_TRAINING, reporting_errors
+    from rlr_peft.publishing.publisher import open_publisher
     from rlr_peft.training.interruption import stopping_with_launcher
-    from rlr_peft.training.publishing import open_publisher
 
     output_dir = Path(config.training.output_dir)
     with (

@@ -29,7 +29,7 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import load_config
 from rlr_peft.evaluation.compare import compare, evaluate, evaluation_plan, flat_metrics
 from rlr_peft.prompt import stages_of, with_stages
-from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
+from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards
 from rlr_peft.rewards.tiny_shapes_judge import TinyShapesJudgeReward
 from rlr_peft.stages import make_stages

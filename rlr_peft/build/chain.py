@@ -12,7 +12,7 @@ from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
 from rlr_peft.chain.families import Family, default_lora_targets, family_of
-from rlr_peft.chain.offload import working_device
+from rlr_peft.chain.memory import working_device
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
 

@@ -21,7 +21,7 @@ from torch import nn
 from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.chain.base_files import check_loaded, loading_base, read_model_index
 from rlr_peft.chain.families import GENERIC, family_of_class
-from rlr_peft.chain.offload import offload_models
+from rlr_peft.chain.memory import offload_models
 from rlr_peft.config import ConfigError, ModelArguments
 from rlr_peft.config.memory_checks import read_quantization
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path

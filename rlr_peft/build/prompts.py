@@ -13,15 +13,18 @@ from accelerate import Accelerator
 from rlr_peft.build.processes import Processes
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.prompt import with_stages
-from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, RememberedStages, decompose_prompts
-from rlr_peft.prompts.held_back import hold_back, is_held_back
+from rlr_peft.prompts.chain_of_thought import (
+    STAGE_PROMPTS_FILE,
+    Decomposer,
+    RememberedStages,
+    decompose_by_rules,
+    decompose_prompts,
+)
+from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
 from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
-from rlr_peft.prompts.rows import Columns
-from rlr_peft.prompts.rule_based import decompose_by_rules
-from rlr_peft.prompts.sampler import PromptSampler, Sampler
-from rlr_peft.prompts.sources import dataset_prompts, load_prompts
-from rlr_peft.prompts.streaming import StreamingPromptSampler
+from rlr_peft.prompts.sampler import PromptSampler, Sampler, StreamingPromptSampler
+from rlr_peft.prompts.sources import dataset_prompts, hold_back, is_held_back, load_prompts
 from rlr_peft.prompts.tables import DatasetSpec
 
 logger = logging.getLogger(__name__)

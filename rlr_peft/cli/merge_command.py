@@ -36,11 +36,11 @@ def merge_command(words: Sequence[str]) -> int:
     from rlr_peft.build.pipeline import DTYPES, load_pipeline
     from rlr_peft.build.reporting import as_config_error, reporting_errors
     from rlr_peft.chain.families import GENERIC, family_of_class
-    from rlr_peft.chain.inference_scheduler import build_scheduler
+    from rlr_peft.chain.scheduler import build_scheduler
     from rlr_peft.config import ModelArguments
     from rlr_peft.durable_files import rename_directory
     from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora
-    from rlr_peft.publishing.card_file import stored_record
+    from rlr_peft.publishing.card import stored_record
     from rlr_peft.publishing.merged_card import Merged, write_merged_card
 
     with reporting_errors(), as_config_error():

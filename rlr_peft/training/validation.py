@@ -12,12 +12,11 @@ from rlr_peft.build.randomness import capture_random_states, derive_seed, restor
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
 from rlr_peft.evaluation.comparison.features import AUTO, FeatureExtractor, find_features
-from rlr_peft.evaluation.figures import save_image_grid
-from rlr_peft.evaluation.videos import as_images, save_video
+from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
+from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
-from rlr_peft.training.card_images import save_gallery
 from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from rlr_peft.build.pipeline import WITHOUT_GPU, compile_denoisers, load_pipelin
 from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import default_lora_targets, family_of
-from rlr_peft.chain.offload import ModelOffload, offload_models, working_device
+from rlr_peft.chain.memory import ModelOffload, offload_models, working_device
 from rlr_peft.config import ConfigError, ModelArguments, load_config
 from rlr_peft.lora import attach_lora
 from rlr_peft.training.finishing import finish

@@ -15,9 +15,15 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
 from rlr_peft.config.chain_of_thought import stages_from_arguments
 from rlr_peft.config.parsing import read_config
-from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, as_prompt, read_stages
-from rlr_peft.prompts.errors import PromptError
-from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
+from rlr_peft.prompt import PromptError
+from rlr_peft.prompts.chain_of_thought import (
+    SCALES,
+    STAGE_PROMPTS_FILE,
+    Decomposer,
+    as_prompt,
+    decompose_by_rules,
+    read_stages,
+)
 from rlr_peft.stages import Stages, make_stages
 
 logger = logging.getLogger(__name__)

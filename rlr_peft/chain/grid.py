@@ -13,7 +13,7 @@ import numpy
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from rlr_peft.chain.gaussian_step import PathPoint, PredictionType
+from rlr_peft.chain.path import PathPoint, PredictionType
 
 SchedulerType = Literal["diffusion", "flow"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
