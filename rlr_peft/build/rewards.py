@@ -10,12 +10,11 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.prompts.sampler import Sampler
-from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.base import Reward, join_scored
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
-from rlr_peft.rewards.scores import join_info
 
 
 def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward | None]:
@@ -25,13 +24,13 @@ def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward |
         RewardError: one of them cannot be loaded.
     """
     arguments, settings = config.reward, reward_settings(config, device)
-    heldout = [load_reward(spec, device, settings) for spec in arguments.heldout_reward_fn or ()]
+    heldout = [load_reward(spec, settings) for spec in arguments.heldout_reward_fn or ()]
     minimums = arguments.reward_minimum or {}
     if isinstance(arguments.reward_fn, str) and not minimums:
-        reward: Reward = load_reward(arguments.reward_fn, device, settings)
+        reward: Reward = load_reward(arguments.reward_fn, settings)
     else:
         weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
-        terms = [Term(load_reward(spec, device, settings), w, minimums.get(spec)) for spec, w in weights.items()]
+        terms = [Term(load_reward(spec, settings), w, minimums.get(spec)) for spec, w in weights.items()]
         reward = WeightedRewards(terms, arguments.reward_scaling, arguments.reward_minimum_penalty)
     return reward, heldout[0] if len(heldout) == 1 else HeldoutRewards(heldout) if heldout else None
 
@@ -55,18 +54,18 @@ def reward_settings(config: Config, device: torch.device) -> RewardSettings:
 
 
 def measure_scales(
-    reward: WeightedRewards,
+    reward: Reward,
     chain: DenoisingChain,
     objective: DecodedReward,
     sampler: Sampler,
     config: Config,
     processes: Processes,
 ) -> None:
-    """Gives a weighted sum its first scales, from images of the base that no update will see.
+    """Gives a reward that divides by scales its first ones, from images of the base that no update will see.
 
     Every process measures the same images; the main process's numbers count, should the last digits differ.
     """
-    if not reward.needs_scales:
+    if not reward.scales():
         return
     training = config.training
     group_size = training.num_images_per_prompt
@@ -79,6 +78,6 @@ def measure_scales(
         micro_batch = slice(start, start + training.train_batch_size)
         trajectory = chain.sample(repeated[micro_batch], seeds[micro_batch])
         measured = objective.measure(trajectory.latents[0], trajectory.prompts, differentiate=False)
-        parts.append((measured.info, len(measured.rewards)))
-    reward.observe(join_info(parts))
+        parts.append(measured.scored)
+    reward.learn(join_scored(parts).raw)
     reward.load_state_dict(processes.broadcast(reward.state_dict(), "the rewards' first scales"))

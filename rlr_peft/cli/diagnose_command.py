@@ -135,7 +135,7 @@ def _facts(run: "Run", batch: "Batch", num_groups: int, group_size: int) -> dict
 
     config: Config = run.config
     name = config.model.pretrained_model_name_or_path
-    rewards = batch.rewards
+    rewards = batch.scored.scores
     return {
         "base": Path(name).name if os.path.isdir(name) else name,
         "reward": f"{run.reward.name}, {float(rewards.mean()):.3g} on average, standard deviation "

@@ -16,7 +16,6 @@ from rlr_peft.publishing.card_images import gallery, save_pairs
 from rlr_peft.publishing.licenses import base_license
 from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord
 from rlr_peft.publishing.snippet import base_kind
-from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run
 from rlr_peft.training.validation import NUM_PAIRS
@@ -60,7 +59,7 @@ def with_card_facts(
             motion_adapter=config.model.pretrained_motion_adapter_name_or_path,
         ),
         reward_weights=_weights(run),
-        heldout_names=run.heldout.names if isinstance(run.heldout, HeldoutRewards) else [],
+        heldout_names=[] if run.heldout is None else run.heldout.part_names,
         license=licence.id,
         license_name=licence.name,
         license_link=licence.link,
@@ -122,11 +121,9 @@ def _commit() -> str | None:
 
 
 def _weights(run: Run) -> dict[str, float]:
-    if not isinstance(run.reward, WeightedRewards):
-        return {}
     asked = run.config.reward.reward_fn
     weights = [1.0] if isinstance(asked, str) else list(asked.values())
-    return dict(zip(run.reward.scales(), weights, strict=True))
+    return dict(zip(run.reward.part_names, weights))
 
 
 def _selection(run: Run, progress: Progress) -> list[str]:

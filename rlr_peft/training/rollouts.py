@@ -1,7 +1,7 @@
 """Samples and scores the batches of an update: prompts to chains to rewards to advantages."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -9,7 +9,7 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.rewards.scores import Info, join_info
+from rlr_peft.rewards.base import Scored, join_scored
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,13 @@ class Batch:
 
     Attributes:
         rollouts: its micro-batches.
-        rewards: of all samples, (N,).
-        heldout: held-out scores of all samples, (N,); None without a held-out reward.
-        info: numbers of the reward beside its scores, name -> (N,).
-        heldout_info: the same of the held-out reward.
+        scored: all samples, by the reward.
+        heldout: the same by the held-out reward; None without one.
     """
 
     rollouts: list[Rollout]
-    rewards: torch.Tensor
-    heldout: torch.Tensor | None
-    info: Info = field(default_factory=dict)
-    heldout_info: Info = field(default_factory=dict)
+    scored: Scored
+    heldout: Scored | None
 
 
 def sample_batch(
@@ -59,21 +55,15 @@ def sample_batch(
         noises = mirrored_pairs(chain.draw_noises(seeds[part][::2])) if antithetic else None
         trajectory = chain.sample(prompts[part], seeds[part], noises)
         measured.append((trajectory, objective.measure(trajectory.latents[0], trajectory.prompts, differentiate)))
-    rewards = torch.cat([measurement.rewards for _, measurement in measured])
+    scored = join_scored([measurement.scored for _, measurement in measured])
     rollouts = [
-        Rollout(trajectory, measurement.rewards, advantage, measurement.reward_gradient)
+        Rollout(trajectory, measurement.scored.scores, advantage, measurement.reward_gradient)
         for (trajectory, measurement), advantage in zip(
-            measured, advantages(rewards, list(prompts)).split(micro_batch_size), strict=True
+            measured, advantages(scored.scores, list(prompts)).split(micro_batch_size), strict=True
         )
     ]
     heldout = [measurement.heldout for _, measurement in measured if measurement.heldout is not None]
-    return Batch(
-        rollouts,
-        rewards,
-        torch.cat(heldout) if heldout else None,
-        join_info((measurement.info, len(measurement.rewards)) for _, measurement in measured),
-        join_info((measurement.heldout_info, len(measurement.rewards)) for _, measurement in measured),
-    )
+    return Batch(rollouts, scored, join_scored(heldout) if heldout else None)
 
 
 def mirrored_pairs(noises: torch.Tensor) -> torch.Tensor:

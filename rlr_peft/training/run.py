@@ -31,10 +31,8 @@ from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import check_adapter_saves, check_kohya
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.training.early_stopping import EarlyStopping
 from rlr_peft.training.learning_signal import LearningSignal
-from rlr_peft.training.reward_scale import RewardScale
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +74,6 @@ class Run:
         objective: decodes and scores.
         estimator: turns rollouts into gradients.
         kl_penalty: how the divergence from the base is measured; None if never.
-        reward_scale: the running scale of the rewards; None if they are not normalised.
         early_stopping: watches for reward hacking.
         learning_signal: says when updates teach nothing.
         prompts: all training prompts; of a stream its first window.
@@ -99,7 +96,6 @@ class Run:
     objective: DecodedReward
     estimator: Estimator
     kl_penalty: KLPenalty | None
-    reward_scale: RewardScale | None
     early_stopping: EarlyStopping
     learning_signal: LearningSignal
     prompts: list[str]
@@ -167,7 +163,6 @@ def build_run(config: Config) -> Run:
         objective=DecodedReward(chain, reward, decode_batch_size, heldout),
         estimator=estimator,
         kl_penalty=_kl_penalty(config),
-        reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
         early_stopping=EarlyStopping(config.regularization.early_stopping_steps, config.regularization.kl_limit),
         learning_signal=LearningSignal(
             reward.name, sum(parameter.numel() for parameter in parameters), config.optimizer.adam_epsilon
@@ -180,8 +175,7 @@ def build_run(config: Config) -> Run:
         lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
         arithmetic=arithmetic,
     )
-    if isinstance(reward, WeightedRewards):
-        measure_scales(reward, chain, run.objective, run.sampler, config, processes)
+    measure_scales(reward, chain, run.objective, run.sampler, config, processes)
     return run
 
 

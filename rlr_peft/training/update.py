@@ -14,7 +14,6 @@ from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
-from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.progress import is_due_after
 from rlr_peft.training.rollouts import Batch, sample_batch
@@ -95,26 +94,24 @@ def take_update(run: Run, step: int) -> Update:
         DerivativeError: the gradient is not finite; this optimiser step has not been taken.
     """
     batch = _sample(run, step)
-    rewards = run.processes.gather(batch.rewards, "the rewards")
-    scale = run.reward_scale.scale(rewards) if run.reward_scale is not None else 1.0
+    rewards = run.processes.gather(batch.scored.scores, "the rewards")
     info = _info(run, batch)
     kl: torch.Tensor | None = None
     memories: list[Any] = []
     for epoch in range(run.estimator.inner_epochs):
-        reports, divergence = _accumulate(run, step, epoch, batch, scale)
+        reports, divergence = _accumulate(run, step, epoch, batch)
         kl = kl if divergence is None or epoch > 0 else run.processes.gather(divergence, "the divergences")
         memories += [report.memory for report in reports if report.memory is not None]
-        norm = _optimizer_step(run, step, scale)
+        norm = _optimizer_step(run, step)
     run.lr_scheduler.step()
     memories, reports = _of_all(run, memories, reports)
     run.estimator.remember(memories)
-    heldout = None if batch.heldout is None else run.processes.gather(batch.heldout, "the held-out scores")
-    is_sum = isinstance(run.reward, WeightedRewards)
-    shown = info.pop(f"reward/{ON_FIRST_SCALES}") if is_sum else rewards  # a single reward's own `total` is its info
+    heldout = None if batch.heldout is None else run.processes.gather(batch.heldout.scores, "the held-out scores")
+    raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
+    shown = run.reward.scores_on_first_scales(rewards, raw)
     update = Update(shown, heldout, kl, reports, norm, _logged_info(run, info))
-    if isinstance(run.reward, WeightedRewards):
-        # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
-        run.reward.observe({name.removeprefix("reward/"): values for name, values in info.items()})
+    # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
+    run.reward.learn(raw)
     return update
 
 
@@ -127,26 +124,22 @@ def _of_all(run: Run, memories: list[Any], reports: list[EstimatorReport]) -> tu
 
 def _info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
     """The numbers that the rewards give beside their scores, of all processes: `reward/NAME` and `heldout/NAME`."""
-    names = {f"reward/{name}": values for name, values in batch.info.items()}
-    names |= {f"heldout/{name}": values for name, values in batch.heldout_info.items()}
+    names = {f"reward/{name}": values for name, values in batch.scored.logged.items()}
+    if batch.heldout is not None:
+        names |= {f"heldout/{name}": values for name, values in batch.heldout.logged.items()}
     # As objects, because processes need not have the same names.
-    parts = run.processes.gather_objects([(names, len(batch.rewards))], "the rewards' own numbers")
+    parts = run.processes.gather_objects([(names, len(batch.scored.scores))], "the rewards' own numbers")
     return join_info(parts)
 
 
 def _logged_info(run: Run, info: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The info's means and, of a weighted sum, the scales that the update was divided by."""
-    means = info_means(info)
-    if isinstance(run.reward, WeightedRewards) and run.reward.needs_scales:
-        means |= {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
-    return means
+    return info_means(info) | {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
 
 
-def _accumulate(
-    run: Run, step: int, epoch: int, batch: Batch, scale: float
-) -> tuple[list[EstimatorReport], torch.Tensor | None]:
+def _accumulate(run: Run, step: int, epoch: int, batch: Batch) -> tuple[list[EstimatorReport], torch.Tensor | None]:
     """Adds this process's gradients of one inner epoch; returns reports and, if measured, the divergence."""
-    penalty = _kl_penalty(run, step, epoch, scale)
+    penalty = _kl_penalty(run, step, epoch)
     reports, divergences = [], []
     for i, rollout in enumerate(batch.rollouts):
         key = (step, run.accelerator.process_index * len(batch.rollouts) + i, epoch)
@@ -157,7 +150,7 @@ def _accumulate(
     return reports, torch.cat(divergences) if divergences else None
 
 
-def _kl_penalty(run: Run, step: int, epoch: int, scale: float) -> KLPenalty | None:
+def _kl_penalty(run: Run, step: int, epoch: int) -> KLPenalty | None:
     """What to do about the divergence now: penalise it in every inner epoch, or measure it in the first."""
     if run.kl_penalty is None:
         return None
@@ -166,8 +159,7 @@ def _kl_penalty(run: Run, step: int, epoch: int, scale: float) -> KLPenalty | No
     measures = epoch == 0 and (is_limited or is_due_after(step + 1, interval))
     if run.kl_penalty.beta == 0 and not measures:
         return None
-    # The whole gradient is divided by the rewards' scale; the penalty's weight is relative to the scaled rewards.
-    return replace(run.kl_penalty, beta=run.kl_penalty.beta * scale)
+    return run.kl_penalty
 
 
 def _sample(run: Run, step: int) -> Batch:
@@ -207,10 +199,10 @@ def _generator(run: Run, purpose: Purpose, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(run.config.training.seed, purpose, *key))
 
 
-def _optimizer_step(run: Run, step: int, scale: float) -> float:
+def _optimizer_step(run: Run, step: int) -> float:
     """All-reduces, clips, and takes the optimiser step; returns the gradient's norm before clipping."""
     parameters = run.chain.parameters
-    to_mean_descent(parameters, run.arithmetic.samples_per_update * scale, run.processes)
+    to_mean_descent(parameters, run.arithmetic.samples_per_update, run.processes)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.config.training.max_grad_norm))
     if not math.isfinite(norm):
         raise DerivativeError(
@@ -224,16 +216,16 @@ def _optimizer_step(run: Run, step: int, scale: float) -> float:
     return norm
 
 
-def to_mean_descent(parameters: Sequence[torch.nn.Parameter], divisor: float, processes: Processes) -> None:
+def to_mean_descent(parameters: Sequence[torch.nn.Parameter], num_samples: int, processes: Processes) -> None:
     """Turns the summed ascent gradients of all processes into the gradient of minus the mean reward, all-reduced once.
 
-    ``divisor`` is the number of samples of all processes, times the scale of the rewards if they are normalised.
+    ``num_samples`` counts those of all processes.
 
     A flat buffer travels, because terms come from several backward passes and may leave parameters without gradient.
     """
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    flat = processes.sum(flat, "the gradient") / -divisor
+    flat = processes.sum(flat, "the gradient") / -num_samples
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 

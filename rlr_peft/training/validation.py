@@ -15,8 +15,6 @@ from rlr_peft.evaluation.comparison.features import AUTO, FeatureExtractor, find
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.publishing.card_images import save_gallery
-from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
 from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -106,8 +104,7 @@ def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Eval
     prompts, seeds = evaluation_plan(evaluation_prompts, arguments.num_evaluation_images, seed)
     chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
     # What is compared before and after must not be measured on scales that move in between.
-    reward: Reward = OnFirstScales(run.reward) if isinstance(run.reward, WeightedRewards) else run.reward
-    rewards = {"reward": reward} | ({} if run.heldout is None else {"heldout": run.heldout})
+    rewards = {"reward": run.reward.on_first_scales()} | ({} if run.heldout is None else {"heldout": run.heldout})
     return evaluate(
         lambda texts, numbers: render(chain, texts, numbers),
         prompts,

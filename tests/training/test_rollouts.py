@@ -40,14 +40,14 @@ def test_antithetic_samples_have_the_noises_of_the_first_seed_of_their_pair(micr
     assert torch.equal(noises[:, ::2], chain.draw_noises([0, 2, 4, 6]))
     assert torch.equal(noises[:, 1::2], -noises[:, ::2])
     advantages = torch.cat([rollout.advantages for rollout in batch.rollouts])
-    torch.testing.assert_close(advantages, leave_one_out(batch.rewards, 4, antithetic=True))
+    torch.testing.assert_close(advantages, leave_one_out(batch.scored.scores, 4, antithetic=True))
 
 
 def test_the_size_of_a_micro_batch_changes_nothing() -> None:
     for antithetic in (False, True):
         (_, small), (_, large) = sampled(2, antithetic), sampled(8, antithetic)
         assert len(small.rollouts) == 4 and len(large.rollouts) == 1
-        torch.testing.assert_close(small.rewards, large.rewards)
+        torch.testing.assert_close(small.scored.scores, large.scored.scores)
         for name in ("advantages", "reward_gradient"):
             parts = torch.cat([getattr(rollout, name) for rollout in small.rollouts])
             torch.testing.assert_close(parts, getattr(large.rollouts[0], name))
