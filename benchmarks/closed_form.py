@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
+from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward

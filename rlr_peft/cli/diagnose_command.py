@@ -35,6 +35,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.estimators.advantages import leave_one_out
     from rlr_peft.evaluation.diagnosis.diagnosis import diagnose
     from rlr_peft.evaluation.diagnosis.recommendation import recommend
     from rlr_peft.evaluation.diagnosis.report import write_report
@@ -56,7 +57,7 @@ def diagnose_command(words: Sequence[str]) -> int:
         diagnosis = diagnose(
             run.chain,
             run.objective,
-            batch.rollouts,
+            batch.rollouts(leave_one_out(batch.rewards, group_size)),
             config,
             group_size=group_size,
             sampling_seconds=sampling_seconds,
@@ -112,7 +113,6 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
 
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
-    from rlr_peft.estimators.advantages import leave_one_out
     from rlr_peft.training.rollouts import sample_batch
     from rlr_peft.training.seeds import derive_seed
 
@@ -125,7 +125,6 @@ def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
         [derive_seed(training.seed, "calibration", 0, i) for i in range(len(prompts))],
         # Single samples are replayed, and dropout's masks depend on the size of the batch.
         1 if run.chain.denoiser.training else training.train_batch_size,
-        lambda rewards, _: leave_one_out(rewards, group_size),
     )
 
 

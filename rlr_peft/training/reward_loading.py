@@ -76,8 +76,6 @@ def measure_scales(
     prompts = sampler.sample(0, math.ceil(num_images / group_size))
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     seeds = [derive_seed(training.seed, "reward_scale", i) for i in range(len(repeated))]
-    batch = sample_batch(
-        chain, objective, repeated, seeds, training.train_batch_size, lambda rewards, _: rewards, differentiate=False
-    )
+    batch = sample_batch(chain, objective, repeated, seeds, training.train_batch_size, differentiate=False)
     reward.observe(batch.info)
     reward.load_state_dict(processes.broadcast(reward.state_dict(), "the rewards' first scales"))

@@ -1,34 +1,60 @@
-"""Samples and scores the batches of an update: prompts to chains to rewards to advantages."""
+"""Samples and scores the micro-batches of an update: prompts to chains to rewards."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.objective import DecodedReward, Measurement
-from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.rewards.info import Info, join_info
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one process for one update.
+    """The scored samples of one process for one update.
 
     Attributes:
-        rollouts: its micro-batches.
-        rewards: of all samples, (N,).
-        heldout: held-out scores of all samples, (N,); None without a held-out reward.
-        info: numbers of the reward beside its scores, name -> (N,).
-        heldout_info: the same of the held-out reward.
+        micro_batches: the samples and what they scored.
     """
 
-    rollouts: list[Rollout]
-    rewards: torch.Tensor
-    heldout: torch.Tensor | None
-    info: Info = field(default_factory=dict)
-    heldout_info: Info = field(default_factory=dict)
+    micro_batches: list[tuple[Trajectory, Measurement]]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of all samples, (N,)."""
+        return [prompt for trajectory, _ in self.micro_batches for prompt in trajectory.prompts]
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """Of all samples, (N,)."""
+        return torch.cat([measured.rewards for _, measured in self.micro_batches])
+
+    @property
+    def heldout(self) -> torch.Tensor | None:
+        """Held-out scores of all samples, (N,); None without a held-out reward."""
+        scores = [measured.heldout for _, measured in self.micro_batches if measured.heldout is not None]
+        return torch.cat(scores) if scores else None
+
+    @property
+    def info(self) -> Info:
+        """Numbers of the reward beside its scores, name -> (N,)."""
+        return join_info((measured.info, len(measured.rewards)) for _, measured in self.micro_batches)
+
+    @property
+    def heldout_info(self) -> Info:
+        """The same of the held-out reward."""
+        return join_info((measured.heldout_info, len(measured.rewards)) for _, measured in self.micro_batches)
+
+    def rollouts(self, advantages: torch.Tensor) -> list[Rollout]:
+        """What an estimator gets to see, given the advantages of all samples, (N,)."""
+        parts = advantages.split([len(measured.rewards) for _, measured in self.micro_batches])
+        return [
+            Rollout(trajectory, measured.rewards, part, measured.reward_gradient)
+            for (trajectory, measured), part in zip(self.micro_batches, parts, strict=True)
+        ]
 
 
 def sample_batch(
@@ -37,11 +63,10 @@ def sample_batch(
     prompts: Sequence[str],
     seeds: Sequence[int],
     micro_batch_size: int,
-    advantages: Callable[[torch.Tensor, list[str]], torch.Tensor],
     antithetic: bool = False,
     differentiate: bool = True,
 ) -> Batch:
-    """Samples and scores every prompt, and compares the rewards.
+    """Samples and scores every prompt.
 
     Args:
         chain: the chain to sample.
@@ -49,31 +74,17 @@ def sample_batch(
         prompts: one per sample, those of a group side by side.
         seeds: one per sample.
         micro_batch_size: samples per trajectory.
-        advantages: from all rewards (N,) and prompts to advantages (N,).
         antithetic: every second sample gets the mirrored noises of the one before.
         differentiate: whether the rewards' gradients are wanted.
     """
-    measured: list[tuple[Trajectory, Measurement]] = []
+    micro_batches = []
     for start in range(0, len(prompts), micro_batch_size):
         part = slice(start, start + micro_batch_size)
         noises = mirrored_pairs(chain.draw_noises(seeds[part][::2])) if antithetic else None
         trajectory = chain.sample(prompts[part], seeds[part], noises)
-        measured.append((trajectory, objective.measure(trajectory.latents[0], trajectory.prompts, differentiate)))
-    rewards = torch.cat([measurement.rewards for _, measurement in measured])
-    rollouts = [
-        Rollout(trajectory, measurement.rewards, advantage, measurement.reward_gradient)
-        for (trajectory, measurement), advantage in zip(
-            measured, advantages(rewards, list(prompts)).split(micro_batch_size), strict=True
-        )
-    ]
-    heldout = [measurement.heldout for _, measurement in measured if measurement.heldout is not None]
-    return Batch(
-        rollouts,
-        rewards,
-        torch.cat(heldout) if heldout else None,
-        join_info((measurement.info, len(measurement.rewards)) for _, measurement in measured),
-        join_info((measurement.heldout_info, len(measurement.rewards)) for _, measurement in measured),
-    )
+        measured = objective.measure(trajectory.latents[0], trajectory.prompts, differentiate)
+        micro_batches.append((trajectory, measured))
+    return Batch(micro_batches)
 
 
 def mirrored_pairs(noises: torch.Tensor) -> torch.Tensor:

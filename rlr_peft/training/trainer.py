@@ -160,19 +160,18 @@ def _calibration_due(run: Run, step: int) -> bool:
     """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
     # Not only every so often: a run may have come to a measured K when it was resumed.
     is_due = step % run.config.estimator.calibration_interval == 0 or not run.estimator.is_calibrated
-    if not (run.estimator.needs_calibration and is_due):
+    if not is_due:
         return False
-    has_choice = run.objective.has_gradient or run.estimator.calibrates_without_gradient
-    return bool(run.processes.largest(int(has_choice), "the need of a calibration"))
+    wanted = run.estimator.wants_calibration(run.objective.has_gradient)
+    return bool(run.processes.largest(int(wanted), "the need of a calibration"))
 
 
 def _say_coverage(run: Run, progress: Progress, update: Update) -> None:
-    """Says what the plan covers whenever that changes, and which score terms sit on hot steps."""
-    report = update.reports[0]
-    coverage = report.coverage.describe()
+    """Says what the estimate covers whenever that changes, and which score terms sit on hot steps."""
+    coverage = update.coverage.describe()
     if coverage != progress.coverage:
-        logger.log(logging.INFO if report.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
-        for t, ratio in report.hot_steps.items():
+        logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
+        for t, ratio in update.books[0].hot_steps.items():
             logger.warning("Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio)
     progress.coverage = coverage
 

@@ -16,13 +16,11 @@ from PIL import Image
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config, load_config
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import DecodedReward, Objective
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
 from rlr_peft.evaluation.diagnosis.costs import evenly_spread
 from rlr_peft.evaluation.diagnosis.diagnosis import Diagnosis, MethodResult, diagnose
 from rlr_peft.evaluation.diagnosis.errors import DiagnosisError
@@ -193,8 +191,8 @@ def test_mixed_orders_from_sketches_are_what_the_estimator_gives(evidence: Evide
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
     rollout = rollout_of(chain, QuadraticReward(chain), SAMPLES)
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all"), step_choice="inverse-variance"))
-    estimator.step_variances = evidence.variances
-    mixture = estimator.plan(chain, True, torch.Generator()).mixture
+    estimator.statistics.variances = evidence.variances
+    mixture = estimator.layout(chain, True).mixture
     assert mixture is not None
     weights = torch.zeros(6)
     weights[: len(mixture)] = mixture

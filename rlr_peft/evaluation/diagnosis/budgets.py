@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.evaluation.diagnosis.diagnosis import Diagnosis, MethodResult
 
 BYTES_PER_GB = 1e9

@@ -8,10 +8,9 @@ from tqdm.auto import tqdm
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.config import Config
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import Coverage, Rollout
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.variance import GradientSketch
 from rlr_peft.evaluation.diagnosis.costs import Cost, measure_cost, memory_in_words, run_on_single_samples
 from rlr_peft.evaluation.diagnosis.evidence import Evidence, gather_evidence
 from rlr_peft.evaluation.diagnosis.methods import Comparison, Method, methods_to_compare

@@ -7,11 +7,16 @@ import torch
 from tqdm.auto import tqdm
 
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.black_box_tail import mirrored_advantages
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import Rollout
+from rlr_peft.estimators.half_order import mirrored_advantages
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients, step_variances
+from rlr_peft.estimators.variance import (
+    GradientSketch,
+    StepGradients,
+    StepVariances,
+    measure_step_gradients,
+    step_variances,
+)
 from rlr_peft.evaluation.diagnosis.errors import DiagnosisError
 
 # Halves of the samples are compared with each other, and each needs two for a spread.

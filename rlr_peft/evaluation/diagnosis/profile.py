@@ -6,8 +6,8 @@ import torch
 
 from rlr_peft.chain.gaussian_step import DEAD_STEP
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.hot_steps import hot_among
-from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
+from rlr_peft.estimators.base import hot_steps
+from rlr_peft.estimators.variance import StepGradients, variance_and_error
 from rlr_peft.evaluation.diagnosis.evidence import Evidence
 from rlr_peft.evaluation.diagnosis.sample_estimates import first_and_half_order, squared_deviations
 
@@ -91,7 +91,7 @@ def profile_of(chain: Chain, evidence: Evidence) -> StepProfile:
         black_box=_variances(evidence.mirrored[:, :, None] * gradients.scores[: len(evidence.mirrored)]),
         has_noise=gradients.has_noise,
         by_first_order_steps=None if gradients.pathwise is None else _by_first_order_steps(gradients),
-        hot_steps=hot_among(chain, evidence.noisy_steps),
+        hot_steps=hot_steps(chain, evidence.noisy_steps),
         last_step_sensitivity=chain.output_sensitivity(1),
         stages=stages_of(num_steps, energy),
     )

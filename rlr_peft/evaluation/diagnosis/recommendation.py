@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlr_peft.estimators.coverage import step_ranges
+from rlr_peft.estimators.base import step_ranges
 from rlr_peft.evaluation.diagnosis.budgets import budget_advice
 from rlr_peft.evaluation.diagnosis.diagnosis import Diagnosis, MethodResult
 from rlr_peft.evaluation.diagnosis.profile import squares_by_first_order_steps

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from rlr_peft.estimators.coverage import step_ranges
+from rlr_peft.estimators.base import step_ranges
 
 
 def short_number(value: float) -> str:
