@@ -251,6 +251,12 @@ class SignalSizes:
         )
 
     @classmethod
+    def of_calibration(cls, gradients: StepGradients) -> "SignalSizes":
+        """Of the samples of a calibration."""
+        squares = gradients.cotangent_squares
+        return cls.of_walk(gradients.advantages, [] if squares is None else squares.sum(1).tolist())
+
+    @classmethod
     def of_book(cls, book: Book) -> "SignalSizes":
         """Of a micro-batch; without a pathwise term its reward gradient alone, the cotangent of step 1, is known."""
         squares: Sequence[float] = () if book.reward_gradient_square is None else (book.reward_gradient_square,)
@@ -377,8 +383,7 @@ class StepStatistics:
         self._gains = measured if self._gains is None else self._gains.blend(measured, decay)
         energies = step_energies(gradients)
         self.energies = energies if self.energies is None else decay * self.energies + (1 - decay) * energies
-        squares = gradients.cotangent_squares
-        self._see([SignalSizes.of_walk(gradients.advantages, [] if squares is None else squares.sum(1).tolist())])
+        self._see([SignalSizes.of_calibration(gradients)])
 
     def learn(self, books: Sequence[Book]) -> None:
         """Blends what a finished update showed into the running statistics."""

@@ -8,8 +8,8 @@ from scipy.stats import norm
 
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Coverage, Estimator, Rollout
+from rlr_peft.estimators.sampling import mirrored_pairs
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.training.rollouts import mirrored_pairs
 
 
 @dataclass(frozen=True)

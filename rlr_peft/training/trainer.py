@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from rlr_peft.build.machine import peak_memory_mb
 from rlr_peft.config import Config, config_to_dict, save_config, stages_from_config
 from rlr_peft.foreign_text import printable
 from rlr_peft.training.checkpoints import CheckpointManager
-from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.output_dir import CONFIG, claim_output_dir
 from rlr_peft.training.progress import Progress, is_due_after
 from rlr_peft.training.resuming import open_checkpoints, resume, save_checkpoint
 from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import METRICS_LOG, MetricsError, MetricsLog
-from rlr_peft.training.update import Update, calibrate, take_update
+from rlr_peft.training.update import Update, calibrate, calibration_due, take_update
 from rlr_peft.training.validation import save_validation_images
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _loop(
         while progress.step < last_step and not progress.stopped_early:
             started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
             with run.processes.doing(f"update {progress.step + 1}"):
-                if _calibration_due(run, progress.step):
+                if calibration_due(run, progress.step):
                     calibrate(run, progress.step)
                 update = take_update(run, progress.step)
             progress.step += 1
@@ -154,16 +154,6 @@ def _stop_early(run: Run, progress: Progress, update: Update) -> None:
         with torch.no_grad():
             for parameter, best in zip(run.chain.parameters, reason.weights, strict=True):
                 parameter.copy_(best)
-
-
-def _calibration_due(run: Run, step: int) -> bool:
-    """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
-    # Not only every so often: a run may have come to a measured K when it was resumed.
-    is_due = step % run.config.estimator.calibration_interval == 0 or not run.estimator.is_calibrated
-    if not is_due:
-        return False
-    wanted = run.estimator.wants_calibration(run.objective.has_gradient)
-    return bool(run.processes.largest(int(wanted), "the need of a calibration"))
 
 
 def _say_coverage(run: Run, progress: Progress, update: Update) -> None:

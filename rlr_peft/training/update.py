@@ -8,17 +8,17 @@ from statistics import fmean
 
 import torch
 
+from rlr_peft.build.processes import Processes
+from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
+from rlr_peft.estimators.sampling import Batch, sample_batch
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
-from rlr_peft.rewards.info import info_means, join_info
-from rlr_peft.training.processes import Processes
+from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.progress import is_due_after
-from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
-from rlr_peft.training.seeds import Purpose, derive_seed
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15
@@ -109,6 +109,17 @@ def take_update(run: Run, step: int) -> Update:
         # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
         run.reward.observe({name.removeprefix("reward/"): values for name, values in info.items()})
     return update
+
+
+def calibration_due(run: Run, step: int) -> bool:
+    """Whether to ``calibrate`` before this step: every so often, and when a run came to a measured K as it was resumed.
+
+    A reward without gradient may leave nothing to choose; whether it has one may show only with the first samples.
+    """
+    if step % run.config.estimator.calibration_interval and run.estimator.is_calibrated:
+        return False
+    wanted = run.estimator.wants_calibration(run.objective.has_gradient)
+    return bool(run.processes.largest(int(wanted), "the need of a calibration"))
 
 
 def calibrate(run: Run, step: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from rlr_peft.estimators.sampling import sample_batch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config, load_config
@@ -46,7 +47,6 @@ from rlr_peft.evaluation.diagnosis.wording import short_number, with_error
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.training.rollouts import sample_batch
 from tests.pipelines import tiny_stable_diffusion
 
 GROUP = 4

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlr_peft.chain.gaussian_step import DEAD_STEP
 from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.path import DEAD_STEP
 from rlr_peft.estimators.base import hot_steps
 from rlr_peft.estimators.variance import StepGradients, variance_and_error
 from rlr_peft.evaluation.diagnosis.evidence import Evidence
