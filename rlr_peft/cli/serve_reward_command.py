@@ -31,7 +31,7 @@ def serve_reward_command(words: Sequence[str]) -> int:
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
-    from rlr_peft.evaluation.comparison.identity import digest, reward_identity
+    from rlr_peft.compare.kept import digest, reward_identity
     from rlr_peft.rewards.model_files import ModelFiles
     from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward

@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rlr_peft.estimates import decimals_of_scores
+from rlr_peft.intervals import decimals_of_scores
 
 WIDTH = 1000  # pixels
 MARGIN = 24  # pixels

@@ -18,8 +18,8 @@ from yaml import YAMLError
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
-from rlr_peft.estimates import decimals_of_scores, with_error
 from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
+from rlr_peft.intervals import decimals_of_scores, with_error
 from rlr_peft.publishing.card_metadata import card_metadata
 from rlr_peft.publishing.results import Result, results_of, verdicts
 from rlr_peft.publishing.run_record import SHOWN_PROMPTS, ImagePair, RunRecord, printable_record

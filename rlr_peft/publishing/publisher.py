@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from rlr_peft.estimates import with_error
+from rlr_peft.intervals import with_error
 from rlr_peft.publishing.background_push import BackgroundPush, push_checkpoint
 from rlr_peft.publishing.card_file import addressed_card, card_text, stored_record, write_card
 from rlr_peft.publishing.hub import Pushed, push_folder

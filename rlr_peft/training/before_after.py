@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from rlr_peft.evaluation.compare import Evaluation, evaluation_plan
-from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
-from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
-from rlr_peft.evaluation.comparison.labels import BASE, shown_name
-from rlr_peft.evaluation.comparison.report import write_page_and_scores
+from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.evaluation import Evaluation, evaluation_plan
+from rlr_peft.compare.labels import BASE, shown_name
+from rlr_peft.compare.report import write_page_and_scores
+from rlr_peft.compare.run import prompt_source
 from rlr_peft.training.chain_building import build_chain
-from rlr_peft.training.comparison_setup import prompt_source
 from rlr_peft.training.hardware import describe_hardware
 from rlr_peft.training.run import Run
 from rlr_peft.training.seeds import derive_seed

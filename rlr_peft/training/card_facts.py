@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
+from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.config import config_to_dict, stages_from_config
-from rlr_peft.evaluation.compare import Evaluation
 from rlr_peft.prompt import negative_prompt_of
 from rlr_peft.publishing.base_license import base_license
 from rlr_peft.publishing.run_record import SHOWN_PROMPTS, RunRecord

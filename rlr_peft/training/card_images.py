@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, uint8
 
-from rlr_peft.evaluation.compare import Evaluation
+from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.evaluation.videos import save_video
 from rlr_peft.publishing.run_record import ImagePair
 

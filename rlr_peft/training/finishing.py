@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from rlr_peft.compare.evaluation import Evaluation, compare, evaluation_plan, flat_metrics
+from rlr_peft.compare.report import PAGE
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimates import with_error
-from rlr_peft.evaluation.compare import VERIFIED_IMAGES, Evaluation, compare, evaluation_plan, flat_metrics
-from rlr_peft.evaluation.comparison.report import PAGE
 from rlr_peft.evaluation.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.intervals import with_error
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
+from rlr_peft.lora.verify import VERIFIED_IMAGES
 from rlr_peft.prompt import stages_of
 from rlr_peft.publishing.card_file import write_card
 from rlr_peft.publishing.record_file import StoredCard

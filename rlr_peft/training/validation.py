@@ -9,9 +9,9 @@ import numpy
 import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.compare.evaluation import Evaluation, evaluate, evaluation_plan
+from rlr_peft.compare.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.errors import UserError
-from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
-from rlr_peft.evaluation.comparison.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.evaluation.figures import save_image_grid
 from rlr_peft.evaluation.videos import as_images, save_video
 from rlr_peft.lora import adapter_disabled

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlr_peft.evaluation.compare import Evaluation
-from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
-from rlr_peft.evaluation.comparison.pictures import make_pictures
+from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.compare.evaluation import Evaluation, make_pictures
 
 TRAINED, HELDOUT = MeasuredReward("reward", "judge"), MeasuredReward("heldout", "other judge", heldout=True)
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from rlr_peft.evaluation.compare import (
+from rlr_peft.compare.evaluation import (
     Evaluation,
     compare,
     evaluate,

@@ -342,7 +342,7 @@ def test_ctrl_c_is_answered_with_what_to_do(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlr_peft.training.comparing.load_pipeline", interrupted)
+    monkeypatch.setattr("rlr_peft.compare.run.load_pipeline", interrupted)
     with pytest.raises(SystemExit) as left:
         main(words(workplace, tmp_path / "out"))
     assert left.value.code == 130

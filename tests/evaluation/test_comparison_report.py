@@ -12,16 +12,21 @@ from datasets import load_dataset
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from rlr_peft.estimates import with_error
-from rlr_peft.evaluation.comparison.comparison import Comparison, Model
-from rlr_peft.evaluation.comparison.figure_files import inline_svg
-from rlr_peft.evaluation.comparison.figures import figures
-from rlr_peft.evaluation.comparison.files import score_columns, write_numbers, write_scores
-from rlr_peft.evaluation.comparison.labels import unique_labels
-from rlr_peft.evaluation.comparison.notes import notes
-from rlr_peft.evaluation.comparison.page import chosen_pairs
-from rlr_peft.evaluation.comparison.report import write_page_and_scores, write_report
-from rlr_peft.evaluation.comparison.tables import console_text, markdown, tables
+from rlr_peft.compare.comparison import Comparison, Model, notes
+from rlr_peft.compare.figures import figures, inline_svg
+from rlr_peft.compare.labels import unique_labels
+from rlr_peft.compare.page import chosen_pairs
+from rlr_peft.compare.report import (
+    console_text,
+    markdown,
+    score_columns,
+    tables,
+    write_numbers,
+    write_page_and_scores,
+    write_report,
+    write_scores,
+)
+from rlr_peft.intervals import with_error
 from tests.evaluation.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
 BASE = {"reward": [0.1, 0.2, 0.3, 0.4], "heldout": [1.0, 2.0, 3.0, 4.0]}

@@ -13,8 +13,28 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
+from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config, load_config
+from rlr_peft.diagnose.costs import evenly_spread
+from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, diagnose, stages_of
+from rlr_peft.diagnose.estimates import (
+    SampleEstimates,
+    black_box_tail,
+    cosine_to_reference,
+    drawn_score_terms,
+    first_and_half_order,
+    first_half,
+    mixed_orders,
+    pathwise_tail,
+    sample_estimates,
+    score_terms,
+    signal_to_noise,
+)
+from rlr_peft.diagnose.evidence import DiagnosisError, Evidence, gather_evidence
+from rlr_peft.diagnose.methods import methods_to_compare
+from rlr_peft.diagnose.recommendation import recommend
+from rlr_peft.diagnose.report import console_text, plain_numbers, short_number, with_error, write_report
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.half_order import HalfOrder
@@ -23,28 +43,6 @@ from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
-from rlr_peft.evaluation.diagnosis.costs import evenly_spread
-from rlr_peft.evaluation.diagnosis.diagnosis import Diagnosis, MethodResult, diagnose
-from rlr_peft.evaluation.diagnosis.errors import DiagnosisError
-from rlr_peft.evaluation.diagnosis.evidence import Evidence, gather_evidence
-from rlr_peft.evaluation.diagnosis.methods import methods_to_compare
-from rlr_peft.evaluation.diagnosis.profile import stages_of
-from rlr_peft.evaluation.diagnosis.recommendation import recommend
-from rlr_peft.evaluation.diagnosis.report import plain_numbers, write_report
-from rlr_peft.evaluation.diagnosis.sample_estimates import (
-    SampleEstimates,
-    black_box_tail,
-    drawn_score_terms,
-    first_and_half_order,
-    mixed_orders,
-    pathwise_tail,
-    sample_estimates,
-    score_terms,
-)
-from rlr_peft.evaluation.diagnosis.statistics import cosine_to_reference, first_half, signal_to_noise
-from rlr_peft.evaluation.diagnosis.table import console_text
-from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
-from rlr_peft.evaluation.diagnosis.wording import short_number, with_error
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward

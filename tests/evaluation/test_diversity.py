@@ -8,8 +8,14 @@ import pytest
 import torch
 from scipy.spatial.distance import cosine
 
-from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
-from rlr_peft.evaluation.comparison.diversity import mean_distances, prompt_distances, variety
+from rlr_peft.compare.distances import (
+    has_noise,
+    mean_distances,
+    measure_divergence,
+    path_divergence,
+    prompt_distances,
+    variety,
+)
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
 from tests.estimators.chains import move_parameters
 

@@ -15,11 +15,22 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from rlr_peft.cli.main import main
 from rlr_peft.config import load_config
-from rlr_peft.evaluation.memory_plan.host import LIBRARIES_BYTES, LOADING, TRAINING, HostPlan, host_plan
-from rlr_peft.evaluation.memory_plan.plan import ENCODING, EVALUATION, VERIFICATION, MemoryPlan, Options, add_up
-from rlr_peft.evaluation.memory_plan.table import host_verdict
+from rlr_peft.plan.parts import (
+    ENCODING,
+    EVALUATION,
+    LIBRARIES_BYTES,
+    LOADING,
+    TRAINING,
+    VERIFICATION,
+    HostPlan,
+    MemoryPlan,
+    Options,
+    add_up,
+    host_plan,
+)
+from rlr_peft.plan.report import host_verdict
+from rlr_peft.plan.run import plan_run
 from rlr_peft.tiny_shapes import pipeline_path
-from rlr_peft.training.planning import plan_run
 from tests.pipelines import tiny_stable_diffusion
 
 ROOT = Path(__file__).parents[2]

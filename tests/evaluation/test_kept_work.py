@@ -12,8 +12,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from rlr_peft.evaluation.comparison.features import Thumbnails
-from rlr_peft.evaluation.comparison.kept_work import KeptFeatures, KeptImages, KeptReward, kept_divergence
+from rlr_peft.compare.features import Thumbnails
+from rlr_peft.compare.kept import KeptFeatures, KeptImages, KeptReward, kept_divergence
 from rlr_peft.rewards.base import RewardError, measure_images
 from rlr_peft.rewards.remote import RemoteReward
 from rlr_peft.rewards.server import RewardServer

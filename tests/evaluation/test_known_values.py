@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlr_peft.evaluation.memory_plan.known_values import KnownValues
-from rlr_peft.evaluation.memory_plan.live_memory import LiveMemory
+from rlr_peft.byte_counters import LiveMemory
+from rlr_peft.plan.meta_device import KnownValues
 
 MASK = [[1, 1, 0, 0], [1, 0, 1, 1]]
 

@@ -15,30 +15,16 @@ from bitsandbytes.optim import AdamW8bit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.cli.main import main
-from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
-from rlr_peft.evaluation.memory_plan.advice import suggestions
-from rlr_peft.evaluation.memory_plan.architecture import ArchitectureError, find_architecture, find_component
-from rlr_peft.evaluation.memory_plan.blueprint import build_model, build_pipeline
-from rlr_peft.evaluation.memory_plan.live_memory import LiveMemory, fused_attention
-from rlr_peft.evaluation.memory_plan.measurements import blank_trajectory, measure
-from rlr_peft.evaluation.memory_plan.plan import (
-    ADJOINT,
-    DECODE,
-    ENCODING,
-    PHASES,
-    SAMPLING,
-    VERIFICATION,
-    Facts,
-    Options,
-    add_up,
-)
-from rlr_peft.evaluation.memory_plan.reward_networks import reward_memory
-from rlr_peft.evaluation.memory_plan.table import verdict
-from rlr_peft.evaluation.memory_plan.weights import optimizer_bytes, weight_bytes
 from rlr_peft.lora import attach_lora
+from rlr_peft.plan.blueprint import ArchitectureError, build_model, build_pipeline, find_architecture, find_component
+from rlr_peft.plan.measurements import blank_trajectory, measure
+from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, VERIFICATION, Facts, Options, add_up
+from rlr_peft.plan.report import suggestions, verdict
+from rlr_peft.plan.weights import optimizer_bytes, reward_memory, weight_bytes
 from tests.pipelines import tiny_stable_diffusion
 
 META = torch.device("meta")
@@ -280,7 +266,7 @@ def test_rewards_of_known_size_and_of_the_users_own() -> None:
 @pytest.fixture(scope="module")
 def facts(pipeline_of: Callable[[str], Any]) -> Facts:
     """SD1.5's decode and step at made-up sizes that make each phase easy to tell."""
-    from rlr_peft.evaluation.memory_plan.measurements import Differentiated, Measurements
+    from rlr_peft.plan.measurements import Differentiated, Measurements
 
     return Facts(
         measured=Measurements(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.config import load_config
-from rlr_peft.evaluation.compare import Evaluation
 from rlr_peft.training.card_facts import _selection
 from rlr_peft.training.card_images import clear_card_images, gallery, save_gallery, save_pairs
 from rlr_peft.training.progress import Progress
