@@ -20,7 +20,7 @@ from rlr_peft.compare.report import markdown
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.foreign_text import in_cell, in_code, in_text, printable
 from rlr_peft.rewards.info import info_of
-from tests.evaluation.comparisons import comparison, evaluation
+from tests.compare.comparisons import comparison, evaluation
 
 ROOT = Path(__file__).parents[1]
 # A title for the terminal, red, "safe" written over what stands there, reversed, isolated, unseen, half a pair.

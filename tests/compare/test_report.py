@@ -27,7 +27,7 @@ from rlr_peft.compare.report import (
     write_scores,
 )
 from rlr_peft.intervals import with_error
-from tests.evaluation.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
+from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
 BASE = {"reward": [0.1, 0.2, 0.3, 0.4], "heldout": [1.0, 2.0, 3.0, 4.0]}
 BETTER = {"reward": [0.2, 0.3, 0.3, 0.3], "heldout": [2.0, 3.0, 4.5, 5.5]}

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from rlr_peft.cli.main import main
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME
-from tests.evaluation.adapter_hub import adapter_hub
+from tests.compare.adapter_hub import adapter_hub
 from tests.families.image_pipelines import sd3
 from tests.pipelines import tiny_stable_diffusion
 from tests.test_lora_fitting import adapter_of

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from rlr_peft.compare.comparison import Comparison, Model
 from rlr_peft.compare.report import write_page_and_scores
-from tests.evaluation.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
+from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the page cannot be opened")
