@@ -1,4 +1,4 @@
-"""Counts bytes of tensors: those on autograd's tape, and all that live, on the meta device too, where none has bytes."""
+"""Counts bytes of tensors: those on autograd's tape, and all that live, also on the meta device."""
 
 import weakref
 from collections import Counter

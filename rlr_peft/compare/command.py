@@ -50,8 +50,9 @@ def compare_command(words: Sequence[str]) -> int:
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
-    from rlr_peft.compare.report import console_text, write_report
+    from rlr_peft.compare.report import write_report
     from rlr_peft.compare.run import CompareOptions, compare_adapters
+    from rlr_peft.compare.tables import console_text
     from rlr_peft.training.errors import reporting_errors
     from rlr_peft.training.folder_lock import only_writer
 

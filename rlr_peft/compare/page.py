@@ -15,7 +15,7 @@ from torch import Tensor
 from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.evaluation import SMALL_SIDE
 from rlr_peft.compare.figures import inline_svg
-from rlr_peft.compare.report import tables
+from rlr_peft.compare.tables import tables
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import page_environment, printable_values
 from rlr_peft.intervals import decimals_of_scores
