@@ -43,3 +43,13 @@ def with_error(value: float, error: float, *, sign: bool = False) -> str:
         return f"{value:{plus}.3g} ± {error:.2g}"
     decimals = decimals_of(error)
     return f"{value:{plus},.{decimals}f} ± {error:,.{decimals}f}"
+
+
+def short_number(value: float) -> str:
+    """Three digits: ``0.127``, ``4.41``, ``10,370``, ``3.2e-05``."""
+    if not math.isfinite(value):
+        return "infinite" if value > 0 else "undefined"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{digits}f}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlr_peft.compare.distances import Estimate, Variety, estimate_of, variety
 from rlr_peft.compare.evaluation import Evaluation, compare, independent_groups
+from rlr_peft.foreign_text import listed
 from rlr_peft.intervals import direction, with_error
 
 
@@ -156,20 +157,20 @@ def _of_adapter(comparison: Comparison, index: int) -> list[str]:
     sentences = []
     if trained and heldout_fell:
         sentences.append(
-            f"{_listed(trained)} rose while {_listed(heldout_fell)}, held out, fell: the mark of reward hacking. "
+            f"{listed(trained)} rose while {listed(heldout_fell)}, held out, fell: the mark of reward hacking. "
             "Look at the worst cases."
         )
     elif trained and heldout_rose:
-        sentences.append(f"{_listed(trained)} rose, and so did {_listed(heldout_rose)}, held out.")
+        sentences.append(f"{listed(trained)} rose, and so did {listed(heldout_rose)}, held out.")
     elif trained and any(reward.heldout for reward in comparison.rewards):
-        sentences.append(f"{_listed(trained)} rose; no held-out reward moved clearly.")
+        sentences.append(f"{listed(trained)} rose; no held-out reward moved clearly.")
     elif trained:
-        sentences.append(f"{_listed(trained)} rose; no held-out reward was measured to confirm it.")
+        sentences.append(f"{listed(trained)} rose; no held-out reward was measured to confirm it.")
     elif heldout_rose:
-        sentences.append(f"{_listed(heldout_rose)} rose, which is held out.")
+        sentences.append(f"{listed(heldout_rose)} rose, which is held out.")
     fallen = trained_fell if trained else trained_fell + heldout_fell
     if fallen:
-        sentences.append(f"{_listed(fallen)} fell.")
+        sentences.append(f"{listed(fallen)} fell.")
     if not rose and not fell:
         sentences.append("no reward moved clearly: the 95 % intervals hold 0.")
     return sentences + _variety_notes(comparison, index)
@@ -197,7 +198,3 @@ def _variety_notes(comparison: Comparison, index: int) -> list[str]:
 
 def _names(rewards: list[MeasuredReward], heldout: bool) -> list[str]:
     return [reward.name for reward in rewards if reward.heldout == heldout]
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

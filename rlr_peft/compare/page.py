@@ -17,7 +17,7 @@ from rlr_peft.compare.evaluation import SMALL_SIDE
 from rlr_peft.compare.figures import inline_svg
 from rlr_peft.compare.tables import tables
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.foreign_text import page_environment, printable_values
+from rlr_peft.foreign_text import listed, page_environment, printable_values
 from rlr_peft.intervals import decimals_of_scores
 from rlr_peft.redaction import redacted
 
@@ -133,7 +133,7 @@ def _first_gains(comparison: Comparison, number: int) -> Tensor:
 
 def _title(comparison: Comparison, labels: Sequence[str]) -> str:
     name = comparison.facts.get("base")
-    return f"{_listed(labels)} against the base" + ("" if name is None else f" {name}")
+    return f"{listed(labels)} against the base" + ("" if name is None else f" {name}")
 
 
 def _shown(comparison: Comparison, chosen: Sequence[int]) -> str:
@@ -199,7 +199,3 @@ def _inside_script(data: dict[str, Any]) -> Markup:
     """JSON that no prompt can end the script element with."""
     text = json.dumps(printable_values(data), ensure_ascii=False, allow_nan=False)
     return Markup(text.replace("<", "\\u003c"))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

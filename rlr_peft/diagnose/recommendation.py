@@ -1,15 +1,16 @@
 """What to set, in plain sentences, and how sure that is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, squares_by_first_order_steps
 from rlr_peft.diagnose.estimates import is_clearly_larger, paired_difference, signal_to_noise
-from rlr_peft.diagnose.report import listed, quoted, short_number, steps_in_words
 from rlr_peft.estimators.coverage import step_ranges
 from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.foreign_text import listed
+from rlr_peft.intervals import short_number
 
 
 @dataclass(frozen=True)
@@ -314,3 +315,13 @@ def last_step_advice(diagnosis: Diagnosis) -> Iterator[str]:
             "denoiser output there, so truncated backpropagation with K = 1 hardly trains. Use a larger K, or another "
             "grid (`--timestep_spacing trailing`, unless this is one)."
         )
+
+
+def quoted(name: str) -> str:
+    """Names of methods hold commas, so they are quoted inside sentences."""
+    return f'"{name}"'
+
+
+def steps_in_words(steps: Sequence[int]) -> str:
+    """``step 2`` or ``steps 2-4, 7``."""
+    return f"{'step' if len(steps) == 1 else 'steps'} {step_ranges(list(steps))}"

@@ -34,7 +34,7 @@ from rlr_peft.diagnose.estimates import (
 from rlr_peft.diagnose.evidence import DiagnosisError, Evidence, gather_evidence
 from rlr_peft.diagnose.methods import methods_to_compare
 from rlr_peft.diagnose.recommendation import recommend
-from rlr_peft.diagnose.report import console_text, plain_numbers, short_number, with_error, write_report
+from rlr_peft.diagnose.report import console_text, plain_numbers, write_report
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.half_order import HalfOrder
@@ -43,6 +43,7 @@ from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
+from rlr_peft.intervals import short_number, with_error
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
@@ -544,7 +545,7 @@ def test_numbers_in_words() -> None:
         "infinite",
     ]
     assert with_error(0.12661, 0.03381) == "0.127 ± 0.034"
-    assert with_error(3e-7, 2e-8) == "3.0e-07 ± 2e-08"
+    assert with_error(3e-7, 2e-8) == "3e-07 ± 2e-08"
 
 
 def assert_self_contained(html: str) -> None:
