@@ -40,7 +40,7 @@ from rlr_peft.lora import (
     save_lora,
     unload_lora,
 )
-from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.sources import load_prompts
 from rlr_peft.rewards.base import measure_images
 from rlr_peft.rewards.callables import CallableReward

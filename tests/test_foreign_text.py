@@ -56,8 +56,8 @@ def test_in_markdown() -> None:
 PROGRAM = """
 import logging, sys, warnings
 from rlr_peft.foreign_text import guard_terminal, say
-from rlr_peft.training.logs import set_up_logging
-from rlr_peft.training.errors import reporting_errors
+from rlr_peft.build.reporting import set_up_logging
+from rlr_peft.build.reporting import reporting_errors
 from rlr_peft.rewards.errors import RewardError
 
 guard_terminal()

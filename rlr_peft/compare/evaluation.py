@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlr_peft.compare.features import FeatureExtractor
-from rlr_peft.evaluation.videos import FRAMES_OF_STRIP, as_images
+from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.info import Info, join_info
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlr_peft.compare.comparison import Comparison, MeasuredReward
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.evaluation.reward_curve import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
+from rlr_peft.figures import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
 from rlr_peft.foreign_text import printable
 
 BASE_COLOR = "#8c939c"

@@ -13,6 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rlr_peft.build.chain import build_chain, denoiser_names
+from rlr_peft.build.drawing import render
+from rlr_peft.build.machine import describe_hardware, package_versions
+from rlr_peft.build.pipeline import check_machine, load_pipeline
+from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.reporting import as_config_error
+from rlr_peft.build.rewards import reward_settings
 from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, Render, evaluate, evaluation_plan
@@ -34,16 +42,6 @@ from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_ada
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import unique_names
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.training.chain_building import build_chain, denoiser_names
-from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.hardware import describe_hardware
-from rlr_peft.training.loading import load_pipeline
-from rlr_peft.training.manifest import package_versions
-from rlr_peft.training.memory_options import check_machine
-from rlr_peft.training.prompt_loading import comparison_prompts, describe_chain_of_thought
-from rlr_peft.training.reward_loading import reward_settings
-from rlr_peft.training.seeds import derive_seed
-from rlr_peft.training.validation import render
 
 logger = logging.getLogger(__name__)
 

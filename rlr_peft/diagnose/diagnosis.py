@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.chain.gaussian_step import DEAD_STEP
 from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.path import DEAD_STEP
 from rlr_peft.config import Config
 from rlr_peft.diagnose.costs import Cost, measure_cost, memory_in_words, run_on_single_samples
 from rlr_peft.diagnose.estimates import (

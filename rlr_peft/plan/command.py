@@ -22,11 +22,10 @@ def plan_command(words: Sequence[str]) -> int:
         check_folder_or_exit("--output", own.output.parent)
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.build.reporting import errors_only, reporting_errors
     from rlr_peft.plan.parts import as_plain, host_as_plain, host_plan
     from rlr_peft.plan.report import plan_text
     from rlr_peft.plan.run import plan_run
-    from rlr_peft.training.errors import reporting_errors
-    from rlr_peft.training.logs import errors_only
 
     with errors_only(), reporting_errors():
         plan = plan_run(config)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlr_peft.build.chain import attach_adapters, build_chain, denoiser_names
+from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
+from rlr_peft.build.reporting import as_config_error
 from rlr_peft.byte_counters import fused_attention
 from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
@@ -20,9 +23,6 @@ from rlr_peft.plan.meta_device import KnownValues
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
 from rlr_peft.plan.weights import largest_quantized, optimizer_bytes, reward_memory, reward_names, weight_bytes
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
-from rlr_peft.training.chain_building import attach_adapters, build_chain, denoiser_names
-from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.loading import DTYPES, check_reward_decoder
 
 # What is suggested where a base does not fit.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
