@@ -31,7 +31,7 @@ from rlr_peft.config import load_config
 from rlr_peft.prompt import stages_of, with_stages
 from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards
-from rlr_peft.rewards.tiny_shapes_judge import TinyShapesJudgeReward
+from rlr_peft.rewards.embedded import TinyShapesJudgeReward
 from rlr_peft.stages import make_stages
 from rlr_peft.tiny_shapes import scenes
 from rlr_peft.training.run import Run, build_run

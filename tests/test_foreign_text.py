@@ -19,7 +19,7 @@ from rlr_peft.compare.page import page
 from rlr_peft.compare.tables import markdown
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.foreign_text import in_cell, in_code, in_text, printable
-from rlr_peft.rewards.info import info_of
+from rlr_peft.rewards.scores import info_of
 from tests.compare.comparisons import comparison, evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ import logging, sys, warnings
 from rlr_peft.foreign_text import guard_terminal, say
 from rlr_peft.build.reporting import set_up_logging
 from rlr_peft.build.reporting import reporting_errors
-from rlr_peft.rewards.errors import RewardError
+from rlr_peft.rewards.scores import RewardError
 
 guard_terminal()
 set_up_logging()

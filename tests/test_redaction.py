@@ -27,8 +27,8 @@ from rlr_peft.redaction import (
     redacted_values,
     secrets_of_command,
 )
-from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 from tests.secret_spellings import ADDRESSES, OTHERS, SECRET
 
 REQUIRED = {"pretrained_model_name_or_path": "tiny-shapes", "prompt_path": "simple-animals"}

@@ -11,13 +11,11 @@ from rlr_peft.config import Config
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.combination import HeldoutRewards, Term, WeightedRewards
-from rlr_peft.rewards.info import join_info
-from rlr_peft.rewards.model_files import ModelFiles
-from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
+from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
+from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
-from rlr_peft.rewards.running_scale import MIN_SCORES
+from rlr_peft.rewards.scores import join_info
 
 
 def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward | None]:

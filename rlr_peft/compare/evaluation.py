@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 from rlr_peft.rewards.base import Reward, measure_images
-from rlr_peft.rewards.info import Info, join_info
+from rlr_peft.rewards.scores import Info, join_info
 
 # Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).

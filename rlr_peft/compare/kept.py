@@ -31,8 +31,8 @@ from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.prompt import negative_prompt_of, stages_of
 from rlr_peft.rewards.base import Reward, measure_images
-from rlr_peft.rewards.info import Info
 from rlr_peft.rewards.remote import RemoteReward
+from rlr_peft.rewards.scores import Info
 
 KEY_LENGTH = 16  # hexadecimal digits
 
