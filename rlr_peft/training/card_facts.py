@@ -9,7 +9,6 @@ from typing import Any
 import rlr_peft
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.evaluation.compare import Evaluation
-from rlr_peft.prompt import negative_prompt_of
 from rlr_peft.publishing.base_license import base_license
 from rlr_peft.publishing.run_record import SHOWN_PROMPTS, RunRecord
 from rlr_peft.publishing.usage_snippet import base_kind
@@ -94,7 +93,7 @@ def _drawing(run: Run, before: Evaluation | None) -> dict[str, Any]:
         "scheduler_options": dict(scheduler.options),
         "scheduler_sigmas": () if scheduler.sigmas_in_call else scheduler.sigmas,
         "snippet_notes": notes,
-        "negative_prompts": {str(prompt): text for prompt in shown if (text := negative_prompt_of(prompt)) is not None},
+        "negative_prompts": {prompt.text: text for prompt in shown if (text := prompt.negative_prompt) is not None},
     }
 
 

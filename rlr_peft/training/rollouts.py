@@ -34,10 +34,10 @@ class Batch:
 def sample_batch(
     chain: DenoisingChain,
     objective: DecodedReward,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     micro_batch_size: int,
-    advantages: Callable[[torch.Tensor, list[str]], torch.Tensor],
+    advantages: Callable[[torch.Tensor, list[Prompt]], torch.Tensor],
     antithetic: bool = False,
     differentiate: bool = True,
 ) -> Batch:

@@ -177,7 +177,8 @@ def _sample(run: Run, step: int) -> Batch:
     prompts = run.sampler.sample(step, run.arithmetic.prompts_per_process, index, count)
     repeated, seeds = _repeat(run, step, "samples", prompts, first=index * run.arithmetic.samples_per_process)
 
-    def advantages(rewards: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def advantages(rewards: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        texts = texts_of(prompts)
         every = run.processes.gather_objects(texts, "the prompts"), run.processes.gather(rewards, "the rewards")
         run.estimator.observe(*every)
         return run.estimator.advantages(rewards, texts, training.num_images_per_prompt)
@@ -195,8 +196,8 @@ def _sample(run: Run, step: int) -> Batch:
 
 
 def _repeat(
-    run: Run, step: int, purpose: Purpose, prompts: Sequence[str], first: int = 0
-) -> tuple[list[str], list[int]]:
+    run: Run, step: int, purpose: Purpose, prompts: Sequence[Prompt], first: int = 0
+) -> tuple[list[Prompt], list[int]]:
     """Every prompt as often as it has samples, and a seed for each sample."""
     training = run.config.training
     repeated = [prompt for prompt in prompts for _ in range(training.num_images_per_prompt)]

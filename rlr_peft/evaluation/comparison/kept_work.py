@@ -28,7 +28,7 @@ from rlr_peft.evaluation.comparison.divergence import MeasureDivergence
 from rlr_peft.evaluation.comparison.features import FeatureExtractor
 from rlr_peft.evaluation.comparison.identity import digest
 from rlr_peft.evaluation.comparison.pictures import as_pil, to_bytes
-from rlr_peft.prompt import negative_prompt_of, stages_of
+from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.info import Info
 from rlr_peft.rewards.remote import RemoteReward
@@ -196,9 +196,9 @@ def pixels_digest(images: Tensor) -> str:
     return hashlib.sha256(str(tuple(images.shape)).encode() + to_bytes(images).numpy().tobytes()).hexdigest()
 
 
-def _drawn(prompt: str) -> list[Any]:
+def _drawn(prompt: Prompt) -> list[Any]:
     """All of a prompt that its image depends on."""
-    return [str(prompt), negative_prompt_of(prompt), stages_of(prompt)]
+    return [prompt.text, prompt.negative_prompt, prompt.stages]
 
 
 def _write(path: Path, prompt: str, seed: int, image: Tensor) -> None:
