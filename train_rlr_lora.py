@@ -18,10 +18,10 @@ def main() -> int:
 
     set_up_logging()
 
+    from rlr_peft.publishing.publisher import open_publisher
     from rlr_peft.training.errors import AFTER_TRAINING, reporting_errors
     from rlr_peft.training.folder_lock import only_writer
     from rlr_peft.training.interruption import stopping_with_launcher
-    from rlr_peft.training.publishing import open_publisher
 
     output_dir = Path(config.training.output_dir)
     with (

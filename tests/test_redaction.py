@@ -16,7 +16,7 @@ from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, confi
 from rlr_peft.config.flat import knobs
 from rlr_peft.errors import UserError
 from rlr_peft.json_server import JsonServer
-from rlr_peft.lora.sources import AdapterNotFoundError
+from rlr_peft.lora.files import AdapterNotFoundError
 from rlr_peft.prompt import PromptError
 from rlr_peft.prompts.language_models import EndpointModel
 from rlr_peft.redaction import (

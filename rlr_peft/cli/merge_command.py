@@ -38,7 +38,7 @@ def merge_command(words: Sequence[str]) -> int:
     from rlr_peft.config import ModelArguments
     from rlr_peft.durable_files import rename_directory
     from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora
-    from rlr_peft.publishing.card_file import stored_record
+    from rlr_peft.publishing.card import stored_record
     from rlr_peft.publishing.merged_card import Merged, write_merged_card
     from rlr_peft.training.errors import as_config_error, reporting_errors
     from rlr_peft.training.loading import DTYPES, load_pipeline

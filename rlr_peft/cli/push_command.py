@@ -24,9 +24,9 @@ def push_command(words: Sequence[str]) -> int:
 
     set_up_logging()
 
-    from rlr_peft.publishing.hub_access import open_destination
-    from rlr_peft.publishing.hub_files import published_files
+    from rlr_peft.publishing.hub_client import open_destination
     from rlr_peft.publishing.publisher import publish
+    from rlr_peft.publishing.uploads import published_files
 
     folder = Path(arguments.folder)
     try:

@@ -12,6 +12,7 @@ from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
 from rlr_peft.rewards.info import info_means, join_info
 from rlr_peft.training.processes import Processes

@@ -12,12 +12,12 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.errors import UserError
 from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
 from rlr_peft.evaluation.comparison.features import AUTO, FeatureExtractor, find_features
-from rlr_peft.evaluation.figures import save_image_grid
-from rlr_peft.evaluation.videos import as_images, save_video
+from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
+from rlr_peft.prompt import Prompt, texts_of
+from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
-from rlr_peft.training.card_images import save_gallery
 from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.random_states import capture_random_states, restore_random_states
 from rlr_peft.training.reward_loading import reward_settings
@@ -35,7 +35,7 @@ class ImagesError(UserError, ValueError):
 
 
 @torch.no_grad()
-def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+def render(chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]) -> torch.Tensor:
     """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]; sample i depends on its prompt and seed alone.
 
     Raises:
@@ -51,12 +51,14 @@ def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch
         logger.warning(
             "%d of %d images have one colour throughout, the first is of %r: the reward was pushed too far, or numbers "
             "overflowed; look at them, and try --mixed_precision bf16 or no.",
-            *(len(constant), len(prompts), str(constant[0])),
+            *(len(constant), len(prompts), constant[0].text),
         )
     return images
 
 
-def _check_finite(chain: DenoisingChain, latents: torch.Tensor, images: torch.Tensor, prompts: Sequence[str]) -> None:
+def _check_finite(
+    chain: DenoisingChain, latents: torch.Tensor, images: torch.Tensor, prompts: Sequence[Prompt]
+) -> None:
     """Names the first step after which numbers are not finite: ``latents`` are (T + 1, B, ...), noise last."""
     broken = ~images.flatten(1).isfinite().all(1)
     if not broken.any():
@@ -125,14 +127,14 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
         return None
     images = torch.cat(parts)
     if phase == "test":
-        save_gallery(run.output_dir, images, prompts, chain.call.fps)
+        save_gallery(run.output_dir, images, texts_of(prompts), chain.call.fps)
     path = run.output_dir / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:
         for i, video in enumerate(images):
             save_video(path.with_suffix("") / f"{i:03d}", video, chain.call.fps)
         images = as_images(images)
-    save_image_grid(path, images, prompts, columns=arguments.num_validation_images)
+    save_image_grid(path, images, texts_of(prompts), columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy().astype(numpy.uint8)
@@ -169,7 +171,7 @@ def evaluation_features(run: Run) -> FeatureExtractor:
     return find_features(AUTO, run.config.model.pretrained_model_name_or_path, rewards, settings)
 
 
-def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Evaluation:
+def _evaluate(run: Run, evaluation_prompts: list[Prompt], description: str) -> Evaluation:
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
     prompts, seeds = evaluation_plan(evaluation_prompts, arguments.num_evaluation_images, seed)

@@ -17,9 +17,8 @@ from rlr_peft.config import config_to_dict, save_config
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import adapted_denoisers, save_lora
 from rlr_peft.prompt import Prompt
-from rlr_peft.publishing.card_file import write_card
-from rlr_peft.publishing.record_file import StoredCard
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.card import write_card
+from rlr_peft.publishing.record import RunRecord, StoredCard
 from rlr_peft.training.card_facts import with_card_facts
 from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.finishing import finish

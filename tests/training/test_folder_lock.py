@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 
 from rlr_peft.cli.main import main
-from rlr_peft.publishing.card_file import write_card
-from rlr_peft.publishing.record_file import StoredCard
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.card import write_card
+from rlr_peft.publishing.record import RunRecord, StoredCard
 from rlr_peft.training import folder_lock
 from rlr_peft.training.folder_lock import LOCK, OWNER, PATIENCE, FolderInUseError, Owner, only_writer, this_process
 from tests.training.runs import ROOT, config_file, finish, start

@@ -14,7 +14,7 @@ import yaml
 
 import train_rlr_lora
 from rlr_peft.config import ConfigError
-from rlr_peft.evaluation.figures import save_image_grid
+from rlr_peft.figures import save_image_grid
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.sources import builtin_prompts

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlr_peft.evaluation.compare import Evaluation, compare, independent_groups
 from rlr_peft.evaluation.comparison.diversity import Estimate, Variety, estimate_of, variety
+from rlr_peft.prompt import texts_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Comparison:
     @property
     def independent_images(self) -> int:
         """Of how many independent values the errors are: the prompts, or the images of a single one."""
-        return max(independent_groups(self.base.evaluation.prompts)) + 1
+        return max(independent_groups(texts_of(self.base.evaluation.prompts))) + 1
 
     @cached_property
     def gains(self) -> list[dict[str, dict[str, float]]]:
@@ -96,8 +97,8 @@ class Comparison:
         if any(model.evaluation.features is None for model in self.models):
             return None
         base = self.base.evaluation
-        of_base = variety(_features(base), base.prompts)
-        of_adapters = [variety(_features(a.evaluation), base.prompts, _features(base)) for a in self.adapters]
+        of_base = variety(_features(base), texts_of(base.prompts))
+        of_adapters = [variety(_features(a.evaluation), texts_of(base.prompts), _features(base)) for a in self.adapters]
         return [of_base, *of_adapters]
 
     @cached_property

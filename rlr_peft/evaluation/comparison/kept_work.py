@@ -50,11 +50,11 @@ class KeptImages:
         self._folder = folder
         self._draw = draw
 
-    def path(self, prompt: str, seed: int) -> Path:
+    def path(self, prompt: Prompt, seed: int) -> Path:
         """The file of an image, or of a video's first frame."""
         return self._folder / f"{seed:010d}-{digest(_drawn(prompt), seed)[:8]}.png"
 
-    def __call__(self, prompts: list[str], seeds: list[int]) -> Tensor:
+    def __call__(self, prompts: list[Prompt], seeds: list[int]) -> Tensor:
         """(B, 3, H, W), or (B, F, 3, H, W), in [0, 1], rounded to 8 bits.
 
         A batch of which anything is missing is drawn whole again: rounding may depend on what is drawn together.
@@ -161,7 +161,7 @@ class KeptFeatures:
 def kept_divergence(measure: MeasureDivergence, folder: Path, identity: Any) -> MeasureDivergence:
     """A measurement of the divergence that is made once for every batch."""
 
-    def measure_once(prompts: list[str], seeds: list[int]) -> Tensor:
+    def measure_once(prompts: list[Prompt], seeds: list[int]) -> Tensor:
         key = digest("divergence", identity, [_drawn(prompt) for prompt in prompts], seeds)
         return kept_tensors(folder, key, lambda: {"divergence": measure(prompts, seeds)})["divergence"]
 
@@ -201,12 +201,12 @@ def _drawn(prompt: Prompt) -> list[Any]:
     return [prompt.text, prompt.negative_prompt, prompt.stages]
 
 
-def _write(path: Path, prompt: str, seed: int, image: Tensor) -> None:
+def _write(path: Path, prompt: Prompt, seed: int, image: Tensor) -> None:
     """One PNG, or of a video one a frame; the first comes last, since it tells how many there are."""
     frames = list(image) if image.ndim == 4 else [image]
     for index in reversed(range(len(frames))):
         notes = PngImagePlugin.PngInfo()
-        notes.add_itxt("prompt", prompt)
+        notes.add_itxt("prompt", prompt.text)
         notes.add_text("seed", str(seed))
         notes.add_text(_FRAMES, str(len(frames) if image.ndim == 4 else 0))
         notes.add_text(_DIGEST, pixels_digest(frames[index].float() / 255))
@@ -244,6 +244,6 @@ def _frame_path(path: Path, index: int) -> Path:
     return path if index == 0 else path.with_name(f"{path.stem}-{index:03d}.png")
 
 
-def image_paths(kept: KeptImages, prompts: Sequence[str], seeds: Sequence[int], root: Path) -> list[str]:
+def image_paths(kept: KeptImages, prompts: Sequence[Prompt], seeds: Sequence[int], root: Path) -> list[str]:
     """The images' files, relative to `root`."""
     return [kept.path(prompt, seed).relative_to(root).as_posix() for prompt, seed in zip(prompts, seeds, strict=True)]

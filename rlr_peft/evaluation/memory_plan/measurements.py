@@ -13,6 +13,7 @@ from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.evaluation.compare import VERIFIED_IMAGES
 from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
 from rlr_peft.evaluation.memory_plan.live_memory import LiveMemory, fused_attention
+from rlr_peft.prompt import as_prompts
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def blank_trajectory(chain: DenoisingChain, prompts: list[str]) -> Trajectory:
     shape, steps = (len(prompts), *chain.latents_shape), chain.num_steps
     options: dict[str, Any] = {"device": chain.device, "dtype": chain.latents_dtype}
     return Trajectory(
-        prompts=prompts,
+        prompts=as_prompts(prompts),
         latents=torch.zeros(steps + 1, *shape, **options),
         noises=torch.zeros(steps + 1, *shape, **options),
         stds=tuple(chain.std(t) for t in range(1, steps + 1)),

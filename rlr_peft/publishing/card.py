@@ -1,15 +1,21 @@
-"""The model card: `README.md` beside the adapter, filled from what the run measured and nothing else."""
+"""The model card: `README.md` beside the adapter, filled from what the run measured and nothing else.
+
+It is written, written again, and addressed to a repository, without losing a user's edits.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError as JinjaError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -20,10 +26,19 @@ from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.estimates import decimals_of_scores, with_error
 from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
-from rlr_peft.publishing.card_metadata import card_metadata
+from rlr_peft.publishing.record import (
+    RECORD_NAME,
+    SHOWN_PROMPTS,
+    ImagePair,
+    RecordError,
+    RunRecord,
+    StoredCard,
+    load_stored_card,
+    printable_record,
+    save_stored_card,
+)
 from rlr_peft.publishing.results import Result, results_of, verdicts
-from rlr_peft.publishing.run_record import SHOWN_PROMPTS, ImagePair, RunRecord, printable_record
-from rlr_peft.publishing.usage_snippet import base_kind, hub_link, usage_snippet
+from rlr_peft.publishing.snippet import base_kind, hub_link, usage_snippet
 from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -239,3 +254,115 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+COMMON_TAGS = ("diffusers", "diffusers-training", "lora", "template:sd-lora", "reward-fine-tuning")
+
+
+def card_metadata(
+    record: RunRecord, directory: Path, images: Sequence[tuple[str, str]], results: Sequence[Result]
+) -> ModelCardData:
+    """Licence, base, tags, gallery and measured rewards.
+
+    Args:
+        record: the run's facts.
+        directory: the card's folder, which names a model that has no repository yet.
+        images: file name and prompt of the gallery.
+        results: what was measured.
+    """
+    optional: dict[str, Any] = {
+        "license": record.license,
+        "license_name": record.license_name,
+        "license_link": record.license_link,
+        "datasets": list(record.datasets) or None,
+    }
+    if base_kind(record.base_model) == "hub":
+        # Anything but a Hub id here would be a dead link on the adapter's page.
+        optional |= {"base_model": record.base_model, "base_model_relation": "adapter"}
+    if images:
+        optional["widget"] = [{"text": prompt, "output": {"url": name}} for name, prompt in images]
+    if results:
+        optional["model_name"] = (record.repo_id or directory.resolve().name).rsplit("/", 1)[-1]
+        optional["eval_results"] = [_eval_result(record, result) for result in results]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=record.pipeline_tag,
+        inference=True,
+        tags=_tags(record),
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+
+
+def _tags(record: RunRecord) -> list[str]:
+    is_rlr = str(record.config.get("estimator", "")).startswith("rlr")
+    own = [*(["rlr"] if is_rlr else []), *(["diffusive-chain-of-thought"] if record.stages else [])]
+    return list(dict.fromkeys([record.pipeline_tag, *COMMON_TAGS, *own, *record.tags]))
+
+
+def _eval_result(record: RunRecord, result: Result) -> EvalResult:
+    return EvalResult(
+        task_type=record.pipeline_tag,
+        dataset_type="prompts",
+        dataset_name=record.evaluation_prompts,
+        metric_type=result.name,
+        metric_name=f"{result.name} ({result.role})",
+        metric_value=round(result.after, 6),
+    )
+
+
+EDITED = "README.edited.md"
+
+
+def write_card(directory: Path, card: StoredCard) -> Path:
+    """Writes `run_record.json` and `README.md` into the folder; returns the path of the card.
+
+    A card that was edited by hand since is kept as `README.edited.md`.
+    """
+    _keep_edited(directory)
+    path = write_model_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+    save_stored_card(directory, replace(card, readme_sha256=_sha256(path)))
+    return path
+
+
+def card_text(directory: Path, card: StoredCard) -> str:
+    """What `write_card` would write into `README.md`."""
+    return render_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+
+
+def stored_record(directory: Path) -> RunRecord | None:
+    """The facts of the run in this folder; None if it has none, as the folder of a checkpoint."""
+    return load_stored_card(directory).record if (directory / RECORD_NAME).exists() else None
+
+
+def addressed_card(directory: Path, repo_id: str, revision: str | None = None) -> StoredCard | None:
+    """The folder's card with a snippet that loads from this repository, and this branch of it; nothing is written.
+
+    None where the card stays as it is: it was edited by hand, is not from here, or names the place already.
+    """
+    readme = directory / "README.md"
+    if not (directory / RECORD_NAME).exists() or not readme.exists():
+        return None
+    card = load_stored_card(directory)
+    if (card.record.repo_id, card.record.hub_revision) == (repo_id, revision):
+        return None
+    if _sha256(readme) != card.readme_sha256:
+        logger.warning("%s was edited: it is published as it is; its snippet may name another place.", readme)
+        return None
+    return replace(card, record=replace(card.record, repo_id=repo_id, hub_revision=revision))
+
+
+def _keep_edited(directory: Path) -> None:
+    readme = directory / "README.md"
+    if not readme.exists() or not (directory / RECORD_NAME).exists():
+        return
+    try:
+        written = load_stored_card(directory).readme_sha256
+    except RecordError:  # of another version: whether it was edited is not known
+        written = None
+    if _sha256(readme) != written:
+        os.replace(readme, directory / EDITED)
+        logger.warning("%s was edited by hand: that card is now %s.", readme, EDITED)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

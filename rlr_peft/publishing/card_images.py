@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-from torch import Tensor, uint8
+from torch import Tensor
 
-from rlr_peft.evaluation.compare import Evaluation
-from rlr_peft.evaluation.videos import save_video
-from rlr_peft.publishing.run_record import ImagePair
+from rlr_peft.figures import save_image, save_video
+from rlr_peft.publishing.record import ImagePair
 
 FOLDER = "images"
 MAX_GALLERY = 6
@@ -31,13 +29,12 @@ def save_gallery(output_dir: Path, images: Tensor, prompts: Sequence[str], fps: 
         prompts: N prompts, equal ones beside each other.
         fps: frames per second of videos.
     """
-    (output_dir / FOLDER).mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(list(dict.fromkeys(prompts))[:MAX_GALLERY]):
         image, path = images[prompts.index(prompt)], output_dir / FOLDER / f"validation_{number}"
         if image.ndim == 4:
             save_video(path, image, fps or 8)
         else:
-            _save(image, path.with_suffix(".png"))
+            save_image(path.with_suffix(".png"), image)
 
 
 def gallery(output_dir: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
@@ -51,20 +48,22 @@ def gallery(output_dir: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def save_pairs(output_dir: Path, before: Evaluation, after: Evaluation) -> list[ImagePair]:
-    """Saves the first images of the comparison as `images/base_I.png` and `images/adapter_I.png`; of videos strips."""
-    (output_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+def save_pairs(
+    output_dir: Path, prompts: Sequence[str], images: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor]
+) -> list[ImagePair]:
+    """Saves the first images of the comparison as `images/base_I.png` and `images/adapter_I.png`.
+
+    Args:
+        output_dir: the card's folder.
+        prompts: n of them.
+        images: of base and adapter, each (k, 3, H, W) in [0, 1] of the first k <= n prompts.
+        scores: of base and adapter, each (n,): the trained reward.
+    """
     pairs = []
-    for number in range(min(MAX_PAIRS, len(before.images), len(after.images))):
-        names = {}
-        for kind, evaluation in (("base", before), ("adapter", after)):
-            names[kind] = f"{FOLDER}/{kind}_{number}.png"
-            _save(evaluation.images[number], output_dir / names[kind])
-        scores = [float(evaluation.scores["reward"][number]) for evaluation in (before, after)]
-        pairs.append(ImagePair(str(before.prompts[number]), names["base"], names["adapter"], *scores))
+    for number, (prompt, *both) in enumerate(zip(prompts[:MAX_PAIRS], *images)):
+        files = [f"{FOLDER}/{name}_{number}.png" for name in ("base", "adapter")]
+        for file, image in zip(files, both, strict=True):
+            save_image(output_dir / file, image)
+        base, adapter = files
+        pairs.append(ImagePair(str(prompt), base, adapter, *(float(of_one[number]) for of_one in scores)))
     return pairs
-
-
-def _save(image: Tensor, path: Path) -> None:
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path, format="PNG", optimize=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlr_peft.foreign_text import in_code
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.record import RunRecord
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 
 BaseKind = Literal["embedded", "folder", "hub"]

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 
 from rlr_peft.foreign_text import printable
 from rlr_peft.publishing.hub_client import FAILURES, in_words
-from rlr_peft.publishing.usage_snippet import base_kind
+from rlr_peft.publishing.snippet import base_kind
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""Publishing an output folder: one commit, then a download into an empty cache that must give the same adapter."""
+"""Uploads an output folder: one commit, then a download into an empty cache that must give the same adapter.
+
+What may go is a list; secrets may not.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from rlr_peft.publishing.hub_access import Destination
 from rlr_peft.publishing.hub_client import (
     FAILURES,
+    WEIGHT_NAME,
+    Destination,
     HubError,
     IncompleteError,
     UncheckedError,
@@ -24,7 +29,7 @@ from rlr_peft.publishing.hub_client import (
     patiently,
     without_progress_bars,
 )
-from rlr_peft.publishing.hub_files import content_for_upload, is_ours, published_files
+from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -137,3 +142,76 @@ def _over_xet_or_http(commit: Callable[[], CommitInfo]) -> CommitInfo:
         logger.warning("The Hub's Xet storage cannot be reached (%s): uploading over plain HTTP instead.", error)
         constants.HF_HUB_DISABLE_XET = True
         return patiently(commit)
+
+
+# Nothing else ever leaves the folder: no checkpoint, no optimiser state, no logs.
+PUBLISHED = (
+    WEIGHT_NAME,
+    f"transformer_2/{WEIGHT_NAME}",
+    "kohya/lora_kohya.safetensors",
+    "README.md",
+    "before_after.png",
+    "reward_curve.png",
+    "images/*.png",
+    "images/*.gif",
+    "images/*.mp4",
+    "config.yaml",
+    "metrics.json",
+    "metrics.jsonl",
+    "scores.parquet",
+    "compare.html",
+)
+# What a run itself makes: on the Hub these files are an earlier run's where this one lacks them, all others the user's.
+MADE = (
+    *(name for name in PUBLISHED if "*" not in name),
+    *(f"images/{kind}_*.{suffix}" for kind in ("validation", "base", "adapter") for suffix in ("png", "gif", "mp4")),
+)
+TEXT_SUFFIXES = (".md", ".yaml", ".json", ".jsonl", ".html")
+
+
+def published_files(folder: Path) -> dict[str, Path]:
+    """Path in the repository -> file, of everything in the folder that is published.
+
+    Raises:
+        HubError: the folder holds no adapter, or a link that leads out of it.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in PUBLISHED
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+    if WEIGHT_NAME not in files:
+        raise HubError(
+            f"Expected an output folder of train_rlr_lora.py with {WEIGHT_NAME}, got {folder}; check the path."
+        )
+    for path in files.values():  # a folder from elsewhere would publish any file of this machine
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise HubError(f"{path} is a link to {path.resolve()}, outside of the folder; put the file itself there.")
+    return files
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file on the Hub is one that a run made."""
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in MADE)
+
+
+def tokens_in_use(token: str | None) -> list[str]:
+    """The tokens that are in use; of any length, so that one of an unusual form does not slip through."""
+    return [secret for secret in dict.fromkeys((token, get_token())) if secret]
+
+
+def content_for_upload(path: Path, token: str | None) -> bytes | Path:
+    """The file, or of a text file that holds secrets its text with them crossed out.
+
+    Raises:
+        HubError: another file holds the access token.
+    """
+    content, secrets = path.read_bytes(), tokens_in_use(token)
+    if path.suffix in TEXT_SUFFIXES:
+        text = content.decode(errors="surrogateescape")
+        hidden = redacted(text, secrets)
+        return path if hidden == text else hidden.encode(errors="surrogateescape")
+    if any(secret.encode() in content for secret in secrets):
+        raise HubError(f"{path} holds the access token and is not published: remove the token from it.")
+    return path
