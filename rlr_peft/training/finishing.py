@@ -13,6 +13,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
+from rlr_peft.build.machine import describe_hardware, package_versions
+from rlr_peft.build.pipeline import DTYPES, load_pipeline
+from rlr_peft.build.prompts import describe_chain_of_thought
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimates import with_error
@@ -30,25 +36,11 @@ from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord, StoredCard
 from rlr_peft.redaction import redacted_command
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import with_card_facts
-from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.comparison_setup import prompt_source
-from rlr_peft.training.hardware import describe_hardware
-from rlr_peft.training.loading import DTYPES, load_pipeline
-from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.prompt_loading import describe_chain_of_thought
 from rlr_peft.training.run import Run
-from rlr_peft.training.seeds import derive_seed
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
-from rlr_peft.training.validation import (
-    NUM_PAIRS,
-    ImagesError,
-    evaluate_adapter,
-    evaluation_features,
-    in_eval_mode,
-    render,
-    save_validation_images,
-)
+from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.prompt import Prompt
-from rlr_peft.rewards.info import Info, join_info
+from rlr_peft.rewards.scores import Info, join_info
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from rlr_peft.build.liveness import is_running, repeating
 from rlr_peft.config import ConfigError
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.training.repeating import repeating
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _refuse_living_owner(folder: Path, is_locked: bool) -> None:
     if owner is None:
         return
     if owner.host == here.host or (owner.boot and owner.boot == here.boot):
-        if not is_locked and _is_running(owner):
+        if not is_locked and is_running(owner.process, owner.started):
             raise _in_use(folder, owner)
     else:
         silent = _seconds_silent(folder)
@@ -135,15 +135,6 @@ def _in_use(folder: Path, owner: Owner | None) -> FolderInUseError:
         f"Expected a folder that no other program writes to, got {folder}, to which {owner or 'another process'} "
         "writes; wait for its end, stop it, or choose another folder."
     )
-
-
-def _is_running(owner: Owner) -> bool:
-    try:
-        process = psutil.Process(owner.process)
-        # Clocks are set now and then, by which the start of a living process moves a little.
-        return abs(process.create_time() - owner.started) < 5 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _seconds_silent(folder: Path) -> float:

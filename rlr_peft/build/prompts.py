@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from rlr_peft.build.processes import Processes
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.prompt import Prompt, as_prompts
 from rlr_peft.prompts.chain_of_thought import (
@@ -25,7 +26,6 @@ from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
 from rlr_peft.prompts.sampler import PromptSampler, Sampler, StreamingPromptSampler
 from rlr_peft.prompts.sources import dataset_prompts, hold_back, is_held_back, load_prompts
 from rlr_peft.prompts.tables import DatasetSpec
-from rlr_peft.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,15 @@
-"""What a run ran on, in words and numbers."""
+"""What a run runs on, in words and numbers: hardware, memory, versions of packages."""
 
 import math
 import os
 import platform
 import resource
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "rlr-peft")
 
 
 def describe_hardware(device: torch.device, num_processes: int = 1) -> str:
@@ -32,3 +35,14 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide whether a resumed run repeats bit for bit."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,12 +1,31 @@
-"""The states of every random number generator of a process, as plain tensors and lists."""
+"""Every random draw of a run is a pure function of the seed and of what it is for, so a resumed run repeats it.
+
+What libraries draw from the global generators is repeated by their states, as plain tensors and lists.
+"""
 
 import random
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy
 import torch
+from numpy.random import SeedSequence
 
-from rlr_peft.training.manifest import CheckpointError
+from rlr_peft.errors import UserError
+
+Purpose = Literal[
+    "lora", "samples", "calibration", "estimator", "validation", "evaluation", "process", "divergence", "reward_scale"
+]
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+
+
+class RandomStatesError(UserError, RuntimeError):
+    """States of generators that this process does not have."""
+
+
+def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:
+    """A seed in 0..2**62 - 1 that differs for every purpose and key, such as (step, sample)."""
+    state = SeedSequence([seed, _PURPOSES.index(purpose), *key]).generate_state(2)
+    return (int(state[0]) << 32 | int(state[1])) >> 2
 
 
 def capture_random_states(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -33,11 +52,11 @@ def restore_random_states(states: dict[str, Any], device: torch.device | str = "
     """Puts the generators where `capture_random_states` found them.
 
     Raises:
-        CheckpointError: `device` is a CUDA device, but the states were captured without one.
+        RandomStatesError: `device` is a CUDA device, but the states were captured without one.
     """
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda and "cuda" not in states:
-        raise CheckpointError(
+        raise RandomStatesError(
             f"The saved random states have no CUDA generator, but this process runs on {device}: "
             "resume on the kind of device that the checkpoint was written on, or start a new run."
         )

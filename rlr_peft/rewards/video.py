@@ -1,14 +1,38 @@
-"""Whether the subject of a video stays the same."""
+"""Rewards of whole videos: how steady the picture is, and whether the subject stays the same."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from transformers import ViTModel
+from typing import Any
 
-from rlr_peft.rewards.clip import MODEL_FILES, unit
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
+from torch import Tensor
+
+from rlr_peft.rewards.model_reward import MODEL_FILES, ModelReward, ModelSettings, loading, unit
 from rlr_peft.rewards.preprocessing import vbench_pixels
-from rlr_peft.rewards.temporal_flicker import check_length
+from rlr_peft.rewards.scores import RewardError
+
+
+class TemporalFlicker:
+    """One minus the mean absolute difference of neighbouring frames, in [0, 1]: VBench's temporal flickering.
+
+    A still image scores 1, so that it should be held against a reward that asks for motion.
+    """
+
+    name = "temporal-flicker"
+    differentiable = True
+    takes_video = True
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """(B,) float32 of videos (B, F, 3, H, W), F >= 2; prompts and metadata are not looked at."""
+        check_length(self.name, images)
+        videos = images.float()
+        return 1 - (videos[:, 1:] - videos[:, :-1]).abs().mean((1, 2, 3, 4))
+
+
+def check_length(name: str, videos: Tensor) -> None:
+    """Raises RewardError for videos (B, F, 3, H, W) of a single frame."""
+    if videos.shape[1] < 2:
+        raise RewardError(f"reward '{name}': expected videos of 2 frames or more, got {videos.shape[1]}")
+
 
 DINO = "facebook/dino-vitb16"
 
@@ -22,6 +46,8 @@ class SubjectConsistency(ModelReward):
     takes_video = True
 
     def __init__(self, settings: ModelSettings) -> None:
+        from transformers import ViTModel
+
         folder = settings.files.folder("subject-consistency", DINO, *MODEL_FILES)
         with loading("subject-consistency", folder):
             network = ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=settings.dtype)

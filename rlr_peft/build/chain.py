@@ -6,15 +6,15 @@ from collections.abc import Sequence
 import torch
 from diffusers import DiffusionPipeline
 
+from rlr_peft.build.machine import total_memory
+from rlr_peft.build.pipeline import enable_checkpointing
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.reporting import as_config_error
 from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
 from rlr_peft.chain.families import Family, default_lora_targets, family_of
 from rlr_peft.chain.memory import working_device
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
-from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.hardware import total_memory
-from rlr_peft.training.loading import enable_checkpointing
-from rlr_peft.training.seeds import derive_seed
 
 # The parts that denoise step by step, and whose adapters pipelines load.
 TRAINABLE = ("unet", "transformer", "transformer_2")

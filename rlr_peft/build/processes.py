@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from rlr_peft.build.liveness import is_running, repeating
 from rlr_peft.errors import UserError
-from rlr_peft.training.repeating import repeating
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +246,7 @@ class _Watch:
         here = [i for i in self._peers if self._places[i][0] == socket.gethostname()]
         deadline = time.monotonic() + VANISHING
         while time.monotonic() < deadline:
-            ended = [i for i in here if not _is_running(self._places[i][1])]
+            ended = [i for i in here if not is_running(self._places[i][1])]
             if ended:
                 return ended
             time.sleep(0.1)
@@ -259,10 +258,3 @@ def _connect() -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     return PrefixStore(f"rlr_peft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
