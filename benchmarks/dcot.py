@@ -26,8 +26,8 @@ from benchmarks.race import base_evaluation, claimed
 from rlr_peft.build.drawing import render
 from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.compare.evaluation import compare, evaluate, evaluation_plan, flat_metrics
 from rlr_peft.config import load_config
-from rlr_peft.evaluation.compare import compare, evaluate, evaluation_plan, flat_metrics
 from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards

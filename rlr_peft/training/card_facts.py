@@ -9,8 +9,8 @@ from typing import Any
 import rlr_peft
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.pipeline import DTYPES
+from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.config import config_to_dict, stages_from_config
-from rlr_peft.evaluation.compare import Evaluation
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card_images import gallery, save_pairs
 from rlr_peft.publishing.licenses import base_license

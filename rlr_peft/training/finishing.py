@@ -19,16 +19,18 @@ from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES, load_pipeline
 from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
+from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.evaluation import Evaluation, compare, evaluation_plan, flat_metrics
+from rlr_peft.compare.labels import BASE, shown_name
+from rlr_peft.compare.report import PAGE, write_page_and_scores
+from rlr_peft.compare.run import prompt_source
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimates import with_error
-from rlr_peft.evaluation.compare import VERIFIED_IMAGES, Evaluation, compare, evaluation_plan, flat_metrics
-from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
-from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
-from rlr_peft.evaluation.comparison.labels import BASE, shown_name
-from rlr_peft.evaluation.comparison.report import PAGE, write_page_and_scores
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.intervals import with_error
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
+from rlr_peft.lora.verify import VERIFIED_IMAGES
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.card_images import clear_card_images
@@ -36,7 +38,6 @@ from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord, StoredCard
 from rlr_peft.redaction import redacted_command
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import with_card_facts
-from rlr_peft.training.comparison_setup import prompt_source
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
