@@ -7,6 +7,7 @@ import torch
 
 from rlr_peft.chain.path import GaussianStep
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.prompt import PromptLike
 
 
 class Chain(Protocol):
@@ -30,7 +31,9 @@ class Chain(Protocol):
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
+    def sample(
+        self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
+    ) -> Trajectory:
         """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch.
 
         ``noises`` are used instead of those that ``draw_noises`` makes of the seeds, where they are given.
@@ -62,5 +65,5 @@ class Chain(Protocol):
 class Decoder(Protocol):
     """Turns clean latents into images."""
 
-    def decode(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] of clean latents (B, ...), on the tape if gradients are enabled."""

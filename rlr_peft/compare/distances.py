@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from rlr_peft.chain.interface import Chain
 from rlr_peft.compare.evaluation import independent_groups, mean_and_standard_error
 from rlr_peft.estimators.kl import path_kl, reference_steps
+from rlr_peft.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,11 @@ def _pairwise(each: Tensor, prompts: Sequence[str]) -> Estimate:
 
 
 # Samples every prompt from its seed and measures: (prompts, seeds) -> (B,) nats.
-MeasureDivergence = Callable[[list[str], list[int]], Tensor]
+MeasureDivergence = Callable[[list[Prompt], list[int]], Tensor]
 
 
 @torch.no_grad()
-def path_divergence(chain: Chain, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+def path_divergence(chain: Chain, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
     """``KL(adapter || base)`` of sampled paths: the steps' KL in closed form, summed over all steps with noise.
 
     Averaged over samples this estimates, without bias, the KL of the paths' distributions, which bounds the KL of the
@@ -158,7 +159,7 @@ def has_noise(chain: Chain) -> bool:
 
 def measure_divergence(
     measure: MeasureDivergence,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     batch_size: int,
     *,

@@ -16,6 +16,7 @@ from rlr_peft.errors import UserError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.zeroth_order import Perturbation, perturb
+from rlr_peft.prompt import texts_of
 
 # A step is hot whose mean moves more than this per unit of denoiser output and of its noise.
 HOT_STEP = 3.0
@@ -278,7 +279,7 @@ def accumulate(
             bookings.append(perturb(chain, objective, rollout.trajectory, term, generator))
     gradient = rollout.reward_gradient
     return Book(
-        list(rollout.trajectory.prompts),
+        texts_of(rollout.trajectory.prompts),
         rollout.rewards.tolist(),
         rollout.advantages.tolist(),
         None if gradient is None else float(gradient.double().square().sum()),

@@ -9,6 +9,7 @@ from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.objective import DecodedReward, Measurement
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.scores import Info, join_info
 
 
@@ -24,8 +25,8 @@ class Batch:
 
     @property
     def prompts(self) -> list[str]:
-        """Of all samples, (N,)."""
-        return [prompt for trajectory, _ in self.micro_batches for prompt in trajectory.prompts]
+        """The texts of all samples, (N,)."""
+        return [text for trajectory, _ in self.micro_batches for text in texts_of(trajectory.prompts)]
 
     @property
     def rewards(self) -> torch.Tensor:
@@ -60,7 +61,7 @@ class Batch:
 def sample_batch(
     chain: Chain,
     objective: DecodedReward,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     micro_batch_size: int,
     antithetic: bool = False,

@@ -15,6 +15,7 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.sampling import Batch, sample_batch
+from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.progress import is_due_after
@@ -161,8 +162,8 @@ def _own_samples(run: Run) -> slice:
 
 
 def _repeat(
-    run: Run, step: int, purpose: Purpose, prompts: Sequence[str], first: int = 0
-) -> tuple[list[str], list[int]]:
+    run: Run, step: int, purpose: Purpose, prompts: Sequence[Prompt], first: int = 0
+) -> tuple[list[Prompt], list[int]]:
     """Every prompt as often as it has samples, and a seed for each sample."""
     training = run.config.training
     repeated = [prompt for prompt in prompts for _ in range(training.num_images_per_prompt)]
