@@ -12,6 +12,7 @@ from rlr_peft.compare.distances import Estimate, Variety, estimate_of, variety
 from rlr_peft.compare.evaluation import Evaluation, compare, independent_groups
 from rlr_peft.foreign_text import listed
 from rlr_peft.intervals import direction, with_error
+from rlr_peft.prompt import texts_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Comparison:
     @property
     def independent_images(self) -> int:
         """Of how many independent values the errors are: the prompts, or the images of a single one."""
-        return max(independent_groups(self.base.evaluation.prompts)) + 1
+        return max(independent_groups(texts_of(self.base.evaluation.prompts))) + 1
 
     @cached_property
     def gains(self) -> list[dict[str, dict[str, float]]]:
@@ -98,8 +99,8 @@ class Comparison:
         if any(model.evaluation.features is None for model in self.models):
             return None
         base = self.base.evaluation
-        of_base = variety(_features(base), base.prompts)
-        of_adapters = [variety(_features(a.evaluation), base.prompts, _features(base)) for a in self.adapters]
+        of_base = variety(_features(base), texts_of(base.prompts))
+        of_adapters = [variety(_features(a.evaluation), texts_of(base.prompts), _features(base)) for a in self.adapters]
         return [of_base, *of_adapters]
 
     @cached_property

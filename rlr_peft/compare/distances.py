@@ -18,6 +18,7 @@ from rlr_peft.chain.interface import Chain
 from rlr_peft.compare.evaluation import independent_groups, mean_and_standard_error
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
 from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,11 @@ def _pairwise(each: Tensor, prompts: Sequence[str]) -> Estimate:
 
 
 # Samples every prompt from its seed and measures: (prompts, seeds) -> (B,) nats.
-MeasureDivergence = Callable[[list[str], list[int]], Tensor]
+MeasureDivergence = Callable[[list[Prompt], list[int]], Tensor]
 
 
 @torch.no_grad()
-def path_divergence(chain: Chain, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+def path_divergence(chain: Chain, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
     """``KL(adapter || base)`` of sampled paths: the steps' KL in closed form, summed over all steps with noise.
 
     Averaged over samples this estimates, without bias, the KL of the paths' distributions, which bounds the KL of the
@@ -163,7 +164,7 @@ def has_noise(chain: Chain) -> bool:
 
 def measure_divergence(
     measure: MeasureDivergence,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     batch_size: int,
     *,

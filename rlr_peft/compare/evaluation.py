@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.figures import FRAMES_OF_STRIP, as_images
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.scores import Info, join_info
 
 # Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).
-Render = Callable[[list[str], list[int]], Tensor]
+Render = Callable[[list[Prompt], list[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Evaluation:
         pictures: all n images as small files for a page; empty if they were not asked for.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     seeds: list[int]
     scores: dict[str, Tensor]
     images: Tensor
@@ -48,8 +49,8 @@ class Evaluation:
 
 
 def evaluation_plan(
-    prompts: Sequence[str], num_images: int, seed: int, images_per_prompt: int = 1
-) -> tuple[list[str], list[int]]:
+    prompts: Sequence[Prompt], num_images: int, seed: int, images_per_prompt: int = 1
+) -> tuple[list[Prompt], list[int]]:
     """Which images to draw: prompts in shuffled order, again and again, and a seed for each image.
 
     The order is shuffled so that fewer images than prompts are still a fair sample of them. A longer plan starts with
@@ -84,7 +85,7 @@ def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 def evaluate(
     render: Render,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     rewards: Mapping[str, Reward],
     batch_size: int,
@@ -191,11 +192,12 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
     Raises:
         ValueError: the two were not made from the same plan and rewards, or hold fewer than two images.
     """
-    if before.prompts != after.prompts or before.seeds != after.seeds or before.scores.keys() != after.scores.keys():
+    prompts = texts_of(before.prompts)
+    if prompts != texts_of(after.prompts) or before.seeds != after.seeds or before.scores.keys() != after.scores.keys():
         raise ValueError(
             "expected the same prompts, seeds and rewards before and after; evaluate both with the same plan"
         )
-    comparison, prompts = {}, before.prompts
+    comparison = {}
     for name, old, new in _pairs(before, after):
         old, new = old.double(), new.double()
         gain = new - old

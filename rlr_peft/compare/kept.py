@@ -29,7 +29,7 @@ from rlr_peft.compare.distances import MeasureDivergence
 from rlr_peft.compare.evaluation import Render, as_pil, to_bytes
 from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.prompt import negative_prompt_of, stages_of
+from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.remote import RemoteReward
 from rlr_peft.rewards.scores import Info
@@ -99,11 +99,11 @@ class KeptImages:
         self._folder = folder
         self._draw = draw
 
-    def path(self, prompt: str, seed: int) -> Path:
+    def path(self, prompt: Prompt, seed: int) -> Path:
         """The file of an image, or of a video's first frame."""
         return self._folder / f"{seed:010d}-{digest(_drawn(prompt), seed)[:8]}.png"
 
-    def __call__(self, prompts: list[str], seeds: list[int]) -> Tensor:
+    def __call__(self, prompts: list[Prompt], seeds: list[int]) -> Tensor:
         """(B, 3, H, W), or (B, F, 3, H, W), in [0, 1], rounded to 8 bits.
 
         A batch of which anything is missing is drawn whole again: rounding may depend on what is drawn together.
@@ -210,7 +210,7 @@ class KeptFeatures:
 def kept_divergence(measure: MeasureDivergence, folder: Path, identity: Any) -> MeasureDivergence:
     """A measurement of the divergence that is made once for every batch."""
 
-    def measure_once(prompts: list[str], seeds: list[int]) -> Tensor:
+    def measure_once(prompts: list[Prompt], seeds: list[int]) -> Tensor:
         key = digest("divergence", identity, [_drawn(prompt) for prompt in prompts], seeds)
         return kept_tensors(folder, key, lambda: {"divergence": measure(prompts, seeds)})["divergence"]
 
@@ -245,17 +245,17 @@ def pixels_digest(images: Tensor) -> str:
     return hashlib.sha256(str(tuple(images.shape)).encode() + to_bytes(images).numpy().tobytes()).hexdigest()
 
 
-def _drawn(prompt: str) -> list[Any]:
+def _drawn(prompt: Prompt) -> list[Any]:
     """All of a prompt that its image depends on."""
-    return [str(prompt), negative_prompt_of(prompt), stages_of(prompt)]
+    return [prompt.text, prompt.negative_prompt, prompt.stages]
 
 
-def _write(path: Path, prompt: str, seed: int, image: Tensor) -> None:
+def _write(path: Path, prompt: Prompt, seed: int, image: Tensor) -> None:
     """One PNG, or of a video one a frame; the first comes last, since it tells how many there are."""
     frames = list(image) if image.ndim == 4 else [image]
     for index in reversed(range(len(frames))):
         notes = PngImagePlugin.PngInfo()
-        notes.add_itxt("prompt", prompt)
+        notes.add_itxt("prompt", prompt.text)
         notes.add_text("seed", str(seed))
         notes.add_text(_FRAMES, str(len(frames) if image.ndim == 4 else 0))
         notes.add_text(_DIGEST, pixels_digest(frames[index].float() / 255))
@@ -293,6 +293,6 @@ def _frame_path(path: Path, index: int) -> Path:
     return path if index == 0 else path.with_name(f"{path.stem}-{index:03d}.png")
 
 
-def image_paths(kept: KeptImages, prompts: Sequence[str], seeds: Sequence[int], root: Path) -> list[str]:
+def image_paths(kept: KeptImages, prompts: Sequence[Prompt], seeds: Sequence[int], root: Path) -> list[str]:
     """The images' files, relative to `root`."""
     return [kept.path(prompt, seed).relative_to(root).as_posix() for prompt, seed in zip(prompts, seeds, strict=True)]

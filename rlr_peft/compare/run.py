@@ -39,6 +39,7 @@ from rlr_peft.compare.kept import (
 from rlr_peft.compare.labels import BASE, file_name, shown_name, unique_labels
 from rlr_peft.config import Config, stages_from_config
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import unique_names
 from rlr_peft.rewards.registry import load_reward
@@ -114,7 +115,7 @@ class _Comparer:
         config: Config,
         options: CompareOptions,
         pipeline: DiffusionPipeline,
-        prompts: list[str],
+        prompts: list[Prompt],
         rewards: dict[str, tuple[str, Reward]],
         extractor: FeatureExtractor,
     ) -> None:
@@ -199,7 +200,7 @@ class _Comparer:
 
     def _facts(self, sampler: str, adapters: dict[str, AdapterFiles], measured: list[MeasuredReward]) -> dict[str, str]:
         """What is compared, in words and without a path of this machine."""
-        config, (prompts, _) = self.config, self.plan
+        config, prompts = self.config, texts_of(self.plan[0])
         chain_of_thought = describe_chain_of_thought(config)
         hub = {label: files.place for label, files in adapters.items() if not Path(files.place).exists()}
         return {

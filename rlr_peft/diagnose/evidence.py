@@ -113,7 +113,7 @@ def gather_evidence(
         variances=step_variances(gradients),
         mirrored=torch.cat(mirrored, dim=1),
         rewards=rewards,
-        prompts=[prompt for rollout in rollouts for prompt in rollout.trajectory.prompts],
+        prompts=[prompt.text for rollout in rollouts for prompt in rollout.trajectory.prompts],
         group_size=group_size,
         micro_batch_size=len(rollouts[0].rewards),
     )

@@ -12,6 +12,7 @@ from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.prompt import as_prompts
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def blank_trajectory(chain: DenoisingChain, prompts: list[str]) -> Trajectory:
     shape, steps = (len(prompts), *chain.latents_shape), chain.num_steps
     options: dict[str, Any] = {"device": chain.device, "dtype": chain.latents_dtype}
     return Trajectory(
-        prompts=prompts,
+        prompts=as_prompts(prompts),
         latents=torch.zeros(steps + 1, *shape, **options),
         noises=torch.zeros(steps + 1, *shape, **options),
         stds=tuple(chain.std(t) for t in range(1, steps + 1)),

@@ -13,6 +13,7 @@ import torch
 
 from rlr_peft.chain.path import GaussianStep, PathPoint, step_std
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.prompt import PromptLike, as_prompts
 
 
 class ReplicatedChain(ABC):
@@ -56,7 +57,9 @@ class ReplicatedChain(ABC):
         return torch.randn(self.num_steps + 1, len(seeds), self.dimension, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
+    def sample(
+        self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
+    ) -> Trajectory:
         """Samples R * n rows; from these noises if given."""
         noises = self.draw_noises(seeds) if noises is None else noises
         latents, predictions = [noises[self.num_steps]], []
@@ -65,7 +68,7 @@ class ReplicatedChain(ABC):
             latents.append(step.next_latents(noises[t - 1]))
             predictions.append(step.pred_original_sample)
         return Trajectory(
-            prompts=list(prompts),
+            prompts=as_prompts(prompts),
             latents=torch.stack(latents).flip(0),
             noises=noises,
             stds=tuple(self._stds),
@@ -201,12 +204,14 @@ class QuadraticReward:
         self._chain = chain
         self.differentiable = differentiable
 
-    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Rewards (B,)."""
         quadratic = torch.einsum("bi,ij,bj->b", latents, self._chain.reward_curvature, latents)
         return latents @ self._chain.reward_slope - quadratic / 2
 
-    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) and their gradients (B, d)."""
         return self.score(latents, prompts), self._chain.reward_slope - latents @ self._chain.reward_curvature
 
@@ -319,10 +324,12 @@ class WaveReward:
         self._slope = chain.reward_slope
         self.differentiable = differentiable
 
-    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Rewards (B,)."""
         return torch.sin(latents @ self._slope)
 
-    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) and their gradients (B, d)."""
         return self.score(latents, prompts), torch.cos(latents @ self._slope)[:, None] * self._slope

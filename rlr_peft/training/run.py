@@ -29,6 +29,7 @@ from rlr_peft.estimators.kl_penalty import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import check_adapter_saves, check_kohya
+from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
@@ -102,10 +103,10 @@ class Run:
     reward_scale: RewardScale | None
     early_stopping: EarlyStopping
     learning_signal: LearningSignal
-    prompts: list[str]
+    prompts: list[Prompt]
     sampler: Sampler
-    evaluation_prompts: list[str] | None
-    validation_prompts: list[str]
+    evaluation_prompts: list[Prompt] | None
+    validation_prompts: list[Prompt]
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     arithmetic: Arithmetic
