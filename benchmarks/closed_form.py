@@ -21,9 +21,7 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.prompt import texts_of
-from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
 
 GROUP = 4
 DIMENSION = 16

@@ -7,7 +7,7 @@ from rlr_peft.chain import adjoint
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.kl import KLPenalty, NoDivergenceError, kl_segments, path_kl, reference_steps, step_kl
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 from tests.pipelines import tiny_stable_diffusion
 

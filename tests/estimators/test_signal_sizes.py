@@ -8,9 +8,7 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
 from rlr_peft.estimators.variance import SignalSizes, StepGains, StepVariances
-from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
 from tests.estimators.chains import gradient_of, rollout_of
 
 

@@ -22,7 +22,7 @@ from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettin
 from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.variance import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from rlr_peft.testing.unbiasedness import EstimatorBias, critical_z, measure_bias
 
 SINGLE = HalfOrder(length=1, blocks="all")
