@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from rlr_peft.build.processes import Processes
 from rlr_peft.config import Config, ConfigError, stages_from_config
-from rlr_peft.prompt import with_stages
+from rlr_peft.prompt import Prompt, as_prompts
 from rlr_peft.prompts.chain_of_thought import (
     STAGE_PROMPTS_FILE,
     Decomposer,
@@ -41,9 +41,9 @@ class RunPrompts:
         sampler: which prompts an update uses.
     """
 
-    training: list[str]
-    evaluation: list[str] | None
-    validation: list[str]
+    training: list[Prompt]
+    evaluation: list[Prompt] | None
+    validation: list[Prompt]
     sampler: Sampler
 
 
@@ -56,7 +56,7 @@ def read_prompts(config: Config) -> RunPrompts:
     arguments, path = config.prompts, config.validation.evaluation_prompt_path
     columns = columns_from_config(config)
     evaluation = None if path is None else load_prompts(path, columns=columns)
-    validation = list(config.validation.validation_prompt or ())
+    validation = as_prompts(config.validation.validation_prompt or ())
     if arguments.streaming:
         return _streamed(config, columns, evaluation, validation)
     if arguments.prompt_path is not None:
@@ -79,7 +79,7 @@ def with_stage_prompts(
     if config.prompts.streaming or not _needs_decomposer(config):
         return prompts
     # One process asks, the others get its answers: a model might answer each of them differently.
-    split: list[list[str] | None] = [prompts.training, prompts.evaluation, prompts.validation]
+    split: list[list[Prompt] | None] = [prompts.training, prompts.evaluation, prompts.validation]
     if accelerator.is_main_process:
         decompose = _decomposer(config, accelerator.device)
         with processes.doing("splitting the prompts into stages"):
@@ -89,7 +89,7 @@ def with_stage_prompts(
     return RunPrompts(training, evaluation, validation, PromptSampler(training, config.training.seed))
 
 
-def comparison_prompts(config: Config, device: torch.device) -> list[str]:
+def comparison_prompts(config: Config, device: torch.device) -> list[Prompt]:
     """The prompts for a comparison of models, with stage prompts where the config asks for them.
 
     Unseen ones if the config names any or holds any back, else those of training.
@@ -143,16 +143,18 @@ def describe_chain_of_thought(config: Config) -> str | None:
     return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
 
 
-def _streamed(config: Config, columns: Columns, evaluation: list[str] | None, validation: list[str]) -> RunPrompts:
+def _streamed(
+    config: Config, columns: Columns, evaluation: list[Prompt] | None, validation: list[Prompt]
+) -> RunPrompts:
     arguments = config.prompts
     percentage = arguments.validation_split_percentage
     decompose = decompose_by_rules if config.chain_of_thought.dcot_rules else None
 
-    def stream(is_wanted: Callable[[str], bool]) -> Iterator[str]:
+    def stream(is_wanted: Callable[[Prompt], bool]) -> Iterator[Prompt]:
         for prompt in filter(is_wanted, dataset_prompts(_dataset(config), columns, arguments.max_train_samples)):
-            yield prompt if decompose is None else with_stages(prompt, decompose(prompt))
+            yield prompt if decompose is None else replace(prompt, stages=decompose(prompt.text))
 
-    def is_trained_on(prompt: str) -> bool:
+    def is_trained_on(prompt: Prompt) -> bool:
         return percentage is None or not is_held_back(prompt, percentage)
 
     size = arguments.shuffle_buffer_size

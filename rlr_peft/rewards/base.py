@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_peft.prompt import metadata_of
+from rlr_peft.prompt import PromptLike, as_prompts, texts_of
 from rlr_peft.rewards.scores import Info, RewardError, check_scores, describe_samples, join_info, mean_over_frames
 
 Metadata = list[dict[str, Any]]
@@ -60,7 +60,7 @@ class Reward(ABC):
 
         Args:
             images: (B, 3, H, W), values in [0, 1].
-            prompts: B prompts.
+            prompts: B texts.
             metadata: B dictionaries with whatever the prompt source knows about each prompt besides its text.
         """
 
@@ -118,14 +118,14 @@ def join_scored(parts: Sequence[Scored]) -> Scored:
 
 
 def score_images(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    reward: Reward, images: Tensor, prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None = None
 ) -> Tensor:
     """The scores of `measure_images`, (B,)."""
     return measure_images(reward, images, prompts, metadata).scores
 
 
 def measure_images(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    reward: Reward, images: Tensor, prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None = None
 ) -> Scored:
     """Call `reward` and check what it returns.
 
@@ -143,18 +143,18 @@ def measure_images(
     Raises:
         RewardError: wrong inputs, images that are not finite, or scores that `check_scores` refuses.
     """
-    prompts = list(prompts)
-    metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
-    _check_inputs(reward, images, prompts, metadata)
+    texts = texts_of(prompts)
+    metadata = [dict(prompt.metadata) for prompt in as_prompts(prompts)] if metadata is None else list(metadata)
+    _check_inputs(reward, images, texts, metadata)
     if images.ndim == 5 and not reward.takes_video:
-        return _measure_frames(reward, images, prompts, metadata)
-    if images.requires_grad and torch.is_grad_enabled() and reward.settle(images, prompts, metadata):
-        scored = reward(images, prompts, metadata)
-        scores = check_scores(reward.name, scored.scores, prompts, attached_to=images)
+        return _measure_frames(reward, images, texts, metadata)
+    if images.requires_grad and torch.is_grad_enabled() and reward.settle(images, texts, metadata):
+        scored = reward(images, texts, metadata)
+        scores = check_scores(reward.name, scored.scores, texts, attached_to=images)
     else:
         with torch.no_grad():
-            scored = reward(images.detach(), prompts, metadata)
-        scores = check_scores(reward.name, scored.scores, prompts).detach().to(images.device)
+            scored = reward(images.detach(), texts, metadata)
+        scores = check_scores(reward.name, scored.scores, texts).detach().to(images.device)
     return Scored(scores, scored.raw, scored.info)
 
 

@@ -133,9 +133,9 @@ class CallableReward(Reward):
 
     def _call(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Any:
         # Copies, which the code may change in place: other rewards, and the next update, are still to see what there
-        # was. Prompts as plain texts, since ours carry their metadata; entry by entry, since samples of a prompt and
+        # was. Metadata entry by entry, since samples of a prompt and
         # frames of a video share theirs.
-        texts = [str(prompt) for prompt in prompts]
+        texts = list(prompts)
         arguments: tuple[Any, ...] = (images.clone(), texts)
         keywords: dict[str, Any] = {}
         if self._passes_metadata == "positional":

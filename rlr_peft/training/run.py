@@ -24,11 +24,12 @@ from rlr_peft.build.rewards import load_rewards, measure_scales
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.kl_penalty import KLPenalty
+from rlr_peft.estimators.base import Estimator
+from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import check_adapter_saves, check_kohya
+from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.training.early_stopping import EarlyStopping
@@ -98,10 +99,10 @@ class Run:
     kl_penalty: KLPenalty | None
     early_stopping: EarlyStopping
     learning_signal: LearningSignal
-    prompts: list[str]
+    prompts: list[Prompt]
     sampler: Sampler
-    evaluation_prompts: list[str] | None
-    validation_prompts: list[str]
+    evaluation_prompts: list[Prompt] | None
+    validation_prompts: list[Prompt]
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     arithmetic: Arithmetic
