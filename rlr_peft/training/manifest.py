@@ -10,7 +10,7 @@ from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Far more than any checkpoint's: a crafted manifest is not read whole, and no number in it is used as it is.
 _MOST_BYTES, _LARGEST = 1 << 24, 1 << 53
 

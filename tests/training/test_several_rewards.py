@@ -141,7 +141,7 @@ def variance_of_first_update(config: Path) -> float:
 
     run = build(config)
     batch = _sample(run, 0)
-    return float(batch.scored.scores.double().var())
+    return float(batch.scored.raw["rewards.py:redness"].double().var())
 
 
 def test_info_of_a_single_reward_is_logged(workplace: Path, tmp_path: Path) -> None:
