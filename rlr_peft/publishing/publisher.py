@@ -135,14 +135,14 @@ def commit_message(folder: Path) -> str:
     """States the gain of the reward, with its standard error, if it was measured."""
     record, metrics = stored_record(folder), _metrics(folder)
     if record is None or "reward_gain" not in metrics or "reward_gain_se" not in metrics:
-        return redacted("Upload LoRA adapter" + ("" if record is None else f" for the reward {record.reward_name}"))
+        return redacted("Upload LoRA adapter" + ("" if record is None else f" for the reward {record.rewards.name}"))
 
     def gain(prefix: str) -> str:
         return with_error(metrics[f"{prefix}_gain"], metrics[f"{prefix}_gain_se"], sign=True)
 
-    message = f"Upload LoRA adapter: {record.reward_name} {gain('reward')}"
-    if record.heldout_name and "heldout_gain" in metrics and "heldout_gain_se" in metrics:
-        message += f", held-out {record.heldout_name} {gain('heldout')}"
+    message = f"Upload LoRA adapter: {record.rewards.name} {gain('reward')}"
+    if record.rewards.heldout and "heldout_gain" in metrics and "heldout_gain_se" in metrics:
+        message += f", held-out {record.rewards.heldout[0]} {gain('heldout')}"
     return redacted(message)
 
 
