@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.durable_files import replacing_file, stays_inside
+from rlr_peft.durable_files import WEIGHT_NAME, replacing_file, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.publishing.bases import License
 from rlr_peft.redaction import redacted_values
@@ -60,7 +60,7 @@ class Adapter:
     """
 
     denoisers: Sequence[str] = ("unet",)
-    weight_name: str = "pytorch_lora_weights.safetensors"
+    weight_name: str = WEIGHT_NAME
     peft_config: Mapping[str, object] | None = None
     repo_id: str | None = None
     revision: str | None = None

@@ -2,31 +2,27 @@
 
 import ast
 import html
-import json
 import re
 import unicodedata
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from rlr_peft.cli.main import main
 from rlr_peft.estimates import with_error
 from rlr_peft.foreign_text import fenced
 from rlr_peft.lora import WEIGHT_NAME
 from rlr_peft.lora.export import KOHYA_NAME
 from rlr_peft.publishing.bases import License
-from rlr_peft.publishing.card import TemplateError, addressed_card, write_card
-from rlr_peft.publishing.record import ImagePair, Rewards, RunRecord, StoredCard, load_stored_card
+from rlr_peft.publishing.record import ImagePair, Rewards, RunRecord
 from rlr_peft.publishing.uploads import is_ours
 from rlr_peft.redaction import redacted, redacted_command
 from tests.publishing.records import CONFIG, FULL, METRICS, MINIMAL, changed, write
 
 KNOWN = [("machine", name) for name in ("command", "hardware", "versions", "commit")]
 KNOWN += [("training", name) for name in ("terms", "first_order", "coverage")]
-INSIDE = "expected the name of a file in its folder, got"
 
 
 def card_data(folder: Path, record: RunRecord) -> ModelCardData:
@@ -281,6 +277,64 @@ def test_stages_of_a_chain_of_thought(folder: Path) -> None:
     assert "| layout | 25% | a red \\| blob |" in text and "diffusive-chain-of-thought" in text
 
 
+@pytest.mark.parametrize(
+    ("config", "stopped", "expected"),
+    [
+        ({}, None, "Training ended after as many updates as it was set to; the numbers were measured once, then."),
+        (
+            {"early_stopping_steps": 20},
+            None,
+            "Early stopping watched the held-out reward on training prompts and did not step in; the numbers here were "
+            "measured once, at the end.",
+        ),
+        (
+            {"early_stopping_steps": 20},
+            "It fell.",
+            "Early stopping on the held-out reward, measured on training prompts, ended the run and so chose these "
+            "weights; the numbers here were measured once, afterwards.",
+        ),
+        (
+            {"early_stopping_steps": 20, "kl_limit": 3.0},
+            "It left.",
+            "Early stopping on the held-out reward and the divergence from the base, measured on training prompts",
+        ),
+    ],
+)
+def test_what_chose_the_weights(folder: Path, config: dict[str, float], stopped: str | None, expected: str) -> None:
+    record = changed(FULL, config=CONFIG | config, training={"stopped_early": stopped})
+    text = write(folder, record)
+    check_sections(text)
+    assert f"eta 0.\n{expected}" in text
+    assert "\nWhether the recipe was tuned on such numbers before this run is not recorded.\n" in text
+    assert (f"10 in its updates. {stopped} Every step" in text) == (stopped is not None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"config": CONFIG | {"use_dora": True, "lora_alpha": 8, "use_rslora": True}},
+            "DoRA of rank 4, alpha 8 (rsLoRA)",
+        ),
+        ({"config": CONFIG | {"use_8bit_adam": True}}, "| optimiser | AdamW in 8 bits, learning rate 0.002"),
+        ({"config": CONFIG | {"mixed_precision": "bf16"}}, "| base weights | bf16 |"),
+        ({"config": CONFIG | {"kl_beta": 0.01}}, "| penalty | 0.01 per nat of divergence from the base |"),
+        ({"metrics": METRICS | {"kl": 0.79, "kl_se": 0.14, "kl_n": 2}}, "0.79 ± 0.14 nats (KL of 2 sampled paths) |"),
+        ({"training": {"first_order": [10, 10]}}, "K was 10 of 10 in its updates, that is full backpropagation."),
+        ({"training": {"reward_decoder": "tae"}}, "on images of the small decoder `tae`, so its gradient is biased"),
+        ({"base": {"dtype": "bfloat16"}}, "```\n\nIn bfloat16 it rounds its latents at every step, which were float32"),
+        ({"config": CONFIG | {"bnb_quantization_config_path": "b.json"}}, "a base that bitsandbytes held in few bits"),
+        ({"sampling": {"difference": "Other noise."}}, "```\n\nOther noise.\n\nThe adapter has"),
+        ({"prompts": {"count": 10}}, "Its training prompts:"),
+        ({"prompts": {"count": None}}, "The first of its training prompts:"),
+    ],
+)
+def test_facts_in_words(folder: Path, changes: dict[str, dict[str, object]], expected: str) -> None:
+    text = write(folder, changed(FULL, **changes))
+    check_sections(text)
+    assert expected in text
+
+
 def test_secrets_are_crossed_out(folder: Path) -> None:
     command = "python train_rlr_lora.py --reward_fn http://me:password@host/ --x hf_abcdefghijklmnopqrstuvwxyz"
     text = write(folder, changed(FULL, machine={"command": command}))
@@ -296,121 +350,9 @@ def test_secrets_are_crossed_out(folder: Path) -> None:
     assert redacted_command(words) == ["train.py", "--rank", "4"]
 
 
-def test_extra_text_and_a_template_that_cannot_be_rendered(folder: Path) -> None:
-    text = write(folder, FULL, extra_text="## Mine\n\nHand-written.\n")
-    check_sections(text)
-    assert "\n\n## Mine\n\nHand-written.\n\n## Use it\n" in text
-    for template, message in (
-        ("{{ card_data }} {% if %}", "cannot be rendered"),
-        ("{{ 1 / 0 }}", "cannot be rendered"),
-        ("---\ntags: [\n---\n", "cannot be rendered"),
-        ("{{ card_data }} {{ titel }}", "names what is not there: titel. Did you mean title"),
-        (
-            "{{ card_data }} {{ qqqq }}",
-            "names what is not there: qqqq. Its variables are adapter, base, base_text",
-        ),
-    ):
-        with pytest.raises(TemplateError, match=message):
-            write(folder, FULL, template)
-
-
-@pytest.mark.parametrize(
-    "reach",
-    [
-        "{{ title.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.system('touch HERE/reached') }}",
-        "{{ lipsum.__globals__['os'].popen('touch HERE/reached').read() }}",
-        "{% include 'README.md' %}",
-        "{{ pairs.clear() }}",
-    ],
-)
-def test_a_template_that_came_with_a_run_reaches_no_python(
-    folder: Path, reach: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_card(folder, StoredCard(FULL))
-    stored = json.loads((folder / "run_record.json").read_text())
-    stored["template"] = "---\n{{ card_data }}\n---\n" + reach.replace("HERE", str(tmp_path))
-    (folder / "run_record.json").write_text(json.dumps(stored))
-    before = (folder / "README.md").read_bytes()
-    assert main(["card", str(folder)]) == 1
-    assert capsys.readouterr().err.startswith("error: The template of the card cannot be rendered (")
-    assert (folder / "README.md").read_bytes() == before and not (tmp_path / "reached").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"base": {"dtype": "float32)\nimport evil  #"}}, "expected a name of Python, got 'float32)"),
-        ({"sampling": {"call": {"x=1)\nimport evil\n(y": 1}}}, "expected a name of Python, got 'x=1)"),
-        ({"sampling": {"scheduler": "X)\nimport evil\n(Y"}}, "expected a name of Python, got 'X)"),
-        ({"adapter": {"denoisers": ["unet\nimport evil"]}}, "expected a name of Python, got 'unet"),
-        (
-            {"images": {"before_after": "../../secret.png"}},
-            f"{INSIDE} '../../secret.png'",
-        ),
-        (
-            {"images": {"gallery": [["/etc/hostname", "a cat"]]}},
-            f"{INSIDE} '/etc/hostname'",
-        ),
-        ({"metrics": {"reward_gain": "[x](y)"}}, "expected a number, got"),
-        ({"sampling": {"fps": "8)\nimport evil"}}, "expected a number, got"),
-    ],
-)
-def test_a_record_that_came_with_an_adapter_puts_no_code_into_the_card(
-    folder: Path, changes: dict[str, dict[str, object]], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_card(folder, StoredCard(FULL))
-    stored = json.loads((folder / "run_record.json").read_text())
-    for group, values in changes.items():
-        stored["record"][group] |= values
-    (folder / "run_record.json").write_text(json.dumps(stored))
-    assert main(["card", str(folder)]) == 1
-    printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
-
-
 def test_a_base_that_is_no_repository_is_no_link(folder: Path) -> None:
     text = write(folder, changed(MINIMAL, base={"model": "x](javascript:a) <b>"}))
     assert "for `x](javascript:a) <b>`, trained" in outside_code(text)
-
-
-def test_a_card_is_written_again_from_its_records(folder: Path) -> None:
-    first = write_card(folder, StoredCard(FULL)).read_bytes()
-    plain = [json.loads(json.dumps(asdict(record))) for record in (load_stored_card(folder).record, FULL)]
-    assert plain[0] == plain[1]
-    (folder / "README.md").unlink()
-    (folder / "extra.md").write_text("Hand-written.")
-    (folder / "mine.md").write_text("---\n{{ card_data }}\n---\n\n# {{ title }}\n\n{{ extra_text }}\n")
-    assert main(["card", str(folder)]) == 0
-    assert (folder / "README.md").read_bytes() == first
-    title = "# LoRA of tiny-shapes for the reward tiny-shapes"
-    words = ["--template", str(folder / "mine.md"), "--extra_text", str(folder / "extra.md")]
-    assert main(["card", str(folder), *words]) == 0
-    assert (folder / "README.md").read_text().endswith(f"{title}\n\nHand-written.\n")
-    # Both are remembered, also when the card is addressed to a repository; and can be forgotten.
-    addressed = addressed_card(folder, "owner/name")
-    assert addressed is not None and write_card(folder, addressed).read_text().endswith("Hand-written.\n")
-    assert main(["card", str(folder), "--plain"]) == 0
-    assert 'load_lora_weights("owner/name"' in (folder / "README.md").read_text()
-
-
-def test_a_card_that_was_edited_is_kept_beside_the_new_one(folder: Path) -> None:
-    path = write_card(folder, StoredCard(FULL))
-    assert main(["card", str(folder)]) == 0 and not (folder / "README.edited.md").exists()
-    path.write_text("# by hand\n")
-    assert main(["card", str(folder)]) == 0
-    assert (folder / "README.edited.md").read_text() == "# by hand\n"
-    assert path.read_text().startswith("---\n")
-
-
-@pytest.mark.parametrize("damage", [None, "{", '{"record": {"base_model": "x"}}', '{"version": 2, "record": {"x": 1}}'])
-def test_a_folder_without_records_is_refused(
-    tmp_path: Path, damage: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if damage is not None:
-        (tmp_path / "run_record.json").write_text(damage)
-    assert main(["card", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
