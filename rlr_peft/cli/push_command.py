@@ -20,7 +20,7 @@ def push_command(words: Sequence[str]) -> int:
     """Checks access, uploads the folder's published files in one commit and downloads the adapter to compare it."""
     arguments = parse_or_exit(_parser(), words)
 
-    from rlr_peft.training.logs import set_up_logging
+    from rlr_peft.build.reporting import set_up_logging
 
     set_up_logging()
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from rlr_peft.chain.path import GaussianStep
+from rlr_peft.prompt import PromptLike
 from rlr_peft.testing.replicated_chain import ReplicatedChain
 
 
@@ -109,11 +110,13 @@ class QuadraticReward:
         self._chain = chain
         self.differentiable = differentiable
 
-    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Rewards (B,)."""
         quadratic = torch.einsum("bi,ij,bj->b", latents, self._chain.reward_curvature, latents)
         return latents @ self._chain.reward_slope - quadratic / 2
 
-    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) and their gradients (B, d)."""
         return self.score(latents, prompts), self._chain.reward_slope - latents @ self._chain.reward_curvature

@@ -11,6 +11,7 @@ import torch
 
 from rlr_peft.chain.path import GaussianStep
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.prompt import PromptLike, as_prompts
 
 
 class ReplicatedChain(ABC):
@@ -54,7 +55,9 @@ class ReplicatedChain(ABC):
         return torch.randn(self.num_steps + 1, len(seeds), self.dimension, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
+    def sample(
+        self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
+    ) -> Trajectory:
         """Samples R * n rows; from these noises if given."""
         noises = self.draw_noises(seeds) if noises is None else noises
         latents, predictions = [noises[self.num_steps]], []
@@ -63,7 +66,7 @@ class ReplicatedChain(ABC):
             latents.append(step.next_latents(noises[t - 1]))
             predictions.append(step.pred_original_sample)
         return Trajectory(
-            prompts=list(prompts),
+            prompts=as_prompts(prompts),
             latents=torch.stack(latents).flip(0),
             noises=noises,
             stds=tuple(self._stds),

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from rlr_peft.prompt import PromptLike
+
 
 class HasSlope(Protocol):
     """A chain that lends the direction w, (d,)."""
@@ -24,10 +26,12 @@ class WaveReward:
         self._slope = chain.reward_slope
         self.differentiable = differentiable
 
-    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Rewards (B,)."""
         return torch.sin(latents @ self._slope)
 
-    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) and their gradients (B, d)."""
         return self.score(latents, prompts), torch.cos(latents @ self._slope)[:, None] * self._slope

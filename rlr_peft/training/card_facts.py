@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.machine import describe_hardware, package_versions
+from rlr_peft.build.pipeline import DTYPES
+from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.lora import adapted_denoisers, diffusers_loads
-from rlr_peft.prompt import negative_prompt_of, stages_of
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.bases import base_kind, base_license
 from rlr_peft.publishing.record import (
     SHOWN_PROMPTS,
@@ -28,18 +32,13 @@ from rlr_peft.publishing.record import (
 )
 from rlr_peft.redaction import redacted_command
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
-from rlr_peft.training.chain_building import build_chain
-from rlr_peft.training.hardware import describe_hardware
-from rlr_peft.training.loading import DTYPES
-from rlr_peft.training.manifest import package_versions
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.prompt_loading import describe_chain_of_thought
 from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 
 
 def run_record(
-    run: Run, progress: Progress, metrics: Mapping[str, float], images: Images, compared_prompts: Sequence[str] = ()
+    run: Run, progress: Progress, metrics: Mapping[str, float], images: Images, compared_prompts: Sequence[Prompt] = ()
 ) -> RunRecord:
     """The record of a finished run.
 
@@ -112,14 +111,14 @@ def _rewards(run: Run) -> Rewards:
     return Rewards(run.reward.name, weights, heldout)
 
 
-def _sampling(run: Run, compared_prompts: Sequence[str]) -> Sampling:
+def _sampling(run: Run, compared_prompts: Sequence[Prompt]) -> Sampling:
     chain = build_chain(run.config, run.pipeline, run.config.validation.evaluation_eta)
     scheduler = chain.inference_scheduler()
     shown = [*run.prompts[:SHOWN_PROMPTS], *compared_prompts]
     return Sampling(
         words=chain.sampling_in_words(),
         call={"num_inference_steps": chain.num_steps, **chain.call.card_options, **scheduler.call_options()},
-        negative_prompts={str(prompt): text for prompt in shown if (text := negative_prompt_of(prompt)) is not None},
+        negative_prompts={prompt.text: text for prompt in shown if (text := prompt.negative_prompt) is not None},
         scheduler=scheduler.class_name,
         scheduler_options=dict(scheduler.options),
         scheduler_sigmas=() if scheduler.sigmas_in_call else scheduler.sigmas,
@@ -129,15 +128,16 @@ def _sampling(run: Run, compared_prompts: Sequence[str]) -> Sampling:
 
 
 def _prompts(run: Run) -> Prompts:
-    unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
+    trained_on = set(texts_of(run.prompts))
+    unseen = run.evaluation_prompts is not None and trained_on.isdisjoint(texts_of(run.evaluation_prompts))
     stages, dataset = stages_from_config(run.config), run.config.prompts.dataset_name
     return Prompts(
-        shown=[str(prompt) for prompt in run.prompts[:SHOWN_PROMPTS]],
+        shown=texts_of(run.prompts[:SHOWN_PROMPTS]),
         count=None if run.config.prompts.streaming else len(run.prompts),
         evaluation="unseen prompts" if unseen else "the evaluation prompts",
         datasets=[dataset] if dataset and not Path(dataset).exists() else [],
         stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
-        stage_prompts=next((stages_of(prompt) for prompt in run.prompts if stages_of(prompt)), ()),
+        stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),
     )
 
 

@@ -10,36 +10,31 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimates import with_error
-from rlr_peft.evaluation.compare import VERIFIED_IMAGES, Evaluation, compare, evaluation_plan, flat_metrics
-from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
-from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
-from rlr_peft.evaluation.comparison.labels import BASE, shown_name
-from rlr_peft.evaluation.comparison.report import PAGE, write_page_and_scores
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
+from rlr_peft.build.machine import describe_hardware
+from rlr_peft.build.pipeline import load_pipeline
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.evaluation import Evaluation, compare, evaluation_plan, flat_metrics
+from rlr_peft.compare.labels import BASE, shown_name
+from rlr_peft.compare.report import PAGE, write_page_and_scores
+from rlr_peft.compare.run import prompt_source
+from rlr_peft.durable_files import SECOND_EXPERT, replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.intervals import with_error
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
+from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pairs
 from rlr_peft.publishing.record import Images, StoredCard
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import logged_metrics, run_record
-from rlr_peft.training.chain_building import build_chain
-from rlr_peft.training.comparison_setup import prompt_source
-from rlr_peft.training.hardware import describe_hardware
-from rlr_peft.training.loading import load_pipeline
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run
-from rlr_peft.training.seeds import derive_seed
-from rlr_peft.training.validation import (
-    NUM_PAIRS,
-    ImagesError,
-    evaluate_adapter,
-    evaluation_features,
-    in_eval_mode,
-    render,
-    save_validation_images,
-)
+from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +105,7 @@ def _adapter_kept(run: Run) -> Iterator[None]:
 
 def _save_before_after(run: Run, before: Evaluation, after: Evaluation) -> Images:
     """The first images of the comparison: all in one figure, and some at full size."""
-    prompts = [str(prompt) for prompt in before.prompts[:NUM_PAIRS]]
+    prompts = texts_of(before.prompts[:NUM_PAIRS])
     images = (before.images, after.images)
     scores = (before.scores["reward"][:NUM_PAIRS], after.scores["reward"][:NUM_PAIRS])
     save_before_after(run.output_dir / BEFORE_AFTER, *images, prompts, *(of_one.tolist() for of_one in scores))
@@ -211,7 +206,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
         "sampler": build_chain(config, run.pipeline, config.validation.evaluation_eta).sampling_in_words(),
-        "prompts": f"{len(set(before.prompts))} of {len(run.evaluation_prompts or ())} {_source(run)}",
+        "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
     }
@@ -256,7 +251,7 @@ def _gain_text(metrics: dict[str, float], name: str) -> str:
 def _loading_lines(run: Run) -> list[str]:
     folder, lines = str(run.output_dir), []
     for name in adapted_denoisers(run.pipeline):
-        if name == "transformer_2":
+        if name == SECOND_EXPERT:
             lines.append(f"pipe.load_lora_weights({folder + '/' + name!r}, load_into_transformer_2=True)")
         elif diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
             lines.append(f"pipe.load_lora_weights({folder!r})")

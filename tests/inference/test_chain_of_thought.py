@@ -13,11 +13,11 @@ import torch
 import yaml
 
 import train_rlr_lora
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import ConfigError
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt, PromptError
 from rlr_peft.prompts.chain_of_thought import decompose_by_rules
-from rlr_peft.training.seeds import derive_seed
 from tests.families.table import CASES, VIDEOS, load
 from tests.pipelines import tiny_stable_diffusion
 
@@ -113,7 +113,7 @@ def test_whatever_people_give(dcot: DiffusiveChainOfThought) -> None:
         [tuple(stages.values())],
         tuple(stages.values()),
         MappingProxyType(stages),
-        [Prompt("x", stages=list(stages.values()))],
+        [Prompt("x", stages=tuple(stages.values()))],
     ):
         assert torch.equal(by_name.images, dcot(same, seeds=[0], output_type="pt").images)
     assert by_name.stage_prompts == [("sky", "a red kite", "silk")]

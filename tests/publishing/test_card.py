@@ -11,8 +11,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from rlr_peft.estimates import with_error
 from rlr_peft.foreign_text import fenced
+from rlr_peft.intervals import with_error
 from rlr_peft.lora import WEIGHT_NAME
 from rlr_peft.lora.export import KOHYA_NAME
 from rlr_peft.publishing.bases import License

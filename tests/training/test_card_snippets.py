@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.drawing import in_eval_mode
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.cli.main import main
 from rlr_peft.config import save_config
@@ -20,13 +22,12 @@ from rlr_peft.prompt import Prompt
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.record import Images, StoredCard
 from rlr_peft.training.card_facts import run_record
-from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.resuming import resume
 from rlr_peft.training.run import Run
 from rlr_peft.training.trainer import train
-from rlr_peft.training.validation import evaluate_base, in_eval_mode
+from rlr_peft.training.validation import evaluate_base
 from tests.families.image_pipelines import sd3
 from tests.pipelines import tiny_stable_diffusion
 from tests.training.runs import build, config_file
