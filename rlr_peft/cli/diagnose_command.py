@@ -15,8 +15,8 @@ from rlr_peft.config.parsing import exit_with, refuse_empty
 from rlr_peft.foreign_text import say
 
 if TYPE_CHECKING:
+    from rlr_peft.build.run import Run
     from rlr_peft.training.rollouts import Batch
-    from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ def diagnose_command(words: Sequence[str]) -> int:
 
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.reporting import reporting_errors
+    from rlr_peft.build.run import build_run
     from rlr_peft.evaluation.diagnosis.diagnosis import diagnose
     from rlr_peft.evaluation.diagnosis.recommendation import recommend
     from rlr_peft.evaluation.diagnosis.report import write_report
     from rlr_peft.evaluation.diagnosis.table import console_text
-    from rlr_peft.training.run import build_run
 
     with reporting_errors():
         run = build_run(config)
