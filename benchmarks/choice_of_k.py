@@ -20,6 +20,7 @@ from benchmarks.machine import write_results
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import build_run
 from rlr_peft.config import load_config
+from rlr_peft.diagnose.estimates import first_and_half_order, sample_estimates
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.gradient_sketch import GradientSketch
@@ -27,7 +28,6 @@ from rlr_peft.estimators.planning import best_first_order_steps
 from rlr_peft.estimators.signal_sizes import SignalSizes
 from rlr_peft.estimators.step_gains import calibration_sizes, step_gains
 from rlr_peft.estimators.step_gradients import StepGradients, measure_step_gradients, step_variances
-from rlr_peft.evaluation.diagnosis.sample_estimates import first_and_half_order, sample_estimates
 from rlr_peft.training.rollouts import sample_batch
 
 GROUP = 4

@@ -21,9 +21,8 @@ from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.prompt import texts_of
+from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
 
 GROUP = 4
 DIMENSION = 16
@@ -147,7 +146,7 @@ def measure(estimator: RLREstimator, bed: Bed, num_steps: int, groups: int, past
     def rollout(chain: ClosedFormChain, samples: int, seed: int) -> Rollout:
         trajectory = chain.sample([""] * samples, [seed] * samples)
         rewards, gradient = bed.objective(chain).score_with_gradient(trajectory.latents[0], trajectory.prompts)
-        advantages = estimator.advantages(rewards, trajectory.prompts, GROUP)
+        advantages = estimator.advantages(rewards, texts_of(trajectory.prompts), GROUP)
         return Rollout(trajectory, rewards, advantages, gradient if bed.differentiable else None)
 
     single = bed.chain(num_steps, 1)

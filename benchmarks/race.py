@@ -25,9 +25,9 @@ import torch
 from benchmarks.machine import write_results
 from benchmarks.race_report import print_long_runs, report
 from rlr_peft.build.run import Run, build_run
+from rlr_peft.compare.evaluation import Evaluation, compare, flat_metrics
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.evaluation.compare import Evaluation, compare, flat_metrics
 from rlr_peft.training.update import calibrate, take_update
 from rlr_peft.training.validation import evaluate_adapter, evaluate_base
 

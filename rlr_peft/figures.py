@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rlr_peft.estimates import decimals_of_scores
+from rlr_peft.intervals import decimals_of_scores
 
 WIDTH = 1000  # pixels
 DOTS_PER_INCH = 100  # of curves

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from rlr_peft.build.processes import Processes
 from rlr_peft.config import Config, ConfigError, stages_from_config
-from rlr_peft.prompt import with_stages
+from rlr_peft.prompt import Prompt, as_prompts
 from rlr_peft.prompts.chain_of_thought import (
     STAGE_PROMPTS_FILE,
     Decomposer,
@@ -42,13 +42,13 @@ class RunPrompts:
         sampler: which prompts an update uses.
     """
 
-    training: list[str]
-    evaluation: list[str] | None
-    validation: list[str]
+    training: list[Prompt]
+    evaluation: list[Prompt] | None
+    validation: list[Prompt]
     sampler: Sampler
 
 
-def read_prompts(config: Config, given: Iterable[str] | None = None) -> RunPrompts:
+def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPrompts:
     """Reads all prompts, without stage prompts that a decomposer makes: these come last, and may cost time.
 
     Args:
@@ -61,7 +61,7 @@ def read_prompts(config: Config, given: Iterable[str] | None = None) -> RunPromp
     arguments, path = config.prompts, config.validation.evaluation_prompt_path
     columns = columns_from_config(config)
     evaluation = None if path is None else load_prompts(path, columns=columns)
-    validation = list(config.validation.validation_prompt or ())
+    validation = as_prompts(config.validation.validation_prompt or ())
     if given is None and arguments.streaming:
         return _streamed(config, columns, evaluation, validation)
     if given is not None:
@@ -75,12 +75,12 @@ def read_prompts(config: Config, given: Iterable[str] | None = None) -> RunPromp
     return RunPrompts(prompts, evaluation, validation, PromptSampler(prompts, config.training.seed))
 
 
-def given_prompts(config: Config, prompts: Iterable[str | Mapping[str, Any]]) -> tuple[Config, list[str]]:
+def given_prompts(config: Config, prompts: Iterable[Prompt | str | Mapping[str, Any]]) -> tuple[Config, list[Prompt]]:
     """Training prompts that are given as objects, read as rows of a table are, and the config that says so.
 
     Args:
         config: its columns are those of the dictionaries; without `metadata_columns`, all other entries are metadata.
-        prompts: texts, or dictionaries of a text and what else belongs to it.
+        prompts: texts, prompts, or dictionaries of a text and what else belongs to it.
 
     Raises:
         ConfigError: not a list of these, or an option of datasets.
@@ -93,15 +93,15 @@ def given_prompts(config: Config, prompts: Iterable[str | Mapping[str, Any]]) ->
         )
     rows = list(prompts)
     for number, row in enumerate(rows):
-        if not isinstance(row, (str, Mapping)):
+        if not isinstance(row, (str, Prompt, Mapping)):
             raise ConfigError(
                 f"prompts: expected texts or dictionaries with a text, got {type(row).__name__} as number {number + 1}."
             )
-    columns = columns_from_config(config)
+    columns, limit = columns_from_config(config), config.prompts.max_train_samples
     if not columns.metadata:
         entries = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
         columns = replace(columns, metadata=tuple(str(name) for name in entries if name not in columns.all))
-    found: list[str] = [*prompts_of_rows(rows, columns, config.prompts.max_train_samples)]
+    found = prompts_of_rows(rows, columns, limit)
     named = replace(config.prompts, prompt_path=f"a list of {len(found)} prompts", dataset_name=None, streaming=False)
     return replace(config, prompts=named), found
 
@@ -117,7 +117,7 @@ def with_stage_prompts(
     if config.prompts.streaming or not _needs_decomposer(config):
         return prompts
     # One process asks, the others get its answers: a model might answer each of them differently.
-    split: list[list[str] | None] = [prompts.training, prompts.evaluation, prompts.validation]
+    split: list[list[Prompt] | None] = [prompts.training, prompts.evaluation, prompts.validation]
     if accelerator.is_main_process:
         decompose = _decomposer(config, accelerator.device)
         with processes.doing("splitting the prompts into stages"):
@@ -127,7 +127,7 @@ def with_stage_prompts(
     return RunPrompts(training, evaluation, validation, PromptSampler(training, config.training.seed))
 
 
-def comparison_prompts(config: Config, device: torch.device) -> list[str]:
+def comparison_prompts(config: Config, device: torch.device) -> list[Prompt]:
     """The prompts for a comparison of models, with stage prompts where the config asks for them.
 
     Unseen ones if the config names any or holds any back, else those of training.
@@ -181,16 +181,18 @@ def describe_chain_of_thought(config: Config) -> str | None:
     return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
 
 
-def _streamed(config: Config, columns: Columns, evaluation: list[str] | None, validation: list[str]) -> RunPrompts:
+def _streamed(
+    config: Config, columns: Columns, evaluation: list[Prompt] | None, validation: list[Prompt]
+) -> RunPrompts:
     arguments = config.prompts
     percentage = arguments.validation_split_percentage
     decompose = decompose_by_rules if config.chain_of_thought.dcot_rules else None
 
-    def stream(is_wanted: Callable[[str], bool]) -> Iterator[str]:
+    def stream(is_wanted: Callable[[Prompt], bool]) -> Iterator[Prompt]:
         for prompt in filter(is_wanted, dataset_prompts(_dataset(config), columns, arguments.max_train_samples)):
-            yield prompt if decompose is None else with_stages(prompt, decompose(prompt))
+            yield prompt if decompose is None else replace(prompt, stages=decompose(prompt.text))
 
-    def is_trained_on(prompt: str) -> bool:
+    def is_trained_on(prompt: Prompt) -> bool:
         return percentage is None or not is_held_back(prompt, percentage)
 
     size = arguments.shuffle_buffer_size

@@ -43,6 +43,7 @@ from rlr_peft.estimators.kl_penalty import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import check_adapter_saves, check_kohya
+from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
@@ -110,10 +111,10 @@ class Run:
     estimator: Estimator
     kl_penalty: KLPenalty | None
     reward_scale: RewardScale | None
-    prompts: list[str]
+    prompts: list[Prompt]
     sampler: Sampler
-    evaluation_prompts: list[str] | None
-    validation_prompts: list[str]
+    evaluation_prompts: list[Prompt] | None
+    validation_prompts: list[Prompt]
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     arithmetic: Arithmetic
@@ -135,7 +136,7 @@ def build_run(
     config: Config,
     pipeline: DiffusionPipeline | None = None,
     reward: Callable[..., Any] | None = None,
-    prompts: Iterable[str | Mapping[str, Any]] | None = None,
+    prompts: Iterable[Prompt | str | Mapping[str, Any]] | None = None,
 ) -> Run:
     """Loads prompts and rewards, then the pipeline, attaches the adapter and prepares the training state.
 
@@ -160,11 +161,12 @@ def build_run(
     if pipeline is not None:
         with as_config_error():
             config = replace(config, model=described_by(pipeline, config.model, denoiser_names(config)))
+    training_prompts = None
     if prompts is not None:
-        config, prompts = given_prompts(config, prompts)
+        config, training_prompts = given_prompts(config, prompts)
     if reward is not None:
         config = name_reward(config, reward)
-    run_prompts = read_prompts(config, prompts)
+    run_prompts = read_prompts(config, training_prompts)
     accelerator = _accelerator(config)
     processes = Processes(accelerator)
     check_machine(config.model, accelerator.device)

@@ -7,6 +7,7 @@ import torch
 
 from rlr_peft.chain.path import GaussianStep
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.prompt import PromptLike
 
 
 class Chain(Protocol):
@@ -30,7 +31,7 @@ class Chain(Protocol):
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Trajectory:
+    def sample(self, prompts: Sequence[PromptLike], seeds: Sequence[int]) -> Trajectory:
         """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch."""
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
@@ -59,5 +60,5 @@ class Chain(Protocol):
 class Decoder(Protocol):
     """Turns clean latents into images."""
 
-    def decode(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] of clean latents (B, ...), on the tape if gradients are enabled."""

@@ -9,6 +9,7 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import Info, join_info
 
 
@@ -34,10 +35,10 @@ class Batch:
 def sample_batch(
     chain: DenoisingChain,
     objective: DecodedReward,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     micro_batch_size: int,
-    advantages: Callable[[torch.Tensor, list[str]], torch.Tensor],
+    advantages: Callable[[torch.Tensor, list[Prompt]], torch.Tensor],
     antithetic: bool = False,
     differentiate: bool = True,
 ) -> Batch:

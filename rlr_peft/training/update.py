@@ -15,6 +15,7 @@ from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.progress import is_due_after
@@ -177,7 +178,8 @@ def _sample(run: Run, step: int) -> Batch:
     prompts = run.sampler.sample(step, run.arithmetic.prompts_per_process, index, count)
     repeated, seeds = _repeat(run, step, "samples", prompts, first=index * run.arithmetic.samples_per_process)
 
-    def advantages(rewards: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def advantages(rewards: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        texts = texts_of(prompts)
         every = run.processes.gather_objects(texts, "the prompts"), run.processes.gather(rewards, "the rewards")
         run.estimator.observe(*every)
         return run.estimator.advantages(rewards, texts, training.num_images_per_prompt)
@@ -195,8 +197,8 @@ def _sample(run: Run, step: int) -> Batch:
 
 
 def _repeat(
-    run: Run, step: int, purpose: Purpose, prompts: Sequence[str], first: int = 0
-) -> tuple[list[str], list[int]]:
+    run: Run, step: int, purpose: Purpose, prompts: Sequence[Prompt], first: int = 0
+) -> tuple[list[Prompt], list[int]]:
     """Every prompt as often as it has samples, and a seed for each sample."""
     training = run.config.training
     repeated = [prompt for prompt in prompts for _ in range(training.num_images_per_prompt)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.lora import lora_parameters
-from rlr_peft.prompt import PromptError, metadata_of
+from rlr_peft.prompt import Prompt, PromptError
 from rlr_peft.publishing.record import load_stored_card
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.resuming import resume
@@ -71,7 +71,7 @@ def test_a_run_of_objects_trains_proves_its_adapter_and_names_them(
     pipeline = load(workplace)
     config = config_of("--evaluation_prompt_path", str(workplace / "unseen.txt"), "--num_evaluation_images", "2")
     run = build(config, pipeline)
-    assert [metadata_of(prompt) for prompt in run.prompts] == [{}, {"weight": 2}, {}]
+    assert [dict(prompt.metadata) for prompt in run.prompts] == [{}, {"weight": 2}, {}]
     progress = resume(run)
     finish(run, train(run, progress), evaluate_base(run))
     record = load_stored_card(run.output_dir).record
@@ -94,7 +94,7 @@ def test_it_resumes_exactly_with_the_same_objects(workplace: Path, config_of: Ca
 def test_a_module_and_a_nameless_base(workplace: Path, config_of: Callable[..., Any]) -> None:  # noqa: F811
     loaded = load(workplace)
     bare = type(loaded)(**loaded.components, requires_safety_checker=False)
-    run = build(config_of(), bare, Redness(), [{"text": "sea"}] * 2)
+    run = build(config_of(), bare, Redness(), [Prompt("sea", "fog")] * 2)
     assert run.config.model.pretrained_model_name_or_path == "a StableDiffusionPipeline in memory"
     assert run.config.reward.reward_fn == run.reward.name == "tests.build.test_objects:Redness"
     train(run)

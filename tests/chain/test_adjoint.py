@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
 from tests.pipelines import tiny_stable_diffusion
 
 

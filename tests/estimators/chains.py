@@ -10,7 +10,7 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.lora import adapter_disabled, attach_lora
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.pipelines import tiny_stable_diffusion
 
 

@@ -6,7 +6,7 @@ import torch
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.estimators.kl_penalty import KLPenalty, NoDivergenceError, accumulate_kl_penalty, step_kl
 from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 from tests.pipelines import tiny_stable_diffusion
 

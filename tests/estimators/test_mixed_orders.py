@@ -11,7 +11,7 @@ from rlr_peft.estimators.first_order import first_order_segment, mixed_segment
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 

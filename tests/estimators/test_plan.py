@@ -15,7 +15,7 @@ from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
 from rlr_peft.estimators.rlr_statistics import RLRMemory
 from rlr_peft.estimators.step_gradients import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 
 HALF_ORDERS = [
     None,

@@ -17,7 +17,7 @@ from rlr_peft.estimators.policy_gradient import (
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 SINGLE = HalfOrder(1, "all")

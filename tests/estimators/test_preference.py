@@ -9,7 +9,7 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.policy_gradient import plan_steps
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings, preference_cotangent
 from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 SINGLE = HalfOrder(1, "all")

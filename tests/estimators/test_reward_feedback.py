@@ -8,7 +8,7 @@ from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
 from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 

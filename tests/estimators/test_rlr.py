@@ -12,7 +12,7 @@ from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
 from rlr_peft.estimators.rlr_statistics import NORM_DECAY, RLRMemory
 from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import StepVariances
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")

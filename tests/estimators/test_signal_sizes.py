@@ -11,9 +11,7 @@ from rlr_peft.estimators.rlr_settings import RLRSettings
 from rlr_peft.estimators.signal_sizes import SignalSizes, watched
 from rlr_peft.estimators.step_gains import StepGains
 from rlr_peft.estimators.step_gradients import StepVariances
-from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
 from tests.estimators.chains import gradient_of, rollout_of
 
 

@@ -10,7 +10,7 @@ from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.stage_window import choose_stage, step_energies
 from rlr_peft.estimators.step_gradients import StepGradients
 from rlr_peft.stages import make_stages
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from tests.estimators.chains import rollout_of
 
 STAGES = (StageWindow("coarse", 5, 6), StageWindow("mid", 3, 4), StageWindow("fine", 1, 2))

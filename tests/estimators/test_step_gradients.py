@@ -23,8 +23,7 @@ from rlr_peft.estimators.step_gradients import (
     step_variances,
     variance_and_error,
 )
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward, WaveReward
 from tests.estimators.chains import flat, gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")

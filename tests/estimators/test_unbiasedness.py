@@ -25,7 +25,7 @@ from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.estimators.state_baseline import StateBaseline
 from rlr_peft.estimators.step_gradients import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from rlr_peft.testing.unbiasedness import EstimatorBias, critical_z, measure_bias
 
 SINGLE = HalfOrder(length=1, blocks="all")
