@@ -25,7 +25,7 @@ import torch
 from benchmarks.machine import write_results
 from benchmarks.race_report import print_long_runs, report
 from rlr_peft.build.run import Run, build_run
-from rlr_peft.compare.evaluation import Evaluation, compare, flat_metrics
+from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.training.update import calibrate, take_update
@@ -155,7 +155,7 @@ def race(
             seconds += os.times().user - started
             after = evaluate_adapter(run)
             assert after is not None
-            comparison = flat_metrics(compare(base, after))
+            comparison = flat_metrics(paired_gains(base, after))
             numbers = {"updates": step, "denoiser_evaluations": spent, "cpu_seconds": seconds}
             points.append(comparison | numbers | {"K": update.reports[0].first_order_steps})
             started = os.times().user

@@ -1,18 +1,16 @@
 """`rlr-peft diagnose`: how noisy is every gradient estimator on this pipeline and reward, and which one to take?"""
 
-import argparse
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlr_peft.cli.places import check_folder_or_exit
+from rlr_peft.command_line import check_folder_or_exit, own_flags, own_parser
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
-from rlr_peft.config.parsing import exit_with, refuse_empty
-from rlr_peft.foreign_text import say
+from rlr_peft.config.parsing import exit_with
+from rlr_peft.foreign_text import say, shown_name
 
 if TYPE_CHECKING:
     from rlr_peft.build.run import Run
@@ -70,13 +68,10 @@ def diagnose_command(words: Sequence[str]) -> int:
 
 def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
     """Number of samples, path of the report, and the words that are left for the config."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage="%(prog)s [--samples N] [--output FILE.html] [--config FILE] [--name VALUE ...]",
-        description="Measures every gradient estimator on the pipeline, prompts and reward of a training config.",
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = own_parser(
+        PROG,
+        "[--samples N] [--output FILE.html] [--config FILE] [--name VALUE ...]",
+        "Measures every gradient estimator on the pipeline, prompts and reward of a training config.",
     )
     parser.add_argument(
         "--samples",
@@ -92,17 +87,9 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
         metavar="FILE.html",
         help="the report; numbers and figure go beside it as .json and .png (default: %(default)s)",
     )
-    if {"--help", "-h"} & set(words):
-        say(parser.format_help())
-        say("Every flag of training besides:\n")
-        load_config_or_exit(["--help"], prog=PROG)
-    try:
-        refuse_empty(words)
-        own, rest = parser.parse_known_args(list(words))
-    except ConfigError as error:
-        exit_with(error)
-    except argparse.ArgumentError as error:
-        exit_with(ConfigError(f"{error.argument_name}: {error.message}; see {PROG} --help."))
+    own, rest = own_flags(
+        parser, words, "Every flag of training besides:", lambda: load_config_or_exit(["--help"], prog=PROG)
+    )
     if own.samples < MIN_SAMPLES:
         exit_with(ConfigError(f"--samples: expected {MIN_SAMPLES} or more, got {own.samples}; raise --samples."))
     if own.output.suffix != ".html":
@@ -136,7 +123,7 @@ def _facts(run: "Run", batch: "Batch", num_groups: int, group_size: int) -> dict
     name = config.model.pretrained_model_name_or_path
     rewards = batch.rewards
     return {
-        "base": Path(name).name if os.path.isdir(name) else name,
+        "base": shown_name(name),
         "reward": f"{run.reward.name}, {float(rewards.mean()):.3g} on average, standard deviation "
         f"{float(rewards.std()):.2g} over the samples",
         "chain": f"T = {run.chain.num_steps} {config.chain.step_kind} steps, eta {config.chain.eta:g}, guidance "

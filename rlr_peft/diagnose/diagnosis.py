@@ -19,7 +19,7 @@ from rlr_peft.diagnose.estimates import (
     squared_deviations,
 )
 from rlr_peft.diagnose.evidence import Evidence, gather_evidence
-from rlr_peft.diagnose.methods import Comparison, Method, methods_to_compare
+from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
 from rlr_peft.estimators.coverage import Coverage
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.hot_steps import hot_among
@@ -184,7 +184,7 @@ class Diagnosis:
         facts: what was diagnosed, in words, by name.
         config: the run's.
         evidence: what N samples showed.
-        comparison: the methods, and those left out.
+        compared: the methods, and those left out.
         results: one per method.
         profile: the chain step by step.
         reference: name of the method whose mean is the reference gradient.
@@ -195,7 +195,7 @@ class Diagnosis:
     facts: Mapping[str, str]
     config: Config
     evidence: Evidence
-    comparison: Comparison
+    compared: ComparedMethods
     results: list[MethodResult]
     profile: StepProfile
     reference: MethodResult
@@ -232,13 +232,13 @@ def diagnose(
     seed = config.training.seed
     sketch = GradientSketch(chain.parameters)
     evidence = gather_evidence(chain, objective, rollouts, sketch, group_size, show_progress)
-    comparison = methods_to_compare(evidence, config.estimator, seed)
+    compared = methods_to_compare(evidence, config.estimator, seed)
     batch = cost_batch(rollouts)
     generator = torch.Generator().manual_seed(seed)
     # The first run with a new size of batch is slower than all others.
-    measure_cost(chain, objective, comparison.methods[0].estimator, batch, generator, sampling_seconds)
+    measure_cost(chain, objective, compared.methods[0].estimator, batch, generator, sampling_seconds)
     measured: list[tuple[Method, Cost, Coverage, SampleEstimates]] = []
-    with tqdm(comparison.methods, desc="Methods", unit="method", disable=not show_progress) as bar:
+    with tqdm(compared.methods, desc="Methods", unit="method", disable=not show_progress) as bar:
         for method in bar:
             estimator, estimates = method.estimator, method.estimates
             cost, coverage = measure_cost(chain, objective, estimator, batch, generator, sampling_seconds)
@@ -257,7 +257,7 @@ def diagnose(
         facts=facts,
         config=config,
         evidence=evidence,
-        comparison=comparison,
+        compared=compared,
         results=results,
         profile=profile_of(chain, evidence),
         reference=next(result for result in results if result.estimates is reference),

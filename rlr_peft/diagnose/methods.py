@@ -49,7 +49,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedMethods:
     """The methods that exist here, and those that do not.
 
     Attributes:
@@ -70,7 +70,7 @@ class Comparison:
         return max(self.first_order_steps, self.black_box_steps)
 
 
-def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: int) -> Comparison:
+def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: int) -> ComparedMethods:
     """Every method that exists for the chain and the reward, with its estimates on the same samples.
 
     Args:
@@ -89,7 +89,7 @@ def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: 
     else:
         builder.left_out |= dict.fromkeys(("reinforce", "ddpo", "grpo", "d3po", "rlr with score terms"), NO_NOISE)
     builder.run_only()
-    return Comparison(builder.methods, builder.left_out, builder.first_order_steps, builder.black_box_steps)
+    return ComparedMethods(builder.methods, builder.left_out, builder.first_order_steps, builder.black_box_steps)
 
 
 class _Builder:
