@@ -161,10 +161,13 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     started, step, coverage = os.times().user, 0, ""
     run.chain.denoiser_evaluations = 0
     while run.chain.denoiser_evaluations < budget:
-        if run.estimator.needs_calibration and step % run.config.estimator.calibration_interval == 0:
+        if (
+            run.estimator.wants_calibration(run.objective.has_gradient)
+            and step % run.config.estimator.calibration_interval == 0
+        ):
             calibrate(run, step)
         update = take_update(run, step)
-        coverage = update.reports[0].coverage.describe() if not step else coverage
+        coverage = update.coverage.describe() if not step else coverage
         step += 1
     return run.chain.denoiser_evaluations, step, os.times().user - started, coverage
 

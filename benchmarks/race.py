@@ -146,7 +146,10 @@ def race(
     started = os.times().user
     while len(points) < evaluations:
         before = run.chain.denoiser_evaluations
-        if run.estimator.needs_calibration and step % run.config.estimator.calibration_interval == 0:
+        if (
+            run.estimator.wants_calibration(run.objective.has_gradient)
+            and step % run.config.estimator.calibration_interval == 0
+        ):
             calibrate(run, step)
         update = take_update(run, step)
         step += 1
@@ -157,7 +160,7 @@ def race(
             assert after is not None
             comparison = flat_metrics(paired_gains(base, after))
             numbers = {"updates": step, "denoiser_evaluations": spent, "cpu_seconds": seconds}
-            points.append(comparison | numbers | {"K": update.reports[0].first_order_steps})
+            points.append(comparison | numbers | {"K": update.books[0].first_order_steps})
             started = os.times().user
     return {"method": method, "learning_rate": learning_rate, "seed": seed, "points": points}
 

@@ -14,7 +14,7 @@ from rlr_peft.foreign_text import say, shown_name
 
 if TYPE_CHECKING:
     from rlr_peft.build.run import Run
-    from rlr_peft.training.rollouts import Batch
+    from rlr_peft.estimators.sampling import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     from rlr_peft.diagnose.diagnosis import diagnose
     from rlr_peft.diagnose.recommendation import recommend
     from rlr_peft.diagnose.report import console_text, write_report
+    from rlr_peft.estimators.advantages import leave_one_out
 
     with reporting_errors():
         run = build_run(config)
@@ -53,7 +54,7 @@ def diagnose_command(words: Sequence[str]) -> int:
         diagnosis = diagnose(
             run.chain,
             run.objective,
-            batch.rollouts,
+            batch.rollouts(leave_one_out(batch.rewards, group_size)),
             config,
             group_size=group_size,
             sampling_seconds=sampling_seconds,
@@ -99,8 +100,7 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
     from rlr_peft.build.randomness import derive_seed
-    from rlr_peft.estimators.advantages import leave_one_out
-    from rlr_peft.training.rollouts import sample_batch
+    from rlr_peft.estimators.sampling import sample_batch
 
     training = run.config.training
     prompts = [prompt for prompt in run.sampler.sample(0, num_groups) for _ in range(group_size)]
@@ -111,7 +111,6 @@ def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
         [derive_seed(training.seed, "calibration", 0, i) for i in range(len(prompts))],
         # Single samples are replayed, and dropout's masks depend on the size of the batch.
         1 if run.chain.denoiser.training else training.train_batch_size,
-        lambda rewards, _: leave_one_out(rewards, group_size),
     )
 
 

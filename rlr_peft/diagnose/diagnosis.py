@@ -20,12 +20,9 @@ from rlr_peft.diagnose.estimates import (
 )
 from rlr_peft.diagnose.evidence import Evidence, gather_evidence
 from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.gradient_sketch import GradientSketch
-from rlr_peft.estimators.hot_steps import hot_among
+from rlr_peft.estimators.base import Coverage, Rollout, hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
+from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
 
 # Without a GPU the cost of a method is measured on this many samples at the most: seconds per sample and bytes grow
 # with the batch as they should, and time is short.
@@ -111,7 +108,7 @@ def profile_of(chain: Chain, evidence: Evidence) -> StepProfile:
         black_box=_variances(evidence.mirrored[:, :, None] * gradients.scores[: len(evidence.mirrored)]),
         has_noise=gradients.has_noise,
         by_first_order_steps=None if gradients.pathwise is None else _by_first_order_steps(gradients),
-        hot_steps=hot_among(chain, evidence.noisy_steps),
+        hot_steps=hot_steps(chain, evidence.noisy_steps),
         last_step_sensitivity=chain.output_sensitivity(1),
         stages=stages_of(num_steps, energy),
     )

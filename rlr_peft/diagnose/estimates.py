@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlr_peft.estimators.step_gradients import StepGradients
+from rlr_peft.estimators.variance import StepGradients
 from rlr_peft.intervals import direction
 
 

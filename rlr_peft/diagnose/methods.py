@@ -9,11 +9,10 @@ from rlr_peft.config import EstimatorArguments
 from rlr_peft.diagnose import estimates as estimates_of
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
+from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.variance import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 NUM_DRAWN_STEPS = 4
@@ -150,7 +149,6 @@ class _Builder:
         evidence = self.evidence
         for name in ("reinforce", "ddpo", "grpo"):
             estimator = build_estimator(self._arguments({"estimator": name}), evidence.num_steps)
-            estimator.observe(evidence.prompts, evidence.rewards)
             advantages = estimator.advantages(evidence.rewards, evidence.prompts, evidence.group_size)
             vectors = estimates_of.score_terms(evidence.gradients, advantages)
             self._add(name, vectors, {"estimator": name}, own_units=name != "reinforce")
@@ -192,7 +190,7 @@ class _Builder:
     ) -> None:
         estimator = build_estimator(self._arguments(changes), self.evidence.num_steps)
         if isinstance(estimator, RLREstimator):
-            estimator.step_variances = self.evidence.variances
+            estimator.statistics.variances = self.evidence.variances
         if isinstance(estimates, torch.Tensor):
             estimates = sample_estimates(estimates)
         flags = " ".join(f"--{knob} {value}" for knob, value in changes.items())

@@ -7,8 +7,8 @@ import torch
 
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, squares_by_first_order_steps
 from rlr_peft.diagnose.estimates import is_clearly_larger, paired_difference, signal_to_noise
-from rlr_peft.estimators.coverage import step_ranges
-from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.estimators.base import step_ranges
+from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
 from rlr_peft.intervals import short_number
 

@@ -11,11 +11,9 @@ import torch
 from scipy.stats import norm
 
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.base import Coverage, Estimator, Rollout
+from rlr_peft.estimators.sampling import mirrored_pairs
 from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
-from rlr_peft.training.rollouts import mirrored_pairs
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def measure_bias(
     """Runs the estimator ``calls`` times on ``replicates`` groups each, every one with a prompt of its own.
 
     The mean over one call's replicates is one estimate, because random blocks are drawn once per call. The estimator
-    hears of every call as it would of an update, so statistics that it keeps come from earlier calls.
+    learns from every call as it would from an update, so statistics that it keeps come from earlier calls.
 
     Args:
         estimator: a fresh one.
@@ -135,20 +133,19 @@ def measure_bias(
     chain = LinearGaussianChain(num_steps=num_steps, replicates=replicates, last_std=last_std)
     objective = QuadraticReward(chain, differentiable)
     generator = torch.Generator().manual_seed(seed)
-    if estimator.needs_calibration:
+    if estimator.wants_calibration(differentiable):
         _calibrate(estimator, group_size, differentiable, num_steps, last_std, generator)
     prompts = [f"prompt {i // group_size}" for i in range(replicates * group_size)]
     estimates = []
     for _ in range(calls):
         sampled = _sampled(chain, objective, prompts, antithetic, generator)
-        estimator.observe(prompts, sampled.rewards)
         advantages = estimator.advantages(sampled.rewards, prompts, group_size)
         rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
-        report = estimator.accumulate(chain, objective, rollout, generator)
-        estimator.remember([] if report.memory is None else [report.memory])
+        coverage = estimator.coverage(chain, differentiable)
+        estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
         estimates.append(_gradients_by_replicate(chain) / group_size)
     exact = torch.cat([gradient.flatten() for gradient in chain.exact_gradient()])
-    return _compare(torch.stack(estimates), exact, report.coverage)
+    return _compare(torch.stack(estimates), exact, coverage)
 
 
 def _calibrate(

@@ -216,12 +216,11 @@ class RunLog:
         run.accelerator.log(dict(metrics), step=step)
 
     def _say_coverage(self, progress: Progress, update: Update) -> None:
-        """Says what the plan covers whenever that changes, and which score terms sit on hot steps."""
-        report = update.reports[0]
-        coverage = report.coverage.describe()
+        """Says what the estimate covers whenever that changes, and which score terms sit on hot steps."""
+        coverage = update.coverage.describe()
         if coverage != progress.coverage:
-            logger.log(logging.INFO if report.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
-            for t, ratio in report.hot_steps.items():
+            logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
+            for t, ratio in update.books[0].hot_steps.items():
                 logger.warning(
                     "Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio
                 )

@@ -16,7 +16,7 @@ from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.progress import Progress, is_due_after
 from rlr_peft.training.resuming import CONFIG, claim_output_dir, open_checkpoints, resume, save_checkpoint
 from rlr_peft.training.tracking import MetricsError, RunLog
-from rlr_peft.training.update import Update, calibrate, take_update
+from rlr_peft.training.update import Update, calibrate, calibration_due, take_update
 from rlr_peft.training.validation import save_validation_images
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def train(
             save_validation_images(run, 0, "validation")
         while progress.step < last_step and not progress.stopped_early:
             with _counting(run, progress), run.processes.doing(f"update {progress.step + 1}"):
-                if _is_calibration_due(run, progress.step):
+                if calibration_due(run, progress.step):
                     calibrate(run, progress.step)
                 update = take_update(run, progress.step)
             progress.step += 1
@@ -84,16 +84,6 @@ def _counting(run: Run, progress: Progress) -> Iterator[None]:
     count = torch.tensor(run.chain.denoiser_evaluations - evaluated, device=run.accelerator.device)
     progress.denoiser_evaluations += int(run.processes.sum(count, "the denoiser evaluations"))
     progress.peak_memory_mb = max(progress.peak_memory_mb, peak_memory_mb(run.accelerator.device))
-
-
-def _is_calibration_due(run: Run, step: int) -> bool:
-    """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
-    # Not only every so often: a run may have come to a measured K when it was resumed.
-    is_due = step % run.config.estimator.calibration_interval == 0 or not run.estimator.is_calibrated
-    if not (run.estimator.needs_calibration and is_due):
-        return False
-    has_choice = run.objective.has_gradient or run.estimator.calibrates_without_gradient
-    return bool(run.processes.largest(int(has_choice), "the need of a calibration"))
 
 
 def _stop_early(run: Run, progress: Progress, update: Update) -> None:

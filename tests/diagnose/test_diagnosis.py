@@ -36,18 +36,16 @@ from rlr_peft.diagnose.methods import methods_to_compare
 from rlr_peft.diagnose.recommendation import recommend
 from rlr_peft.diagnose.report import console_text, plain_numbers, write_report
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import DecodedReward, Objective
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
 from rlr_peft.intervals import short_number, with_error
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
-from rlr_peft.training.rollouts import sample_batch
 from tests.pipelines import tiny_stable_diffusion
 
 GROUP = 4
@@ -192,8 +190,8 @@ def test_mixed_orders_from_sketches_are_what_the_estimator_gives(evidence: Evide
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
     rollout = rollout_of(chain, QuadraticReward(chain), SAMPLES)
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all"), step_choice="inverse-variance"))
-    estimator.step_variances = evidence.variances
-    mixture = estimator.plan(chain, True, torch.Generator()).mixture
+    estimator.statistics.variances = evidence.variances
+    mixture = estimator.layout(chain, True).mixture
     assert mixture is not None
     weights = torch.zeros(6)
     weights[: len(mixture)] = mixture
@@ -380,12 +378,12 @@ def test_a_pipelines_weights_are_left_as_they_were() -> None:
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in pipeline.unet.named_parameters()}
     reward = CallableReward("redness", lambda images, prompts: images[:, 0].mean((1, 2)))
     objective = DecodedReward(chain, reward, 2)
-    batch = sample_batch(chain, objective, ["a", "a", "b", "b"], [0, 1, 2, 3], 2, lambda r, _: leave_one_out(r, 2))
+    batch = sample_batch(chain, objective, ["a", "a", "b", "b"], [0, 1, 2, 3], 2)
     config = load_config([*REQUIRED, "--num_inference_steps", "2"])
     diagnose(
         chain,
         objective,
-        batch.rollouts,
+        batch.rollouts(leave_one_out(batch.rewards, 2)),
         config,
         group_size=2,
         sampling_seconds=0.0,

@@ -5,17 +5,14 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from rlr_peft.chain import adjoint
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.estimator import EstimatorReport, StatelessEstimator
+from rlr_peft.estimators.base import Coverage, Estimator, Rollout
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.testing.unbiasedness import assert_unbiased
 
 
-class ScoreFunction(StatelessEstimator):
+class ScoreFunction(Estimator):
     """The score function on every step that has noise; rewards that are not compared are its advantages."""
 
     scale = 1.0
@@ -23,21 +20,17 @@ class ScoreFunction(StatelessEstimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         return "a score term on every step"
 
+    def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
+        return Coverage(torch.ones(chain.num_steps, dtype=torch.float64), {})
+
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
         return rewards
 
-    def segments(self, chain: Chain, rollout: Rollout) -> Iterable[Segment]:
-        trajectory = rollout.trajectory
-        for t in range(1, chain.num_steps + 1):
-            cotangent = rollout.advantages[:, None] * trajectory.noises[t - 1] / chain.std(t)
-            yield Segment(t, 1, cotangent, self.scale)
-
-    def accumulate(
+    def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
-    ) -> EstimatorReport:
-        for segment in self.segments(chain, rollout):
-            adjoint.run(chain, rollout.trajectory, segment)
-        return EstimatorReport(Coverage(torch.ones(chain.num_steps, dtype=torch.float64), {}), {}, 1)
+    ) -> Iterable[Segment]:
+        for t in range(1, chain.num_steps + 1):
+            yield Segment("score", t, 1, rollout.score_cotangent(t), self.scale)
 
 
 class Scaled(ScoreFunction):
@@ -54,9 +47,11 @@ class Pathwise(ScoreFunction):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def segments(self, chain: Chain, rollout: Rollout) -> Iterable[Segment]:
+    def segments(
+        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+    ) -> Iterable[Segment]:
         assert rollout.reward_gradient is not None
-        return [Segment(1, self.steps, rollout.reward_gradient)]
+        return [Segment("pathwise", 1, self.steps, rollout.reward_gradient)]
 
 
 def test_an_unbiased_estimator_passes() -> None:

@@ -8,7 +8,7 @@ import torch
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.compare.evaluation import prompts_and_seeds
 from rlr_peft.compare.run import _images_of_each
-from rlr_peft.estimators.kl_penalty import step_kl
+from rlr_peft.estimators.kl import step_kl
 from rlr_peft.training.finishing import _source, divergence_from_base
 from tests.training.runs import build, config_file
 
