@@ -16,6 +16,7 @@ from rlr_peft.build.chain import build_chain
 from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought
+from rlr_peft.build.run import Run
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.lora import adapted_denoisers, diffusers_loads
 from rlr_peft.prompt import Prompt, texts_of
@@ -32,8 +33,8 @@ from rlr_peft.publishing.record import (
 )
 from rlr_peft.redaction import redacted_command
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 
 
@@ -157,7 +158,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "chain_of_thought": describe_chain_of_thought(run.config),
         "reward_decoder": decoder and (os.path.basename(decoder.rstrip("/")) if os.path.isdir(decoder) else decoder),
         "stopped_early": progress.stopped_early or None,
-        "verdict": run.learning_signal.verdict(logged_metrics(run)),
+        "verdict": LearningSignal.of(run).verdict(logged_metrics(run)),
         "coverage": progress.coverage,
     }
 

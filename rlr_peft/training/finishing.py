@@ -13,16 +13,16 @@ from torch import Tensor
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
 from rlr_peft.build.machine import describe_hardware
-from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.randomness import derive_seed
-from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.build.run import Run
+from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
-from rlr_peft.compare.evaluation import Evaluation, compare, evaluation_plan, flat_metrics
-from rlr_peft.compare.labels import BASE, shown_name
+from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.compare.report import PAGE, write_page_and_scores
 from rlr_peft.compare.run import prompt_source
 from rlr_peft.durable_files import SECOND_EXPERT, replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.foreign_text import shown_name
 from rlr_peft.intervals import with_error
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
 from rlr_peft.lora.verify import VERIFIED_IMAGES
@@ -32,8 +32,8 @@ from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pai
 from rlr_peft.publishing.record import Images, StoredCard
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import logged_metrics, run_record
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     images, compared = Images(), []
     if before is not None and after is not None:
         comparison = write_comparison(run, before, after)
-        metrics = flat_metrics(compare(before, after)) | divergence_metrics(comparison) | metrics
+        metrics = flat_metrics(paired_gains(before, after)) | divergence_metrics(comparison) | metrics
         images, compared = _save_before_after(run, before, after), before.prompts[:NUM_PAIRS]
     images = replace(images, reward_curve=_save_curve(run), gallery=_gallery(run, images))
     with _adapter_kept(run):
@@ -139,9 +139,11 @@ def _save_curve(run: Run) -> str | None:
 
 
 def _verify_adapter(run: Run) -> None:
-    prompts, seeds = evaluation_plan(run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation"))
+    prompts, seeds = prompts_and_seeds(
+        run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation")
+    )
     eta = run.config.validation.evaluation_eta
-    fresh = load_pipeline(run.config.model, torch.device("cpu") if _can_move(run) else run.accelerator.device)
+    fresh = run.fresh_base(torch.device("cpu") if _can_move(run) else run.accelerator.device)
 
     def draw(pipeline: DiffusionPipeline) -> torch.Tensor:
         if _can_move(run):  # never both on the device: what trained just so would not fit
@@ -182,7 +184,7 @@ def divergence_from_base(run: Run) -> Tensor | None:
         return None
     config = run.config
     count = max(2, min(MOST_KL_IMAGES, config.validation.num_evaluation_images // KL_SHARE))
-    prompts, seeds = evaluation_plan(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
+    prompts, seeds = prompts_and_seeds(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
     with in_eval_mode(run.chain):
         return measure_divergence(
             lambda texts, numbers: path_divergence(run.chain, texts, numbers),
@@ -222,7 +224,7 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
     """The last lines that a run prints: what came out, and how to load it."""
     lines = [
         f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time.",
-        *filter(None, [run.learning_signal.verdict(logged_metrics(run))]),
+        *filter(None, [LearningSignal.of(run).verdict(logged_metrics(run))]),
     ]
     for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
         if reward is not None and f"{name}_gain" in metrics:
