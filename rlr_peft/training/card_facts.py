@@ -9,6 +9,7 @@ from typing import Any
 import rlr_peft
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.pipeline import DTYPES
+from rlr_peft.build.run import Run
 from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.prompt import texts_of
@@ -18,7 +19,6 @@ from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord
 from rlr_peft.publishing.snippet import base_kind
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run
 from rlr_peft.training.validation import NUM_PAIRS
 
 

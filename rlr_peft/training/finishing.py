@@ -16,9 +16,10 @@ from torch import Tensor
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
 from rlr_peft.build.machine import describe_hardware, package_versions
-from rlr_peft.build.pipeline import DTYPES, load_pipeline
+from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.run import Run
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
@@ -38,8 +39,8 @@ from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord, StoredCard
 from rlr_peft.redaction import redacted_command
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import with_card_facts
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
@@ -142,7 +143,7 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
 
 
 def _nothing_learnt(run: Run) -> list[str]:
-    verdict = run.learning_signal.verdict(read_metrics(run.output_dir / METRICS_LOG))
+    verdict = LearningSignal.of(run).verdict(read_metrics(run.output_dir / METRICS_LOG))
     return [] if verdict is None else [verdict]
 
 
@@ -168,7 +169,7 @@ def _verify_adapter(run: Run) -> None:
         run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation")
     )
     eta = run.config.validation.evaluation_eta
-    fresh = load_pipeline(run.config.model, torch.device("cpu") if _can_move(run) else run.accelerator.device)
+    fresh = run.fresh_base(torch.device("cpu") if _can_move(run) else run.accelerator.device)
 
     def draw(pipeline: DiffusionPipeline) -> torch.Tensor:
         if _can_move(run):  # never both on the device: what trained just so would not fit
