@@ -28,7 +28,7 @@ from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.families import family_of
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.config import Config, load_config
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
 from rlr_peft.evaluation.memory_plan.architecture import find_architecture

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from rlr_peft.cli.main import main
 from rlr_peft.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml, save_config
 from rlr_peft.config import load_config as load
-from rlr_peft.config.flat import Knob, knobs
+from rlr_peft.config.arguments import Knob, knobs
 from rlr_peft.config.found import read_found_config
-from rlr_peft.config.wording import element_type, takes_text
+from rlr_peft.config.parsing import element_type, takes_text
 
 REQUIRED = [
     *("--pretrained_model_name_or_path", "tiny-shapes"),

@@ -17,10 +17,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.config.flat import Knob, knobs
-from rlr_peft.config.parsing import read_config
-from rlr_peft.config.prompt_checks import BUILTIN_SETS
-from rlr_peft.config.wording import takes_text
+from rlr_peft.config.arguments import Knob, knobs
+from rlr_peft.config.chain import BUILTIN_SETS
+from rlr_peft.config.parsing import read_config, takes_text
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no colon: every form of a reward but the registered names has one
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from rlr_peft.config.arguments import Config
-from rlr_peft.config.flat import check_names, config_to_dict, knobs
+from rlr_peft.config.arguments import Config, check_names, config_to_dict, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import printable

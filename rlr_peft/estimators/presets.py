@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlr_peft.config import EstimatorArguments, window_steps
-from rlr_peft.config.chain_of_thought import AUTO
+from rlr_peft.config.chain import AUTO
 from rlr_peft.estimators.estimator import Estimator
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow, StartSampler
 from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory

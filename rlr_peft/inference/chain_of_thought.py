@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
-from rlr_peft.config.chain_of_thought import stages_from_arguments
+from rlr_peft.config.chain import stages_from_arguments
 from rlr_peft.config.parsing import read_config
 from rlr_peft.prompts.chain_of_thought import STAGE_PROMPTS_FILE, Decomposer, as_prompt, read_stages
 from rlr_peft.prompts.errors import PromptError

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlr_peft.config.prompt_checks import BUILTIN_SETS
+from rlr_peft.config.chain import BUILTIN_SETS
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.builtin import builtin_prompts
 from rlr_peft.prompts.errors import PromptError

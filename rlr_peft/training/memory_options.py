@@ -10,7 +10,7 @@ from torch import nn
 
 from rlr_peft.chain.families import GENERIC, family_of_class
 from rlr_peft.config import ConfigError, ModelArguments
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 
 WITHOUT_GPU = (
     "bnb_quantization_config_path: expected a GPU, which bitsandbytes' quantised layers need, got a machine without "

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlr_peft.config.prompt_checks import BUILTIN_SETS
+from rlr_peft.config.chain import BUILTIN_SETS
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.errors import PromptError
 from rlr_peft.prompts.rows import Columns
