@@ -1,66 +1,58 @@
-"""Every knob of a run, group by group.
+"""A whole configuration: its groups of knobs, and the same as one flat mapping of names to plain values.
 
 A field's name is its flag (`--rank 4`) and its YAML name (`rank: 4`); names are unique over all groups, so both stay
-flat. A group's docstring is its title in `--help`. Ranges are declared with the knobs. `check_config` finds what can be
-known to be impossible from the configuration alone, before a model, a reward or torch is loaded; each check yields one
-sentence per problem: what was expected, what was got, what to do.
+flat. Only the methods of estimation share names, as a run has one of them. A group's docstring is its title in
+`--help`. Ranges are declared with the knobs; what cannot be together is found by the group's `check`, before a model, a
+reward or torch is loaded.
 """
 
 import difflib
+import functools
 import math
 import operator
-import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, fields
 from functools import cache
-from pathlib import Path, PurePath
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from rlr_peft.config.chain import (
-    ChainArguments,
-    ChainOfThoughtArguments,
-    PromptArguments,
-    check_chain_of_thought,
-    check_prompts,
-)
-from rlr_peft.config.estimator import EstimatorArguments, RegularizationArguments, check_estimator, why_noiseless
-from rlr_peft.config.knob import ConfigError, Table
-from rlr_peft.config.model import LoraArguments, ModelArguments, check_memory
+from rlr_peft.config.chain import ChainArguments, ChainOfThoughtArguments, PromptArguments
+from rlr_peft.config.estimator import DEFAULT_METHOD, METHODS, EstimatorArguments
+from rlr_peft.config.knob import ConfigError, Group, Knob, fits, join, knob, match, out_of_range, said, type_in_words
+from rlr_peft.config.model import LoraArguments, ModelArguments
 from rlr_peft.config.training import (
     CheckpointingArguments,
     HubArguments,
     LoggingArguments,
     OptimizerArguments,
+    RegularizationArguments,
     RewardArguments,
     TrainingArguments,
     ValidationArguments,
 )
-from rlr_peft.durable_files import stays_inside
 from rlr_peft.redaction import HIDDEN, redacted_values
 
-__all__ = [
-    "ChainArguments",
-    "ChainOfThoughtArguments",
-    "CheckpointingArguments",
-    "Config",
-    "EstimatorArguments",
-    "HubArguments",
-    "LoggingArguments",
-    "LoraArguments",
-    "ModelArguments",
-    "OptimizerArguments",
-    "PromptArguments",
-    "RegularizationArguments",
-    "RewardArguments",
-    "TrainingArguments",
-    "ValidationArguments",
-]
+# No path or prompt holds them: control characters but the tab and the ends of lines, and halves of characters.
+_UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# An empty prompt is one, too.
+MAY_BE_EMPTY = ("negative_prompt", "validation_prompt")
+GONE: dict[str, tuple[Any, str]] = {
+    "normalize_rewards": (
+        False,
+        "write `reward_fn: {NAME: 1}`, a mapping with one reward, which divides it by its running standard deviation",
+    ),
+    "optimizer": ("AdamW", "drop it, as AdamW is what there is"),
+}
+"""Knobs of earlier versions: the value that still means nothing in a saved file, and what to do about another."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run, fully resolved: hashable, immutable, checked by `load_config`."""
+    """One run, fully resolved: hashable, immutable, checked by `load_config`.
+
+    Attributes:
+        estimator: of the class of the chosen method, with the knobs that it has.
+    """
 
     model: ModelArguments
     lora: LoraArguments
@@ -77,25 +69,9 @@ class Config:
     hub: HubArguments
     logging: LoggingArguments
 
-
-@dataclass(frozen=True)
-class Knob:
-    """One knob as the parser sees it: its flat name, its group's name and title, its type and its dataclass field."""
-
-    name: str
-    group: str
-    group_title: str
-    type: Any
-    field: Field[Any]
-
-    @property
-    def required(self) -> bool:
-        return self.field.default is MISSING
-
-    @property
-    def optional(self) -> bool:
-        """Whether null is a value of it."""
-        return type(None) in get_args(self.type)
+    def groups(self) -> dict[str, Group]:
+        """Every group by its name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @cache
@@ -106,45 +82,86 @@ def knobs() -> dict[str, Knob]:
         TypeError: two groups share a name, which flat flags cannot express.
     """
     found: dict[str, Knob] = {}
-    for group_name, group_class in get_type_hints(Config).items():
-        types = get_type_hints(group_class)
-        for field in fields(group_class):
-            if field.name in found:
-                raise TypeError(f"knob {field.name} is declared in {found[field.name].group} and in {group_name}")
-            title = (group_class.__doc__ or group_name).strip()
-            found[field.name] = Knob(field.name, group_name, title, types[field.name], field)
+    for group, group_class in get_type_hints(Config).items():
+        title = (group_class.__doc__ or group).strip()
+        of_methods = group_class is EstimatorArguments
+        for name, type_, field, methods in _method_knobs() if of_methods else _group_knobs(group_class):
+            if name in found:
+                raise TypeError(f"knob {name} is declared in {found[name].group} and in {group}")
+            shared = of_methods and all(methods.get(method) is field for method in METHODS)
+            found[name] = Knob(name, group, title, type_, field, methods, shared)
     return found
 
 
-def check_names(names: Iterator[str], where: str) -> None:
+_Declared = tuple[str, Any, Field[Any], dict[str, Field[Any]]]
+
+
+def _group_knobs(group_class: type[Group]) -> Iterator[_Declared]:
+    types = get_type_hints(group_class)
+    return ((declared.name, types[declared.name], declared, {}) for declared in fields(group_class))  # type: ignore[arg-type]
+
+
+def _method_knobs() -> Iterator[_Declared]:
+    """The choice of the method, then the knobs of all methods; null stands for the method's own default."""
+    yield "estimator", Literal[tuple(METHODS)], _Choice.__dataclass_fields__["estimator"], {}
+    of_methods = {name: method.knobs() for name, method in METHODS.items()}
+    for name in dict.fromkeys(name for declared in of_methods.values() for name in declared):
+        having = {method: declared[name] for method, declared in of_methods.items() if name in declared}
+        type_ = functools.reduce(operator.or_, [type_ for type_, _ in having.values()]) | None
+        methods = {method: declared for method, (_, declared) in having.items()}
+        yield name, type_, next(iter(methods.values())), methods
+
+
+@dataclass(frozen=True)
+class _Choice:
+    estimator: str = knob(DEFAULT_METHOD, "Method; each has knobs of its own, and its own defaults of them.")
+
+
+def check_names(names: Iterable[str], where: str) -> None:
     """Raises ConfigError for the first name that is no knob, with the nearest known one."""
     for name in names:
-        if name in knobs():
+        if name in knobs() or name in GONE:
             continue
         nearest = difflib.get_close_matches(name.replace("-", "_"), knobs(), n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all names."
         raise ConfigError(f"{where}: unknown name {name}; {hint}")
 
 
+def refuse_gone(values: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for a knob of an earlier version, but where it says what is so anyway."""
+    for name, (harmless, advice) in GONE.items():
+        if values.get(name) not in (None, harmless):
+            raise ConfigError(f"{where}{name}: expected no such knob any more, got {said(values[name])}; {advice}.")
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """All knobs as one flat mapping of plain values (tuples become lists, tables dicts), fit for JSON and YAML.
 
-    It is written to files and shown, so null stands for a secret, and `***` for what is secret in an address.
+    It is written to files and shown, so null stands for a secret, and `***` for what is secret in an address. It stands,
+    too, for every knob that the method of estimation does not have.
     """
     flat: dict[str, Any] = {}
     for name, knob in knobs().items():
-        value = None if knob.field.metadata["secret"] else getattr(getattr(config, knob.group), name)
+        has_it = not knob.methods or config.estimator.estimator in knob.methods
+        value = getattr(getattr(config, knob.group), name) if has_it and not knob.secret else None
         flat[name] = redacted_values(value)
     return flat
 
 
-def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `config_to_dict`, but for secrets; absent names take their defaults, types are taken on trust.
+def config_from_dict(values: Mapping[str, Any], flags: Collection[str] = ()) -> Config:
+    """The inverse of `config_to_dict`, but for secrets; absent names take their defaults.
+
+    Args:
+        values: by flat name. What the method of estimation does not have may be null, what it is by default in all
+            methods, or a number that tunes a part which others have.
+        flags: names that are refused, whatever their value, where the method does not have them.
 
     Raises:
-        ConfigError: an unknown or missing name, a number out of range, or a combination that cannot be run.
+        ConfigError: an unknown or missing name, a wrong type, a number out of range, or a combination that cannot be
+            run.
     """
-    check_names(iter(values), "config")
+    check_names(values, "config")
+    refuse_gone(values, "")
     missing = [name for name, knob in knobs().items() if knob.required and values.get(name) is None]
     if missing:
         raise ConfigError(
@@ -153,36 +170,60 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
         )
     grouped: dict[str, dict[str, Any]] = {knob.group: {} for knob in knobs().values()}
     for name, value in values.items():
-        grouped[knobs()[name].group][name] = _frozen(value)
-    groups = {name: group_class(**grouped[name]) for name, group_class in get_type_hints(Config).items()}
-    config = Config(**groups)
+        if name in GONE:
+            continue
+        knob = knobs()[name]
+        if not fits(knob.type, value):
+            raise ConfigError(f"{name}: expected {type_in_words(knob.type)}, got {value!r:.200}; correct it.")
+        grouped[knob.group][name] = match(knob.type, value)
+    method = METHODS[grouped["estimator"].pop("estimator", DEFAULT_METHOD)]
+    grouped["estimator"], problems = _of_method(method, grouped["estimator"], flags)
+    _refuse(problems)
+    classes = {**get_type_hints(Config), "estimator": method}
+    config = Config(**{name: group_class(**grouped[name]) for name, group_class in classes.items()})
     check_config(config)
     return config
 
 
-def _frozen(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    return Table(value) if isinstance(value, dict) else value
+def _of_method(
+    method: type[EstimatorArguments], values: Mapping[str, Any], flags: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """What of the values the method has, and a sentence for every other one that means something."""
+    kept, problems = {}, []
+    for name, value in values.items():
+        declared = {other: METHODS[other].knobs()[name] for other in knobs()[name].methods}
+        if value is None:
+            continue
+        if method.estimator in declared and fits(declared[method.estimator][0], value):
+            kept[name] = value
+            continue
+        takers = [other for other, (type_, _) in declared.items() if fits(type_, value)]
+        expected = "none"
+        if method.estimator in declared:
+            expected = type_in_words(declared[method.estimator][0])
+        elif name not in flags and (
+            knobs()[name].field.metadata["fine"] or all(value == field.default for _, field in declared.values())
+        ):
+            continue
+        problems.append(
+            f"{name}: expected {expected} with {method.estimator}, got {said(value)}; "
+            f"use --estimator {join(takers, ' or ')}."
+        )
+    return kept, problems
 
 
-# No path or prompt holds them: control characters but the tab and the ends of lines, and halves of characters.
-_UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-# An empty prompt is one, too.
-MAY_BE_EMPTY = ("negative_prompt", "validation_prompt")
-_COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+def method_of(values: Mapping[str, Any]) -> type[EstimatorArguments]:
+    """The class of the method that typed values choose."""
+    return METHODS[values.get("estimator") or DEFAULT_METHOD]
 
 
 def check_config(config: Config) -> None:
     """Raises one ConfigError that names every problem: the ranges first, and combinations once all ranges hold."""
-    problems = list(_ranges(config))
-    if not problems:
-        checks = (
-            *(_batches, _eta, check_estimator, check_memory, check_prompts, check_chain_of_thought),
-            *(_regularization, _schedule, _rewards, _paths, _saving),
-        )
-        for check in checks:
-            problems.extend(check(config))
+    _refuse(list(_ranges(config)))
+    _refuse([problem for group in config.groups().values() for problem in group.check(config)])
+
+
+def _refuse(problems: list[str]) -> None:
     if len(problems) > 1:
         raise ConfigError(f"{len(problems)} problems in the configuration:", *(f"- {problem}" for problem in problems))
     if problems:
@@ -190,36 +231,27 @@ def check_config(config: Config) -> None:
 
 
 def _ranges(config: Config) -> Iterator[str]:
-    for group_field in fields(config):
-        group = getattr(config, group_field.name)
-        for field in fields(group):
-            value = getattr(group, field.name)
+    for group in config.groups().values():
+        for declared in fields(group):  # type: ignore[arg-type]
+            name, value = declared.name, getattr(group, declared.name)
             texts = list(_texts(value))
-            if field.name not in MAY_BE_EMPTY and not all(text.strip() for text in texts):
-                yield f"{field.name}: expected a text, got an empty one; fill it or leave the flag out."
+            if name not in MAY_BE_EMPTY and not all(text.strip() for text in texts):
+                yield f"{name}: expected a text, got an empty one; fill it or leave the flag out."
             if unfit := next((text for text in texts if _UNFIT.search(text)), None):
-                yield (f"{field.name}: expected a text without control characters, got {unfit!r:.80}; take them out.")
+                yield f"{name}: expected a text without control characters, got {unfit!r:.80}; take them out."
                 continue
             if any("//" in text and HIDDEN in text for text in texts):
                 yield (
-                    f"{field.name}: expected a whole address, got {value} of a saved file, where {HIDDEN} stands for "
-                    f"what may be secret and is never written; give the whole address as --{field.name}."
+                    f"{name}: expected a whole address, got {value} of a saved file, where {HIDDEN} stands for "
+                    f"what may be secret and is never written; give the whole address as --{name}."
                 )
             if value == ():
-                yield f"{field.name}: expected one or more values, got an empty list; fill it or leave it out."
+                yield f"{name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):
-                yield f"{field.name}: expected a finite number, got {value}; give a number."
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            bounds = {word: bound for word, bound in field.metadata["bounds"].items() if bound is not None}
-            if not all(_COMPARISONS[word](value, bound) for word, bound in bounds.items()):
-                allowed = " and ".join(f"{word} {_plain(bound)}" for word, bound in bounds.items())
-                yield f"{field.name}: expected {allowed}, got {value!s:.100}; change --{field.name}."
-
-
-def _plain(bound: float) -> str:
-    return f"{bound:.0f}" if bound == int(bound) else str(bound)
+                yield f"{name}: expected a finite number, got {value}; give a number."
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                if problem := out_of_range(name, value, declared):
+                    yield problem
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -230,119 +262,3 @@ def _texts(value: object) -> Iterator[str]:
         yield from (text for pair in value.items() for text in pair if isinstance(text, str))
     elif isinstance(value, tuple):
         yield from (text for text in value if isinstance(text, str))
-
-
-def _batches(config: Config) -> Iterator[str]:
-    training = config.training
-    samples = training.train_batch_size * training.gradient_accumulation_steps
-    if samples % training.num_images_per_prompt:
-        yield (
-            f"num_images_per_prompt: expected a divisor of the {samples} samples of an update (train_batch_size "
-            f"{training.train_batch_size} x gradient_accumulation_steps {training.gradient_accumulation_steps}), got "
-            f"{training.num_images_per_prompt}; change one of the three so that every prompt's group is whole."
-        )
-
-
-def _eta(config: Config) -> Iterator[str]:
-    chain = config.chain
-    if chain.step_kind in ("ancestral", "cps"):
-        for name, eta in (("eta", chain.eta), ("evaluation_eta", config.validation.evaluation_eta)):
-            if eta > 1:
-                yield f"{name}: expected 0 to 1 with step_kind {chain.step_kind}, got {eta}; lower --{name}."
-
-
-def _regularization(config: Config) -> Iterator[str]:
-    regularization = config.regularization
-    wanted = [
-        name for name in ("kl_beta", "kl_interval", "kl_limit") if getattr(regularization, name) not in (None, 0.0)
-    ]
-    noiseless = why_noiseless(config.chain)
-    if wanted and noiseless:
-        yield (
-            f"{wanted[0]}: expected noise in the chain, without which the divergence is not defined, got {noiseless}; "
-            f"raise --eta with a stochastic --step_kind, or drop --{wanted[0]}."
-        )
-    if regularization.early_stopping_steps is not None and config.reward.heldout_reward_fn is None:
-        yield (
-            f"early_stopping_steps: expected a heldout_reward_fn to watch, got none with "
-            f"{regularization.early_stopping_steps}; give --heldout_reward_fn."
-        )
-
-
-def _schedule(config: Config) -> Iterator[str]:
-    warmup, length = config.optimizer.lr_warmup_steps, config.training.max_train_steps
-    if warmup and config.optimizer.lr_scheduler == "constant":
-        yield f"lr_warmup_steps: expected 0 with lr_scheduler constant, got {warmup}; use constant_with_warmup."
-    if length is not None and warmup > length:
-        yield f"lr_warmup_steps: expected at most max_train_steps ({length}), got {warmup}; lower --lr_warmup_steps."
-
-
-def _rewards(config: Config) -> Iterator[str]:
-    reward = config.reward
-    trained = reward.reward_fn if isinstance(reward.reward_fn, dict) else {reward.reward_fn: 1.0}
-    for name in reward.heldout_reward_fn or ():
-        if name in trained:
-            yield (
-                f"heldout_reward_fn: expected another reward than reward_fn, got {name} for both; "
-                f"a reward that is trained on cannot expose reward hacking."
-            )
-    heldout = reward.heldout_reward_fn or ()
-    if len(set(heldout)) < len(heldout):
-        yield f"heldout_reward_fn: expected different rewards, got {' '.join(heldout)}; drop what is there twice."
-    if not trained or not any(trained.values() or [0]) or not all(math.isfinite(w) for w in trained.values()):
-        yield (
-            f"reward_fn: expected finite weights, not all 0, got {dict(trained)}; write `{{NAME: WEIGHT, ...}}`, for "
-            "example `{pickscore: 1, aesthetic: 0.5}`."
-        )
-    if isinstance(reward.reward_fn, str) and reward.reward_fn.lstrip().startswith("{"):
-        yield f"reward_fn: expected a mapping of names to numbers, got {reward.reward_fn}; check its weights."
-    for name, minimum in (reward.reward_minimum or {}).items():
-        if name not in trained:
-            yield f"reward_minimum: expected a name of reward_fn ({', '.join(trained)}), got {name}; correct it."
-        if not math.isfinite(minimum):
-            yield f"reward_minimum: expected a finite number for {name}, got {minimum}; correct it."
-
-
-def _hub(config: Config) -> Iterator[str]:
-    hub, interval = config.hub, config.checkpointing.checkpointing_steps
-    if hub.push_every is not None and not hub.push_to_hub:
-        yield f"push_every: expected push_to_hub with it, got {hub.push_every} alone; give --push_to_hub too."
-    if hub.push_every is not None and hub.push_every % interval:
-        yield (
-            f"push_every: expected a multiple of checkpointing_steps ({interval}), as checkpoints are what is "
-            f"published, got {hub.push_every}; change one of the two."
-        )
-
-
-def check_revision(name: str, revision: str) -> Iterator[str]:
-    """Yields what is wrong with the name of a branch, tag or commit, which becomes a path in the Hub's cache."""
-    if not stays_inside(revision):
-        yield f"{name}: expected a branch, tag or commit of the repository, got {revision!r}; correct it."
-
-
-def _saving(config: Config) -> Iterator[str]:
-    yield from _hub(config)
-    if config.lora.output_kohya_format and config.lora.use_dora:
-        yield "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of the two."
-
-
-def _paths(config: Config) -> Iterator[str]:
-    output = Path(config.training.output_dir)
-    # os.path where Path would raise: a name that is too long, a folder that may not be looked into
-    existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        got = "which cannot be written to" if existing.is_dir() else "which is a file"
-        yield f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
-    for name in ("logging_dir", "tracker_name"):
-        inside = getattr(config.logging, name)
-        if not stays_inside(inside):
-            yield f"{name}: expected a relative folder inside output_dir, got {inside}; drop the leading part."
-    for name, revision in (("revision", config.model.revision), ("hub_revision", config.hub.hub_revision)):
-        if revision is not None:
-            yield from check_revision(name, revision)
-    if config.model.variant is not None and not re.fullmatch(r"[\w.-]+", config.model.variant):
-        yield f"variant: expected a word of a file name such as fp16, got {config.model.variant!r}; correct it."
-    vanished = config.checkpointing.resume_from_checkpoint
-    places = [] if vanished is None else [Path(vanished), output / vanished]
-    if vanished is not None and len(PurePath(vanished).parts) > 1 and not any(map(os.path.isdir, places)):
-        yield f"resume_from_checkpoint: expected latest, a name or an existing folder, got {vanished}; check the path."

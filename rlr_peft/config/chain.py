@@ -1,14 +1,12 @@
 """The chain, its prompts and the prompts of its stages: knobs, and what of them cannot be together."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rlr_peft.config.knob import knob
+from rlr_peft.config.knob import Group, knob
 from rlr_peft.stages import Stages, make_stages
 
 if TYPE_CHECKING:
@@ -16,10 +14,17 @@ if TYPE_CHECKING:
 
 StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
+AUTO = "auto"
+SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
+"""The knobs that say where stage prompts come from."""
+BUILTIN_SETS = (
+    *("simple-animals", "simple-animals/train", "simple-animals/test"),
+    *("tiny-shapes/train", "tiny-shapes/test"),
+)
 
 
 @dataclass(frozen=True)
-class ChainArguments:
+class ChainArguments(Group):
     """Chain: how images are sampled while training"""
 
     num_inference_steps: int = knob(
@@ -95,9 +100,23 @@ class ChainArguments:
         None, "Text that guidance leads away from, used for every prompt.", found="words"
     )
 
+    @property
+    def why_noiseless(self) -> str | None:
+        """The knob that takes all noise from the chain, in words; None where there is noise."""
+        if self.step_kind == "ode":
+            return "step_kind ode"
+        return f"eta {self.eta}" if self.eta == 0 else None
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the noise."""
+        if self.step_kind in ("ancestral", "cps"):
+            for name, eta in (("eta", self.eta), ("evaluation_eta", config.validation.evaluation_eta)):
+                if eta > 1:
+                    yield f"{name}: expected 0 to 1 with step_kind {self.step_kind}, got {eta}; lower --{name}."
+
 
 @dataclass(frozen=True)
-class PromptArguments:
+class PromptArguments(Group):
     """Prompts: what is drawn while training"""
 
     prompt_path: str | None = knob(
@@ -139,9 +158,41 @@ class PromptArguments:
         below=100,
     )
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the sources of prompts."""
+        evaluation = config.validation.evaluation_prompt_path
+        if (self.prompt_path is None) == (self.dataset_name is None):
+            got = "none" if self.prompt_path is None else f"{self.prompt_path} and dataset_name {self.dataset_name}"
+            yield f"prompt_path: expected one source of prompts, got {got}; give --prompt_path or --dataset_name."
+        if self.dataset_name is None:
+            for name, value in (("dataset_config_name", self.dataset_config_name), ("streaming", self.streaming)):
+                if value:
+                    yield f"{name}: expected only with a dataset_name, got {value}; give --dataset_name."
+        elif self.streaming and config.training.max_train_steps is None:
+            yield (
+                "max_train_steps: expected a number with streaming, since the length of an epoch is not known, got "
+                "none; give --max_train_steps."
+            )
+        if self.negative_prompt_column is not None and config.chain.negative_prompt is not None:
+            yield (
+                f"negative_prompt_column: expected only without negative_prompt, got {self.negative_prompt_column} and "
+                f"{config.chain.negative_prompt!r}; drop one of the two."
+            )
+        if self.validation_split_percentage is not None and evaluation is not None:
+            yield (
+                f"validation_split_percentage: expected only without evaluation_prompt_path, got "
+                f"{self.validation_split_percentage:g} and {evaluation}; drop one of the two."
+            )
+        for name, spec in (("prompt_path", self.prompt_path), ("evaluation_prompt_path", evaluation)):
+            if spec is not None and spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
+                yield (
+                    f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "
+                    f"{', '.join(BUILTIN_SETS)}, got {spec}; check the path, seen from {Path.cwd()}."
+                )
+
 
 @dataclass(frozen=True)
-class ChainOfThoughtArguments:
+class ChainOfThoughtArguments(Group):
     """Diffusive Chain-of-Thought: a prompt for every stage of the chain (off unless a source of them is given)"""
 
     dcot_columns: tuple[str, ...] | None = knob(
@@ -172,31 +223,71 @@ class ChainOfThoughtArguments:
         None, "Share of the steps of every stage, noise first, with sum 1; null means equal parts.", unit="fraction"
     )
 
+    def sources(self) -> list[str]:
+        """The names of the sources of stage prompts that are given."""
+        return [name for name in SOURCES if getattr(self, name)]
 
-AUTO = "auto"
-SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
-"""The knobs that say where stage prompts come from."""
+    def stages(self) -> Stages | None:
+        """The stages of the chain; None for a run without a Diffusive Chain-of-Thought.
 
+        Raises:
+            ValueError: names and fractions that do not fit each other.
+        """
+        return make_stages(self.dcot_stages or self.dcot_columns, self.dcot_fractions) if self.sources() else None
 
-def given_sources(arguments: ChainOfThoughtArguments) -> list[str]:
-    """The names of the sources of stage prompts that are given."""
-    return [name for name in SOURCES if getattr(arguments, name)]
-
-
-def stages_from_config(config: Config) -> Stages | None:
-    """The stages of the chain; None for a run without a Diffusive Chain-of-Thought.
-
-    Raises:
-        ValueError: names and fractions that do not fit each other.
-    """
-    return stages_from_arguments(config.chain_of_thought)
-
-
-def stages_from_arguments(arguments: ChainOfThoughtArguments) -> Stages | None:
-    """The same from their group alone."""
-    if not given_sources(arguments):
-        return None
-    return make_stages(arguments.dcot_stages or arguments.dcot_columns, arguments.dcot_fractions)
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the stages and their prompts."""
+        sources, columns = self.sources(), self.dcot_columns
+        if len(sources) > 1:
+            yield f"{sources[0]}: expected one source of stage prompts, got {' and '.join(sources)}; keep one."
+            return
+        needless = {
+            "dcot_stages": self.dcot_stages,
+            "dcot_fractions": self.dcot_fractions,
+            "dcot_cache": self.dcot_cache,
+        }
+        for name, value in needless.items():
+            if value is not None and not sources:
+                yield (
+                    f"{name}: expected only with a source of stage prompts, got none; give --dcot_columns, "
+                    "--dcot_rules, --dcot_model or --dcot_endpoint."
+                )
+                return
+        if (self.dcot_endpoint is None) != (self.dcot_endpoint_model is None):
+            yield (
+                f"dcot_endpoint_model: expected together with dcot_endpoint, got {self.dcot_endpoint_model} and "
+                f"{self.dcot_endpoint}; give both or neither."
+            )
+        if config.prompts.streaming and ("dcot_model" in sources or "dcot_endpoint" in sources):
+            yield (
+                f"{sources[0]}: expected dcot_columns or dcot_rules with streaming, got {sources[0]}; split the prompts "
+                "of a dataset that is not streamed."
+            )
+        try:
+            stages = self.stages()
+            if stages is None:
+                return
+            stages.steps(config.chain.num_inference_steps)
+        except ValueError as error:
+            names, fractions = self.dcot_stages or columns or ("the default",), self.dcot_fractions or ("equal",)
+            got = f"stages {' '.join(names)} and fractions {' '.join(map(str, fractions))}"
+            yield f"dcot_fractions: {error}, got {got}; change --dcot_stages or --dcot_fractions."
+            return
+        if self.dcot_rules and stages.names != ("coarse", "mid", "fine"):
+            yield (
+                f"dcot_stages: expected coarse mid fine with dcot_rules, got {' '.join(stages.names)}; drop "
+                "--dcot_stages, or take the stage prompts from columns or a model."
+            )
+        if columns is None and "prompt" in stages.names:
+            yield (
+                "dcot_stages: expected other names than prompt, which the file of stage prompts calls the whole text, "
+                f"got {' '.join(stages.names)}; rename the stage."
+            )
+        if columns is not None and len(columns) != stages.count:
+            yield (
+                f"dcot_columns: expected one column for each of {stages.count} stages, got {' '.join(columns)}; change "
+                "--dcot_columns or --dcot_stages."
+            )
 
 
 def window_steps(window: tuple[int | str, ...], num_steps: int, stages: Stages | None) -> tuple[int, int] | None:
@@ -232,102 +323,10 @@ def window_steps(window: tuple[int | str, ...], num_steps: int, stages: Stages |
     return min(span[0] for span in spans), max(span[1] for span in spans)
 
 
-BUILTIN_SETS = (
-    *("simple-animals", "simple-animals/train", "simple-animals/test"),
-    *("tiny-shapes/train", "tiny-shapes/test"),
-)
+def stages_from_config(config: "Config") -> Stages | None:
+    """The stages of the chain; None for a run without a Diffusive Chain-of-Thought.
 
-
-def check_prompts(config: Config) -> Iterator[str]:
-    """Yields every problem of the sources of prompts."""
-    prompts, validation = config.prompts, config.validation
-    if (prompts.prompt_path is None) == (prompts.dataset_name is None):
-        got = (
-            "none" if prompts.prompt_path is None else f"{prompts.prompt_path} and dataset_name {prompts.dataset_name}"
-        )
-        yield f"prompt_path: expected one source of prompts, got {got}; give --prompt_path or --dataset_name."
-    if prompts.dataset_name is None:
-        for name in ("dataset_config_name", "streaming"):
-            if getattr(prompts, name):
-                yield f"{name}: expected only with a dataset_name, got {getattr(prompts, name)}; give --dataset_name."
-    elif prompts.streaming and config.training.max_train_steps is None:
-        yield (
-            "max_train_steps: expected a number with streaming, since the length of an epoch is not known, got none; "
-            "give --max_train_steps."
-        )
-    if prompts.negative_prompt_column is not None and config.chain.negative_prompt is not None:
-        yield (
-            f"negative_prompt_column: expected only without negative_prompt, got {prompts.negative_prompt_column} and "
-            f"{config.chain.negative_prompt!r}; drop one of the two."
-        )
-    if prompts.validation_split_percentage is not None and validation.evaluation_prompt_path is not None:
-        yield (
-            f"validation_split_percentage: expected only without evaluation_prompt_path, got "
-            f"{prompts.validation_split_percentage:g} and {validation.evaluation_prompt_path}; drop one of the two."
-        )
-    for name, spec in (
-        ("prompt_path", prompts.prompt_path),
-        ("evaluation_prompt_path", validation.evaluation_prompt_path),
-    ):
-        if spec is not None and spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
-            yield (
-                f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "
-                f"{', '.join(BUILTIN_SETS)}, "
-                f"got {spec}; check the path, seen from {Path.cwd()}."
-            )
-
-
-def check_chain_of_thought(config: Config) -> Iterator[str]:
-    """Yields every problem of the stages and their prompts."""
-    arguments, steps = config.chain_of_thought, config.chain.num_inference_steps
-    sources = given_sources(arguments)
-    if len(sources) > 1:
-        yield f"{sources[0]}: expected one source of stage prompts, got {' and '.join(sources)}; keep one."
-        return
-    for name in ("dcot_stages", "dcot_fractions", "dcot_cache"):
-        if getattr(arguments, name) is not None and not sources:
-            yield (
-                f"{name}: expected only with a source of stage prompts, got none; give --dcot_columns, --dcot_rules, "
-                "--dcot_model or --dcot_endpoint."
-            )
-            return
-    if (arguments.dcot_endpoint is None) != (arguments.dcot_endpoint_model is None):
-        yield (
-            f"dcot_endpoint_model: expected together with dcot_endpoint, got {arguments.dcot_endpoint_model} and "
-            f"{arguments.dcot_endpoint}; give both or neither."
-        )
-    if config.prompts.streaming and ("dcot_model" in sources or "dcot_endpoint" in sources):
-        yield (
-            f"{sources[0]}: expected dcot_columns or dcot_rules with streaming, got {sources[0]}; split the prompts of "
-            "a dataset that is not streamed."
-        )
-    try:
-        stages = stages_from_config(config)
-        if stages is not None:
-            stages.steps(steps)
-    except ValueError as error:
-        yield f"dcot_fractions: {error}, got stages {_stage_words(config)}; change --dcot_stages or --dcot_fractions."
-        return
-    if stages is not None and arguments.dcot_rules and stages.names != ("coarse", "mid", "fine"):
-        yield (
-            f"dcot_stages: expected coarse mid fine with dcot_rules, got {' '.join(stages.names)}; drop "
-            "--dcot_stages, or take the stage prompts from columns or a model."
-        )
-    if stages is not None and arguments.dcot_columns is None and "prompt" in stages.names:
-        yield (
-            "dcot_stages: expected other names than prompt, which the file of stage prompts calls the whole text, got "
-            f"{' '.join(stages.names)}; rename the stage."
-        )
-    columns = arguments.dcot_columns
-    if stages is not None and columns is not None and len(columns) != stages.count:
-        yield (
-            f"dcot_columns: expected one column for each of {stages.count} stages, got {' '.join(columns)}; change "
-            "--dcot_columns or --dcot_stages."
-        )
-
-
-def _stage_words(config: Config) -> str:
-    arguments = config.chain_of_thought
-    names = arguments.dcot_stages or arguments.dcot_columns or ("the default",)
-    fractions = arguments.dcot_fractions or ("equal",)
-    return f"{' '.join(names)} and fractions {' '.join(map(str, fractions))}"
+    Raises:
+        ValueError: names and fractions that do not fit each other.
+    """
+    return config.chain_of_thought.stages()

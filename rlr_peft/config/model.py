@@ -1,13 +1,13 @@
 """The base model and the adapter: knobs, and what of them cannot be together."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlr_peft.config.knob import ConfigError, knob
+from rlr_peft.config.knob import ConfigError, Group, knob
+from rlr_peft.durable_files import stays_inside
 from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelArguments:
+class ModelArguments(Group):
     """Model: the pretrained pipeline and how it is held in memory"""
 
     pretrained_model_name_or_path: str = knob(
@@ -69,9 +69,37 @@ class ModelArguments:
     )
     allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with names, and with options that save memory."""
+        if self.revision is not None:
+            yield from check_revision("revision", self.revision)
+        if self.variant is not None and not re.fullmatch(r"[\w.-]+", self.variant):
+            yield f"variant: expected a word of a file name such as fp16, got {self.variant!r}; correct it."
+        path = self.bnb_quantization_config_path
+        if path is not None:
+            try:
+                read_quantization(path)
+            except ConfigError as error:
+                yield str(error)
+            if config.lora.use_dora:
+                yield (
+                    f"use_dora: expected a base in full width for DoRA's weight norms, got "
+                    f"bnb_quantization_config_path {path}; drop one of the two."
+                )
+            if self.torch_compile:
+                yield (
+                    f"torch_compile: expected a base without bitsandbytes layers, got bnb_quantization_config_path "
+                    f"{path}; drop one of the two."
+                )
+        if self.offload and self.torch_compile:
+            yield (
+                "torch_compile: expected weights that stay where they are, got offload, which moves them between "
+                "phases; drop one of the two."
+            )
+
 
 @dataclass(frozen=True)
-class LoraArguments:
+class LoraArguments(Group):
     """LoRA: the adapter that is trained"""
 
     rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", at_least=1, at_most=65536)
@@ -104,33 +132,15 @@ class LoraArguments:
         "gaussian", "How the LoRA matrices start; every choice starts at the base model's function."
     )
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what cannot be converted."""
+        if self.output_kohya_format and self.use_dora:
+            yield (
+                "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of the two."
+            )
+
 
 _WIDTHS = ("load_in_4bit", "load_in_8bit")
-
-
-def check_memory(config: Config) -> Iterator[str]:
-    """Yields every problem of the memory options."""
-    path = config.model.bnb_quantization_config_path
-    if path is not None:
-        try:
-            read_quantization(path)
-        except ConfigError as error:
-            yield str(error)
-        if config.lora.use_dora:
-            yield (
-                f"use_dora: expected a base in full width for DoRA's weight norms, got bnb_quantization_config_path "
-                f"{path}; drop one of the two."
-            )
-        if config.model.torch_compile:
-            yield (
-                f"torch_compile: expected a base without bitsandbytes layers, got bnb_quantization_config_path {path}; "
-                "drop one of the two."
-            )
-    if config.model.offload and config.model.torch_compile:
-        yield (
-            "torch_compile: expected weights that stay where they are, got offload, which moves them between phases; "
-            "drop one of the two."
-        )
 
 
 def read_quantization(path: str) -> dict[str, Any]:
@@ -152,3 +162,9 @@ def read_quantization(path: str) -> dict[str, Any]:
             f"{' and '.join(chosen) or 'neither'} in {path}; see diffusers' BitsAndBytesConfig."
         )
     return arguments
+
+
+def check_revision(name: str, revision: str) -> Iterator[str]:
+    """Yields what is wrong with the name of a branch, tag or commit, which becomes a path in the Hub's cache."""
+    if not stays_inside(revision):
+        yield f"{name}: expected a branch, tag or commit of the repository, got {revision!r}; correct it."

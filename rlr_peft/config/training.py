@@ -1,13 +1,22 @@
-"""The reward, the training loop and what a run leaves: knobs."""
+"""The reward, the training loop and what a run leaves: knobs, and what of them cannot be together."""
 
+import math
+import os
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Literal
 
-from rlr_peft.config.knob import knob
+from rlr_peft.config.knob import Group, knob
+from rlr_peft.config.model import check_revision
+from rlr_peft.durable_files import stays_inside
+
+if TYPE_CHECKING:
+    from rlr_peft.config.arguments import Config
 
 
 @dataclass(frozen=True)
-class RewardArguments:
+class RewardArguments(Group):
     """Reward: what the adapter is trained to raise"""
 
     reward_fn: dict[str, float] | str = knob(
@@ -81,13 +90,98 @@ class RewardArguments:
         at_most=10_000,
     )
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with names, weights and minimums."""
+        trained, heldout = self.weights, self.heldout_reward_fn or ()
+        for name in heldout:
+            if name in trained:
+                yield (
+                    f"heldout_reward_fn: expected another reward than reward_fn, got {name} for both; "
+                    f"a reward that is trained on cannot expose reward hacking."
+                )
+        if len(set(heldout)) < len(heldout):
+            yield f"heldout_reward_fn: expected different rewards, got {' '.join(heldout)}; drop what is there twice."
+        if not any(trained.values()) or not all(map(math.isfinite, trained.values())):
+            yield (
+                f"reward_fn: expected finite weights, not all 0, got {dict(trained)}; write `{{NAME: WEIGHT, ...}}`, "
+                "for example `{pickscore: 1, aesthetic: 0.5}`."
+            )
+        for name, minimum in (self.reward_minimum or {}).items():
+            if name not in trained:
+                yield f"reward_minimum: expected a name of reward_fn ({', '.join(trained)}), got {name}; correct it."
+            if not math.isfinite(minimum):
+                yield f"reward_minimum: expected a finite number for {name}, got {minimum}; correct it."
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every reward that is trained on, and its weight; 1 for a single one."""
+        return self.reward_fn if isinstance(self.reward_fn, dict) else {self.reward_fn: 1.0}
+
+
+@dataclass(frozen=True)
+class RegularizationArguments(Group):
+    """Regularisation: staying near the base, and stopping in time"""
+
+    kl_beta: float = knob(
+        0.0,
+        "Weight of the divergence from the base in the objective; 0 is off.",
+        unit="reward per nat",
+        at_least=0,
+        at_most=1e6,
+    )
+    kl_steps: int | Literal["all"] = knob(
+        4,
+        "Steps drawn for one estimate of the divergence, weighted to stay unbiased.",
+        unit="steps",
+        at_least=1,
+        at_most=1000,
+    )
+    kl_interval: int | None = knob(
+        None,
+        "How often the divergence is measured where it is neither penalised nor limited; null means never.",
+        unit="optimiser steps",
+        at_least=1,
+        at_most=10**9,
+    )
+    kl_limit: float | None = knob(
+        None,
+        "Training stops where the divergence from the base, averaged over ten updates, passes this.",
+        unit="nats",
+        above=0,
+        at_most=1e9,
+    )
+    early_stopping_steps: int | None = knob(
+        None,
+        "Training stops, and goes back to its best weights, where the held-out reward of so many updates is "
+        "significantly below the best so far; null means never.",
+        unit="optimiser steps",
+        at_least=5,
+        at_most=10**9,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what cannot be measured."""
+        asked = {"kl_beta": self.kl_beta, "kl_interval": self.kl_interval, "kl_limit": self.kl_limit}
+        wanted = next((name for name, value in asked.items() if value), None)
+        noiseless = config.chain.why_noiseless
+        if wanted and noiseless:
+            yield (
+                f"{wanted}: expected noise in the chain, without which the divergence is not defined, got {noiseless}; "
+                f"raise --eta with a stochastic --step_kind, or drop --{wanted}."
+            )
+        if self.early_stopping_steps is not None and config.reward.heldout_reward_fn is None:
+            yield (
+                f"early_stopping_steps: expected a heldout_reward_fn to watch, got none with "
+                f"{self.early_stopping_steps}; give --heldout_reward_fn."
+            )
+
 
 # `piecewise_constant` is left out: diffusers' get_scheduler wants a rule string for it, which has no flag here.
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
 @dataclass(frozen=True)
-class TrainingArguments:
+class TrainingArguments(Group):
     """Training: batches, length and seed"""
 
     output_dir: str = knob("outputs/rlr-lora", "Folder that receives the adapter, checkpoints, logs and the card.")
@@ -119,12 +213,27 @@ class TrainingArguments:
         1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", above=0, at_most=1e9
     )
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the sizes and the output folder."""
+        samples = self.train_batch_size * self.gradient_accumulation_steps
+        if samples % self.num_images_per_prompt:
+            yield (
+                f"num_images_per_prompt: expected a divisor of the {samples} samples of an update (train_batch_size "
+                f"{self.train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}), got "
+                f"{self.num_images_per_prompt}; change one of the three so that every prompt's group is whole."
+            )
+        output = Path(self.output_dir)
+        # os.path where Path would raise: a name that is too long, a folder that may not be looked into
+        existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            got = "which cannot be written to" if existing.is_dir() else "which is a file"
+            yield f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
+
 
 @dataclass(frozen=True)
-class OptimizerArguments:
+class OptimizerArguments(Group):
     """Optimiser: how gradients become updates"""
 
-    optimizer: Literal["AdamW"] = knob("AdamW", "Optimiser of the LoRA weights.")
     learning_rate: float = knob(
         1e-4, "Peak learning rate of the optimiser.", unit="weight units per step", above=0, at_most=10
     )
@@ -153,9 +262,19 @@ class OptimizerArguments:
         1e-8, "Term that keeps Adam's division finite.", unit="gradient units", above=0, at_most=1
     )
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the schedule."""
+        warmup, length = self.lr_warmup_steps, config.training.max_train_steps
+        if warmup and self.lr_scheduler == "constant":
+            yield f"lr_warmup_steps: expected 0 with lr_scheduler constant, got {warmup}; use constant_with_warmup."
+        if length is not None and warmup > length:
+            yield (
+                f"lr_warmup_steps: expected at most max_train_steps ({length}), got {warmup}; lower --lr_warmup_steps."
+            )
+
 
 @dataclass(frozen=True)
-class ValidationArguments:
+class ValidationArguments(Group):
     """Validation: images while training, and the comparison of base and adapter"""
 
     validation_prompt: tuple[str, ...] | None = knob(
@@ -195,7 +314,7 @@ class ValidationArguments:
 
 
 @dataclass(frozen=True)
-class CheckpointingArguments:
+class CheckpointingArguments(Group):
     """Checkpointing: saving the state and resuming from it"""
 
     checkpointing_steps: int = knob(
@@ -208,9 +327,17 @@ class CheckpointingArguments:
         None, "Checkpoint to go on from: `latest`, a name such as `checkpoint-500`, or a path."
     )
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the checkpoint to go on from."""
+        given = self.resume_from_checkpoint
+        if given is None or len(PurePath(given).parts) == 1:
+            return
+        if not any(map(os.path.isdir, (Path(given), Path(config.training.output_dir) / given))):
+            yield f"resume_from_checkpoint: expected latest, a name or an existing folder, got {given}; check the path."
+
 
 @dataclass(frozen=True)
-class HubArguments:
+class HubArguments(Group):
     """Hub: publishing the adapter"""
 
     push_to_hub: bool = knob(
@@ -237,11 +364,30 @@ class HubArguments:
         at_most=10**9,
     )
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the branch and the publishing of checkpoints."""
+        interval = config.checkpointing.checkpointing_steps
+        if self.hub_revision is not None:
+            yield from check_revision("hub_revision", self.hub_revision)
+        if self.push_every is not None and not self.push_to_hub:
+            yield f"push_every: expected push_to_hub with it, got {self.push_every} alone; give --push_to_hub too."
+        if self.push_every is not None and self.push_every % interval:
+            yield (
+                f"push_every: expected a multiple of checkpointing_steps ({interval}), as checkpoints are what is "
+                f"published, got {self.push_every}; change one of the two."
+            )
+
 
 @dataclass(frozen=True)
-class LoggingArguments:
+class LoggingArguments(Group):
     """Logging: where the curves go"""
 
     logging_dir: str = knob("logs", "Folder of the tracker's files, inside output_dir.")
     report_to: Literal["tensorboard", "none"] = knob("tensorboard", "Tracker that receives the curves and images.")
     tracker_name: str = knob("rlr-lora", "Name of the run in the tracker.")
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what would be written elsewhere."""
+        for name, inside in (("logging_dir", self.logging_dir), ("tracker_name", self.tracker_name)):
+            if not stays_inside(inside):
+                yield f"{name}: expected a relative folder inside output_dir, got {inside}; drop the leading part."

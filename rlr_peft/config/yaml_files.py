@@ -61,16 +61,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def problem_in_yaml(error: Exception) -> str:
-    """What is wrong, and where; the line itself is not quoted, as it may hold a secret."""
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())
-    mark = error.problem_mark or error.context_mark
-    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    said = " ".join(filter(None, (error.context, error.problem)))
-    return place + re.sub(r"(alias|anchor|tag|handle) '.*?'", r"\1", said)  # a password may begin with `*`, `&` or `!`
-
-
 def config_to_yaml(config: Config) -> str:
     """The full configuration as flat YAML, one commented block per group; `load_config` reads it back equal."""
     values = config_to_dict(config)
