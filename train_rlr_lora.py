@@ -6,9 +6,9 @@ accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 import sys
 from pathlib import Path
 
+from rlr_peft.build.reporting import set_up_logging
 from rlr_peft.config import load_config_or_exit
 from rlr_peft.foreign_text import guard_terminal, say
-from rlr_peft.training.logs import set_up_logging
 
 
 def main() -> int:
@@ -18,10 +18,10 @@ def main() -> int:
 
     set_up_logging()
 
-    from rlr_peft.training.errors import AFTER_TRAINING, reporting_errors
-    from rlr_peft.training.folder_lock import only_writer
+    from rlr_peft.build.folder_lock import only_writer
+    from rlr_peft.build.reporting import AFTER_TRAINING, reporting_errors
+    from rlr_peft.publishing.publisher import open_publisher
     from rlr_peft.training.interruption import stopping_with_launcher
-    from rlr_peft.training.publishing import open_publisher
 
     output_dir = Path(config.training.output_dir)
     with (

@@ -182,8 +182,8 @@ def import_all() -> None:
     import pandas  # type: ignore[import-untyped]  # noqa: F401
     import transformers.models.clip.modeling_clip  # noqa: F401
 
+    import rlr_peft.publishing.publisher
     import rlr_peft.training.finishing
-    import rlr_peft.training.publishing
     import rlr_peft.training.trainer  # noqa: F401
     from tests.pipelines import tiny_stable_diffusion  # noqa: F401
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators.advantages import leave_one_out
@@ -28,7 +29,6 @@ from rlr_peft.estimators.step_gradients import StepGradients, measure_step_gradi
 from rlr_peft.evaluation.diagnosis.sample_estimates import first_and_half_order, sample_estimates
 from rlr_peft.training.rollouts import sample_batch
 from rlr_peft.training.run import build_run
-from rlr_peft.training.seeds import derive_seed
 
 GROUP = 4
 CALIBRATION_SAMPLES = 16

@@ -23,19 +23,20 @@ import torch
 from benchmarks.dcot_report import report
 from benchmarks.machine import write_results
 from benchmarks.race import base_evaluation, claimed
+from rlr_peft.build.drawing import render
+from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import load_config
 from rlr_peft.evaluation.compare import compare, evaluate, evaluation_plan, flat_metrics
 from rlr_peft.prompt import stages_of, with_stages
-from rlr_peft.prompts.rule_based import SCALES, decompose_by_rules
+from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards
-from rlr_peft.rewards.tiny_shapes_judge import TinyShapesJudgeReward
+from rlr_peft.rewards.embedded import TinyShapesJudgeReward
 from rlr_peft.stages import make_stages
 from rlr_peft.tiny_shapes import scenes
-from rlr_peft.training.loading import load_pipeline
 from rlr_peft.training.run import Run, build_run
 from rlr_peft.training.update import calibrate, take_update
-from rlr_peft.training.validation import evaluate_adapter, render
+from rlr_peft.training.validation import evaluate_adapter
 
 ATTRIBUTES = ("shape", "texture")
 DCOT = ["--dcot_rules"]

@@ -8,7 +8,7 @@ import numpy
 import torch
 
 from benchmarks.race_report import interval
-from rlr_peft.evaluation.figures import save_image_grid
+from rlr_peft.figures import save_image_grid
 
 ATTRIBUTES = ("shape", "texture")
 PICTURES = Path("docs/images")

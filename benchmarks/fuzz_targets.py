@@ -40,14 +40,13 @@ from rlr_peft.lora import (
     save_lora,
     unload_lora,
 )
-from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.sources import load_prompts
 from rlr_peft.rewards.base import measure_images
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.rewards.compression import JpegReward
-from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
+from rlr_peft.rewards.embedded import JpegReward
+from rlr_peft.rewards.remote import RemoteReward, RemoteSettings, request_body
 from rlr_peft.rewards.server import RewardServer, ServerLimits
-from rlr_peft.rewards.wire import request_body
 from rlr_peft.training.checkpoints import CheckpointManager
 from rlr_peft.training.manifest import MANIFEST_NAME, read_manifest
 

@@ -24,6 +24,9 @@ import torch
 from torch import nn
 
 from benchmarks.machine import describe_machine, read_results, write_results
+from rlr_peft.build.chain import attach_adapters, build_chain
+from rlr_peft.build.optimizer import build_optimizer
+from rlr_peft.build.pipeline import DTYPES, enable_checkpointing, keep_weights_as_quantized
 from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.families import family_of
 from rlr_peft.chain.trajectory import Trajectory
@@ -36,10 +39,6 @@ from rlr_peft.evaluation.memory_plan.blueprint import build_pipeline
 from rlr_peft.evaluation.memory_plan.plan import ADJOINT, DECODE, SAMPLING, MemoryPlan
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
-from rlr_peft.training.chain_building import attach_adapters, build_chain
-from rlr_peft.training.loading import DTYPES, enable_checkpointing
-from rlr_peft.training.memory_options import keep_weights_as_quantized
-from rlr_peft.training.optimization import build_optimizer
 from rlr_peft.training.planning import plan_run
 
 SEGMENT_STEPS = 3

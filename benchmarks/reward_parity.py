@@ -23,15 +23,12 @@ from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer
 from benchmarks import reward_checkpoints as checkpoints
 from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
-from rlr_peft.rewards.aesthetic import HEAD
-from rlr_peft.rewards.clip import LAION_CLIP, OPENAI_CLIP
-from rlr_peft.rewards.clip_scores import HPSV2, PICKSCORE
+from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, LAION_CLIP, OPENAI_CLIP, PICKSCORE
 from rlr_peft.rewards.image_reward import BERT, IMAGE_REWARD
-from rlr_peft.rewards.model_files import ModelFiles
-from rlr_peft.rewards.model_reward import ModelSettings
+from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings
 from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD, clip_pixels, padded_clip_pixels
 from rlr_peft.rewards.registry import MODEL_REWARDS
-from rlr_peft.rewards.subject_consistency import DINO
+from rlr_peft.rewards.video import DINO
 
 PROMPTS = ["a red fox", "two boats at sea, oil on canvas", "x", "an Owl  reading a very long book " * 9]
 SHAPES = [(512, 512), (300, 500), (640, 384), (224, 224), (97, 180)]

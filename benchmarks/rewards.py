@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlr_peft.rewards.info import Info
-from rlr_peft.rewards.tiny_shapes_judge import TinyShapesJudgeReward
+from rlr_peft.rewards.embedded import TinyShapesJudgeReward
+from rlr_peft.rewards.scores import Info
 from rlr_peft.tiny_shapes.judges import JudgeName
 
 

@@ -13,12 +13,12 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race import REWARDS
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import load_config
 from rlr_peft.estimators.gradient_sketch import GradientSketch
 from rlr_peft.estimators.step_gradients import measure_step_gradients
 from rlr_peft.training.rollouts import sample_batch
 from rlr_peft.training.run import build_run
-from rlr_peft.training.seeds import derive_seed
 
 DIMENSION = 2048
 

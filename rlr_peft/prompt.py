@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from rlr_peft.errors import UserError
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -67,3 +69,7 @@ def metadata_of(prompt: str) -> dict[str, Any]:
 def with_stages(prompt: str, stages: Sequence[str]) -> Prompt:
     """The same prompt with stage prompts."""
     return Prompt(prompt, negative_prompt_of(prompt), stages, metadata_of(prompt))
+
+
+class PromptError(UserError, ValueError):
+    """Prompts could not be read or split into stages; the message says what was expected, found, and what to do."""

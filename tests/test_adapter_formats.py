@@ -28,8 +28,8 @@ from rlr_peft.lora import (
     verify_lora_reloads,
 )
 from rlr_peft.lora.formats import layers_of
-from rlr_peft.lora.layer_names import LayerNames
 from rlr_peft.lora.loading import check_arrived
+from rlr_peft.lora.placing import LayerNames
 from tests.families.image_pipelines import flux, pixart_sigma, sdxl
 from tests.families.video_pipelines import wan, wan_two_experts
 from tests.pipelines import tiny_stable_diffusion

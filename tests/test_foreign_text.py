@@ -19,7 +19,7 @@ from rlr_peft.evaluation.comparison.figures import figures
 from rlr_peft.evaluation.comparison.page import page
 from rlr_peft.evaluation.comparison.tables import markdown
 from rlr_peft.foreign_text import in_cell, in_code, in_text, printable
-from rlr_peft.rewards.info import info_of
+from rlr_peft.rewards.scores import info_of
 from tests.evaluation.comparisons import comparison, evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -56,9 +56,9 @@ def test_in_markdown() -> None:
 PROGRAM = """
 import logging, sys, warnings
 from rlr_peft.foreign_text import guard_terminal, say
-from rlr_peft.training.logs import set_up_logging
-from rlr_peft.training.errors import reporting_errors
-from rlr_peft.rewards.errors import RewardError
+from rlr_peft.build.reporting import set_up_logging
+from rlr_peft.build.reporting import reporting_errors
+from rlr_peft.rewards.scores import RewardError
 
 guard_terminal()
 set_up_logging()

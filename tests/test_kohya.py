@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from rlr_peft.lora import attach_lora, lora_parameters, save_kohya
-from rlr_peft.lora.kohya import KOHYA_NAME
+from rlr_peft.lora.export import KOHYA_NAME
 from tests.families.image_pipelines import sd3, sdxl
 from tests.pipelines import tiny_stable_diffusion
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from rlr_peft.build.chain import attach_adapters
 from rlr_peft.chain.families import default_lora_targets, family_of
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.lora import AdapterMismatchError, adapted_denoisers, attach_lora, check_adapter_saves, lora_parameters
-from rlr_peft.training.chain_building import attach_adapters
 from tests.families.conftest import folder_of, quiet  # noqa: F401
 from tests.families.table import CASES, load
 from tests.pipelines import tiny_stable_diffusion

@@ -16,8 +16,8 @@ from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, confi
 from rlr_peft.config.arguments import knobs
 from rlr_peft.errors import UserError
 from rlr_peft.json_server import JsonServer
-from rlr_peft.lora.sources import AdapterNotFoundError
-from rlr_peft.prompts.errors import PromptError
+from rlr_peft.lora.files import AdapterNotFoundError
+from rlr_peft.prompt import PromptError
 from rlr_peft.prompts.language_models import EndpointModel
 from rlr_peft.redaction import (
     is_secret_name,
@@ -27,8 +27,8 @@ from rlr_peft.redaction import (
     redacted_values,
     secrets_of_command,
 )
-from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 from tests.secret_spellings import ADDRESSES, OTHERS, SECRET
 
 REQUIRED = {"pretrained_model_name_or_path": "tiny-shapes", "prompt_path": "simple-animals"}
@@ -204,7 +204,7 @@ def test_a_command_line_that_cannot_be_read_is_not_quoted_with_its_secret(comman
 
 def test_logs_and_tracebacks_of_anybody_are_redacted() -> None:
     program = (
-        "import logging; from rlr_peft.training.logs import set_up_logging; set_up_logging()\n"
+        "import logging; from rlr_peft.build.reporting import set_up_logging; set_up_logging()\n"
         "logger = logging.getLogger('urllib3'); logger.addHandler(logging.StreamHandler())\n"
         f"logger.warning('Retrying after %s: /score?token=%s', {ADDRESSES[0]!r}, {SECRET!r})\n"
         f"try: raise ValueError({ADDRESSES[0]!r})\nexcept ValueError: logger.exception('failed')\n"

@@ -5,24 +5,21 @@ tape; decoding is the same call on an empty slice. Guidance, conditioning and de
 inference, and nothing of a model family is written twice.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.driven_pipeline import DrivenPipeline
-from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, trained_module
-from rlr_peft.chain.first_frames import first_frames
-from rlr_peft.chain.gaussian_step import GaussianStep, StepKind
-from rlr_peft.chain.grids import SchedulerType, TimestepSpacing, base_scheduler
-from rlr_peft.chain.inference_scheduler import InferenceScheduler
-from rlr_peft.chain.offload import working_device
-from rlr_peft.chain.pipeline_call import PipelineCall
-from rlr_peft.chain.recording_scheduler import RecordedSteps, RecordingScheduler
-from rlr_peft.chain.stage_prompts import StagePrompts
+from rlr_peft.chain.families import GENERIC, Family, explaining_unknown_class, family_of, first_frames, trained_module
+from rlr_peft.chain.grid import SchedulerType, TimestepSpacing, base_scheduler
+from rlr_peft.chain.memory import OffloadedTextEncoders, PromptMemory, cast_inputs_to_weights, working_device
+from rlr_peft.chain.path import GaussianStep, StepKind
+from rlr_peft.chain.scheduler import InferenceScheduler, RecordedSteps, RecordingScheduler
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.prompt import Prompt, metadata_of, negative_prompt_of, stages_of
 from rlr_peft.stages import Stages
 
 
@@ -280,3 +277,324 @@ class DenoisingChain:
         if len(self.latents_shape) > 2:
             return torch.randn(1, *self.latents_shape, generator=generator)
         return self._driven.initial_latents([""], generator).cpu()
+
+
+class DrivenPipeline:
+    """Calls a pipeline on the slice of steps that its scheduler exposes.
+
+    The pipeline is left as it was after every call: what is exchanged, is exchanged only meanwhile. (Half-precision
+    denoisers and decoders keep a hook that casts their inputs.)
+
+    Args:
+        pipeline: a loaded pipeline.
+        call: its undecorated call, with the options of the chain.
+        scheduler: stands in for the pipeline's.
+        device: where the models work.
+        denoisers: attributes of the pipeline that hold what is trained.
+        embeddings_dtype: of the prompts' embeddings; pipelines cast their latents to it.
+        offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
+        reward_decoder: decodes in place of the pipeline's VAE; None leaves the VAE.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        call: "PipelineCall",
+        scheduler: RecordingScheduler,
+        *,
+        device: torch.device,
+        denoisers: Sequence[str],
+        embeddings_dtype: torch.dtype,
+        offload_text_encoders: bool = False,
+        reward_decoder: torch.nn.Module | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._call = call
+        self._scheduler = scheduler
+        self._device = device
+        self._reward_decoder = reward_decoder
+        self._offloaded = OffloadedTextEncoders(pipeline, device) if offload_text_encoders else None
+        encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
+        self._encode_prompt = PromptMemory(encode, dtype=embeddings_dtype)
+        for module in _denoisers_and_decoder(pipeline, denoisers, reward_decoder):
+            cast_inputs_to_weights(module)
+
+    def __call__(
+        self, prompts: Sequence[str], latents: torch.Tensor | None, output_type: str = "latent", **options: Any
+    ) -> torch.Tensor:
+        """What the pipeline's undecorated ``__call__`` returns of the exposed slice.
+
+        Args:
+            prompts: B texts.
+            latents: where to start, (B, ...); None lets the pipeline draw noise.
+            output_type: ``latent`` or ``pt``.
+            options: of the call, over those of the chain.
+        """
+        with self._in_hand() as pipeline:
+            return self._call(pipeline, list(prompts), latents, output_type, **options)
+
+    @torch.no_grad()
+    def initial_latents(self, prompts: Sequence[str], generator: torch.Generator | None = None) -> torch.Tensor:
+        """x_T as the pipeline itself draws it, (B, ...): an empty slice returns where it started.
+
+        Without a generator the numbers are anything, and the global random state is left as it was.
+        """
+        devices = [self._device] if self._device.type == "cuda" else []
+        options: dict[str, Any] = {} if generator is None else {"generator": generator}
+        self._scheduler.expose(0, 0, None)
+        with torch.random.fork_rng(devices, enabled=generator is None):
+            return self(prompts, None, **options)
+
+    def settle(self) -> tuple[int, ...]:
+        """Shape of one sample's latents, asked of the pipeline itself, which thereby settles its grid.
+
+        Raises:
+            ValueError: the pipeline returns something else than one tensor of latents.
+        """
+        latents = self.initial_latents([""])
+        if not torch.is_tensor(latents) or latents.shape[0] != 1:
+            raise ValueError('expected one tensor of latents (1, ...) for one prompt with output_type="latent"')
+        return tuple(latents.shape[1:])
+
+    def decode(self, prompts: Sequence[str], latents: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of clean latents, on the tape if gradients are."""
+        self._scheduler.expose(0, 0, None)
+        with self._reward_decoder_as_vae():
+            return self(prompts, latents, output_type="pt", **options)
+
+    @contextmanager
+    def _in_hand(self) -> Iterator[DiffusionPipeline]:
+        pipeline = self._pipeline
+        scheduler, progress = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
+        pipeline.scheduler, pipeline.encode_prompt = self._scheduler, self._encode_prompt
+        pipeline.set_progress_bar_config(**{**progress, "disable": True})
+        try:
+            with nullcontext() if self._offloaded is None else self._offloaded.hidden():
+                yield pipeline
+        finally:
+            pipeline.scheduler, pipeline._progress_bar_config = scheduler, progress
+            del pipeline.encode_prompt
+
+    @contextmanager
+    def _reward_decoder_as_vae(self) -> Iterator[None]:
+        if self._reward_decoder is None:
+            yield
+            return
+        attributes = self._pipeline.__dict__  # past the pipeline's __setattr__, which would note it in its config
+        vae, attributes["vae"] = attributes["vae"], self._reward_decoder
+        try:
+            yield
+        finally:
+            attributes["vae"] = vae
+
+
+def _denoisers_and_decoder(
+    pipeline: DiffusionPipeline, denoisers: Sequence[str], reward_decoder: Any
+) -> Iterator[torch.nn.Module]:
+    """Every module that latents enter: a second expert too that is not trained."""
+    vae = getattr(pipeline, "vae", None)
+    names = dict.fromkeys((*denoisers, "unet", "transformer", "transformer_2"))
+    places = [(pipeline, name) for name in names]
+    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]:
+        module = getattr(owner, name, None)
+        if isinstance(module, torch.nn.Module):
+            yield module
+
+
+DEFAULT_FPS = 8
+
+
+class PipelineCall:
+    """Calls a pipeline, undecorated, with the options of a chain.
+
+    Args:
+        pipeline: a loaded pipeline.
+        family: its row.
+        num_inference_steps: T.
+        guidance_scale: the family's own guidance: classifier-free, or the number that a guidance-distilled model is
+            told; None takes the pipeline's default.
+        true_cfg_scale: classifier-free guidance of pipelines whose ``guidance_scale`` is distilled into the model.
+        negative_prompt: what guidance steers away from.
+        resolution: height and width in pixels, where these do not say otherwise.
+        height: in pixels; None takes the resolution, else the pipeline's default.
+        width: in pixels; None takes the resolution, else the pipeline's default.
+        num_frames: of a video; None takes the pipeline's default.
+        fps: frames per second, for models that are told; None takes the pipeline's default.
+        max_sequence_length: of the tokenised prompt; None takes the pipeline's default.
+
+    Attributes:
+        guidance_scale: the scale in use; 1 if the pipeline has none.
+        is_video: whether the pipeline makes videos.
+        fps: frames per second of its videos.
+        guidance: the guidance arguments as the pipeline spells them, for the card.
+        card_options: what makes the pipeline draw the same without the chain, for the card.
+
+    Raises:
+        ValueError: an option that the pipeline does not take, or a pipeline that cannot be given prompts and latents.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        resolution: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: int | None = None,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        self._name = type(pipeline).__name__
+        self._undecorated: Callable[..., Any] = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
+        self.parameters = inspect.signature(self._undecorated).parameters
+        for needed in ("prompt", "latents", "num_inference_steps", "output_type"):
+            if needed not in self.parameters:
+                raise ValueError(f"{self._name} cannot be driven as a chain: its call takes no `{needed}`.")
+        self._num_inference_steps = num_inference_steps
+        self.is_video = "num_frames" in self.parameters
+        self.guidance = self._guidance(family, guidance_scale, true_cfg_scale)
+        self.guidance_scale = float(self.guidance.get(family.guidance_argument, 1.0))
+        self._options = self._checked(
+            {
+                "height": height or resolution,
+                "width": width or resolution,
+                "num_frames": num_frames,
+                "max_sequence_length": max_sequence_length,
+            }
+        )
+        frame_rate = self.parameters.get("frame_rate")
+        if fps is not None and frame_rate is not None:
+            self._options["frame_rate"] = fps
+        self.fps: int = fps or (DEFAULT_FPS if frame_rate is None else frame_rate.default)
+        if "use_resolution_binning" in self.parameters:  # it would resize the images after decoding
+            self._options["use_resolution_binning"] = False
+        self._negative_prompt = self._checked({"negative_prompt": negative_prompt}).get("negative_prompt")
+        if self._negative_prompt is None and self.guidance.get("true_cfg_scale", 1.0) > 1:
+            self._negative_prompt = " "  # without one these pipelines switch their guidance off
+        negative = {} if self._negative_prompt is None else {"negative_prompt": self._negative_prompt}
+        self.card_options: dict[str, Any] = {**self.guidance, **self._options, **negative}
+
+    def __call__(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        latents: torch.Tensor | None,
+        output_type: str,
+        **options: Any,
+    ) -> torch.Tensor:
+        """What the pipeline returns first: latents, images (B, 3, H, W) or videos (B, F, 3, H, W).
+
+        Args:
+            pipeline: driven by the recording scheduler.
+            prompts: B texts.
+            latents: where to start; None lets the pipeline draw noise.
+            output_type: ``latent`` or ``pt``.
+            options: further arguments, over those of the chain.
+        """
+        arguments = self._options | self.guidance | options
+        negative_prompts = self.negative_prompts(prompts)
+        if negative_prompts is not None:
+            arguments["negative_prompt"] = negative_prompts
+        return self._undecorated(
+            pipeline,
+            prompt=[str(prompt) for prompt in prompts],
+            num_inference_steps=self._num_inference_steps,
+            latents=latents,
+            output_type=output_type,
+            return_dict=False,
+            **arguments,
+        )[0]
+
+    def negative_prompts(self, prompts: Sequence[str]) -> list[str] | None:
+        """What guidance steers away from, one text per prompt: the prompt's own, else the chain's; None for nothing.
+
+        Raises:
+            ValueError: prompts with negative ones of their own, and a pipeline that takes none.
+        """
+        own = [negative_prompt_of(prompt) for prompt in prompts]
+        if all(text is None for text in own):
+            return None if self._negative_prompt is None else [self._negative_prompt] * len(prompts)
+        if "negative_prompt" not in self.parameters:
+            raise ValueError(f"{self._name} takes no negative_prompt: leave --negative_prompt_column out.")
+        default = self._negative_prompt or ""
+        return [default if text is None else text for text in own]
+
+    def _guidance(self, family: Family, guidance_scale: float | None, true_cfg_scale: float | None) -> dict[str, float]:
+        name = family.guidance_argument
+        given = {"true_cfg_scale": true_cfg_scale}
+        if guidance_scale is not None:
+            if name == "true_cfg_scale" and true_cfg_scale is not None:
+                raise ValueError(f"{self._name} has one guidance: give guidance_scale or true_cfg_scale, not both.")
+            given[name] = guidance_scale
+        guidance = self._checked(given)
+        if name in self.parameters and name not in guidance:
+            default = self.parameters[name].default
+            if isinstance(default, (int, float)):
+                guidance[name] = float(default)
+        return guidance
+
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that were given; those that the pipeline does not take are refused."""
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            if name not in self.parameters:
+                flag = "--resolution" if name in ("height", "width") else f"--{name}"
+                raise ValueError(f"{self._name} takes no {name}: leave {flag} out.")
+        return given
+
+
+class StagePrompts:
+    """Splits passes over the chain at the ends of its stages.
+
+    Args:
+        stages: None leaves the chain whole.
+        num_steps: T.
+
+    Raises:
+        ValueError: a stage gets no step.
+    """
+
+    def __init__(self, stages: Stages | None, num_steps: int) -> None:
+        self._steps = (range(num_steps, 0, -1),) if stages is None else stages.steps(num_steps)
+        self._names = () if stages is None else stages.names
+
+    def parts(self, prompts: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, int, list[str]]]:
+        """Runs of steps ``first, ..., last + 1`` that share their prompts, from ``start`` to ``stop``.
+
+        Args:
+            prompts: one per sample.
+            start: first step taken.
+            stop: the step after the last one taken.
+
+        Yields:
+            first, last, and one text per sample.
+
+        Raises:
+            ValueError: a prompt has another number of stage prompts than the chain has stages.
+        """
+        for index, steps in enumerate(self._steps):
+            first, last = min(start, steps[0]), max(stop, steps[-1] - 1)
+            if first > last:
+                yield first, last, [self._text(prompt, index) for prompt in prompts]
+
+    def at_step(self, prompts: Sequence[str], t: int) -> list[str]:
+        """The texts that condition step t, one per sample."""
+        ((_, _, texts),) = self.parts(prompts, t, t - 1)
+        return texts
+
+    def _text(self, prompt: str, index: int) -> str:
+        """The prompt of a stage; one without stage prompts conditions all of them."""
+        stages = stages_of(prompt)
+        if not stages:
+            return prompt
+        if len(stages) != len(self._names):
+            expected = ", ".join(self._names) or "none: the chain was built without stages"
+            raise ValueError(
+                f"Expected stage prompts for {expected}; got {len(stages)} with the prompt {str(prompt)!r}."
+            )
+        return Prompt(stages[index], negative_prompt_of(prompt), metadata=metadata_of(prompt))

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from rlr_peft.chain.gaussian_step import GaussianStep
+from rlr_peft.chain.path import GaussianStep
 from rlr_peft.chain.trajectory import Trajectory
 
 

@@ -18,9 +18,9 @@ def card_command(words: Sequence[str]) -> int:
     """Renders `README.md` from `run_record.json`; template and extra text are remembered there."""
     arguments = parse_or_exit(_parser(), words)
 
-    from rlr_peft.publishing.card_file import write_card
-    from rlr_peft.publishing.record_file import load_stored_card
-    from rlr_peft.training.folder_lock import only_writer
+    from rlr_peft.build.folder_lock import only_writer
+    from rlr_peft.publishing.card import write_card
+    from rlr_peft.publishing.record import load_stored_card
 
     folder = Path(arguments.folder)
     try:

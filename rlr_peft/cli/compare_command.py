@@ -45,16 +45,16 @@ def compare_command(words: Sequence[str]) -> int:
     config = _config_or_exit(own, rest)
     check_folder_or_exit("--output", own.output)
 
-    from rlr_peft.training.logs import set_up_logging
+    from rlr_peft.build.reporting import set_up_logging
 
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.build.folder_lock import only_writer
+    from rlr_peft.build.reporting import reporting_errors
     from rlr_peft.evaluation.comparison.report import write_report
     from rlr_peft.evaluation.comparison.tables import console_text
     from rlr_peft.training.comparing import CompareOptions, compare_adapters
-    from rlr_peft.training.errors import reporting_errors
-    from rlr_peft.training.folder_lock import only_writer
 
     options = CompareOptions(
         adapters=own.adapter,

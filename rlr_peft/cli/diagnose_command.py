@@ -30,16 +30,16 @@ def diagnose_command(words: Sequence[str]) -> int:
     config = load_config_or_exit(rest, prog=PROG)
     check_folder_or_exit("--output", output.parent)
 
-    from rlr_peft.training.logs import set_up_logging
+    from rlr_peft.build.reporting import set_up_logging
 
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.build.reporting import reporting_errors
     from rlr_peft.evaluation.diagnosis.diagnosis import diagnose
     from rlr_peft.evaluation.diagnosis.recommendation import recommend
     from rlr_peft.evaluation.diagnosis.report import write_report
     from rlr_peft.evaluation.diagnosis.table import console_text
-    from rlr_peft.training.errors import reporting_errors
     from rlr_peft.training.run import build_run
 
     with reporting_errors():
@@ -112,9 +112,9 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
 
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
+    from rlr_peft.build.randomness import derive_seed
     from rlr_peft.estimators.advantages import leave_one_out
     from rlr_peft.training.rollouts import sample_batch
-    from rlr_peft.training.seeds import derive_seed
 
     training = run.config.training
     prompts = [prompt for prompt in run.sampler.sample(0, num_groups) for _ in range(group_size)]
@@ -131,7 +131,7 @@ def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
 
 def _facts(run: "Run", batch: "Batch", num_groups: int, group_size: int) -> dict[str, str]:
     """What is diagnosed, in words and without a path of this machine."""
-    from rlr_peft.training.hardware import describe_hardware
+    from rlr_peft.build.machine import describe_hardware
 
     config: Config = run.config
     name = config.model.pretrained_model_name_or_path

@@ -26,22 +26,22 @@ def merge_command(words: Sequence[str]) -> int:
     for problem in () if arguments.revision is None else check_revision("--revision", arguments.revision):
         exit_with(ConfigError(problem))
 
-    from rlr_peft.training.logs import set_up_logging
+    from rlr_peft.build.reporting import set_up_logging
 
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
     import torch
 
+    from rlr_peft.build.pipeline import DTYPES, load_pipeline
+    from rlr_peft.build.reporting import as_config_error, reporting_errors
     from rlr_peft.chain.families import GENERIC, family_of_class
-    from rlr_peft.chain.inference_scheduler import build_scheduler
+    from rlr_peft.chain.scheduler import build_scheduler
     from rlr_peft.config import ModelArguments
     from rlr_peft.durable_files import rename_directory
     from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora
-    from rlr_peft.publishing.card_file import stored_record
+    from rlr_peft.publishing.card import stored_record
     from rlr_peft.publishing.merged_card import Merged, write_merged_card
-    from rlr_peft.training.errors import as_config_error, reporting_errors
-    from rlr_peft.training.loading import DTYPES, load_pipeline
 
     with reporting_errors(), as_config_error():
         revision = arguments.adapter_revision

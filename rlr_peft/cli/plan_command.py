@@ -22,12 +22,11 @@ def plan_command(words: Sequence[str]) -> int:
         check_folder_or_exit("--output", own.output.parent)
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.build.reporting import errors_only, reporting_errors
     from rlr_peft.evaluation.memory_plan.host import as_plain as host_as_plain
     from rlr_peft.evaluation.memory_plan.host import host_plan
     from rlr_peft.evaluation.memory_plan.plan import as_plain
     from rlr_peft.evaluation.memory_plan.table import plan_text
-    from rlr_peft.training.errors import reporting_errors
-    from rlr_peft.training.logs import errors_only
     from rlr_peft.training.planning import plan_run
 
     with errors_only(), reporting_errors():

@@ -20,13 +20,13 @@ def push_command(words: Sequence[str]) -> int:
     """Checks access, uploads the folder's published files in one commit and downloads the adapter to compare it."""
     arguments = parse_or_exit(_parser(), words)
 
-    from rlr_peft.training.logs import set_up_logging
+    from rlr_peft.build.reporting import set_up_logging
 
     set_up_logging()
 
-    from rlr_peft.publishing.hub_access import open_destination
-    from rlr_peft.publishing.hub_files import published_files
+    from rlr_peft.publishing.hub_client import open_destination
     from rlr_peft.publishing.publisher import publish
+    from rlr_peft.publishing.uploads import published_files
 
     folder = Path(arguments.folder)
     try:

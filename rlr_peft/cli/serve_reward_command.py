@@ -26,18 +26,17 @@ def serve_reward_command(words: Sequence[str]) -> int:
     """Loads the reward, prints `Serving REWARD at URL`, and answers until it is interrupted."""
     arguments = parse_or_exit(_parser(), words)
 
-    from rlr_peft.training.logs import set_up_logging
+    from rlr_peft.build.reporting import set_up_logging
 
     set_up_logging()
 
     # Only now the heavy imports: a wrong flag is refused at once.
+    from rlr_peft.build.machine import package_versions
+    from rlr_peft.build.reporting import reporting_errors
     from rlr_peft.evaluation.comparison.identity import digest, reward_identity
-    from rlr_peft.rewards.model_files import ModelFiles
-    from rlr_peft.rewards.model_reward import DTYPES, ModelSettings
+    from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward
     from rlr_peft.rewards.server import ServerLimits
-    from rlr_peft.training.errors import reporting_errors
-    from rlr_peft.training.manifest import package_versions
 
     with reporting_errors():
         device = _device(arguments.device)

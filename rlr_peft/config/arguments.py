@@ -17,8 +17,8 @@ from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from rlr_peft.config.chain import ChainArguments, ChainOfThoughtArguments, PromptArguments
-from rlr_peft.config.estimator import DEFAULT_METHOD, METHODS, EstimatorArguments
-from rlr_peft.config.knob import ConfigError, Group, Knob, fits, join, knob, match, out_of_range, said, type_in_words
+from rlr_peft.config.estimator import DEFAULT_METHOD, METHOD_CHOICE, METHODS, EstimatorArguments
+from rlr_peft.config.knob import ConfigError, Group, Knob, fits, join, match, out_of_range, said, type_in_words
 from rlr_peft.config.model import LoraArguments, ModelArguments
 from rlr_peft.config.training import (
     CheckpointingArguments,
@@ -103,18 +103,13 @@ def _group_knobs(group_class: type[Group]) -> Iterator[_Declared]:
 
 def _method_knobs() -> Iterator[_Declared]:
     """The choice of the method, then the knobs of all methods; null stands for the method's own default."""
-    yield "estimator", Literal[tuple(METHODS)], _Choice.__dataclass_fields__["estimator"], {}
+    yield "estimator", Literal[tuple(METHODS)], METHOD_CHOICE, {}
     of_methods = {name: method.knobs() for name, method in METHODS.items()}
     for name in dict.fromkeys(name for declared in of_methods.values() for name in declared):
         having = {method: declared[name] for method, declared in of_methods.items() if name in declared}
         type_ = functools.reduce(operator.or_, [type_ for type_, _ in having.values()]) | None
         methods = {method: declared for method, (_, declared) in having.items()}
         yield name, type_, next(iter(methods.values())), methods
-
-
-@dataclass(frozen=True)
-class _Choice:
-    estimator: str = knob(DEFAULT_METHOD, "Method; each has knobs of its own, and its own defaults of them.")
 
 
 def check_names(names: Iterable[str], where: str) -> None:
@@ -137,8 +132,8 @@ def refuse_gone(values: Mapping[str, Any], where: str) -> None:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """All knobs as one flat mapping of plain values (tuples become lists, tables dicts), fit for JSON and YAML.
 
-    It is written to files and shown, so null stands for a secret, and `***` for what is secret in an address. It stands,
-    too, for every knob that the method of estimation does not have.
+    It is written to files and shown, so null stands for a secret, and `***` for what is secret in an address. Null
+    stands, too, for every knob that the method of estimation does not have.
     """
     flat: dict[str, Any] = {}
     for name, knob in knobs().items():
@@ -249,9 +244,8 @@ def _ranges(config: Config) -> Iterator[str]:
                 yield f"{name}: expected one or more values, got an empty list; fill it or leave it out."
             if isinstance(value, float) and not math.isfinite(value):
                 yield f"{name}: expected a finite number, got {value}; give a number."
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                if problem := out_of_range(name, value, declared):
-                    yield problem
+            elif problem := out_of_range(name, value, declared):
+                yield problem
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 METHODS: dict[str, type["EstimatorArguments"]] = {}
 """Every method by its name."""
 DEFAULT_METHOD = "rlr"
+METHOD_CHOICE: Field[str] = knob(DEFAULT_METHOD, "Method; each has knobs of its own, and its own defaults of them.")
+"""The knob that chooses among them."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class ScoreTermArguments(EstimatorArguments):
     ho_window: tuple[int | str, ...] | None = knob(
         None,
         "From where `ho_start: window` draws: first and last step `a b`, counted from 1 (clean) to T (noise); a stage "
-        "of the Chain-of-Thought by name; or `auto`, with methods that measure, for the stage with the largest gradient "
+        "of the Chain-of-Thought by name; or, with methods that measure, `auto` for the stage with the largest gradient "
         "energy.",
         unit="steps",
     )
@@ -365,8 +367,8 @@ class ThreeOrdersArguments(CalibratedArguments):
             return
         if self.ho_blocks not in (0, 1):
             yield (
-                f"ho_blocks: expected 0 or 1 with a zeroth-order term ({self.zo} zo), which covers what one drawn block "
-                f"leaves, got {self.ho_blocks}; give --ho_blocks 1 or --zo none."
+                f"ho_blocks: expected 0 or 1 with a zeroth-order term ({self.zo} zo), which covers what one drawn "
+                f"block leaves, got {self.ho_blocks}; give --ho_blocks 1 or --zo none."
             )
         elif self.fo_steps == "auto":
             yield (
@@ -392,8 +394,8 @@ class ThreeOrdersArguments(CalibratedArguments):
         if isinstance(length, int) and not self._is_default("ho_length"):
             if length > steps - tail:
                 yield (
-                    f"ho_length: expected at most {steps - tail} (num_inference_steps {steps} minus {tail} covered last "
-                    f"steps), got {length}; lower --ho_length or raise --num_inference_steps."
+                    f"ho_length: expected at most {steps - tail} (num_inference_steps {steps} minus {tail} covered "
+                    f"last steps), got {length}; lower --ho_length or raise --num_inference_steps."
                 )
             if budgets:
                 yield f"{budgets[0]}: expected only with ho_length auto, got ho_length {length}; drop one of the two."

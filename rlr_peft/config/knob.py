@@ -294,8 +294,10 @@ def type_in_words(type_: Any) -> str:
     return " or ".join(sorted(dict.fromkeys(words), key="null".__eq__))
 
 
-def out_of_range(name: str, value: float, declared: Field[Any]) -> str | None:
-    """The sentence about a number outside of its knob's range; None where it is inside."""
+def out_of_range(name: str, value: object, declared: Field[Any]) -> str | None:
+    """The sentence about a number outside of its knob's range; None where it is inside, and of what is no number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
     holds = {
         "at least": lambda bound: value >= bound,
         "above": lambda bound: value > bound,

@@ -9,7 +9,7 @@ import torch
 from rlr_peft.chain.adjoint import scaled_gradients
 from rlr_peft.chain.interface import Decoder
 from rlr_peft.rewards.base import Reward, RewardError, Scored, measure_images, score_images
-from rlr_peft.rewards.info import Info, join_info
+from rlr_peft.rewards.scores import Info, join_info
 
 
 class Objective(Protocol):

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from rlr_peft.evaluation.comparison.features import FeatureExtractor
 from rlr_peft.evaluation.comparison.pictures import Picture, make_pictures
-from rlr_peft.evaluation.videos import as_images
+from rlr_peft.figures import as_images
 from rlr_peft.rewards.base import Reward, measure_images
-from rlr_peft.rewards.info import Info, join_info
+from rlr_peft.rewards.scores import Info, join_info
 
 # Images that the trained and the reloaded adapter draw to be compared bit for bit at the end of a run.
 VERIFIED_IMAGES = 2

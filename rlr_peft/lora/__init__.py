@@ -8,13 +8,24 @@ from rlr_peft.lora.attach import (
     lora_parameters,
     lora_size,
 )
-from rlr_peft.lora.errors import AdapterFormatError, AdapterMismatchError
-from rlr_peft.lora.export import WEIGHT_NAME, save_lora
-from rlr_peft.lora.fitting import adapted_parts, adapter_loaded, unload_lora
-from rlr_peft.lora.kohya import check_kohya, save_kohya
-from rlr_peft.lora.loading import check_adapter, diffusers_loads, load_fitting_lora, load_lora
-from rlr_peft.lora.merge import merge_lora
-from rlr_peft.lora.sources import AdapterFiles, AdapterNotFoundError, find_adapter
+from rlr_peft.lora.export import WEIGHT_NAME, check_kohya, save_kohya, save_lora
+from rlr_peft.lora.files import (
+    AdapterFiles,
+    AdapterFormatError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    find_adapter,
+)
+from rlr_peft.lora.loading import (
+    adapted_parts,
+    adapter_loaded,
+    check_adapter,
+    diffusers_loads,
+    load_fitting_lora,
+    load_lora,
+    merge_lora,
+    unload_lora,
+)
 from rlr_peft.lora.verify import check_adapter_saves, verify_lora_reloads
 
 __all__ = [

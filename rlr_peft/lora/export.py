@@ -1,4 +1,7 @@
-"""Saves the adapter as the one file that `pipeline.load_lora_weights` reads exactly."""
+"""Saves the adapter: as the one file that `pipeline.load_lora_weights` reads exactly, and in kohya's format.
+
+ComfyUI, AUTOMATIC1111, SD.Next and InvokeAI read the latter.
+"""
 
 import inspect
 import json
@@ -6,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -123,3 +128,49 @@ def sort_header(path: Path) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors stay aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+KOHYA_NAME = "kohya/lora_kohya.safetensors"
+"""In a subfolder: `load_lora_weights` would take a second file beside the adapter for it."""
+
+
+def check_kohya(pipeline: Any, adapter_name: str = "default") -> None:
+    """Raises:
+    ValueError: the format is not defined for this denoiser or adapter, or diffusers cannot convert it.
+    """
+    for name in adapted_denoisers(pipeline, adapter_name):
+        denoiser = getattr(pipeline, name)
+        if type(denoiser) is not UNet2DConditionModel or name != "unet":
+            raise ValueError(
+                f"output_kohya_format: expected a pipeline with a UNet2DConditionModel, such as Stable Diffusion and "
+                f"SDXL, got {type(denoiser).__name__}, for which diffusers has no conversion; drop the option."
+            )
+        if denoiser.peft_config[adapter_name].use_dora:
+            raise ValueError(
+                "output_kohya_format: expected plain LoRA, got use_dora, which diffusers cannot convert; drop one."
+            )
+
+
+def save_kohya(pipeline: Any, directory: str | Path, adapter_name: str = "default") -> Path:
+    """Writes `kohya/lora_kohya.safetensors` into the folder: float32, the scale folded into the weights.
+
+    Args:
+        pipeline: with the trained UNet inside.
+        directory: the folder of the adapter.
+        adapter_name: peft's name of the adapter inside the UNet.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: of `check_kohya`.
+    """
+    check_kohya(pipeline, adapter_name)
+    # The conversion says alpha = rank, whatever the adapter's alpha: the scale must be in the weights.
+    tensors, _ = folded_adapter(pipeline.unet, adapter_name)
+    converted = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in tensors.items()})
+    path = Path(directory) / KOHYA_NAME
+    with replacing_file(path) as aside:
+        save_file({key: value.contiguous() for key, value in converted.items()}, aside, metadata={"format": "pt"})
+        sort_header(aside)
+    return path

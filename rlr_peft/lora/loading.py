@@ -1,4 +1,4 @@
-"""Loads a saved adapter whole, at the scale that its file names, or says why not.
+"""Loads a saved adapter whole, at the scale that its file names, or says why not; takes it out again, or fuses it in.
 
 diffusers loads what it recognises and passes over the rest, often without a word, and takes some scales for others. So
 the file is read here, and what arrived in the layers is compared with it.
@@ -10,23 +10,21 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlr_peft.lora.adapter_settings import apply_settings
-from rlr_peft.lora.errors import AdapterMismatchError
 from rlr_peft.lora.export import SECOND_EXPERT
-from rlr_peft.lora.formats import AdapterLayer, format_name, layers_of
-from rlr_peft.lora.layer_names import LayerNames
-from rlr_peft.lora.placing import place_layers, quiet_diffusers
-from rlr_peft.lora.sources import AdapterFiles, find_adapter
-from rlr_peft.lora.tensor_files import read_tensors
+from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, AdapterMismatchError, find_adapter, read_tensors
+from rlr_peft.lora.formats import AdapterLayer, apply_settings, format_name, layers_of
+from rlr_peft.lora.placing import LayerNames, place_layers, quiet_diffusers
 
 logger = logging.getLogger(__name__)
 
@@ -217,3 +215,92 @@ def _pattern(values: Mapping[str, float], usual: float) -> dict[str, float]:
         for value in dict.fromkeys(values.values())
         if value != usual
     }
+
+
+@contextmanager
+def adapter_loaded(pipeline: Any, files: AdapterFiles) -> Iterator[None]:
+    """Inside, the pipeline draws with the adapter; afterwards it is the base again, bit for bit.
+
+    Raises:
+        AdapterFormatError, AdapterMismatchError: the adapter is of another model, damaged, or no adapter.
+    """
+    if _adapted_layers(pipeline):
+        raise ValueError("adapter_loaded expects a pipeline without adapters, got one that has some.")
+    try:
+        load_fitting_lora(pipeline, files)
+        yield
+    finally:
+        unload_lora(pipeline)
+
+
+def unload_lora(pipeline: Any) -> None:
+    """Takes every adapter out of the pipeline; its layers are then the base's own again.
+
+    Not through `pipeline.unload_lora_weights`, which fails where diffusers has no loader for the denoiser.
+    """
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and any(isinstance(module, LoraLayer) for module in part.modules()):
+            recurse_remove_peft_layers(part)
+            for attribute in ("peft_config", "_hf_peft_config_loaded"):
+                part.__dict__.pop(attribute, None)
+
+
+def adapted_parts(pipeline: Any) -> list[str]:
+    """The attributes of the pipeline whose module has adapted layers now, text encoders included."""
+    return sorted({name.split(".")[0] for name in _adapted_layers(pipeline)})
+
+
+def _adapted_layers(pipeline: Any) -> list[str]:
+    return [
+        f"{part}.{name}"
+        for part, model in pipeline.components.items()
+        if isinstance(model, nn.Module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and (len(module.lora_A) or len(module.lora_embedding_A))
+    ]
+
+
+def merge_lora(pipeline: Any) -> list[str]:
+    """Adds every loaded adapter to the base's weights and removes its layers.
+
+    Args:
+        pipeline: with one adapter loaded, by diffusers or by `load_lora`; changed in place. Float32 weights lose the
+            least.
+
+    Returns:
+        The attributes of the pipeline that were changed.
+
+    Raises:
+        ValueError: no adapter is loaded, or the sum is not finite.
+        AdapterFormatError: the adapter has a bias for a layer of the base that has none.
+    """
+    changed = []
+    for name, part in pipeline.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        layers = {path: layer for path, layer in part.named_modules() if isinstance(layer, LoraLayer)}
+        if not layers:
+            continue
+        _check_biases(name, layers)
+        for layer in layers.values():
+            layer.merge(safe_merge=True)
+        recurse_remove_peft_layers(part)
+        del part.peft_config
+        if hasattr(part, "_hf_peft_config_loaded"):  # else diffusers would look for layers that are gone
+            part._hf_peft_config_loaded = False  # type: ignore[assignment]
+        changed.append(name)
+    if not changed:
+        raise ValueError("No adapter is loaded: it has no layers for this pipeline, so it belongs to another base.")
+    return changed
+
+
+def _check_biases(part: str, layers: Mapping[str, Any]) -> None:
+    without = [
+        name for name, layer in layers.items() if any(layer.lora_bias.values()) and layer.get_base_layer().bias is None
+    ]
+    if without:
+        raise AdapterFormatError(
+            f"Expected an adapter that the weights of the base can hold, got one with biases (peft's lora_bias) for "
+            f"{len(without)} layers that have none ({part}.{without[0]}, ...): it cannot be merged; use it as "
+            "an adapter."
+        )

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlr_peft.lora.attach import adapted_denoisers, lora_parameters
-from rlr_peft.lora.errors import AdapterMismatchError
 from rlr_peft.lora.export import SECOND_EXPERT, WEIGHT_NAME, save_lora
+from rlr_peft.lora.files import AdapterMismatchError
 from rlr_peft.lora.loading import diffusers_loads, load_lora
 
 

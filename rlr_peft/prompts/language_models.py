@@ -8,8 +8,8 @@ import torch
 from jinja2 import TemplateError
 
 from rlr_peft.json_server import JsonServer, ServerError, read_address
+from rlr_peft.prompt import PromptError
 from rlr_peft.prompts.chain_of_thought import MalformedStagesError, parse_stages
-from rlr_peft.prompts.errors import PromptError
 from rlr_peft.redaction import redacted_address
 
 logger = logging.getLogger(__name__)

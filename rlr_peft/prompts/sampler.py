@@ -1,10 +1,11 @@
-"""The order in which training uses prompts: a pure function of the step."""
+"""The order in which training uses prompts: a pure function of the step, of a list or of a stream."""
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompt import PromptError
 
 
 class Sampler(Protocol):
@@ -82,3 +83,101 @@ def permutation(length: int, key: str) -> list[int]:
     shuffled = list(range(length))
     random.Random(key).shuffle(shuffled)
     return shuffled
+
+
+# Training and the calibration of the estimator read at different places.
+CURSORS = 2
+
+
+class StreamingPromptSampler:
+    """Shuffles a stream within consecutive windows.
+
+    The stream is cut into windows of ``buffer_size`` prompts; each is shuffled in itself, by a permutation that depends
+    on the seed, the epoch and the window's number only. (A shuffle buffer that is refilled prompt by prompt mixes a
+    little better, but its contents depend on all that was read before.) Which prompts a step uses is thus a function of
+    the step alone; a resumed run reads the stream again up to its place, which costs time, not exactness.
+
+    Args:
+        open_stream: starts the stream from its first prompt; it must give the same prompts every time.
+        seed: of the permutations.
+        buffer_size: prompts of a window, all that is held in memory; two windows at most.
+    """
+
+    def __init__(self, open_stream: Callable[[], Iterator[str]], seed: int, buffer_size: int) -> None:
+        self._open = open_stream
+        self._seed = seed
+        self._buffer_size = buffer_size
+        self._cursors: list[_Cursor] = []
+        self._length: int | None = None
+
+    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[str]:
+        """The prompts of one process in one step; see ``PromptSampler.sample``.
+
+        Raises:
+            PromptError: the stream is empty.
+            ValueError: an argument out of its range.
+        """
+        return [self._prompt_at(place) for place in positions(step, num_prompts, process_index, num_processes)]
+
+    def _prompt_at(self, position: int) -> str:
+        if self._length is not None:
+            epoch, place = divmod(position, self._length)
+            return self._within_epoch(epoch, place)
+        found = self._read(0, position)
+        if found is not None:
+            return found
+        return self._prompt_at(position)  # the end came first, so that the length is known now
+
+    def _within_epoch(self, epoch: int, place: int) -> str:
+        found = self._read(epoch, place)
+        if found is None:
+            raise PromptError(f"the stream of prompts held {self._length} the first time and fewer now")
+        return found
+
+    def _read(self, epoch: int, place: int) -> str | None:
+        """The prompt at a place of an epoch; None beyond the stream's end, which is remembered."""
+        window, offset = divmod(place, self._buffer_size)
+        cursor = self._cursor(window)
+        while cursor.window < window and cursor.advance(self._buffer_size):
+            pass
+        if cursor.window < window or offset >= len(cursor.prompts):
+            self._length = max(cursor.window, 0) * self._buffer_size + len(cursor.prompts)
+            if self._length == 0:
+                raise PromptError("the stream holds no prompt")
+            return None
+        order = cursor.order(f"prompts/{self._seed}/{epoch}/{window}")
+        return cursor.prompts[order[offset]]
+
+    def _cursor(self, window: int) -> "_Cursor":
+        """The cursor that is nearest before the window; a new one if all are beyond it."""
+        before = [cursor for cursor in self._cursors if cursor.window <= window]
+        if before:
+            cursor = max(before, key=lambda one: one.window)
+            self._cursors.remove(cursor)
+        else:
+            cursor = _Cursor(self._open())
+        self._cursors = [*self._cursors, cursor][-CURSORS:]
+        return cursor
+
+
+class _Cursor:
+    """A place in the stream, with the window that was read last."""
+
+    def __init__(self, stream: Iterator[str]) -> None:
+        self.window = -1
+        self.prompts: list[str] = []
+        self._stream = stream
+        self._order: tuple[str, list[int]] = ("", [])
+
+    def advance(self, size: int) -> bool:
+        """Reads the next window; False, and nothing changed, at the end."""
+        prompts = list(itertools.islice(self._stream, size))
+        if prompts:
+            self.prompts, self.window = prompts, self.window + 1
+        return bool(prompts)
+
+    def order(self, key: str) -> list[int]:
+        """The window's permutation."""
+        if self._order[0] != key:
+            self._order = key, permutation(len(self.prompts), key)
+        return self._order[1]

@@ -1,16 +1,73 @@
-"""Prompts from files, datasets and the built-in sets."""
+"""Prompts from files, datasets and the built-in sets, and which of them are held back for evaluation.
 
+They are held back by their text, so that a repeated prompt is never on both sides.
+"""
+
+import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlr_peft.config.chain import BUILTIN_SETS
-from rlr_peft.prompt import Prompt
-from rlr_peft.prompts.builtin import builtin_prompts
-from rlr_peft.prompts.errors import PromptError
-from rlr_peft.prompts.files import prompt_lines
-from rlr_peft.prompts.rows import Columns, Row, RowReader
+from rlr_peft.prompt import Prompt, PromptError
+from rlr_peft.prompts.files import Columns, Row, RowReader, prompt_lines
 from rlr_peft.prompts.tables import FORMATS, DatasetSpec, dataset_rows, file_rows
+from rlr_peft.tiny_shapes import scenes
+
+# The 45 common animals of DDPO's aesthetic experiment (arXiv:2305.13301), a prompt each.
+ANIMALS = tuple(
+    "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle "
+    "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly "
+    "llama camel bat gorilla hedgehog kangaroo".split()
+)
+HELD_BACK_ANIMALS = ("zebra", "raccoon", "beetle", "dolphin", "goose", "hedgehog")
+"""Never trained on with ``simple-animals/train``: mammals, a bird and an insect."""
+
+
+def builtin_prompts(name: str) -> list[str] | None:
+    """The prompts of a built-in set in a fixed order; None for a name that is none."""
+    if name == "tiny-shapes/train":
+        return scenes.prompts("train")
+    if name == "tiny-shapes/test":
+        return scenes.prompts("test")
+    if name == "simple-animals":
+        return list(ANIMALS)
+    if name == "simple-animals/train":
+        return [animal for animal in ANIMALS if animal not in HELD_BACK_ANIMALS]
+    return list(HELD_BACK_ANIMALS) if name == "simple-animals/test" else None
+
+
+def hold_back(prompts: Sequence[str], percentage: float) -> tuple[list[str], list[str]]:
+    """Training and held-back prompts, each in their order.
+
+    The choice depends on the texts and the percentage alone, not on the seed: runs with other seeds are compared on the
+    same unseen prompts.
+
+    Args:
+        prompts: all prompts.
+        percentage: of the different texts, above 0 and below 100; at least one is held back and one is left.
+
+    Raises:
+        PromptError: fewer than two different prompts.
+    """
+    texts = sorted(set(map(str, prompts)), key=_rank)
+    if len(texts) < 2:
+        raise PromptError(
+            "expected at least 2 different prompts to hold some back, got 1; drop validation_split_percentage"
+        )
+    count = min(max(1, round(len(texts) * percentage / 100)), len(texts) - 1)
+    held = set(texts[:count])
+    return [prompt for prompt in prompts if prompt not in held], [prompt for prompt in prompts if prompt in held]
+
+
+def is_held_back(prompt: str, percentage: float) -> bool:
+    """The same for a prompt alone, of a stream whose number of texts is not known: the share holds on average."""
+    return int.from_bytes(_rank(prompt)[:8], "big") < percentage / 100 * 2**64
+
+
+def _rank(text: str) -> bytes:
+    return hashlib.sha256(f"held back/{text}".encode()).digest()
+
 
 EXPECTED = f"expected one of {', '.join(BUILTIN_SETS)}, or a .txt, {', '.join(FORMATS)} file"
 

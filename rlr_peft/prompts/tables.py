@@ -11,9 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlr_peft.prompts.errors import PromptError, in_words
-from rlr_peft.prompts.files import csv_rows, json_rows, parquet_rows, prompt_lines, without_nulls
-from rlr_peft.prompts.rows import Columns, Row
+from rlr_peft.prompt import PromptError
+from rlr_peft.prompts.files import (
+    Columns,
+    Row,
+    csv_rows,
+    in_words,
+    json_rows,
+    parquet_rows,
+    prompt_lines,
+    without_nulls,
+)
 
 logger = logging.getLogger(__name__)
 

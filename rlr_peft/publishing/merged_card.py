@@ -12,9 +12,9 @@ from huggingface_hub import ModelCardData
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import fenced, in_cell, in_code, printable
-from rlr_peft.publishing.base_license import License, base_license
-from rlr_peft.publishing.run_record import RunRecord
-from rlr_peft.publishing.usage_snippet import BaseKind, base_kind, call_arguments, hub_link, told_sigmas
+from rlr_peft.publishing.licenses import License, base_license
+from rlr_peft.publishing.record import RunRecord
+from rlr_peft.publishing.snippet import BaseKind, base_kind, call_arguments, hub_link, told_sigmas
 from rlr_peft.redaction import redacted
 
 TAGS = ("diffusers", "lora")

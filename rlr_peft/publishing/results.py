@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rlr_peft.estimates import decimals_of, direction, half_width, with_error
 from rlr_peft.foreign_text import in_code
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.record import RunRecord
 
 KEYS = ("before", "before_se", "after", "after_se", "gain", "gain_se")
 

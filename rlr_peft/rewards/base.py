@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from rlr_peft.prompt import metadata_of
-from rlr_peft.rewards.errors import RewardError
-from rlr_peft.rewards.info import Info, info_of, mean_over_frames
-from rlr_peft.rewards.scores import check_scores, describe_samples, is_attached
+from rlr_peft.rewards.scores import (
+    Info,
+    RewardError,
+    check_scores,
+    describe_samples,
+    info_of,
+    is_attached,
+    mean_over_frames,
+)
 
 __all__ = [
     "Reward",

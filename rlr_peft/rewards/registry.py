@@ -11,11 +11,10 @@ import torch
 from rlr_peft.redaction import is_address
 from rlr_peft.rewards.base import Reward, RewardError
 from rlr_peft.rewards.callables import load_callable_reward
-from rlr_peft.rewards.compression import JpegReward
+from rlr_peft.rewards.embedded import SPEC_OF_JUDGE, JpegReward, TinyShapesJudgeReward
 from rlr_peft.rewards.model_reward import ModelSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
-from rlr_peft.rewards.temporal_flicker import TemporalFlicker
-from rlr_peft.rewards.tiny_shapes_judge import SPEC_OF_JUDGE, TinyShapesJudgeReward
+from rlr_peft.rewards.video import TemporalFlicker
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
 
 OWN_FORMS = "`package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
@@ -35,31 +34,31 @@ class RewardSettings:
 
 
 def _aesthetic(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.aesthetic import Aesthetic
+    from rlr_peft.rewards.clip_rewards import Aesthetic
 
     return Aesthetic(settings)
 
 
 def _clipscore(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_scores import ClipScore
+    from rlr_peft.rewards.clip_rewards import ClipScore
 
     return ClipScore(settings)
 
 
 def _pickscore(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_scores import PickScore
+    from rlr_peft.rewards.clip_rewards import PickScore
 
     return PickScore(settings)
 
 
 def _hpsv2_0(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_scores import HPSv2
+    from rlr_peft.rewards.clip_rewards import HPSv2
 
     return HPSv2("v2.0", settings)
 
 
 def _hpsv2_1(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_scores import HPSv2
+    from rlr_peft.rewards.clip_rewards import HPSv2
 
     return HPSv2("v2.1", settings)
 
@@ -71,7 +70,7 @@ def _imagereward(settings: ModelSettings) -> Reward:
 
 
 def _subject_consistency(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.subject_consistency import SubjectConsistency
+    from rlr_peft.rewards.video import SubjectConsistency
 
     return SubjectConsistency(settings)
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from rlr_peft.rewards.base import Reward, RewardError, Scored, measure_images
-from rlr_peft.rewards.info import Info, join_info
-from rlr_peft.rewards.wire import TooLargeError, WireError, parse_body, read_request
+from rlr_peft.rewards.remote import TooLargeError, WireError, parse_body, read_request
+from rlr_peft.rewards.scores import Info, join_info
 
 logger = logging.getLogger(__name__)
 

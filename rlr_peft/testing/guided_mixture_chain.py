@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlr_peft.chain.gaussian_step import GaussianStep, PathPoint, step_std
+from rlr_peft.chain.path import GaussianStep, PathPoint, step_std
 from rlr_peft.testing.replicated_chain import ReplicatedChain
 
 # Stable Diffusion's noise levels.

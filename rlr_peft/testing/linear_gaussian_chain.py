@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlr_peft.chain.gaussian_step import GaussianStep
+from rlr_peft.chain.path import GaussianStep
 from rlr_peft.testing.replicated_chain import ReplicatedChain
 
 

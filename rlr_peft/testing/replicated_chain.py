@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlr_peft.chain.gaussian_step import GaussianStep
+from rlr_peft.chain.path import GaussianStep
 from rlr_peft.chain.trajectory import Trajectory
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.evaluation.compare import Evaluation
 from rlr_peft.prompt import negative_prompt_of
-from rlr_peft.publishing.base_license import base_license
-from rlr_peft.publishing.run_record import SHOWN_PROMPTS, RunRecord
-from rlr_peft.publishing.usage_snippet import base_kind
+from rlr_peft.publishing.card_images import gallery, save_pairs
+from rlr_peft.publishing.licenses import base_license
+from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord
+from rlr_peft.publishing.snippet import base_kind
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
-from rlr_peft.training.card_images import gallery, save_pairs
-from rlr_peft.training.chain_building import build_chain
-from rlr_peft.training.loading import DTYPES
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.run import Run
 from rlr_peft.training.validation import NUM_PAIRS
@@ -36,7 +36,16 @@ def with_card_facts(
     config = run.config
     base = config.model.pretrained_model_name_or_path
     licence = base_license(base, revision=config.model.revision, cache_dir=config.model.cache_dir)
-    pairs = [] if before is None or after is None else save_pairs(run.output_dir, before, after)
+    pairs = (
+        []
+        if before is None or after is None
+        else save_pairs(
+            run.output_dir,
+            before.prompts,
+            (before.images, after.images),
+            (before.scores["reward"], after.scores["reward"]),
+        )
+    )
     shown = gallery(run.output_dir, config.validation.validation_prompt or ())
     if not run.chain.call.is_video:  # of videos the pairs are strips of frames
         shown += [(pair.adapter, pair.prompt) for pair in pairs]

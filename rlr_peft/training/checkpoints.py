@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from rlr_peft.build.machine import package_versions
 from rlr_peft.durable_files import rename_directory
 from rlr_peft.errors import UserError
-from rlr_peft.training.manifest import CheckpointError, package_versions, read_manifest, write_manifest
+from rlr_peft.training.manifest import CheckpointError, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.drawing import render
+from rlr_peft.build.machine import describe_hardware
+from rlr_peft.build.pipeline import check_machine, load_pipeline
+from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.reporting import as_config_error
+from rlr_peft.build.rewards import reward_settings
 from rlr_peft.config import Config
 from rlr_peft.evaluation.compare import Evaluation, Render, evaluate, evaluation_plan
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
@@ -28,16 +36,7 @@ from rlr_peft.evaluation.comparison.kept_work import (
 from rlr_peft.evaluation.comparison.labels import BASE, file_name, shown_name, unique_labels
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.rewards.base import Reward
-from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.comparison_setup import image_setup, load_compared_rewards, prompt_source
-from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.hardware import describe_hardware
-from rlr_peft.training.loading import load_pipeline
-from rlr_peft.training.memory_options import check_machine
-from rlr_peft.training.prompt_loading import comparison_prompts, describe_chain_of_thought
-from rlr_peft.training.reward_loading import reward_settings
-from rlr_peft.training.seeds import derive_seed
-from rlr_peft.training.validation import render
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from rlr_peft.build.chain import denoiser_names
+from rlr_peft.build.machine import package_versions
+from rlr_peft.build.rewards import reward_settings
 from rlr_peft.config import Config, stages_from_config
 from rlr_peft.evaluation.comparison.comparison import MeasuredReward
 from rlr_peft.evaluation.comparison.identity import file_identity, model_identity
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import unique_names
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.training.chain_building import denoiser_names
-from rlr_peft.training.manifest import package_versions
-from rlr_peft.training.reward_loading import reward_settings
 
 
 def load_compared_rewards(

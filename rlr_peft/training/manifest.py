@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rlr_peft.build.machine import package_versions
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 
@@ -13,22 +13,10 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 4
 # Far more than any checkpoint's: a crafted manifest is not read whole, and no number in it is used as it is.
 _MOST_BYTES, _LARGEST = 1 << 24, 1 << 53
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "rlr-peft")
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, read, or used in this run."""
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that decide whether a resumed run repeats bit for bit."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def write_manifest(folder: Path, *, step: int, num_processes: int) -> None:

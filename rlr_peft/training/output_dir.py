@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.publishing.hub_files import PUBLISHED
-from rlr_peft.publishing.record_file import RECORD_NAME
+from rlr_peft.publishing.record import RECORD_NAME
+from rlr_peft.publishing.uploads import PUBLISHED
 from rlr_peft.training.checkpoints import checkpoint_folders
 from rlr_peft.training.tracking import METRICS_LOG
 

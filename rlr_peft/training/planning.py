@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from rlr_peft.build.chain import attach_adapters, build_chain, denoiser_names
+from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
+from rlr_peft.build.reporting import as_config_error
 from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
@@ -17,9 +20,6 @@ from rlr_peft.evaluation.memory_plan.live_memory import fused_attention
 from rlr_peft.evaluation.memory_plan.plan import MemoryPlan
 from rlr_peft.evaluation.memory_plan.planning import plan_memory
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
-from rlr_peft.training.chain_building import attach_adapters, build_chain, denoiser_names
-from rlr_peft.training.errors import as_config_error
-from rlr_peft.training.loading import DTYPES, check_reward_decoder
 
 META = torch.device("meta")
 

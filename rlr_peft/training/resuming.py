@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rlr_peft.build.optimizer import restore_optimizer
+from rlr_peft.build.randomness import capture_random_states, restore_random_states
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.plain_files import PlainFileError, parse_yaml, read_plain_text
@@ -14,10 +16,8 @@ from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.rewards.remote import remote_rewards
 from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint, understanding
 from rlr_peft.training.manifest import CheckpointError
-from rlr_peft.training.optimization import restore_optimizer
 from rlr_peft.training.output_dir import CONFIG
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.random_states import capture_random_states, restore_random_states
 from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)

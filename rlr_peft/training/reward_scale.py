@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlr_peft.rewards.running_scale import DECAY, variance
+from rlr_peft.rewards.combination import DECAY, variance
 
 
 class RewardScale:

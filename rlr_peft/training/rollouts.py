@@ -9,7 +9,7 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.rewards.info import Info, join_info
+from rlr_peft.rewards.scores import Info, join_info
 
 
 @dataclass(frozen=True)

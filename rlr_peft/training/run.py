@@ -13,6 +13,14 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_s
 from diffusers import DiffusionPipeline
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlr_peft.build.chain import attach_adapters, build_chain, check_trajectory, denoiser_names
+from rlr_peft.build.optimizer import build_lr_scheduler, build_optimizer
+from rlr_peft.build.pipeline import check_machine, compile_denoisers, load_pipeline, load_reward_decoder
+from rlr_peft.build.processes import Processes
+from rlr_peft.build.prompts import read_prompts, warn_of_long_prompts, with_stage_prompts
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.reporting import as_config_error
+from rlr_peft.build.rewards import load_rewards, measure_scales
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
@@ -24,18 +32,9 @@ from rlr_peft.lora import check_adapter_saves, check_kohya
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
-from rlr_peft.training.chain_building import attach_adapters, build_chain, check_trajectory, denoiser_names
 from rlr_peft.training.early_stopping import EarlyStopping
-from rlr_peft.training.errors import as_config_error
 from rlr_peft.training.learning_signal import LearningSignal
-from rlr_peft.training.loading import load_pipeline, load_reward_decoder
-from rlr_peft.training.memory_options import check_machine, compile_denoisers
-from rlr_peft.training.optimization import build_lr_scheduler, build_optimizer
-from rlr_peft.training.processes import Processes
-from rlr_peft.training.prompt_loading import read_prompts, warn_of_long_prompts, with_stage_prompts
-from rlr_peft.training.reward_loading import load_rewards, measure_scales
 from rlr_peft.training.reward_scale import RewardScale
-from rlr_peft.training.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 

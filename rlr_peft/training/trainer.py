@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from rlr_peft.build.machine import peak_memory_mb
 from rlr_peft.config import Config, config_to_dict, save_config, stages_from_config
 from rlr_peft.foreign_text import printable
 from rlr_peft.training.checkpoints import CheckpointManager
-from rlr_peft.training.hardware import peak_memory_mb
 from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.output_dir import CONFIG, claim_output_dir
 from rlr_peft.training.progress import Progress, is_due_after

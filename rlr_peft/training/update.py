@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
+from rlr_peft.build.processes import Processes
+from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.estimator import EstimatorReport
 from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
-from rlr_peft.rewards.info import info_means, join_info
-from rlr_peft.training.processes import Processes
+from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.progress import is_due_after
 from rlr_peft.training.rollouts import Batch, sample_batch
 from rlr_peft.training.run import Run
-from rlr_peft.training.seeds import Purpose, derive_seed
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.chain.base_files import BaseModelError, read_model_index
 from rlr_peft.config import ModelArguments
 from rlr_peft.evaluation.memory_plan.architecture import find_architecture
-from rlr_peft.training.loading import load_pipeline
 from tests.pipelines import tiny_stable_diffusion
 
 UNET = "unet/diffusion_pytorch_model"

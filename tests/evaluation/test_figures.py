@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlr_peft.evaluation.figures import CurvePoint, image_grid, save_before_after, save_image_grid, save_reward_curve
-from rlr_peft.evaluation.reward_curve import running_mean
+from rlr_peft.figures import CurvePoint, image_grid, running_mean, save_before_after, save_image_grid, save_reward_curve
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

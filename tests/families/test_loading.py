@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import AnimateDiffPipeline, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 
+from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ModelArguments
-from rlr_peft.training.loading import load_pipeline
 from tests.families.table import load
 from tests.families.video_pipelines import animatediff_unet
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.inference_scheduler import build_scheduler
+from rlr_peft.chain.scheduler import build_scheduler
 from tests.families.table import CASES, NUM_STEPS, PROMPTS, VIDEOS, load
 
 SEEDS = [3, 4]

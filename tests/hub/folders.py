@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rlr_peft.publishing.card_file import write_card
-from rlr_peft.publishing.record_file import StoredCard
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.card import write_card
+from rlr_peft.publishing.record import RunRecord, StoredCard
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METRICS = {

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import pytest
 
-from rlr_peft.prompt import Prompt
+from rlr_peft.prompt import Prompt, PromptError
 from rlr_peft.prompts.chain_of_thought import (
     MalformedStagesError,
     RememberedStages,
@@ -15,7 +15,6 @@ from rlr_peft.prompts.chain_of_thought import (
     parse_stages,
     read_stages,
 )
-from rlr_peft.prompts.errors import PromptError
 
 NAMES = ("coarse", "fine")
 

@@ -11,9 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlr_peft.prompt import metadata_of
-from rlr_peft.prompts.errors import PromptError
-from rlr_peft.prompts.rows import MANY_ROWS, Columns
+from rlr_peft.prompt import PromptError, metadata_of
+from rlr_peft.prompts.files import MANY_ROWS, Columns
 from rlr_peft.prompts.sources import dataset_prompts, load_prompts
 from rlr_peft.prompts.tables import DatasetSpec
 

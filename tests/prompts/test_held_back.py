@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlr_peft.prompts.errors import PromptError
-from rlr_peft.prompts.held_back import hold_back, is_held_back
+from rlr_peft.prompt import PromptError
+from rlr_peft.prompts.sources import hold_back, is_held_back
 
 
 @given(st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=40), st.floats(0.1, 99.9))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlr_peft.prompts.errors import PromptError
+from rlr_peft.prompt import PromptError
 from rlr_peft.prompts.sampler import PromptSampler
 from rlr_peft.prompts.sources import load_prompts
 from rlr_peft.tiny_shapes import scenes

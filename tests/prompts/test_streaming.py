@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlr_peft.prompts.errors import PromptError
-from rlr_peft.prompts.streaming import CURSORS, StreamingPromptSampler
+from rlr_peft.prompt import PromptError
+from rlr_peft.prompts.sampler import CURSORS, StreamingPromptSampler
 
 
 class Stream:

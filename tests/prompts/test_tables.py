@@ -8,9 +8,8 @@ import datasets
 import pytest
 
 from rlr_peft.config.chain import BUILTIN_SETS
-from rlr_peft.prompt import Prompt
-from rlr_peft.prompts.errors import PromptError
-from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompt import Prompt, PromptError
+from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.sources import dataset_prompts, load_prompts
 from rlr_peft.prompts.tables import DatasetSpec
 

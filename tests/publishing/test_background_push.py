@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from rlr_peft.publishing.background_push import BackgroundPush
-from rlr_peft.publishing.hub_access import WEIGHT_NAME, Destination
+from rlr_peft.publishing.hub_client import WEIGHT_NAME, Destination
+from rlr_peft.publishing.publisher import BackgroundPush
 
 OFFLINE = Destination(HfApi(token=False), "owner/name", "main")  # HF_HUB_OFFLINE is set in tests
 

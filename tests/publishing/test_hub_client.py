@@ -7,8 +7,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from rlr_peft.publishing import hub_client
-from rlr_peft.publishing.hub_access import open_destination
-from rlr_peft.publishing.hub_client import HubError, patiently
+from rlr_peft.publishing.hub_client import HubError, open_destination, patiently
 
 
 def answers(headers: dict[str, str], status: int = 429) -> HfHubHTTPError:

@@ -21,14 +21,12 @@ from rlr_peft.cli.main import main
 from rlr_peft.estimates import with_error
 from rlr_peft.foreign_text import fenced
 from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora
-from rlr_peft.lora.kohya import KOHYA_NAME
-from rlr_peft.publishing.base_license import License, base_license
-from rlr_peft.publishing.card_file import addressed_card, write_card
-from rlr_peft.publishing.hub_files import is_ours
-from rlr_peft.publishing.model_card import TemplateError, write_model_card
-from rlr_peft.publishing.record_file import StoredCard, load_stored_card
-from rlr_peft.publishing.run_record import ImagePair, RunRecord
-from rlr_peft.publishing.usage_snippet import base_kind
+from rlr_peft.lora.export import KOHYA_NAME
+from rlr_peft.publishing.card import TemplateError, addressed_card, write_card, write_model_card
+from rlr_peft.publishing.licenses import License, base_license
+from rlr_peft.publishing.record import ImagePair, RunRecord, StoredCard, load_stored_card
+from rlr_peft.publishing.snippet import base_kind
+from rlr_peft.publishing.uploads import is_ours
 from rlr_peft.redaction import redacted, redacted_command
 from rlr_peft.tiny_shapes import pipeline_path
 from tests.pipelines import tiny_stable_diffusion

@@ -6,7 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from rlr_peft.publishing.model_card import default_template_path
+from rlr_peft.publishing.card import default_template_path
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlr_peft.rewards.base import RewardError, check_scores, is_attached, score_images
-from rlr_peft.rewards.info import info_of
+from rlr_peft.rewards.scores import info_of
 
 PROMPTS = ["a red star", "a blue ring", "a green moon"]
 

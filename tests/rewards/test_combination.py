@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from rlr_peft.rewards.base import RewardError, measure_images, score_images, settle_differentiable
-from rlr_peft.rewards.combination import HeldoutRewards, OnFirstScales, Term, WeightedRewards
+from rlr_peft.rewards.combination import (
+    DECAY,
+    HeldoutRewards,
+    OnFirstScales,
+    RunningScale,
+    Term,
+    WeightedRewards,
+    variance,
+)
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.running_scale import DECAY, RunningScale, variance
 
 PROMPTS = ["a", "b", "c"]
 

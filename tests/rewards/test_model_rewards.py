@@ -15,14 +15,10 @@ from transformers.utils import logging
 
 from benchmarks.reward_checkpoints import Sizes
 from benchmarks.reward_parity import PROMPTS, local_files, markdown, mixed_images, network_parity, to_tensor
-from rlr_peft.rewards.aesthetic import HEAD
 from rlr_peft.rewards.base import RewardError, score_images
-from rlr_peft.rewards.clip import OPENAI_CLIP
-from rlr_peft.rewards.clip_scores import HPSV2
+from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
 from rlr_peft.rewards.image_reward import IMAGE_REWARD
-from rlr_peft.rewards.linear_head import LinearHead
-from rlr_peft.rewards.model_files import ModelFiles, load_weights
-from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
+from rlr_peft.rewards.model_reward import LinearHead, ModelFiles, ModelReward, ModelSettings, load_weights, loading
 from rlr_peft.rewards.registry import MODEL_REWARDS, RewardSettings, load_reward
 
 IMAGE_REWARDS = ["aesthetic", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]
@@ -232,8 +228,8 @@ HUB = """
     Thread(target=server.serve_forever, daemon=True).start()
     os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
-    from rlr_peft.rewards.errors import RewardError
-    from rlr_peft.rewards.model_files import ModelFiles
+    from rlr_peft.rewards.scores import RewardError
+    from rlr_peft.rewards.model_reward import ModelFiles
 
     for repo in ("o/gated", "o/gone", "o/bare"):
         try:

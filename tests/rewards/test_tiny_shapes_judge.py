@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rlr_peft.rewards.base import Reward, RewardError, measure_images, score_images
+from rlr_peft.rewards.embedded import HALF_SCORE_SURPRISE
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.tiny_shapes_judge import HALF_SCORE_SURPRISE
 from rlr_peft.tiny_shapes.drawing import draw
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, scenes
@@ -20,7 +20,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         judge = create_judge("reward").eval().requires_grad_(False)
-    monkeypatch.setattr("rlr_peft.rewards.tiny_shapes_judge.load_judge", lambda name: judge)
+    monkeypatch.setattr("rlr_peft.rewards.embedded.load_judge", lambda name: judge)
     return judge
 
 

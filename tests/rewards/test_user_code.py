@@ -262,7 +262,7 @@ ASK = """
 import sys, torch
 from rlr_peft.rewards.base import measure_images
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.training.errors import reporting_errors
+from rlr_peft.build.reporting import reporting_errors
 for spec in sys.argv[1:]:
     try:
         with reporting_errors():

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from benchmarks.reward_checkpoints import Sizes, write_dino
 from rlr_peft.rewards.base import RewardError, measure_images, score_images
 from rlr_peft.rewards.combination import Term, WeightedRewards
-from rlr_peft.rewards.model_files import ModelFiles
-from rlr_peft.rewards.model_reward import ModelSettings
+from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings
 from rlr_peft.rewards.preprocessing import imagenet_pixels, vbench_pixels
 from rlr_peft.rewards.registry import RewardSettings, load_reward
-from rlr_peft.rewards.subject_consistency import DINO
+from rlr_peft.rewards.video import DINO
 
 VIDEOS = torch.rand(2, 3, 3, 24, 40, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b"]

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.estimators.kl_penalty import step_kl
 from rlr_peft.evaluation.compare import evaluation_plan
-from rlr_peft.training.before_after import _source, divergence_from_base
 from rlr_peft.training.comparing import _images_of_each
-from rlr_peft.training.seeds import derive_seed
+from rlr_peft.training.finishing import _source, divergence_from_base
 from tests.training.runs import build, config_file
 
 

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from rlr_peft.config import load_config
-from rlr_peft.evaluation.compare import Evaluation
+from rlr_peft.publishing.card_images import clear_card_images, gallery, save_gallery, save_pairs
 from rlr_peft.training.card_facts import _selection
-from rlr_peft.training.card_images import clear_card_images, gallery, save_gallery, save_pairs
 from rlr_peft.training.progress import Progress
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
@@ -55,11 +54,9 @@ def test_the_gallery_shows_the_first_image_or_video_of_every_prompt(tmp_path: Pa
 
 
 def test_pairs_are_the_first_of_the_comparison_with_their_scores(tmp_path: Path) -> None:
-    def evaluation(value: float) -> Evaluation:
-        scores = {"reward": torch.tensor([value, value / 2])}
-        return Evaluation(["a cat", "a dog"], [1, 2], scores, torch.full((2, 3, 4, 4), value))
-
-    first, second = save_pairs(tmp_path, evaluation(0.0), evaluation(1.0))
+    images = (torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4))
+    scores = (torch.zeros(2), torch.tensor([1.0, 0.5]))
+    first, second = save_pairs(tmp_path, ["a cat", "a dog"], images, scores)
     assert (first.prompt, first.base_score, first.adapter_score) == ("a cat", 0.0, 1.0)
     assert (second.prompt, second.adapter_score) == ("a dog", 0.5)
     assert Image.open(tmp_path / first.base).getpixel((0, 0)) == (0, 0, 0)

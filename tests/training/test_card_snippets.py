@@ -11,23 +11,23 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
+from rlr_peft.build.chain import build_chain
+from rlr_peft.build.drawing import in_eval_mode
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.cli.main import main
 from rlr_peft.config import config_to_dict, save_config
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import adapted_denoisers, save_lora
 from rlr_peft.prompt import Prompt
-from rlr_peft.publishing.card_file import write_card
-from rlr_peft.publishing.record_file import StoredCard
-from rlr_peft.publishing.run_record import RunRecord
+from rlr_peft.publishing.card import write_card
+from rlr_peft.publishing.record import RunRecord, StoredCard
 from rlr_peft.training.card_facts import with_card_facts
-from rlr_peft.training.chain_building import build_chain
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.resuming import resume
 from rlr_peft.training.run import Run
 from rlr_peft.training.trainer import train
-from rlr_peft.training.validation import evaluate_base, in_eval_mode
+from rlr_peft.training.validation import evaluate_base
 from tests.families.image_pipelines import sd3
 from tests.pipelines import tiny_stable_diffusion
 from tests.training.runs import build, config_file

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlr_peft.build import chain as chain_building
+from rlr_peft.build.chain import attach_adapters, build_chain, check_trajectory
+from rlr_peft.build.pipeline import load_pipeline
+from rlr_peft.build.reporting import reporting_errors
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.training import chain_building
-from rlr_peft.training.chain_building import attach_adapters, build_chain, check_trajectory
-from rlr_peft.training.errors import reporting_errors
-from rlr_peft.training.loading import load_pipeline
 
 # Real limits of the operating system: a longer file cannot be written, as on a full disk.
 PROGRAM = """
@@ -21,7 +21,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from rlr_peft.training.errors import reporting_errors
+from rlr_peft.build.reporting import reporting_errors
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -16,18 +16,17 @@ from pathlib import Path
 
 import pytest
 
+from rlr_peft.build import folder_lock
+from rlr_peft.build.folder_lock import LOCK, OWNER, PATIENCE, FolderInUseError, Owner, only_writer, this_process
 from rlr_peft.cli.main import main
-from rlr_peft.publishing.card_file import write_card
-from rlr_peft.publishing.record_file import StoredCard
-from rlr_peft.publishing.run_record import RunRecord
-from rlr_peft.training import folder_lock
-from rlr_peft.training.folder_lock import LOCK, OWNER, PATIENCE, FolderInUseError, Owner, only_writer, this_process
+from rlr_peft.publishing.card import write_card
+from rlr_peft.publishing.record import RunRecord, StoredCard
 from tests.training.runs import ROOT, config_file, finish, start
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlr_peft.training.folder_lock import only_writer
+from rlr_peft.build.folder_lock import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

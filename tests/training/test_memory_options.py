@@ -9,15 +9,14 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_dispatch import attention_backend
 
+from rlr_peft.build.pipeline import WITHOUT_GPU, compile_denoisers, load_pipeline, set_attention_backend
 from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import default_lora_targets, family_of
-from rlr_peft.chain.offload import ModelOffload, offload_models, working_device
+from rlr_peft.chain.memory import ModelOffload, offload_models, working_device
 from rlr_peft.config import ConfigError, ModelArguments, load_config
 from rlr_peft.lora import attach_lora
 from rlr_peft.training.finishing import finish
-from rlr_peft.training.loading import load_pipeline
-from rlr_peft.training.memory_options import WITHOUT_GPU, compile_denoisers, set_attention_backend
 from rlr_peft.training.run import build_run
 from tests.families.image_pipelines import flux
 from tests.pipelines import tiny_stable_diffusion

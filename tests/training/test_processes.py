@@ -28,7 +28,7 @@ import os, signal, sys, time
 from accelerate import Accelerator
 from rlr_peft.training import processes
 processes.BEAT, processes.FIRST_WORD, processes.SILENT = 0.1, 1.0, 0.7
-from rlr_peft.training.logs import set_up_logging
+from rlr_peft.build.reporting import set_up_logging
 
 set_up_logging()
 group = processes.Processes(Accelerator(cpu=True))

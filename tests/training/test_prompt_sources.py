@@ -13,12 +13,12 @@ import torch
 import yaml
 
 import train_rlr_lora
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import ConfigError
-from rlr_peft.evaluation.figures import save_image_grid
+from rlr_peft.figures import save_image_grid
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt
-from rlr_peft.prompts.builtin import builtin_prompts
-from rlr_peft.training.seeds import derive_seed
+from rlr_peft.prompts.sources import builtin_prompts
 from rlr_peft.training.validation import evaluate_base, save_validation_images
 from tests.prompts.chat_server import chat_server, completion
 from tests.prompts.test_language_models import small_language_model

@@ -6,8 +6,7 @@ import numpy
 import pytest
 import torch
 
-from rlr_peft.training.manifest import CheckpointError
-from rlr_peft.training.random_states import capture_random_states, restore_random_states
+from rlr_peft.build.randomness import RandomStatesError, capture_random_states, restore_random_states
 
 
 def through_a_file(states: dict[str, Any]) -> dict[str, Any]:
@@ -48,5 +47,5 @@ def test_all_generators_go_on_where_they_were(device: str) -> None:
 
 
 def test_states_without_a_gpu_are_refused_on_one() -> None:
-    with pytest.raises(CheckpointError, match="no CUDA generator, but this process runs on cuda:0"):
+    with pytest.raises(RandomStatesError, match="no CUDA generator, but this process runs on cuda:0"):
         restore_random_states(capture_random_states("cpu"), "cuda:0")

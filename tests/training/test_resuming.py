@@ -10,7 +10,7 @@ import torch
 
 from rlr_peft.config import ConfigError
 from rlr_peft.rewards.base import score_images
-from rlr_peft.rewards.compression import JpegReward
+from rlr_peft.rewards.embedded import JpegReward
 from rlr_peft.rewards.server import RewardServer
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.manifest import CheckpointError, write_manifest

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.two_rewards import markdown
-from rlr_peft.rewards.combination import WeightedRewards
-from rlr_peft.rewards.running_scale import DECAY
+from rlr_peft.rewards.combination import DECAY, WeightedRewards
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.update import take_update
 from tests.training.runs import ROOT, WEIGHTS, build, config_file, finish, run_on_two_processes, start, train_here

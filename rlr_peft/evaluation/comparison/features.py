@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from rlr_peft.evaluation.comparison.labels import shown_name
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.errors import RewardError
 from rlr_peft.rewards.model_reward import ModelSettings, loading
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 
 THUMBNAILS, AUTO = "thumbnails", "auto"
@@ -81,7 +81,8 @@ class VisionModelFeatures:
     def __init__(self, name: str, settings: ModelSettings) -> None:
         from transformers import AutoConfig, AutoModel
 
-        from rlr_peft.rewards.clip import MODEL_FILES, load_clip_vision
+        from rlr_peft.rewards.clip_rewards import load_clip_vision
+        from rlr_peft.rewards.model_reward import MODEL_FILES
 
         self._settings = settings
         user = f"features {name}"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.comparison.figures import ADAPTER_COLORS, BASE_COLOR
-from rlr_peft.evaluation.reward_curve import GRID_LINE, INK, QUIET_INK
+from rlr_peft.figures import GRID_LINE, INK, QUIET_INK
 from rlr_peft.foreign_text import printable
 
 # What a figure is drawn with, and the page's variable that stands for it.

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward
-from rlr_peft.evaluation.reward_curve import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
+from rlr_peft.figures import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
 
 BASE_COLOR = "#8c939c"
 ADAPTER_COLORS = (ACCENT, SECOND_ACCENT, "#6f8f2f", "#7b5ea7", "#b08a00", "#3c5a99")

@@ -30,8 +30,8 @@ from rlr_peft.evaluation.comparison.identity import digest
 from rlr_peft.evaluation.comparison.pictures import as_pil, to_bytes
 from rlr_peft.prompt import negative_prompt_of, stages_of
 from rlr_peft.rewards.base import Reward, measure_images
-from rlr_peft.rewards.info import Info
 from rlr_peft.rewards.remote import RemoteReward
+from rlr_peft.rewards.scores import Info
 
 logger = logging.getLogger(__name__)
 

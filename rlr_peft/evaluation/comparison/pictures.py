@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rlr_peft.evaluation.videos import FRAMES_OF_STRIP, as_images
+from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 
 # Images up to this side are shown pixel by pixel; WebP would smear their edges.
 SMALL_SIDE = 128  # pixels

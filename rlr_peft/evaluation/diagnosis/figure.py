@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.evaluation.diagnosis.diagnosis import Diagnosis
 from rlr_peft.evaluation.diagnosis.profile import StepProfile
-from rlr_peft.evaluation.reward_curve import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
+from rlr_peft.figures import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
 
 STAGE_SHADES = {"coarse": "#f1f1f1", "mid": "#ffffff", "fine": "#f1f1f1"}
 

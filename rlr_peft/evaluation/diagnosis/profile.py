@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlr_peft.chain.gaussian_step import DEAD_STEP
 from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.path import DEAD_STEP
 from rlr_peft.estimators.hot_steps import hot_among
 from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
 from rlr_peft.evaluation.diagnosis.evidence import Evidence

@@ -1,0 +1,146 @@
+"""The config's chain over a pipeline, and the adapters that are trained in it."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+
+from rlr_peft.build.machine import total_memory
+from rlr_peft.build.pipeline import enable_checkpointing
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.reporting import as_config_error
+from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
+from rlr_peft.chain.families import Family, default_lora_targets, family_of
+from rlr_peft.chain.memory import working_device
+from rlr_peft.config import Config, ConfigError, stages_from_config
+from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
+
+# The parts that denoise step by step, and whose adapters pipelines load.
+TRAINABLE = ("unet", "transformer", "transformer_2")
+
+
+@as_config_error()
+def build_chain(
+    config: Config,
+    pipeline: DiffusionPipeline,
+    eta: float,
+    decoded_frames: int | None = None,
+    reward_decoder: torch.nn.Module | None = None,
+) -> DenoisingChain:
+    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at.
+
+    Raises:
+        ConfigError: the base, its scheduler or an option that the chain cannot be built with.
+    """
+    arguments, denoisers = config.chain, denoiser_names(config)
+    family = family_of(pipeline, denoisers)
+    return DenoisingChain(
+        pipeline,
+        num_inference_steps=arguments.num_inference_steps,
+        step_kind=arguments.step_kind,
+        eta=eta,
+        timestep_spacing=arguments.timestep_spacing,
+        scheduler_type=arguments.scheduler_type,
+        denoisers=denoisers,
+        decoded_frames=decoded_frames,
+        stages=stages_from_config(config),
+        offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
+        reward_decoder=reward_decoder,
+        reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),
+        guidance_scale=arguments.guidance_scale,
+        true_cfg_scale=arguments.true_cfg_scale,
+        negative_prompt=arguments.negative_prompt,
+        resolution=arguments.resolution,
+        height=arguments.height,
+        width=arguments.width,
+        num_frames=arguments.num_frames,
+        fps=arguments.fps,
+        max_sequence_length=arguments.max_sequence_length,
+    )
+
+
+def denoiser_names(config: Config) -> list[str] | None:
+    """The attributes of the pipeline that the config says to train; None leaves it to the family."""
+    names = config.lora.denoiser
+    return None if names is None else [name.strip() for name in names.split(",")]
+
+
+def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:
+    """Adapters of all trained denoisers, on the pipeline's working device; their parameters in the chain's order.
+
+    Raises:
+        ConfigError: a part that takes no denoising steps, or whose adapter no pipeline loads.
+    """
+    others = [name for name in family.denoisers if name not in TRAINABLE]
+    if others:
+        raise ConfigError(
+            f"--denoiser: expected {', '.join(TRAINABLE)}, whose adapters can be saved and loaded, got "
+            f"{', '.join(others)} of {type(pipeline).__name__}; leave --denoiser out, or name one of these."
+        )
+    parameters = []
+    for index, name in enumerate(family.denoisers):
+        seed = derive_seed(config.training.seed, "lora", *([index] if index else []))
+        parameters += _attach_one(config, getattr(pipeline, name), family, seed)
+    return parameters
+
+
+def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed: int) -> list[torch.nn.Parameter]:
+    lora = config.lora
+    targets = (
+        default_lora_targets(family, denoiser)
+        if lora.lora_layers is None
+        else [name.strip() for name in lora.lora_layers.split(",")]
+    )
+    _check_size(denoiser, targets, lora.rank)
+    parameters = attach_lora(
+        denoiser,
+        target_modules=targets,
+        rank=lora.rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        init_lora_weights=lora.init_lora_weights,
+        seed=seed,
+    )
+    if config.model.gradient_checkpointing:
+        enable_checkpointing(denoiser, "gradient_checkpointing")
+    denoiser.train(lora.lora_dropout > 0)
+    if config.model.offload:  # the base waits in host memory
+        for parameter in parameters:
+            parameter.data = parameter.data.to(working_device(denoiser))
+    return parameters
+
+
+def _check_size(denoiser: torch.nn.Module, targets: Sequence[str], rank: int) -> None:
+    """Before anything is allocated: where the adapter alone fills the memory, its rank is a mistake.
+
+    Raises:
+        ConfigError: weights, gradients and Adam's two moments are more than there is.
+    """
+    device = working_device(denoiser)
+    needed, total = 16 * lora_size(denoiser, targets, rank), total_memory(device)
+    if total is not None and needed > total:
+        raise ConfigError(
+            f"rank: expected an adapter that fits the {total / 2**30:.3g} GiB of {device.type} memory, got {rank}, "
+            f"which takes {needed / 2**30:.3g} GiB with gradients and optimiser state; lower --rank or name "
+            "fewer --lora_layers."
+        )
+
+
+def check_trajectory(config: Config, chain: DenoisingChain) -> None:
+    """Before anything is sampled: where the latents of one micro-batch alone fill the memory, it cannot run.
+
+    Raises:
+        ConfigError: latents, noises and predictions of all steps are more than there is.
+    """
+    batch, steps = config.training.train_batch_size, chain.num_steps
+    needed = batch * (3 * steps + 2) * math.prod(chain.latents_shape) * chain.latents_dtype.itemsize
+    total = total_memory(chain.device)
+    if total is not None and needed > total:
+        raise ConfigError(
+            f"train_batch_size: expected samples that fit the {total / 2**30:.3g} GiB of {chain.device.type} memory, "
+            f"got {batch} of {steps} steps with latents of {' x '.join(map(str, chain.latents_shape))}, which take "
+            f"{needed / 2**30:.3g} GiB; lower --train_batch_size, the resolution or --num_inference_steps."
+        )

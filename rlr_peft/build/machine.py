@@ -1,0 +1,48 @@
+"""What a run runs on, in words and numbers: hardware, memory, versions of packages."""
+
+import math
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "rlr-peft")
+
+
+def describe_hardware(device: torch.device, num_processes: int = 1) -> str:
+    """For example ``1 x NVIDIA H200`` or ``2 CPU cores (x86_64)``."""
+    if device.type == "cuda":
+        return f"{num_processes} x {torch.cuda.get_device_name(device)}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of the GPU, or of the host's memory; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    return None if any(name not in os.sysconf_names for name in names) else math.prod(map(os.sysconf, names))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process in MB (2**20 bytes): of the GPU's allocator, or of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide whether a resumed run repeats bit for bit."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

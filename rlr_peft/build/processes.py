@@ -1,0 +1,260 @@
+"""Where the processes of a run meet: every exchange between them, and what a wait that does not end says.
+
+An exchange waits for the slowest process, which may rightly take hours: the main one evaluates alone. So whoever waits
+says, after a minute and ever more rarely, for whom and what that one is at; and where a process is gone, which.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from rlr_peft.build.liveness import is_running, repeating
+from rlr_peft.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Seconds: between signs of life, until a wait is spoken of, and of silence until a process counts as frozen.
+BEAT, FIRST_WORD, SILENT = 5.0, 60.0, 30.0
+# How long an ended process may take to vanish after its connections have.
+VANISHING = 5.0
+
+
+class ProcessLostError(UserError, RuntimeError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+class Processes:
+    """The processes of a run, seen from this one; every method but `doing` must be called by all of them.
+
+    Args:
+        accelerator: knows their number, and connects them.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._wait = _Wait()
+        self._stack = ExitStack()
+        self._watch: _Watch | None = None
+        if accelerator.num_processes > 1:
+            places = gather_object([(socket.gethostname(), os.getpid())])
+            self._watch = _Watch(self._wait, accelerator.process_index, places)
+            self._stack.enter_context(repeating(BEAT, self._watch.beat))
+
+    def close(self) -> None:
+        """Gives no more signs of life; to be called before the connections are closed."""
+        self._stack.close()
+
+    @contextmanager
+    def doing(self, work: str) -> Iterator[None]:
+        """Names what this process is at inside, for those that wait for it: `evaluating the base`."""
+        before, self._wait.work = self._wait.work, work
+        try:
+            yield
+        finally:
+            self._wait.work = before
+
+    def gather(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        """The (N, ...) tensors of all processes, one after the other, (N x processes, ...)."""
+        with self._meeting(name):
+            gathered: torch.Tensor = self._accelerator.gather(values)
+        return gathered
+
+    def sum(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        """The sum of all processes' tensors, of their common shape."""
+        with self._meeting(name):
+            total: torch.Tensor = self._accelerator.reduce(values, reduction="sum")
+        return total
+
+    def gather_objects(self, values: list[T], name: str) -> list[T]:
+        """The lists of all processes, one after the other; what is in them can be pickled."""
+        with self._meeting(name):
+            gathered: list[T] = gather_object(values)
+        return gathered
+
+    def broadcast(self, value: T, name: str) -> T:
+        """What the main process gives, which can be pickled."""
+        values = [value]
+        with self._meeting(name):
+            broadcast_object_list(values)
+        return values[0]
+
+    def largest(self, number: int, name: str) -> int:
+        """The largest of the processes' numbers."""
+        return int(self.gather(torch.tensor([number], device=self._accelerator.device), name).max())
+
+    @contextmanager
+    def _meeting(self, name: str) -> Iterator[None]:
+        if self._watch is None:
+            yield
+            return
+        self._wait.begin(name)
+        try:
+            yield
+            if self._accelerator.device.type == "cuda":  # the exchange itself runs beside this program
+                torch.cuda.current_stream().synchronize()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # gloo has no class of its own
+            raise ProcessLostError(self._watch.describe_loss(error)) from error
+        finally:
+            self._wait.end()
+
+
+@dataclass
+class _Wait:
+    """What this process is at; the main thread writes, the watching one reads.
+
+    Attributes:
+        work: what it does, in words.
+        name: what it exchanges, or exchanged last.
+        meetings: exchanges that it has entered; the same number is the same exchange in all processes.
+        since: when it entered the present one, on the monotonic clock; None outside.
+    """
+
+    work: str = "starting"
+    name: str = ""
+    meetings: int = 0
+    since: float | None = None
+
+    def begin(self, name: str) -> None:
+        self.name, self.since = name, time.monotonic()
+        self.meetings += 1
+
+    def end(self) -> None:
+        self.since = None
+
+
+@dataclass
+class _Peer:
+    """What is known of another process; `changed` is when its beats last did, on the monotonic clock."""
+
+    beats: int = 0
+    meetings: int = 0
+    work: str = "starting"
+    changed: float = 0.0
+
+    def is_silent(self) -> bool:
+        return time.monotonic() - self.changed > SILENT
+
+
+class _Watch:
+    """Tells the others what this process is at, and says when it waits long, and for whom."""
+
+    def __init__(self, wait: _Wait, index: int, places: list[tuple[str, int]]) -> None:
+        self._wait, self._index, self._places = wait, index, places
+        self._store = _connect()
+        self._exchange: threading.Thread | None = None
+        self._beats = 0
+        self._said = (0, 0.0)  # meeting, and after how many seconds of it the next word is due
+        now = time.monotonic()
+        self._peers = {i: _Peer(changed=now) for i in range(len(places)) if i != index}
+
+    def beat(self) -> None:
+        """A sign of life, and a word if this process has waited long."""
+        self._beats += 1
+        wait = self._wait
+        meeting, since = wait.meetings, wait.since
+        mine = {"beats": self._beats, "meetings": meeting, "work": wait.work}
+        if self._exchange is None or not self._exchange.is_alive():
+            # In a thread of its own: the store may be held by a process that is frozen, and would stop the words too.
+            self._exchange = threading.Thread(target=self._tell_and_listen, args=(mine,), daemon=True)
+            self._exchange.start()
+        self._exchange.join(1.0)
+        if since is None:
+            return
+        due = self._said[1] if self._said[0] == meeting else FIRST_WORD
+        waited = time.monotonic() - since
+        if waited >= due:
+            self._said = (meeting, 2 * due)
+            self._say(meeting, waited)
+
+    def describe_loss(self, error: RuntimeError) -> str:
+        """Who is gone, why that may be, and how to go on."""
+        gone = self._ended()
+        if gone:
+            who = f"{' and '.join(map(self._name, gone))} {'has' if len(gone) == 1 else 'have'} ended"
+        else:
+            who = f"another process cannot be reached ({str(error).splitlines()[0]})"
+        return (
+            f"Process {self._index} stopped in {self._wait.work}, at the exchange of {self._wait.name}: {who}. Its own "
+            "last message, above or in the launcher's log folder, says why; a process without one was killed, for "
+            "example because the machine's memory was full. Checkpoints that were saved are complete: mend the cause "
+            "and start all processes again with --resume_from_checkpoint latest."
+        )
+
+    def _tell_and_listen(self, mine: dict[str, Any]) -> None:
+        try:
+            self._store.set(str(self._index), json.dumps(mine))
+            self._listen()
+        except RuntimeError:  # it ends with the process that holds it, which then falls silent
+            logger.debug("The processes' common store does not answer.")
+
+    def _listen(self) -> None:
+        for index, peer in self._peers.items():
+            if not self._store.check([str(index)]):
+                continue
+            told = json.loads(self._store.get(str(index)))
+            if told["beats"] != peer.beats:
+                peer.changed = time.monotonic()
+            peer.beats, peer.meetings, peer.work = told["beats"], told["meetings"], told["work"]
+
+    def _say(self, meeting: int, waited: float) -> None:
+        awaited = {index: peer for index, peer in self._peers.items() if peer.meetings < meeting}
+        if any(index < self._index for index in self._peers if index not in awaited):
+            return  # one voice is enough: that of the first who waits
+        who = [self._describe(index, peer) for index, peer in awaited.items()]
+        logger.warning(
+            "Process %d has waited %d s in %s, at the exchange of %s, for %s.",
+            self._index,
+            waited,
+            self._wait.work,
+            self._wait.name,
+            "; ".join(who) or "the exchange itself, in which all processes take part: look at the network",
+        )
+
+    def _describe(self, index: int, peer: _Peer) -> str:
+        if peer.is_silent():
+            silence = time.monotonic() - peer.changed
+            return (
+                f"{self._name(index)}, which has given no sign of life for {silence:.0f} s, last in {peer.work}: it is "
+                "frozen, or gone with its machine; end it, and start all processes again with "
+                "--resume_from_checkpoint latest"
+            )
+        return f"{self._name(index)}, which is alive, in {peer.work}"
+
+    def _name(self, index: int) -> str:
+        host, process = self._places[index]
+        return f"process {index} (id {process} on {host})"
+
+    def _ended(self) -> list[int]:
+        """Processes that are seen to have ended: those of this machine, and where none has, silent ones elsewhere."""
+        here = [i for i in self._peers if self._places[i][0] == socket.gethostname()]
+        deadline = time.monotonic() + VANISHING
+        while time.monotonic() < deadline:
+            ended = [i for i in here if not is_running(self._places[i][1])]
+            if ended:
+                return ended
+            time.sleep(0.1)
+        return [i for i, peer in self._peers.items() if i not in here and peer.is_silent()]
+
+
+def _connect() -> Store:
+    """A connection of the watching thread's own to the store by which the processes found each other."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    return PrefixStore(f"rlr_peft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

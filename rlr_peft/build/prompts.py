@@ -1,0 +1,206 @@
+"""The prompts of a run as its config asks for them: read, held back, split into stages, put in order."""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from rlr_peft.build.processes import Processes
+from rlr_peft.config import Config, ConfigError, stages_from_config
+from rlr_peft.prompt import with_stages
+from rlr_peft.prompts.chain_of_thought import (
+    STAGE_PROMPTS_FILE,
+    Decomposer,
+    RememberedStages,
+    decompose_by_rules,
+    decompose_prompts,
+)
+from rlr_peft.prompts.files import Columns
+from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
+from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
+from rlr_peft.prompts.sampler import PromptSampler, Sampler, StreamingPromptSampler
+from rlr_peft.prompts.sources import dataset_prompts, hold_back, is_held_back, load_prompts
+from rlr_peft.prompts.tables import DatasetSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPrompts:
+    """The prompts of a run.
+
+    Attributes:
+        training: all training prompts; of a stream its first window.
+        evaluation: unseen prompts for the comparison of base and adapter; None for no comparison.
+        validation: those of ``validation_prompt``.
+        sampler: which prompts an update uses.
+    """
+
+    training: list[str]
+    evaluation: list[str] | None
+    validation: list[str]
+    sampler: Sampler
+
+
+def read_prompts(config: Config) -> RunPrompts:
+    """Reads all prompts, without stage prompts that a decomposer makes: these come last, and may cost time.
+
+    Raises:
+        PromptError: prompts that cannot be read.
+    """
+    arguments, path = config.prompts, config.validation.evaluation_prompt_path
+    columns = columns_from_config(config)
+    evaluation = None if path is None else load_prompts(path, columns=columns)
+    validation = list(config.validation.validation_prompt or ())
+    if arguments.streaming:
+        return _streamed(config, columns, evaluation, validation)
+    if arguments.prompt_path is not None:
+        prompts = load_prompts(arguments.prompt_path, arguments.max_train_samples, columns)
+    else:
+        prompts = list(dataset_prompts(_dataset(config), columns, arguments.max_train_samples))
+    if arguments.validation_split_percentage is not None:
+        prompts, evaluation = hold_back(prompts, arguments.validation_split_percentage)
+    return RunPrompts(prompts, evaluation, validation, PromptSampler(prompts, config.training.seed))
+
+
+def with_stage_prompts(
+    config: Config, prompts: RunPrompts, accelerator: Accelerator, processes: Processes
+) -> RunPrompts:
+    """The prompts split into stages, if a decomposer is asked for; answers of models are kept in a file.
+
+    Raises:
+        PromptError: a model that cannot be reached, or a prompt that cannot be split.
+    """
+    if config.prompts.streaming or not _needs_decomposer(config):
+        return prompts
+    # One process asks, the others get its answers: a model might answer each of them differently.
+    split: list[list[str] | None] = [prompts.training, prompts.evaluation, prompts.validation]
+    if accelerator.is_main_process:
+        decompose = _decomposer(config, accelerator.device)
+        with processes.doing("splitting the prompts into stages"):
+            split = [None if part is None else decompose_prompts(part, decompose) for part in split]
+    training, evaluation, validation = processes.broadcast(split, "the stage prompts")
+    assert training is not None and validation is not None
+    return RunPrompts(training, evaluation, validation, PromptSampler(training, config.training.seed))
+
+
+def comparison_prompts(config: Config, device: torch.device) -> list[str]:
+    """The prompts for a comparison of models, with stage prompts where the config asks for them.
+
+    Unseen ones if the config names any or holds any back, else those of training.
+
+    Raises:
+        PromptError: prompts that cannot be read or split.
+    """
+    path = config.validation.evaluation_prompt_path
+    if path is not None:  # those of training need not be on this machine
+        prompts = load_prompts(path, columns=columns_from_config(config))
+    else:
+        found = read_prompts(config)
+        prompts = found.evaluation or found.training
+    return decompose_prompts(prompts, _decomposer(config, device)) if _needs_decomposer(config) else prompts
+
+
+def columns_from_config(config: Config) -> Columns:
+    """What to read of tables of prompts."""
+    arguments = config.prompts
+    return Columns(
+        caption=arguments.caption_column,
+        negative_prompt=arguments.negative_prompt_column,
+        stages=config.chain_of_thought.dcot_columns or (),
+        metadata=arguments.metadata_columns or (),
+    )
+
+
+def warn_of_long_prompts(config: Config, pipeline: object, prompts: RunPrompts) -> None:
+    """Says once how many prompts lose their end in the text encoder."""
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    tokenizers = [part for name in names if (part := getattr(pipeline, name, None)) is not None]
+    every = [*prompts.training, *(prompts.evaluation or ()), *prompts.validation]
+    room = config.chain.max_sequence_length or default_sequence_length(pipeline)
+    over = find_over_long(every, tokenizers, room)
+    if over is not None:
+        logger.warning("%s", over.describe())
+
+
+def describe_chain_of_thought(config: Config) -> str | None:
+    """Stages and where their prompts come from, in one sentence; None for a run without."""
+    stages, arguments = stages_from_config(config), config.chain_of_thought
+    if stages is None:
+        return None
+    if arguments.dcot_columns is not None:
+        source = "columns of the prompt data"
+    elif arguments.dcot_rules:
+        source = "built-in rules"
+    else:
+        source = f"the language model `{arguments.dcot_model or arguments.dcot_endpoint_model}`"
+    steps = stages.describe(config.chain.num_inference_steps)
+    return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
+
+
+def _streamed(config: Config, columns: Columns, evaluation: list[str] | None, validation: list[str]) -> RunPrompts:
+    arguments = config.prompts
+    percentage = arguments.validation_split_percentage
+    decompose = decompose_by_rules if config.chain_of_thought.dcot_rules else None
+
+    def stream(is_wanted: Callable[[str], bool]) -> Iterator[str]:
+        for prompt in filter(is_wanted, dataset_prompts(_dataset(config), columns, arguments.max_train_samples)):
+            yield prompt if decompose is None else with_stages(prompt, decompose(prompt))
+
+    def is_trained_on(prompt: str) -> bool:
+        return percentage is None or not is_held_back(prompt, percentage)
+
+    size = arguments.shuffle_buffer_size
+    training = list(itertools.islice(stream(is_trained_on), size))
+    if percentage is not None:
+        # No more than are drawn, since they are rare and the stream is read for them.
+        unseen = stream(lambda prompt: not is_trained_on(prompt))
+        evaluation = list(itertools.islice(unseen, min(size, config.validation.num_evaluation_images)))
+    if not training or evaluation == []:
+        raise ConfigError(
+            f"validation_split_percentage: expected prompts on both sides of the split of {arguments.dataset_name}, "
+            "got none on one; change it."
+        )
+    if decompose is not None:
+        validation = decompose_prompts(validation, decompose)
+    return RunPrompts(
+        training,
+        evaluation,
+        validation,
+        StreamingPromptSampler(lambda: stream(is_trained_on), config.training.seed, size),
+    )
+
+
+def _dataset(config: Config) -> DatasetSpec:
+    arguments = config.prompts
+    assert arguments.dataset_name is not None  # the config's checks
+    return DatasetSpec(
+        arguments.dataset_name, arguments.dataset_config_name, arguments.dataset_split, arguments.streaming
+    )
+
+
+def _needs_decomposer(config: Config) -> bool:
+    arguments = config.chain_of_thought
+    return arguments.dcot_rules or arguments.dcot_model is not None or arguments.dcot_endpoint is not None
+
+
+def _decomposer(config: Config, device: torch.device) -> Decomposer:
+    arguments, stages = config.chain_of_thought, stages_from_config(config)
+    assert stages is not None
+    path = Path(arguments.dcot_cache or Path(config.training.output_dir) / STAGE_PROMPTS_FILE)
+    if arguments.dcot_rules:
+        # Rules need no memory, but a file that a person edits is honoured.
+        return RememberedStages(decompose_by_rules, path, stages.names) if arguments.dcot_cache else decompose_by_rules
+    model: TransformersModel | EndpointModel
+    if arguments.dcot_model is not None:
+        model = TransformersModel(arguments.dcot_model, device)
+    else:
+        assert arguments.dcot_endpoint is not None and arguments.dcot_endpoint_model is not None
+        key = os.environ.get("OPENAI_API_KEY")
+        model = EndpointModel(arguments.dcot_endpoint, arguments.dcot_endpoint_model, key)
+    return RememberedStages(LanguageModelDecomposer(model, stages.names), path, stages.names)

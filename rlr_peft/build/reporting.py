@@ -1,0 +1,124 @@
+"""What a program says: logs without noise, and errors that explain themselves as one clear message."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+from rlr_peft.config import ConfigError
+from rlr_peft.errors import UserError
+from rlr_peft.foreign_text import guard_terminal, say, say_traceback
+from rlr_peft.rewards.scores import RewardError
+
+
+def set_up_logging() -> None:
+    """Our messages at INFO from the main process, warnings from all, on stderr; to be called before torch is imported.
+
+    bitsandbytes and transformers report at import what optional accelerations they lack: nothing of it is used here.
+    """
+    guard_terminal()
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("rlr_peft").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def hide_loading_bars() -> None:
+    """Turns off the libraries' progress bars while a pipeline is loaded; ours stay."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Silences our warnings and the libraries', and gives back the levels that there were."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    ours = logging.getLogger("rlr_peft")
+    before = ours.level, diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    ours.setLevel(logging.ERROR)
+    diffusers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(before[0])
+        diffusers_logging.set_verbosity(before[1])
+        transformers_logging.set_verbosity(before[2])
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
+WITHOUT_MEMORY = (
+    "Lower --train_batch_size (and raise --gradient_accumulation_steps) or --decode_batch_size, or use "
+    "--gradient_checkpointing, --vae_gradient_checkpointing or --offload; `rlr-peft plan --gpu_memory GIB` with the "
+    "same config and flags says what takes the memory and which options help."
+)
+
+
+@contextmanager
+def reporting_errors(afterwards: str = "") -> Iterator[None]:
+    """Prints an explained error instead of a traceback and leaves with exit code 1 (2 for the config's).
+
+    Where the user's own reward raised, the traceback into it follows, from its first line in their code on.
+
+    Args:
+        afterwards: what is left and how to go on, said after Ctrl-C and on a full disk.
+    """
+    try:
+        yield
+    except UserError as error:
+        say(f"error: {error}", sys.stderr)
+        if isinstance(error, RewardError) and error.raised is not None:
+            say_traceback(error.raised)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        say(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), sys.stderr)
+        raise SystemExit(1) from None
+    except (RuntimeError, MemoryError) as error:
+        whose = _memory_that_is_full(error)
+        if whose is None:
+            raise
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else "an allocation failed"
+        say(f"error: {whose} memory is full: {reason}. {WITHOUT_MEMORY} {afterwards}".rstrip(), sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        say(f"Stopped at once. {afterwards}".rstrip(), sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"(os error {number})" in str(error) for number in DISK_FULL)  # safetensors tells it in words alone
+
+
+def _memory_that_is_full(error: RuntimeError | MemoryError) -> str | None:
+    # Who has not imported torch yet cannot have got its error, and need not wait for it.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "The GPU's"
+    # torch has no class of its own for the host's allocator.
+    return "The host's" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else None
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """While a run is built, what libraries and builders refuse is a mistake in the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(f"The run cannot be built: {error}") from error

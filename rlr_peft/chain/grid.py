@@ -1,0 +1,209 @@
+"""Which points of the noising path a chain visits: a pipeline's scheduler turned into a grid of Gaussian steps.
+
+Whatever solver a pipeline comes with (PNDM, DPM-Solver, UniPC, Euler, ...), its config says on which path the model was
+trained: DDPM noise levels, or flow matching with a shift. The chain takes that path and its own steps.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy
+import torch
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from rlr_peft.chain.path import PathPoint, PredictionType
+
+SchedulerType = Literal["diffusion", "flow"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+BaseScheduler: TypeAlias = DDIMScheduler | CogVideoXDDIMScheduler | FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points of the noising path that a chain visits, noise first.
+
+    Attributes:
+        timesteps: what the denoiser is told at every step, noise first, (T,).
+        points: where each step starts, noise first, length T.
+        followings: where each step leads, length T.
+    """
+
+    timesteps: torch.Tensor
+    points: tuple[PathPoint, ...]
+    followings: tuple[PathPoint, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.points)
+
+    def step_points(self, t: int) -> tuple[PathPoint, PathPoint]:
+        """Start and end of step t, T first and 1 last."""
+        return self.points[self.num_steps - t], self.followings[self.num_steps - t]
+
+
+def base_scheduler(
+    scheduler: Any, timestep_spacing: TimestepSpacing | None = None, scheduler_type: SchedulerType | None = None
+) -> BaseScheduler:
+    """The scheduler that knows the path and the grid, made from the config of the one that the pipeline came with.
+
+    Args:
+        scheduler: the pipeline's.
+        timestep_spacing: where on the path the T steps lie; None keeps what the config says.
+        scheduler_type: the kind of path; None reads it off the scheduler.
+
+    Raises:
+        ValueError: the path cannot be told from the scheduler, or no Gaussian step does what the scheduler does.
+    """
+    kind = scheduler_type or _type_of(scheduler)
+    config = dict(scheduler.config)
+    betas, count = config.get("trained_betas"), config.get("num_train_timesteps")
+    if kind == "diffusion" and betas is not None and len(betas) != count:
+        raise ValueError(
+            f"{type(scheduler).__name__} has {len(betas)} trained_betas for num_train_timesteps={count}: expected one "
+            "for each; correct scheduler/scheduler_config.json."
+        )
+    if kind == "flow":
+        if timestep_spacing == "leading":
+            raise ValueError("Expected timestep_spacing trailing or linspace for a flow-matching model, got leading.")
+        if config.get("invert_sigmas"):
+            raise ValueError(
+                f"{type(scheduler).__name__} runs with invert_sigmas, which the chain's steps do not know."
+            )
+        shift = config.get("flow_shift") or config.get("shift") or 1.0
+        own = {"shift": shift, "stochastic_sampling": False}
+        if timestep_spacing == "trailing":
+            own["shift_terminal"] = None  # it stretches the grid until its last step is nearly empty
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        shared = {name: value for name, value in config.items() if name in known}
+        return FlowMatchEulerDiscreteScheduler.from_config(shared, **own)
+    spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    if type(scheduler).__name__.startswith("CogVideoX"):  # its betas are shifted in a way of its own
+        return CogVideoXDDIMScheduler.from_config(scheduler.config, **spacing)
+    if config.get("thresholding") or (config.get("clip_sample") and isinstance(scheduler, DDIMScheduler)):
+        raise ValueError(
+            "Expected a scheduler with clip_sample=False and thresholding=False, got "
+            f"clip_sample={config.get('clip_sample')} and thresholding={config.get('thresholding')}. Load the pipeline "
+            "with DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)."
+        )
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, **spacing)
+
+
+def retimed(base: BaseScheduler, timestep_spacing: TimestepSpacing) -> BaseScheduler:
+    """The same path with its steps elsewhere."""
+    return base_scheduler(base, timestep_spacing)
+
+
+def prediction_type(base: BaseScheduler) -> PredictionType:
+    """What the denoiser of this path outputs.
+
+    Raises:
+        ValueError: something that the chain's steps do not know, such as the clean latents themselves ("sample").
+    """
+    if isinstance(base, FlowMatchEulerDiscreteScheduler):
+        return "flow_prediction"
+    kind = base.config.prediction_type
+    if kind not in get_args(PredictionType):
+        raise ValueError(
+            f"The base's scheduler says prediction_type={kind!r}, and the chain's steps know "
+            f"{', '.join(get_args(PredictionType))}: correct scheduler/scheduler_config.json if the model was trained "
+            "for one of them, else take another base."
+        )
+    return kind
+
+
+def check_grid(grid: Grid, kind: PredictionType) -> None:
+    """Refuses a grid on which a step is not defined.
+
+    Raises:
+        ValueError: epsilon prediction from pure noise, or noise levels that are no numbers or grow along the chain.
+    """
+    for number, (point, following) in enumerate(zip(grid.points, grid.followings, strict=True)):
+        levels = (point.alpha, point.sigma, following.alpha, following.sigma)
+        if not all(map(math.isfinite, levels)) or following.sigma > point.sigma or following.alpha == 0:
+            raise ValueError(
+                f"The base's scheduler leads from noise level {point.sigma:.4g} to {following.sigma:.4g} in step "
+                f"{number + 1} of {grid.num_steps}: expected levels that fall. Correct its betas or sigmas in "
+                "scheduler/scheduler_config.json, or take fewer steps with --num_inference_steps."
+            )
+        if kind == "epsilon" and point.alpha == 0:
+            raise ValueError(
+                "The base's scheduler starts at pure noise (rescale_betas_zero_snr), where epsilon prediction leaves "
+                "the image undetermined: set rescale_betas_zero_snr to false in scheduler/scheduler_config.json, or "
+                "prediction_type to v_prediction if the model was trained for it; --timestep_spacing leading keeps "
+                "clear of pure noise too."
+            )
+
+
+def make_grid(
+    base: BaseScheduler,
+    num_inference_steps: int,
+    timestep_spacing: TimestepSpacing | None = None,
+    sigmas: Any = None,
+    mu: float | None = None,
+) -> Grid:
+    """The grid of a base scheduler.
+
+    Args:
+        base: of ``base_scheduler``.
+        num_inference_steps: T.
+        timestep_spacing: for flows: ``trailing`` starts from noise levels 1, ..., 2/T, 1/T and then shifts them, so
+            that the last step has work to do; ``linspace`` is the scheduler's own grid, whose last step is nearly
+            empty; None takes the noise levels that the pipeline asks for, else trailing.
+        sigmas: noise levels that the pipeline asks for.
+        mu: the shift that the pipeline derives from the resolution.
+    """
+    if not isinstance(base, FlowMatchEulerDiscreteScheduler):
+        return diffusion_grid(base, num_inference_steps)
+    if timestep_spacing == "linspace":
+        sigmas = None
+    elif timestep_spacing == "trailing" or sigmas is None:
+        sigmas = requested_sigmas(base, num_inference_steps, timestep_spacing)
+    shift = {"mu": mu} if base.config.use_dynamic_shifting else {}
+    base.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas, **shift)
+    levels = [float(sigma) for sigma in base.sigmas]
+    points = tuple(PathPoint(1 - sigma, sigma) for sigma in levels)
+    return Grid(timesteps=base.timesteps.clone(), points=points[:-1], followings=points[1:])
+
+
+def requested_sigmas(
+    base: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, timestep_spacing: TimestepSpacing | None
+) -> numpy.ndarray:
+    """The noise levels before any shift, (T,), of the grid that ``make_grid`` takes by itself."""
+    if timestep_spacing != "linspace":
+        return numpy.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    first, last = base._sigma_to_t(base.sigma_max), base._sigma_to_t(base.sigma_min)
+    return numpy.linspace(first, last, num_inference_steps) / base.config.num_train_timesteps
+
+
+def diffusion_grid(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, num_inference_steps: int) -> Grid:
+    """The grid of ``DDIMScheduler``, including where it places the end of every step."""
+    scheduler.set_timesteps(num_inference_steps)
+    stride = scheduler.config.num_train_timesteps // num_inference_steps
+
+    def point(timestep: int) -> PathPoint:
+        alpha_squared = scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod
+        return PathPoint(float(alpha_squared) ** 0.5, max(0.0, 1 - float(alpha_squared)) ** 0.5)
+
+    # Trailing timesteps come from a floating-point arange, which for some T (61, 103, ...) has one too many: -1.
+    timesteps = scheduler.timesteps[:num_inference_steps].clone()
+    return Grid(
+        timesteps=timesteps,
+        points=tuple(point(timestep) for timestep in timesteps.tolist()),
+        followings=tuple(point(timestep - stride) for timestep in timesteps.tolist()),
+    )
+
+
+def _type_of(scheduler: Any) -> SchedulerType:
+    config = dict(scheduler.config)
+    is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if is_flow or type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow"
+    if "beta_schedule" in config:
+        return "diffusion"
+    raise ValueError(
+        f"Could not determine the noising path of {type(scheduler).__name__}: expected the betas of a DDPM path or a "
+        "flow-matching scheduler. Set --scheduler_type to diffusion or flow if you know that the model is one of them."
+    )

@@ -1,0 +1,352 @@
+"""Stands in for a pipeline's scheduler: shows it a slice of the grid, takes the Gaussian step, records it.
+
+And the other way round: which scheduler of diffusers draws what a chain draws, and what it draws otherwise where none
+does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from rlr_peft.chain.grid import (
+    BaseScheduler,
+    Grid,
+    TimestepSpacing,
+    check_grid,
+    make_grid,
+    prediction_type,
+    requested_sigmas,
+    retimed,
+)
+from rlr_peft.chain.path import (
+    DEAD_STEP,
+    GaussianStep,
+    PathPoint,
+    StepKind,
+    gaussian_step,
+    output_sensitivity,
+    step_std,
+)
+
+
+@dataclass
+class RecordedSteps:
+    """What one pass over a slice of the grid left behind; lists run noise first."""
+
+    latents: list[torch.Tensor] = field(default_factory=list)
+    steps: list[GaussianStep] = field(default_factory=list)
+
+    def extend(self, later: RecordedSteps) -> None:
+        """Appends what the next slice left behind."""
+        self.latents += later.latents
+        self.steps += later.steps
+
+
+class RecordingScheduler:
+    """Quacks like a diffusers scheduler for the pipeline's own ``__call__``.
+
+    ``expose`` chooses the slice of steps that the next call sees and the noises it uses; ``recorded`` holds the result.
+    The first call settles the grid: pipelines pass noise levels and a shift that depend on the resolution.
+
+    Args:
+        base: knows the noising path.
+        kind: which Gaussian step to take.
+        eta: amount of noise.
+        timestep_spacing: of the grid; see ``make_grid``.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(
+        self, base: BaseScheduler, kind: StepKind, eta: float, timestep_spacing: TimestepSpacing | None = None
+    ) -> None:
+        self.config = base.config
+        self.kind = kind
+        self.eta = eta
+        self.prediction_type = prediction_type(base)
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+        self.recorded = RecordedSteps()
+        self.on_step: Callable[[int], object] | None = None
+        self.latents_shape: tuple[int, ...] | None = None
+        self._base = base
+        self._timestep_spacing = timestep_spacing
+        self._settled: Grid | None = None
+        self._mu: float | None = None
+        self._request: dict[str, Any] = {}
+        self._noises: torch.Tensor | None = None
+        self._next_step = 0
+        self._exposed = range(0)
+
+    @property
+    def grid(self) -> Grid:
+        """The settled grid.
+
+        Raises:
+            ValueError: the pipeline has not asked for timesteps, so it does not run on this scheduler.
+        """
+        if self._settled is None:
+            raise ValueError(
+                "The pipeline never called scheduler.set_timesteps: it does not denoise with its `scheduler`, so it "
+                "cannot be driven as a chain."
+            )
+        return self._settled
+
+    def expose(self, start: int, stop: int, noises: torch.Tensor | None) -> None:
+        """Shows steps ``start, ..., stop + 1`` (none if equal) to the next call; ``noises[t - 1]`` drives step t."""
+        self._exposed = range(start, stop, -1)
+        self._noises = noises
+        self._next_step = start
+        self.recorded = RecordedSteps()
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:
+        """Called by the pipeline: the slice replaces the grid it asks for."""
+        if self._settled is None:
+            steps = len(sigmas) if num_inference_steps is None else num_inference_steps
+            grid = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu)
+            check_grid(grid, self.prediction_type)
+            self._settled, self._mu = grid, mu
+            asked = {"num_inference_steps": steps, "sigmas": sigmas, "mu": mu}
+            self._request = {name: value for name, value in asked.items() if value is not None}
+        grid = self._settled
+        first = grid.num_steps - self._exposed.start if len(self._exposed) else grid.num_steps
+        stop = first + len(self._exposed)
+        self.timesteps = grid.timesteps[first:stop].to(device)
+        self.sigmas = torch.tensor([point.sigma for point in grid.points[first:stop]])  # pipelines read them as numbers
+        self._announce_step()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Part of the interface; the slice says where to begin."""
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The models see the latents as they are."""
+        return sample
+
+    def step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """Takes and records the Gaussian step; the latents keep their own precision."""
+        t = self._next_step
+        current, following = self.grid.step_points(t)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)  # a double denoiser may get single latents
+        latents, output = self._unfolded(sample.to(dtype)), self._unfolded(model_output.to(dtype))
+        kind = self._kind(t, following)
+        step = gaussian_step(kind, self.prediction_type, latents, output, current, following, self.eta)
+        latents = step.mean if self._noises is None else step.next_latents(self._noises[t - 1])
+        self.recorded.steps.append(step)
+        self.recorded.latents.append(latents)
+        self._next_step = t - 1
+        self._announce_step()
+        folded = self._folded(latents, sample)
+        return SchedulerOutput(prev_sample=folded) if return_dict else (folded,)
+
+    def std(self, t: int) -> float:
+        """Standard deviation of step t."""
+        current, following = self.grid.step_points(t)
+        return step_std(self._kind(t, following), current, following, self.eta)
+
+    def output_sensitivity(self, t: int) -> float:
+        """``|d mean / d denoiser output|`` of step t."""
+        return self._sensitivity(self.grid, t)
+
+    def for_inference(self, own_config: Any, call_parameters: Collection[str]) -> InferenceScheduler:
+        """The diffusers scheduler that draws like this one.
+
+        Args:
+            own_config: of the scheduler that the pipeline came with.
+            call_parameters: what the pipeline's call takes.
+        """
+        is_noisy = any(self.std(t) > 0 for t in range(1, self.grid.num_steps + 1))
+        return inference_scheduler(
+            own_config,
+            self._base,
+            self.grid,
+            self._request,
+            timestep_spacing=self._timestep_spacing,
+            noise=self.kind if is_noisy else None,
+            eta=self.eta,
+            call_parameters=call_parameters,
+        )
+
+    def last_step_warning(self) -> str | None:
+        """A sentence if the last step hardly passes on what the denoiser outputs."""
+        sensitivity = self.output_sensitivity(1)
+        if sensitivity >= DEAD_STEP:
+            return None
+        text = (
+            f"The last step is nearly dead: |d x_0 / d output| = {sensitivity:.3f} there, so first-order gradients of "
+            "few steps are weak."
+        )
+        trailing = make_grid(retimed(self._base, "trailing"), self.grid.num_steps, "trailing", None, self._mu)
+        alternative = self._sensitivity(trailing, 1)
+        if alternative >= 2 * sensitivity:
+            text += f" With --timestep_spacing trailing it is {alternative:.3f}."
+        return text
+
+    def _kind(self, t: int, following: PathPoint) -> StepKind:
+        """A flow-SDE step is noisier than where it leads: at the end, even one just short of clean, that would stay."""
+        return "ode" if self.kind == "flow-sde" and t == 1 and following.sigma > 0 else self.kind
+
+    def _sensitivity(self, grid: Grid, t: int) -> float:
+        current, following = grid.step_points(t)
+        return output_sensitivity(self._kind(t, following), self.prediction_type, current, following, self.eta)
+
+    def _announce_step(self) -> None:
+        """Before a step's denoiser runs: here, since not every pipeline calls ``scale_model_input``."""
+        if self.on_step is not None and self._next_step > self._exposed.stop:
+            self.on_step(self._next_step)
+
+    def _unfolded(self, sample: torch.Tensor) -> torch.Tensor:
+        """(B, C, F, h, w) where a pipeline's step sees the frames of videos in the batch, (B * F, C, h, w)."""
+        shape = self.latents_shape
+        if shape is None or sample.ndim == len(shape) + 1:
+            return sample
+        channels, frames, height, width = shape
+        return sample.reshape(-1, frames, channels, height, width).permute(0, 2, 1, 3, 4)
+
+    def _folded(self, latents: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return latents if latents.ndim == like.ndim else latents.permute(0, 2, 1, 3, 4).reshape(like.shape)
+
+
+CLASSES = {kind.__name__: kind for kind in (DDIMScheduler, CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler)}
+
+
+@dataclass(frozen=True)
+class InferenceScheduler:
+    """How a pipeline without the chain steps as the chain does.
+
+    Attributes:
+        class_name: of diffusers.
+        options: over the config of the pipeline's own scheduler, in plain values.
+        settings: the options and where the steps lie, to be named.
+        sigmas: noise levels, before any shift, that the scheduler must be told; empty where the pipeline's own request
+            gives the chain's grid already.
+        sigmas_in_call: whether the pipeline's call takes them.
+        eta: of the pipeline's call; 0 where it is left out.
+        difference: a sentence on what the pipeline draws otherwise; None where it draws the same images.
+    """
+
+    class_name: str
+    options: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    sigmas: tuple[float, ...] = ()
+    sigmas_in_call: bool = False
+    eta: float = 0.0
+    difference: str | None = None
+
+    def __str__(self) -> str:
+        words = [f"{name} {value}" for name, value in self.settings.items()]
+        return ", ".join([self.class_name, *words])
+
+    def call_options(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call."""
+        sigmas = {"sigmas": list(self.sigmas)} if self.sigmas and self.sigmas_in_call else {}
+        return sigmas | ({"eta": self.eta} if self.eta else {})
+
+
+def inference_scheduler(
+    own_config: Any,
+    base: BaseScheduler,
+    grid: Grid,
+    request: Mapping[str, Any],
+    *,
+    timestep_spacing: TimestepSpacing | None,
+    noise: str | None,
+    eta: float,
+    call_parameters: Collection[str],
+) -> InferenceScheduler:
+    """What draws like a chain.
+
+    Args:
+        own_config: of the pipeline's own scheduler.
+        base: knows the chain's path.
+        grid: where the chain's steps lie.
+        request: how the pipeline asked for its timesteps: num_inference_steps, sigmas and mu, those that it gave.
+        timestep_spacing: of the grid, see ``make_grid``.
+        noise: the kind of the chain's steps; None where they add no noise.
+        eta: amount of noise.
+        call_parameters: what the pipeline's call takes.
+    """
+    kind = type(base)
+    options = _differing(base.config, kind.from_config(own_config).config, kind)
+    scheduler = kind.from_config(own_config, **options)
+    sigmas: tuple[float, ...] = ()
+    is_flow, in_call = isinstance(base, FlowMatchEulerDiscreteScheduler), "sigmas" in call_parameters
+    # A pipeline that tells its scheduler levels of its own, and takes none, cannot be told others.
+    if is_flow and not _same_grid(scheduler, grid, request) and (in_call or "sigmas" not in request):
+        sigmas = tuple(requested_sigmas(base, grid.num_steps, timestep_spacing).tolist())
+        request = {**request, "sigmas": list(sigmas)}
+    takes_eta = isinstance(base, DDIMScheduler) and noise == "ancestral" and "eta" in call_parameters
+    difference = None
+    if not _same_grid(scheduler, grid, request):
+        difference = (
+            f"{kind.__name__} in this pipeline places {grid.num_steps} steps elsewhere than the chain that the numbers "
+            "were measured with."
+        )
+    elif takes_eta:
+        difference = (
+            "It takes the steps that were measured, eta included, but draws their noise in another order: its images "
+            "come from the same distribution and are not the same ones."
+        )
+    elif noise is not None:
+        difference = (
+            f"No scheduler of diffusers takes the {noise} steps with eta {eta:g} that the numbers were measured with: "
+            "it draws without noise on the same grid, and the numbers are of the chain with noise."
+        )
+    return InferenceScheduler(
+        class_name=kind.__name__,
+        options=options,
+        settings=options if is_flow else {**options, "timestep_spacing": base.config.timestep_spacing},
+        sigmas=sigmas,
+        sigmas_in_call=in_call,
+        eta=eta if takes_eta else 0.0,
+        difference=difference,
+    )
+
+
+def build_scheduler(own_config: Any, class_name: str, options: Mapping[str, Any], sigmas: Sequence[float] = ()) -> Any:
+    """The scheduler that a record names, from the config of the pipeline's own.
+
+    Args:
+        own_config: of the pipeline's own scheduler.
+        class_name: of diffusers.
+        options: over that config.
+        sigmas: noise levels that it is to take whatever number of steps it is asked for.
+
+    Raises:
+        ValueError: another class than a chain's steps equal.
+    """
+    if class_name not in CLASSES:
+        raise ValueError(f"Expected the scheduler {' or '.join(CLASSES)}, got {class_name}.")
+    scheduler = CLASSES[class_name].from_config(own_config, **options)
+    if sigmas:
+        scheduler.set_timesteps = partial(scheduler.set_timesteps, sigmas=list(sigmas))
+    return scheduler
+
+
+def _differing(wanted: Any, got: Any, kind: type[BaseScheduler]) -> dict[str, Any]:
+    """The settings of the class that another config would get otherwise."""
+    names = kind._get_init_keys(kind) - {"self", "kwargs"}
+    return {name: wanted[name] for name in sorted(names) if wanted[name] != got[name]}
+
+
+def _same_grid(scheduler: BaseScheduler, grid: Grid, request: Mapping[str, Any]) -> bool:
+    """Whether the scheduler, asked as the pipeline asks, visits the points of the grid."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(**request)
+        got, levels = scheduler.sigmas.tolist(), [point.sigma for point in (*grid.points, grid.followings[-1])]
+    else:
+        scheduler.set_timesteps(request["num_inference_steps"])
+        got, levels = scheduler.timesteps.tolist(), grid.timesteps.tolist()
+    return len(got) == len(levels) and bool(numpy.allclose(got, levels, rtol=0, atol=1e-6))

@@ -1,0 +1,300 @@
+"""Rewards with a CLIP model of `transformers`: CLIPScore, PickScore, HPSv2 and the LAION aesthetic predictor.
+
+HPSv2's checkpoint is in open_clip's format: other names, the same numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from rlr_peft.rewards.model_reward import (
+    MODEL_FILES,
+    LinearHead,
+    ModelFiles,
+    ModelSettings,
+    SeeingReward,
+    check_keys,
+    load_weights,
+    loading,
+    unit,
+)
+from rlr_peft.rewards.preprocessing import clip_pixels, padded_clip_pixels
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+HPSV2 = "xswu/HPSv2"
+HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+
+
+class ClipScore(SeeingReward):
+    """100 times the cosine of image and prompt in OpenAI's CLIP ViT-L/14 (Hessel et al., 2021), with no floor at 0."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__("clipscore", settings, load_clip("clipscore", settings.files, OPENAI_CLIP, settings.dtype))
+        self._tokenizer = load_clip_tokenizer("clipscore", settings.files, OPENAI_CLIP)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) float32, about 15 to 35."""
+        pixels = clip_pixels(images, self.network.config.vision_config.image_size)
+        return 100 * clip_cosine(self.network, self._tokenizer, pixels, prompts)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        return clip_image_features(self.network, clip_pixels(images, self.network.config.vision_config.image_size))
+
+
+class PickScore(SeeingReward):
+    """Human preference learnt from Pick-a-Pic (Kirstain et al., 2023): scaled cosine in a fine-tuned CLIP ViT-H/14."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__("pickscore", settings, load_clip("pickscore", settings.files, PICKSCORE, settings.dtype))
+        self._tokenizer = load_clip_tokenizer("pickscore", settings.files, LAION_CLIP)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) float32, about 17 to 24."""
+        pixels = clip_pixels(images, self.network.config.vision_config.image_size)
+        cosine = clip_cosine(self.network, self._tokenizer, pixels, prompts)
+        return self.network.logit_scale.float().exp() * cosine
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        return clip_image_features(self.network, clip_pixels(images, self.network.config.vision_config.image_size))
+
+
+class HPSv2(SeeingReward):
+    """Human preference score v2 (Wu et al., 2023): cosine in a fine-tuned CLIP ViT-H/14.
+
+    Args:
+        version: of the checkpoint, which is in open_clip's format and converted on load.
+        settings: how the network is held.
+    """
+
+    def __init__(self, version: Literal["v2.0", "v2.1"], settings: ModelSettings) -> None:
+        name = f"hpsv2/{version}"
+        file = HPSV2_FILES[version]
+        path = settings.files.find(name, HPSV2, file.replace(".pt", ".safetensors"), file)
+        network = clip_from_open_clip(name, path, load_weights(name, path), settings.dtype)
+        super().__init__(name, settings, network)
+        self._tokenizer = load_clip_tokenizer(name, settings.files, LAION_CLIP)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) float32, about 0.2 to 0.35."""
+        pixels = padded_clip_pixels(images, self.network.config.vision_config.image_size)
+        return clip_cosine(self.network, self._tokenizer, pixels, prompts)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        return clip_image_features(
+            self.network, padded_clip_pixels(images, self.network.config.vision_config.image_size)
+        )
+
+
+HEAD = "trl-lib/ddpo-aesthetic-predictor"
+# The same weights are spread under two names.
+HEAD_FILES = ("aesthetic-model.safetensors", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
+
+
+class Aesthetic(SeeingReward):
+    """The head on the unit image feature; the prompt is not looked at. The head is kept in float32."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        vision = load_clip_vision("aesthetic", settings.files, OPENAI_CLIP, settings.dtype)
+        path = settings.files.find("aesthetic", HEAD, *HEAD_FILES)
+        head = LinearHead("aesthetic", path, load_weights("aesthetic", path), vision.config.projection_dim)
+        super().__init__("aesthetic", settings, nn.ModuleDict({"vision": vision, "head": head}))
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) float32, on a scale of 1 to 10; photographs and paintings lie at 4 to 7."""
+        scores: Tensor = self.network["head"](unit(self.features(images)))
+        return scores
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        vision = self.network["vision"]
+        pixels = clip_pixels(images, vision.config.image_size)
+        embeddings: Tensor = vision(pixel_values=pixels.to(vision.dtype)).image_embeds
+        return embeddings
+
+
+OPENAI_CLIP = "openai/clip-vit-large-patch14"
+LAION_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+
+
+def load_clip(reward_name: str, files: ModelFiles, repo: str, dtype: torch.dtype) -> CLIPModel:
+    """Both towers."""
+    folder = files.folder(reward_name, repo, *MODEL_FILES)
+    with loading(reward_name, folder):
+        return CLIPModel.from_pretrained(folder, dtype=dtype)
+
+
+def load_clip_vision(
+    reward_name: str, files: ModelFiles, repo: str, dtype: torch.dtype
+) -> CLIPVisionModelWithProjection:
+    """The image tower and its projection."""
+    folder = files.folder(reward_name, repo, *MODEL_FILES)
+    with loading(reward_name, folder):
+        return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype)
+
+
+def load_clip_tokenizer(reward_name: str, files: ModelFiles, repo: str) -> CLIPTokenizer:
+    """From `vocab.json` and `merges.txt`."""
+    folder = files.folder(reward_name, repo, *TOKENIZER_FILES)
+    with loading(reward_name, folder):
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def clip_cosine(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
+    """Cosine of the features of every image and its prompt.
+
+    Args:
+        model: any dtype.
+        tokenizer: of the model.
+        pixels: (B, 3, size, size), preprocessed.
+        prompts: B prompts; what is beyond the model's text length is cut off.
+
+    Returns:
+        (B,) float32 in [-1, 1].
+    """
+    # What follows the end of the text has no influence on it in a causal text model, so no mask is needed.
+    ids = tokenizer(
+        prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
+        return_tensors="pt",
+    ).input_ids.to(pixels.device)
+    with torch.no_grad():
+        text = unit(model.get_text_features(input_ids=ids).pooler_output)
+    return (unit(clip_image_features(model, pixels)) * text).sum(-1)
+
+
+def clip_image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """(B, D) projected image embeddings, not normalised, of preprocessed pixels (B, 3, size, size)."""
+    embeddings: Tensor = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
+    return embeddings
+
+
+# The weights do not tell how many heads they are meant for; both towers of ViT-H/14 have 16.
+NUM_HEADS = 16
+
+_PLAIN = {
+    "logit_scale": "logit_scale",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+# Kept by open_clip as matrices that features are multiplied with from the right.
+_TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+_IN_A_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+
+
+def clip_from_open_clip(reward_name: str, path: Path, checkpoint: Mapping[str, Any], dtype: torch.dtype) -> CLIPModel:
+    """Build and fill a CLIPModel.
+
+    Args:
+        reward_name: named in errors.
+        path: of the checkpoint, named in errors.
+        checkpoint: open_clip's weights, or a mapping that holds them as `state_dict`.
+        dtype: of the result.
+
+    Raises:
+        RewardError: weights are missing or unknown.
+    """
+    weights: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    with loading(reward_name, path):
+        model = CLIPModel(_config_of(weights))
+    loaded = model.load_state_dict(convert_open_clip(weights), strict=False)
+    missing = [name for name in loaded.missing_keys if not name.endswith("position_ids")]
+    check_keys(reward_name, path, missing, loaded.unexpected_keys)
+    return model.to(dtype)
+
+
+def convert_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of `transformers`; unknown ones keep their names."""
+    converted: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        block = _BLOCK.fullmatch(name)
+        if name == "attn_mask":  # a constant, the causal mask
+            continue
+        if name in _PLAIN:
+            converted[_PLAIN[name]] = value
+        elif name in _TRANSPOSED:
+            converted[_TRANSPOSED[name]] = value.T.contiguous()
+        elif block is None:
+            converted[name] = value
+        else:
+            tower = "vision_model" if block[1] else "text_model"
+            converted.update(_convert_in_block(f"{tower}.encoder.layers.{block[2]}", block[3], value))
+    return converted
+
+
+def _convert_in_block(prefix: str, name: str, value: Tensor) -> dict[str, Tensor]:
+    if name in ("attn.in_proj_weight", "attn.in_proj_bias"):
+        kind = name.removeprefix("attn.in_proj_")
+        return {
+            f"{prefix}.self_attn.{part}_proj.{kind}": piece for part, piece in zip("qkv", value.chunk(3), strict=True)
+        }
+    module, _, kind = name.rpartition(".")
+    return {f"{prefix}.{_IN_A_BLOCK.get(module, module)}.{kind}": value}
+
+
+def _config_of(weights: Mapping[str, Tensor]) -> CLIPConfig:
+    """All sizes are in the shapes, but for the number of heads."""
+    vision_width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+    grid = round((weights["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    vocabulary, text_width = weights["token_embedding.weight"].shape
+    projection = weights["text_projection"].shape[1]
+    return CLIPConfig(
+        projection_dim=projection,
+        vision_config={
+            "hidden_size": vision_width,
+            "intermediate_size": weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+            "num_hidden_layers": _depth(weights, "visual.transformer"),
+            "num_attention_heads": NUM_HEADS,
+            "image_size": grid * patch_size,
+            "patch_size": patch_size,
+            "hidden_act": "gelu",
+            "projection_dim": projection,
+        },
+        text_config={
+            "hidden_size": text_width,
+            "intermediate_size": weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+            "num_hidden_layers": _depth(weights, "transformer"),
+            "num_attention_heads": NUM_HEADS,
+            "max_position_embeddings": weights["positional_embedding"].shape[0],
+            "vocab_size": vocabulary,
+            "hidden_act": "gelu",
+            "projection_dim": projection,
+            # The end of the text is the last token of CLIP's vocabulary; its features are the text's.
+            "bos_token_id": vocabulary - 2,
+            "eos_token_id": vocabulary - 1,
+        },
+    )
+
+
+def _depth(weights: Mapping[str, Tensor], tower: str) -> int:
+    prefix = f"{tower}.resblocks."
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
