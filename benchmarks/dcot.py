@@ -159,7 +159,8 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     started, step, coverage = os.times().user, 0, ""
     run.chain.denoiser_evaluations = 0
     while run.chain.denoiser_evaluations < budget:
-        if run.estimator.needs_calibration and step % run.config.estimator.calibration_interval == 0:
+        calibration = run.config.estimator.calibration if run.estimator.needs_calibration else None
+        if calibration is not None and step % calibration.calibration_interval == 0:
             calibrate(run, step)
         update = take_update(run, step)
         coverage = update.reports[0].coverage.describe() if not step else coverage

@@ -146,7 +146,8 @@ def race(
     started = os.times().user
     while len(points) < evaluations:
         before = run.chain.denoiser_evaluations
-        if run.estimator.needs_calibration and step % run.config.estimator.calibration_interval == 0:
+        calibration = run.config.estimator.calibration if run.estimator.needs_calibration else None
+        if calibration is not None and step % calibration.calibration_interval == 0:
             calibrate(run, step)
         update = take_update(run, step)
         step += 1

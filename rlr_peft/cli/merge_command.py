@@ -9,7 +9,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from rlr_peft.config import ConfigError
-from rlr_peft.config.arguments import check_revision
+from rlr_peft.config.model import check_revision
 from rlr_peft.config.parsing import exit_with, parse_or_exit
 from rlr_peft.foreign_text import say
 

@@ -260,8 +260,8 @@ class ChainOfThoughtArguments(Group):
             )
         if config.prompts.streaming and ("dcot_model" in sources or "dcot_endpoint" in sources):
             yield (
-                f"{sources[0]}: expected dcot_columns or dcot_rules with streaming, got {sources[0]}; split the prompts "
-                "of a dataset that is not streamed."
+                f"{sources[0]}: expected dcot_columns or dcot_rules with streaming, got {sources[0]}; split the "
+                "prompts of a dataset that is not streamed."
             )
         try:
             stages = self.stages()

@@ -120,14 +120,18 @@ class ScoreTermArguments(EstimatorArguments):
         at_least=1,
         at_most=1000,
     )
-    ho_start: Literal["uniform", "window"] = knob("uniform", "How the steps are drawn: evenly, or from ho_window.")
     ho_window: tuple[int | str, ...] | None = knob(
         None,
         "From where `ho_start: window` draws: first and last step `a b`, counted from 1 (clean) to T (noise); a stage "
-        "of the Chain-of-Thought by name; or, with methods that measure, `auto` for the stage with the largest gradient "
-        "energy.",
+        "of the Chain-of-Thought by name; or, with methods that measure, `auto` for the stage with the largest "
+        "gradient energy.",
         unit="steps",
     )
+
+    @property
+    def ho_start(self) -> Literal["uniform", "gradient-norm", "window"]:
+        """How the steps are drawn."""
+        return "uniform"
 
     def has_score_terms(self, num_inference_steps: int) -> bool:
         """Not where the first-order term covers every step, or without blocks."""
@@ -194,6 +198,7 @@ class ScoreTermArguments(EstimatorArguments):
 class ReusedSamplesArguments(ScoreTermArguments):
     """Methods that take several optimiser steps on the same samples."""
 
+    ho_start: Literal["uniform", "window"] = knob("uniform", "How the steps are drawn: evenly, or from ho_window.")
     inner_epochs: int = knob(
         1, "Optimiser steps on the same samples.", unit="optimiser steps", at_least=1, at_most=1000
     )
@@ -346,6 +351,11 @@ class ThreeOrdersArguments(CalibratedArguments):
     def covered_tail(self) -> int:
         """K, if it is given."""
         return self.fo_steps if isinstance(self.fo_steps, int) else 0
+
+    @property
+    def step_choice(self) -> Literal["crossing", "inverse-variance"]:
+        """What is measured: K, unless the method has the choice."""
+        return "crossing"
 
     @property
     def zo_chains(self) -> int:

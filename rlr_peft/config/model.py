@@ -136,7 +136,8 @@ class LoraArguments(Group):
         """Yields what cannot be converted."""
         if self.output_kohya_format and self.use_dora:
             yield (
-                "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of the two."
+                "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of "
+                "the two."
             )
 
 

@@ -227,7 +227,9 @@ class TrainingArguments(Group):
         existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             got = "which cannot be written to" if existing.is_dir() else "which is a file"
-            yield f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
+            yield (
+                f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
+            )
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def _settings(run: Run) -> dict[str, str]:
         f"{weights:,} weights in the {' and the '.join(run.family.denoisers)}",
         "update": f"{arithmetic.samples_per_update} samples ({groups} prompts x {training.num_images_per_prompt})"
         f"{f' on {processes} processes' if processes > 1 else ''}",
-        "optimiser": f"{optimizer.optimizer}{' in 8 bits' if optimizer.use_8bit_adam else ''}, learning rate "
+        "optimiser": f"AdamW{' in 8 bits' if optimizer.use_8bit_adam else ''}, learning rate "
         f"{run.lr_scheduler.base_lrs[0]:g} ({optimizer.lr_scheduler}), "
         f"gradients clipped to norm {training.max_grad_norm:g}",
         "base weights": {"no": "fp32"}.get(config.model.mixed_precision, config.model.mixed_precision),

@@ -167,7 +167,7 @@ def build_run(config: Config) -> Run:
         objective=DecodedReward(chain, reward, decode_batch_size, heldout),
         estimator=estimator,
         kl_penalty=_kl_penalty(config),
-        reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
+        reward_scale=None,
         early_stopping=EarlyStopping(config.regularization.early_stopping_steps, config.regularization.kl_limit),
         learning_signal=LearningSignal(
             reward.name, sum(parameter.numel() for parameter in parameters), config.optimizer.adam_epsilon

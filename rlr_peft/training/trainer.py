@@ -158,9 +158,11 @@ def _stop_early(run: Run, progress: Progress, update: Update) -> None:
 
 def _calibration_due(run: Run, step: int) -> bool:
     """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
+    calibration = run.config.estimator.calibration
+    if calibration is None or not run.estimator.needs_calibration:
+        return False
     # Not only every so often: a run may have come to a measured K when it was resumed.
-    is_due = step % run.config.estimator.calibration_interval == 0 or not run.estimator.is_calibrated
-    if not (run.estimator.needs_calibration and is_due):
+    if step % calibration.calibration_interval != 0 and run.estimator.is_calibrated:
         return False
     has_choice = run.objective.has_gradient or run.estimator.calibrates_without_gradient
     return bool(run.processes.largest(int(has_choice), "the need of a calibration"))

@@ -68,7 +68,8 @@ class Update:
 
 def calibrate(run: Run, step: int) -> None:
     """Measures the terms' variances on samples of their own; every process measures the same ones."""
-    arguments, training = run.config.estimator, run.config.training
+    arguments, training = run.config.estimator.calibration, run.config.training
+    assert arguments is not None, "only methods with calibration knobs ask for one"
     group_size = training.num_images_per_prompt
     # Single samples are replayed, and dropout's masks depend on the size of the batch.
     micro_batch_size = 1 if run.chain.denoiser.training else training.train_batch_size
