@@ -25,16 +25,16 @@ from benchmarks.machine import write_results
 from benchmarks.race import base_evaluation, claimed
 from rlr_peft.build.drawing import render
 from rlr_peft.build.pipeline import load_pipeline
+from rlr_peft.build.run import Run, build_run
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.compare.evaluation import evaluate, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.config import load_config
-from rlr_peft.evaluation.compare import compare, evaluate, evaluation_plan, flat_metrics
-from rlr_peft.prompt import stages_of, with_stages
+from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards
 from rlr_peft.rewards.embedded import TinyShapesJudgeReward
 from rlr_peft.stages import make_stages
 from rlr_peft.tiny_shapes import scenes
-from rlr_peft.training.run import Run, build_run
 from rlr_peft.training.update import calibrate, take_update
 from rlr_peft.training.validation import evaluate_adapter
 
@@ -150,7 +150,9 @@ def train_one(
     )
     facts = {"updates": steps, "denoiser_evaluations": spent, "cpu_seconds": seconds, "coverage": coverage}
     return (
-        {"arm": arm, "learning_rate": rate, "seed": seed, "flags": flags} | facts | flat_metrics(compare(before, after))
+        {"arm": arm, "learning_rate": rate, "seed": seed, "flags": flags}
+        | facts
+        | flat_metrics(paired_gains(before, after))
     )
 
 
@@ -159,11 +161,12 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     started, step, coverage = os.times().user, 0, ""
     run.chain.denoiser_evaluations = 0
     while run.chain.denoiser_evaluations < budget:
-        calibration = run.config.estimator.calibration if run.estimator.needs_calibration else None
+        wanted = run.estimator.wants_calibration(run.objective.has_gradient)
+        calibration = run.config.estimator.calibration if wanted else None
         if calibration is not None and step % calibration.calibration_interval == 0:
             calibrate(run, step)
         update = take_update(run, step)
-        coverage = update.reports[0].coverage.describe() if not step else coverage
+        coverage = update.coverage.describe() if not step else coverage
         step += 1
     return run.chain.denoiser_evaluations, step, os.times().user - started, coverage
 
@@ -174,21 +177,23 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
     pipeline = load_pipeline(config.model, torch.device("cpu"))
     chain = DenoisingChain(pipeline, num_inference_steps=10, eta=0.0, guidance_scale=4.0, stages=make_stages())
     heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
-    prompts, seeds = evaluation_plan(scenes.prompts("test"), images, TUNING_SEED)
+    prompts, seeds = prompts_and_seeds(as_prompts(scenes.prompts("test")), images, TUNING_SEED)
     rows, pictures = [], {}
     for split in SPLITS:
-        texts = [split_caption(prompt, split) for prompt in prompts]
-        found = evaluate(lambda some, numbers: render(chain, some, numbers), texts, seeds, {"heldout": heldout}, 32)
+        staged = [split_caption(prompt.text, split) for prompt in prompts]
+        found = evaluate(lambda some, numbers: render(chain, some, numbers), staged, seeds, {"heldout": heldout}, 32)
         means = {name.removeprefix("heldout/"): float(values.mean()) for name, values in found.info.items()}
-        rows.append({"split": split, "example": stages_of(texts[0]) or [texts[0]], **means})
+        rows.append({"split": split, "example": staged[0].stages or [staged[0].text], **means})
         pictures[split] = found.images
         print(rows[-1], flush=True)
     (folder / "pictures").mkdir(exist_ok=True)
-    torch.save({"prompts": prompts[: len(found.images)], "images": pictures}, folder / "pictures" / "base splits.pt")
+    torch.save(
+        {"prompts": texts_of(prompts)[: len(found.images)], "images": pictures}, folder / "pictures" / "base splits.pt"
+    )
     return rows
 
 
-def split_caption(caption: str, split: str) -> str:
+def split_caption(caption: str, split: str) -> Prompt:
     """A caption with the stage prompts of one way to split it."""
     attributes = scenes.parse_caption(caption)
 
@@ -196,12 +201,12 @@ def split_caption(caption: str, split: str) -> str:
         return scenes.describe({name: value for name, value in attributes.items() if scenes.SCALES[name] in scales})
 
     if split == "plain":
-        return caption
+        return Prompt(caption)
     if split == "alone":
-        return with_stages(caption, [naming(scale) for scale in SCALES])
+        return Prompt(caption, stages=tuple(naming(scale) for scale in SCALES))
     if split == "growing":
-        return with_stages(caption, decompose_by_rules(caption))
-    return with_stages(caption, [caption, naming("mid", "fine"), naming("fine")])
+        return Prompt(caption, stages=decompose_by_rules(caption))
+    return Prompt(caption, stages=(caption, naming("mid", "fine"), naming("fine")))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ for name in ${*:-sizes updates demo runs tests}; do
 			${RUN_ARGS:---case tiny --case stable-diffusion-1.5-512}
 		;;
 	tests)
-		part tests 200 "$python" -m pytest -q -p no:cacheprovider -k "(gpu or cuda) and not percent" tests/training tests/evaluation/test_real_size.py
+		part tests 200 "$python" -m pytest -q -p no:cacheprovider -k "(gpu or cuda) and not percent" tests/training tests/plan/test_real_size.py
 		;;
 	*) echo "expected one of sizes updates demo runs tests, got $name" >&2 && exit 2 ;;
 	esac

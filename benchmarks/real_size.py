@@ -27,19 +27,18 @@ from benchmarks.machine import describe_machine, read_results, write_results
 from rlr_peft.build.chain import attach_adapters, build_chain
 from rlr_peft.build.optimizer import build_optimizer
 from rlr_peft.build.pipeline import DTYPES, enable_checkpointing, keep_weights_as_quantized
+from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.families import family_of
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.config import Config, load_config
 from rlr_peft.config.model import read_quantization
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.evaluation.diagnosis.tape_memory import counted_tape
-from rlr_peft.evaluation.memory_plan.architecture import find_architecture
-from rlr_peft.evaluation.memory_plan.blueprint import build_pipeline
-from rlr_peft.evaluation.memory_plan.plan import ADJOINT, DECODE, SAMPLING, MemoryPlan
+from rlr_peft.plan.blueprint import build_pipeline, find_architecture
+from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING, MemoryPlan
+from rlr_peft.plan.run import plan_run
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
-from rlr_peft.training.planning import plan_run
 
 SEGMENT_STEPS = 3
 CHECKPOINTED = "--gradient_checkpointing true --vae_gradient_checkpointing true".split()
@@ -139,7 +138,7 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             measured.append(torch.zeros_like(sampled[-1].latents[0]) if gradient is None else gradient)
 
         def pull_back() -> None:
-            run(chain, sampled[-1], Segment(1, SEGMENT_STEPS, measured[-1]))
+            run(chain, sampled[-1], Segment("first_order", 1, SEGMENT_STEPS, measured[-1]))
 
         def call_plainly() -> None:
             options = chain.call.card_options

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
+from rlr_peft.build.run import build_run
 from rlr_peft.config import load_config
-from rlr_peft.evaluation.diagnosis.costs import measured_memory, memory_in_words
-from rlr_peft.training.run import build_run
+from rlr_peft.diagnose.costs import measured_memory, memory_in_words
 from rlr_peft.training.update import take_update
 
 # (T, flags of the estimator, what it is)
@@ -65,7 +65,7 @@ def measure(num_steps: int, flags: list[str], batch: int, updates: int) -> dict[
     return {
         "seconds": seconds,
         "evaluations": evaluations,
-        "backward_steps": update.reports[0].backward_steps,
+        "backward_steps": update.books[0].backward_passes,
         "memory_mb": memory.added / 1e6,
     }
 

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -106,6 +107,16 @@ def in_code(text: str) -> str:
 def one_line(text: str) -> str:
     """The printable text with every row of blanks, and of line breaks of any kind, as one space."""
     return printable(" ".join(text.split()))
+
+
+def shown_name(name: str) -> str:
+    """A Hub id or a name as it is; of a path the last part alone, since a path tells of the machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``, of one name or more."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def fenced(text: str, language: str) -> str:

@@ -14,14 +14,14 @@ from diffusers.utils import BaseOutput
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
 from rlr_peft.config.parsing import read_config
-from rlr_peft.prompt import PromptError
+from rlr_peft.prompt import Prompt, PromptError, PromptLike
 from rlr_peft.prompts.chain_of_thought import (
     SCALES,
     STAGE_PROMPTS_FILE,
     Decomposer,
-    as_prompt,
     decompose_by_rules,
     read_stages,
+    staged_prompt,
 )
 from rlr_peft.stages import Stages, make_stages
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _NAMES = [*(field.name for group in (ChainArguments, ChainOfThoughtArguments) for field in fields(group)), "denoiser"]
 
-Given = str | Sequence[str] | Mapping[str, str]
+Given = PromptLike | Sequence[str] | Mapping[str, str]
 
 
 @dataclass
@@ -155,13 +155,13 @@ class DiffusiveChainOfThought:
             )
         if output_type not in ("pil", "pt"):
             raise ValueError(f"Expected output_type pil or pt, got {output_type}.")
-        given: list[Any] = [prompt] if isinstance(prompt, (str, tuple, Mapping)) else list(prompt)
+        given: list[Any] = [prompt] if isinstance(prompt, (str, Prompt, tuple, Mapping)) else list(prompt)
         if not given or num_images_per_prompt < 1:
             raise ValueError(
                 f"Expected one prompt or more and num_images_per_prompt of 1 or more, got {len(given)} and "
                 f"{num_images_per_prompt}."
             )
-        each = [as_prompt(one, self.stages.names, self._decompose) for one in given]
+        each = [staged_prompt(one, self.stages.names, self._decompose) for one in given]
         prompts = [one for one in each for _ in range(num_images_per_prompt)]
         seeds = list(range(len(prompts))) if seeds is None else [seeds] if isinstance(seeds, int) else list(seeds)
         if len(seeds) != len(prompts):
@@ -185,7 +185,7 @@ class DiffusiveChainOfThought:
 def _as_the_run(arguments: ChainOfThoughtArguments, stages: Stages, folder: Path) -> Decomposer:
     """Splits a text as a run with these arguments and this output folder did; writes no file."""
     if arguments.dcot_columns is not None:
-        return lambda prompt: (str(prompt),) * stages.count
+        return lambda prompt: (prompt,) * stages.count
     file = folder / STAGE_PROMPTS_FILE if arguments.dcot_cache is None else Path(arguments.dcot_cache)
     if arguments.dcot_rules and arguments.dcot_cache is None:
         return decompose_by_rules
@@ -199,7 +199,7 @@ def _as_the_run(arguments: ChainOfThoughtArguments, stages: Stages, folder: Path
         if arguments.dcot_rules:
             return decompose_by_rules(prompt)
         raise PromptError(
-            f"expected the stage prompts of {str(prompt)!r} in {file}, where the run kept those of "
+            f"expected the stage prompts of {prompt!r} in {file}, where the run kept those of "
             f"{arguments.dcot_model or arguments.dcot_endpoint_model}; give a mapping of {', '.join(stages.names)} to "
             "texts, or pass `decompose`"
         )

@@ -14,13 +14,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlr_peft.compare.figures import figures
+from rlr_peft.compare.page import page
+from rlr_peft.compare.tables import markdown
 from rlr_peft.config.yaml_files import yaml_text
-from rlr_peft.evaluation.comparison.figures import figures
-from rlr_peft.evaluation.comparison.page import page
-from rlr_peft.evaluation.comparison.tables import markdown
 from rlr_peft.foreign_text import in_cell, in_code, in_text, printable
 from rlr_peft.rewards.scores import info_of
-from tests.evaluation.comparisons import comparison, evaluation
+from tests.compare.comparisons import comparison, evaluation
 
 ROOT = Path(__file__).parents[1]
 # A title for the terminal, red, "safe" written over what stands there, reversed, isolated, unseen, half a pair.

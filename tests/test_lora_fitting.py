@@ -31,7 +31,7 @@ from rlr_peft.lora import (
     save_lora,
     unload_lora,
 )
-from tests.evaluation.adapter_hub import adapter_hub
+from tests.compare.adapter_hub import adapter_hub
 from tests.families.image_pipelines import pixart_sigma, sd3, sdxl
 from tests.families.video_pipelines import text_to_video_sd
 from tests.pipelines import tiny_stable_diffusion

@@ -8,6 +8,7 @@ import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.errors import UserError
+from rlr_peft.prompt import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ class ImagesError(UserError, ValueError):
 
 
 @torch.no_grad()
-def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+def render(chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]) -> torch.Tensor:
     """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]; sample i depends on its prompt and seed alone.
 
     Raises:
@@ -33,12 +34,14 @@ def render(chain: DenoisingChain, prompts: list[str], seeds: list[int]) -> torch
         logger.warning(
             "%d of %d images have one colour throughout, the first is of %r: the reward was pushed too far, or numbers "
             "overflowed; look at them, and try --mixed_precision bf16 or no.",
-            *(len(constant), len(prompts), str(constant[0])),
+            *(len(constant), len(prompts), constant[0].text),
         )
     return images
 
 
-def _check_finite(chain: DenoisingChain, latents: torch.Tensor, images: torch.Tensor, prompts: Sequence[str]) -> None:
+def _check_finite(
+    chain: DenoisingChain, latents: torch.Tensor, images: torch.Tensor, prompts: Sequence[Prompt]
+) -> None:
     """Names the first step after which numbers are not finite: ``latents`` are (T + 1, B, ...), noise last."""
     broken = ~images.flatten(1).isfinite().all(1)
     if not broken.any():

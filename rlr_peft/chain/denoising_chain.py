@@ -19,7 +19,7 @@ from rlr_peft.chain.memory import OffloadedTextEncoders, PromptMemory, cast_inpu
 from rlr_peft.chain.path import GaussianStep, StepKind
 from rlr_peft.chain.scheduler import InferenceScheduler, RecordedSteps, RecordingScheduler
 from rlr_peft.chain.trajectory import Trajectory
-from rlr_peft.prompt import Prompt, metadata_of, negative_prompt_of, stages_of
+from rlr_peft.prompt import Prompt, PromptLike, as_prompts
 from rlr_peft.stages import Stages
 
 
@@ -144,11 +144,13 @@ class DenoisingChain:
             samples.append(torch.cat([later, initial]))
         return torch.stack(samples, dim=1).to(self.device, self.latents_dtype)
 
-    def encode(self, prompts: Sequence[str]) -> None:
+    def encode(self, prompts: Sequence[PromptLike]) -> None:
         """Encodes prompts ahead of the calls that need them, which then find them remembered."""
-        self._driven.initial_latents(prompts)
+        self._driven.initial_latents(as_prompts(prompts))
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], noises: torch.Tensor | None = None) -> Trajectory:
+    def sample(
+        self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
+    ) -> Trajectory:
         """Samples the chain without a tape.
 
         Args:
@@ -160,10 +162,10 @@ class DenoisingChain:
             ValueError: a prompt has another number of stage prompts than the chain has stages.
         """
         noises = self.draw_noises(seeds) if noises is None else noises
-        initial = noises[self.num_steps]
-        recorded = self._roll(list(prompts), initial, self.num_steps, 0, noises, dropout_seed=seeds[0])
+        initial, prompts = noises[self.num_steps], as_prompts(prompts)
+        recorded = self._roll(prompts, initial, self.num_steps, 0, noises, dropout_seed=seeds[0])
         return Trajectory(
-            prompts=list(prompts),
+            prompts=prompts,
             latents=torch.stack([initial, *recorded.latents]).flip(0),
             noises=noises,
             stds=tuple(self.std(t) for t in range(1, self.num_steps + 1)),
@@ -208,12 +210,12 @@ class DenoisingChain:
         recorded = self._roll(trajectory.prompts, latents, start, stop, noises, trajectory.dropout_seed)
         return recorded.latents[-1]
 
-    def decode(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of clean latents, on the tape if gradients are."""
         if self._first_frames is not None:
             latents = latents.narrow(self._first_frames.axis, 0, self._first_frames.latent_frames)
         frames = {} if self._first_frames is None else {"num_frames": self._first_frames.num_frames}
-        return self._driven.decode(prompts, latents, **frames)
+        return self._driven.decode(as_prompts(prompts), latents, **frames)
 
     def inference_scheduler(self) -> InferenceScheduler:
         """The diffusers scheduler with which the pipeline alone draws what this chain draws, or comes nearest to it."""
@@ -234,7 +236,13 @@ class DenoisingChain:
 
     @torch.no_grad()
     def _roll(
-        self, prompts: list[str], latents: torch.Tensor, start: int, stop: int, noises: torch.Tensor, dropout_seed: int
+        self,
+        prompts: list[Prompt],
+        latents: torch.Tensor,
+        start: int,
+        stop: int,
+        noises: torch.Tensor,
+        dropout_seed: int,
     ) -> RecordedSteps:
         recorded = RecordedSteps()
         for first, last, texts in self._stage_prompts.parts(prompts, start, stop):
@@ -267,7 +275,7 @@ class DenoisingChain:
             return
         latents = torch.zeros(1, *self.latents_shape, dtype=self.latents_dtype, device=self.device)
         self._scheduler.expose(self.num_steps, self.num_steps - 1, None)
-        self._driven([""], latents)
+        self._driven([Prompt("")], latents)
         shapes = [step.mean.shape for step in self._scheduler.recorded.steps]
         if shapes != [latents.shape]:
             raise ValueError(f"expected one step on latents {tuple(latents.shape)}, got {[tuple(s) for s in shapes]}")
@@ -276,7 +284,7 @@ class DenoisingChain:
         """x_T of one sample. Packed latents are drawn by the pipeline, which packs after drawing."""
         if len(self.latents_shape) > 2:
             return torch.randn(1, *self.latents_shape, generator=generator)
-        return self._driven.initial_latents([""], generator).cpu()
+        return self._driven.initial_latents([Prompt("")], generator).cpu()
 
 
 class DrivenPipeline:
@@ -320,7 +328,7 @@ class DrivenPipeline:
             cast_inputs_to_weights(module)
 
     def __call__(
-        self, prompts: Sequence[str], latents: torch.Tensor | None, output_type: str = "latent", **options: Any
+        self, prompts: Sequence[Prompt], latents: torch.Tensor | None, output_type: str = "latent", **options: Any
     ) -> torch.Tensor:
         """What the pipeline's undecorated ``__call__`` returns of the exposed slice.
 
@@ -334,7 +342,7 @@ class DrivenPipeline:
             return self._call(pipeline, list(prompts), latents, output_type, **options)
 
     @torch.no_grad()
-    def initial_latents(self, prompts: Sequence[str], generator: torch.Generator | None = None) -> torch.Tensor:
+    def initial_latents(self, prompts: Sequence[Prompt], generator: torch.Generator | None = None) -> torch.Tensor:
         """x_T as the pipeline itself draws it, (B, ...): an empty slice returns where it started.
 
         Without a generator the numbers are anything, and the global random state is left as it was.
@@ -351,12 +359,12 @@ class DrivenPipeline:
         Raises:
             ValueError: the pipeline returns something else than one tensor of latents.
         """
-        latents = self.initial_latents([""])
+        latents = self.initial_latents([Prompt("")])
         if not torch.is_tensor(latents) or latents.shape[0] != 1:
             raise ValueError('expected one tensor of latents (1, ...) for one prompt with output_type="latent"')
         return tuple(latents.shape[1:])
 
-    def decode(self, prompts: Sequence[str], latents: torch.Tensor, **options: Any) -> torch.Tensor:
+    def decode(self, prompts: Sequence[Prompt], latents: torch.Tensor, **options: Any) -> torch.Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of clean latents, on the tape if gradients are."""
         self._scheduler.expose(0, 0, None)
         with self._reward_decoder_as_vae():
@@ -482,7 +490,7 @@ class PipelineCall:
     def __call__(
         self,
         pipeline: DiffusionPipeline,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         latents: torch.Tensor | None,
         output_type: str,
         **options: Any,
@@ -502,7 +510,7 @@ class PipelineCall:
             arguments["negative_prompt"] = negative_prompts
         return self._undecorated(
             pipeline,
-            prompt=[str(prompt) for prompt in prompts],
+            prompt=[prompt.text for prompt in prompts],
             num_inference_steps=self._num_inference_steps,
             latents=latents,
             output_type=output_type,
@@ -510,13 +518,13 @@ class PipelineCall:
             **arguments,
         )[0]
 
-    def negative_prompts(self, prompts: Sequence[str]) -> list[str] | None:
+    def negative_prompts(self, prompts: Sequence[Prompt]) -> list[str] | None:
         """What guidance steers away from, one text per prompt: the prompt's own, else the chain's; None for nothing.
 
         Raises:
             ValueError: prompts with negative ones of their own, and a pipeline that takes none.
         """
-        own = [negative_prompt_of(prompt) for prompt in prompts]
+        own = [prompt.negative_prompt for prompt in prompts]
         if all(text is None for text in own):
             return None if self._negative_prompt is None else [self._negative_prompt] * len(prompts)
         if "negative_prompt" not in self.parameters:
@@ -563,7 +571,7 @@ class StagePrompts:
         self._steps = (range(num_steps, 0, -1),) if stages is None else stages.steps(num_steps)
         self._names = () if stages is None else stages.names
 
-    def parts(self, prompts: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, int, list[str]]]:
+    def parts(self, prompts: Sequence[Prompt], start: int, stop: int) -> Iterator[tuple[int, int, list[Prompt]]]:
         """Runs of steps ``first, ..., last + 1`` that share their prompts, from ``start`` to ``stop``.
 
         Args:
@@ -582,19 +590,19 @@ class StagePrompts:
             if first > last:
                 yield first, last, [self._text(prompt, index) for prompt in prompts]
 
-    def at_step(self, prompts: Sequence[str], t: int) -> list[str]:
+    def at_step(self, prompts: Sequence[Prompt], t: int) -> list[Prompt]:
         """The texts that condition step t, one per sample."""
         ((_, _, texts),) = self.parts(prompts, t, t - 1)
         return texts
 
-    def _text(self, prompt: str, index: int) -> str:
+    def _text(self, prompt: Prompt, index: int) -> Prompt:
         """The prompt of a stage; one without stage prompts conditions all of them."""
-        stages = stages_of(prompt)
+        stages = prompt.stages
         if not stages:
             return prompt
         if len(stages) != len(self._names):
             expected = ", ".join(self._names) or "none: the chain was built without stages"
             raise ValueError(
-                f"Expected stage prompts for {expected}; got {len(stages)} with the prompt {str(prompt)!r}."
+                f"Expected stage prompts for {expected}; got {len(stages)} with the prompt {prompt.text!r}."
             )
-        return Prompt(stages[index], negative_prompt_of(prompt), metadata=metadata_of(prompt))
+        return Prompt(stages[index], prompt.negative_prompt)

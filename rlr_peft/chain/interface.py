@@ -7,6 +7,7 @@ import torch
 
 from rlr_peft.chain.path import GaussianStep
 from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.prompt import PromptLike
 
 
 class Chain(Protocol):
@@ -30,8 +31,13 @@ class Chain(Protocol):
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Trajectory:
-        """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch."""
+    def sample(
+        self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
+    ) -> Trajectory:
+        """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch.
+
+        ``noises`` are used instead of those that ``draw_noises`` makes of the seeds, where they are given.
+        """
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""
@@ -59,5 +65,5 @@ class Chain(Protocol):
 class Decoder(Protocol):
     """Turns clean latents into images."""
 
-    def decode(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] of clean latents (B, ...), on the tape if gradients are enabled."""

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rlr_peft.prompt import Prompt
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -18,7 +20,7 @@ class Trajectory:
         dropout_seed: seed of LoRA dropout's masks, so that a replay drops what sampling dropped.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     latents: torch.Tensor
     noises: torch.Tensor
     stds: tuple[float, ...]

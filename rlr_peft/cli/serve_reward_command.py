@@ -33,7 +33,7 @@ def serve_reward_command(words: Sequence[str]) -> int:
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.machine import package_versions
     from rlr_peft.build.reporting import reporting_errors
-    from rlr_peft.evaluation.comparison.identity import digest, reward_identity
+    from rlr_peft.compare.kept import digest, reward_identity
     from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward
     from rlr_peft.rewards.server import ServerLimits

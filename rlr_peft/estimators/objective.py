@@ -8,6 +8,7 @@ import torch
 
 from rlr_peft.chain.adjoint import scaled_gradients
 from rlr_peft.chain.interface import Decoder
+from rlr_peft.prompt import PromptLike
 from rlr_peft.rewards.base import Reward, RewardError, Scored, measure_images, score_images
 from rlr_peft.rewards.scores import Info, join_info
 
@@ -15,10 +16,12 @@ from rlr_peft.rewards.scores import Info, join_info
 class Objective(Protocol):
     """What estimators know of a reward beyond the rewards of their rollout."""
 
-    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Rewards (B,) of clean latents (B, ...), without a tape."""
 
-    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) of clean latents (B, ...), and every sample's derivative by its own, (B, ...)."""
 
 
@@ -63,14 +66,14 @@ class DecodedReward:
         self.has_gradient = _may_have_gradient(reward)
 
     @torch.no_grad()
-    def score(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
         """Rewards (B,) of clean latents (B, ...), without a tape."""
         scores = []
         for part, texts in self._parts(latents, prompts):
             scores.append(score_images(self._reward, self._decoder.decode(part, texts).float(), texts))
         return torch.cat(scores)
 
-    def measure(self, latents: torch.Tensor, prompts: Sequence[str], differentiate: bool = True) -> Measurement:
+    def measure(self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool = True) -> Measurement:
         """Rewards, their gradients by the latents where there are any, and held-out scores.
 
         A user's callable that does not say whether it is differentiable is found out about on the first batch.
@@ -85,7 +88,9 @@ class DecodedReward:
         """
         return self._measure(latents, prompts, differentiate, self._heldout)
 
-    def score_with_gradient(self, latents: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (B,) of clean latents (B, ...), and every sample's derivative by its own, (B, ...).
 
         Raises:
@@ -97,7 +102,7 @@ class DecodedReward:
         return measured.rewards, measured.reward_gradient
 
     def _measure(
-        self, latents: torch.Tensor, prompts: Sequence[str], differentiate: bool, heldout: Reward | None
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool, heldout: Reward | None
     ) -> Measurement:
         differentiate = differentiate and self.has_gradient
         parts = [self._measure_part(*part, differentiate, heldout) for part in self._parts(latents, prompts)]
@@ -113,7 +118,7 @@ class DecodedReward:
         )
 
     def _measure_part(
-        self, latents: torch.Tensor, prompts: list[str], differentiate: bool, heldout: Reward | None
+        self, latents: torch.Tensor, prompts: list[PromptLike], differentiate: bool, heldout: Reward | None
     ) -> tuple[Scored, torch.Tensor | None, Scored | None]:
         latents = latents.detach().requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
@@ -128,7 +133,9 @@ class DecodedReward:
         heldout_scored = None if heldout is None else measure_images(heldout, pixels.detach(), prompts)
         return Scored(scored.scores.detach(), scored.info), gradient, heldout_scored
 
-    def _parts(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[tuple[torch.Tensor, list[str]]]:
+    def _parts(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> list[tuple[torch.Tensor, list[PromptLike]]]:
         starts = range(0, len(prompts), self._batch_size)
         return [(latents[i : i + self._batch_size], list(prompts[i : i + self._batch_size])) for i in starts]
 

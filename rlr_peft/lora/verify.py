@@ -20,6 +20,9 @@ from rlr_peft.lora.export import SECOND_EXPERT, WEIGHT_NAME, save_lora
 from rlr_peft.lora.files import AdapterMismatchError
 from rlr_peft.lora.loading import diffusers_loads, load_lora
 
+# Images that the trained and the reloaded adapter draw to be compared bit for bit at the end of a run.
+VERIFIED_IMAGES = 2
+
 
 def check_adapter_saves(pipeline: Any, *, adapter_name: str = "default") -> None:
     """Saves the adapter and loads it again, which costs no second pipeline: what cannot be saved shows before training.

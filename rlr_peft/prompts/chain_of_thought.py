@@ -11,11 +11,12 @@ import os
 import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlr_peft.plain_files import parse_json
-from rlr_peft.prompt import Prompt, PromptError, stages_of, with_stages
+from rlr_peft.prompt import Prompt, PromptError, PromptLike, as_prompt
 from rlr_peft.tiny_shapes import scenes
 
 Decomposer = Callable[[str], Sequence[str]]
@@ -33,14 +34,14 @@ class MalformedStagesError(ValueError):
     """An answer that is not one text per stage; the message says what is wrong with it, for another try."""
 
 
-def decompose_prompts(prompts: Sequence[str], decompose: Decomposer) -> list[str]:
+def decompose_prompts(prompts: Sequence[Prompt], decompose: Decomposer) -> list[Prompt]:
     """The same prompts with stage prompts; those of one text are asked for once.
 
     Raises:
         PromptError: a prompt cannot be split.
     """
-    stages = {text: tuple(decompose(text)) for text in dict.fromkeys(str(prompt) for prompt in prompts)}
-    return [with_stages(prompt, stages[str(prompt)]) for prompt in prompts]
+    stages = {text: tuple(decompose(text)) for text in dict.fromkeys(prompt.text for prompt in prompts)}
+    return [replace(prompt, stages=stages[prompt.text]) for prompt in prompts]
 
 
 def parse_stages(answer: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -110,12 +111,11 @@ class RememberedStages:
 
     def __call__(self, prompt: str) -> tuple[str, ...]:
         """The stage prompts, from the file or newly split."""
-        text = str(prompt)
-        if text not in self._known:
-            stages = tuple(self._decompose(text))
-            self._append({"prompt": text, **dict(zip(self._names, stages, strict=True))})
-            self._known[text] = stages
-        return self._known[text]
+        if prompt not in self._known:
+            stages = tuple(self._decompose(prompt))
+            self._append({"prompt": prompt, **dict(zip(self._names, stages, strict=True))})
+            self._known[prompt] = stages
+        return self._known[prompt]
 
     def _append(self, entry: dict[str, str]) -> None:
         """On the disk before the next question: answers may have cost money."""
@@ -156,12 +156,14 @@ def read_stages(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return known
 
 
-def as_prompt(given: "str | Sequence[str] | Mapping[str, str]", names: Sequence[str], decompose: Decomposer) -> Prompt:
+def staged_prompt(
+    given: PromptLike | Sequence[str] | Mapping[str, str], names: Sequence[str], decompose: Decomposer
+) -> Prompt:
     """A prompt with stage prompts from whatever a person gives.
 
     Args:
-        given: a text, which is split unless it carries stage prompts; a sequence of one text per stage; or a mapping of
-            stage names to texts.
+        given: a text or a prompt without stage prompts, which is split; a prompt with them; a sequence of one text per
+            stage; or a mapping of stage names to texts.
         names: of the stages, noise first.
         decompose: splits texts.
 
@@ -169,8 +171,9 @@ def as_prompt(given: "str | Sequence[str] | Mapping[str, str]", names: Sequence[
         PromptError: another number of stages, other names, or something else than texts.
     """
     try:
-        if isinstance(given, str):
-            return with_stages(given, _one_per_stage(stages_of(given) or decompose(given), names))
+        if isinstance(given, PromptLike):
+            prompt = as_prompt(given)
+            return replace(prompt, stages=_one_per_stage(prompt.stages or decompose(prompt.text), names))
         stages = check_stages(
             given if isinstance(given, Mapping) else dict(zip(names, _one_per_stage(given, names), strict=True)), names
         )
@@ -179,7 +182,7 @@ def as_prompt(given: "str | Sequence[str] | Mapping[str, str]", names: Sequence[
     return Prompt(stages[-1], stages=stages)
 
 
-def _one_per_stage(texts: Any, names: Sequence[str]) -> Sequence[str]:
+def _one_per_stage(texts: Any, names: Sequence[str]) -> tuple[str, ...]:
     """Texts, which may be blank where the whole prompt is.
 
     Raises:
@@ -189,7 +192,7 @@ def _one_per_stage(texts: Any, names: Sequence[str]) -> Sequence[str]:
     if not is_sequence or len(texts) != len(names) or not all(isinstance(text, str) for text in texts):
         got = f"{len(texts)}: {texts!r:.60}" if is_sequence else f"{texts!r:.60}"
         raise MalformedStagesError(f"expected one text for each of {', '.join(names)}, got {got}")
-    return list(texts)
+    return tuple(texts)
 
 
 SCALES = ("coarse", "mid", "fine")
@@ -233,7 +236,7 @@ def _growing(
     texts = []
     for i in range(len(SCALES)):
         chosen = [part for part, scale in zip(parts, scales, strict=True) if scale in SCALES[: i + 1]]
-        texts.append(describe(chosen) if 0 < len(chosen) < len(parts) else str(prompt))
+        texts.append(describe(chosen) if 0 < len(chosen) < len(parts) else prompt)
     return texts[0], texts[1], texts[2]
 
 

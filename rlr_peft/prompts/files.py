@@ -116,7 +116,7 @@ class RowReader:
             raise PromptError(f"{in_words(self._source, row.place)}: expected a text in column {name}, got none")
         negative = None if columns.negative_prompt is None else self._text(row, columns.negative_prompt)
         metadata = {name: row.values[name] for name in columns.metadata if name in row.values}
-        return Prompt(text, negative, stages, metadata)
+        return Prompt(text, negative, tuple(stages), metadata)
 
     def report(self) -> None:
         """Once all rows are read: warns, the first time, of those that were passed over.

@@ -56,17 +56,17 @@ class LanguageModelDecomposer:
             PromptError: no answer was of the right form, or the model cannot be reached.
         """
         for attempt in range(self._tries):
-            answer = self._model.answer(instructions(self._names), str(prompt), attempt)
+            answer = self._model.answer(instructions(self._names), prompt, attempt)
             try:
                 return parse_stages(answer, self._names)
             except MalformedStagesError as error:
                 problem = error
                 logger.warning(
                     "prompt %r: rejected answer %d of at most %d of %s: %s.",
-                    *(str(prompt), attempt + 1, self._tries, self._model.name, error),
+                    *(prompt, attempt + 1, self._tries, self._model.name, error),
                 )
         raise PromptError(
-            f"prompt {str(prompt)!r}: {self._model.name} gave no stage prompts in {self._tries} tries; the last "
+            f"prompt {prompt!r}: {self._model.name} gave no stage prompts in {self._tries} tries; the last "
             f"answer: {problem}: {answer!r:.300}. Write its line into the file of stage prompts (--dcot_cache) by "
             "hand, or take another model"
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlr_peft.prompt import stages_of
+from rlr_peft.prompt import Prompt
 
 # Enough to tell; tokenising all of a large set would delay the start.
 MAX_CHECKED = 10_000
@@ -44,7 +44,7 @@ class OverLong:
 
 
 def find_over_long(
-    prompts: Sequence[str], tokenizers: Sequence[Any], max_sequence_length: int | None
+    prompts: Sequence[Prompt], tokenizers: Sequence[Any], max_sequence_length: int | None
 ) -> OverLong | None:
     """Counts prompts and stage prompts beyond the roomiest tokenizer's limit; None without any.
 
@@ -57,7 +57,7 @@ def find_over_long(
     if not rooms:
         return None
     limit, tokenizer = max(rooms, key=lambda room: room[0])
-    different = dict.fromkeys(str(text) for prompt in prompts for text in (stages_of(prompt) or (prompt,)))
+    different = dict.fromkeys(text for prompt in prompts for text in (prompt.stages or (prompt.text,)))
     texts = list(itertools.islice(different, MAX_CHECKED))
     # A token is at least one byte of text, and most texts are too short for a doubt.
     doubtful = [text for text in texts if len(text.encode()) + 2 > limit]

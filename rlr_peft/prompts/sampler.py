@@ -5,13 +5,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from rlr_peft.prompt import PromptError
+from rlr_peft.prompt import Prompt, PromptError
 
 
 class Sampler(Protocol):
     """Which prompts a step uses, as a pure function of the step: a resumed run needs no stored position."""
 
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[str]:
+    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
         """The prompts of one process in one step; see ``PromptSampler.sample``."""
 
 
@@ -30,14 +30,14 @@ class PromptSampler:
         PromptError: no prompts.
     """
 
-    def __init__(self, prompts: Sequence[str], seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
             raise PromptError("expected at least one prompt to sample from, got none")
         self.prompts = list(prompts)
         self.seed = seed
         self._last_permutation: tuple[int, list[int]] = (-1, [])
 
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[str]:
+    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
         """The prompts of one process in one step.
 
         Args:
@@ -103,14 +103,14 @@ class StreamingPromptSampler:
         buffer_size: prompts of a window, all that is held in memory; two windows at most.
     """
 
-    def __init__(self, open_stream: Callable[[], Iterator[str]], seed: int, buffer_size: int) -> None:
+    def __init__(self, open_stream: Callable[[], Iterator[Prompt]], seed: int, buffer_size: int) -> None:
         self._open = open_stream
         self._seed = seed
         self._buffer_size = buffer_size
         self._cursors: list[_Cursor] = []
         self._length: int | None = None
 
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[str]:
+    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
         """The prompts of one process in one step; see ``PromptSampler.sample``.
 
         Raises:
@@ -119,7 +119,7 @@ class StreamingPromptSampler:
         """
         return [self._prompt_at(place) for place in positions(step, num_prompts, process_index, num_processes)]
 
-    def _prompt_at(self, position: int) -> str:
+    def _prompt_at(self, position: int) -> Prompt:
         if self._length is not None:
             epoch, place = divmod(position, self._length)
             return self._within_epoch(epoch, place)
@@ -128,13 +128,13 @@ class StreamingPromptSampler:
             return found
         return self._prompt_at(position)  # the end came first, so that the length is known now
 
-    def _within_epoch(self, epoch: int, place: int) -> str:
+    def _within_epoch(self, epoch: int, place: int) -> Prompt:
         found = self._read(epoch, place)
         if found is None:
             raise PromptError(f"the stream of prompts held {self._length} the first time and fewer now")
         return found
 
-    def _read(self, epoch: int, place: int) -> str | None:
+    def _read(self, epoch: int, place: int) -> Prompt | None:
         """The prompt at a place of an epoch; None beyond the stream's end, which is remembered."""
         window, offset = divmod(place, self._buffer_size)
         cursor = self._cursor(window)
@@ -163,9 +163,9 @@ class StreamingPromptSampler:
 class _Cursor:
     """A place in the stream, with the window that was read last."""
 
-    def __init__(self, stream: Iterator[str]) -> None:
+    def __init__(self, stream: Iterator[Prompt]) -> None:
         self.window = -1
-        self.prompts: list[str] = []
+        self.prompts: list[Prompt] = []
         self._stream = stream
         self._order: tuple[str, list[int]] = ("", [])
 

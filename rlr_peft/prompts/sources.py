@@ -5,11 +5,12 @@ They are held back by their text, so that a repeated prompt is never on both sid
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlr_peft.config.chain import BUILTIN_SETS
-from rlr_peft.prompt import Prompt, PromptError
+from rlr_peft.prompt import Prompt, PromptError, as_prompts
 from rlr_peft.prompts.files import Columns, Row, RowReader, prompt_lines
 from rlr_peft.prompts.tables import FORMATS, DatasetSpec, dataset_rows, file_rows
 from rlr_peft.tiny_shapes import scenes
@@ -24,8 +25,8 @@ HELD_BACK_ANIMALS = ("zebra", "raccoon", "beetle", "dolphin", "goose", "hedgehog
 """Never trained on with ``simple-animals/train``: mammals, a bird and an insect."""
 
 
-def builtin_prompts(name: str) -> list[str] | None:
-    """The prompts of a built-in set in a fixed order; None for a name that is none."""
+def builtin_texts(name: str) -> list[str] | None:
+    """The texts of a built-in set in a fixed order; None for a name that is none."""
     if name == "tiny-shapes/train":
         return scenes.prompts("train")
     if name == "tiny-shapes/test":
@@ -37,7 +38,7 @@ def builtin_prompts(name: str) -> list[str] | None:
     return list(HELD_BACK_ANIMALS) if name == "simple-animals/test" else None
 
 
-def hold_back(prompts: Sequence[str], percentage: float) -> tuple[list[str], list[str]]:
+def hold_back(prompts: Sequence[Prompt], percentage: float) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-back prompts, each in their order.
 
     The choice depends on the texts and the percentage alone, not on the seed: runs with other seeds are compared on the
@@ -50,19 +51,21 @@ def hold_back(prompts: Sequence[str], percentage: float) -> tuple[list[str], lis
     Raises:
         PromptError: fewer than two different prompts.
     """
-    texts = sorted(set(map(str, prompts)), key=_rank)
+    texts = sorted({prompt.text for prompt in prompts}, key=_rank)
     if len(texts) < 2:
         raise PromptError(
             "expected at least 2 different prompts to hold some back, got 1; drop validation_split_percentage"
         )
     count = min(max(1, round(len(texts) * percentage / 100)), len(texts) - 1)
     held = set(texts[:count])
-    return [prompt for prompt in prompts if prompt not in held], [prompt for prompt in prompts if prompt in held]
+    return [prompt for prompt in prompts if prompt.text not in held], [
+        prompt for prompt in prompts if prompt.text in held
+    ]
 
 
-def is_held_back(prompt: str, percentage: float) -> bool:
+def is_held_back(prompt: Prompt, percentage: float) -> bool:
     """The same for a prompt alone, of a stream whose number of texts is not known: the share holds on average."""
-    return int.from_bytes(_rank(prompt)[:8], "big") < percentage / 100 * 2**64
+    return int.from_bytes(_rank(prompt.text)[:8], "big") < percentage / 100 * 2**64
 
 
 def _rank(text: str) -> bytes:
@@ -72,7 +75,7 @@ def _rank(text: str) -> bytes:
 EXPECTED = f"expected one of {', '.join(BUILTIN_SETS)}, or a .txt, {', '.join(FORMATS)} file"
 
 
-def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | None = None) -> list[str]:
+def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | None = None) -> list[Prompt]:
     """Read prompts.
 
     Args:
@@ -91,18 +94,18 @@ def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | N
     if max_samples is not None and max_samples < 1:
         raise PromptError(f"expected at least 1 prompt to keep, got max_samples = {max_samples}")
     columns = Columns() if columns is None else columns
-    prompts = builtin_prompts(spec)
-    if prompts is None:
+    texts = builtin_texts(spec)
+    if texts is None:
         path = _existing_file(spec)
         if path.suffix.lower() != ".txt":
             return list(_read(RowReader(spec, columns), file_rows(path, columns), max_samples))
-        prompts = _read_text_file(path, spec)
+        texts = _read_text_file(path, spec)
     if columns.beyond_caption:
         raise PromptError(
             f"prompts '{spec}': expected a table with columns {', '.join(columns.beyond_caption)}, got plain lines; "
             f"use a {', '.join(FORMATS)} file or drop the columns"
         )
-    return list(prompts[:max_samples])
+    return as_prompts(texts[:max_samples])
 
 
 def dataset_prompts(spec: DatasetSpec, columns: Columns, max_samples: int | None = None) -> Iterator[Prompt]:
@@ -117,6 +120,27 @@ def dataset_prompts(spec: DatasetSpec, columns: Columns, max_samples: int | None
         PromptError: no such dataset, a missing column, a cell that is no text, or no prompt at all.
     """
     return _read(RowReader(spec.name, columns), dataset_rows(spec, columns), max_samples)
+
+
+def prompts_of_rows(
+    rows: Sequence[Prompt | str | Mapping[str, Any]], columns: Columns, max_samples: int | None = None
+) -> list[Prompt]:
+    """The prompts of a list of texts, or of dictionaries as the rows of a table.
+
+    Args:
+        rows: a text stands for a row of the caption alone; prompts are taken as they are, where all are such.
+        columns: what to read of the rows.
+        max_samples: only this many prompts; None for all.
+
+    Raises:
+        PromptError: a missing column, a cell that is no text, or no prompt at all.
+    """
+    prompts = [row for row in rows if isinstance(row, Prompt)]
+    if rows and len(prompts) == len(rows):
+        return prompts[:max_samples]
+    values = (row if isinstance(row, Mapping) else {columns.caption: str(row)} for row in rows)
+    table = (Row(row, f"prompt {number}") for number, row in enumerate(values, 1))
+    return list(_read(RowReader("the list", columns), table, max_samples))
 
 
 def _read(reader: RowReader, rows: Iterator[Row], max_samples: int | None) -> Iterator[Prompt]:

@@ -24,8 +24,8 @@ from yaml import YAMLError
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
-from rlr_peft.estimates import decimals_of_scores, with_error
 from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
+from rlr_peft.intervals import decimals_of_scores, with_error
 from rlr_peft.publishing.record import (
     RECORD_NAME,
     SHOWN_PROMPTS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlr_peft.estimates import decimals_of, direction, half_width, with_error
 from rlr_peft.foreign_text import in_code
+from rlr_peft.intervals import decimals_of, direction, half_width, with_error
 from rlr_peft.publishing.record import RunRecord
 
 KEYS = ("before", "before_se", "after", "after_se", "gain", "gain_se")

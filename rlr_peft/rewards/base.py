@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlr_peft.prompt import metadata_of
+from rlr_peft.prompt import PromptLike, as_prompts, texts_of
 from rlr_peft.rewards.scores import (
     Info,
     RewardError,
@@ -80,14 +80,14 @@ class Scored:
 
 
 def score_images(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    reward: Reward, images: Tensor, prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None = None
 ) -> Tensor:
     """The scores of `measure_images`, (B,)."""
     return measure_images(reward, images, prompts, metadata).scores
 
 
 def measure_images(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    reward: Reward, images: Tensor, prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None = None
 ) -> Scored:
     """Call `reward` and check what it returns.
 
@@ -105,23 +105,22 @@ def measure_images(
     Raises:
         RewardError: wrong inputs, images that are not finite, or scores that `check_scores` refuses.
     """
-    metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
-    _check_inputs(reward, images, prompts, metadata)
-    prompts = list(prompts)
+    texts, metadata = _told(prompts, metadata)
+    _check_inputs(reward, images, texts, metadata)
     if images.ndim == 5 and not getattr(reward, "takes_video", False):
-        return _measure_frames(reward, images, prompts, metadata)
-    if images.requires_grad and torch.is_grad_enabled() and settle_differentiable(reward, images, prompts, metadata):
-        returned = reward(images, prompts, metadata)
-        scores = check_scores(reward.name, returned, prompts, attached_to=images)
+        return _measure_frames(reward, images, texts, metadata)
+    if images.requires_grad and torch.is_grad_enabled() and settle_differentiable(reward, images, texts, metadata):
+        returned = reward(images, texts, metadata)
+        scores = check_scores(reward.name, returned, texts, attached_to=images)
     else:
         with torch.no_grad():
-            returned = reward(images.detach(), prompts, metadata)
-        scores = check_scores(reward.name, returned, prompts).detach().to(images.device)
+            returned = reward(images.detach(), texts, metadata)
+        scores = check_scores(reward.name, returned, texts).detach().to(images.device)
     return Scored(scores, info_of(returned, len(prompts)))
 
 
 def settle_differentiable(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    reward: Reward, images: Tensor, prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None = None
 ) -> bool:
     """Whether `reward` is differentiable, asking it to find out on these images if it does not know yet.
 
@@ -130,11 +129,20 @@ def settle_differentiable(
     """
     probe = getattr(reward, "probe", None)
     if probe is not None:
-        metadata = [metadata_of(prompt) for prompt in prompts] if metadata is None else list(metadata)
+        texts, metadata = _told(prompts, metadata)
         if images.ndim == 5 and not getattr(reward, "takes_video", False):
             images = images[:, 0]
-        return bool(probe(images, list(prompts), metadata))
+        return bool(probe(images, texts, metadata))
     return reward.differentiable
+
+
+def _told(
+    prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """What a reward is told of prompts: their texts, and the metadata given or else carried by them, as copies."""
+    if metadata is None:
+        metadata = [dict(prompt.metadata) for prompt in as_prompts(prompts)]
+    return texts_of(prompts), list(metadata)
 
 
 def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:

@@ -9,16 +9,16 @@ from typing import Any
 import rlr_peft
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.pipeline import DTYPES
+from rlr_peft.build.run import Run
+from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.config import config_to_dict, stages_from_config
-from rlr_peft.evaluation.compare import Evaluation
-from rlr_peft.prompt import negative_prompt_of
+from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card_images import gallery, save_pairs
 from rlr_peft.publishing.licenses import base_license
 from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord
 from rlr_peft.publishing.snippet import base_kind
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run
 from rlr_peft.training.validation import NUM_PAIRS
 
 
@@ -41,7 +41,7 @@ def with_card_facts(
         if before is None or after is None
         else save_pairs(
             run.output_dir,
-            before.prompts,
+            texts_of(before.prompts),
             (before.images, after.images),
             (before.scores["reward"], after.scores["reward"]),
         )
@@ -103,7 +103,7 @@ def _drawing(run: Run, before: Evaluation | None) -> dict[str, Any]:
         "scheduler_options": dict(scheduler.options),
         "scheduler_sigmas": () if scheduler.sigmas_in_call else scheduler.sigmas,
         "snippet_notes": notes,
-        "negative_prompts": {str(prompt): text for prompt in shown if (text := negative_prompt_of(prompt)) is not None},
+        "negative_prompts": {prompt.text: text for prompt in shown if (text := prompt.negative_prompt) is not None},
     }
 
 

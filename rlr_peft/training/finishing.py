@@ -16,29 +16,31 @@ from torch import Tensor
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
 from rlr_peft.build.machine import describe_hardware, package_versions
-from rlr_peft.build.pipeline import DTYPES, load_pipeline
+from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.run import Run
+from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
+from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
+from rlr_peft.compare.report import PAGE, write_page_and_scores
+from rlr_peft.compare.run import prompt_source
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimates import with_error
-from rlr_peft.evaluation.compare import VERIFIED_IMAGES, Evaluation, compare, evaluation_plan, flat_metrics
-from rlr_peft.evaluation.comparison.comparison import Comparison, MeasuredReward, Model
-from rlr_peft.evaluation.comparison.divergence import has_noise, measure_divergence, path_divergence
-from rlr_peft.evaluation.comparison.labels import BASE, shown_name
-from rlr_peft.evaluation.comparison.report import PAGE, write_page_and_scores
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.foreign_text import shown_name
+from rlr_peft.intervals import with_error
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
-from rlr_peft.prompt import stages_of
+from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.card_images import clear_card_images
 from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord, StoredCard
 from rlr_peft.redaction import redacted_command
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import with_card_facts
-from rlr_peft.training.comparison_setup import prompt_source
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
@@ -83,8 +85,8 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
         after = evaluate_adapter(run)
     if before is not None and after is not None:
         comparison = write_comparison(run, before, after)
-        metrics = flat_metrics(compare(before, after)) | divergence_metrics(comparison) | metrics
-        pair_prompts = [str(prompt) for prompt in before.prompts[:NUM_PAIRS]]
+        metrics = flat_metrics(paired_gains(before, after)) | divergence_metrics(comparison) | metrics
+        pair_prompts = texts_of(before.prompts[:NUM_PAIRS])
         save_before_after(
             run.output_dir / BEFORE_AFTER,
             before.images,
@@ -141,7 +143,7 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
 
 
 def _nothing_learnt(run: Run) -> list[str]:
-    verdict = run.learning_signal.verdict(read_metrics(run.output_dir / METRICS_LOG))
+    verdict = LearningSignal.of(run).verdict(read_metrics(run.output_dir / METRICS_LOG))
     return [] if verdict is None else [verdict]
 
 
@@ -163,9 +165,11 @@ def _loading_lines(run: Run) -> list[str]:
 
 
 def _verify_adapter(run: Run) -> None:
-    prompts, seeds = evaluation_plan(run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation"))
+    prompts, seeds = prompts_and_seeds(
+        run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation")
+    )
     eta = run.config.validation.evaluation_eta
-    fresh = load_pipeline(run.config.model, torch.device("cpu") if _can_move(run) else run.accelerator.device)
+    fresh = run.fresh_base(torch.device("cpu") if _can_move(run) else run.accelerator.device)
 
     def draw(pipeline: DiffusionPipeline) -> torch.Tensor:
         if _can_move(run):  # never both on the device: what trained just so would not fit
@@ -242,7 +246,8 @@ def _peft_config(run: Run) -> dict[str, object] | None:
 
 def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompts: list[str]) -> RunRecord:
     config, arithmetic = run.config, run.arithmetic
-    unseen = run.evaluation_prompts is not None and not set(run.evaluation_prompts) & set(run.prompts)
+    trained_on = set(texts_of(run.prompts))
+    unseen = run.evaluation_prompts is not None and trained_on.isdisjoint(texts_of(run.evaluation_prompts))
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     chain_of_thought, stages = describe_chain_of_thought(config), stages_from_config(config)
     terms = run.estimator.describe(run.objective.has_gradient)
@@ -271,11 +276,11 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         tags=run.family.tags,
         dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
         stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
-        stage_prompts=next((stages_of(prompt) for prompt in run.prompts if stages_of(prompt)), ()),
+        stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
         fps=run.chain.call.fps if run.chain.call.is_video else None,
-        prompts=[str(prompt) for prompt in run.prompts[:SHOWN_PROMPTS]],
+        prompts=texts_of(run.prompts[:SHOWN_PROMPTS]),
         prompt_count=None if config.prompts.streaming else len(run.prompts),
         before_after=BEFORE_AFTER if pair_prompts else None,
         before_after_prompts=pair_prompts,
@@ -314,7 +319,7 @@ def divergence_from_base(run: Run) -> Tensor | None:
         return None
     config = run.config
     count = max(2, min(MOST_KL_IMAGES, config.validation.num_evaluation_images // KL_SHARE))
-    prompts, seeds = evaluation_plan(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
+    prompts, seeds = prompts_and_seeds(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
     with in_eval_mode(run.chain):
         return measure_divergence(
             lambda texts, numbers: path_divergence(run.chain, texts, numbers),
@@ -338,7 +343,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
         "sampler": build_chain(config, run.pipeline, config.validation.evaluation_eta).sampling_in_words(),
-        "prompts": f"{len(set(before.prompts))} of {len(run.evaluation_prompts or ())} {_source(run)}",
+        "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
     }

@@ -10,14 +10,15 @@ from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import ImagesError, render
 from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
 from rlr_peft.build.rewards import reward_settings
-from rlr_peft.evaluation.compare import Evaluation, evaluate, evaluation_plan
-from rlr_peft.evaluation.comparison.features import AUTO, FeatureExtractor, find_features
+from rlr_peft.build.run import Run
+from rlr_peft.compare.evaluation import Evaluation, evaluate, prompts_and_seeds
+from rlr_peft.compare.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
-from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,14 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
         return None
     images = torch.cat(parts)
     if phase == "test":
-        save_gallery(run.output_dir, images, prompts, chain.call.fps)
+        save_gallery(run.output_dir, images, texts_of(prompts), chain.call.fps)
     path = run.output_dir / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:
         for i, video in enumerate(images):
             save_video(path.with_suffix("") / f"{i:03d}", video, chain.call.fps)
         images = as_images(images)
-    save_image_grid(path, images, prompts, columns=arguments.num_validation_images)
+    save_image_grid(path, images, texts_of(prompts), columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy().astype(numpy.uint8)
@@ -100,10 +101,10 @@ def evaluation_features(run: Run) -> FeatureExtractor:
     return find_features(AUTO, run.config.model.pretrained_model_name_or_path, rewards, settings)
 
 
-def _evaluate(run: Run, evaluation_prompts: list[str], description: str) -> Evaluation:
+def _evaluate(run: Run, evaluation_prompts: list[Prompt], description: str) -> Evaluation:
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
-    prompts, seeds = evaluation_plan(evaluation_prompts, arguments.num_evaluation_images, seed)
+    prompts, seeds = prompts_and_seeds(evaluation_prompts, arguments.num_evaluation_images, seed)
     chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
     # What is compared before and after must not be measured on scales that move in between.
     reward: Reward = OnFirstScales(run.reward) if isinstance(run.reward, WeightedRewards) else run.reward

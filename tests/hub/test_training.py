@@ -142,13 +142,13 @@ def test_access_is_checked_before_training(hub: LoopbackHub, workplace: Path, tm
 
 READ_PROMPTS = """
 import json, sys
-from rlr_peft.prompt import PromptError
+from rlr_peft.prompt import PromptError, texts_of
 from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.sources import dataset_prompts
 from rlr_peft.prompts.tables import DatasetSpec
 for name, streaming in json.loads(sys.argv[1]):
     try:
-        print(json.dumps(list(dataset_prompts(DatasetSpec(name, streaming=streaming), Columns()))))
+        print(json.dumps(texts_of(dataset_prompts(DatasetSpec(name, streaming=streaming), Columns()))))
     except PromptError as error:
         print(json.dumps(str(error)))
 """

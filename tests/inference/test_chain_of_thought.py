@@ -113,7 +113,7 @@ def test_whatever_people_give(dcot: DiffusiveChainOfThought) -> None:
         [tuple(stages.values())],
         tuple(stages.values()),
         MappingProxyType(stages),
-        [Prompt("x", stages=list(stages.values()))],
+        [Prompt("x", stages=tuple(stages.values()))],
     ):
         assert torch.equal(by_name.images, dcot(same, seeds=[0], output_type="pt").images)
     assert by_name.stage_prompts == [("sky", "a red kite", "silk")]

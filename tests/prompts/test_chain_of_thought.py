@@ -6,14 +6,14 @@ from types import MappingProxyType
 
 import pytest
 
-from rlr_peft.prompt import Prompt, PromptError
+from rlr_peft.prompt import Prompt, PromptError, texts_of
 from rlr_peft.prompts.chain_of_thought import (
     MalformedStagesError,
     RememberedStages,
-    as_prompt,
     decompose_prompts,
     parse_stages,
     read_stages,
+    staged_prompt,
 )
 
 NAMES = ("coarse", "fine")
@@ -32,11 +32,11 @@ class Counted:
 
 def test_each_text_is_split_once_and_keeps_what_it_carries() -> None:
     split = Counted()
-    given = [Prompt("a", "ugly", metadata={"n": 1}), "b", "a"]
+    given = [Prompt("a", "ugly", metadata={"n": 1}), Prompt("b"), Prompt("a")]
     staged = decompose_prompts(given, split)
-    assert split.asked == ["a", "b"] and staged == ["a", "b", "a"]
-    assert [prompt.stages for prompt in staged] == [("far a", "near a"), ("far b", "near b"), ("far a", "near a")]  # type: ignore[attr-defined]
-    assert staged[0].negative_prompt == "ugly" and staged[0].metadata == {"n": 1}  # type: ignore[attr-defined]
+    assert split.asked == ["a", "b"] and texts_of(staged) == ["a", "b", "a"]
+    assert [prompt.stages for prompt in staged] == [("far a", "near a"), ("far b", "near b"), ("far a", "near a")]
+    assert staged[0].negative_prompt == "ugly" and staged[0].metadata == {"n": 1}
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_a_line_that_was_cut_off_within_a_letter_is_named(tmp_path: Path) -> Non
 
 def test_what_people_give() -> None:
     split = Counted()
-    assert as_prompt("a", NAMES, split).stages == ("far a", "near a")
-    assert as_prompt({"fine": "y", "coarse": "x"}, NAMES, split).stages == ("x", "y")
-    assert as_prompt(["x", "y"], NAMES, split).stages == ("x", "y")
-    assert as_prompt(MappingProxyType({"fine": "y", "coarse": "x"}), NAMES, split).stages == ("x", "y")
+    assert staged_prompt("a", NAMES, split).stages == ("far a", "near a")
+    assert staged_prompt({"fine": "y", "coarse": "x"}, NAMES, split).stages == ("x", "y")
+    assert staged_prompt(["x", "y"], NAMES, split).stages == ("x", "y")
+    assert staged_prompt(MappingProxyType({"fine": "y", "coarse": "x"}), NAMES, split).stages == ("x", "y")
     full = Prompt("a", "ugly", ("x", "y"), {"n": 1})
-    kept = as_prompt(full, NAMES, split)
+    kept = staged_prompt(full, NAMES, split)
     assert (kept.stages, kept.negative_prompt, kept.metadata) == (("x", "y"), "ugly", {"n": 1})
     for wrong, message in (
         (Prompt("a", stages=("x",)), "expected one text for each of coarse, fine, got 1"),
@@ -135,7 +135,7 @@ def test_what_people_give() -> None:
         (["x", "y", "z"], "expected one text for each of coarse, fine, got 3"),
     ):
         with pytest.raises(PromptError, match=message):
-            as_prompt(wrong, NAMES, split)  # type: ignore[arg-type]
+            staged_prompt(wrong, NAMES, split)  # type: ignore[arg-type]
     for answer, message in ((("x",), "got 1"), ("xy", "got 'xy'"), (None, "got None")):
         with pytest.raises(PromptError, match=f"stage prompts of 'a': expected one text for each of .*{message}"):
-            as_prompt("a", NAMES, lambda prompt, answer=answer: answer)  # type: ignore[misc]
+            staged_prompt("a", NAMES, lambda prompt, answer=answer: answer)  # type: ignore[misc]

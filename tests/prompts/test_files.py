@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlr_peft.prompt import PromptError, metadata_of
+from rlr_peft.prompt import Prompt, PromptError, texts_of
 from rlr_peft.prompts.files import MANY_ROWS, Columns
 from rlr_peft.prompts.sources import dataset_prompts, load_prompts
 from rlr_peft.prompts.tables import DatasetSpec
@@ -32,9 +32,9 @@ def read_everywhere(
     """Prompts and metadata of a file alone, and as a dataset's file, whole and streamed."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
-    ways: list[list[str]] = [load_prompts(str(folder / name), columns=columns)]
+    ways: list[list[Prompt]] = [load_prompts(str(folder / name), columns=columns)]
     ways += [list(dataset_prompts(DatasetSpec(str(folder), streaming=s), columns)) for s in (False, True)]
-    return [[(str(prompt), metadata_of(prompt)) for prompt in prompts] for prompts in ways]
+    return [[(prompt.text, dict(prompt.metadata)) for prompt in prompts] for prompts in ways]
 
 
 REFUSED = {
@@ -97,8 +97,8 @@ def test_lines_that_are_no_text_are_refused(tmp_path: Path, name: str) -> None:
 def test_texts_that_look_odd_are_what_they_are(tmp_path: Path) -> None:
     texts = ["👨‍👩‍👧 family", "a\u200bb", "naïve", "日本", "👍🏽", "...", "\u0c1c\u0c4d\u0c1e\u200c\u0c3e"]
     (tmp_path / "p.txt").write_text("\r".join(texts), encoding="utf-8")  # line ends as of an old Mac
-    assert load_prompts(str(tmp_path / "p.txt")) == texts
-    assert list(dataset_prompts(DatasetSpec(str(tmp_path)), Columns())) == texts
+    assert texts_of(load_prompts(str(tmp_path / "p.txt"))) == texts
+    assert texts_of(dataset_prompts(DatasetSpec(str(tmp_path)), Columns())) == texts
 
 
 def test_cells_of_a_csv_are_the_text_that_is_written(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_keys_of_a_json_line_are_its_own(tmp_path: Path, name: str) -> None:
     for streaming in (False, True):
         columns = Columns(metadata=("tag", "exclude", "include"))
         prompts = list(dataset_prompts(DatasetSpec(str(tmp_path / "data"), streaming=streaming), columns))
-        assert [metadata_of(prompt) for prompt in prompts] == [
+        assert [prompt.metadata for prompt in prompts] == [
             {"tag": "a", "include": [{"class": "a"}]},
             {"tag": None, "exclude": ["z"], "include": [{"class": "a", "color": "red"}]},
         ]
@@ -169,9 +169,7 @@ def test_a_column_that_no_row_has(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         load_prompts(str(tmp_path / "p.jsonl"), 5, Columns(metadata=("late",)))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert metadata_of(load_prompts(str(tmp_path / "p.jsonl"), columns=Columns(metadata=("late",)))[-1]) == {
-            "late": 2
-        }
+        assert load_prompts(str(tmp_path / "p.jsonl"), columns=Columns(metadata=("late",)))[-1].metadata == {"late": 2}
     assert f"none of the first {MANY_ROWS} rows has a column late; their columns are text, tags." in caplog.text
 
 
@@ -197,9 +195,8 @@ def test_files_of_datasets_of_other_forms(tmp_path: Path) -> None:
     }
     for name, folder in folders.items():
         for streaming in (False, True):
-            assert list(dataset_prompts(DatasetSpec(str(folder), streaming=streaming), Columns())) == expected[name], (
-                name
-            )
+            prompts = dataset_prompts(DatasetSpec(str(folder), streaming=streaming), Columns())
+            assert texts_of(prompts) == expected[name], name
     (folders["shards"] / "train-1.csv").write_text("b,text\n2,y, z\n")
     with pytest.raises(PromptError, match=r"train-1\.csv, line 2: expected as many cells"):
         list(dataset_prompts(DatasetSpec(str(folders["shards"])), Columns()))
@@ -209,7 +206,7 @@ def test_options_of_a_card_that_would_guess_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text;n\na, b;1\n")
     card = "---\nconfigs:\n- config_name: default\n  {option}\n  data_files: train.csv\n---\n"
     (tmp_path / "README.md").write_text(card.replace("{option}", 'sep: ";"'))
-    assert list(dataset_prompts(DatasetSpec(str(tmp_path)), Columns())) == ["a, b"]
+    assert texts_of(dataset_prompts(DatasetSpec(str(tmp_path)), Columns())) == ["a, b"]
     (tmp_path / "README.md").write_text(card.replace("{option}", "skiprows: 1"))
     with pytest.raises(PromptError, match=r"no more of its \.csv files than sep and quotechar, got skiprows"):
         list(dataset_prompts(DatasetSpec(str(tmp_path)), Columns()))
@@ -221,7 +218,7 @@ def test_the_table_beside_a_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text('text,file_name\n"a cat, on a mat",1.png\nNone,2.png\n')
     for streaming in (False, True):
         spec = DatasetSpec(str(tmp_path), streaming=streaming)
-        assert list(dataset_prompts(spec, Columns())) == ["a cat, on a mat", "None"]
+        assert texts_of(dataset_prompts(spec, Columns())) == ["a cat, on a mat", "None"]
     (tmp_path / "metadata.csv").write_text("text,file_name\na cat, on a mat,1.png\nNone,2.png\n")
     with pytest.raises(PromptError, match=r"metadata\.csv, line 2: expected as many cells"):
         list(dataset_prompts(DatasetSpec(str(tmp_path)), Columns()))
@@ -232,7 +229,7 @@ def test_parts_of_splits(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "x"}\n')
 
     def read(split: str, streaming: bool = False) -> list[str]:
-        return list(dataset_prompts(DatasetSpec(str(tmp_path), split=split, streaming=streaming), Columns()))
+        return texts_of(dataset_prompts(DatasetSpec(str(tmp_path), split=split, streaming=streaming), Columns()))
 
     assert read("train[:2]") == ["0", "1"] and read("train[-20%:]+test") == ["8", "9", "x"] and read("test") == ["x"]
     for split, streaming in (("valid", False), ("valid[:2]", False), ("train[:2]", True)):
@@ -243,8 +240,8 @@ def test_parts_of_splits(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """A stream of rows: the first prompts come before the rest, even a damaged rest, is read."""
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 5 + "{damaged")
-    assert load_prompts(str(tmp_path / "train.jsonl"), 5) == ["a"] * 5
+    assert texts_of(load_prompts(str(tmp_path / "train.jsonl"), 5)) == ["a"] * 5
     rows = dataset_prompts(DatasetSpec(str(tmp_path), streaming=True), Columns())
-    assert [next(rows) for _ in range(5)] == ["a"] * 5
+    assert [next(rows).text for _ in range(5)] == ["a"] * 5
     with pytest.raises(PromptError, match="line 6"):
         next(rows)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlr_peft.prompt import PromptError
+from rlr_peft.prompt import PromptError, texts_of
 from rlr_peft.prompts.sampler import PromptSampler
 from rlr_peft.prompts.sources import load_prompts
 from rlr_peft.tiny_shapes import scenes
@@ -15,7 +15,7 @@ from rlr_peft.tiny_shapes import scenes
 
 def test_tiny_shapes_splits_do_not_overlap() -> None:
     train, test = load_prompts("tiny-shapes/train"), load_prompts("tiny-shapes/test")
-    assert train == scenes.prompts("train")
+    assert texts_of(train) == scenes.prompts("train")
     assert not set(train) & set(test)
     assert load_prompts("tiny-shapes/test", 7) == test[:7]
 
@@ -23,8 +23,8 @@ def test_tiny_shapes_splits_do_not_overlap() -> None:
 def test_a_text_file_is_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffein schöner Käfer\r\n\r\n  a cat\t\n   \n日本の猫\na cat".encode())
-    assert load_prompts(str(path)) == ["ein schöner Käfer", "a cat", "日本の猫", "a cat"]
-    assert load_prompts(str(path), 2) == ["ein schöner Käfer", "a cat"]
+    assert texts_of(load_prompts(str(path))) == ["ein schöner Käfer", "a cat", "日本の猫", "a cat"]
+    assert texts_of(load_prompts(str(path), 2)) == ["ein schöner Käfer", "a cat"]
     assert len(load_prompts(str(path), 100)) == 4
 
 

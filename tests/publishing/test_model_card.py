@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from rlr_peft.cli.main import main
-from rlr_peft.estimates import with_error
 from rlr_peft.foreign_text import fenced
+from rlr_peft.intervals import with_error
 from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora
 from rlr_peft.lora.export import KOHYA_NAME
 from rlr_peft.publishing.card import TemplateError, addressed_card, write_card, write_model_card

@@ -34,4 +34,4 @@ def test_a_wheel_holds_the_templates(tmp_path: Path) -> None:
         content = archive.read("rlr_peft/publishing/model_card_template.md").decode()
         names = archive.namelist()
     assert content == (REPOSITORY / "model_card_template.md").read_text()
-    assert "rlr_peft/evaluation/diagnosis/report.html.j2" in names
+    assert "rlr_peft/diagnose/report.html.j2" in names

@@ -13,6 +13,7 @@ from PIL import Image
 
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import in_eval_mode
+from rlr_peft.build.run import Run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.cli.main import main
 from rlr_peft.config import config_to_dict, save_config
@@ -25,7 +26,6 @@ from rlr_peft.training.card_facts import with_card_facts
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.resuming import resume
-from rlr_peft.training.run import Run
 from rlr_peft.training.trainer import train
 from rlr_peft.training.validation import evaluate_base
 from tests.families.image_pipelines import sd3

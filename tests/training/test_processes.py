@@ -15,7 +15,7 @@ PROGRAM = """
 import sys
 import torch
 from rlr_peft.config import load_config
-from rlr_peft.training.run import _accelerator
+from rlr_peft.build.run import _accelerator
 
 accelerator = _accelerator(load_config(["--config", sys.argv[1]]))
 group = torch.distributed.group.WORLD
@@ -109,12 +109,12 @@ CALIBRATION = """
 import json, os, sys
 import torch
 from rlr_peft.config import load_config
-from rlr_peft.training.run import build_run
+from rlr_peft.build.run import build_run
 from rlr_peft.training.update import calibrate
 
 run = build_run(load_config(["--config", sys.argv[1]]))
 calibrate(run, 0)
-print("energies", json.dumps(run.estimator.step_energies.tolist()), flush=True)
+print("energies", json.dumps(run.estimator.statistics.energies.tolist()), flush=True)
 run.processes.close()
 """
 

@@ -17,8 +17,8 @@ from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import ConfigError
 from rlr_peft.figures import save_image_grid
 from rlr_peft.inference import DiffusiveChainOfThought
-from rlr_peft.prompt import Prompt
-from rlr_peft.prompts.sources import builtin_prompts
+from rlr_peft.prompt import Prompt, texts_of
+from rlr_peft.prompts.sources import builtin_texts
 from rlr_peft.training.validation import evaluate_base, save_validation_images
 from tests.prompts.chat_server import chat_server, completion
 from tests.prompts.test_language_models import small_language_model
@@ -113,7 +113,7 @@ def test_one_update_from_every_source(
     assert (place / "out" / WEIGHTS).stat().st_size > 0
     told = seen(place)
     assert len(told) == 4 and told[0] == told[1] != told[2] == told[3], "two prompts, two samples each, side by side"
-    known = dict.fromkeys(builtin_prompts("simple-animals") or ()) if source == "built-in" else dict.fromkeys(TEXTS)
+    known = dict.fromkeys(builtin_texts("simple-animals") or ()) if source == "built-in" else dict.fromkeys(TEXTS)
     for text, facts in told:
         assert text in known
         if "metadata_columns" in SOURCES[source]:  # a cell of a .csv is text
@@ -163,7 +163,7 @@ def test_an_edited_file_is_used_and_nobody_is_asked(workplace: Path, place: Path
     values = {"dcot_endpoint": "http://127.0.0.1:9/v1", "dcot_endpoint_model": "m", "dcot_cache": "@edited.jsonl"}
     run = build(config_of(workplace, place, prompt_path="@prompts.txt", validation_prompt=["unseen"], **values))
     for prompt in [*run.prompts, *run.validation_prompts]:
-        assert isinstance(prompt, Prompt) and prompt.stages == (f"edited {prompt}", "b", "c")
+        assert isinstance(prompt, Prompt) and prompt.stages == (f"edited {prompt.text}", "b", "c")
 
 
 def test_validation_and_evaluation_draw_with_stage_prompts(workplace: Path, place: Path) -> None:
@@ -171,14 +171,17 @@ def test_validation_and_evaluation_draw_with_stage_prompts(workplace: Path, plac
     values |= {"num_validation_images": 2, "dcot_columns": ["far", "near"], "evaluation_eta": 0.3}
     run = build(config_of(workplace, place, prompt_path="@rows.jsonl", **TABLE, **values))
     assert run.evaluation_prompts is not None and len(run.evaluation_prompts) == 2
-    assert sorted([*run.evaluation_prompts, *run.prompts]) == sorted(TEXTS), "unseen prompts are never trained on"
+    assert sorted(texts_of([*run.evaluation_prompts, *run.prompts])) == sorted(TEXTS), (
+        "unseen prompts are never trained on"
+    )
     base = evaluate_base(run)
     assert base is not None
     dcot = DiffusiveChainOfThought(
         run.pipeline, stages=("far", "near"), num_inference_steps=3, guidance_scale=3.0, eta=0.3
     )
     given = [
-        Prompt(text, ROWS[TEXTS.index(text)]["ugly"] or "", [f"far {text}", f"near {text}"]) for text in base.prompts
+        Prompt(text, ROWS[TEXTS.index(text)]["ugly"] or "", (f"far {text}", f"near {text}"))
+        for text in texts_of(base.prompts)
     ]
     assert torch.equal(dcot(given, seeds=base.seeds, output_type="pt").images, base.images)
 
@@ -232,8 +235,8 @@ def test_a_stream_can_be_split_too(workplace: Path, place: Path) -> None:
     run = build(config_of(workplace, place, **SOURCES["streaming"], **values))
     assert run.evaluation_prompts is not None
     used = [prompt for step in range(20) for prompt in run.sampler.sample(step, 3)]
-    assert sorted({*used, *run.evaluation_prompts}) == sorted(TEXTS)
-    assert not set(used) & set(run.evaluation_prompts)
+    assert sorted(set(texts_of([*used, *run.evaluation_prompts]))) == sorted(TEXTS)
+    assert not set(texts_of(used)) & set(texts_of(run.evaluation_prompts))
     assert all(isinstance(prompt, Prompt) and len(prompt.stages) == 3 for prompt in [*used, *run.evaluation_prompts])
     with pytest.raises(ConfigError, match="expected prompts on both sides of the split"):
         build(config_of(workplace, place, **SOURCES["streaming"], validation_split_percentage=0.001))

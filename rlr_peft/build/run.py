@@ -1,0 +1,264 @@
+"""Builds everything that a run needs: the cheap parts first, so that a mistake costs seconds.
+
+The config names the base, the reward and the prompts; in a notebook they may be given as objects instead.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers import DiffusionPipeline
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlr_peft.build.chain import attach_adapters, build_chain, check_trajectory, denoiser_names
+from rlr_peft.build.machine import check_machine
+from rlr_peft.build.optimizer import build_lr_scheduler, build_optimizer
+from rlr_peft.build.pipeline import (
+    compile_denoisers,
+    described_by,
+    load_pipeline,
+    load_reward_decoder,
+    prepare_pipeline,
+    without_adapters,
+)
+from rlr_peft.build.processes import Processes
+from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_prompts, with_stage_prompts
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.reporting import as_config_error
+from rlr_peft.build.reward_scale import RewardScale
+from rlr_peft.build.rewards import load_rewards, measure_scales, name_reward
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.families import Family, family_of
+from rlr_peft.config import Config, ConfigError, stages_from_config
+from rlr_peft.estimators.base import Estimator
+from rlr_peft.estimators.kl import KLPenalty
+from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.lora import check_adapter_saves, check_kohya
+from rlr_peft.prompt import Prompt
+from rlr_peft.prompts.sampler import Sampler
+from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.combination import WeightedRewards
+
+logger = logging.getLogger(__name__)
+
+# How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
+# minutes on GPUs) a thorough evaluation would end the run.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The derived numbers of a run.
+
+    Attributes:
+        prompts_per_process: prompts that one process samples for one update.
+        samples_per_process: samples of one process in one update.
+        samples_per_update: samples of all processes in one update.
+        max_train_steps: updates of the whole run.
+    """
+
+    prompts_per_process: int
+    samples_per_process: int
+    samples_per_update: int
+    max_train_steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run.
+
+    Attributes:
+        config: what was asked for.
+        accelerator: device and trackers.
+        processes: how those of the run exchange what they need of each other.
+        pipeline: the base with the trainable adapter inside.
+        family: what is particular to the pipeline's class.
+        chain: the pipeline as the chain that is trained.
+        reward: what is raised.
+        heldout: what is only measured, one reward or several as one; None without.
+        objective: decodes and scores.
+        estimator: turns rollouts into gradients.
+        kl_penalty: how the divergence from the base is measured; None if never.
+        reward_scale: the running scale of the rewards; None if they are not normalised.
+        prompts: all training prompts; of a stream its first window.
+        sampler: which prompts an update uses.
+        evaluation_prompts: prompts of the comparison of base and adapter; None for no comparison.
+        validation_prompts: prompts drawn while training.
+        optimizer: of the LoRA weights.
+        lr_scheduler: its learning rate.
+        arithmetic: the derived numbers.
+        is_pipeline_given: whether the base came as an object, so that it cannot be loaded once more.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    processes: Processes
+    pipeline: DiffusionPipeline
+    family: Family
+    chain: DenoisingChain
+    reward: Reward
+    heldout: Reward | None
+    objective: DecodedReward
+    estimator: Estimator
+    kl_penalty: KLPenalty | None
+    reward_scale: RewardScale | None
+    prompts: list[Prompt]
+    sampler: Sampler
+    evaluation_prompts: list[Prompt] | None
+    validation_prompts: list[Prompt]
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    arithmetic: Arithmetic
+    is_pipeline_given: bool
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder that receives everything."""
+        return Path(self.config.training.output_dir)
+
+    def fresh_base(self, device: torch.device) -> DiffusionPipeline:
+        """The base once more, without the adapter; where it was given as an object, a copy of it."""
+        if self.is_pipeline_given:
+            return without_adapters(self.pipeline, self.family.denoisers)
+        return load_pipeline(self.config.model, device)
+
+
+def build_run(
+    config: Config,
+    pipeline: DiffusionPipeline | None = None,
+    reward: Callable[..., Any] | None = None,
+    prompts: Iterable[Prompt | str | Mapping[str, Any]] | None = None,
+) -> Run:
+    """Loads prompts and rewards, then the pipeline, attaches the adapter and prepares the training state.
+
+    What is given as an object takes the place of what the config names, and `Run.config` names it as far as it has a
+    name: the pipeline's `name_or_path`, the function's `module:name`.
+
+    Args:
+        config: what is asked for.
+        pipeline: the base, loaded; it gets the adapter. Its models are frozen and moved to the run's device, and it
+            keeps its number format.
+        reward: a function or object as behind `--reward_fn file.py:NAME`, or a `Reward`.
+        prompts: texts, or dictionaries with a text and more, as rows of a `.jsonl` file.
+
+    Raises:
+        ConfigError: the base, the adapter, the chain, the optimiser or the budgets cannot be built as asked for, an
+            object of a wrong type, or the launcher and accelerate disagree on the number of processes.
+        PromptError, RewardError: prompts or rewards that cannot be loaded.
+    """
+    if not isinstance(config, Config):
+        raise ConfigError(f"config: expected a Config of rlr_peft.config, got {type(config).__name__}.")
+    is_pipeline_given = pipeline is not None
+    if pipeline is not None:
+        with as_config_error():
+            config = replace(config, model=described_by(pipeline, config.model, denoiser_names(config)))
+    training_prompts = None
+    if prompts is not None:
+        config, training_prompts = given_prompts(config, prompts)
+    if reward is not None:
+        config = name_reward(config, reward)
+    run_prompts = read_prompts(config, training_prompts)
+    accelerator = _accelerator(config)
+    processes = Processes(accelerator)
+    check_machine(config.model, accelerator.device)
+    if config.model.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
+    with as_config_error():
+        estimator = build_estimator(config.estimator, config.chain.num_inference_steps, stages_from_config(config))
+    trained_reward, heldout = load_rewards(config, accelerator.device, reward)
+    run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
+    arithmetic = _arithmetic(config, len(run_prompts.training), accelerator.num_processes)
+    with as_config_error():
+        if pipeline is None:
+            pipeline = load_pipeline(config.model, accelerator.device)
+        else:
+            prepare_pipeline(pipeline, config.model, accelerator.device)
+        family = family_of(pipeline, denoiser_names(config))
+        parameters = attach_adapters(config, pipeline, family)
+        if config.lora.output_kohya_format:
+            check_kohya(pipeline)
+        if config.model.torch_compile:
+            compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
+        decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
+        chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
+        check_trajectory(config, chain)
+        chain.call.negative_prompts(run_prompts.training[:1])  # refuses those of a pipeline that takes none
+        check_adapter_saves(pipeline)
+        optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
+    warn_of_long_prompts(config, pipeline, run_prompts)
+    warning = chain.last_step_warning()
+    if warning is not None:
+        logger.warning("%s", warning)
+    decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
+    objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout)
+    if isinstance(trained_reward, WeightedRewards):
+        measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        processes=processes,
+        pipeline=pipeline,
+        family=family,
+        chain=chain,
+        reward=trained_reward,
+        heldout=heldout,
+        objective=objective,
+        estimator=estimator,
+        kl_penalty=_kl_penalty(config),
+        reward_scale=None,
+        prompts=run_prompts.training,
+        sampler=run_prompts.sampler,
+        evaluation_prompts=run_prompts.evaluation,
+        validation_prompts=run_prompts.validation,
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
+        arithmetic=arithmetic,
+        is_pipeline_given=is_pipeline_given,
+    )
+
+
+def _kl_penalty(config: Config) -> KLPenalty | None:
+    regularization = config.regularization
+    measured = regularization.kl_interval is not None or regularization.kl_limit is not None
+    if regularization.kl_beta == 0 and not measured:
+        return None
+    return KLPenalty(regularization.kl_beta, regularization.kl_steps)
+
+
+def _accelerator(config: Config) -> Accelerator:
+    output_dir = config.training.output_dir
+    accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        log_with=None if config.logging.report_to == "none" else config.logging.report_to,
+        project_config=ProjectConfiguration(output_dir, logging_dir=f"{output_dir}/{config.logging.logging_dir}"),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"Expected {launched} processes, as launched, to find each other; accelerate sees "
+            f"{accelerator.num_processes}. On a machine without GPU set ACCELERATE_USE_CPU=1 before launching."
+        )
+    return accelerator
+
+
+def _arithmetic(config: Config, num_prompts: int, num_processes: int) -> Arithmetic:
+    training = config.training
+    samples = training.train_batch_size * training.gradient_accumulation_steps
+    prompts = samples // training.num_images_per_prompt
+    steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
+    return Arithmetic(
+        prompts_per_process=prompts,
+        samples_per_process=samples,
+        samples_per_update=samples * num_processes,
+        max_train_steps=training.max_train_steps or training.num_train_epochs * steps_per_epoch,
+    )

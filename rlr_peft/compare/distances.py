@@ -1,0 +1,185 @@
+"""How far images are from each other and from the base's: what falls, and what rises, when an adapter collapses.
+
+The distance of two images is the cosine distance of their features, ``1 - cos``: 0 for the same direction, 1 for
+orthogonal features, 2 at most. The distance of two chains is the KL of their whole paths, in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlr_peft.chain.interface import Chain
+from rlr_peft.compare.evaluation import independent_groups, mean_and_standard_error
+from rlr_peft.estimators.kl import path_kl, reference_steps
+from rlr_peft.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error.
+
+    Attributes:
+        value: the number.
+        error: its standard error; NaN where there is too little to tell.
+        count: of how many independent values it was taken: prompts, or images of a single one.
+    """
+
+    value: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Variety:
+    """How different the images of one model are.
+
+    Attributes:
+        overall: mean distance over all pairs of images.
+        within_prompt: mean over the prompts of the mean distance over the pairs of images of one prompt; None where no
+            prompt has two images.
+        overall_change: `overall` minus the base's; None for the base itself.
+        within_prompt_change: `within_prompt` minus the base's.
+        to_base: mean distance between an image and the base's image of the same prompt and seed; None for the base.
+    """
+
+    overall: Estimate
+    within_prompt: Estimate | None
+    overall_change: Estimate | None = None
+    within_prompt_change: Estimate | None = None
+    to_base: Estimate | None = None
+
+
+def variety(features: Tensor, prompts: Sequence[str], base_features: Tensor | None = None) -> Variety:
+    """Diversity of one model's images, and what became of the base's.
+
+    Args:
+        features: (n, D), n >= 2.
+        prompts: the n prompts.
+        base_features: (n, D) of the base's images of the same prompts and seeds; None for the base itself.
+
+    Raises:
+        ValueError: fewer than two images, or features that do not fit together.
+    """
+    if len(features) < 2 or len(features) != len(prompts):
+        raise ValueError(f"expected 2 or more images, one per prompt, got {len(features)} and {len(prompts)} prompts")
+    if base_features is not None and base_features.shape != features.shape:
+        raise ValueError(f"expected features of one shape, got {tuple(features.shape)}, {tuple(base_features.shape)}")
+    each, of_prompt = mean_distances(features), prompt_distances(features, prompts)
+    if base_features is None:
+        return Variety(_pairwise(each, prompts), _mean(of_prompt))
+    base_of_prompt = prompt_distances(base_features, prompts)
+    return Variety(
+        overall=_pairwise(each, prompts),
+        within_prompt=_mean(of_prompt),
+        overall_change=_pairwise(each - mean_distances(base_features), prompts),
+        within_prompt_change=_mean(of_prompt - base_of_prompt),
+        to_base=_mean(1 - (_unit(features) * _unit(base_features)).sum(1), prompts),
+    )
+
+
+def mean_distances(features: Tensor) -> Tensor:
+    """(n,) float64 mean distance of every image to the n - 1 others; their mean is the mean over all pairs.
+
+    Through the sum of all directions: the n x n distances of many thousand images would take gigabytes.
+    """
+    unit = _unit(features)
+    others = unit @ unit.sum(0) - unit.square().sum(1)
+    return (1 - others / (len(unit) - 1)).clamp(min=0)
+
+
+def prompt_distances(features: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(p,) mean distance over the pairs of images of each prompt that has two or more, in order of appearance."""
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    means = [mean_distances(features[members]).mean() for members in groups.values() if len(members) > 1]
+    return torch.stack(means) if means else torch.empty(0, dtype=torch.float64)
+
+
+def _unit(features: Tensor) -> Tensor:
+    features = features.double()
+    return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def estimate_of(values: Tensor, prompts: Sequence[str] | None = None) -> Estimate:
+    """Mean of (n,) values, n >= 1, with its error, which takes the images of one prompt together."""
+    if len(values) < 2:
+        return Estimate(values.double().mean().item(), math.nan, len(values))
+    mean, error = mean_and_standard_error(values, prompts)
+    return Estimate(mean, error, max(independent_groups(prompts or range(len(values)))) + 1)
+
+
+def _mean(values: Tensor, prompts: Sequence[str] | None = None) -> Estimate | None:
+    return None if len(values) == 0 else estimate_of(values, prompts)
+
+
+def _pairwise(each: Tensor, prompts: Sequence[str]) -> Estimate:
+    """The mean over pairs from every image's mean; its error is that of a U-statistic of order two (Hoeffding 1948)."""
+    found = estimate_of(each, prompts)
+    return Estimate(found.value, 2 * found.error if len(each) > 2 else math.nan, found.count)
+
+
+# Samples every prompt from its seed and measures: (prompts, seeds) -> (B,) nats.
+MeasureDivergence = Callable[[list[Prompt], list[int]], Tensor]
+
+
+@torch.no_grad()
+def path_divergence(chain: Chain, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+    """``KL(adapter || base)`` of sampled paths: the steps' KL in closed form, summed over all steps with noise.
+
+    Averaged over samples this estimates, without bias, the KL of the paths' distributions, which bounds the KL of the
+    images' from above.
+
+    Args:
+        chain: with the adapter, a reference (the base), and noise in at least one step.
+        prompts: B prompts, sampled at once.
+        seeds: B seeds.
+
+    Returns:
+        (B,) float32 in nats, on the CPU.
+
+    Raises:
+        NoDivergenceError: a chain without noise, whose paths have no density.
+    """
+    trajectory = chain.sample(prompts, seeds)
+    references = reference_steps(chain, trajectory, "all", torch.Generator())
+    return path_kl(trajectory, references).float().cpu()
+
+
+def has_noise(chain: Chain) -> bool:
+    """Whether any step of the chain is stochastic."""
+    return any(chain.std(t) > 0 for t in range(1, chain.num_steps + 1))
+
+
+def measure_divergence(
+    measure: MeasureDivergence,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    batch_size: int,
+    *,
+    description: str = "Measuring KL",
+    show_progress: bool = True,
+) -> Tensor:
+    """The divergence of every sample of a plan, (n,) in nats.
+
+    Args:
+        measure: of one batch, such as `path_divergence` on a chain.
+        prompts: n prompts.
+        seeds: n seeds.
+        batch_size: samples at once.
+        description: of the tqdm bar.
+        show_progress: False hides the bar.
+    """
+    parts = []
+    with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            parts.append(measure(batch, list(seeds[start : start + batch_size])))
+            bar.update(len(batch))
+    return torch.cat(parts)

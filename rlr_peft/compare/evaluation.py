@@ -1,0 +1,316 @@
+"""Draws and scores images of one plan with one pipeline; of two pipelines the paired differences."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlr_peft.compare.features import FeatureExtractor
+from rlr_peft.figures import FRAMES_OF_STRIP, as_images, to_8_bit
+from rlr_peft.prompt import Prompt, texts_of
+from rlr_peft.rewards.base import Reward, measure_images
+from rlr_peft.rewards.scores import Info, join_info
+
+# Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
+# or one video: (B, F, 3, H, W).
+Render = Callable[[list[Prompt], list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pipeline reached on a plan.
+
+    Attributes:
+        prompts: of the n images.
+        seeds: of the n images.
+        scores: per reward (n,) float32 on the CPU.
+        images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures; of videos strips of frames.
+        info: numbers that the rewards give beside their scores for every image, `REWARD/NAME` -> (n,).
+        features: (n, D) float32 on the CPU, by which sets of images are compared; None if no extractor was given.
+        pictures: all n images as small files for a page; empty if they were not asked for.
+    """
+
+    prompts: list[Prompt]
+    seeds: list[int]
+    scores: dict[str, Tensor]
+    images: Tensor
+    info: dict[str, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
+    pictures: list[Picture] = field(default_factory=list)
+
+
+def prompts_and_seeds(
+    prompts: Sequence[Prompt], num_images: int, seed: int, images_per_prompt: int = 1
+) -> tuple[list[Prompt], list[int]]:
+    """Which images to draw: prompts in shuffled order, again and again, and a seed for each image.
+
+    The order is shuffled so that fewer images than prompts are still a fair sample of them. A longer plan starts with
+    the images of a shorter one, as long as the prompts are the same.
+
+    Args:
+        prompts: at least one.
+        num_images: at least one.
+        seed: of the order and of the images' seeds.
+        images_per_prompt: images of a prompt that follow each other; the variety within a prompt needs at least two.
+
+    Returns:
+        (num_images prompts, num_images seeds).
+    """
+    if not prompts or num_images < 1 or images_per_prompt < 1:
+        raise ValueError(
+            f"expected at least one prompt, one image and one image per prompt, got {len(prompts)}, {num_images} and "
+            f"{images_per_prompt}"
+        )
+    # SeedSequence promises the same numbers on every platform and in every version of numpy.
+    words = numpy.random.SeedSequence(seed).generate_state(len(prompts) + num_images, numpy.uint32)
+    order = numpy.argsort(words[: len(prompts)], kind="stable")
+    chosen = [prompts[order[index // images_per_prompt % len(prompts)]] for index in range(num_images)]
+    return chosen, [int(word) for word in words[len(prompts) :]]
+
+
+def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image, as diffusers pipelines take them: an image's noise depends on its own seed only,
+    not on its place in the batch or on the device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def evaluate(
+    render: Render,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    rewards: Mapping[str, Reward],
+    batch_size: int,
+    *,
+    num_kept_images: int = 6,
+    features: FeatureExtractor | None = None,
+    with_pictures: bool = False,
+    description: str = "Evaluating",
+    show_progress: bool = True,
+) -> Evaluation:
+    """Draw and score every image of a plan.
+
+    Args:
+        render: draws a batch; must use `image_generators(seeds)` for its noise. Called under `no_grad`.
+        prompts: n prompts.
+        seeds: n seeds.
+        rewards: by the name under which the scores are kept, for example "reward" and "heldout".
+        batch_size: images drawn at once.
+        num_kept_images: how many of the first images to keep.
+        features: keeps the features of every image.
+        with_pictures: whether to keep every image as a small file for a page.
+        description: of the tqdm bar.
+        show_progress: False hides the bar.
+
+    Raises:
+        ValueError: prompts and seeds differ in number, or `render` returns something else than B images in [0, 1].
+        RewardError: a reward fails.
+    """
+    if len(prompts) != len(seeds) or not prompts or batch_size < 1:
+        raise ValueError(
+            f"expected as many seeds as prompts, at least one, and batch_size >= 1; got {len(prompts)} prompts, "
+            f"{len(seeds)} seeds, batch_size {batch_size}"
+        )
+    scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    infos: dict[str, list[tuple[Info, int]]] = {name: [] for name in rewards}
+    kept: list[Tensor] = []
+    seen: list[Tensor] = []
+    pictures: list[Picture] = []
+    with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar, torch.no_grad():
+        for start in range(0, len(prompts), batch_size):
+            batch_prompts = list(prompts[start : start + batch_size])
+            images = render(batch_prompts, list(seeds[start : start + batch_size]))
+            _check_images(images, len(batch_prompts))
+            for name, reward in rewards.items():
+                scored = measure_images(reward, images, batch_prompts)
+                scores[name].append(scored.scores.cpu())
+                infos[name].append((scored.info, len(batch_prompts)))
+            if start < num_kept_images:
+                kept.append(as_images(images[: num_kept_images - start].float().cpu()))
+            if features is not None:
+                seen.append(features(images))
+            if with_pictures:
+                pictures += make_pictures(images)
+            bar.update(len(batch_prompts))
+    return Evaluation(
+        prompts=list(prompts),
+        seeds=list(seeds),
+        scores={name: torch.cat(parts) for name, parts in scores.items()},
+        images=torch.cat(kept) if kept else torch.empty(0, 3, 0, 0),
+        info=_complete_info(infos),
+        features=torch.cat(seen) if seen else None,
+        pictures=pictures,
+    )
+
+
+def mean_and_standard_error(scores: Tensor, prompts: Sequence[str] | None = None) -> tuple[float, float]:
+    """Mean of (n,) scores and its standard error, computed in float64.
+
+    Images of one prompt are alike: more of them say less about other prompts than as many prompts would. So the error
+    is that of the sums over each prompt (the cluster-robust one, Liang and Zeger 1986); of different prompts, or of a
+    single one, it is the sample standard deviation / sqrt(n).
+
+    Args:
+        scores: at least two.
+        prompts: of the n scores; None takes every score for itself.
+
+    Raises:
+        ValueError: fewer than two scores have no standard error.
+    """
+    if scores.ndim != 1 or len(scores) < 2:
+        raise ValueError(f"expected at least 2 scores for a standard error, got shape {tuple(scores.shape)}")
+    scores = scores.double()
+    mean, groups = scores.mean(), independent_groups(prompts or range(len(scores)))
+    sums = torch.zeros(max(groups) + 1, dtype=torch.float64).index_add_(0, torch.tensor(groups), scores - mean)
+    count = len(sums)
+    return mean.item(), math.sqrt(count / (count - 1) * sums.square().sum().item()) / len(scores)
+
+
+def independent_groups(prompts: Sequence[object]) -> list[int]:
+    """The number of every image's prompt, in order of appearance; of a single prompt every image counts for itself."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return [numbers[prompt] for prompt in prompts] if len(numbers) > 1 else list(range(len(prompts)))
+
+
+def paired_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+    """Paired comparison per reward.
+
+    Returns:
+        For each reward: `before`, `before_se`, `after`, `after_se` (means and their standard errors), `gain` (mean of
+        after - before, image by image), `gain_se` (its paired standard error), `n` (images), `prompts` (how many of
+        them) and `win_rate` (share of images that got better; ties count one half). The same for the info that both
+        have. The errors take the images of one prompt together.
+
+    Raises:
+        ValueError: the two were not made from the same plan and rewards, or hold fewer than two images.
+    """
+    prompts = texts_of(before.prompts)
+    if prompts != texts_of(after.prompts) or before.seeds != after.seeds or before.scores.keys() != after.scores.keys():
+        raise ValueError(
+            "expected the same prompts, seeds and rewards before and after; evaluate both with the same plan"
+        )
+    comparison = {}
+    for name, old, new in _pairs(before, after):
+        old, new = old.double(), new.double()
+        gain = new - old
+        mean_before, se_before = mean_and_standard_error(old, prompts)
+        mean_after, se_after = mean_and_standard_error(new, prompts)
+        mean_gain, se_gain = mean_and_standard_error(gain, prompts)
+        comparison[name] = {
+            "before": mean_before,
+            "before_se": se_before,
+            "after": mean_after,
+            "after_se": se_after,
+            "gain": mean_gain,
+            "gain_se": se_gain,
+            "n": len(gain),
+            "prompts": len(set(prompts)),
+            "win_rate": ((gain > 0).double() + 0.5 * (gain == 0).double()).mean().item(),
+        }
+    return comparison
+
+
+def _pairs(before: Evaluation, after: Evaluation) -> list[tuple[str, Tensor, Tensor]]:
+    pairs = [(name, before.scores[name], after.scores[name]) for name in before.scores]
+    return pairs + [(name, before.info[name], after.info[name]) for name in before.info if name in after.info]
+
+
+def flat_metrics(comparison: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The comparison with one level of keys, as in `metrics.json`: `reward_before`, ..., `heldout_gain_se`, `n`."""
+    shared = ("n", "prompts")
+    flat = {
+        f"{name}_{key}": value
+        for name, values in comparison.items()
+        for key, value in values.items()
+        if key not in shared
+    }
+    first: Mapping[str, float] = next(iter(comparison.values()), {})
+    return flat | {key: first[key] for key in shared if key in first}
+
+
+def _complete_info(infos: Mapping[str, list[tuple[Info, int]]]) -> dict[str, Tensor]:
+    """What can be compared of the rewards' info: numbers that are finite for every image."""
+    joined = {name: join_info(parts) for name, parts in infos.items()}
+    return {
+        f"{name}/{key}": values
+        for name, info in joined.items()
+        for key, values in info.items()
+        if bool(values.isfinite().all())
+    }
+
+
+def _check_images(images: Tensor, num_images: int) -> None:
+    if images.ndim not in (4, 5) or images.shape[0] != num_images or images.shape[-3] != 3:
+        raise ValueError(f"expected `render` to return ({num_images}, 3, height, width), got {tuple(images.shape)}")
+    low, high = images.min().item(), images.max().item()
+    if not (math.isfinite(low) and math.isfinite(high)) or low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; decode and clamp them")
+
+
+# Images up to this side are shown pixel by pixel; WebP would smear their edges.
+SMALL_SIDE = 128  # pixels
+LARGEST_SIDE = 512  # pixels, of an image or of one frame of a strip
+QUALITY = 85  # of WebP, in percent
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, or of a video a strip of frames, as a file.
+
+    Attributes:
+        data: the file.
+        mime_type: its kind.
+        width: in pixels.
+        height: in pixels.
+        num_frames: frames side by side; 1 for an image.
+    """
+
+    data: bytes
+    mime_type: str
+    width: int
+    height: int
+    num_frames: int = 1
+
+    @property
+    def data_uri(self) -> str:
+        """The file as a page's `src`."""
+        return f"data:{self.mime_type};base64,{base64.b64encode(self.data).decode('ascii')}"
+
+
+def make_pictures(images: Tensor) -> list[Picture]:
+    """Pictures of images (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1]; no side of a frame is over 512 pixels."""
+    num_frames = 1 if images.ndim == 4 else min(FRAMES_OF_STRIP, images.shape[1])
+    return [_picture(image, num_frames) for image in as_images(images).detach().float().cpu()]
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """uint8 of images in [0, 1], rounded as an image file holds them, on the CPU."""
+    return torch.from_numpy(to_8_bit(images)).movedim(-1, -3)
+
+
+def as_pil(image: Tensor) -> Image.Image:
+    """One (3, H, W) uint8 image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _picture(image: Tensor, num_frames: int) -> Picture:
+    picture = Image.fromarray(to_8_bit(image))
+    width, height = picture.width // num_frames, picture.height
+    scale = min(1.0, LARGEST_SIDE / max(width, height))
+    if scale < 1:
+        size = (max(1, round(picture.width * scale)), max(1, round(height * scale)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if max(width, height) <= SMALL_SIDE:
+        picture.save(buffer, format="PNG", optimize=True)
+        return Picture(buffer.getvalue(), "image/png", picture.width, picture.height, num_frames)
+    picture.save(buffer, format="WEBP", quality=QUALITY)
+    return Picture(buffer.getvalue(), "image/webp", picture.width, picture.height, num_frames)

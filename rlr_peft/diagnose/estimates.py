@@ -1,0 +1,239 @@
+"""The gradient estimates that single samples give to a method, and what they say of its noise, signal and direction.
+
+They are put together from the sketches of the steps: estimates of different methods on the same samples differ by the
+methods alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlr_peft.estimators.variance import StepGradients
+from rlr_peft.intervals import direction
+
+
+@dataclass(frozen=True)
+class SampleEstimates:
+    """What n samples, each on its own, estimate the gradient to be.
+
+    Attributes:
+        vectors: sketches of the estimates, (n, d).
+        squares: squared distances from their mean, times n / (n - 1), (n,), float64: their mean is the variance. Where
+            a method draws steps at random, the variance over all possible draws is inside.
+        samples: which of all samples these are.
+    """
+
+    vectors: torch.Tensor
+    squares: torch.Tensor
+    samples: list[int]
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance of a single sample's estimate."""
+        return float(self.squares.mean())
+
+    @property
+    def variance_error(self) -> float:
+        """Standard error of the variance."""
+        return float(self.squares.std()) / len(self.squares) ** 0.5
+
+
+def sample_estimates(vectors: torch.Tensor, samples: Sequence[int] | None = None) -> SampleEstimates:
+    """Of estimates (n, d) that hold all randomness already; ``samples`` is 0..n - 1 by default."""
+    return SampleEstimates(
+        vectors, squared_deviations(vectors), list(range(len(vectors)) if samples is None else samples)
+    )
+
+
+def squared_deviations(vectors: torch.Tensor) -> torch.Tensor:
+    """Squared distances of the rows of (n, d) from their mean, times n / (n - 1), (n,), float64."""
+    count, exact = len(vectors), vectors.double()
+    return (exact - exact.mean(0)).square().sum(1) * count / (count - 1)
+
+
+def pathwise_tail(gradients: StepGradients, first_order_steps: int) -> torch.Tensor:
+    """Truncated backpropagation through the last K steps, (N, d); the whole of it for K = T.
+
+    Raises:
+        ValueError: the reward has no gradient.
+    """
+    if gradients.pathwise is None:
+        raise ValueError("Expected a reward with a gradient.")
+    return gradients.pathwise[:first_order_steps].sum(0)
+
+
+def score_terms(gradients: StepGradients, advantages: torch.Tensor, beyond: int = 0) -> torch.Tensor:
+    """Score terms of the steps beyond the given one, (N, d); steps without noise give nothing."""
+    return advantages.float()[:, None] * gradients.scores[beyond:].sum(0)
+
+
+def first_and_half_order(gradients: StepGradients, first_order_steps: int) -> torch.Tensor:
+    """Pathwise up to K, single-step score terms beyond, (N, d)."""
+    beyond = score_terms(gradients, gradients.advantages, first_order_steps)
+    return beyond + pathwise_tail(gradients, first_order_steps) if first_order_steps else beyond
+
+
+def mixed_orders(gradients: StepGradients, weights: torch.Tensor) -> torch.Tensor:
+    """``sum_t w_t G_t + (1 - w_t) H_t``, (N, d).
+
+    Args:
+        gradients: must hold the pathwise gradients.
+        weights: w_t at index t - 1, (T,).
+    """
+    if gradients.pathwise is None:
+        raise ValueError("Expected a reward with a gradient.")
+    share = weights.float()[:, None, None]
+    return (share * gradients.pathwise + (1 - share) * gradients.half_order).sum(0)
+
+
+def black_box_tail(gradients: StepGradients, mirrored: torch.Tensor) -> torch.Tensor:
+    """Score terms with mirrored advantages on steps 1..n and leave-one-out advantages beyond, (N, d).
+
+    Args:
+        gradients: of the samples.
+        mirrored: advantages by step, (n, N).
+    """
+    tail = (mirrored[:, :, None] * gradients.scores[: len(mirrored)]).sum(0)
+    return tail + score_terms(gradients, gradients.advantages, len(mirrored))
+
+
+def drawn_score_terms(
+    gradients: StepGradients, first_order_steps: int, num_draws: int, generator: torch.Generator
+) -> SampleEstimates:
+    """Pathwise up to K, and M different steps with noise drawn evenly from those beyond, with weight n / M.
+
+    The vectors hold one draw for every sample; the variance is exact over all draws: that of sampling M of n steps
+    without replacement, ``n^2 (1 / M - 1 / n) s^2`` with s^2 the variance among the sample's own steps.
+
+    Args:
+        gradients: of the samples.
+        first_order_steps: K; 0 for a reward without gradient.
+        num_draws: M, fewer than the steps with noise beyond K.
+        generator: of the draws.
+    """
+    beyond = gradients.half_order[first_order_steps:][gradients.has_noise[first_order_steps:]]
+    count = len(beyond)
+    tail = pathwise_tail(gradients, first_order_steps) if first_order_steps else torch.zeros_like(beyond[0])
+    spread = (beyond.double() - beyond.double().mean(0)).square().sum((0, 2)) / (count - 1)
+    draw_variance = count**2 * (1 / num_draws - 1 / count) * spread
+    drawn = torch.stack([torch.randperm(count, generator=generator)[:num_draws] for _ in range(beyond.shape[1])])
+    chosen = torch.stack([beyond[steps, i].sum(0) for i, steps in enumerate(drawn)])
+    return SampleEstimates(
+        vectors=tail + count / num_draws * chosen,
+        squares=squared_deviations(first_and_half_order(gradients, first_order_steps)) + draw_variance,
+        samples=list(range(beyond.shape[1])),
+    )
+
+
+RESAMPLINGS = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Agreement in direction of two means over different samples.
+
+    Attributes:
+        value: in [-1, 1].
+        low: lower end of the 95 % confidence interval.
+        high: upper end of it.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def gradient_norm(estimates: SampleEstimates) -> float:
+    """Euclidean norm of the mean estimate."""
+    return float(estimates.vectors.double().mean(0).norm())
+
+
+def signal_to_noise(estimates: SampleEstimates) -> float:
+    """``|E g|^2 / variance`` of a single sample's estimate; its inverse is the number of samples for a ratio of 1.
+
+    The squared norm of a mean over n samples holds variance / n of noise, which is taken off; at least 0.
+    """
+    variance = estimates.variance
+    signal = gradient_norm(estimates) ** 2 - variance / len(estimates.vectors)
+    return max(signal, 0.0) / variance if variance > 0 else 0.0
+
+
+def paired_difference(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
+    """Mean of ``first - second`` over the same samples, (n,) each, and its standard error."""
+    difference = first.double() - second.double()
+    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
+
+
+def is_clearly_larger(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether the mean of ``first`` (n,) is above that of ``second`` in a paired t-test at 95 %."""
+    return direction(*paired_difference(first, second), len(first)) > 0
+
+
+def first_half(num_samples: int, group_size: int) -> torch.Tensor:
+    """Which samples belong to the first half, (N,), bool; groups stay whole where there are two or more.
+
+    The samples of a group share a baseline, so halves that split one would not be independent.
+    """
+    groups = num_samples // group_size
+    boundary = groups // 2 * group_size if groups > 1 else num_samples // 2
+    return torch.arange(num_samples) < boundary
+
+
+def cosine_to_reference(
+    estimates: SampleEstimates, reference: SampleEstimates, is_first: torch.Tensor, seed: int = 0
+) -> Cosine:
+    """Cosine between a method's mean over one half of the samples and the reference's mean over the other half.
+
+    Both ways are averaged, so no sample is compared with itself. Noise lowers it: even the reference itself stays
+    below 1, and its own row shows how far one can get with so many samples.
+
+    The interval is that of a bootstrap over samples within each half. Means of resampled samples are noisier, which
+    lowers all cosines alike, so their distribution is moved back to the measured value.
+
+    Args:
+        estimates: of the method, of some of the samples.
+        reference: of the reference, of all samples.
+        is_first: which of all samples belong to the first half, (N,), bool.
+        seed: of the bootstrap.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mine = [estimates.vectors[is_first[estimates.samples] == half].double() for half in (True, False)]
+    theirs = [reference.vectors[is_first[reference.samples] == half].double() for half in (True, False)]
+    value = float(_cosine_across(*_means(mine), *_means(theirs)))
+    drawn = [_resampling(len(vectors), generator) for vectors in theirs]
+    # The same draws for both where they have the same samples, because their errors are not independent.
+    together = estimates.samples == reference.samples
+    own = drawn if together else [_resampling(len(vectors), generator) for vectors in mine]
+    spread = _cosine_across(*_means(mine, own), *_means(theirs, drawn))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(spread, torch.tensor([tail, 1 - tail], dtype=torch.float64)) - spread.mean()
+    return Cosine(value, max(-1.0, value + float(low)), min(1.0, value + float(high)))
+
+
+def _resampling(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Weights of ``count`` samples in bootstrap means, (RESAMPLINGS, count)."""
+    drawn = torch.randint(count, (RESAMPLINGS, count), generator=generator)
+    weights = torch.zeros(RESAMPLINGS, count, dtype=torch.float64)
+    return weights.scatter_add_(1, drawn, torch.full_like(weights, 1 / count))
+
+
+def _means(halves: list[torch.Tensor], weights: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Mean, or weighted means, of the rows of every half, (..., d)."""
+    if weights is None:
+        return [half.mean(0) for half in halves]
+    return [weight @ half for weight, half in zip(weights, halves, strict=True)]
+
+
+def _cosine_across(
+    first: torch.Tensor, second: torch.Tensor, reference_first: torch.Tensor, reference_second: torch.Tensor
+) -> torch.Tensor:
+    """Cosines of each half with the other half of the reference, averaged."""
+    return (_cosine(first, reference_second) + _cosine(second, reference_first)) / 2
+
+
+def _cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Of the last dimension; 0 where a vector is."""
+    norms = first.norm(dim=-1) * second.norm(dim=-1)
+    return (first * second).sum(-1) / norms.clamp(min=torch.finfo(norms.dtype).tiny)

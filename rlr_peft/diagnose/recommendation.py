@@ -1,0 +1,328 @@
+"""What to set, in plain sentences, and how sure that is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rlr_peft.config.estimator import ThreeOrdersArguments
+from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, squares_by_first_order_steps
+from rlr_peft.diagnose.estimates import is_clearly_larger, paired_difference, signal_to_noise
+from rlr_peft.estimators.base import step_ranges
+from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.foreign_text import listed
+from rlr_peft.intervals import short_number
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What follows from the measurements.
+
+    Attributes:
+        flags: what to set; empty where no estimator fits.
+        advice: sentences by topic.
+    """
+
+    flags: str
+    advice: dict[str, str] = field(default_factory=dict)
+
+
+def recommend(diagnosis: Diagnosis) -> Recommendation:
+    """Every sentence follows from numbers of the diagnosis; where they do not decide, it says so."""
+    advice: dict[str, str] = {}
+    if diagnosis.evidence.differentiable:
+        flags = f"--estimator rlr --fo_steps {diagnosis.compared.first_order_steps}"
+        advice["First order"] = " ".join(_first_order(diagnosis))
+        sentences, pays = _mixed_orders(diagnosis)
+        if pays:
+            flags = "--estimator rlr --step_choice inverse-variance"
+    else:
+        flags = f"--estimator rlr --black_box_steps {diagnosis.compared.black_box_steps}"
+        advice["Black-box tail"] = " ".join(_black_box(diagnosis))
+        sentences = []
+        if not diagnosis.evidence.noisy_steps:
+            flags = ""
+    advice["Score terms"] = " ".join(_score_terms(diagnosis))
+    if sentences:
+        advice["Mixed orders"] = " ".join(sentences)
+    advice["Price of precision"] = " ".join(_price(diagnosis))
+    optional = {
+        "One stage only": window_advice(diagnosis),
+        "Budgets": budget_advice(diagnosis),
+        "Hot steps": hot_step_advice(diagnosis),
+        "Last step": last_step_advice(diagnosis),
+        "Evidence": _evidence(diagnosis),
+    }
+    for topic, found in optional.items():
+        text = " ".join(found)
+        if text:
+            advice[topic] = text
+    return Recommendation(flags, advice)
+
+
+def _first_order(diagnosis: Diagnosis) -> Iterator[str]:
+    best, num_steps = diagnosis.compared.first_order_steps, diagnosis.evidence.num_steps
+    if best == num_steps:
+        yield f"Take the pathwise gradient through all {num_steps} steps: `--fo_steps {best}`, full backpropagation."
+    elif best == 0:
+        yield "Take no pathwise gradient at all: `--fo_steps 0`, score terms everywhere."
+    else:
+        yield f"Take the pathwise gradient through the last {best} of {num_steps} steps: `--fo_steps {best}`."
+    yield "`--fo_steps auto`, the default, measures this again while training."
+    chosen = _named(diagnosis, f"rlr, K = {best} (measured)")
+    others = ("reinforce", "rlr, K = 1") if best == num_steps else ("full-bp", "reinforce")
+    compared = [
+        f"{short_number(result.estimates.variance)} for {quoted(result.method.name)}"
+        for result in diagnosis.results
+        if result.method.name in others
+    ]
+    against = f", against {listed(compared)}" if compared else ""
+    yield f"A single sample's estimate then has variance {short_number(chosen.estimates.variance)}{against}."
+    squares = squares_by_first_order_steps(diagnosis.evidence.gradients)
+    mine = squares[best]
+    assert mine is not None
+    tied = [
+        k for k, other in enumerate(squares) if other is not None and k != best and not is_clearly_larger(other, mine)
+    ]
+    if tied:
+        yield (
+            f"The evidence for this very K is weak: with {diagnosis.evidence.num_samples} samples, K = "
+            f"{step_ranges(tied)} cannot be told from it."
+        )
+    else:
+        yield f"Every other K is clearly noisier on these {diagnosis.evidence.num_samples} samples."
+
+
+def _black_box(diagnosis: Diagnosis) -> Iterator[str]:
+    steps = diagnosis.compared.black_box_steps
+    yield "The reward has no gradient, so there is no pathwise term."
+    if not diagnosis.evidence.noisy_steps:
+        yield (
+            "The chain has no noise either: raise `--eta` or `--num_inference_steps`, or nothing but the zeroth order "
+            "is left."
+        )
+        return
+    chosen, plain = _named(diagnosis, f"rlr, black-box tail of {steps} (measured)"), _named(diagnosis, "reinforce")
+    if steps == 0:
+        yield (
+            "Mirrored samples cost more than they save here: `--black_box_steps 0`, plain score terms on all steps "
+            "with noise."
+        )
+        return
+    yield (
+        f"Cover the last {steps} steps by the black-box tail, which compares every sample with its mirror image: "
+        f"`--black_box_steps {steps}`. Variance times cost then is {short_number(chosen.variance_times_cost)}, against "
+        f"{short_number(plain.variance_times_cost)} for plain score terms."
+    )
+    if not is_clearly_larger(plain.estimates.squares * plain.cost.work, chosen.estimates.squares * chosen.cost.work):
+        yield "The evidence is weak: the difference is within its error."
+
+
+def _score_terms(diagnosis: Diagnosis) -> Iterator[str]:
+    evidence, tail = diagnosis.evidence, diagnosis.compared.covered_tail
+    beyond = [t for t in range(tail + 1, evidence.num_steps + 1) if t in evidence.noisy_steps]
+    if beyond:
+        yield f"Single-step score terms go on {steps_in_words(beyond)}, which is the default (`--ho_length 1`)."
+    else:
+        yield "No step needs a score term."
+    if not evidence.differentiable:
+        silent = [t for t in range(1, evidence.num_steps + 1) if t not in evidence.noisy_steps]
+        if silent:
+            yield f"Nothing can cover {steps_in_words(silent)}, where there is no noise: the gradient leaves that out."
+
+
+def _mixed_orders(diagnosis: Diagnosis) -> tuple[list[str], bool]:
+    crossing = _named(diagnosis, f"rlr, K = {diagnosis.compared.first_order_steps} (measured)")
+    mixed = _named(diagnosis, "rlr, mixed orders")
+    before, after = crossing.estimates.squares * crossing.cost.work, mixed.estimates.squares * mixed.cost.work
+    gain, error = paired_difference(before, after)
+    numbers = (
+        f"variance times cost is {short_number(mixed.variance_times_cost)}, against "
+        f"{short_number(crossing.variance_times_cost)} with one K"
+    )
+    if gain <= error:
+        return [f"Mixing both orders at every step does not pay: {numbers}."], False
+    sentence = f"Mixing both orders at every step pays: {numbers}. Set `--step_choice inverse-variance`."
+    if is_clearly_larger(before, after):
+        return [sentence], True
+    return [sentence, "The evidence is weak: the gain is hardly more than its error."], True
+
+
+def _price(diagnosis: Diagnosis) -> Iterator[str]:
+    fair = [
+        r
+        for r in diagnosis.results
+        if r.coverage.unbiased and len(r.estimates.samples) == diagnosis.evidence.num_samples
+    ]
+    if not fair:
+        yield "No method is unbiased for this chain and reward."
+        return
+    ranked = sorted(fair, key=lambda result: result.variance_times_cost)
+    best = ranked[0]
+    yield (
+        f"Of the unbiased methods, {quoted(best.method.name)} buys a given precision for the least compute: variance "
+        f"times cost is {short_number(best.variance_times_cost)}."
+    )
+    work = best.estimates.squares * best.cost.work
+    tied = [
+        quoted(r.method.name)
+        for r in ranked[1:]
+        # The measured K may be T, or 0, which makes it another method's twin.
+        if not torch.equal(r.estimates.vectors, best.estimates.vectors)
+        and not is_clearly_larger(r.estimates.squares * r.cost.work, work)
+    ]
+    if tied:
+        yield f"On these samples, {listed(tied)} cannot be told from it."
+
+
+def _evidence(diagnosis: Diagnosis) -> Iterator[str]:
+    count, reference = diagnosis.evidence.num_samples, diagnosis.reference
+    name, ratio = quoted(reference.method.name), signal_to_noise(reference.estimates)
+    if ratio == 0:
+        yield (
+            f"{count} samples do not show a gradient above the noise, even with {name}: compare variances, not "
+            "directions, or raise `--samples`."
+        )
+    else:
+        enough = max(1, round(1 / ratio))
+        yield (
+            f"With {name}, the reference, a mean over about {enough:,} samples holds as much gradient as noise; here "
+            f"were {count}."
+        )
+    if reference.cosine.low <= 0:
+        yield "Cosines say little here: even the reference's own halves do not agree beyond doubt."
+
+
+def _named(diagnosis: Diagnosis, name: str) -> MethodResult:
+    return next(result for result in diagnosis.results if result.method.name == name)
+
+
+BYTES_PER_GB = 1e9
+
+
+def budget_advice(diagnosis: Diagnosis) -> Iterator[str]:
+    """Sentences on h; none where the config has no budget."""
+    arguments = diagnosis.config.estimator
+    if not isinstance(arguments, ThreeOrdersArguments):
+        return
+    if arguments.nfe_budget is None and arguments.memory_budget is None:
+        return
+    if arguments.nfe_budget is not None:
+        yield _compute_advice(diagnosis, arguments, arguments.nfe_budget)
+    if arguments.memory_budget is not None:
+        yield _memory_advice(diagnosis, arguments.memory_budget)
+    ratio = _variance_of_longer_blocks(diagnosis)
+    if ratio is not None:
+        yield (
+            f"With blocks of h = 2 the whole estimate has {ratio:.1f} times the variance that it has with the single "
+            "steps that they replace: a longer block pays only where it takes steps from the zeroth order."
+        )
+
+
+def _compute_advice(diagnosis: Diagnosis, arguments: ThreeOrdersArguments, budget: float) -> str:
+    num_steps = diagnosis.evidence.num_steps
+    tail = diagnosis.compared.first_order_steps
+    if tail == num_steps:
+        return f"nfe_budget {budget:g}: K = {tail} leaves no step for a block, so h does not matter."
+    blocks = arguments.ho_blocks if isinstance(arguments.ho_blocks, int) else 1
+    if blocks == 0:
+        return f"nfe_budget {budget:g}: with ho_blocks 0 there is no block, so h does not matter."
+    try:
+        length = half_order_length_for_compute(budget, num_steps, tail, blocks, arguments.zo_chains * num_steps)
+    except ValueError as error:
+        return f"nfe_budget {budget:g} does not even allow h = 1. {error}"
+    return (
+        f"nfe_budget {budget:g} with K = {tail} and {blocks} block(s) allows `--ho_length {length}` "
+        f"(`--fo_steps {tail} --ho_blocks {blocks}`)."
+    )
+
+
+def _memory_advice(diagnosis: Diagnosis, budget: float) -> str:
+    half, zeroth = _step_memory(diagnosis, "reinforce"), _step_memory(diagnosis, "zeroth order on all steps")
+    if half is None or zeroth is None or half <= zeroth:
+        return f"memory_budget {budget:g} GB: the memory rule needs score terms that take more than the zeroth order."
+    constants = f"`--ho_step_memory {half:.3g} --zo_step_memory {zeroth:.3g}`, as measured here for a micro-batch"
+    try:
+        length = half_order_length_for_memory(budget, half, zeroth, diagnosis.evidence.num_steps)
+    except ValueError as error:
+        return f"memory_budget {budget:g} GB does not even allow h = 1 with {constants}. {error}"
+    return (
+        f"memory_budget {budget:g} GB allows `--ho_length {length}` by the paper's rule with {constants}. That rule is "
+        "about a tape of h steps; ours holds one step for every h."
+    )
+
+
+def _step_memory(diagnosis: Diagnosis, name: str) -> float | None:
+    """GB that one step takes for a whole micro-batch of training."""
+    result = _find(diagnosis, name)
+    if result is None:
+        return None
+    scale = diagnosis.config.training.train_batch_size / diagnosis.cost_samples
+    return result.cost.added_bytes * scale / BYTES_PER_GB
+
+
+def _variance_of_longer_blocks(diagnosis: Diagnosis) -> float | None:
+    pairs = (
+        ("rlr, K = 1, blocks of h = 2", "rlr, K = 1"),
+        ("rlr, no black-box tail, blocks of h = 2", "reinforce"),
+    )
+    for longer, single in pairs:
+        first, second = _find(diagnosis, longer), _find(diagnosis, single)
+        if first is not None and second is not None:
+            return first.estimates.variance / second.estimates.variance
+    return None
+
+
+def _find(diagnosis: Diagnosis, name: str) -> MethodResult | None:
+    return next((result for result in diagnosis.results if result.method.name == name), None)
+
+
+def window_advice(diagnosis: Diagnosis) -> Iterator[str]:
+    """The third of the chain where most of the gradient is, and how to train it alone."""
+    evidence, tail = diagnosis.evidence, diagnosis.compared.first_order_steps
+    stages = [stage for stage in diagnosis.profile.stages if stage.energy_share is not None]
+    if not stages or not evidence.noisy_steps:
+        return
+    stage = max(stages, key=lambda stage: stage.energy_share or 0.0)
+    yield (
+        f"The {stage.name} stage ({steps_in_words(stage.steps)}) holds {stage.energy_share:.0%} of the gradient energy."
+    )
+    low = max(stage.first_step, tail + 1)
+    if low > stage.last_step:
+        yield f"The pathwise gradient covers all of it with K = {tail}, so a window for score terms gains nothing."
+        return
+    yield (
+        f"To train this scale alone, draw score terms from it: `--fo_steps {tail} --ho_blocks 1 --ho_start window "
+        f"--ho_window {low} {stage.last_step}`. That is biased by choice: steps outside the window and beyond "
+        f"K = {tail} get nothing."
+    )
+
+
+def hot_step_advice(diagnosis: Diagnosis) -> Iterator[str]:
+    """Steps where a score term is very noisy."""
+    tail = "pathwise gradient" if diagnosis.evidence.differentiable else "black-box tail"
+    for t, ratio in diagnosis.profile.hot_steps.items():
+        is_covered = t <= diagnosis.compared.covered_tail
+        covered = f"the {tail} covers it" if is_covered else "a score term there is very noisy"
+        yield f"Step {t} is hot: its mean moves {ratio:.1f} times its noise per unit of denoiser output; {covered}."
+
+
+def last_step_advice(diagnosis: Diagnosis) -> Iterator[str]:
+    """What to do about a last step that hardly reacts to the denoiser."""
+    profile = diagnosis.profile
+    if profile.last_step_is_dead:
+        yield (
+            f"The last step is nearly dead: the image moves only {profile.last_step_sensitivity:.3f} per unit of "
+            "denoiser output there, so truncated backpropagation with K = 1 hardly trains. Use a larger K, or another "
+            "grid (`--timestep_spacing trailing`, unless this is one)."
+        )
+
+
+def quoted(name: str) -> str:
+    """Names of methods hold commas, so they are quoted inside sentences."""
+    return f'"{name}"'
+
+
+def steps_in_words(steps: Sequence[int]) -> str:
+    """``step 2`` or ``steps 2-4, 7``."""
+    return f"{'step' if len(steps) == 1 else 'steps'} {step_ranges(list(steps))}"

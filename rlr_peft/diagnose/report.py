@@ -1,0 +1,269 @@
+"""The diagnosis as a page that needs nothing but itself, as JSON, and as text for the console."""
+
+import base64
+import json
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup, escape
+
+from rlr_peft.config import config_to_dict
+from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, StepProfile
+from rlr_peft.diagnose.estimates import gradient_norm, signal_to_noise
+from rlr_peft.diagnose.figure import save_step_profile
+from rlr_peft.diagnose.recommendation import Recommendation, quoted
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.foreign_text import listed, page_environment, printable
+from rlr_peft.intervals import short_number, with_error
+from rlr_peft.redaction import redacted, redacted_values
+
+OWN_UNITS = "*"
+LINE_WIDTH = 118  # characters
+# The table in two parts, because neither a terminal nor a page is as wide as all columns.
+PARTS = {"What a sample costs": (0, 2, 3, 4, 5), "What its gradient is worth": (0, 1, 6, 7, 8, 9, 10)}
+
+
+def column_titles(diagnosis: Diagnosis) -> list[str]:
+    """Titles of the columns of ``row_of``."""
+    samples = diagnosis.cost_samples
+    return [
+        "method",
+        "unbiased",
+        "NFE",
+        "backwards",
+        f"MB ({samples} samples)" if samples > 1 else "MB (1 sample)",
+        "s/sample",
+        "norm",
+        "variance",
+        "variance x cost",
+        "signal/noise",
+        "cosine [95 %]",
+    ]
+
+
+def row_of(result: MethodResult) -> list[str]:
+    """One method in words and numbers, in the order of ``column_titles``."""
+    cost, estimates, cosine = result.cost, result.estimates, result.cosine
+    mark = OWN_UNITS if result.method.own_units else ""
+    return [
+        result.method.name,
+        "yes" if result.coverage.unbiased else "no",
+        f"{cost.denoiser_evaluations:g}",
+        f"{cost.backward_passes:g}",
+        f"{cost.peak_bytes / 2**20:,.1f}",
+        short_number(cost.seconds),
+        short_number(gradient_norm(estimates)) + mark,
+        with_error(estimates.variance, estimates.variance_error) + mark,
+        short_number(result.variance_times_cost) + mark,
+        short_number(signal_to_noise(estimates)),
+        f"{_cosine(cosine.value)} [{_cosine(cosine.low)}, {_cosine(cosine.high)}]",
+    ]
+
+
+def _cosine(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # the sum turns -0 into 0
+
+
+def notes(diagnosis: Diagnosis) -> list[str]:
+    """What the columns are, one sentence each."""
+    evidence, reference = diagnosis.evidence, quoted(diagnosis.reference.method.name)
+    few = sorted({len(r.estimates.samples) for r in diagnosis.results} - {evidence.num_samples})
+    found = [
+        "NFE are denoiser evaluations per sample, sampling included; a guided pair counts once. Backwards are backward "
+        "passes through a denoiser step, per sample.",
+        f"MB is the {diagnosis.memory}, for a micro-batch of {diagnosis.cost_samples}.",
+        "Norm is that of the mean gradient. Variance is that of a single sample's estimate (trace of the covariance), "
+        "with its standard error; divide it by the number of samples of an update. (Drawn steps and perturbations are "
+        "drawn once for a micro-batch, so their noise averages out less.) Cost is NFE plus twice the backwards.",
+        "Signal/noise is the squared norm of the expected gradient over the variance: its inverse is the number of "
+        "samples whose mean has as much signal as noise. 0 means that no signal was found.",
+        f"Cosine is that between the method's mean over one half of the {evidence.num_samples} samples and the mean of "
+        f"{reference} over the other half, with a bootstrap interval. Noise lowers it: the row of {reference} shows "
+        "what can be reached with so many samples.",
+    ]
+    if any(result.method.own_units for result in diagnosis.results):
+        found.append(
+            f"{OWN_UNITS} in units of its own, because rewards are normalised or only ordered: not comparable "
+            "between methods."
+        )
+    if few:
+        names = [quoted(r.method.name) for r in diagnosis.results if len(r.estimates.samples) in few]
+        found.append(f"Measured on {few[0]} of the samples: {listed(names)}.")
+    if not diagnosis.reference.coverage.unbiased:
+        found.append(f"No method is unbiased here, so the reference is: {diagnosis.reference.coverage.describe()}")
+    if evidence.differentiable:
+        found.append(
+            "K and the mixture were chosen on these very samples, which flatters their variance a little; training "
+            "chooses on samples of its own."
+        )
+    return found
+
+
+def console_text(diagnosis: Diagnosis, recommendation: Recommendation) -> str:
+    """Facts, table, notes and recommendation, for a terminal."""
+    lines = [f"{name}: {fact}" for name, fact in diagnosis.facts.items()]
+    rows = [column_titles(diagnosis), *(row_of(result) for result in diagnosis.results)]
+    for title, columns in PARTS.items():
+        lines += ["", title, *_aligned([[row[column] for column in columns] for row in rows])]
+    texts = [f"Left out: {quoted(name)}, because {reason}." for name, reason in diagnosis.compared.left_out.items()]
+    lines += ["", *_wrapped([*texts, *notes(diagnosis)]), "", "Recommendation"]
+    if recommendation.flags:
+        lines.append(f"  {recommendation.flags}")
+    lines += _wrapped([f"{topic}: {text}" for topic, text in recommendation.advice.items()])
+    return "\n".join(lines)
+
+
+def _wrapped(texts: Sequence[str]) -> list[str]:
+    """Lines of at most LINE_WIDTH characters; what stands between backticks stays on one line."""
+    lines = []
+    for text in texts:
+        whole = re.sub(r"`[^`]*`", lambda match: match[0].replace(" ", "\0"), text)
+        lines += textwrap.wrap(whole, LINE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table; the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+TEMPLATE = "report.html.j2"
+
+
+def write_report(path: Path, diagnosis: Diagnosis, recommendation: Recommendation) -> list[Path]:
+    """Writes the page, and beside it the same name with .json and .png.
+
+    Args:
+        path: of the page, ending in ``.html``.
+        diagnosis: what was measured.
+        recommendation: what follows.
+
+    Returns:
+        The three paths.
+    """
+    picture = save_step_profile(path.with_suffix(".png"), diagnosis)
+    numbers = path.with_suffix(".json")
+    with replacing_file(numbers) as aside:
+        aside.write_text(
+            json.dumps(redacted_values(plain_numbers(diagnosis, recommendation)), indent=2, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
+    with replacing_file(path) as aside:
+        aside.write_text(redacted(page(diagnosis, recommendation, picture.read_bytes())), encoding="utf-8")
+    return [path, numbers, picture]
+
+
+def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -> str:
+    """The HTML; ``picture`` is a PNG that is put inside."""
+    environment = page_environment(Path(__file__).parent)
+    environment.filters["code"] = _with_code
+    return environment.get_template(TEMPLATE).render(
+        facts=diagnosis.facts,
+        flags=recommendation.flags,
+        advice=recommendation.advice,
+        parts=PARTS,
+        titles=column_titles(diagnosis),
+        rows=[row_of(result) for result in diagnosis.results],
+        coverage=[(result.method, result.coverage.describe()) for result in diagnosis.results],
+        left_out=diagnosis.compared.left_out,
+        notes=notes(diagnosis),
+        stages=[stage for stage in diagnosis.profile.stages if stage.energy_share is not None],
+        picture=base64.b64encode(picture).decode("ascii"),
+    )
+
+
+def _with_code(text: str) -> Markup:
+    """Words between backticks as code; everything else is escaped."""
+    parts = printable(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
+    )
+
+
+def plain_numbers(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, Any]:
+    """All numbers in plain types; null where a number does not exist or is infinite."""
+    evidence, compared = diagnosis.evidence, diagnosis.compared
+    return {
+        "facts": dict(diagnosis.facts),
+        "config": config_to_dict(diagnosis.config),
+        "num_steps": evidence.num_steps,
+        "num_samples": evidence.num_samples,
+        "samples_per_prompt": evidence.group_size,
+        "differentiable": evidence.differentiable,
+        "rewards": _plain(evidence.rewards),
+        "first_order_steps": compared.first_order_steps if evidence.differentiable else None,
+        "black_box_steps": None if evidence.differentiable else compared.black_box_steps,
+        "reference": diagnosis.reference.method.name,
+        "memory": diagnosis.memory,
+        "cost_samples": diagnosis.cost_samples,
+        "methods": [_plain_method(result) for result in diagnosis.results],
+        "left_out": dict(compared.left_out),
+        "profile": _plain_profile(diagnosis.profile),
+        "recommendation": {"flags": recommendation.flags, "advice": dict(recommendation.advice)},
+    }
+
+
+def _plain_method(result: MethodResult) -> dict[str, Any]:
+    method, cost, estimates = result.method, result.cost, result.estimates
+    return {
+        "name": method.name,
+        "flags": method.flags,
+        "terms": method.estimator.describe(),
+        "coverage": result.coverage.describe(),
+        "coverage_weights": result.coverage.weights.tolist(),
+        "unbiased": result.coverage.unbiased,
+        "own_units": method.own_units,
+        "samples": len(estimates.samples),
+        "denoiser_evaluations": cost.denoiser_evaluations,
+        "backward_passes": cost.backward_passes,
+        "cost": cost.work,
+        "seconds": cost.seconds,
+        "peak_bytes": cost.peak_bytes,
+        "added_bytes": cost.added_bytes,
+        "gradient_norm": gradient_norm(estimates),
+        "variance": estimates.variance,
+        "variance_se": estimates.variance_error,
+        "variance_times_cost": result.variance_times_cost,
+        "variance_times_cost_se": estimates.variance_error * cost.work,
+        "signal_to_noise": signal_to_noise(estimates),
+        "cosine": result.cosine.value,
+        "cosine_low": result.cosine.low,
+        "cosine_high": result.cosine.high,
+    }
+
+
+def _plain_profile(profile: StepProfile) -> dict[str, Any]:
+    return {
+        "steps": list(range(1, profile.num_steps + 1)),
+        "energy": _plain(profile.energy),
+        "signal": _plain(profile.signal),
+        "first_order_variance": _plain(profile.first_order),
+        "half_order_variance": _plain(profile.half_order),
+        "black_box_variance": _plain(profile.black_box),
+        "has_noise": profile.has_noise.tolist(),
+        "variance_by_first_order_steps": _plain(profile.by_first_order_steps),
+        "hot_steps": {str(t): ratio for t, ratio in profile.hot_steps.items()},
+        "last_step_sensitivity": profile.last_step_sensitivity,
+        "last_step_is_dead": profile.last_step_is_dead,
+        "stages": [vars(stage) for stage in profile.stages],
+    }
+
+
+def _plain(values: torch.Tensor | None) -> Any:
+    """Nested lists of finite numbers and None."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(part) for part in value]
+        return value if math.isfinite(value) else None
+
+    return None if values is None else finite(values.tolist())

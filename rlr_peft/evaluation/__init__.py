@@ -1,1 +1,0 @@
-"""Evaluation: base against adapter on the same prompts and seeds, and the figures that show it."""

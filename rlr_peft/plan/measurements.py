@@ -1,0 +1,191 @@
+"""Runs every phase of a training step once without bytes, and notes what each holds at its peak."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
+from rlr_peft.chain.adjoint import ReplayedStep
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.prompt import as_prompts
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """Bytes of a forward and backward pass; weights and inputs do not count.
+
+    Attributes:
+        saved: on autograd's tape between the two.
+        peak: the most at any moment of the two.
+    """
+
+    saved: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the phases hold beside the weights, in bytes.
+
+    Attributes:
+        trajectory: latents, noises and predictions of one micro-batch.
+        embeddings: of its prompts, which stay.
+        encoding: peak while its prompts are encoded.
+        sampling: peak of one denoiser step without a tape.
+        step: of one denoiser step with a tape, plain (False) and checkpointed (True).
+        decode: of the VAE's decode, by its number of samples and whether it is checkpointed.
+        images: one sample's decoded pixels in float32.
+        evaluation: peak of drawing images to look at, by their number: of a denoiser step and of the decode, without a
+            tape; empty where nothing is drawn.
+        verification: the same of the images that prove the saved adapter.
+        picture: pixels of one image or video to look at, in float32.
+    """
+
+    trajectory: int
+    embeddings: int
+    encoding: int
+    sampling: int
+    step: Mapping[bool, Differentiated]
+    decode: Mapping[tuple[int, bool], Differentiated]
+    images: int
+    evaluation: Mapping[int, tuple[int, int]]
+    verification: tuple[int, int]
+    picture: int
+
+
+def measure(
+    chain: DenoisingChain,
+    batch_size: int,
+    decode_batch_size: int,
+    looking: DenoisingChain,
+    evaluation_batch_size: int | None = None,
+) -> Measurements:
+    """Measures a chain whose pipeline is on the meta device; its gradient checkpointing is left switched off.
+
+    Args:
+        chain: with its adapter attached.
+        batch_size: samples of a micro-batch.
+        decode_batch_size: samples that are decoded at once.
+        looking: the chain that draws images to look at, over the same pipeline.
+        evaluation_batch_size: how many it draws at once for an evaluation; None where there is none.
+    """
+    prompts = [f"prompt {i}" for i in range(batch_size)]
+    with fused_attention():
+        with LiveMemory() as memory:
+            chain.encode(prompts)
+        encoding, embeddings = memory.peak, memory.live
+        trajectory = blank_trajectory(chain, prompts)
+        sampling = _sampling(chain, trajectory)
+        counts = {VERIFIED_IMAGES} if evaluation_batch_size is None else {VERIFIED_IMAGES, 1, evaluation_batch_size}
+        drawn = {count: _drawing(looking, count) for count in counts}
+        denoisers = [getattr(chain.pipeline, name) for name in chain.family.denoisers]
+        decoder = chain.reward_decoder or getattr(chain.pipeline, "vae", None)
+        step = {checkpointed: differentiated_step(chain, trajectory) for checkpointed in _variants(denoisers)}
+        decode = {
+            (count, checkpointed): _decode(chain, trajectory, count)
+            for checkpointed in _variants([decoder])
+            for count in sorted({1, decode_batch_size})
+        }
+        with torch.no_grad():
+            images = chain.decode(trajectory.latents[0, :1], prompts[:1])
+            picture = looking.decode(trajectory.latents[0, :1], prompts[:1])
+    return Measurements(
+        trajectory=trajectory_bytes(trajectory),
+        embeddings=embeddings,
+        encoding=encoding,
+        sampling=sampling,
+        step=step,
+        decode=decode,
+        images=images.numel() * 4,
+        evaluation={} if evaluation_batch_size is None else {n: drawn[n] for n in (1, evaluation_batch_size)},
+        verification=drawn[VERIFIED_IMAGES],
+        picture=picture.numel() * 4,
+    )
+
+
+def blank_trajectory(chain: DenoisingChain, prompts: list[str]) -> Trajectory:
+    """A micro-batch with the right shapes and no values, on the pipeline's device."""
+    shape, steps = (len(prompts), *chain.latents_shape), chain.num_steps
+    options: dict[str, Any] = {"device": chain.device, "dtype": chain.latents_dtype}
+    return Trajectory(
+        prompts=as_prompts(prompts),
+        latents=torch.zeros(steps + 1, *shape, **options),
+        noises=torch.zeros(steps + 1, *shape, **options),
+        stds=tuple(chain.std(t) for t in range(1, steps + 1)),
+        pred_original_samples=torch.zeros(steps, *shape, **options),
+    )
+
+
+def differentiated_step(chain: DenoisingChain, trajectory: Trajectory) -> Differentiated:
+    """One step of the adjoint: replayed with a tape, and pulled back into the adapter and the latents."""
+    memory = LiveMemory()
+    with memory:
+        with counted_tape() as tape:
+            step = ReplayedStep(chain, trajectory, chain.num_steps)
+            saved = tape.live
+        _pull_back(step.mean, [*chain.parameters, step.latents])
+    return Differentiated(saved, memory.peak)
+
+
+def _sampling(chain: DenoisingChain, trajectory: Trajectory) -> int:
+    with LiveMemory() as memory:
+        chain.rollout(trajectory, chain.num_steps, trajectory.latents[chain.num_steps], chain.num_steps - 1)
+    return memory.peak
+
+
+def _drawing(chain: DenoisingChain, count: int) -> tuple[int, int]:
+    """Peaks of a denoiser step and of the decode without a tape; what is kept of the samples counts in both."""
+    prompts = [f"prompt {i}" for i in range(count)]
+    chain.encode(prompts)
+    trajectory = blank_trajectory(chain, prompts)
+    kept = trajectory_bytes(trajectory)
+    sampling = _sampling(chain, trajectory)
+    with LiveMemory() as memory, torch.no_grad():
+        chain.decode(trajectory.latents[0], prompts).float()
+    return sampling + kept, memory.peak + kept
+
+
+def _decode(chain: DenoisingChain, trajectory: Trajectory, count: int) -> Differentiated:
+    latents = trajectory.latents[0, :count].detach().requires_grad_()
+    memory = LiveMemory()
+    with memory:
+        with counted_tape() as tape, torch.enable_grad():
+            images = chain.decode(latents, trajectory.prompts[:count])
+            saved = tape.live
+        _pull_back(images, [latents])
+    return Differentiated(saved, memory.peak)
+
+
+def _pull_back(output: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    torch.autograd.grad(output, inputs, torch.zeros_like(output), allow_unused=True)
+
+
+def _variants(models: list[Any]) -> Iterator[bool]:
+    """Without gradient checkpointing, then with it where all models can."""
+    for model in models:
+        if getattr(model, "_supports_gradient_checkpointing", False):
+            model.disable_gradient_checkpointing()
+    yield False
+    if all(getattr(model, "_supports_gradient_checkpointing", False) for model in models):
+        with _checkpointing(models):
+            yield True
+
+
+@contextmanager
+def _checkpointing(models: list[Any]) -> Iterator[None]:
+    for model in models:
+        model.enable_gradient_checkpointing()
+    yield
+    for model in models:
+        model.disable_gradient_checkpointing()
+
+
+def trajectory_bytes(trajectory: Trajectory) -> int:
+    """Bytes of what a sampled micro-batch leaves behind."""
+    kept = (trajectory.latents, trajectory.noises, trajectory.pred_original_samples)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)

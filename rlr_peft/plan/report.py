@@ -1,0 +1,191 @@
+"""The plan as text: the table, whether it fits, and which options bring the peak under a limit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rlr_peft.plan.parts import (
+    ADJOINT,
+    DECODE,
+    ENCODING,
+    EVALUATION,
+    FRAGMENTATION,
+    HOST_PHASES,
+    PHASES,
+    VERIFICATION,
+    HostPlan,
+    MemoryPlan,
+    Options,
+    Part,
+    add_up,
+    host_plan,
+)
+
+UNIT = 2**30
+
+
+def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None = None, host_memory: float | None = None) -> str:
+    """The table of parts and phases, what checkpointing changes, and whether it fits.
+
+    Args:
+        plan: what was added up.
+        title: what is planned, in words.
+        gpu_memory: of the GPU in GiB; None gives no verdict.
+        host_memory: of the machine in GiB; None gives no verdict.
+    """
+    host = host_plan(plan)
+    width = max(len(part.name) for part in (*plan.parts, *host.parts)) + 2
+    lines = [title, "", *_rows("peak GPU memory in GiB", plan.parts, PHASES, width)]
+    allowance = f"context + {FRAGMENTATION:.0%} gaps"
+    lines.append(
+        f"{allowance:<{width}}" + "".join(f"{_gib(plan.total(phase) - plan.tensors(phase)):>17}" for phase in PHASES)
+    )
+    lines.append(f"{'total':<{width}}" + "".join(f"{_gib(plan.total(phase)):>17}" for phase in PHASES))
+    lines += ["", f"Peak: {_gib(plan.peak)} GiB, in {plan.peak_phase}.", *_checkpointing(plan)]
+    if plan.unknown:
+        lines.append(f"Not counted, because nothing is known of their networks: {', '.join(plan.unknown)}.")
+    lines += ["", *_rows("peak host memory in GiB", host.parts, HOST_PHASES, width)]
+    lines.append(f"{'total':<{width}}" + "".join(f"{_gib(host.total(phase)):>17}" for phase in HOST_PHASES))
+    lines += [
+        "",
+        f"Needs {_gib(host.peak)} GiB of host memory, in {host.peak_phase}. Without a GPU all of it is host memory: "
+        f"{_gib(host.without_gpu)} GiB.",
+    ]
+    if gpu_memory is not None:
+        lines += ["", *verdict(plan, gpu_memory)]
+    if host_memory is not None:
+        lines += ["", host_verdict(host, host_memory)]
+    return "\n".join(lines)
+
+
+def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
+    """Whether it fits into so many GiB, and if not what to switch on."""
+    if plan.fits(gpu_memory):
+        return [f"Fits {gpu_memory:g} GiB, with {_gib(round(gpu_memory * UNIT) - plan.peak)} GiB to spare."]
+    steps = suggestions(plan, gpu_memory)
+    lines = [f"Does not fit {gpu_memory:g} GiB: {_gib(plan.peak - round(gpu_memory * UNIT))} GiB too much."]
+    if steps:
+        lines.append("Switch on, each with all before it:")
+        lines += [
+            f"  {step.flag:<36} -> {_gib(step.plan.peak)} GiB, in {step.plan.peak_phase}"
+            f"{': fits' if step.plan.fits(gpu_memory) else ''}"
+            for step in steps
+        ]
+    best = steps[-1].plan if steps else plan
+    if not best.fits(gpu_memory):
+        lines.append(f"That is not enough: {_what_is_left(best)}")
+    return lines
+
+
+def host_verdict(host: HostPlan, host_memory: float) -> str:
+    """Whether the host's share fits into so many GiB, and if not what takes most."""
+    if host.fits(host_memory):
+        return (
+            f"Fits {host_memory:g} GiB of host memory, with {_gib(round(host_memory * UNIT) - host.peak)} GiB to spare."
+        )
+    largest = max((part for part in host.parts if host.peak_phase in part.phases), key=lambda part: part.size)
+    return (
+        f"Does not fit {host_memory:g} GiB of host memory: {_gib(host.peak - round(host_memory * UNIT))} GiB too much, "
+        f"in {host.peak_phase}. Most of it is '{largest.name}', {_gib(largest.size)} GiB; use --mixed_precision bf16, "
+        "leave out what offloads to the host, or take a machine with more memory."
+    )
+
+
+def _rows(title: str, parts: Sequence[Part], phases: Sequence[str], width: int) -> list[str]:
+    """The parts' sizes in every phase, under a header."""
+    lines = [f"{title:<{width}}" + "".join(f"{phase:>17}" for phase in phases)]
+    for part in parts:
+        cells = (_gib(part.size) if phase in part.phases else "-" for phase in phases)
+        lines.append(f"{part.name:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
+    return lines
+
+
+def _what_is_left(plan: MemoryPlan) -> str:
+    """What lowers the peak of a plan for which no option is left."""
+    if plan.peak_phase in (ENCODING, VERIFICATION):
+        return (
+            "what is left are weights, such as the text encoders while they encode, which no batch size or resolution "
+            "makes smaller; use --mixed_precision bf16, or a larger GPU."
+        )
+    return (
+        "lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, of a video, --num_frames "
+        "and --decoded_frames; use --mixed_precision bf16; or decode with --pretrained_tiny_vae_name_or_path."
+    )
+
+
+def _checkpointing(plan: MemoryPlan) -> list[str]:
+    measured = plan.facts.measured
+    lines = []
+    for what, by_choice, flag in (
+        ("Denoiser step", measured.step, "gradient_checkpointing"),
+        (
+            "Decode of one sample",
+            {choice: value for (count, choice), value in measured.decode.items() if count == 1},
+            "vae_gradient_checkpointing",
+        ),
+    ):
+        plain = by_choice[False]
+        text = f"{what}: {_gib(plain.saved)} on the tape, peak {_gib(plain.peak)}"
+        if True in by_choice:
+            other = by_choice[True]
+            text += f"; with {flag} {_gib(other.saved)} on the tape, peak {_gib(other.peak)}"
+        lines.append(f"{text} (GiB).")
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / UNIT:.2f}"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One more option.
+
+    Attributes:
+        flag: as typed.
+        plan: with this and all suggestions before.
+    """
+
+    flag: str
+    plan: MemoryPlan
+
+
+def suggestions(plan: MemoryPlan, gpu_memory: float) -> list[Suggestion]:
+    """Options to switch on, one after the other, each of which lowers the peak; the last one fits, if any does.
+
+    Args:
+        plan: as configured.
+        gpu_memory: in GiB.
+    """
+    taken: list[Suggestion] = []
+    while not plan.fits(gpu_memory):
+        better = next((found for found in _alternatives(plan) if found.plan.peak < plan.peak - 2**20), None)
+        if better is None:
+            break
+        taken.append(better)
+        plan = better.plan
+    return taken
+
+
+def _alternatives(plan: MemoryPlan) -> Iterator[Suggestion]:
+    """The options that act on the phase of the peak, the cheapest in time first."""
+    options, measured = plan.options, plan.facts.measured
+    phase = plan.peak_phase
+    candidates: list[tuple[str, Options]] = []
+    if phase == DECODE:
+        if options.decode_batch_size > 1:
+            candidates.append(("--decode_batch_size 1", replace(options, decode_batch_size=1)))
+        if (1, True) in measured.decode:
+            candidates.append(("--vae_gradient_checkpointing", replace(options, vae_gradient_checkpointing=True)))
+    if phase == EVALUATION:
+        candidates.append(("--evaluation_batch_size 1", replace(options, evaluation_batch_size=1)))
+    if phase == ADJOINT and True in measured.step:
+        candidates.append(("--gradient_checkpointing", replace(options, gradient_checkpointing=True)))
+    if phase == ADJOINT:
+        candidates.append(("--use_8bit_adam", replace(options, use_8bit_adam=True)))
+    candidates.append(("--offload_rewards", replace(options, offload_rewards=True)))
+    candidates.append(("--offload", replace(options, offload=True)))
+    if phase != ENCODING:
+        candidates.append(("--bnb_quantization_config_path (NF4)", replace(options, quantized=True)))
+    for flag, changed in candidates:
+        if changed != options:
+            yield Suggestion(flag, add_up(plan.facts, changed, plan.unknown))

@@ -1,0 +1,185 @@
+"""Builds a run as training does, but without weights, measures its phases and adds its memory up."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlr_peft.build.chain import attach_adapters, build_chain, denoiser_names
+from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
+from rlr_peft.build.reporting import as_config_error
+from rlr_peft.byte_counters import fused_attention
+from rlr_peft.chain.base_files import loading_base
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.families import family_of
+from rlr_peft.config import Config, ModelArguments
+from rlr_peft.config.model import read_quantization
+from rlr_peft.errors import UserError
+from rlr_peft.plan.blueprint import build_model, build_pipeline, find_architecture, find_component
+from rlr_peft.plan.measurements import measure
+from rlr_peft.plan.meta_device import KnownValues
+from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
+from rlr_peft.plan.weights import largest_quantized, optimizer_bytes, reward_memory, reward_names, weight_bytes
+from rlr_peft.rewards.model_reward import DTYPES as REWARD_DTYPES
+from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
+
+# What is suggested where a base does not fit.
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def plan_memory(
+    config: Config,
+    chain: DenoisingChain,
+    evaluation_chain: DenoisingChain,
+    quantization: Mapping[str, Any] | None = None,
+) -> MemoryPlan:
+    """Measures and adds up.
+
+    Args:
+        config: of the run.
+        chain: its chain, with the adapter attached, over a pipeline on the meta device.
+        evaluation_chain: the chain that draws images to look at, over the same pipeline.
+        quantization: arguments of BitsAndBytesConfig of the config's file; None without one.
+
+    Raises:
+        ValueError: gradient checkpointing of a model that cannot.
+    """
+    batch_size = config.training.train_batch_size
+    decode_batch_size = min(config.reward.decode_batch_size or batch_size, batch_size)
+    validation = config.validation
+    compares = validation.evaluation_prompt_path or config.prompts.validation_split_percentage
+    compared = validation.num_evaluation_images if compares else 0
+    validated = validation.num_validation_images * len(validation.validation_prompt or ())
+    counts = [min(number, validation.evaluation_batch_size) for number in (compared, validated) if number]
+    measured = measure(chain, batch_size, decode_batch_size, evaluation_chain, max(counts, default=None))
+    parameters = list(chain.parameters)
+    models: dict[str, Any] = {
+        name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)
+    }
+    if chain.reward_decoder is not None:
+        models[TINY_VAE] = chain.reward_decoder
+    denoisers = {name: models[name] for name in chain.family.denoisers}
+    held = quantization or NF4
+    trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
+    names = list(dict.fromkeys((*trained, *heldout)))
+    dtype = REWARD_DTYPES[config.reward.reward_dtype]
+    rewards = {count: {name: reward_memory(name, count, dtype) for name in names} for count in {1, decode_batch_size}}
+    known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}
+    weights = {name: memory.weights if memory else 0 for name, memory in rewards[1].items()}
+    # The matrix in full width is made in the compute dtype, which is that of the latents' cast.
+    full_width = max((largest_quantized(model, held, parameters) for model in denoisers.values()), default=0)
+    facts = Facts(
+        measured=measured,
+        weights={name: weight_bytes(model, parameters) for name, model in models.items()},
+        denoisers=chain.family.denoisers,
+        quantized={name: weight_bytes(model, parameters, held) for name, model in denoisers.items()},
+        dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
+        lora=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        optimizer={choice: optimizer_bytes(parameters, choice) for choice in (False, True)},
+        rewards=sum(weights.values()),
+        rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
+        scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},
+        compared=compared,
+        validated=validated,
+        prompt=measured.embeddings // (2 * batch_size),  # each is held alone and in its batch
+    )
+    options = Options(
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        vae_gradient_checkpointing=config.model.vae_gradient_checkpointing,
+        decode_batch_size=decode_batch_size,
+        offload=config.model.offload,
+        offload_text_encoders=config.model.offload_text_encoders,
+        offload_rewards=config.reward.offload_rewards,
+        quantized=quantization is not None,
+        use_8bit_adam=config.optimizer.use_8bit_adam,
+        evaluation_batch_size=max(counts, default=1),
+    )
+    _check(options, facts)
+    return add_up(facts, options, tuple(name for name, memory in rewards[1].items() if memory is None))
+
+
+def _check(options: Options, facts: Facts) -> None:
+    for flag, possible in (
+        ("gradient_checkpointing", True in facts.measured.step),
+        ("vae_gradient_checkpointing", (1, True) in facts.measured.decode),
+    ):
+        if getattr(options, flag) and not possible:
+            raise ValueError(f"{flag}: the model cannot recompute its activations; leave --{flag} out.")
+
+
+META = torch.device("meta")
+
+
+class PlanError(UserError, RuntimeError):
+    """A pipeline that cannot be followed without values."""
+
+
+def plan_run(config: Config) -> MemoryPlan:
+    """The memory plan of a config; nothing but small configs is read.
+
+    Raises:
+        ConfigError: the run cannot be built as asked for.
+        ArchitectureError: the pipeline's configs cannot be found.
+        PlanError: the pipeline looks at values that only weights give, which a plan does not have.
+    """
+    model = config.model
+    dtype = DTYPES[model.mixed_precision]
+    with as_config_error():
+        architecture, replaced = _architecture(model), _replaced(model, dtype)
+        with loading_base(model.pretrained_model_name_or_path):
+            pipeline = build_pipeline(architecture, META, dtype, replaced)
+        family = family_of(pipeline, denoiser_names(config))
+        attach_adapters(config, pipeline, family)
+        decoder = _reward_decoder(model, pipeline, dtype)
+        try:
+            with KnownValues(), fused_attention():
+                built = _without_moves(config)
+                chain = build_chain(built, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
+                looking = build_chain(built, pipeline, config.validation.evaluation_eta)
+            path = model.bnb_quantization_config_path
+            with KnownValues():
+                return plan_memory(config, chain, looking, None if path is None else read_quantization(path))
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise PlanError(
+                f"{type(pipeline).__name__} cannot be planned: it looks at values that only weights give, or deep into "
+                f"its tokenizer ({reason}). Start it with a small --max_train_steps and read the peak memory in its "
+                "metrics instead."
+            ) from error
+
+
+def _without_moves(config: Config) -> Config:
+    """Without the chain's own moves of text encoders: nothing leaves meta, and the sums know what is where."""
+    if not config.model.offload_text_encoders:
+        return config
+    stays: dict[str, Any] = {"offload_text_encoders": False}
+    return replace(config, model=replace(config.model, **stays))
+
+
+def _architecture(model: ModelArguments) -> Any:
+    name = model.pretrained_model_name_or_path
+    path = str(pipeline_path()) if name == PIPELINE_NAME else name
+    return find_architecture(path, model.revision, model.cache_dir)
+
+
+def _replaced(model: ModelArguments, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    parts = {}
+    for component, name in (
+        ("vae", model.pretrained_vae_model_name_or_path),
+        ("motion_adapter", model.pretrained_motion_adapter_name_or_path),
+    ):
+        if name is not None:
+            config = find_component(name, model.cache_dir)
+            parts[component] = build_model(config, str(config["_class_name"]), META, dtype)
+    return parts
+
+
+def _reward_decoder(model: ModelArguments, pipeline: Any, dtype: torch.dtype) -> torch.nn.Module | None:
+    name = model.pretrained_tiny_vae_name_or_path
+    if name is None:
+        return None
+    decoder = build_model(find_component(name, model.cache_dir), "AutoencoderTiny", META, dtype)
+    check_reward_decoder(pipeline, decoder)
+    return decoder

