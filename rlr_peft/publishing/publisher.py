@@ -19,6 +19,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from rlr_peft.chain.families import SECOND_EXPERT
 from rlr_peft.config import Config
 from rlr_peft.intervals import with_error
 from rlr_peft.publishing.card import addressed_card, card_text, stored_record, write_card
@@ -164,7 +165,7 @@ def _later(folder: Path, destination: Destination, revision: str) -> str:
     return shlex.join(words)
 
 
-ADAPTERS = (WEIGHT_NAME, f"transformer_2/{WEIGHT_NAME}")
+ADAPTERS = (WEIGHT_NAME, f"{SECOND_EXPERT}/{WEIGHT_NAME}")
 
 
 class BackgroundPush:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
-from rlr_peft.build.chain import build_chain
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.config import config_to_dict, stages_from_config
@@ -47,7 +46,7 @@ def with_card_facts(
         )
     )
     shown = gallery(run.output_dir, config.validation.validation_prompt or ())
-    if not run.chain.call.is_video:  # of videos the pairs are strips of frames
+    if not run.chain.is_video:  # of videos the pairs are strips of frames
         shown += [(pair.adapter, pair.prompt) for pair in pairs]
     dataset = config_to_dict(config).get("dataset_name")
     return replace(
@@ -76,7 +75,7 @@ def with_card_facts(
 def _drawing(run: Run, before: Evaluation | None) -> dict[str, Any]:
     """How the images that were measured came about, and how a pipeline alone draws them."""
     config = run.config
-    chain = build_chain(config, run.pipeline, config.validation.evaluation_eta)
+    chain = run.chain.at(eta=config.validation.evaluation_eta, whole=True)
     scheduler = chain.inference_scheduler()
     notes = [] if scheduler.difference is None else [scheduler.difference]
     if stages_from_config(config) is not None:
@@ -96,7 +95,7 @@ def _drawing(run: Run, before: Evaluation | None) -> dict[str, Any]:
         "evaluation": f"Drawn with {chain.sampling_in_words()}.",
         "inference": {
             "num_inference_steps": chain.num_steps,
-            **chain.call.card_options,
+            **chain.call_arguments,
             **scheduler.call_options(),
         },
         "scheduler": scheduler.class_name,

@@ -19,6 +19,7 @@ from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES, load_pipeline
 from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
+from rlr_peft.chain.families import adapter_folder, adapter_loading
 from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, compare, evaluation_plan, flat_metrics
@@ -154,10 +155,10 @@ def _gain_text(metrics: dict[str, float], name: str) -> str:
 def _loading_lines(run: Run) -> list[str]:
     folder, lines = str(run.output_dir), []
     for name in adapted_denoisers(run.pipeline):
-        if name == "transformer_2":
-            lines.append(f"pipe.load_lora_weights({folder + '/' + name!r}, load_into_transformer_2=True)")
-        elif diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
-            lines.append(f"pipe.load_lora_weights({folder!r})")
+        if adapter_folder(name) or diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
+            place = "/".join(filter(None, (folder, adapter_folder(name))))
+            options = "".join(f", {option}={value}" for option, value in adapter_loading(name).items())
+            lines.append(f"pipe.load_lora_weights({place!r}{options})")
         else:
             lines.append(f"rlr_peft.lora.load_lora(pipe, {folder!r})")
     return lines
@@ -276,7 +277,7 @@ def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompt
         stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),
         denoisers=adapted_denoisers(run.pipeline),
         peft_config=_peft_config(run),
-        fps=run.chain.call.fps if run.chain.call.is_video else None,
+        fps=run.chain.fps if run.chain.is_video else None,
         prompts=texts_of(run.prompts[:SHOWN_PROMPTS]),
         prompt_count=None if config.prompts.streaming else len(run.prompts),
         before_after=BEFORE_AFTER if pair_prompts else None,
@@ -339,7 +340,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
     return {
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
-        "sampler": build_chain(config, run.pipeline, config.validation.evaluation_eta).sampling_in_words(),
+        "sampler": run.chain.at(eta=config.validation.evaluation_eta).sampling_in_words(),
         "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
