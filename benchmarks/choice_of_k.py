@@ -22,12 +22,16 @@ from rlr_peft.config import load_config
 from rlr_peft.diagnose.estimates import first_and_half_order, sample_estimates
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.gradient_sketch import GradientSketch
-from rlr_peft.estimators.planning import best_first_order_steps
-from rlr_peft.estimators.signal_sizes import SignalSizes
-from rlr_peft.estimators.step_gains import calibration_sizes, step_gains
-from rlr_peft.estimators.step_gradients import StepGradients, measure_step_gradients, step_variances
-from rlr_peft.training.rollouts import sample_batch
+from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.estimators.variance import (
+    GradientSketch,
+    SignalSizes,
+    StepGains,
+    StepGradients,
+    best_first_order_steps,
+    measure_step_gradients,
+    step_variances,
+)
 from rlr_peft.training.run import build_run
 
 GROUP = 4
@@ -73,8 +77,9 @@ def step_gradients(name: str, flags: list[str], folder: Path, samples: int) -> S
     run = build_run(load_config([*words, *flags]))
     prompts = [prompt for prompt in run.sampler.sample(0, samples // GROUP) for _ in range(GROUP)]
     seeds = [derive_seed(1, "calibration", 0, i) for i in range(samples)]
-    batch = sample_batch(run.chain, run.objective, prompts, seeds, 16, lambda rewards, _: leave_one_out(rewards, GROUP))
-    gradients = measure_step_gradients(run.chain, batch.rollouts, GradientSketch(run.chain.parameters, 1024))
+    batch = sample_batch(run.chain, run.objective, prompts, seeds, 16)
+    rollouts = batch.rollouts(leave_one_out(batch.rewards, GROUP))
+    gradients = measure_step_gradients(run.chain, rollouts, GradientSketch(run.chain.parameters, 1024))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as aside:
         torch.save(vars(gradients), aside)
@@ -92,13 +97,13 @@ def judge(gradients: StepGradients) -> dict[str, Any]:
     best_k = min(variances, key=variances.__getitem__)
     costs: dict[str, list[float]] = {rule: [] for rule in RULES}
     for calibration, past in splits(gradients):
-        measured, gains = step_variances(calibration), step_gains(calibration)
+        measured, gains = step_variances(calibration), StepGains.of(calibration)
         chosen = {
             SMALLEST: best_first_order_steps(measured.first_order, measured.half_order, worth_leaving_full=1.0),
             HALVED: best_first_order_steps(measured.first_order, measured.half_order),
         }
         for samples, rule in INFORMED.items():
-            sizes = [calibration_sizes(calibration), calibration_sizes(select(past, torch.arange(samples)))]
+            sizes = [SignalSizes.of_calibration(part) for part in (calibration, select(past, torch.arange(samples)))]
             variance = gains.variances(SignalSizes().blend(sizes, decay=1.0))
             chosen[rule] = best_first_order_steps(variance.first_order, variance.half_order)
         for rule, k in chosen.items():

@@ -16,15 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
+from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.prompt import texts_of
-from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
 
 GROUP = 4
 DIMENSION = 16
@@ -152,11 +149,11 @@ def measure(estimator: RLREstimator, bed: Bed, num_steps: int, groups: int, past
         return Rollout(trajectory, rewards, advantages, gradient if bed.differentiable else None)
 
     single = bed.chain(num_steps, 1)
-    if bed.differentiable and estimator.needs_calibration:
+    if bed.differentiable and estimator.wants_calibration(True):
         estimator.calibrate(single, [rollout(single, 16, seed=0)], decay=0.0)
     for update in range(past_updates):
         past = estimator.accumulate(single, bed.objective(single), rollout(single, 16, seed=1 + update), generator)
-        estimator.remember([past.memory])
+        estimator.learn([past])
     # A perturbation and drawn steps serve a whole batch: one group at a time shows their noise.
     draws = estimator.settings.zeroth_order is not None or estimator.settings.half_order not in (None, SINGLE)
     replicates, calls = (1, min(groups, MAX_DRAWN_GROUPS)) if draws else (250, groups // 250)
@@ -164,9 +161,9 @@ def measure(estimator: RLREstimator, bed: Bed, num_steps: int, groups: int, past
     for call in range(calls):
         before = chain.denoiser_evaluations
         batch = rollout(chain, replicates * GROUP, seed=1000 + call)  # the same samples for every estimator
-        report = estimator.accumulate(chain, bed.objective(chain), batch, generator)
+        book = estimator.accumulate(chain, bed.objective(chain), batch, generator)
         if estimator.settings.state_baseline:  # the others are measured as they are
-            estimator.remember([report.memory])
+            estimator.learn([book])
         evaluations = num_steps + (chain.denoiser_evaluations - before) / (replicates * GROUP)
         gradients = [parameter.grad for parameter in chain.parameters if parameter.grad is not None]
         estimates.append(torch.cat([gradient.reshape(replicates, -1) for gradient in gradients], dim=1) / GROUP)
@@ -177,8 +174,8 @@ def measure(estimator: RLREstimator, bed: Bed, num_steps: int, groups: int, past
     return {
         "variance": float(squares.mean()),
         "trimmed": float(squares[: math.ceil(len(squares) * (1 - TRIMMED))].mean()),
-        "cost": evaluations + 2 * report.backward_steps,
-        "K": report.first_order_steps,
+        "cost": evaluations + 2 * book.backward_passes,
+        "K": book.first_order_steps,
     }
 
 

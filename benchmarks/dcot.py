@@ -26,7 +26,7 @@ from benchmarks.race import base_evaluation, claimed
 from rlr_peft.build.drawing import render
 from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.compare.evaluation import compare, evaluate, evaluation_plan, flat_metrics
+from rlr_peft.compare.evaluation import evaluate, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
@@ -150,7 +150,9 @@ def train_one(
     )
     facts = {"updates": steps, "denoiser_evaluations": spent, "cpu_seconds": seconds, "coverage": coverage}
     return (
-        {"arm": arm, "learning_rate": rate, "seed": seed, "flags": flags} | facts | flat_metrics(compare(before, after))
+        {"arm": arm, "learning_rate": rate, "seed": seed, "flags": flags}
+        | facts
+        | flat_metrics(paired_gains(before, after))
     )
 
 
@@ -159,10 +161,13 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     started, step, coverage = os.times().user, 0, ""
     run.chain.denoiser_evaluations = 0
     while run.chain.denoiser_evaluations < budget:
-        if run.estimator.needs_calibration and step % run.config.estimator.calibration_interval == 0:
+        if (
+            run.estimator.wants_calibration(run.objective.has_gradient)
+            and step % run.config.estimator.calibration_interval == 0
+        ):
             calibrate(run, step)
         update = take_update(run, step)
-        coverage = update.reports[0].coverage.describe() if not step else coverage
+        coverage = update.coverage.describe() if not step else coverage
         step += 1
     return run.chain.denoiser_evaluations, step, os.times().user - started, coverage
 
@@ -175,7 +180,7 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
         pipeline, ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), stages=make_stages()
     )
     heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
-    prompts, seeds = evaluation_plan(as_prompts(scenes.prompts("test")), images, TUNING_SEED)
+    prompts, seeds = prompts_and_seeds(as_prompts(scenes.prompts("test")), images, TUNING_SEED)
     rows, pictures = [], {}
     for split in SPLITS:
         staged = [split_caption(prompt.text, split) for prompt in prompts]

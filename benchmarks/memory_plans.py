@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.machine import write_results
 from rlr_peft.config import load_config
-from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, SAMPLING, as_plain
+from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, SAMPLING
 from rlr_peft.plan.run import plan_run
 
 COMMON = (
@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (base, flags) in CASES.items():
             plan = plan_run(load_config(["--pretrained_model_name_or_path", base, *COMMON, *_flags(flags, folder)]))
-            results[name] = {"base": base, "flags": [*COMMON, *flags], **as_plain(plan)}
+            results[name] = {"base": base, "flags": [*COMMON, *flags], **plan.as_plain()}
             phases = (_gib(plan.total(phase)) for phase in (ENCODING, SAMPLING, DECODE, ADJOINT))
             totals.append(f"| {name} | {' | '.join(phases)} | {_gib(plan.peak)} |")
             measured = plan.facts.measured

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race_report import print_long_runs, report
-from rlr_peft.compare.evaluation import Evaluation, compare, flat_metrics
+from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.training.run import Run, build_run
@@ -146,7 +146,10 @@ def race(
     started = os.times().user
     while len(points) < evaluations:
         before = run.chain.denoiser_evaluations
-        if run.estimator.needs_calibration and step % run.config.estimator.calibration_interval == 0:
+        if (
+            run.estimator.wants_calibration(run.objective.has_gradient)
+            and step % run.config.estimator.calibration_interval == 0
+        ):
             calibrate(run, step)
         update = take_update(run, step)
         step += 1
@@ -155,9 +158,9 @@ def race(
             seconds += os.times().user - started
             after = evaluate_adapter(run)
             assert after is not None
-            comparison = flat_metrics(compare(base, after))
+            comparison = flat_metrics(paired_gains(base, after))
             numbers = {"updates": step, "denoiser_evaluations": spent, "cpu_seconds": seconds}
-            points.append(comparison | numbers | {"K": update.reports[0].first_order_steps})
+            points.append(comparison | numbers | {"K": update.books[0].first_order_steps})
             started = os.times().user
     return {"method": method, "learning_rate": learning_rate, "seed": seed, "points": points}
 

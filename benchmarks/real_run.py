@@ -142,7 +142,7 @@ def _time_updates(run: Run) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     measured: dict[str, Any] = {}
-    if run.estimator.needs_calibration:
+    if run.estimator.wants_calibration(run.objective.has_gradient):
         started = time.perf_counter()
         calibrate(run, 0)
         measured["calibration_seconds"] = time.perf_counter() - started
@@ -153,7 +153,7 @@ def _time_updates(run: Run) -> dict[str, Any]:
         update = take_update(run, step)  # ends with the gradient's norm on the host: nothing is left on its way
     measured["seconds"] = (time.perf_counter() - started) / TIMED
     measured["denoiser_evaluations"] = (run.chain.denoiser_evaluations - evaluated) / TIMED
-    measured["first_order_steps"] = update.reports[0].first_order_steps
+    measured["first_order_steps"] = update.books[0].first_order_steps
     measured["peak_memory_mb"] = peak_memory_mb(device)
     return measured
 

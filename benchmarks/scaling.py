@@ -65,7 +65,7 @@ def measure(num_steps: int, flags: list[str], batch: int, updates: int) -> dict[
     return {
         "seconds": seconds,
         "evaluations": evaluations,
-        "backward_steps": update.reports[0].backward_steps,
+        "backward_steps": update.books[0].backward_passes,
         "memory_mb": memory.added / 1e6,
     }
 

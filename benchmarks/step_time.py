@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.machine import write_results
 from rlr_peft.config import config_to_dict, load_config_or_exit
+from rlr_peft.training import update
 from rlr_peft.training.run import Run, build_run
 from rlr_peft.training.update import calibrate, take_update
 
@@ -48,7 +49,7 @@ def watch(run: Run) -> Stopwatch:
     stopwatch = Stopwatch()
     stopwatch.wrap(run.chain, "sample", "sampling")
     stopwatch.wrap(run.objective, "measure", "reward")
-    stopwatch.wrap(run.estimator, "accumulate", "adjoint")
+    stopwatch.wrap(update, "accumulate", "adjoint")
     stopwatch.wrap(run.chain.denoiser, "forward", "denoiser forward")
     stopwatch.wrap(run.pipeline.vae, "decode", "VAE forward")
     stopwatch.wrap(torch.autograd, "grad", "backward passes")
@@ -61,7 +62,7 @@ def main() -> None:
     """Times a few updates after one to warm up."""
     config = load_config_or_exit(sys.argv[1:], prog="python -m benchmarks.step_time")
     run = build_run(config)
-    if run.estimator.needs_calibration:
+    if run.estimator.wants_calibration(run.objective.has_gradient):
         calibrate(run, 0)
     take_update(run, 0)
     stopwatch = watch(run)

@@ -15,9 +15,8 @@ from benchmarks.machine import write_results
 from benchmarks.race import REWARDS
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import load_config
-from rlr_peft.estimators.gradient_sketch import GradientSketch
-from rlr_peft.estimators.step_gradients import measure_step_gradients
-from rlr_peft.training.rollouts import sample_batch
+from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.estimators.variance import GradientSketch, measure_step_gradients
 from rlr_peft.training.run import build_run
 
 DIMENSION = 2048
@@ -54,9 +53,9 @@ def pathwise_gradients(num_steps: int, reward: str, samples: int) -> torch.Tenso
     run = build_run(load_config([*words, "--heldout_reward_fn", "null", "--report_to", "none"]))
     seeds = [derive_seed(run.config.training.seed, "calibration", 0, i) for i in range(samples)]
     prompts = run.sampler.sample(0, samples)
-    batch = sample_batch(run.chain, run.objective, prompts, seeds, 16, lambda rewards, _: rewards)
+    batch = sample_batch(run.chain, run.objective, prompts, seeds, 16)
     sketch = GradientSketch(run.chain.parameters, DIMENSION)
-    pathwise = measure_step_gradients(run.chain, batch.rollouts, sketch, first_order_only=True).pathwise
+    pathwise = measure_step_gradients(run.chain, batch.rollouts(batch.rewards), sketch, first_order_only=True).pathwise
     assert pathwise is not None
     return pathwise.double()
 

@@ -9,13 +9,12 @@ import argparse
 from collections.abc import Callable
 
 from benchmarks.machine import write_results
-from rlr_peft.estimators.estimator import Estimator
+from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
+from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
+from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing.unbiasedness import critical_z, measure_bias
 

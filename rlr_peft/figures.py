@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from rlr_peft.durable_files import replacing_file
 from rlr_peft.intervals import decimals_of_scores
 
 WIDTH = 1000  # pixels
@@ -256,9 +258,7 @@ def save_reward_curve(
         raise ValueError("expected at least one point for the reward curve, got none")
     panels = {name: points for name, points in (heldout or {}).items() if points}
     heights = [3.0] + [1.7] * len(panels)
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)  # inches
-    figure = Figure(figsize=(WIDTH / DOTS_PER_INCH, 1.6 + 1.35 * sum(heights)), dpi=DOTS_PER_INCH, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = empty_figure(1.6 + 1.35 * sum(heights), w_pad=0.15, h_pad=0.12)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     with matplotlib.rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
         _draw_training_curve(axes[0], records, reward_name)
@@ -270,9 +270,7 @@ def save_reward_curve(
     # Room on the right for the label at the line's end.
     axes[-1].set_xlim(first - 0.01 * (last - first) - 0.01, last + 0.17 * max(last - first, 1))
     _add_evaluations_axis(axes[0], records)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white", metadata={"Software": None})  # the version would change the bytes
-    return path
+    return save_figure(path, figure)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -295,7 +293,7 @@ def _draw_training_curve(axes: Axes, records: Sequence[CurvePoint], name: str) -
     axes.plot(steps, means, color=ACCENT, linewidth=0.8, alpha=0.55, marker="." if len(steps) < 60 else None)
     axes.plot(steps, smooth, color=ACCENT, linewidth=2.2)
     _label_end(axes, steps[-1], smooth[-1], f"{smooth[-1]:.3g}\nmean of {min(window, len(steps))} steps", ACCENT)
-    _restrain(axes, f"{name}, training prompts (band: one standard error)")
+    restrain(axes, f"{name}, training prompts (band: one standard error)")
 
 
 def _draw_points(axes: Axes, points: Sequence[CurvePoint], title: str) -> None:
@@ -303,15 +301,32 @@ def _draw_points(axes: Axes, points: Sequence[CurvePoint], title: str) -> None:
     errors = [point.standard_error for point in points]
     axes.errorbar(steps, means, yerr=errors, color=SECOND_ACCENT, linewidth=1.2, marker="o", markersize=4, capsize=2)
     _label_end(axes, steps[-1], means[-1], f"{means[-1]:.3g}", SECOND_ACCENT)
-    _restrain(axes, title)
+    restrain(axes, title)
 
 
-def _restrain(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.grid(True, color=GRID_LINE, linewidth=0.8)
+def empty_figure(height: float, *, w_pad: float, h_pad: float) -> Figure:
+    """A figure without axes, 1000 pixels wide; height and the pads between panels are in inches."""
+    layout = ConstrainedLayoutEngine(w_pad=w_pad, h_pad=h_pad)
+    figure = Figure(figsize=(WIDTH / DOTS_PER_INCH, height), dpi=DOTS_PER_INCH, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def restrain(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "both", title_pad: float = 6) -> None:
+    """The title on the left, a light grid along one axis or both, and no frame."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=title_pad)
+    axes.grid(True, axis=grid, color=GRID_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=QUIET_INK, labelsize=10, length=0)
+    axes.tick_params(which="minor", length=0)
+
+
+def save_figure(path: Path, figure: Figure) -> Path:
+    """Writes a PNG on white; returns its path."""
+    with replacing_file(path) as aside:
+        figure.savefig(aside, facecolor="white", metadata={"Software": None})  # the version would change the bytes
+    return path
 
 
 def _label_end(axes: Axes, x: float, y: float, text: str, color: str) -> None:

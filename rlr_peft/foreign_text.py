@@ -109,6 +109,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def shown_name(name: str) -> str:
+    """A Hub id or a name as it is; of a path the last part alone, since a path tells of the machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def listed(names: Sequence[str]) -> str:
     """``a, b and c``, of one name or more."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

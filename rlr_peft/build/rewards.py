@@ -9,13 +9,13 @@ from rlr_peft.build.randomness import derive_seed
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config
 from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.estimators.sampling import sample_batch
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
-from rlr_peft.rewards.scores import join_info
 
 
 def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward | None]:
@@ -74,11 +74,6 @@ def measure_scales(
     prompts = sampler.sample(0, math.ceil(num_images / group_size))
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     seeds = [derive_seed(training.seed, "reward_scale", i) for i in range(len(repeated))]
-    parts = []
-    for start in range(0, len(repeated), training.train_batch_size):
-        micro_batch = slice(start, start + training.train_batch_size)
-        trajectory = chain.sample(repeated[micro_batch], seeds[micro_batch])
-        measured = objective.measure(trajectory.latents[0], trajectory.prompts, differentiate=False)
-        parts.append((measured.info, len(measured.rewards)))
-    reward.observe(join_info(parts))
+    batch = sample_batch(chain, objective, repeated, seeds, training.train_batch_size, differentiate=False)
+    reward.observe(batch.info)
     reward.load_state_dict(processes.broadcast(reward.state_dict(), "the rewards' first scales"))

@@ -6,8 +6,11 @@ Peak memory is one denoiser step, whatever the number of steps, and the gradient
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
 
 import torch
 
@@ -20,35 +23,96 @@ class DerivativeError(UserError, FloatingPointError):
     """A derivative is not finite."""
 
 
-# What goes into the parameters at step t instead of the cotangent that travels on: ``(t, mean, cotangent) -> tensor``.
-IntoParameters = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+# What goes into the parameters at a step: ``(t, mean, travelling cotangent) -> (cotangent, numbers for the logs)``.
+IntoParameters = Callable[[int, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Mapping[str, float]]]
+
+
+# What of a step is differentiated.
+Output = Literal["mean", "pred_original_sample"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the chain to differentiate.
+    """A stretch of the chain to differentiate: what every gradient estimator is made of.
 
     Its gradient is that of ``weight * < cotangent, x_{first_step - 1}(x_{first_step + length - 1}) >``.
 
     Attributes:
+        term: the name of the estimator's term, for the logs.
         first_step: the step nearest to the image, in 1..T; the walk goes up in t from here.
         length: number of steps; the input of the last one is held fixed.
-        cotangent: derivative of the objective with respect to the mean of ``first_step``, (B, ...).
+        cotangent: derivative of the objective with respect to the mean of ``first_step``, (B, ...); None for a segment
+            of one step whose ``into_parameters`` makes it of the step's present mean.
         weight: factor of the whole segment, such as 1 / q for a segment drawn with probability q.
-        into_parameters: a different cotangent, at the mean of every step, for the parameters alone, before the weight;
-            None for the one that travels. Where it returns another tensor, a step costs two backward passes.
+        into_parameters: makes the cotangent that goes into the parameters, before the weight, where it is another than
+            the one that travels on. Where it returns another tensor, a step costs two backward passes.
+        of: what a segment of one step differentiates: the step's mean or its prediction of x_0.
+        score_steps: steps at which noise divided by its std goes into the parameters.
+        note: plain values for the estimator, which finds them in the segment's booking.
     """
 
+    term: str
     first_step: int
     length: int
-    cotangent: torch.Tensor
+    cotangent: torch.Tensor | None
     weight: float = 1.0
     into_parameters: IntoParameters | None = None
+    of: Output = "mean"
+    score_steps: tuple[int, ...] = ()
+    note: Any = None
+
+    def __post_init__(self) -> None:
+        if self.cotangent is None and (self.into_parameters is None or self.length != 1):
+            raise ValueError("Expected a cotangent, or into_parameters for a segment of one step, got neither.")
 
     @property
     def steps(self) -> range:
         """The steps t that the segment differentiates."""
         return range(self.first_step, self.first_step + self.length)
+
+
+@dataclass(frozen=True)
+class WalkedStep:
+    """One step of a segment, differentiated.
+
+    Attributes:
+        t: the step.
+        cotangent: that travelled to the step's mean, (B, ...); None if there is none.
+        gradients: one per parameter, before the segment's weight.
+        probed: gradients of the probe's cotangent, where one was asked for.
+        backward_passes: through the step, the probe's not counted.
+        numbers: of ``into_parameters``, for the logs.
+    """
+
+    t: int
+    cotangent: torch.Tensor | None
+    gradients: list[torch.Tensor]
+    probed: list[torch.Tensor] | None
+    backward_passes: int
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Booking:
+    """What came of a segment: the one place where its norm and its costs are written down.
+
+    Attributes:
+        term, first_step, length, weight, note: the segment's.
+        norm: Euclidean norm of the gradient that was added, summed over the batch's samples, weight included.
+        backward_passes: through a denoiser step, per sample.
+        cotangent_squares: squared norm of the cotangent that travelled to every step, summed over samples, float64.
+        numbers: for the logs, means over the segment's steps.
+    """
+
+    term: str
+    first_step: int
+    length: int
+    weight: float
+    norm: float
+    backward_passes: int = 0
+    cotangent_squares: tuple[float, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    note: Any = None
 
 
 class ReplayedStep:
@@ -75,30 +139,37 @@ class ReplayedStep:
         self.mean, self.pred_original_sample = step.mean, step.pred_original_sample
 
     def into_parameters(
-        self, cotangent: torch.Tensor, *, output: torch.Tensor | None = None, keep: bool = False
+        self, cotangent: torch.Tensor, *, of: Output = "mean", keep: bool = False
     ) -> list[torch.Tensor]:
-        """One gradient per parameter; ``keep`` leaves the tape for another call. ``output`` is the mean if None."""
-        return self._pull_back(self._parameters, cotangent, output, keep)
+        """One gradient per parameter; ``keep`` leaves the tape for another call."""
+        return self._pull_back(self._parameters, cotangent, of, keep)
 
     def into_latents(self, cotangent: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
         """The cotangent at the step's input x_t, (B, ...)."""
-        return self._pull_back([self.latents], cotangent, None, keep)[0]
+        return self._pull_back([self.latents], cotangent, "mean", keep)[0]
 
     def into_both(self, cotangent: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Both of the above in one backward pass."""
-        *gradients, into_latents = self._pull_back([*self._parameters, self.latents], cotangent, None, keep=False)
+        *gradients, into_latents = self._pull_back([*self._parameters, self.latents], cotangent, "mean", keep=False)
         return gradients, into_latents
 
     def _pull_back(
-        self, inputs: Sequence[torch.Tensor], cotangent: torch.Tensor, output: torch.Tensor | None, keep: bool
+        self, inputs: Sequence[torch.Tensor], cotangent: torch.Tensor, of: Output, keep: bool
     ) -> list[torch.Tensor]:
-        return scaled_gradients(self.mean if output is None else output, inputs, cotangent, self._place, keep)
+        output = self.mean if of == "mean" else self.pred_original_sample
+        return scaled_gradients(output, inputs, cotangent, self._place, keep)
 
 
-def walk(chain: Chain, trajectory: Trajectory, segment: Segment) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Yields ``(t, gradients)`` for every step of the segment, gradients in the order of ``chain.parameters``.
+def walk(
+    chain: Chain, trajectory: Trajectory, segment: Segment, probe: Callable[[int], torch.Tensor | None] | None = None
+) -> Iterator[WalkedStep]:
+    """Differentiates a segment step by step; its weight is left to ``run``.
 
-    The segment's weight is left to ``run``.
+    Args:
+        chain: the chain.
+        trajectory: what was sampled.
+        segment: of it.
+        probe: gives another cotangent at the mean of a step, (B, ...) or None, to be pulled back on the same tape.
 
     Raises:
         ValueError: the segment leaves the chain.
@@ -113,30 +184,55 @@ def walk(chain: Chain, trajectory: Trajectory, segment: Segment) -> Iterator[tup
     for t in segment.steps:
         is_last = t == segment.steps[-1]
         step = ReplayedStep(chain, trajectory, t, with_latents=not is_last)
-        own = cotangent
-        if segment.into_parameters is not None:
-            own = segment.into_parameters(t, step.mean.detach(), cotangent)
-        if own is cotangent and not is_last:
-            gradients, cotangent = step.into_both(cotangent)
+        travelled, probed = cotangent, None
+        if probe is not None and (probing := probe(t)) is not None:
+            probed = step.into_parameters(probing, keep=True)
+        own, numbers = _into_parameters(segment, t, step.mean.detach(), cotangent)
+        in_one_pass = own is cotangent and not is_last
+        if in_one_pass:
+            gradients, cotangent = step.into_both(own)
         else:
-            gradients = step.into_parameters(own, keep=not is_last)
-            if not is_last:
+            gradients = step.into_parameters(own, of=segment.of, keep=not is_last)
+            if cotangent is not None and not is_last:
                 cotangent = step.into_latents(cotangent)
         del step  # before the next is replayed: the second pass frees no tape that leads to parameters alone
-        yield t, gradients
+        yield WalkedStep(t, travelled, gradients, probed, 1 if in_one_pass or is_last else 2, numbers)
 
 
-def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> float:
-    """Adds the segment's gradient, of the objective to be maximised, to ``.grad`` of the chain's parameters.
+def _into_parameters(
+    segment: Segment, t: int, mean: torch.Tensor, cotangent: torch.Tensor | None
+) -> tuple[torch.Tensor, Mapping[str, float]]:
+    if segment.into_parameters is not None:
+        return segment.into_parameters(t, mean, cotangent)
+    assert cotangent is not None  # as a segment without into_parameters has one
+    return cotangent, {}
 
-    Returns:
-        The Euclidean norm of the gradient that was added.
-    """
+
+def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> Booking:
+    """Adds the segment's gradient, of the objective to be maximised, to ``.grad`` of the chain's parameters."""
     total = [torch.zeros_like(parameter) for parameter in chain.parameters]
-    for _, gradients in walk(chain, trajectory, segment):
-        for summed, gradient in zip(total, gradients, strict=True):
+    passes = 0
+    squares: list[float] = []
+    numbers: defaultdict[str, list[float]] = defaultdict(list)
+    for step in walk(chain, trajectory, segment):
+        for summed, gradient in zip(total, step.gradients, strict=True):
             summed.add_(gradient, alpha=segment.weight)
-    return add_to_gradients(chain, total)
+        passes += step.backward_passes
+        if step.cotangent is not None:
+            squares.append(float(step.cotangent.double().square().sum()))
+        for name, value in step.numbers.items():
+            numbers[name].append(value)
+    return Booking(
+        segment.term,
+        segment.first_step,
+        segment.length,
+        segment.weight,
+        add_to_gradients(chain, total),
+        passes,
+        tuple(squares),
+        {name: fmean(values) for name, values in numbers.items()},
+        segment.note,
+    )
 
 
 def add_to_gradients(chain: Chain, gradients: list[torch.Tensor]) -> float:

@@ -31,8 +31,13 @@ class Chain(Protocol):
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
 
-    def sample(self, prompts: Sequence[PromptLike], seeds: Sequence[int]) -> Trajectory:
-        """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch."""
+    def sample(
+        self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
+    ) -> Trajectory:
+        """Samples the chain without a tape; sample i depends on ``seeds[i]`` alone, whatever its batch.
+
+        ``noises`` are used instead of those that ``draw_noises`` makes of the seeds, where they are given.
+        """
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.cli.places import check_folder_or_exit
+from rlr_peft.command_line import check_folder_or_exit, own_flags, own_parser
 from rlr_peft.config import Config, ConfigError, config_from_dict
 from rlr_peft.config.chain_of_thought import SOURCES
 from rlr_peft.config.flat import knobs
 from rlr_peft.config.found import read_found_config
-from rlr_peft.config.parsing import exit_with, load_values, refuse_empty
+from rlr_peft.config.parsing import exit_with, load_values
 from rlr_peft.foreign_text import say
 
 logger = logging.getLogger(__name__)
@@ -74,18 +74,12 @@ def compare_command(words: Sequence[str]) -> int:
 
 def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own flags, and the words that are left for the config, long names in place of short ones."""
-    parser = _parser()
-    if {"--help", "-h"} & set(words):
-        say(parser.format_help())
-        say("Further settings by the names of training:\n")
-        load_values(["--help"], PROG, _names(), DESCRIPTION)
-    try:
-        refuse_empty(words)
-        own, rest = parser.parse_known_args(list(words))
-    except ConfigError as error:
-        exit_with(error)
-    except argparse.ArgumentError as error:
-        exit_with(ConfigError(f"{error.argument_name}: {error.message}; see {PROG} --help."))
+    own, rest = own_flags(
+        _parser(),
+        words,
+        "Further settings by the names of training:",
+        lambda: load_values(["--help"], PROG, _names(), DESCRIPTION),
+    )
     if not own.adapter:
         exit_with(ConfigError("--adapter: expected one or more folders or Hub repositories, got none."))
     for name, low in (("images_per_prompt", 1), ("kl_images", 0)):
@@ -102,15 +96,12 @@ def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage="%(prog)s --adapter FOLDER_OR_REPO [--adapter ...] [--output FOLDER] [--base NAME] [--prompts FILE] "
-        "[--reward NAME] [--heldout NAME ...] [--config FILE] [--name VALUE ...]",
-        description="Draws the same prompts and seeds with the base and with every adapter, and says what changed. The "
-        "plain settings of an adapter that was trained here are found beside it; --config and flags win over them.",
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = own_parser(
+        PROG,
+        "--adapter FOLDER_OR_REPO [--adapter ...] [--output FOLDER] [--base NAME] [--prompts FILE] [--reward NAME] "
+        "[--heldout NAME ...] [--config FILE] [--name VALUE ...]",
+        "Draws the same prompts and seeds with the base and with every adapter, and says what changed. The plain "
+        "settings of an adapter that was trained here are found beside it; --config and flags win over them.",
     )
 
     def flag(name: str, help_: str, **options: Any) -> None:

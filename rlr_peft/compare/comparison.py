@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 
 from rlr_peft.compare.distances import Estimate, Variety, estimate_of, variety
-from rlr_peft.compare.evaluation import Evaluation, compare, independent_groups
-from rlr_peft.foreign_text import listed
+from rlr_peft.compare.evaluation import Evaluation, independent_groups, paired_gains
+from rlr_peft.config import ConfigError
+from rlr_peft.foreign_text import listed, one_line
 from rlr_peft.intervals import direction, with_error
 from rlr_peft.prompt import texts_of
 
@@ -90,8 +92,8 @@ class Comparison:
 
     @cached_property
     def gains(self) -> list[dict[str, dict[str, float]]]:
-        """For every adapter the paired comparison with the base, see `compare`."""
-        return [compare(self.base.evaluation, adapter.evaluation) for adapter in self.adapters]
+        """For every adapter the paired comparison with the base, see `paired_gains`."""
+        return [paired_gains(self.base.evaluation, adapter.evaluation) for adapter in self.adapters]
 
     @cached_property
     def varieties(self) -> list[Variety] | None:
@@ -126,6 +128,7 @@ def _features(evaluation: Evaluation) -> Tensor:
     return evaluation.features
 
 
+BASE = "base"  # the base's label
 # Less variety is worth a word from this share on: every adapter that sharpens costs a little.
 NOTABLE_LOSS = 0.1
 COLLAPSED = 0.6
@@ -199,3 +202,25 @@ def _variety_notes(comparison: Comparison, index: int) -> list[str]:
 
 def _names(rewards: list[MeasuredReward], heldout: bool) -> list[str]:
     return [reward.name for reward in rewards if reward.heldout == heldout]
+
+
+def unique_labels(places: Sequence[str]) -> list[str]:
+    """The last parts of paths or repositories, as many as it takes to tell them apart.
+
+    Raises:
+        ConfigError: one adapter twice.
+    """
+    parts = [Path(place).parts if Path(place).exists() else tuple(place.split("/")) for place in places]
+    if len(set(parts)) < len(parts):
+        raise ConfigError(f"--adapter: expected different adapters, got {', '.join(places)}.")
+    labels: list[str] = []
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = [one_line("/".join(part[-length:]).removesuffix(".safetensors")) for part in parts]
+        if len({*labels, BASE}) == len(labels) + 1:
+            return labels
+    return [f"{label} ({index + 1})" for index, label in enumerate(labels)]
+
+
+def file_name(label: str) -> str:
+    """The label without what a file name cannot hold."""
+    return "".join(character if character.isalnum() or character in "-_." else "-" for character in label)[:60]

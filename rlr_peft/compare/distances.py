@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.compare.evaluation import independent_groups, mean_and_standard_error
-from rlr_peft.estimators.kl_penalty import KLPenalty, accumulate_kl_penalty
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.kl import path_kl, reference_steps
 from rlr_peft.prompt import Prompt
 
 
@@ -146,15 +145,11 @@ def path_divergence(chain: Chain, prompts: Sequence[Prompt], seeds: Sequence[int
         (B,) float32 in nats, on the CPU.
 
     Raises:
-        ValueError: a chain without noise, whose paths have no density.
+        NoDivergenceError: a chain without noise, whose paths have no density.
     """
-    if not has_noise(chain):
-        raise ValueError("expected a chain with noise: without it the divergence from the base is not defined")
     trajectory = chain.sample(prompts, seeds)
-    zeros = torch.zeros(len(prompts), device=trajectory.latents.device)
-    rollout = Rollout(trajectory, rewards=zeros, advantages=zeros, reward_gradient=None)
-    # beta = 0 only measures, and all steps count with weight 1: nothing is drawn at random.
-    return accumulate_kl_penalty(chain, rollout, KLPenalty(0.0, "all"), torch.Generator()).float().cpu()
+    references = reference_steps(chain, trajectory, "all", torch.Generator())
+    return path_kl(trajectory, references).float().cpu()
 
 
 def has_noise(chain: Chain) -> bool:

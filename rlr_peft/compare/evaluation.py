@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlr_peft.compare.features import FeatureExtractor
-from rlr_peft.figures import FRAMES_OF_STRIP, as_images
+from rlr_peft.figures import FRAMES_OF_STRIP, as_images, to_8_bit
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.scores import Info, join_info
@@ -48,7 +48,7 @@ class Evaluation:
     pictures: list[Picture] = field(default_factory=list)
 
 
-def evaluation_plan(
+def prompts_and_seeds(
     prompts: Sequence[Prompt], num_images: int, seed: int, images_per_prompt: int = 1
 ) -> tuple[list[Prompt], list[int]]:
     """Which images to draw: prompts in shuffled order, again and again, and a seed for each image.
@@ -180,7 +180,7 @@ def independent_groups(prompts: Sequence[object]) -> list[int]:
     return [numbers[prompt] for prompt in prompts] if len(numbers) > 1 else list(range(len(prompts)))
 
 
-def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+def paired_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
     """Paired comparison per reward.
 
     Returns:
@@ -293,7 +293,7 @@ def make_pictures(images: Tensor) -> list[Picture]:
 
 def to_bytes(images: Tensor) -> Tensor:
     """uint8 of images in [0, 1], rounded as an image file holds them, on the CPU."""
-    return (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return torch.from_numpy(to_8_bit(images)).movedim(-1, -3)
 
 
 def as_pil(image: Tensor) -> Image.Image:
@@ -302,7 +302,7 @@ def as_pil(image: Tensor) -> Image.Image:
 
 
 def _picture(image: Tensor, num_frames: int) -> Picture:
-    picture = as_pil(to_bytes(image))
+    picture = Image.fromarray(to_8_bit(image))
     width, height = picture.width // num_frames, picture.height
     scale = min(1.0, LARGEST_SIDE / max(width, height))
     if scale < 1:

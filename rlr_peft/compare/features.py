@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlr_peft.compare.labels import shown_name
+from rlr_peft.foreign_text import shown_name
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.model_reward import ModelSettings, loading
 from rlr_peft.rewards.registry import load_reward

@@ -8,23 +8,26 @@ from __future__ import annotations
 import io
 import math
 import re
-from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from rlr_peft.compare.comparison import Comparison, MeasuredReward
-from rlr_peft.durable_files import replacing_file
-from rlr_peft.figures import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
+from rlr_peft.figures import (
+    ACCENT,
+    GRID_LINE,
+    INK,
+    QUIET_INK,
+    SECOND_ACCENT,
+    empty_figure,
+    restrain,
+)
 from rlr_peft.foreign_text import printable
 
 BASE_COLOR = "#8c939c"
@@ -49,10 +52,10 @@ def reward_distributions(comparison: Comparison) -> Figure:
     for axes, reward in zip(rows, comparison.rewards, strict=True):
         scores = [model.evaluation.scores[reward.key] for model in comparison.models]
         _histograms(axes[0], scores, _colors(comparison))
-        _restrain(axes[0], f"{_title(reward)}: scores")
+        restrain(axes[0], f"{_title(reward)}: scores", "y")
         _histograms(axes[1], [after - scores[0] for after in scores[1:]], _colors(comparison)[1:])
         axes[1].axvline(0, color=INK, linewidth=1)
-        _restrain(axes[1], "adapter minus base, image by image")
+        restrain(axes[1], "adapter minus base, image by image", "y")
     _legend(figure, comparison)
     return figure
 
@@ -79,7 +82,7 @@ def reward_against_kl(comparison: Comparison) -> Figure | None:
             _point(axes, divergence.value, error, values["after"], values["after_se"], color)
         axes.set_xlabel("KL from the base (nats)", color=QUIET_INK)
         axes.margins(x=0.12, y=0.25)
-        _restrain(axes, f"{_title(reward)}: mean")
+        restrain(axes, f"{_title(reward)}: mean", "y")
     _legend(figure, comparison)
     return figure
 
@@ -99,11 +102,11 @@ def attribute_bars(comparison: Comparison) -> Figure | None:
     if shared:
         for axes, (key, names) in zip(rows, groups.items(), strict=True):
             _bars(axes[0], comparison, names)
-            _restrain(axes[0], f"{titles[key]}: adapter minus base, by attribute", along="x")
+            _restrain_rows(axes[0], f"{titles[key]}: adapter minus base, by attribute")
     else:
         for axes, (key, name) in zip(rows, entries, strict=True):
             _bars(axes[0], comparison, [name])
-            _restrain(axes[0], titles[key] if name == groups[key][0] else "", along="x")
+            _restrain_rows(axes[0], titles[key] if name == groups[key][0] else "")
     _legend(figure, comparison, without_base=True)
     return figure
 
@@ -112,10 +115,7 @@ def _figure(
     rows: int, columns: int, height: float, heights: list[int] | None = None, sharex: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
     """An empty figure, 1000 pixels wide, whose rows are `height` inches high, times `heights`."""
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
-    total = height * sum(heights or [1] * rows) + 0.55 * rows + 0.5
-    figure = Figure(figsize=(WIDTH / DOTS_PER_INCH, total), dpi=DOTS_PER_INCH, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = empty_figure(height * sum(heights or [1] * rows) + 0.55 * rows + 0.5, w_pad=0.12, h_pad=0.1)
     axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights, sharex=sharex)
     return figure, axes.tolist()
 
@@ -179,19 +179,15 @@ def _legend(figure: Figure, comparison: Comparison, without_base: bool = False) 
     figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=10, labelcolor=INK)
 
 
+def _restrain_rows(axes: Axes, title: str) -> None:
+    """As `restrain`, of horizontal bars with names."""
+    restrain(axes, title, "x")
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.tick_params(axis="x", labelbottom=True)  # also above other panels of the same axis
+
+
 def _title(reward: MeasuredReward) -> str:
     return f"{reward.name}, held out" if reward.heldout else reward.name
-
-
-def _restrain(axes: Axes, title: str, along: Literal["x", "y"] = "y") -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.grid(True, axis=along, color=GRID_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=QUIET_INK, labelsize=10, length=0)
-    if along == "x":
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.tick_params(axis="x", labelbottom=True)  # also above other panels of the same axis
 
 
 # What a figure is drawn with, and the page's variable that stands for it.
@@ -202,13 +198,6 @@ VARIABLES = {
     BASE_COLOR: "--base",
     **{color: f"--adapter-{index}" for index, color in enumerate(ADAPTER_COLORS)},
 }
-
-
-def save_figure(path: Path, figure: Figure) -> Path:
-    """Writes a PNG on white."""
-    with replacing_file(path) as aside:
-        figure.savefig(aside, facecolor="white", metadata={"Software": None})  # the version would change the bytes
-    return path
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:

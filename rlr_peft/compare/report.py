@@ -14,10 +14,11 @@ from pyarrow.parquet import write_table
 
 from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.distances import Estimate
-from rlr_peft.compare.figures import figures, save_figure
+from rlr_peft.compare.figures import figures
 from rlr_peft.compare.page import write_page
 from rlr_peft.compare.tables import markdown
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.figures import save_figure
 from rlr_peft.redaction import redacted, redacted_values
 
 SCORES = "scores"

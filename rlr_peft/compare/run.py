@@ -22,9 +22,9 @@ from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model, file_name, unique_labels
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
-from rlr_peft.compare.evaluation import Evaluation, Render, evaluate, evaluation_plan
+from rlr_peft.compare.evaluation import Evaluation, Render, evaluate, prompts_and_seeds
 from rlr_peft.compare.features import FeatureExtractor, find_features
 from rlr_peft.compare.kept import (
     KeptFeatures,
@@ -37,8 +37,8 @@ from rlr_peft.compare.kept import (
     model_identity,
     reward_identity,
 )
-from rlr_peft.compare.labels import BASE, file_name, shown_name, unique_labels
 from rlr_peft.config import Config, stages_from_config
+from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward
@@ -124,7 +124,7 @@ class _Comparer:
         validation, seed = config.validation, config.training.seed
         self.batch_size = validation.evaluation_batch_size
         self.all_prompts = prompts
-        self.plan = evaluation_plan(
+        self.plan = prompts_and_seeds(
             prompts, validation.num_evaluation_images, derive_seed(seed, "evaluation"), options.images_per_prompt
         )
         self.setup = image_setup(config, pipeline)
@@ -194,7 +194,7 @@ class _Comparer:
         if set(adapted_parts(self.pipeline)) - set(chain.family.denoisers):
             logger.warning("%s also adapts the text encoder: its KL from the base is not measured.", label)
             return None
-        prompts, seeds = evaluation_plan(self.all_prompts, count, seed)
+        prompts, seeds = prompts_and_seeds(self.all_prompts, count, seed)
         measure = kept_divergence(
             lambda texts, numbers: path_divergence(chain, texts, numbers),
             self.options.output / KEPT,

@@ -1,21 +1,19 @@
 """`rlr-peft diagnose`: how noisy is every gradient estimator on this pipeline and reward, and which one to take?"""
 
-import argparse
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlr_peft.cli.places import check_folder_or_exit
+from rlr_peft.command_line import check_folder_or_exit, own_flags, own_parser
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
-from rlr_peft.config.parsing import exit_with, refuse_empty
-from rlr_peft.foreign_text import say
+from rlr_peft.config.parsing import exit_with
+from rlr_peft.foreign_text import say, shown_name
 
 if TYPE_CHECKING:
-    from rlr_peft.training.rollouts import Batch
+    from rlr_peft.estimators.sampling import Batch
     from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -39,6 +37,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     from rlr_peft.diagnose.diagnosis import diagnose
     from rlr_peft.diagnose.recommendation import recommend
     from rlr_peft.diagnose.report import console_text, write_report
+    from rlr_peft.estimators.advantages import leave_one_out
     from rlr_peft.training.run import build_run
 
     with reporting_errors():
@@ -55,7 +54,7 @@ def diagnose_command(words: Sequence[str]) -> int:
         diagnosis = diagnose(
             run.chain,
             run.objective,
-            batch.rollouts,
+            batch.rollouts(leave_one_out(batch.rewards, group_size)),
             config,
             group_size=group_size,
             sampling_seconds=sampling_seconds,
@@ -70,13 +69,10 @@ def diagnose_command(words: Sequence[str]) -> int:
 
 def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
     """Number of samples, path of the report, and the words that are left for the config."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage="%(prog)s [--samples N] [--output FILE.html] [--config FILE] [--name VALUE ...]",
-        description="Measures every gradient estimator on the pipeline, prompts and reward of a training config.",
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = own_parser(
+        PROG,
+        "[--samples N] [--output FILE.html] [--config FILE] [--name VALUE ...]",
+        "Measures every gradient estimator on the pipeline, prompts and reward of a training config.",
     )
     parser.add_argument(
         "--samples",
@@ -92,17 +88,9 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
         metavar="FILE.html",
         help="the report; numbers and figure go beside it as .json and .png (default: %(default)s)",
     )
-    if {"--help", "-h"} & set(words):
-        say(parser.format_help())
-        say("Every flag of training besides:\n")
-        load_config_or_exit(["--help"], prog=PROG)
-    try:
-        refuse_empty(words)
-        own, rest = parser.parse_known_args(list(words))
-    except ConfigError as error:
-        exit_with(error)
-    except argparse.ArgumentError as error:
-        exit_with(ConfigError(f"{error.argument_name}: {error.message}; see {PROG} --help."))
+    own, rest = own_flags(
+        parser, words, "Every flag of training besides:", lambda: load_config_or_exit(["--help"], prog=PROG)
+    )
     if own.samples < MIN_SAMPLES:
         exit_with(ConfigError(f"--samples: expected {MIN_SAMPLES} or more, got {own.samples}; raise --samples."))
     if own.output.suffix != ".html":
@@ -112,8 +100,7 @@ def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
     from rlr_peft.build.randomness import derive_seed
-    from rlr_peft.estimators.advantages import leave_one_out
-    from rlr_peft.training.rollouts import sample_batch
+    from rlr_peft.estimators.sampling import sample_batch
 
     training = run.config.training
     prompts = [prompt for prompt in run.sampler.sample(0, num_groups) for _ in range(group_size)]
@@ -124,7 +111,6 @@ def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
         [derive_seed(training.seed, "calibration", 0, i) for i in range(len(prompts))],
         # Single samples are replayed, and dropout's masks depend on the size of the batch.
         1 if run.chain.denoiser.training else training.train_batch_size,
-        lambda rewards, _: leave_one_out(rewards, group_size),
     )
 
 
@@ -136,7 +122,7 @@ def _facts(run: "Run", batch: "Batch", num_groups: int, group_size: int) -> dict
     name = config.model.pretrained_model_name_or_path
     rewards = batch.rewards
     return {
-        "base": Path(name).name if os.path.isdir(name) else name,
+        "base": shown_name(name),
         "reward": f"{run.reward.name}, {float(rewards.mean()):.3g} on average, standard deviation "
         f"{float(rewards.std()):.2g} over the samples",
         "chain": f"T = {run.chain.num_steps} {config.chain.step_kind} steps, eta {config.chain.eta:g}, guidance "

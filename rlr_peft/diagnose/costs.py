@@ -10,11 +10,9 @@ import torch
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.interface import Chain
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import Coverage, Estimator, Rollout
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.variance import GradientSketch
 
 GPU_MEMORY = "peak of all memory allocated on the GPU while the gradient is estimated, model included"
 TAPE_MEMORY = "peak of the bytes that autograd's tape holds while the gradient is estimated, weights not counted"
@@ -97,18 +95,18 @@ def measure_cost(
     evaluations, batch_size = chain.denoiser_evaluations, rollout.trajectory.batch_size
     with measured_memory(chain.parameters[0].device) as memory:
         started = time.perf_counter()
-        report = estimator.accumulate(chain, objective, rollout, generator)
+        book = estimator.accumulate(chain, objective, rollout, generator)
     # The GPU has been waited for by now.
     seconds = time.perf_counter() - started
     clear_gradients(chain)
     cost = Cost(
         denoiser_evaluations=chain.num_steps + (chain.denoiser_evaluations - evaluations) / batch_size,
-        backward_passes=report.backward_steps,
+        backward_passes=book.backward_passes,
         seconds=sampling_seconds + seconds / batch_size,
         peak_bytes=memory.peak,
         added_bytes=memory.added,
     )
-    return cost, report.coverage
+    return cost, estimator.coverage(chain, rollout.reward_gradient is not None)
 
 
 def run_on_single_samples(

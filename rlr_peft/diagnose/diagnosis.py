@@ -19,13 +19,10 @@ from rlr_peft.diagnose.estimates import (
     squared_deviations,
 )
 from rlr_peft.diagnose.evidence import Evidence, gather_evidence
-from rlr_peft.diagnose.methods import Comparison, Method, methods_to_compare
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.gradient_sketch import GradientSketch
-from rlr_peft.estimators.hot_steps import hot_among
+from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
+from rlr_peft.estimators.base import Coverage, Rollout, hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
+from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
 
 # Without a GPU the cost of a method is measured on this many samples at the most: seconds per sample and bytes grow
 # with the batch as they should, and time is short.
@@ -111,7 +108,7 @@ def profile_of(chain: Chain, evidence: Evidence) -> StepProfile:
         black_box=_variances(evidence.mirrored[:, :, None] * gradients.scores[: len(evidence.mirrored)]),
         has_noise=gradients.has_noise,
         by_first_order_steps=None if gradients.pathwise is None else _by_first_order_steps(gradients),
-        hot_steps=hot_among(chain, evidence.noisy_steps),
+        hot_steps=hot_steps(chain, evidence.noisy_steps),
         last_step_sensitivity=chain.output_sensitivity(1),
         stages=stages_of(num_steps, energy),
     )
@@ -184,7 +181,7 @@ class Diagnosis:
         facts: what was diagnosed, in words, by name.
         config: the run's.
         evidence: what N samples showed.
-        comparison: the methods, and those left out.
+        compared: the methods, and those left out.
         results: one per method.
         profile: the chain step by step.
         reference: name of the method whose mean is the reference gradient.
@@ -195,7 +192,7 @@ class Diagnosis:
     facts: Mapping[str, str]
     config: Config
     evidence: Evidence
-    comparison: Comparison
+    compared: ComparedMethods
     results: list[MethodResult]
     profile: StepProfile
     reference: MethodResult
@@ -232,13 +229,13 @@ def diagnose(
     seed = config.training.seed
     sketch = GradientSketch(chain.parameters)
     evidence = gather_evidence(chain, objective, rollouts, sketch, group_size, show_progress)
-    comparison = methods_to_compare(evidence, config.estimator, seed)
+    compared = methods_to_compare(evidence, config.estimator, seed)
     batch = cost_batch(rollouts)
     generator = torch.Generator().manual_seed(seed)
     # The first run with a new size of batch is slower than all others.
-    measure_cost(chain, objective, comparison.methods[0].estimator, batch, generator, sampling_seconds)
+    measure_cost(chain, objective, compared.methods[0].estimator, batch, generator, sampling_seconds)
     measured: list[tuple[Method, Cost, Coverage, SampleEstimates]] = []
-    with tqdm(comparison.methods, desc="Methods", unit="method", disable=not show_progress) as bar:
+    with tqdm(compared.methods, desc="Methods", unit="method", disable=not show_progress) as bar:
         for method in bar:
             estimator, estimates = method.estimator, method.estimates
             cost, coverage = measure_cost(chain, objective, estimator, batch, generator, sampling_seconds)
@@ -257,7 +254,7 @@ def diagnose(
         facts=facts,
         config=config,
         evidence=evidence,
-        comparison=comparison,
+        compared=compared,
         results=results,
         profile=profile_of(chain, evidence),
         reference=next(result for result in results if result.estimates is reference),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlr_peft.estimators.step_gradients import StepGradients
+from rlr_peft.estimators.variance import StepGradients
+from rlr_peft.intervals import direction
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,6 @@ def drawn_score_terms(
 
 RESAMPLINGS = 1000
 CONFIDENCE = 0.95
-# Of the normal distribution, two-sided at the confidence above.
-NORMAL_QUANTILE = 1.96
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,7 @@ def paired_difference(first: torch.Tensor, second: torch.Tensor) -> tuple[float,
 
 def is_clearly_larger(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether the mean of ``first`` (n,) is above that of ``second`` in a paired t-test at 95 %."""
-    difference, error = paired_difference(first, second)
-    # The first terms of the expansion of Student's quantile in the number of samples.
-    quantile = NORMAL_QUANTILE + (NORMAL_QUANTILE**3 + NORMAL_QUANTILE) / (4 * (len(first) - 1))
-    return difference > quantile * error
+    return direction(*paired_difference(first, second), len(first)) > 0
 
 
 def first_half(num_samples: int, group_size: int) -> torch.Tensor:

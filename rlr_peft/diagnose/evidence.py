@@ -8,11 +8,16 @@ from tqdm.auto import tqdm
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.errors import UserError
-from rlr_peft.estimators.black_box_tail import mirrored_advantages
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import Rollout
+from rlr_peft.estimators.half_order import mirrored_advantages
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gradients import StepGradients, StepVariances, measure_step_gradients, step_variances
+from rlr_peft.estimators.variance import (
+    GradientSketch,
+    StepGradients,
+    StepVariances,
+    measure_step_gradients,
+    step_variances,
+)
 
 
 class DiagnosisError(UserError, ValueError):

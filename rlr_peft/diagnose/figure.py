@@ -4,13 +4,17 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from rlr_peft.diagnose.diagnosis import Diagnosis, StepProfile
-from rlr_peft.durable_files import replacing_file
-from rlr_peft.figures import ACCENT, DOTS_PER_INCH, GRID_LINE, INK, QUIET_INK, SECOND_ACCENT, WIDTH
+from rlr_peft.figures import (
+    ACCENT,
+    INK,
+    QUIET_INK,
+    SECOND_ACCENT,
+    empty_figure,
+    restrain,
+    save_figure,
+)
 
 STAGE_SHADES = {"coarse": "#f1f1f1", "mid": "#ffffff", "fine": "#f1f1f1"}
 
@@ -27,16 +31,12 @@ def save_step_profile(path: Path, diagnosis: Diagnosis) -> Path:
     """
     profile = diagnosis.profile
     heights = [3.4] if profile.by_first_order_steps is None else [3.4, 2.4]
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)  # inches
-    figure = Figure(figsize=(WIDTH / DOTS_PER_INCH, 1.2 + 1.2 * sum(heights)), dpi=DOTS_PER_INCH, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = empty_figure(1.2 + 1.2 * sum(heights), w_pad=0.15, h_pad=0.15)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_steps(axes[0], profile)
     if profile.by_first_order_steps is not None:
-        _draw_choices(axes[1], profile.by_first_order_steps, diagnosis.comparison.first_order_steps)
-    with replacing_file(path) as aside:
-        figure.savefig(aside, facecolor="white", metadata={"Software": None})  # the version would change the bytes
-    return path
+        _draw_choices(axes[1], profile.by_first_order_steps, diagnosis.compared.first_order_steps)
+    return save_figure(path, figure)
 
 
 def _draw_steps(axes: Axes, profile: StepProfile) -> None:
@@ -63,7 +63,7 @@ def _draw_steps(axes: Axes, profile: StepProfile) -> None:
     axes.set_ylim(low, high * (high / low) ** 0.18)  # room for the names of the stages
     axes.set_xlim(profile.num_steps + 0.5, 0.5)
     axes.set_xlabel("step t, from noise (left) to image (right) as in sampling", color=QUIET_INK)
-    _restrain(axes, "Variance of a single sample's gradient, step by step", title_pad=34)  # the legend goes below
+    restrain(axes, "Variance of a single sample's gradient, step by step", "y", title_pad=34)  # the legend goes below
     axes.legend(
         frameon=False,
         fontsize=10,
@@ -87,7 +87,7 @@ def _draw_choices(axes: Axes, by_first_order_steps: torch.Tensor, chosen: int) -
     axes.margins(y=0.25)
     axes.set_xlim(len(values) - 0.5, -0.5)
     axes.set_xlabel("K, steps next to the image with the pathwise gradient; score terms on the others", color=QUIET_INK)
-    _restrain(axes, "Variance of the whole estimate")
+    restrain(axes, "Variance of the whole estimate", "y")
     _mark_steps(axes, list(range(len(values))))
 
 
@@ -126,12 +126,3 @@ def _mark_steps(axes: Axes, steps: list[int]) -> None:
     ends = (steps[0], steps[-1])
     between = [step for step in steps if step % stride == 0 and min(abs(step - end) for end in ends) > stride / 2]
     axes.set_xticks(sorted({*ends, *between}))
-
-
-def _restrain(axes: Axes, title: str, title_pad: float = 6) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=title_pad)
-    axes.grid(True, axis="y", color=GRID_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=QUIET_INK, labelsize=10, length=0)
-    axes.tick_params(which="minor", length=0)

@@ -9,11 +9,10 @@ from rlr_peft.config import EstimatorArguments
 from rlr_peft.diagnose import estimates as estimates_of
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.planning import best_first_order_steps, inverse_variance_weights
+from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.variance import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 NUM_DRAWN_STEPS = 4
@@ -49,7 +48,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedMethods:
     """The methods that exist here, and those that do not.
 
     Attributes:
@@ -70,7 +69,7 @@ class Comparison:
         return max(self.first_order_steps, self.black_box_steps)
 
 
-def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: int) -> Comparison:
+def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: int) -> ComparedMethods:
     """Every method that exists for the chain and the reward, with its estimates on the same samples.
 
     Args:
@@ -89,7 +88,7 @@ def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: 
     else:
         builder.left_out |= dict.fromkeys(("reinforce", "ddpo", "grpo", "d3po", "rlr with score terms"), NO_NOISE)
     builder.run_only()
-    return Comparison(builder.methods, builder.left_out, builder.first_order_steps, builder.black_box_steps)
+    return ComparedMethods(builder.methods, builder.left_out, builder.first_order_steps, builder.black_box_steps)
 
 
 class _Builder:
@@ -150,7 +149,6 @@ class _Builder:
         evidence = self.evidence
         for name in ("reinforce", "ddpo", "grpo"):
             estimator = build_estimator(self._arguments({"estimator": name}), evidence.num_steps)
-            estimator.observe(evidence.prompts, evidence.rewards)
             advantages = estimator.advantages(evidence.rewards, evidence.prompts, evidence.group_size)
             vectors = estimates_of.score_terms(evidence.gradients, advantages)
             self._add(name, vectors, {"estimator": name}, own_units=name != "reinforce")
@@ -192,7 +190,7 @@ class _Builder:
     ) -> None:
         estimator = build_estimator(self._arguments(changes), self.evidence.num_steps)
         if isinstance(estimator, RLREstimator):
-            estimator.step_variances = self.evidence.variances
+            estimator.statistics.variances = self.evidence.variances
         if isinstance(estimates, torch.Tensor):
             estimates = sample_estimates(estimates)
         flags = " ".join(f"--{knob} {value}" for knob, value in changes.items())

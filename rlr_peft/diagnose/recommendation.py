@@ -7,8 +7,8 @@ import torch
 
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, squares_by_first_order_steps
 from rlr_peft.diagnose.estimates import is_clearly_larger, paired_difference, signal_to_noise
-from rlr_peft.estimators.coverage import step_ranges
-from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.estimators.base import step_ranges
+from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
 from rlr_peft.intervals import short_number
 
@@ -30,13 +30,13 @@ def recommend(diagnosis: Diagnosis) -> Recommendation:
     """Every sentence follows from numbers of the diagnosis; where they do not decide, it says so."""
     advice: dict[str, str] = {}
     if diagnosis.evidence.differentiable:
-        flags = f"--estimator rlr --fo_steps {diagnosis.comparison.first_order_steps}"
+        flags = f"--estimator rlr --fo_steps {diagnosis.compared.first_order_steps}"
         advice["First order"] = " ".join(_first_order(diagnosis))
         sentences, pays = _mixed_orders(diagnosis)
         if pays:
             flags = "--estimator rlr --step_choice inverse-variance"
     else:
-        flags = f"--estimator rlr --black_box_steps {diagnosis.comparison.black_box_steps}"
+        flags = f"--estimator rlr --black_box_steps {diagnosis.compared.black_box_steps}"
         advice["Black-box tail"] = " ".join(_black_box(diagnosis))
         sentences = []
         if not diagnosis.evidence.noisy_steps:
@@ -60,7 +60,7 @@ def recommend(diagnosis: Diagnosis) -> Recommendation:
 
 
 def _first_order(diagnosis: Diagnosis) -> Iterator[str]:
-    best, num_steps = diagnosis.comparison.first_order_steps, diagnosis.evidence.num_steps
+    best, num_steps = diagnosis.compared.first_order_steps, diagnosis.evidence.num_steps
     if best == num_steps:
         yield f"Take the pathwise gradient through all {num_steps} steps: `--fo_steps {best}`, full backpropagation."
     elif best == 0:
@@ -93,7 +93,7 @@ def _first_order(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _black_box(diagnosis: Diagnosis) -> Iterator[str]:
-    steps = diagnosis.comparison.black_box_steps
+    steps = diagnosis.compared.black_box_steps
     yield "The reward has no gradient, so there is no pathwise term."
     if not diagnosis.evidence.noisy_steps:
         yield (
@@ -118,7 +118,7 @@ def _black_box(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _score_terms(diagnosis: Diagnosis) -> Iterator[str]:
-    evidence, tail = diagnosis.evidence, diagnosis.comparison.covered_tail
+    evidence, tail = diagnosis.evidence, diagnosis.compared.covered_tail
     beyond = [t for t in range(tail + 1, evidence.num_steps + 1) if t in evidence.noisy_steps]
     if beyond:
         yield f"Single-step score terms go on {steps_in_words(beyond)}, which is the default (`--ho_length 1`)."
@@ -131,7 +131,7 @@ def _score_terms(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _mixed_orders(diagnosis: Diagnosis) -> tuple[list[str], bool]:
-    crossing = _named(diagnosis, f"rlr, K = {diagnosis.comparison.first_order_steps} (measured)")
+    crossing = _named(diagnosis, f"rlr, K = {diagnosis.compared.first_order_steps} (measured)")
     mixed = _named(diagnosis, "rlr, mixed orders")
     before, after = crossing.estimates.squares * crossing.cost.work, mixed.estimates.squares * mixed.cost.work
     gain, error = paired_difference(before, after)
@@ -218,7 +218,7 @@ def budget_advice(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _compute_advice(diagnosis: Diagnosis, budget: float) -> str:
     arguments, num_steps = diagnosis.config.estimator, diagnosis.evidence.num_steps
-    tail = diagnosis.comparison.first_order_steps
+    tail = diagnosis.compared.first_order_steps
     if tail == num_steps:
         return f"nfe_budget {budget:g}: K = {tail} leaves no step for a block, so h does not matter."
     blocks = arguments.ho_blocks if isinstance(arguments.ho_blocks, int) else 1
@@ -278,7 +278,7 @@ def _find(diagnosis: Diagnosis, name: str) -> MethodResult | None:
 
 def window_advice(diagnosis: Diagnosis) -> Iterator[str]:
     """The third of the chain where most of the gradient is, and how to train it alone."""
-    evidence, tail = diagnosis.evidence, diagnosis.comparison.first_order_steps
+    evidence, tail = diagnosis.evidence, diagnosis.compared.first_order_steps
     stages = [stage for stage in diagnosis.profile.stages if stage.energy_share is not None]
     if not stages or not evidence.noisy_steps:
         return
@@ -301,7 +301,7 @@ def hot_step_advice(diagnosis: Diagnosis) -> Iterator[str]:
     """Steps where a score term is very noisy."""
     tail = "pathwise gradient" if diagnosis.evidence.differentiable else "black-box tail"
     for t, ratio in diagnosis.profile.hot_steps.items():
-        is_covered = t <= diagnosis.comparison.covered_tail
+        is_covered = t <= diagnosis.compared.covered_tail
         covered = f"the {tail} covers it" if is_covered else "a score term there is very noisy"
         yield f"Step {t} is hot: its mean moves {ratio:.1f} times its noise per unit of denoiser output; {covered}."
 

@@ -110,7 +110,7 @@ def console_text(diagnosis: Diagnosis, recommendation: Recommendation) -> str:
     rows = [column_titles(diagnosis), *(row_of(result) for result in diagnosis.results)]
     for title, columns in PARTS.items():
         lines += ["", title, *_aligned([[row[column] for column in columns] for row in rows])]
-    texts = [f"Left out: {quoted(name)}, because {reason}." for name, reason in diagnosis.comparison.left_out.items()]
+    texts = [f"Left out: {quoted(name)}, because {reason}." for name, reason in diagnosis.compared.left_out.items()]
     lines += ["", *_wrapped([*texts, *notes(diagnosis)]), "", "Recommendation"]
     if recommendation.flags:
         lines.append(f"  {recommendation.flags}")
@@ -174,7 +174,7 @@ def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -
         titles=column_titles(diagnosis),
         rows=[row_of(result) for result in diagnosis.results],
         coverage=[(result.method, result.coverage.describe()) for result in diagnosis.results],
-        left_out=diagnosis.comparison.left_out,
+        left_out=diagnosis.compared.left_out,
         notes=notes(diagnosis),
         stages=[stage for stage in diagnosis.profile.stages if stage.energy_share is not None],
         picture=base64.b64encode(picture).decode("ascii"),
@@ -191,7 +191,7 @@ def _with_code(text: str) -> Markup:
 
 def plain_numbers(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, Any]:
     """All numbers in plain types; null where a number does not exist or is infinite."""
-    evidence, comparison = diagnosis.evidence, diagnosis.comparison
+    evidence, compared = diagnosis.evidence, diagnosis.compared
     return {
         "facts": dict(diagnosis.facts),
         "config": config_to_dict(diagnosis.config),
@@ -200,13 +200,13 @@ def plain_numbers(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[
         "samples_per_prompt": evidence.group_size,
         "differentiable": evidence.differentiable,
         "rewards": _plain(evidence.rewards),
-        "first_order_steps": comparison.first_order_steps if evidence.differentiable else None,
-        "black_box_steps": None if evidence.differentiable else comparison.black_box_steps,
+        "first_order_steps": compared.first_order_steps if evidence.differentiable else None,
+        "black_box_steps": None if evidence.differentiable else compared.black_box_steps,
         "reference": diagnosis.reference.method.name,
         "memory": diagnosis.memory,
         "cost_samples": diagnosis.cost_samples,
         "methods": [_plain_method(result) for result in diagnosis.results],
-        "left_out": dict(comparison.left_out),
+        "left_out": dict(compared.left_out),
         "profile": _plain_profile(diagnosis.profile),
         "recommendation": {"flags": recommendation.flags, "advice": dict(recommendation.advice)},
     }

@@ -70,20 +70,22 @@ class PromptStatistics:
         self.buffer_size = buffer_size
         self.min_count = min_count
         self._rewards: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
-        self._batch = torch.zeros(0)
 
-    def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
-        """Adds the rewards (N,) of an update, of all processes."""
-        self._batch = rewards.detach().float().cpu()
-        for prompt, reward in zip(prompts, self._batch.tolist(), strict=True):
+    def observe(self, prompts: Sequence[str], rewards: Sequence[float]) -> None:
+        """Adds the rewards (N,) of a finished update, of all processes."""
+        for prompt, reward in zip(prompts, rewards, strict=True):
             self._rewards[prompt].append(reward)
 
     def normalized(self, rewards: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Advantages (N,) of rewards that were observed before."""
+        """Advantages (N,) of the rewards of all processes, compared with the latest ones, themselves among them."""
+        batch = rewards.detach().float().cpu()
+        latest = {prompt: self._rewards[prompt].copy() for prompt in dict.fromkeys(prompts)}
+        for prompt, reward in zip(prompts, batch.tolist(), strict=True):
+            latest[prompt].append(reward)
         advantages = []
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            known = self._rewards[prompt]
-            compared = torch.tensor(list(known)) if len(known) >= self.min_count else self._batch
+            known = latest[prompt]
+            compared = torch.tensor(list(known)) if len(known) >= self.min_count else batch
             advantages.append((reward - float(compared.mean())) / (float(compared.std(correction=0)) + STD_FLOOR))
         return torch.tensor(advantages, dtype=rewards.dtype, device=rewards.device)
 

@@ -2,22 +2,31 @@
 
 A block ``j..j+h-1`` contributes the gradient of ``A < eps_j / sigma_j, mu_{j:j+h-1}(x_{j+h-1}) >`` with the noises
 inside the block held fixed. With h = 1 on every step this is REINFORCE (DDPO on policy).
+
+Two things make its advantages quieter: mirrored noises next to the image (black-box tail), and a state baseline.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from rlr_peft.chain.adjoint import Segment
-from rlr_peft.estimators.coverage import CoverageError
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.chain.interface import Chain
+from rlr_peft.estimators.base import CoverageError, Rollout
+from rlr_peft.estimators.objective import Objective
 
 StartSampler = Literal["uniform", "gradient-norm", "window"]
 
 # Share of uniform draws mixed into gradient-norm sampling where its probabilities become weights 1 / q.
 DEFENSIVE_SHARE = 0.1
+
+# A variance below this share of the mean square is rounding: the predictions are all the same.
+ROUNDING = 1e-9
+
+HALF_ORDER = "half_order"
 
 
 @dataclass(frozen=True)
@@ -147,12 +156,115 @@ def draw(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator
 
 
 def half_order_segment(
-    rollout: Rollout, block: Block, weight: float = 1.0, advantages: torch.Tensor | None = None
+    rollout: Rollout, block: Block, weight: float = 1.0, advantages: torch.Tensor | None = None, note: Any = None
 ) -> Segment:
     """The segment of a block; its weight is 1 for a block that is always used, 1 / q for one drawn with chance q."""
-    return Segment(block.first_step, block.length, rollout.score_cotangent(block.first_step, advantages), weight)
+    t = block.first_step
+    cotangent = rollout.score_cotangent(t, advantages)
+    return Segment(HALF_ORDER, t, block.length, cotangent, weight, score_steps=(t,), note=note)
+
+
+def black_box_segment(chain: Chain, objective: Objective, rollout: Rollout, t: int, weight: float = 1.0) -> Segment:
+    """Black-box tail (FB): a low-variance score term of step t for a reward without gradient.
+
+    It costs t - 1 extra denoiser evaluations and one reward per sample.
+    """
+    advantages = mirrored_advantages(chain, objective, rollout, t)
+    return Segment("black_box", t, 1, rollout.score_cotangent(t, advantages), weight)
+
+
+def mirrored_advantages(chain: Chain, objective: Objective, rollout: Rollout, t: int) -> torch.Tensor:
+    """``A = (R(x_0) - R(x'_0)) / 2`` of step t, (B,).
+
+    The sample is continued once more from ``x'_{t-1} = x_{t-1} - 2 sigma_t eps_t``, the mirror image of its noise, with
+    the same later noises: the difference cancels all of the reward that step t did not cause.
+    """
+    trajectory = rollout.trajectory
+    mirrored = trajectory.latents[t - 1] - 2 * trajectory.std(t) * trajectory.noise(t)
+    mirrored_rewards = objective.score(chain.rollout(trajectory, t - 1, mirrored), trajectory.prompts)
+    return (rollout.rewards - mirrored_rewards) / 2
+
+
+def choose_stage(stages: Sequence[StageWindow], energies: torch.Tensor, covered_tail: int) -> StageWindow:
+    """``ho_window auto``: the stage with the largest share of the gradient's energy gets the half-order blocks.
+
+    arXiv:2502.00639 aims half-order starts at the deficient scale by hand. Here it is measured where the parameters
+    move the reward, noise included: a proxy, because nothing measured knows what the images lack.
+
+    Args:
+        stages: of the chain; only those count that reach beyond the covered tail.
+        energies: of the steps, at index t - 1, as ``variance.step_energies`` gives them.
+        covered_tail: these last steps need no half order: K, or the black-box tail of a reward without gradient.
+    """
+    possible = [stage for stage in stages if stage.last > covered_tail]
+    return max(possible or stages, key=lambda stage: float(energies[stage.first - 1 : stage.last].sum()))
 
 
 def _is_uniform(probabilities: torch.Tensor) -> bool:
     positive = probabilities[probabilities > 0]
     return bool(torch.all(positive == positive[0]))
+
+
+@dataclass(frozen=True)
+class BaselineObservation:
+    """Advantages and predicted advantages of one micro-batch at step t."""
+
+    t: int
+    advantages: list[float]
+    predictions: list[float]
+
+
+class StateBaseline:
+    """State baseline (SB): what the sample's own state already tells of its reward, taken off its advantage.
+
+    ``A_t = A - kappa_t (R(x0hat(x_t)) - R_others - m_t)``, with kappa_t = Cov / Var and m_t of past updates only. At
+    step t the denoiser predicts the image from x_t, before the step's noise is drawn, so the reward of that prediction
+    may be subtracted without bias. It costs one reward call per sample and step, and tells something only late in the
+    chain.
+
+    Args:
+        decay: weight of the past in the running moments.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self._decay = decay
+        # by step: mean of predictions, of their squares, and of their products with the advantages
+        self._moments: dict[int, tuple[float, float, float]] = {}
+
+    def kappa(self, t: int) -> float:
+        """Regression coefficient of the advantage on the prediction at step t; 0 while nothing is known."""
+        mean, square, product = self._moments.get(t, (0.0, 0.0, 0.0))
+        variance = square - mean**2
+        return product / variance if variance > ROUNDING * square else 0.0
+
+    def correct(self, objective: Objective, rollout: Rollout, t: int) -> tuple[torch.Tensor, BaselineObservation]:
+        """Advantages (B,) for the score term of step t, and what to remember of them."""
+        predicted = objective.score(rollout.trajectory.pred_original_samples[t - 1], rollout.trajectory.prompts)
+        predictions = predicted - (rollout.rewards - rollout.advantages)  # relative to the others of the prompt
+        mean = self._moments.get(t, (0.0, 0.0, 0.0))[0]
+        corrected = rollout.advantages - self.kappa(t) * (predictions - mean)
+        return corrected, BaselineObservation(t, rollout.advantages.tolist(), predictions.tolist())
+
+    def learn(self, observations: Iterable[BaselineObservation]) -> None:
+        """Blends the observations of a finished update into the running moments."""
+        by_step: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
+        for seen in observations:
+            by_step[seen.t].extend(zip(seen.advantages, seen.predictions, strict=True))
+        for t, pairs in by_step.items():
+            advantage, prediction = torch.tensor(pairs, dtype=torch.float64).T
+            newer = (
+                float(prediction.mean()),
+                float(prediction.square().mean()),
+                float((advantage * prediction).mean()),
+            )
+            older = self._moments.get(t, newer)
+            blended = [self._decay * a + (1 - self._decay) * b for a, b in zip(older, newer, strict=True)]
+            self._moments[t] = (blended[0], blended[1], blended[2])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments."""
+        return {"moments": {t: list(moments) for t, moments in self._moments.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        self._moments = {t: (moments[0], moments[1], moments[2]) for t, moments in state["moments"].items()}

@@ -6,21 +6,18 @@ order of the rewards counts (Yang et al., "Using Human Feedback to Fine-tune Dif
 CVPR 2024).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from rlr_peft.chain.adjoint import ReplayedStep, add_to_gradients
+from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.estimator import EstimatorReport, StatelessEstimator
+from rlr_peft.estimators.base import Coverage, Estimator, Rollout, per_sample
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.hot_steps import hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.policy_gradient import plan_steps, standardized_noise
-from rlr_peft.estimators.rollout import Rollout, per_sample
+from rlr_peft.estimators.policy import single_steps, standardized_noise
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,11 @@ class PreferenceSettings:
     inner_epochs: int = 1
 
 
-class PreferenceEstimator(StatelessEstimator):
-    """Trains on neighbouring samples as pairs; a prompt's samples must be an even number, side by side."""
+class PreferenceEstimator(Estimator):
+    """Trains on neighbouring samples as pairs; a prompt's samples must be an even number, side by side.
+
+    Advantages are for the logs: the gradient needs the order of the rewards alone.
+    """
 
     def __init__(self, settings: PreferenceSettings) -> None:
         self.settings = settings
@@ -54,39 +54,32 @@ class PreferenceEstimator(StatelessEstimator):
             "the base as reference"
         )
 
-    def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        """Leave-one-out advantages, for the logs; the gradient needs the order of the rewards alone."""
-        return leave_one_out(rewards, group_size)
+    def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
+        """All steps with noise, or those that are drawn."""
+        departures = ("the likelihood of pairwise preferences is raised, not the expected reward",)
+        return replace(single_steps(self.settings.steps, chain).coverage, departures=departures)
 
-    def accumulate(
+    def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
-    ) -> EstimatorReport:
-        """Adds the gradient of the preferences' log likelihood, summed over pairs, to ``.grad``."""
-        plan = plan_steps(self.settings.steps, chain, generator)
-        norm, accuracies = 0.0, []
-        for block, weight in plan.blocks:
+    ) -> Iterator[Segment]:
+        """The gradient of the preferences' log likelihood, summed over pairs, step by step."""
+        blocks, _ = single_steps(self.settings.steps, chain).draw(generator)
+        for block, weight in blocks:
             t = block.first_step
             reference_mean = chain.reference_mean(rollout.trajectory, t)
-            step = ReplayedStep(chain, rollout.trajectory, t, with_latents=False)
-            cotangent, margin = preference_cotangent(rollout, t, step.mean.detach(), reference_mean, self.settings.beta)
-            norm += add_to_gradients(chain, step.into_parameters(weight * cotangent))
-            accuracies.append(float((margin > 0).double().mean()))
-        return EstimatorReport(
-            coverage=Coverage(
-                plan.coverage.weights,
-                plan.coverage.gaps,
-                departures=("the likelihood of pairwise preferences is raised, not the expected reward",),
-            ),
-            gradient_norms={"preference": norm / rollout.trajectory.batch_size},
-            backward_steps=len(plan.blocks),
-            hot_steps=hot_steps(chain, plan),
-            metrics={"preference_accuracy": sum(accuracies) / len(accuracies)},
-        )
+            pull = partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.settings.beta)
+            yield Segment("preference", t, 1, None, weight, into_parameters=pull, score_steps=(t,))
 
 
 def preference_cotangent(
-    rollout: Rollout, t: int, mean: torch.Tensor, reference_mean: torch.Tensor, beta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rollout: Rollout,
+    t: int,
+    mean: torch.Tensor,
+    _: torch.Tensor | None = None,
+    *,
+    reference_mean: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, Mapping[str, float]]:
     """Derivative of the pairs' log likelihood by the present mean of step t.
 
     Args:
@@ -97,7 +90,8 @@ def preference_cotangent(
         beta: strength of the pull towards the reference.
 
     Returns:
-        The cotangent (B, ...), and each pair's margin ``log p / p_ref (preferred) - log p / p_ref (other)``, (B / 2,).
+        The cotangent (B, ...); and for the logs the share of pairs whose margin ``log p / p_ref (preferred) -
+        log p / p_ref (other)`` is positive.
     """
     noise = standardized_noise(rollout.trajectory, t, mean)
     reference_noise = standardized_noise(rollout.trajectory, t, reference_mean)
@@ -107,4 +101,5 @@ def preference_cotangent(
     margin = preference * (log_ratio[0::2] - log_ratio[1::2])
     slope = preference * beta * torch.sigmoid(-beta * margin)
     factor = torch.stack([slope, -slope], dim=1).reshape(-1)
-    return per_sample(factor, noise) * noise / rollout.trajectory.std(t), margin
+    numbers = {"preference_accuracy": float((margin > 0).double().mean())}
+    return per_sample(factor, noise) * noise / rollout.trajectory.std(t), numbers

@@ -6,14 +6,13 @@ from typing import Literal
 
 from rlr_peft.config import EstimatorArguments, window_steps
 from rlr_peft.config.chain_of_thought import AUTO
-from rlr_peft.estimators.estimator import Estimator
+from rlr_peft.estimators.base import Estimator
+from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow, StartSampler
-from rlr_peft.estimators.planning import half_order_length_for_compute, half_order_length_for_memory
-from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
+from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
+from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.stages import Stages
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from rlr_peft.chain.adjoint import add_to_gradients
+from rlr_peft.chain.adjoint import Booking, add_to_gradients
 from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -33,74 +33,68 @@ class ZerothOrder:
     samples: int = 1
 
 
-def accumulate_zeroth_order(
-    chain: Chain,
-    objective: Objective,
-    rollout: Rollout,
-    steps: Sequence[int],
-    zeroth_order: ZerothOrder,
-    generator: torch.Generator,
-    coefficient: float = 1.0,
-) -> float:
-    """Adds ``coefficient`` times the estimate for the given steps, summed over the batch, to ``.grad``.
+@dataclass(frozen=True)
+class Perturbation:
+    """A term that moves the parameters on some steps.
 
-    Returns:
-        The Euclidean norm of what was added.
+    Attributes:
+        steps: on which they are moved.
+        how: the perturbation.
+        baseline: of the one-point form, (B,).
+        coefficient: factor of the estimate.
     """
+
+    steps: frozenset[int]
+    how: ZerothOrder
+    baseline: torch.Tensor
+    coefficient: float = 1.0
+
+
+def perturb(
+    chain: Chain, objective: Objective, trajectory: Trajectory, term: Perturbation, generator: torch.Generator
+) -> Booking:
+    """Adds the term's estimate, summed over the batch, to ``.grad`` of the chain's parameters."""
     total = [torch.zeros_like(parameter) for parameter in chain.parameters]
-    for _ in range(zeroth_order.samples):
-        perturbation = [
+    for _ in range(term.how.samples):
+        direction = [
             torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
             for parameter in chain.parameters
         ]
-        slope = _slope(chain, objective, rollout, frozenset(steps), perturbation, zeroth_order, generator)
-        for summed, direction in zip(total, perturbation, strict=True):
-            summed.add_(direction, alpha=coefficient * slope / zeroth_order.samples)
-    return add_to_gradients(chain, total)
+        slope = _slope(chain, objective, trajectory, term, direction, generator)
+        for summed, part in zip(total, direction, strict=True):
+            summed.add_(part, alpha=term.coefficient * slope / term.how.samples)
+    norm = add_to_gradients(chain, total)
+    return Booking("zeroth_order", min(term.steps), len(term.steps), term.coefficient, norm)
 
 
 def _slope(
     chain: Chain,
     objective: Objective,
-    rollout: Rollout,
-    steps: frozenset[int],
-    perturbation: list[torch.Tensor],
-    zeroth_order: ZerothOrder,
+    trajectory: Trajectory,
+    term: Perturbation,
+    direction: list[torch.Tensor],
     generator: torch.Generator,
 ) -> float:
-    """Derivative of the batch's summed reward along the perturbation."""
-    scale, prompts = zeroth_order.scale, rollout.trajectory.prompts
+    """Derivative of the batch's summed reward along the direction."""
+    scale, prompts = term.how.scale, trajectory.prompts
 
     def reward_at(signed_scale: float, noises: torch.Tensor) -> torch.Tensor:
-        latents = _perturbed_rollout(chain, rollout, steps, perturbation, signed_scale, noises)
+        """Of rollouts whose parameters are moved by ``signed_scale * direction`` on the term's steps only."""
+        latents = noises[chain.num_steps]
+        for start, stop, is_moved in _runs(chain.num_steps, term.steps):
+            with _moved(chain.parameters, direction, signed_scale if is_moved else 0.0):
+                latents = chain.rollout(trajectory, start, latents, stop, noises)
         return objective.score(latents, prompts)
 
-    if zeroth_order.form == "two-point":
-        noises = rollout.trajectory.noises
+    if term.how.form == "two-point":
+        noises = trajectory.noises
         return float((reward_at(scale, noises) - reward_at(-scale, noises)).sum()) / (2 * scale)
     seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
-    baseline = rollout.rewards - rollout.advantages
-    return float((reward_at(scale, chain.draw_noises(seeds)) - baseline).sum()) / scale
-
-
-def _perturbed_rollout(
-    chain: Chain,
-    rollout: Rollout,
-    steps: frozenset[int],
-    perturbation: list[torch.Tensor],
-    scale: float,
-    noises: torch.Tensor,
-) -> torch.Tensor:
-    """x_0 of a rollout whose parameters are moved by ``scale * perturbation`` on the given steps only."""
-    latents = noises[chain.num_steps]
-    for start, stop, perturbed in _runs(chain.num_steps, steps):
-        with _moved(chain.parameters, perturbation, scale if perturbed else 0.0):
-            latents = chain.rollout(rollout.trajectory, start, latents, stop, noises)
-    return latents
+    return float((reward_at(scale, chain.draw_noises(seeds)) - term.baseline).sum()) / scale
 
 
 def _runs(num_steps: int, steps: frozenset[int]) -> Iterator[tuple[int, int, bool]]:
-    """``(start, stop, whether perturbed)`` of maximal runs of steps ``start, ..., stop + 1``, noise first."""
+    """``(start, stop, whether moved)`` of maximal runs of steps ``start, ..., stop + 1``, noise first."""
     start = num_steps
     for t in range(num_steps, 0, -1):
         if t == 1 or ((t - 1) in steps) != (t in steps):

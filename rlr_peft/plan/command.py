@@ -5,11 +5,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlr_peft.cli.places import check_folder_or_exit
+from rlr_peft.command_line import check_folder_or_exit, own_flags, own_parser
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
 from rlr_peft.config.memory_checks import read_quantization
-from rlr_peft.config.parsing import exit_with, refuse_empty
-from rlr_peft.foreign_text import say
+from rlr_peft.config.parsing import exit_with
+from rlr_peft.foreign_text import say, shown_name
 
 PROG = "rlr-peft plan"
 
@@ -23,7 +23,7 @@ def plan_command(words: Sequence[str]) -> int:
 
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.reporting import errors_only, reporting_errors
-    from rlr_peft.plan.parts import as_plain, host_as_plain, host_plan
+    from rlr_peft.plan.parts import host_plan
     from rlr_peft.plan.report import plan_text
     from rlr_peft.plan.run import plan_run
 
@@ -34,7 +34,7 @@ def plan_command(words: Sequence[str]) -> int:
     if own.output is not None:
         own.output.parent.mkdir(parents=True, exist_ok=True)
         own.output.write_text(
-            json.dumps({**as_plain(plan), "host": host_as_plain(host)}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({**plan.as_plain(), "host": host.as_plain()}, indent=2) + "\n", encoding="utf-8"
         )
     fits = (own.gpu_memory is None or plan.fits(own.gpu_memory), own.host_memory is None or host.fits(own.host_memory))
     return 0 if all(fits) else 1
@@ -42,13 +42,10 @@ def plan_command(words: Sequence[str]) -> int:
 
 def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own flags, and the words that are left for the config."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage="%(prog)s [--gpu_memory GIB] [--host_memory GIB] [--output FILE.json] [--config FILE] [--name VALUE ...]",
-        description="Adds up the GPU and host memory of a training config by parts, without weights and without a GPU.",
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = own_parser(
+        PROG,
+        "[--gpu_memory GIB] [--host_memory GIB] [--output FILE.json] [--config FILE] [--name VALUE ...]",
+        "Adds up the GPU and host memory of a training config by parts, without weights and without a GPU.",
     )
     parser.add_argument(
         "--gpu_memory", type=float, default=None, metavar="GIB", help="say whether it fits so many GiB, and what helps"
@@ -57,17 +54,9 @@ def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--host_memory", type=float, default=None, metavar="GIB", help="say whether so much host memory is enough"
     )
     parser.add_argument("--output", type=Path, default=None, metavar="FILE.json", help="write the numbers in bytes too")
-    if {"--help", "-h"} & set(words):
-        say(parser.format_help())
-        say("Every flag of training besides:\n")
-        load_config_or_exit(["--help"], prog=PROG)
-    try:
-        refuse_empty(words)
-        own, rest = parser.parse_known_args(list(words))
-    except ConfigError as error:
-        exit_with(error)
-    except argparse.ArgumentError as error:
-        exit_with(ConfigError(f"{error.argument_name}: {error.message}; see {PROG} --help."))
+    own, rest = own_flags(
+        parser, words, "Every flag of training besides:", lambda: load_config_or_exit(["--help"], prog=PROG)
+    )
     for flag in ("gpu_memory", "host_memory"):
         size = getattr(own, flag)
         if size is not None and not size > 0:
@@ -82,7 +71,7 @@ def _title(config: Config) -> str:
     size = f"{chain.height or chain.resolution} x {chain.width or chain.resolution} pixels"
     known = chain.height or chain.width or chain.resolution
     facts = [
-        Path(name).name if Path(name).is_dir() else name,
+        shown_name(name),
         size if known else "the pipeline's own size",
         *([f"{chain.num_frames} frames"] if chain.num_frames else []),
         f"batch {training.train_batch_size}",

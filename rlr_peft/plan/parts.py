@@ -1,8 +1,9 @@
 """Adds the parts of a training step up, for GPU and host: what is there in each phase, and where the peak is."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from rlr_peft.lora.verify import VERIFIED_IMAGES
 from rlr_peft.plan.measurements import Measurements
@@ -83,9 +84,45 @@ class Part:
     phases: tuple[str, ...] = PHASES
 
 
+class Phased(ABC):
+    """Parts summed by phases, of which one is the peak."""
+
+    parts: tuple[Part, ...]
+    phases: ClassVar[tuple[str, ...]]
+
+    def tensors(self, phase: str) -> int:
+        """Bytes of all parts at a phase's peak; on a GPU what `torch.cuda.max_memory_allocated` reports."""
+        return sum(part.size for part in self.parts if phase in part.phases)
+
+    @abstractmethod
+    def total(self, phase: str) -> int:
+        """Bytes that the process takes at a phase's peak, allowances included."""
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes needed."""
+        return self.total(self.peak_phase)
+
+    def fits(self, memory: float) -> bool:
+        """Whether the peak is within so many GiB."""
+        return self.peak <= memory * 2**30
+
+    def as_plain(self) -> dict[str, Any]:
+        """The parts and totals as numbers in bytes, for files."""
+        return {
+            "parts": [{"name": part.name, "bytes": part.size, "phases": list(part.phases)} for part in self.parts],
+            "total": {phase: self.total(phase) for phase in self.phases},
+        }
+
+
 @dataclass(frozen=True)
-class MemoryPlan:
-    """The parts and their sums.
+class MemoryPlan(Phased):
+    """GPU memory, part by part.
 
     Attributes:
         options: what is switched on.
@@ -94,32 +131,32 @@ class MemoryPlan:
         unknown: rewards about whose networks nothing is known.
     """
 
+    phases = PHASES
     options: Options
     parts: tuple[Part, ...]
     facts: Facts
-    unknown: tuple[str, ...] = field(default=())
-
-    def tensors(self, phase: str) -> int:
-        """Bytes of all tensors at a phase's peak; what `torch.cuda.max_memory_allocated` reports."""
-        return sum(part.size for part in self.parts if phase in part.phases)
+    unknown: tuple[str, ...] = ()
 
     def total(self, phase: str) -> int:
         """Bytes that the process takes of the GPU at a phase's peak, allowances included."""
         return round(self.tensors(phase) * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
-    @property
-    def peak_phase(self) -> str:
-        """The phase that needs most."""
-        return max(PHASES, key=self.total)
+    def as_plain(self) -> dict[str, Any]:
+        """The plan as numbers in bytes, for files."""
+        return {
+            **super().as_plain(),
+            "tensors": {phase: self.tensors(phase) for phase in PHASES},
+            **{kind: self._steps_and_decodes(kind) for kind in ("saved", "peak")},
+        }
 
-    @property
-    def peak(self) -> int:
-        """Bytes needed."""
-        return self.total(self.peak_phase)
-
-    def fits(self, gpu_memory: float) -> bool:
-        """Whether the peak is within so many GiB."""
-        return self.peak <= gpu_memory * 2**30
+    def _steps_and_decodes(self, kind: Literal["saved", "peak"]) -> dict[str, dict[str, int]]:
+        """Bytes on the tape (``saved``), or at the ``peak`` of forward and backward, plain and checkpointed."""
+        words = {False: "plain", True: "checkpointed"}
+        decodes = {choice: tape for (count, choice), tape in self.facts.measured.decode.items() if count == 1}
+        return {
+            name: {words[choice]: getattr(tape, kind) for choice, tape in tapes.items()}
+            for name, tapes in (("denoiser step", self.facts.measured.step), ("decode of one", decodes))
+        }
 
 
 def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> MemoryPlan:
@@ -234,31 +271,6 @@ def _weights(facts: Facts, options: Options) -> list[Part]:
     return parts
 
 
-def as_plain(plan: MemoryPlan) -> dict[str, Any]:
-    """The plan as numbers in bytes, for files."""
-    return {
-        "parts": [{"name": part.name, "bytes": part.size, "phases": list(part.phases)} for part in plan.parts],
-        "tensors": {phase: plan.tensors(phase) for phase in PHASES},
-        "total": {phase: plan.total(phase) for phase in PHASES},
-        **{kind: _steps_and_decodes(plan, kind) for kind in ("saved", "peak")},
-    }
-
-
-def _steps_and_decodes(plan: MemoryPlan, kind: str) -> dict[str, dict[str, int]]:
-    """Bytes on the tape (``saved``), or at the ``peak`` of forward and backward, plain and checkpointed."""
-    measured = plan.facts.measured
-    return {
-        "denoiser step": {_word(key): getattr(tape, kind) for key, tape in measured.step.items()},
-        "decode of one": {
-            _word(key): getattr(tape, kind) for (count, key), tape in measured.decode.items() if count == 1
-        },
-    }
-
-
-def _word(checkpointed: bool) -> str:
-    return "checkpointed" if checkpointed else "plain"
-
-
 LOADING, TRAINING = "loading", "training"
 HOST_PHASES = (LOADING, TRAINING, EVALUATION, VERIFICATION)
 # Interpreter and libraries: measured on Linux at the end of a run of tiny-shapes on the CPU, with torch for the CPU.
@@ -274,7 +286,7 @@ BYTES_OF_PICTURE = 1 / 4
 
 
 @dataclass(frozen=True)
-class HostPlan:
+class HostPlan(Phased):
     """Host memory beside a GPU, part by part.
 
     Attributes:
@@ -282,41 +294,23 @@ class HostPlan:
         without_gpu: bytes of the whole process where there is no GPU.
     """
 
+    phases = HOST_PHASES
     parts: tuple[Part, ...]
     without_gpu: int
 
     def total(self, phase: str) -> int:
-        """Bytes at a phase's peak."""
-        return sum(part.size for part in self.parts if phase in part.phases)
+        """Bytes at a phase's peak: no allowance."""
+        return self.tensors(phase)
 
-    @property
-    def peak_phase(self) -> str:
-        """The phase that needs most."""
-        return max(HOST_PHASES, key=self.total)
-
-    @property
-    def peak(self) -> int:
-        """Bytes needed beside a GPU."""
-        return self.total(self.peak_phase)
-
-    def fits(self, host_memory: float) -> bool:
-        """Whether the peak is within so many GiB."""
-        return self.peak <= host_memory * 2**30
+    def as_plain(self) -> dict[str, Any]:
+        """The plan as numbers in bytes, for files."""
+        return {**super().as_plain(), "without GPU": self.without_gpu}
 
 
 def host_plan(plan: MemoryPlan) -> HostPlan:
     """The host's share of a plan."""
     libraries = [Part("interpreter and libraries", LIBRARIES_BYTES, HOST_PHASES), Part("CUDA", CUDA_BYTES, HOST_PHASES)]
     return HostPlan((*libraries, *_kept_on_host(plan)), _without_gpu(plan))
-
-
-def host_as_plain(plan: HostPlan) -> dict[str, Any]:
-    """The plan as numbers in bytes, for files."""
-    return {
-        "parts": [{"name": part.name, "bytes": part.size, "phases": list(part.phases)} for part in plan.parts],
-        "total": {phase: plan.total(phase) for phase in HOST_PHASES},
-        "without GPU": plan.without_gpu,
-    }
 
 
 def _kept_on_host(plan: MemoryPlan) -> tuple[Part, ...]:

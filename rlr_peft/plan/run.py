@@ -22,11 +22,11 @@ from rlr_peft.plan.measurements import measure
 from rlr_peft.plan.meta_device import KnownValues
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
 from rlr_peft.plan.weights import largest_quantized, optimizer_bytes, reward_memory, reward_names, weight_bytes
+from rlr_peft.rewards.model_reward import DTYPES as REWARD_DTYPES
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 # What is suggested where a base does not fit.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-REWARD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def plan_memory(

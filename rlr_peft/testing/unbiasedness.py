@@ -1,17 +1,19 @@
-"""Measures an estimator's bias on the linear-Gaussian chain: mean of many estimates against the exact gradient."""
+"""An estimator's bias on the linear-Gaussian chain: the mean of many estimates against the exact gradient.
+
+``assert_unbiased(estimator)`` is for tests, ``measure_bias`` for tables.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import norm
 
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.training.rollouts import mirrored_pairs
+from rlr_peft.estimators.base import Coverage, Estimator, Rollout
+from rlr_peft.estimators.sampling import mirrored_pairs
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,80 @@ class EstimatorBias:
     """Comparison of an estimator's mean with the exact gradient.
 
     Attributes:
+        exact: the gradient in closed form, (d,), float64.
+        mean: of all estimates, (d,).
+        standard_error: of the mean, (d,).
         max_abs_z: largest |z| over the components of the gradient.
         projection: mean estimate projected on the exact gradient, relative to it; 1 without bias.
+        projection_error: its standard error.
         variance: trace of the covariance of one group's estimate of the mean reward's gradient.
         estimates: number of independent estimates.
         coverage: what the estimator says that it covers, in its last report.
     """
 
+    exact: torch.Tensor
+    mean: torch.Tensor
+    standard_error: torch.Tensor
     max_abs_z: float
     projection: float
+    projection_error: float
     variance: float
     estimates: int
     coverage: Coverage
+
+
+def assert_unbiased(
+    estimator: Estimator, *, confidence: float = 0.99, resolution: float = 0.1, **options: Any
+) -> EstimatorBias:
+    """Fails unless the mean of many estimates is the gradient of the expected reward in closed form.
+
+    An unbiased estimator passes with at least the probability ``confidence``; the seeds are fixed, so that the same
+    estimator always gives the same answer. ::
+
+        def test_my_estimator() -> None:
+            assert_unbiased(MyEstimator())
+
+    Args:
+        estimator: a fresh one.
+        confidence: in (0, 1): with which an unbiased estimator passes, all components of the gradient taken together.
+        resolution: share of the gradient that a bias must not exceed; an estimator too noisy for a bias of this size to
+            show fails too.
+        options: of ``measure_bias``, such as ``last_std=0.2`` for an estimator that needs noise in the last step,
+            ``differentiable=False`` for a reward without gradient, ``replicates=1`` for one that perturbs parameters,
+            and more ``calls`` for a noisy one.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        AssertionError: the estimator is biased, or too noisy to tell; with the numbers.
+    """
+    bias = measure_bias(estimator, **options)
+    critical = critical_z(len(bias.exact), confidence)
+    largest = float(norm.ppf((1 + confidence) / 2)) * bias.projection_error
+    if bias.max_abs_z > critical or abs(bias.projection - 1) > resolution + largest:
+        raise AssertionError(f"{type(estimator).__name__} is biased: {_numbers(bias, critical, confidence)}")
+    if largest > resolution:
+        raise AssertionError(
+            f"{type(estimator).__name__} is too noisy to tell: its mean is known to {largest:.1%} of the gradient, "
+            f"expected {resolution:.1%} or less after {bias.estimates} estimates; give more calls. "
+            f"{_numbers(bias, critical, confidence)}"
+        )
+    return bias
+
+
+def _numbers(bias: EstimatorBias, critical: float, confidence: float) -> str:
+    """The component that is furthest off, and the whole."""
+    scores = _z_scores(bias.mean, bias.standard_error, bias.exact)
+    worst = int(scores.abs().argmax())
+    mean, error, exact = (float(values[worst]) for values in (bias.mean, bias.standard_error, bias.exact))
+    return (
+        f"component {worst + 1} of {len(bias.exact)} is {mean:.5g} on average, {exact:.5g} in closed form: a bias of "
+        f"{mean - exact:+.3g} with standard error {error:.2g}, {abs(float(scores[worst])):.1f} standard errors (an "
+        f"unbiased estimator stays below {critical:.2f} in all components with probability {confidence:g}). Along the "
+        f"gradient the mean is {bias.projection:.4f} ± {bias.projection_error:.4f} of it, over {bias.estimates} "
+        f"independent estimates. It claims: {bias.coverage.describe()}"
+    )
 
 
 def critical_z(comparisons: int, confidence: float) -> float:
@@ -53,7 +117,7 @@ def measure_bias(
     """Runs the estimator ``calls`` times on ``replicates`` groups each, every one with a prompt of its own.
 
     The mean over one call's replicates is one estimate, because random blocks are drawn once per call. The estimator
-    hears of every call as it would of an update, so statistics that it keeps come from earlier calls.
+    learns from every call as it would from an update, so statistics that it keeps come from earlier calls.
 
     Args:
         estimator: a fresh one.
@@ -69,20 +133,19 @@ def measure_bias(
     chain = LinearGaussianChain(num_steps=num_steps, replicates=replicates, last_std=last_std)
     objective = QuadraticReward(chain, differentiable)
     generator = torch.Generator().manual_seed(seed)
-    if estimator.needs_calibration:
+    if estimator.wants_calibration(differentiable):
         _calibrate(estimator, group_size, differentiable, num_steps, last_std, generator)
     prompts = [f"prompt {i // group_size}" for i in range(replicates * group_size)]
     estimates = []
     for _ in range(calls):
         sampled = _sampled(chain, objective, prompts, antithetic, generator)
-        estimator.observe(prompts, sampled.rewards)
         advantages = estimator.advantages(sampled.rewards, prompts, group_size)
         rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
-        report = estimator.accumulate(chain, objective, rollout, generator)
-        estimator.remember([] if report.memory is None else [report.memory])
+        coverage = estimator.coverage(chain, differentiable)
+        estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
         estimates.append(_gradients_by_replicate(chain) / group_size)
     exact = torch.cat([gradient.flatten() for gradient in chain.exact_gradient()])
-    return _compare(torch.stack(estimates), exact, report.coverage)
+    return _compare(torch.stack(estimates), exact, coverage)
 
 
 def _calibrate(
@@ -129,10 +192,21 @@ def _compare(estimates: torch.Tensor, exact: torch.Tensor, coverage: Coverage) -
     """``estimates`` is (calls, replicates, components)."""
     by_call = estimates.mean(dim=1)
     mean, standard_error = by_call.mean(0), by_call.std(0) / math.sqrt(len(by_call))
+    projections = by_call @ exact / (exact @ exact)
     return EstimatorBias(
-        max_abs_z=float(((mean - exact) / standard_error).abs().max()),
-        projection=float(mean @ exact / (exact @ exact)),
+        exact=exact,
+        mean=mean,
+        standard_error=standard_error,
+        max_abs_z=float(_z_scores(mean, standard_error, exact).abs().max()),
+        projection=float(projections.mean()),
+        projection_error=float(projections.std()) / math.sqrt(len(by_call)),
         variance=float(estimates.flatten(0, 1).var(dim=0).sum()),
         estimates=len(by_call),
         coverage=coverage,
     )
+
+
+def _z_scores(mean: torch.Tensor, standard_error: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Deviations in standard errors; an estimate without noise is right up to rounding, or infinitely wrong."""
+    rounding = 1e-12 * exact.abs().max()
+    return (mean - exact) / standard_error.clamp(min=rounding)

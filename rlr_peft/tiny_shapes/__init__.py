@@ -4,13 +4,14 @@ Importing this package is cheap: nothing here loads torch. The parts are
 
 - ``scenes``: what can be drawn, captions and the train/test split;
 - ``drawing``: a scene as a 64x64 picture;
-- ``judges``: two frozen classifiers that read every attribute off an image;
-- ``build``: how the shipped weights were made (``python -m rlr_peft.tiny_shapes.build``).
+- ``judges``: two frozen classifiers that read every attribute off an image.
+
+How the shipped weights were made is in ``benchmarks/tiny_shapes`` (``python -m benchmarks.tiny_shapes.build``).
 
 The pipeline was left imperfect on purpose: trained on true captions alone it draws nearly every prompt right and leaves
 a reward nothing to improve. In the last quarter of its training some captions therefore name a similar shape, color or
-texture (``training.train_unet``), as captions collected from the web do. Its images are crisp, but about one shape or
-color in ten and one texture in four is not the one asked for.
+texture (``benchmarks/tiny_shapes/denoiser.py``), as captions collected from the web do. Its images are crisp, but about
+one shape or color in ten and one texture in four is not the one asked for.
 """
 
 from pathlib import Path

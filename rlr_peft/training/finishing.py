@@ -20,15 +20,15 @@ from rlr_peft.build.pipeline import DTYPES, load_pipeline
 from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.chain.families import adapter_folder, adapter_loading
-from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
+from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
-from rlr_peft.compare.evaluation import Evaluation, compare, evaluation_plan, flat_metrics
-from rlr_peft.compare.labels import BASE, shown_name
+from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.compare.report import PAGE, write_page_and_scores
 from rlr_peft.compare.run import prompt_source
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.foreign_text import shown_name
 from rlr_peft.intervals import with_error
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
 from rlr_peft.lora.verify import VERIFIED_IMAGES
@@ -85,7 +85,7 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
         after = evaluate_adapter(run)
     if before is not None and after is not None:
         comparison = write_comparison(run, before, after)
-        metrics = flat_metrics(compare(before, after)) | divergence_metrics(comparison) | metrics
+        metrics = flat_metrics(paired_gains(before, after)) | divergence_metrics(comparison) | metrics
         pair_prompts = texts_of(before.prompts[:NUM_PAIRS])
         save_before_after(
             run.output_dir / BEFORE_AFTER,
@@ -165,7 +165,9 @@ def _loading_lines(run: Run) -> list[str]:
 
 
 def _verify_adapter(run: Run) -> None:
-    prompts, seeds = evaluation_plan(run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation"))
+    prompts, seeds = prompts_and_seeds(
+        run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation")
+    )
     eta = run.config.validation.evaluation_eta
     fresh = load_pipeline(run.config.model, torch.device("cpu") if _can_move(run) else run.accelerator.device)
 
@@ -317,7 +319,7 @@ def divergence_from_base(run: Run) -> Tensor | None:
         return None
     config = run.config
     count = max(2, min(MOST_KL_IMAGES, config.validation.num_evaluation_images // KL_SHARE))
-    prompts, seeds = evaluation_plan(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
+    prompts, seeds = prompts_and_seeds(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
     with in_eval_mode(run.chain):
         return measure_divergence(
             lambda texts, numbers: path_divergence(run.chain, texts, numbers),

@@ -24,8 +24,8 @@ from rlr_peft.build.rewards import load_rewards, measure_scales
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.kl_penalty import KLPenalty
+from rlr_peft.estimators.base import Estimator
+from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import check_adapter_saves, check_kohya

@@ -20,7 +20,7 @@ from rlr_peft.training.progress import Progress, is_due_after
 from rlr_peft.training.resuming import open_checkpoints, resume, save_checkpoint
 from rlr_peft.training.run import Run
 from rlr_peft.training.tracking import METRICS_LOG, MetricsError, MetricsLog
-from rlr_peft.training.update import Update, calibrate, take_update
+from rlr_peft.training.update import Update, calibrate, calibration_due, take_update
 from rlr_peft.training.validation import save_validation_images
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _loop(
         while progress.step < last_step and not progress.stopped_early:
             started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
             with run.processes.doing(f"update {progress.step + 1}"):
-                if _calibration_due(run, progress.step):
+                if calibration_due(run, progress.step):
                     calibrate(run, progress.step)
                 update = take_update(run, progress.step)
             progress.step += 1
@@ -156,23 +156,12 @@ def _stop_early(run: Run, progress: Progress, update: Update) -> None:
                 parameter.copy_(best)
 
 
-def _calibration_due(run: Run, step: int) -> bool:
-    """A reward without gradient leaves nothing to choose; whether it has one may show only with the first samples."""
-    # Not only every so often: a run may have come to a measured K when it was resumed.
-    is_due = step % run.config.estimator.calibration_interval == 0 or not run.estimator.is_calibrated
-    if not (run.estimator.needs_calibration and is_due):
-        return False
-    has_choice = run.objective.has_gradient or run.estimator.calibrates_without_gradient
-    return bool(run.processes.largest(int(has_choice), "the need of a calibration"))
-
-
 def _say_coverage(run: Run, progress: Progress, update: Update) -> None:
-    """Says what the plan covers whenever that changes, and which score terms sit on hot steps."""
-    report = update.reports[0]
-    coverage = report.coverage.describe()
+    """Says what the estimate covers whenever that changes, and which score terms sit on hot steps."""
+    coverage = update.coverage.describe()
     if coverage != progress.coverage:
-        logger.log(logging.INFO if report.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
-        for t, ratio in report.hot_steps.items():
+        logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
+        for t, ratio in update.books[0].hot_steps.items():
             logger.warning("Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio)
     progress.coverage = coverage
 

@@ -9,7 +9,7 @@ import torch
 from rlr_peft.build.drawing import ImagesError, render
 from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
 from rlr_peft.build.rewards import reward_settings
-from rlr_peft.compare.evaluation import Evaluation, evaluate, evaluation_plan
+from rlr_peft.compare.evaluation import Evaluation, evaluate, prompts_and_seeds
 from rlr_peft.compare.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
@@ -103,7 +103,7 @@ def evaluation_features(run: Run) -> FeatureExtractor:
 def _evaluate(run: Run, evaluation_prompts: list[Prompt], description: str) -> Evaluation:
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
-    prompts, seeds = evaluation_plan(evaluation_prompts, arguments.num_evaluation_images, seed)
+    prompts, seeds = prompts_and_seeds(evaluation_prompts, arguments.num_evaluation_images, seed)
     chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
     # What is compared before and after must not be measured on scales that move in between.
     reward: Reward = OnFirstScales(run.reward) if isinstance(run.reward, WeightedRewards) else run.reward

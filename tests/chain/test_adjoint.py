@@ -31,7 +31,7 @@ def test_segment_gradient_is_that_of_plain_autograd(first: int, length: int) -> 
     chain = small_chain(5)
     trajectory = chain.sample(["red", "blue"], [0, 1])
     cotangent = torch.randn_like(trajectory.latents[0])
-    run(chain, trajectory, Segment(first, length, cotangent, weight=2.5))
+    run(chain, trajectory, Segment("term", first, length, cotangent, weight=2.5))
     expected = through_the_whole_tape(chain, trajectory, first, length, 2.5 * cotangent)
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
@@ -48,7 +48,7 @@ def test_full_backpropagation_of_a_reward_equals_plain_autograd() -> None:
 
     leaf = trajectory.latents[0].clone().requires_grad_()
     (cotangent,) = torch.autograd.grad(chain.decode(leaf, trajectory.prompts).square().sum(), leaf)
-    run(chain, trajectory, Segment(1, 4, cotangent))
+    run(chain, trajectory, Segment("term", 1, 4, cotangent))
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
 
@@ -60,20 +60,20 @@ def test_another_cotangent_may_go_into_the_parameters_than_travels_on() -> None:
     travelling, extra = torch.randn(2, *trajectory.latents[0].shape, dtype=torch.float64)
     seen = []
 
-    def into_parameters(t: int, mean: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+    def into_parameters(t: int, mean: torch.Tensor, cotangent: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         seen.append(t)
         assert not mean.requires_grad
         torch.testing.assert_close(mean, chain.replay(trajectory, t).mean.detach())
-        return cotangent + t * extra
+        return cotangent + t * extra, {}
 
-    run(chain, trajectory, Segment(1, 3, travelling, weight=0.5, into_parameters=into_parameters))
+    run(chain, trajectory, Segment("term", 1, 3, travelling, weight=0.5, into_parameters=into_parameters))
     assert seen == [1, 2, 3]
     actual = [parameter.grad for parameter in chain.parameters]
     for parameter in chain.parameters:
         parameter.grad = None
-    run(chain, trajectory, Segment(1, 3, travelling, weight=0.5))
+    run(chain, trajectory, Segment("term", 1, 3, travelling, weight=0.5))
     for t in (1, 2, 3):
-        run(chain, trajectory, Segment(t, 1, extra, weight=0.5 * t))
+        run(chain, trajectory, Segment("term", t, 1, extra, weight=0.5 * t))
     for parameter, gradient in zip(chain.parameters, actual, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
 
@@ -95,10 +95,10 @@ def test_gradients_add_up() -> None:
     chain = small_chain(3)
     trajectory = chain.sample(["red"], [0])
     cotangent = torch.randn_like(trajectory.latents[0])
-    norm = run(chain, trajectory, Segment(1, 2, cotangent))
+    norm = run(chain, trajectory, Segment("term", 1, 2, cotangent)).norm
     once = [parameter.grad.clone() for parameter in chain.parameters]
     assert norm == pytest.approx(torch.cat([gradient.flatten() for gradient in once]).norm().item())
-    run(chain, trajectory, Segment(1, 2, cotangent))
+    run(chain, trajectory, Segment("term", 1, 2, cotangent))
     for parameter, gradient in zip(chain.parameters, once, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * gradient)
 
@@ -108,11 +108,11 @@ def test_tiny_cotangents_survive_half_precision() -> None:
     chain = small_chain(2, torch.float16)
     trajectory = chain.sample(["red"], [0])
     cotangent = torch.randn_like(trajectory.latents[0])
-    run(chain, trajectory, Segment(1, 2, cotangent))
+    run(chain, trajectory, Segment("term", 1, 2, cotangent))
     expected = [parameter.grad.clone() for parameter in chain.parameters]
     for parameter in chain.parameters:
         parameter.grad = None
-    run(chain, trajectory, Segment(1, 2, cotangent * 2.0**-60))
+    run(chain, trajectory, Segment("term", 1, 2, cotangent * 2.0**-60))
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert torch.equal(parameter.grad, gradient * 2.0**-60)
 
@@ -123,9 +123,9 @@ def test_bad_segments_and_derivatives_are_refused() -> None:
     cotangent = torch.zeros_like(trajectory.latents[0])
     for first, length in [(0, 1), (2, 3), (1, 0)]:
         with pytest.raises(ValueError, match=r"within steps 1\.\.3"):
-            run(chain, trajectory, Segment(first, length, cotangent))
+            run(chain, trajectory, Segment("term", first, length, cotangent))
     with pytest.raises(FloatingPointError, match="finite derivatives at step 2"):
-        run(chain, trajectory, Segment(2, 1, cotangent * float("nan")))
+        run(chain, trajectory, Segment("term", 2, 1, cotangent * float("nan")))
 
 
 def peak_bytes(num_steps: int, first: int, length: int, into_parameters: IntoParameters | None = None) -> int:
@@ -133,7 +133,7 @@ def peak_bytes(num_steps: int, first: int, length: int, into_parameters: IntoPar
     trajectory = chain.sample(["red", "blue"], [0, 1])
     cotangent = torch.ones_like(trajectory.latents[0])
     with counted_tape() as tape:
-        run(chain, trajectory, Segment(first, length, cotangent, into_parameters=into_parameters))
+        run(chain, trajectory, Segment("term", first, length, cotangent, into_parameters=into_parameters))
     return tape.peak
 
 
@@ -144,7 +144,7 @@ def test_peak_memory_grows_neither_with_t_nor_k_nor_h() -> None:
     for num_steps, first, length in [(4, 1, 4), (12, 1, 12), (12, 1, 3), (12, 5, 2), (12, 3, 8)]:
         assert peak_bytes(num_steps, first, length) == two_steps
     for num_steps, length in [(4, 2), (4, 4), (12, 12)]:  # nor where two backward passes share a step's tape
-        assert peak_bytes(num_steps, 1, length, lambda t, mean, cotangent: cotangent + mean) == two_steps
+        assert peak_bytes(num_steps, 1, length, lambda t, mean, cotangent: (cotangent + mean, {})) == two_steps
     chain = small_chain(4)  # and plain autograd does grow, by this very count
     trajectory = chain.sample(["red", "blue"], [0, 1])
     with counted_tape() as tape:

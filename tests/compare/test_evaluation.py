@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rlr_peft.compare.evaluation import (
     Evaluation,
-    compare,
     evaluate,
-    evaluation_plan,
     flat_metrics,
     image_generators,
     mean_and_standard_error,
+    paired_gains,
+    prompts_and_seeds,
 )
 from rlr_peft.rewards.base import RewardError
 from rlr_peft.rewards.registry import load_reward
@@ -49,7 +49,7 @@ def test_paired_statistics_equal_scipys() -> None:
     old = rng.normal(0.5, 0.3, 200).astype(np.float32)
     new = (old + rng.normal(0.02, 0.05, 200)).astype(np.float32)
     new[:10] = old[:10]
-    result = compare(evaluation(old), evaluation(new))["reward"]
+    result = paired_gains(evaluation(old), evaluation(new))["reward"]
     old, new = old.astype(np.float64), new.astype(np.float64)
     assert result["before"] == pytest.approx(old.mean())
     assert result["before_se"] == pytest.approx(stats.sem(old))
@@ -70,7 +70,7 @@ def test_large_offsets_do_not_cost_digits() -> None:
 
 def test_one_score_has_no_standard_error() -> None:
     with pytest.raises(ValueError, match="at least 2 scores"):
-        compare(evaluation(np.array([0.5])), evaluation(np.array([0.6])))
+        paired_gains(evaluation(np.array([0.5])), evaluation(np.array([0.6])))
 
 
 def test_comparing_different_plans_is_refused() -> None:
@@ -78,12 +78,12 @@ def test_comparing_different_plans_is_refused() -> None:
     for change in ({"seeds": [0, 2]}, {"prompts": ["p0", "other"]}, {"scores": {"heldout": torch.zeros(2)}}):
         other = Evaluation(**{**first.__dict__, **change})
         with pytest.raises(ValueError, match="same plan"):
-            compare(first, other)
+            paired_gains(first, other)
 
 
 def test_flat_metrics_have_the_names_of_the_metrics_file() -> None:
     both = Evaluation(["a", "b"], [0, 1], {"reward": torch.rand(2), "heldout": torch.rand(2)}, torch.empty(0))
-    flat = flat_metrics(compare(both, both))
+    flat = flat_metrics(paired_gains(both, both))
     for name in ("reward", "heldout"):
         for key in ("before", "before_se", "after", "after_se", "gain", "gain_se"):
             assert isinstance(flat[f"{name}_{key}"], float)
@@ -95,7 +95,7 @@ def test_flat_metrics_have_the_names_of_the_metrics_file() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
 def test_scores_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    prompts, seeds = evaluation_plan(["a", "bb", "ccc"], 7, seed=1)
+    prompts, seeds = prompts_and_seeds(["a", "bb", "ccc"], 7, seed=1)
     rewards = {"reward": Brightness(), "heldout": load_reward("jpeg-compressibility")}
     result = evaluate(render, prompts, seeds, rewards, batch_size, num_kept_images=4, show_progress=False)
     images = torch.cat([render([prompt], [seed]) for prompt, seed in zip(prompts, seeds, strict=True)])
@@ -146,22 +146,22 @@ def test_a_bad_reward_stops_the_evaluation() -> None:
 
 def test_a_plan_uses_every_prompt_equally_often_and_every_seed_once() -> None:
     prompts = [f"p{index}" for index in range(10)]
-    chosen, seeds = evaluation_plan(prompts, 256, seed=0)
+    chosen, seeds = prompts_and_seeds(prompts, 256, seed=0)
     assert len(set(seeds)) == 256
     assert set(Counter(chosen).values()) == {25, 26}
-    assert len(set(evaluation_plan(prompts, 7, seed=0)[0])) == 7
+    assert len(set(prompts_and_seeds(prompts, 7, seed=0)[0])) == 7
 
 
 def test_plans_are_reproducible_nested_and_differ_between_seeds() -> None:
     prompts = [f"p{index}" for index in range(10)]
-    long_prompts, long_seeds = evaluation_plan(prompts, 64, seed=3)
-    assert evaluation_plan(prompts, 64, seed=3) == (long_prompts, long_seeds)
-    assert evaluation_plan(prompts, 20, seed=3) == (long_prompts[:20], long_seeds[:20])
-    other_prompts, other_seeds = evaluation_plan(prompts, 64, seed=4)
+    long_prompts, long_seeds = prompts_and_seeds(prompts, 64, seed=3)
+    assert prompts_and_seeds(prompts, 64, seed=3) == (long_prompts, long_seeds)
+    assert prompts_and_seeds(prompts, 20, seed=3) == (long_prompts[:20], long_seeds[:20])
+    other_prompts, other_seeds = prompts_and_seeds(prompts, 64, seed=4)
     assert other_prompts != long_prompts
     assert not set(other_seeds) & set(long_seeds)
     with pytest.raises(ValueError, match="at least one"):
-        evaluation_plan([], 3, seed=0)
+        prompts_and_seeds([], 3, seed=0)
 
 
 def test_an_images_noise_depends_on_its_seed_alone() -> None:
@@ -189,6 +189,6 @@ def test_a_single_prompt_is_judged_by_its_images() -> None:
     scores = torch.tensor([0.0, 1.0, 3.0])
     assert mean_and_standard_error(scores, ["a"] * 3) == pytest.approx((4 / 3, stats.sem([0, 1, 3])))
     two = Evaluation(["a", "b", "b"], [0, 1, 2], {"reward": scores}, torch.empty(0))
-    assert compare(two, two)["reward"]["prompts"] == 2 and compare(two, two)["reward"]["n"] == 3
+    assert paired_gains(two, two)["reward"]["prompts"] == 2 and paired_gains(two, two)["reward"]["n"] == 3
     # Sums over prompts of what is left of the mean 4/3: -4/3 and 4/3.
-    assert compare(two, two)["reward"]["before_se"] == pytest.approx((2 * 2 * (4 / 3) ** 2) ** 0.5 / 3)
+    assert paired_gains(two, two)["reward"]["before_se"] == pytest.approx((2 * 2 * (4 / 3) ** 2) ** 0.5 / 3)

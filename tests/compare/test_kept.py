@@ -14,11 +14,12 @@ from torch import Tensor
 
 from rlr_peft.compare.features import Thumbnails
 from rlr_peft.compare.kept import KeptFeatures, KeptImages, KeptReward, kept_divergence
+from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import RewardError, measure_images
 from rlr_peft.rewards.remote import RemoteReward
 from rlr_peft.rewards.server import RewardServer
 
-PROMPTS, SEEDS = ["a cat", "a dog, “quoted” 日本"], [7, 4294967295]
+PROMPTS, SEEDS = [Prompt("a cat"), Prompt("a dog, “quoted” 日本")], [7, 4294967295]
 
 
 class Draw:
@@ -28,9 +29,9 @@ class Draw:
         self.calls = 0
         self.shape = shape
 
-    def __call__(self, prompts: list[str], seeds: list[int]) -> Tensor:
+    def __call__(self, prompts: list[Prompt], seeds: list[int]) -> Tensor:
         self.calls += 1
-        generators = [torch.Generator().manual_seed(seed + len(prompt)) for prompt, seed in zip(prompts, seeds)]
+        generators = [torch.Generator().manual_seed(seed + len(prompt.text)) for prompt, seed in zip(prompts, seeds)]
         return torch.stack([torch.rand(self.shape, generator=generator) for generator in generators])
 
 
@@ -50,14 +51,14 @@ def test_a_kept_image_is_a_png_that_names_its_prompt(tmp_path: Path) -> None:
     kept(PROMPTS, SEEDS)
     with Image.open(kept.path(PROMPTS[1], SEEDS[1])) as picture:
         assert (picture.format, picture.size) == ("PNG", (7, 9))
-        assert (picture.info["prompt"], picture.info["seed"]) == (PROMPTS[1], str(SEEDS[1]))
+        assert (picture.info["prompt"], picture.info["seed"]) == (PROMPTS[1].text, str(SEEDS[1]))
 
 
 def test_another_prompt_or_seed_is_another_image(tmp_path: Path) -> None:
     draw = Draw(3, 8, 8)
     kept = KeptImages(tmp_path, draw)
     kept(PROMPTS, SEEDS)
-    kept(["a bat", PROMPTS[1]], SEEDS)
+    kept([Prompt("a bat"), PROMPTS[1]], SEEDS)
     kept(PROMPTS, [8, SEEDS[1]])
     assert draw.calls == 3
 
@@ -99,7 +100,7 @@ class Redness:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+    def __call__(self, images: Tensor, prompts: list[Prompt], metadata: list[dict[str, Any]]) -> Any:
         self.calls += 1
         return images[:, 0].mean((1, 2)), {
             "blue/mean": images[:, 2].mean((1, 2)),
@@ -201,7 +202,7 @@ def test_a_server_that_changes_between_two_answers_is_noticed(caplog: pytest.Log
 
 def test_a_failing_reward_leaves_nothing_behind(tmp_path: Path) -> None:
     class Broken(Redness):
-        def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        def __call__(self, images: Tensor, prompts: list[Prompt], metadata: list[dict[str, Any]]) -> Any:
             return images[:, 0].mean((1, 2)) / 0
 
     with pytest.raises(RewardError, match="reward 'redness': expected finite scores"):
@@ -215,7 +216,7 @@ def test_features_and_divergences_are_kept_too(tmp_path: Path) -> None:
     assert torch.equal(first, again) and first.shape == (2, 3 * 16 * 16)
     asked: list[list[int]] = []
 
-    def measure(prompts: list[str], seeds: list[int]) -> Tensor:
+    def measure(prompts: list[Prompt], seeds: list[int]) -> Tensor:
         asked.append(seeds)
         return torch.tensor(seeds) / 3
 

@@ -12,9 +12,8 @@ from datasets import load_dataset
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from rlr_peft.compare.comparison import Comparison, Model, notes
+from rlr_peft.compare.comparison import Comparison, Model, notes, unique_labels
 from rlr_peft.compare.figures import figures, inline_svg
-from rlr_peft.compare.labels import unique_labels
 from rlr_peft.compare.page import chosen_pairs
 from rlr_peft.compare.report import score_columns, write_numbers, write_page_and_scores, write_report, write_scores
 from rlr_peft.compare.tables import console_text, markdown, tables

@@ -35,18 +35,16 @@ from rlr_peft.diagnose.methods import methods_to_compare
 from rlr_peft.diagnose.recommendation import recommend
 from rlr_peft.diagnose.report import console_text, plain_numbers, write_report
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import DecodedReward, Objective
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gradients import StepGradients, variance_and_error
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
 from rlr_peft.intervals import short_number, with_error
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.training.rollouts import sample_batch
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 GROUP = 4
@@ -191,8 +189,8 @@ def test_mixed_orders_from_sketches_are_what_the_estimator_gives(evidence: Evide
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
     rollout = rollout_of(chain, QuadraticReward(chain), SAMPLES)
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all"), step_choice="inverse-variance"))
-    estimator.step_variances = evidence.variances
-    mixture = estimator.plan(chain, True, torch.Generator()).mixture
+    estimator.statistics.variances = evidence.variances
+    mixture = estimator.layout(chain, True).mixture
     assert mixture is not None
     weights = torch.zeros(6)
     weights[: len(mixture)] = mixture
@@ -379,12 +377,12 @@ def test_a_pipelines_weights_are_left_as_they_were() -> None:
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in pipeline.unet.named_parameters()}
     reward = CallableReward("redness", lambda images, prompts: images[:, 0].mean((1, 2)))
     objective = DecodedReward(chain, reward, 2)
-    batch = sample_batch(chain, objective, ["a", "a", "b", "b"], [0, 1, 2, 3], 2, lambda r, _: leave_one_out(r, 2))
+    batch = sample_batch(chain, objective, ["a", "a", "b", "b"], [0, 1, 2, 3], 2)
     config = load_config([*REQUIRED, "--num_inference_steps", "2"])
     diagnose(
         chain,
         objective,
-        batch.rollouts,
+        batch.rollouts(leave_one_out(batch.rewards, 2)),
         config,
         group_size=2,
         sampling_seconds=0.0,
@@ -414,7 +412,7 @@ def test_the_whole_chain_is_differentiated_where_pathwise_gradients_are_calm(cal
 
 
 def test_chaotic_steps_get_score_terms(chaotic: Diagnosis) -> None:
-    best = chaotic.comparison.first_order_steps
+    best = chaotic.compared.first_order_steps
     assert 2 <= best <= 4
     advice = recommend(chaotic)
     assert f"--fo_steps {best}" in advice.advice["First order"]
@@ -429,13 +427,13 @@ def test_the_window_is_that_of_the_stage_with_most_energy(chaotic: Diagnosis) ->
         changed = replace(chaotic, profile=replace(chaotic.profile, stages=stages))
         return recommend(changed).advice["One stage only"]
 
-    best = chaotic.comparison.first_order_steps
+    best = chaotic.compared.first_order_steps
     assert f"--fo_steps {best} --ho_blocks 1 --ho_start window --ho_window 5 6" in advice(coarse=0.8, mid=0.1, fine=0.1)
     assert "gains nothing" in advice(coarse=0.1, mid=0.1, fine=0.8)
 
 
 def test_mixed_orders_are_recommended_only_beyond_their_error(chaotic: Diagnosis) -> None:
-    best = chaotic.comparison.first_order_steps
+    best = chaotic.compared.first_order_steps
     crossing, mixed = result_of(chaotic, f"rlr, K = {best} (measured)"), result_of(chaotic, "rlr, mixed orders")
 
     def with_squares(squares: torch.Tensor) -> str:
@@ -464,11 +462,11 @@ def test_recommended_flags_can_be_trained_with(calm: Diagnosis, chaotic: Diagnos
 
 
 def test_a_reward_without_gradient_gets_a_black_box_tail(blind: Diagnosis) -> None:
-    left_out = blind.comparison.left_out
+    left_out = blind.compared.left_out
     for name in ("full-bp", "truncated-bp", "refl"):
         assert left_out[name] == "the reward has no gradient"
     assert not any("pathwise" in r.method.name or "refl" in r.method.name for r in blind.results)
-    steps = blind.comparison.black_box_steps
+    steps = blind.compared.black_box_steps
     assert steps >= 2
     advice = recommend(blind)
     assert advice.flags == f"--estimator rlr --black_box_steps {steps}"
@@ -483,14 +481,14 @@ def test_a_chain_without_noise_has_no_score_terms() -> None:
     chain = LinearGaussianChain(num_steps=3)
     chain._stds = [0.0] * 3
     diagnosis = diagnosis_of(chain, QuadraticReward(chain), 8)
-    assert diagnosis.comparison.first_order_steps == 3
-    assert "no noise" in diagnosis.comparison.left_out["reinforce"]
+    assert diagnosis.compared.first_order_steps == 3
+    assert "no noise" in diagnosis.compared.left_out["reinforce"]
     assert recommend(diagnosis).advice["Score terms"] == "No step needs a score term."
     assert {r.method.name for r in diagnosis.results} >= {"full-bp", "zeroth order on all steps", "refl"}
 
 
 def test_budgets_and_special_steps_are_commented_on(chaotic: Diagnosis) -> None:
-    best = chaotic.comparison.first_order_steps
+    best = chaotic.compared.first_order_steps
     flags = ["--estimator", "rlr-paper", "--ho_length", "auto", "--nfe_budget", str(6 + best + 12 + 2)]
     flags += ["--memory_budget", "1", "--ho_step_memory", "0.1", "--zo_step_memory", "0.01"]
     with_budget = recommend(replace(chaotic, config=config_with(*flags))).advice["Budgets"]

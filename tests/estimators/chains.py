@@ -1,16 +1,17 @@
 """Small chains with rollouts, and their gradients as one vector."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from rlr_peft.chain.adjoint import Booking
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import leave_one_out
+from rlr_peft.estimators.base import Book, Rollout
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rollout import Rollout
 from rlr_peft.lora import adapter_disabled, attach_lora
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 
@@ -22,6 +23,11 @@ def rollout_of(
     objective = QuadraticReward(chain) if objective is None else objective
     rewards, gradient = objective.score_with_gradient(trajectory.latents[0], trajectory.prompts)
     return Rollout(trajectory, rewards, leave_one_out(rewards, group_size), gradient)
+
+
+def book_of_blocks(norms: Mapping[int, float]) -> Book:
+    """A book of one sample that holds half-order blocks with these norms by first step."""
+    return Book([""], [0.0], [0.0], None, [Booking("half_order", t, 1, 1.0, norm) for t, norm in norms.items()], {})
 
 
 def gradient_of(chain: Chain) -> torch.Tensor:

@@ -40,9 +40,9 @@ def test_group_normalized_has_mean_0_and_deviation_1_in_every_group() -> None:
 
 
 def observed(statistics: PromptStatistics, prompts: str, rewards: list[float]) -> list[float]:
-    values = torch.tensor(rewards)
-    statistics.observe(list(prompts), values)
-    return statistics.normalized(values, list(prompts)).tolist()
+    advantages = statistics.normalized(torch.tensor(rewards), list(prompts))
+    statistics.observe(list(prompts), rewards)
+    return advantages.tolist()
 
 
 def test_a_prompt_is_compared_with_the_batch_until_it_is_known_well_enough() -> None:
@@ -64,7 +64,7 @@ def test_prompt_statistics_survive_a_round_trip() -> None:
     statistics = PromptStatistics(buffer_size=4, min_count=3)
     observed(statistics, "aabb", [1.0, 3.0, 3.0, 9.0])
     restored = PromptStatistics(buffer_size=4, min_count=3)
-    restored.observe(["stale"], torch.tensor([1.0]))
+    restored.observe(["stale"], [1.0])
     restored.load_state_dict(json.loads(json.dumps(statistics.state_dict())))
     assert observed(restored, "aabc", [5.0, 7.0, -1.0, 2.0]) == observed(statistics, "aabc", [5.0, 7.0, -1.0, 2.0])
     assert restored.state_dict() == statistics.state_dict()

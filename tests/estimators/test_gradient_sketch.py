@@ -2,7 +2,7 @@
 
 import torch
 
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.variance import GradientSketch
 
 SHAPES = [(3, 4), (7,), (2, 2, 5)]
 

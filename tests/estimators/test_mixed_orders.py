@@ -7,11 +7,11 @@ import torch
 
 from rlr_peft.chain import adjoint
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.first_order import first_order_segment, mixed_segment
+from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 
@@ -69,14 +69,14 @@ def test_the_mixed_segment_is_the_weighted_sum_of_both_terms(build: Callable[[],
     mixture = torch.tensor([1.0, 0.3, 0.0, 0.8], dtype=torch.float64)
     pathwise, scores = pathwise_by_autograd(chain, rollout, 4), scores_by_autograd(chain, rollout, 4)
     for first_order, half_order in [(1.0, 1.0), (0.5, 3.0)]:
-        norm = adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, mixture, first_order, half_order))
+        booking = adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, mixture, first_order, half_order))
         expected = sum(
             first_order * share * pathwise[i] + half_order * (1 - share) * scores[i]
             for i, share in enumerate(mixture.tolist())
         )
         actual = gradient_of(chain)
         assert (actual - expected).norm() <= 1e-8 * expected.norm()
-        assert norm == pytest.approx(float(expected.norm()))
+        assert booking.norm == pytest.approx(float(expected.norm()))
 
 
 def test_a_mixture_of_ones_is_the_pathwise_gradient() -> None:

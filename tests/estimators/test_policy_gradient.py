@@ -7,17 +7,11 @@ import torch
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import group_normalized
+from rlr_peft.estimators.base import Book, Rollout
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.policy_gradient import (
-    PolicyGradientEstimator,
-    PolicyGradientSettings,
-    clipped_cotangent,
-    plan_steps,
-)
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings, clipped_cotangent, single_steps
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 SINGLE = HalfOrder(1, "all")
@@ -45,12 +39,12 @@ def log_density(chain: Chain, rollout: Rollout, t: int) -> torch.Tensor:
 def test_with_the_sampling_weights_it_is_reinforce_with_the_same_advantages(steps: HalfOrder) -> None:
     chain, rollout = sampled()
     objective = QuadraticReward(chain)
-    report = policy_gradient(steps).accumulate(chain, objective, rollout, torch.Generator().manual_seed(1))
+    book = policy_gradient(steps).accumulate(chain, objective, rollout, torch.Generator().manual_seed(1))
     actual = gradient_of(chain)
     RLREstimator(RLRSettings(0, steps)).accumulate(chain, objective, rollout, torch.Generator().manual_seed(1))
     torch.testing.assert_close(actual, gradient_of(chain), rtol=1e-9, atol=1e-9)
-    assert report.metrics["policy_ratio_deviation"] < 1e-12
-    assert report.metrics["policy_clip_fraction"] == 0
+    assert book.numbers()["policy_ratio_deviation"] < 1e-12
+    assert book.numbers()["policy_clip_fraction"] == 0
 
 
 def test_on_stable_diffusion_too_the_ratio_is_1_and_it_is_reinforce() -> None:
@@ -58,9 +52,9 @@ def test_on_stable_diffusion_too_the_ratio_is_1_and_it_is_reinforce() -> None:
     move_parameters(chain, 0.1)
     trajectory = chain.sample(["red", "blue b"], [0, 1])
     rollout = Rollout(trajectory, torch.zeros(2), torch.tensor([0.7, -1.1]), None)
-    report = policy_gradient().accumulate(chain, None, rollout, torch.Generator())
+    book = policy_gradient().accumulate(chain, None, rollout, torch.Generator())
     actual = gradient_of(chain)
-    assert report.metrics["policy_ratio_deviation"] < 1e-6
+    assert book.numbers()["policy_ratio_deviation"] < 1e-6
     RLREstimator(RLRSettings(0, SINGLE)).accumulate(chain, None, rollout, torch.Generator())
     expected = gradient_of(chain)
     assert expected.norm() > 0 and (actual - expected).norm() <= 1e-6 * expected.norm()
@@ -79,18 +73,18 @@ def test_after_an_update_it_is_the_gradient_of_the_clipped_surrogate() -> None:
         advantages = rollout.advantages
         surrogate = surrogate + torch.minimum(advantages * ratios[t], advantages * clipped).sum()
     expected = flat(torch.autograd.grad(surrogate, chain.parameters))
-    report = policy_gradient().accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    book = policy_gradient().accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
     torch.testing.assert_close(gradient_of(chain), expected, rtol=1e-9, atol=1e-9)
 
     deviations = torch.stack([(ratio - 1).abs() for ratio in ratios.values()]).detach()
-    assert report.metrics["policy_ratio_deviation"] == pytest.approx(float(deviations.mean()))
-    assert report.metrics["policy_clip_fraction"] == pytest.approx(float((deviations > CLIP).double().mean()))
+    assert book.numbers()["policy_ratio_deviation"] == pytest.approx(float(deviations.mean()))
+    assert book.numbers()["policy_clip_fraction"] == pytest.approx(float((deviations > CLIP).double().mean()))
     positive, above, below = rollout.advantages > 0, ratios[2] > 1 + CLIP, ratios[2] < 1 - CLIP
     for kind in (positive & above, positive & below, ~positive & above, ~positive & below):
         assert kind.any(), "the case must occur"
     mean = chain.replay(rollout.trajectory, 2).mean.detach()
-    cotangent, ratio = clipped_cotangent(rollout, 2, mean, CLIP)
-    torch.testing.assert_close(ratio, ratios[2].detach(), rtol=1e-9, atol=0)
+    cotangent, numbers = clipped_cotangent(rollout, 2, mean, clip_range=CLIP)
+    assert numbers["policy_ratio_deviation"] == pytest.approx(float((ratios[2].detach() - 1).abs().mean()), rel=1e-9)
     is_clipped = (positive & above) | (~positive & below)
     assert torch.all(cotangent[is_clipped] == 0) and torch.all(cotangent[~is_clipped] != 0)
 
@@ -101,8 +95,8 @@ def test_a_ratio_that_overflows_harms_only_samples_that_want_to_leave() -> None:
     # samples that were very unlikely when they were drawn, and are not any more
     trajectory = replace(rollout.trajectory, noises=1e3 * torch.ones_like(rollout.trajectory.noises))
     rollout = replace(rollout, trajectory=trajectory, advantages=advantages)
-    cotangent, ratio = clipped_cotangent(rollout, 2, trajectory.latents[1] + 1e-3, CLIP)
-    assert torch.all(ratio.isinf())
+    cotangent, numbers = clipped_cotangent(rollout, 2, trajectory.latents[1] + 1e-3, clip_range=CLIP)
+    assert numbers["policy_ratio_deviation"] == torch.inf
     assert torch.all(cotangent[[0, 1, 3]] == 0)
     assert not torch.isfinite(cotangent[2]).any(), "the next step of the walk stops with a clear error"
 
@@ -115,7 +109,7 @@ def test_drawn_steps_average_to_all_steps() -> None:
     by_step: dict[int, torch.Tensor] = {}
     for seed in range(20):
         estimator = policy_gradient(HalfOrder(1, 1))
-        ((block, weight),) = plan_steps(estimator.settings.steps, chain, torch.Generator().manual_seed(seed)).blocks
+        ((block, weight),) = single_steps(estimator.settings.steps, chain).draw(torch.Generator().manual_seed(seed))[0]
         assert weight == pytest.approx(3)  # steps 2, 3 and 4 have noise, one of them is drawn
         estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(seed))
         by_step[block.first_step] = gradient_of(chain)
@@ -130,10 +124,11 @@ def test_advantages_are_clipped_and_ddpo_keeps_statistics() -> None:
     torch.testing.assert_close(grpo.advantages(rewards, prompts, 4), group_normalized(rewards, 4).clamp(-1, 1))
     settings = PolicyGradientSettings("prompt-statistics", SINGLE, prompt_buffer_size=8, prompt_min_count=6)
     ddpo = PolicyGradientEstimator(settings)
-    ddpo.observe(prompts, rewards)
     first = ddpo.advantages(rewards, prompts, 4)
+    torch.testing.assert_close(ddpo.advantages(rewards, prompts, 4), first, msg="asking teaches nothing")
+    ddpo.learn([Book(prompts, rewards.tolist(), first.tolist(), None, [], {})])
     torch.testing.assert_close(first, (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4))
-    ddpo.observe(["a"] * 2, torch.tensor([5.0, 5.0]))
+    ddpo.learn([Book(["a"], [5.0], [0.0], None, [], {})])
     restored = PolicyGradientEstimator(settings)
     restored.load_state_dict(ddpo.state_dict())
     known = torch.tensor([0.0, 0.0, 0.0, 10.0, 5.0, 5.0])

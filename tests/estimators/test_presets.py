@@ -4,12 +4,11 @@ import pytest
 
 from rlr_peft.config import EstimatorArguments
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
+from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
+from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
 from rlr_peft.estimators.presets import build_estimator, settings_from_arguments
-from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 SINGLE = HalfOrder(1, "all")

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from rlr_peft.estimators.coverage import CoverageError
+from rlr_peft.estimators.base import CoverageError, Rollout
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
-from rlr_peft.estimators.rollout import Rollout
+from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 
@@ -62,8 +61,5 @@ def test_on_stable_diffusion_it_is_plain_autograd_through_denoiser_and_decoder()
 
 
 def test_a_reward_without_gradient_is_refused() -> None:
-    chain = LinearGaussianChain()
-    rollout = rollout_of(chain, 4, 4)
-    blind = Rollout(rollout.trajectory, rollout.rewards, rollout.advantages, None)
     with pytest.raises(CoverageError, match="differentiable reward for refl"):
-        RewardFeedbackEstimator().accumulate(chain, QuadraticReward(chain, False), blind, torch.Generator())
+        RewardFeedbackEstimator().coverage(LinearGaussianChain(), has_gradient=False)

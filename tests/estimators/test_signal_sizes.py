@@ -4,37 +4,28 @@ import pytest
 import torch
 
 from rlr_peft.chain import adjoint
-from rlr_peft.estimators.first_order import first_order_segment, mixed_segment
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.signal_sizes import SignalSizes, watched
-from rlr_peft.estimators.step_gains import StepGains
-from rlr_peft.estimators.step_gradients import StepVariances
-from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.variance import SignalSizes, StepGains, StepVariances
+from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
 from tests.estimators.chains import gradient_of, rollout_of
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["first order", "mixed orders"])
-def test_watching_a_walk_records_its_cotangents_and_changes_nothing(mixed: bool) -> None:
+def test_a_walk_books_the_squares_of_its_cotangents(mixed: bool) -> None:
     chain = LinearGaussianChain(num_steps=4)
     rollout = rollout_of(chain, 8, 4)
     mixture = torch.tensor([1.0, 0.5, 0.25])
     segment = mixed_segment(rollout, mixture) if mixed else first_order_segment(rollout, 3)
-    adjoint.run(chain, rollout.trajectory, segment)
-    unwatched = gradient_of(chain)
-    squares: list[float] = []
-    adjoint.run(chain, rollout.trajectory, watched(segment, squares))
-    assert torch.equal(gradient_of(chain), unwatched)
+    booking = adjoint.run(chain, rollout.trajectory, segment)
     assert rollout.reward_gradient is not None
     cotangent, expected = rollout.reward_gradient, []
     for t in range(1, 4):
         expected.append(float(cotangent.square().sum()))
         latents = rollout.trajectory.latents[t].clone().requires_grad_()
         (cotangent,) = torch.autograd.grad(chain.replay(rollout.trajectory, t, latents).mean, latents, cotangent)
-    assert squares == pytest.approx(expected)
+    assert booking.cotangent_squares == pytest.approx(expected)
 
 
 def test_cotangents_are_the_rewards_slope_times_the_amplification_of_those_that_were_walked() -> None:
@@ -42,20 +33,21 @@ def test_cotangents_are_the_rewards_slope_times_the_amplification_of_those_that_
     walks.append(SignalSizes.of_walk(torch.tensor([2.0, -2.0]), [3.0, 10.0]))
     sizes = SignalSizes().blend(walks, decay=0.5)
     assert sizes.mean_squared_advantage() == 10 / 4
-    cotangents = sizes.mean_squared_cotangents(4)
+    cotangents = sizes.mean_squared_cotangents()
     # E |c_1|^2 = 4 / 4; amplification (6 + 10) / (1 + 3) at step 2, and 40 / 1 by the one walk that went to step 3
-    assert cotangents[:3].tolist() == [1, 4, 40] and cotangents[3].isnan()
+    assert cotangents.tolist() == [1, 4, 40], "of later steps nothing is known"
     sizes = sizes.blend([SignalSizes.of_walk(torch.zeros(2), [10.0, 20.0])], decay=0.5)
     # the past counts half: E |c_1|^2 = (2 + 10) / (2 + 2), amplification (8 + 20) / (2 + 10)
-    assert sizes.mean_squared_cotangents(3).tolist() == pytest.approx([3, 3 * 28 / 12, 3 * 40])
+    assert sizes.mean_squared_cotangents().tolist() == pytest.approx([3, 3 * 28 / 12, 3 * 40])
     assert sizes.mean_squared_advantage() == 5 / 4
 
 
 def test_variances_are_gains_times_sizes() -> None:
     gains = StepGains(
+        scores=torch.tensor([0.0, 5.0, 7.0]),
+        has_noise=torch.tensor([False, True, True]),
         first_order=torch.tensor([2.0, 12.0, 0.0]),
         cotangents=torch.tensor([1.0, 3.0, 0.0]),
-        scores=torch.tensor([torch.inf, 5.0, 7.0]),
     )
     seen = SignalSizes.of_walk(torch.tensor([2.0, 0.0]), [4.0, 20.0, 8.0])
     variances = gains.variances(seen)
@@ -65,7 +57,8 @@ def test_variances_are_gains_times_sizes() -> None:
 
 def test_rewards_that_are_all_the_same_in_a_calibration_do_not_make_score_terms_quiet() -> None:
     """Its advantages are zero, and so was the measured variance; the updates before know better."""
-    gains = StepGains(torch.tensor([2.0, 1.5]), torch.tensor([1.0, 1.0]), torch.tensor([torch.inf, 9.0]))
+    noise = torch.tensor([False, True])
+    gains = StepGains(torch.tensor([0.0, 9.0]), noise, torch.tensor([2.0, 1.5]), torch.tensor([1.0, 1.0]))
     past = SignalSizes.of_walk(torch.tensor([1.0, -1.0]), [1.0, 1.0])
     nothing = SignalSizes.of_walk(torch.zeros(2), [1e-15, 1e-15])
     assert gains.variances(nothing).half_order[1] == 0
@@ -77,10 +70,10 @@ def test_a_chain_without_pathwise_steps_still_sees_the_rewards_slope() -> None:
     rollout = rollout_of(chain, 8, 4)
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all")))
     quiet, noisy = torch.full((3,), 1e-9, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    estimator.step_variances = StepVariances(first_order=noisy, half_order=quiet)
-    report = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
-    assert report.first_order_steps == 0
-    assert report.memory.sizes.cotangents == [pytest.approx(float(rollout.reward_gradient.square().sum()))]
+    estimator.statistics.variances = StepVariances(first_order=noisy, half_order=quiet)
+    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    assert book.first_order_steps == 0
+    assert SignalSizes.of_book(book).cotangents == [pytest.approx(float(rollout.reward_gradient.square().sum()))]
 
 
 def test_updates_reveal_the_heavy_tail_that_a_calibration_missed() -> None:
@@ -89,11 +82,11 @@ def test_updates_reveal_the_heavy_tail_that_a_calibration_missed() -> None:
     objective, generator = WaveReward(chain), torch.Generator()
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all")))
     estimator.calibrate(chain, [rollout_of(chain, 16, 4, seed=3, objective=objective)], decay=0.0)
-    before = estimator.plan(chain, True, generator).first_order_steps
+    before = estimator.layout(chain, True).first_order_steps
     for update in range(8):
         rollout = rollout_of(chain, 128, 4, seed=1000 * (update + 1), objective=objective)
-        estimator.remember([estimator.accumulate(chain, objective, rollout, generator).memory])
-    after = estimator.plan(chain, True, generator).first_order_steps
+        estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
+    after = estimator.layout(chain, True).first_order_steps
     assert after < before
     many = GuidedMixtureChain(20, width=0.8, replicates=2000)
     rollout = rollout_of(many, 8000, 4, seed=77, objective=objective)

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from rlr_peft.config import EstimatorArguments
-from rlr_peft.estimators.half_order import StageWindow
+from rlr_peft.estimators.half_order import StageWindow, choose_stage
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.stage_window import choose_stage, step_energies
-from rlr_peft.estimators.step_gradients import StepGradients
+from rlr_peft.estimators.variance import StepGradients, step_energies
 from rlr_peft.stages import make_stages
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from tests.estimators.chains import rollout_of
 
 STAGES = (StageWindow("coarse", 5, 6), StageWindow("mid", 3, 4), StageWindow("fine", 1, 2))
@@ -52,27 +51,26 @@ def test_a_given_window_is_all_that_half_order_covers(
     window: tuple[str | int, ...], steps: set[int], words: str
 ) -> None:
     chain = LinearGaussianChain(num_steps=6)
-    plan = estimator_of(*window).plan(chain, True, torch.Generator().manual_seed(0))
-    assert {t for t in range(2, 7) if plan.coverage.weights[t - 1] > 0} == steps
-    assert f"Biased by choice: {words}" in plan.coverage.describe()
+    layout = estimator_of(*window).layout(chain, True)
+    assert {t for t in range(2, 7) if layout.coverage.weights[t - 1] > 0} == steps
+    assert f"Biased by choice: {words}" in layout.coverage.describe()
 
 
 def test_the_measured_window_follows_the_gradient() -> None:
     """Calibrated on the linear chain, the window is the stage with the largest exact share, and coverage names it."""
     chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto")
-    generator = torch.Generator().manual_seed(0)
-    assert estimator.needs_calibration
+    assert estimator.wants_calibration(True)
     with pytest.raises(RuntimeError, match="calibrate"):
-        estimator.plan(chain, True, generator)
+        estimator.layout(chain, True)
     estimator.calibrate(chain, [rollout_of(chain, 64, 2)], decay=0.0)
-    energies = estimator.step_energies
+    energies = estimator.statistics.energies
     assert energies is not None and energies.shape == (6,) and (energies > 0).all()
     chosen = choose_stage(STAGES, energies, 1)
-    plan = estimator.plan(chain, True, generator)
-    assert {t for t in range(2, 7) if plan.coverage.weights[t - 1] > 0} == set(
+    layout = estimator.layout(chain, True)
+    assert {t for t in range(2, 7) if layout.coverage.weights[t - 1] > 0} == set(
         range(max(chosen.first, 2), chosen.last + 1)
     )
-    assert f"outside the chosen window (measured: stage {chosen.name})" in plan.coverage.describe()
+    assert f"outside the chosen window (measured: stage {chosen.name})" in layout.coverage.describe()
     assert "the stage with the largest measured gradient energy" in estimator.describe()
 
 
@@ -80,13 +78,13 @@ def test_a_black_box_tail_covers_its_stages_as_first_order_steps_do() -> None:
     """A reward without gradient, most energy in the stage that the tail covers: the next best one is drawn from."""
     chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto", black_box_steps=2)
     energies = torch.tensor([9.0, 9.0, 1.0, 2.0, 0.0, 4.0], dtype=torch.float64)
-    estimator.load_state_dict(estimator.state_dict() | {"step_energies": energies})
-    plan = estimator.plan(chain, False, torch.Generator().manual_seed(0))
-    assert {block.first_step for block, _ in plan.blocks} <= {5, 6}
-    assert "measured: stage coarse" in plan.coverage.describe()
+    estimator.load_state_dict(estimator.state_dict() | {"energies": energies})
+    layout = estimator.layout(chain, False)
+    assert {block.first_step for block, _ in layout.draw(torch.Generator().manual_seed(0))[0]} <= {5, 6}
+    assert "measured: stage coarse" in layout.coverage.describe()
     every_step = estimator_of("auto", black_box_steps=6)
     every_step.load_state_dict(estimator.state_dict())
-    assert not every_step.plan(chain, False, torch.Generator()).blocks, "nothing is left to draw"
+    assert not every_step.layout(chain, False).blocks, "nothing is left to draw"
 
 
 def test_measurements_survive_a_checkpoint() -> None:
@@ -95,15 +93,15 @@ def test_measurements_survive_a_checkpoint() -> None:
     estimator.calibrate(chain, [rollout_of(chain, 8, 2, seed=9)], decay=0.9)
     resumed = estimator_of("auto")
     resumed.load_state_dict(estimator.state_dict())
-    assert resumed.step_energies is not None and estimator.step_energies is not None
-    assert torch.equal(resumed.step_energies, estimator.step_energies)
+    assert resumed.statistics.energies is not None and estimator.statistics.energies is not None
+    assert torch.equal(resumed.statistics.energies, estimator.statistics.energies)
 
 
 def test_a_reward_without_gradient_can_choose_too() -> None:
     chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto", black_box_steps=0)
-    assert estimator.calibrates_without_gradient and not estimator_of("mid").calibrates_without_gradient
+    assert estimator.wants_calibration(False) and not estimator_of("mid").wants_calibration(False)
     rollout = rollout_of(chain, 8, 2)
     blind = type(rollout)(rollout.trajectory, rollout.rewards, rollout.advantages, None)
     estimator.calibrate(chain, [blind], decay=0.0)
-    plan = estimator.plan(chain, False, torch.Generator().manual_seed(0))
-    assert "measured: stage" in plan.coverage.describe()
+    layout = estimator.layout(chain, False)
+    assert "measured: stage" in layout.coverage.describe()

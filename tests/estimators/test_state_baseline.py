@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.state_baseline import BaselineObservation, StateBaseline
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
+from rlr_peft.estimators.half_order import BaselineObservation, StateBaseline
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import rollout_of
 
 
@@ -18,8 +18,8 @@ def test_kappa_is_the_regression_coefficient_of_all_observations_of_an_update() 
     advantages -= advantages.mean()
     whole, parts = StateBaseline(), StateBaseline()
     assert whole.kappa(5) == 0
-    whole.remember([BaselineObservation(5, advantages.tolist(), predictions.tolist())])
-    parts.remember(
+    whole.learn([BaselineObservation(5, advantages.tolist(), predictions.tolist())])
+    parts.learn(
         [
             BaselineObservation(5, advantages[:20].tolist(), predictions[:20].tolist()),
             BaselineObservation(4, [1.0, -1.0], [1.0, -1.0]),
@@ -34,8 +34,8 @@ def test_kappa_is_the_regression_coefficient_of_all_observations_of_an_update() 
 
 def test_moments_run_over_updates() -> None:
     baseline = StateBaseline(decay=0.75)
-    baseline.remember([BaselineObservation(2, [1.0, -1.0], [1.0, -1.0])])  # covariance 1, variance 1
-    baseline.remember([BaselineObservation(2, [-2.0, 2.0], [4.0, 0.0])])  # mean 2, mean square 8, product -4
+    baseline.learn([BaselineObservation(2, [1.0, -1.0], [1.0, -1.0])])  # covariance 1, variance 1
+    baseline.learn([BaselineObservation(2, [-2.0, 2.0], [4.0, 0.0])])  # mean 2, mean square 8, product -4
     mean, square, product = 0.25 * 2, 0.75 * 1 + 0.25 * 8, 0.75 * 1 + 0.25 * -4
     assert baseline.kappa(2) == pytest.approx(product / (square - mean**2))
 
@@ -44,8 +44,8 @@ def test_predictions_that_are_all_the_same_correct_nothing() -> None:
     """Their variance is rounding, by which the products of advantages that hardly add up to 0 must not be divided."""
     for i in range(1, 100):
         baseline = StateBaseline()
-        baseline.remember([BaselineObservation(2, [0.1, -0.1, 1e-9], [i / 7] * 3)])
-        baseline.remember([BaselineObservation(2, [0.2, -0.1, -0.1], [i / 7] * 3)])
+        baseline.learn([BaselineObservation(2, [0.1, -0.1, 1e-9], [i / 7] * 3)])
+        baseline.learn([BaselineObservation(2, [0.2, -0.1, -0.1], [i / 7] * 3)])
         assert baseline.kappa(2) == 0
 
 
@@ -61,7 +61,7 @@ def test_the_correction_takes_off_what_past_updates_predict() -> None:
     ).reshape(-1)
     assert observation.t == 3 and observation.advantages == rollout.advantages.tolist()
     assert observation.predictions == pytest.approx(expected.tolist())
-    baseline.remember([observation])
+    baseline.learn([observation])
     fresh = rollout_of(chain, 8, 4, seed=50)
     corrected, later = baseline.correct(objective, fresh, 3)
     mean = sum(observation.predictions) / 8
@@ -76,7 +76,7 @@ def test_the_correction_of_a_sample_never_contains_its_own_reward() -> None:
     chain = LinearGaussianChain(num_steps=4)
     objective, rollout = QuadraticReward(chain), rollout_of(chain, 4, 4)
     baseline = StateBaseline()
-    baseline.remember([BaselineObservation(3, [1.0, -1.0], [1.0, -1.0])])
+    baseline.learn([BaselineObservation(3, [1.0, -1.0], [1.0, -1.0])])
     rewards = rollout.rewards.clone()
     rewards[0] += 5
     advantages = rollout.advantages.clone()
@@ -89,9 +89,9 @@ def test_the_correction_of_a_sample_never_contains_its_own_reward() -> None:
 
 def test_the_state_survives_a_round_trip() -> None:
     baseline, restored = StateBaseline(), StateBaseline()
-    baseline.remember([BaselineObservation(2, [1.0, -1.0], [2.0, 1.0])])
+    baseline.learn([BaselineObservation(2, [1.0, -1.0], [2.0, 1.0])])
     restored.load_state_dict(baseline.state_dict())
     assert json.dumps(restored.state_dict()) == json.dumps(baseline.state_dict())
     for each in (baseline, restored):
-        each.remember([BaselineObservation(2, [3.0, -3.0], [2.0, 0.5])])
+        each.learn([BaselineObservation(2, [3.0, -3.0], [2.0, 0.5])])
     assert restored.kappa(2) == baseline.kappa(2) != 0

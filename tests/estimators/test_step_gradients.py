@@ -7,24 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.coverage import CoverageError
-from rlr_peft.estimators.gradient_sketch import GradientSketch
+from rlr_peft.estimators.base import CoverageError, Rollout
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.planning import best_first_order_steps
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.step_gains import StepGains
-from rlr_peft.estimators.step_gradients import (
+from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.variance import (
+    GradientSketch,
+    StepGains,
     StepGradients,
     StepVariances,
+    best_first_order_steps,
     measure_step_gradients,
     step_variances,
     variance_and_error,
 )
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward, WaveReward
 from tests.estimators.chains import flat, gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")
@@ -67,7 +64,7 @@ def test_a_contracting_chain_is_backpropagated_as_a_whole() -> None:
     chain = LinearGaussianChain(decay=(0.5, 0.3))
     estimator = RLREstimator(RLRSettings("auto", SINGLE))
     estimator.calibrate(chain, [rollout_of(chain, 64, 4)], decay=0.0)
-    assert estimator.plan(chain, True, torch.Generator()).first_order_steps == 6
+    assert estimator.layout(chain, True).first_order_steps == 6
 
 
 def test_the_early_steps_of_a_chaotic_chain_are_left_to_score_terms() -> None:
@@ -76,7 +73,7 @@ def test_the_early_steps_of_a_chaotic_chain_are_left_to_score_terms() -> None:
     objective = WaveReward(chain)
     estimator = RLREstimator(RLRSettings("auto", SINGLE))
     estimator.calibrate(chain, [rollout_of(chain, 64, 4, objective=objective)], decay=0.0)
-    best = estimator.plan(chain, True, torch.Generator()).first_order_steps
+    best = estimator.layout(chain, True).first_order_steps
     assert 1 < best < 6
     fresh = rollout_of(chain, 64, 4, seed=1000, objective=objective)
     variance = {k: float(estimates(chain, objective, fresh, k).var(0).sum()) for k in (1, best, 6)}
@@ -107,7 +104,7 @@ def test_no_k_leaves_a_noiseless_step_to_score_terms() -> None:
     chain = LinearGaussianChain(num_steps=3)
     estimator = RLREstimator(RLRSettings("auto", SINGLE))
     estimator.calibrate(chain, [rollout_of(chain, 8, 4)], decay=0.0)
-    assert estimator.plan(chain, True, torch.Generator()).coverage.unbiased  # step 1 has no noise
+    assert estimator.layout(chain, True).coverage.unbiased  # step 1 has no noise
 
 
 def test_a_reward_without_gradient_has_score_terms_alone() -> None:
@@ -146,13 +143,13 @@ def test_first_order_only_costs_no_score_passes() -> None:
 
 
 def test_running_gains_blend_and_survive_a_round_trip(tmp_path) -> None:
-    inf = math.inf
-    old = StepGains(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([inf, 4.0]))
-    new = StepGains(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 6.0]), torch.tensor([inf, 8.0]))
+    noise = torch.tensor([False, True])
+    old = StepGains(torch.tensor([0.0, 4.0]), noise, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
+    new = StepGains(torch.tensor([0.0, 8.0]), noise, torch.tensor([3.0, 4.0]), torch.tensor([2.0, 6.0]))
     blended = old.blend(new, decay=0.25)
-    assert blended.first_order.tolist() == [2.5, 3.5]
-    assert blended.cotangents.tolist() == [1.75, 4.75]
-    assert blended.scores.tolist() == [inf, 7.0]
+    assert blended.first_order is not None and blended.first_order.tolist() == [2.5, 3.5]
+    assert blended.cotangents is not None and blended.cotangents.tolist() == [1.75, 4.75]
+    assert blended.scores.tolist() == [0.0, 7.0]
     chain = LinearGaussianChain(num_steps=4)
     estimator = RLREstimator(RLRSettings("auto", SINGLE))
     for seed in range(2):
@@ -160,7 +157,7 @@ def test_running_gains_blend_and_survive_a_round_trip(tmp_path) -> None:
     torch.save(estimator.state_dict(), tmp_path / "state.pt")
     restored = RLREstimator(RLRSettings("auto", SINGLE))
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert restored.step_variances is not None and estimator.step_variances is not None
+    assert restored.statistics.variances is not None and estimator.statistics.variances is not None
     for name in ("first_order", "half_order"):
-        assert torch.equal(getattr(restored.step_variances, name), getattr(estimator.step_variances, name))
-    assert restored.plan(chain, True, torch.Generator()).first_order_steps == 4
+        assert torch.equal(getattr(restored.statistics.variances, name), getattr(estimator.statistics.variances, name))
+    assert restored.layout(chain, True).first_order_steps == 4

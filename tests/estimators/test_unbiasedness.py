@@ -14,18 +14,15 @@ import torch
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.estimator import Estimator
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.policy_gradient import PolicyGradientEstimator, PolicyGradientSettings
+from rlr_peft.estimators.base import Estimator, Rollout
+from rlr_peft.estimators.half_order import HalfOrder, StateBaseline
+from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
+from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.reward_feedback import RewardFeedbackEstimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.estimators.state_baseline import StateBaseline
-from rlr_peft.estimators.step_gradients import StepVariances
+from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
+from rlr_peft.estimators.variance import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain
 from rlr_peft.testing.unbiasedness import EstimatorBias, critical_z, measure_bias
 
 SINGLE = HalfOrder(length=1, blocks="all")
@@ -38,7 +35,7 @@ class EvenlyMixed(RLREstimator):
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         noisy = torch.tensor([chain.std(t) > 0 for t in range(1, chain.num_steps + 1)])
         ones = torch.ones(chain.num_steps, dtype=torch.float64)
-        self.step_variances = StepVariances(ones, torch.where(noisy, ones, torch.inf))
+        self.statistics.variances = StepVariances(ones, torch.where(noisy, ones, torch.inf))
 
 
 class UndividedPolicyGradient(PolicyGradientEstimator):

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.rollout import Rollout
-from rlr_peft.testing.guided_mixture_chain import GuidedMixtureChain
-from rlr_peft.testing.wave_reward import WaveReward
+from rlr_peft.estimators.base import Rollout
+from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
 
 
 def test_the_prediction_is_the_posterior_mean() -> None:

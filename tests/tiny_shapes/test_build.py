@@ -8,9 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from rlr_peft.tiny_shapes.build import build, parse_arguments
+from benchmarks.tiny_shapes.build import build, parse_arguments
+from benchmarks.tiny_shapes.loop import LoopSettings, train
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, create_judge, judge_file
-from rlr_peft.tiny_shapes.training.loop import LoopSettings, train
 
 TOY = [
     *("--drawings", "24", "--processes", "1", "--log_every", "1", "--checkpoint_every", "100"),

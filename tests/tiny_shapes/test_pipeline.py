@@ -11,11 +11,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from benchmarks.tiny_shapes.dataset import fresh_drawings, labels_of
+from benchmarks.tiny_shapes.text import token_ids
 from rlr_peft.tiny_shapes import judges_path, pipeline_path
 from rlr_peft.tiny_shapes.judges import load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene, caption_words, parse_caption, prompts
-from rlr_peft.tiny_shapes.training.dataset import fresh_drawings, labels_of
-from rlr_peft.tiny_shapes.training.text import token_ids
 
 
 @pytest.fixture(scope="module")

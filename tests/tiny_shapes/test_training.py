@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.tiny_shapes.dataset import build_drawings, scene_at
+from benchmarks.tiny_shapes.denoiser import sample_timesteps, training_caption
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, prompts
-from rlr_peft.tiny_shapes.training.dataset import build_drawings, scene_at
-from rlr_peft.tiny_shapes.training.train_unet import sample_timesteps, training_caption
 
 
 def shares_of_right_words(confused: bool, rows: int = 3000) -> dict[str, float]:

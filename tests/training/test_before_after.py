@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlr_peft.build.randomness import derive_seed
-from rlr_peft.compare.evaluation import evaluation_plan
+from rlr_peft.compare.evaluation import prompts_and_seeds
 from rlr_peft.compare.run import _images_of_each
-from rlr_peft.estimators.kl_penalty import step_kl
+from rlr_peft.estimators.kl import step_kl
 from rlr_peft.training.finishing import _source, divergence_from_base
 from tests.training.runs import build, config_file
 
@@ -23,7 +23,7 @@ def test_it_is_the_kl_of_the_steps_of_sampled_paths(workplace: Path, tmp_path: P
         for parameter in run.chain.parameters:
             parameter.fill_(0.02)
     found = divergence_from_base(run)
-    prompts, seeds = evaluation_plan(["a cat", "a dog"], 3, derive_seed(run.config.training.seed, "divergence"))
+    prompts, seeds = prompts_and_seeds(["a cat", "a dog"], 3, derive_seed(run.config.training.seed, "divergence"))
     run.chain.denoiser.eval()
     expected = torch.zeros(3)
     with torch.no_grad():

@@ -114,7 +114,7 @@ from rlr_peft.training.update import calibrate
 
 run = build_run(load_config(["--config", sys.argv[1]]))
 calibrate(run, 0)
-print("energies", json.dumps(run.estimator.step_energies.tolist()), flush=True)
+print("energies", json.dumps(run.estimator.statistics.energies.tolist()), flush=True)
 run.processes.close()
 """
 

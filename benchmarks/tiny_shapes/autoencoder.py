@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as functional
 from diffusers import AutoencoderKL
 
+from benchmarks.tiny_shapes.dataset import as_images
+from benchmarks.tiny_shapes.loop import LoopSettings, load_averaged_weights, train
 from rlr_peft.tiny_shapes import IMAGE_SIZE
-from rlr_peft.tiny_shapes.training.dataset import as_images
-from rlr_peft.tiny_shapes.training.loop import LoopSettings, load_averaged_weights, train
 
 _CROP_SHARE = 0.6
 _KL_WEIGHT = 1e-4

@@ -8,12 +8,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny_shapes.autoencoder import finished_vae
+from benchmarks.tiny_shapes.denoiser import create_scheduler, finished_denoiser
+from benchmarks.tiny_shapes.judges import finished_judge
+from benchmarks.tiny_shapes.loop import training_effort
+from benchmarks.tiny_shapes.text import create_tokenizer, write_legacy_tokenizer_files
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, judge_file
-from rlr_peft.tiny_shapes.training.loop import training_effort
-from rlr_peft.tiny_shapes.training.text import create_tokenizer, write_legacy_tokenizer_files
-from rlr_peft.tiny_shapes.training.train_judges import finished_judge
-from rlr_peft.tiny_shapes.training.train_unet import create_scheduler, finished_denoiser
-from rlr_peft.tiny_shapes.training.train_vae import finished_vae
 
 _TEXT_PREFIX = "text_model."
 

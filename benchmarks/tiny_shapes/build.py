@@ -1,4 +1,4 @@
-"""Makes everything that tiny-shapes ships, from nothing: ``python -m rlr_peft.tiny_shapes.build``.
+"""Makes everything that tiny-shapes ships, from nothing: ``python -m benchmarks.tiny_shapes.build``.
 
 Stages, in order: ``drawings``, ``vae``, ``latents``, ``judges``, ``unet``, ``export``. Each one can be run by itself,
 may be killed at any time: called again, a training goes on from its last checkpoint and a finished stage costs little.
@@ -16,9 +16,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.tiny_shapes import dataset
+from benchmarks.tiny_shapes.autoencoder import encode_drawings, finished_vae, train_vae
+from benchmarks.tiny_shapes.denoiser import train_unet
+from benchmarks.tiny_shapes.export import export_all
+from benchmarks.tiny_shapes.judges import train_judge
+from benchmarks.tiny_shapes.loop import LoopSettings, process_count, training_effort
+from rlr_peft.tiny_shapes import pipeline_path
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES
-from rlr_peft.tiny_shapes.training import dataset, export, train_judges, train_unet, train_vae
-from rlr_peft.tiny_shapes.training.loop import LoopSettings, process_count, training_effort
 
 STAGES = ("drawings", "vae", "latents", "judges", "unet", "export")
 
@@ -26,11 +31,10 @@ STAGES = ("drawings", "vae", "latents", "judges", "unet", "export")
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line of the build; the defaults are those of the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    package = Path(__file__).parent
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--judge", choices=JUDGE_NAMES, default=None, help="train only this judge")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/tiny_shapes_build"), help="work files")
-    parser.add_argument("--package_dir", type=Path, default=package, help="gets pipeline/ and judges/")
+    parser.add_argument("--package_dir", type=Path, default=pipeline_path().parent, help="gets pipeline/ and judges/")
     parser.add_argument("--drawings", type=int, default=72_000, help="training drawings")
     parser.add_argument("--vae_steps", type=int, default=2_200)
     parser.add_argument("--vae_batch_size", type=int, default=16, help="whole images per step; 3 times more crops")
@@ -78,16 +82,16 @@ def _run_stage(stage: str, options: argparse.Namespace) -> bool:
         dataset.build_drawings(drawings, options.drawings, options.seed, options.processes)
         return True
     if stage == "vae":
-        return train_vae.train_vae(drawings, work / "vae", loop, options.vae_batch_size)
+        return train_vae(drawings, work / "vae", loop, options.vae_batch_size)
     if stage == "latents":
-        train_vae.encode_drawings(drawings, work / "vae", latents, options.processes)
+        encode_drawings(drawings, work / "vae", latents, options.processes)
         return True
     if stage == "judges":
         finished = True
         for number, name in enumerate(JUDGE_NAMES):
             if options.judge in (None, name):
                 # The reward judge needs no autoencoder, so it can be trained beside it.
-                vae = train_vae.finished_vae(drawings, work / "vae") if name == "heldout" else None
+                vae = finished_vae(drawings, work / "vae") if name == "heldout" else None
                 settings = replace(
                     loop,
                     steps=options.judge_steps,
@@ -96,7 +100,7 @@ def _run_stage(stage: str, options: argparse.Namespace) -> bool:
                     seed=options.seed + 1 + number,
                 )
                 folder = work / f"judge_{name}"
-                finished &= train_judges.train_judge(name, drawings, folder, settings, options.judge_batch_size, vae)
+                finished &= train_judge(name, drawings, folder, settings, options.judge_batch_size, vae)
         return finished
     if stage == "unet":
         if options.processes > 1 and process_count() == 1:
@@ -109,8 +113,8 @@ def _run_stage(stage: str, options: argparse.Namespace) -> bool:
             decay_share=0.25,
             seed=options.seed + 7,
         )
-        return train_unet.train_unet(latents, work / "unet", settings, options.unet_batch_size // process_count())
-    export.export_all(drawings, work, options.package_dir)
+        return train_unet(latents, work / "unet", settings, options.unet_batch_size // process_count())
+    export_all(drawings, work, options.package_dir)
     return True
 
 
@@ -118,12 +122,12 @@ def _run_with_torchrun(options: argparse.Namespace) -> bool:
     """Train the denoiser in several processes; returns whether all steps are done."""
     flags = [f"--{name}={value}" for name, value in vars(options).items() if name != "stage" and value is not None]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
-    subprocess.run([*launcher, "-m", "rlr_peft.tiny_shapes.build", "--stage=unet", *flags], check=True)
+    subprocess.run([*launcher, "-m", "benchmarks.tiny_shapes.build", "--stage=unet", *flags], check=True)
     return training_effort(options.work_dir / "unet")["steps"] >= options.unet_steps
 
 
 def main() -> None:
-    """Entry point of ``python -m rlr_peft.tiny_shapes.build``."""
+    """Entry point of ``python -m benchmarks.tiny_shapes.build``."""
     build(parse_arguments())
 
 

@@ -1,6 +1,6 @@
 """How good tiny-shapes is: its judges, its autoencoder and how well its images show what the prompts ask.
 
-    python benchmarks/tiny_shapes.py
+    python -m benchmarks.tiny_shapes.measure
 
 The errors in shape, color and texture are intended: the last phase of the pipeline's training confuses similar words,
 so that a reward has something to improve. The judges were trained on true labels.
@@ -11,7 +11,6 @@ Writes ``benchmarks/results/tiny_shapes.json`` and the sample grid ``docs/images
 import argparse
 import json
 import os
-import platform
 import textwrap
 import time
 from pathlib import Path
@@ -19,18 +18,17 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import diffusers
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from benchmarks.machine import describe_machine
+from benchmarks.tiny_shapes.dataset import fresh_drawings, labels_of
 from rlr_peft.tiny_shapes import judges_path, pipeline_path
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, Judge, load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene, parse_caption, prompts
-from rlr_peft.tiny_shapes.training.dataset import fresh_drawings, labels_of
 
 BATCH = 32
 
@@ -90,16 +88,6 @@ def generate(
     return torch.cat(batches).float()
 
 
-def processor_name() -> str:
-    """The processor as the operating system calls it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def save_grid(images: torch.Tensor, captions: list[str], path: Path, columns: int = 6) -> None:
     """Images with their prompts underneath."""
     matplotlib.use("Agg")
@@ -126,14 +114,7 @@ def main() -> None:
     judges = {name: load_judge(name) for name in JUDGE_NAMES}
     weight_files = [*options.pipeline.rglob("*.safetensors"), *judges_path().glob("*.safetensors")]
     results: dict[str, Any] = {
-        "machine": {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": describe_machine(),
         "weights_mb": round(sum(file.stat().st_size for file in weight_files) / 1e6, 2),
         "chance": {attribute: round(1 / len(values), 4) for attribute, values in ATTRIBUTES.items()},
     }

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as functional
 from diffusers import AutoencoderKL
 
+from benchmarks.tiny_shapes.dataset import as_images, label_table
+from benchmarks.tiny_shapes.loop import LoopSettings, load_averaged_weights, train
 from rlr_peft.tiny_shapes import IMAGE_SIZE
 from rlr_peft.tiny_shapes.judges import Judge, JudgeName, create_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
-from rlr_peft.tiny_shapes.training.dataset import as_images, label_table
-from rlr_peft.tiny_shapes.training.loop import LoopSettings, load_averaged_weights, train
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 

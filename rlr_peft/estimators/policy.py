@@ -7,25 +7,21 @@ is left is the score-function gradient with the method's own advantages.
 Log densities SUM over latent dimensions, so ``clip_range`` bounds the ratio of whole steps.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from rlr_peft.chain.adjoint import ReplayedStep, add_to_gradients
+from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
-from rlr_peft.estimators.coverage import Coverage
-from rlr_peft.estimators.estimator import EstimatorReport, StatelessEstimator
+from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout, per_sample
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.hot_steps import hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.plan import Plan, make_plan
-from rlr_peft.estimators.rlr_settings import RLRSettings
-from rlr_peft.estimators.rollout import Rollout, per_sample
+from rlr_peft.estimators.rlr import Layout, RLRSettings, lay_out
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class PolicyGradientSettings:
     prompt_min_count: int = 16
 
 
-class PolicyGradientEstimator(StatelessEstimator):
+class PolicyGradientEstimator(Estimator):
     """DDPO (Black et al. 2024) or GRPO (Shao et al. 2024; for flow chains Flow-GRPO, Liu et al. 2025)."""
 
     def __init__(self, settings: PolicyGradientSettings) -> None:
@@ -69,11 +65,6 @@ class PolicyGradientEstimator(StatelessEstimator):
             f"{s.inner_epochs} inner epoch(s)"
         )
 
-    def observe(self, prompts: Sequence[str], rewards: torch.Tensor) -> None:
-        """Adds the rewards of all processes to the prompts' statistics."""
-        if self.settings.advantage == "prompt-statistics":
-            self._prompt_statistics.observe(prompts, rewards)
-
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
         """Normalised and clipped advantages (N,)."""
         if self.settings.advantage == "prompt-statistics":
@@ -82,30 +73,28 @@ class PolicyGradientEstimator(StatelessEstimator):
             advantages = group_normalized(rewards, group_size)
         return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
 
-    def accumulate(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
-    ) -> EstimatorReport:
-        """Adds the gradient of the clipped surrogate, summed over the micro-batch, to ``.grad``."""
-        plan = plan_steps(self.settings.steps, chain, generator)
-        norm, numbers = 0.0, defaultdict(list)
-        for block, weight in plan.blocks:
-            t = block.first_step
-            step = ReplayedStep(chain, rollout.trajectory, t, with_latents=False)
-            cotangent, ratio = clipped_cotangent(rollout, t, step.mean.detach(), self.settings.clip_range)
-            norm += add_to_gradients(chain, step.into_parameters(weight * cotangent))
-            deviation = (ratio - 1).abs()
-            numbers["policy_ratio_deviation"].append(float(deviation.mean()))
-            numbers["policy_clip_fraction"].append(float((deviation > self.settings.clip_range).double().mean()))
+    def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
+        """All steps with noise, or those that are drawn."""
         departures = ["advantages are divided by a standard deviation that contains the sample's own reward"]
         if self.inner_epochs > 1:
             departures.append("later inner epochs use samples of earlier weights, with clipped ratios")
-        return EstimatorReport(
-            coverage=Coverage(plan.coverage.weights, plan.coverage.gaps, departures=tuple(departures)),
-            gradient_norms={"policy_gradient": norm / rollout.trajectory.batch_size},
-            backward_steps=len(plan.blocks),
-            hot_steps=hot_steps(chain, plan),
-            metrics={name: sum(values) / len(values) for name, values in numbers.items()},
-        )
+        return replace(single_steps(self.settings.steps, chain).coverage, departures=tuple(departures))
+
+    def segments(
+        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+    ) -> Iterator[Segment]:
+        """The gradient of the clipped surrogate, step by step."""
+        blocks, _ = single_steps(self.settings.steps, chain).draw(generator)
+        for block, weight in blocks:
+            t = block.first_step
+            pull = partial(clipped_cotangent, rollout, clip_range=self.settings.clip_range)
+            yield Segment("policy_gradient", t, 1, None, weight, into_parameters=pull, score_steps=(t,))
+
+    def learn(self, books: Sequence[Book]) -> None:
+        """Adds the rewards of all processes to the prompts' statistics."""
+        if self.settings.advantage == "prompt-statistics":
+            for book in books:
+                self._prompt_statistics.observe(book.prompts, book.rewards)
 
     def state_dict(self) -> dict[str, Any]:
         """The prompts' statistics."""
@@ -116,22 +105,15 @@ class PolicyGradientEstimator(StatelessEstimator):
         self._prompt_statistics.load_state_dict(state)
 
 
-def plan_steps(steps: HalfOrder, chain: Chain, generator: torch.Generator) -> Plan:
-    """The single steps of one micro-batch, with weight 1 / q where they are drawn."""
-    return make_plan(
-        RLRSettings(first_order_steps=0, half_order=steps),
-        chain,
-        first_order_steps=0,
-        differentiable=False,
-        running_norms={},
-        generator=generator,
-    )
+def single_steps(steps: HalfOrder, chain: Chain) -> Layout:
+    """Single steps with noise, all of them or some that are drawn with weight 1 / q."""
+    return lay_out(RLRSettings(0, steps), chain, first_order_steps=0, has_gradient=False)
 
 
 def clipped_cotangent(
-    rollout: Rollout, t: int, mean: torch.Tensor, clip_range: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Derivative of ``min(A r, A clip(r, 1 - c, 1 + c))`` by the present mean of step t, and the ratios.
+    rollout: Rollout, t: int, mean: torch.Tensor, _: torch.Tensor | None = None, *, clip_range: float
+) -> tuple[torch.Tensor, Mapping[str, float]]:
+    """Derivative of ``min(A r, A clip(r, 1 - c, 1 + c))`` by the present mean of step t.
 
     Args:
         rollout: sampled with earlier weights, or the present ones.
@@ -140,8 +122,8 @@ def clipped_cotangent(
         clip_range: c.
 
     Returns:
-        ``A r z / sigma`` with the present standardised noise z, (B, ...), zero for samples whose ratio is clipped;
-        and r, (B,).
+        ``A r z / sigma`` with the present standardised noise z, (B, ...), zero for samples whose ratio is clipped; and
+        how far the ratios r are from 1, for the logs.
     """
     noise = standardized_noise(rollout.trajectory, t, mean)
     ratio = ((rollout.trajectory.noise(t).square() - noise.square()).flatten(1).sum(1) / 2).exp()
@@ -149,7 +131,12 @@ def clipped_cotangent(
     clipped = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
     # A sample without advantage adds nothing, even where its ratio overflows.
     factor = torch.where(clipped | (advantages == 0), 0.0, advantages * ratio)
-    return per_sample(factor, noise) * noise / rollout.trajectory.std(t), ratio
+    deviation = (ratio - 1).abs()
+    numbers = {
+        "policy_ratio_deviation": float(deviation.mean()),
+        "policy_clip_fraction": float((deviation > clip_range).double().mean()),
+    }
+    return per_sample(factor, noise) * noise / rollout.trajectory.std(t), numbers
 
 
 def standardized_noise(trajectory: Trajectory, t: int, mean: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.coverage import Coverage, CoverageError
+from rlr_peft.estimators.base import Coverage, CoverageError
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.hot_steps import hot_steps
-from rlr_peft.estimators.plan import Plan, make_plan
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.rlr_settings import Coefficients, RLRSettings
-from rlr_peft.estimators.rlr_statistics import RLRMemory
-from rlr_peft.estimators.step_gradients import StepVariances
+from rlr_peft.estimators.rlr import Coefficients, Layout, RLREstimator, RLRSettings, lay_out
+from rlr_peft.estimators.variance import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.linear_gaussian_chain import LinearGaussianChain
+from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from tests.estimators.chains import book_of_blocks, rollout_of
 
 HALF_ORDERS = [
     None,
@@ -42,37 +39,38 @@ EVERY_MODE += [RLRSettings("random", HalfOrder(1, "all"), black_box_steps=2)]
 @pytest.mark.parametrize("differentiable", [True, False])
 @pytest.mark.parametrize("last_std", [0.0, 0.2])
 def test_realised_weights_average_to_the_declared_coverage(differentiable: bool, last_std: float) -> None:
-    """Over many plans, every mode covers each step as often as it says: exactly, or within 6 standard errors."""
+    """Over many draws, every mode covers each step as often as it says: exactly, or within 6 standard errors."""
     chain = LinearGaussianChain(num_steps=6, last_std=last_std)
     generator = torch.Generator().manual_seed(0)
     for settings in EVERY_MODE:
         estimator = RLREstimator(settings)
-        estimator.remember([RLRMemory(block_norms=[(2, 1.0), (4, 0.1)])])
+        estimator.learn([book_of_blocks({2: 1.0, 4: 0.1})])
         if not _has_a_term(settings, differentiable):
             with pytest.raises(CoverageError, match="a term for this reward"):
-                estimator.plan(chain, differentiable, generator)
+                estimator.coverage(chain, differentiable)
             continue
         draws_blocks = settings.half_order is not None and settings.half_order.blocks != "all"
         is_random = draws_blocks or settings.first_order_steps == "random"
-        plans = [estimator.plan(chain, differentiable, generator) for _ in range(300 if is_random else 2)]
-        realised = torch.stack([_realised_weights(plan, settings.coefficients) for plan in plans])
-        declared = plans[0].coverage.weights
-        tolerance = 6 * realised.std(0) / math.sqrt(len(plans)) + 1e-9
+        layouts = [estimator.layout(chain, differentiable, generator) for _ in range(300 if is_random else 2)]
+        realised = torch.stack([_realised_weights(layout, settings.coefficients, generator) for layout in layouts])
+        coverage = estimator.coverage(chain, differentiable)
+        declared = coverage.weights
+        tolerance = 6 * realised.std(0) / math.sqrt(len(layouts)) + 1e-9
         assert torch.all((realised.mean(0) - declared).abs() <= tolerance), settings
-        coverage = plans[0].coverage
         off = {t for t, weight in enumerate(declared.tolist(), start=1) if abs(weight - 1) > 1e-9}
         assert set(coverage.gaps) == off, settings
         assert coverage.unbiased == (not off and coverage.smoothing is None)
 
 
-def _realised_weights(plan: Plan, coefficients: Coefficients) -> torch.Tensor:
+def _realised_weights(layout: Layout, coefficients: Coefficients, generator: torch.Generator) -> torch.Tensor:
     weights = torch.zeros(6, dtype=torch.float64)
-    weights[: plan.first_order_steps] += coefficients.first_order
-    for t in plan.black_box_steps:
+    weights[: layout.first_order_steps] += coefficients.first_order
+    for t in layout.black_box_steps:
         weights[t - 1] += coefficients.half_order
-    for t in plan.zeroth_order_steps:
+    blocks, left = layout.draw(generator)
+    for t in left:
         weights[t - 1] += coefficients.zeroth_order
-    for block, weight in plan.blocks:
+    for block, weight in blocks:
         weights[block.first_step - 1 : block.steps[-1]] += weight
     return weights
 
@@ -87,40 +85,33 @@ def test_a_chain_whose_only_step_ends_clean_says_that_score_terms_need_noise() -
     chain = LinearGaussianChain(num_steps=1)
     for settings in (RLRSettings("auto", HalfOrder(1, "all")), RLRSettings(0, None, black_box_steps=1)):
         with pytest.raises(CoverageError, match=r"need noise, which no step has.*Raise eta or num_inference_steps"):
-            RLREstimator(settings).plan(chain, False, torch.Generator())
+            RLREstimator(settings).layout(chain, False)
     with pytest.raises(CoverageError, match=r"no half-order or zeroth-order terms\. Use estimator rlr"):
-        RLREstimator(RLRSettings(1, None)).plan(chain, False, torch.Generator())
+        RLREstimator(RLRSettings(1, None)).layout(chain, False)
 
 
 def test_a_random_tail_is_drawn_evenly_and_complete_with_score_terms_beyond() -> None:
     chain, generator = LinearGaussianChain(num_steps=4), torch.Generator().manual_seed(0)
-    alone = [RLREstimator(RLRSettings("random", None)).plan(chain, True, generator) for _ in range(400)]
-    counts = torch.bincount(torch.tensor([plan.first_order_steps for plan in alone]), minlength=5)
+    alone = [RLREstimator(RLRSettings("random", None)).layout(chain, True, generator) for _ in range(400)]
+    counts = torch.bincount(torch.tensor([layout.first_order_steps for layout in alone]), minlength=5)
     assert counts[0] == 0
     # 400 draws of probability 1/4 have a standard deviation of 8.7
     assert all(abs(int(count) - 100) < 5 * 8.7 for count in counts[1:])
-    assert alone[0].coverage.weights.tolist() == [1.0, 0.75, 0.5, 0.25]
-    assert RLREstimator(RLRSettings("random", HalfOrder(1, "all"))).plan(chain, True, generator).coverage.unbiased
+    assert RLREstimator(RLRSettings("random", None)).coverage(chain, True).weights.tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert RLREstimator(RLRSettings("random", HalfOrder(1, "all"))).coverage(chain, True).unbiased
 
 
 def test_a_mixture_is_complete_and_its_coefficients_count_by_their_shares() -> None:
     chain = LinearGaussianChain(num_steps=6)
     mixture = torch.tensor([1.0, 0.25, 0.0, 0.75], dtype=torch.float64)
 
-    def plan(coefficients: Coefficients) -> Plan:
-        return make_plan(
-            RLRSettings("auto", HalfOrder(1, "all"), coefficients=coefficients),
-            chain,
-            first_order_steps=4,
-            differentiable=True,
-            running_norms={},
-            generator=torch.Generator(),
-            mixture=mixture,
-        )
+    def layout(coefficients: Coefficients) -> Layout:
+        settings = RLRSettings("auto", HalfOrder(1, "all"), coefficients=coefficients)
+        return lay_out(settings, chain, first_order_steps=4, has_gradient=True, mixture=mixture)
 
-    assert plan(Coefficients()).coverage.unbiased
-    assert [block.first_step for block, _ in plan(Coefficients()).blocks] == [5, 6]
-    weights = plan(Coefficients(first_order=3.0, half_order=2.0)).coverage.weights
+    assert layout(Coefficients()).coverage.unbiased
+    assert [block.first_step for block in layout(Coefficients()).blocks] == [5, 6]
+    weights = layout(Coefficients(first_order=3.0, half_order=2.0)).coverage.weights
     assert weights.tolist() == [3.0, 2.25, 2.0, 2.75, 2.0, 2.0]
 
 
@@ -134,28 +125,28 @@ def test_a_window_that_the_tail_has_come_to_cover_is_drawn_from_no_more(
     settings = RLRSettings("auto", HalfOrder(1, 1, "window", (2, 3)), perturbed, black_box_steps=4)
     estimator = RLREstimator(settings)
     quiet, noisy = torch.full((6,), 1e-3), torch.ones(6)
-    estimator.step_variances = StepVariances(torch.cat([quiet[:4], noisy[4:]]), torch.cat([noisy[:4], quiet[4:]]))
-    plan = estimator.plan(chain, differentiable, torch.Generator())
-    assert (plan.first_order_steps, plan.black_box_steps) == ((4, []) if differentiable else (0, [1, 2, 3, 4]))
-    assert plan.blocks == []
+    estimator.statistics.variances = StepVariances(torch.cat([quiet[:4], noisy[4:]]), torch.cat([noisy[:4], quiet[4:]]))
+    layout = estimator.layout(chain, differentiable)
+    assert (layout.first_order_steps, layout.black_box_steps) == ((4, []) if differentiable else (0, [1, 2, 3, 4]))
+    assert layout.blocks == []
     if perturbed is None:
-        assert plan.coverage.describe() == "Biased by choice: steps 5-6 of 6 are left out, outside the chosen window."
+        assert layout.coverage.describe() == "Biased by choice: steps 5-6 of 6 are left out, outside the chosen window."
     else:
-        assert plan.zeroth_order_steps == [5, 6] and plan.coverage.complete
+        assert layout.left == [5, 6] and layout.coverage.complete
 
 
 def test_the_zeroth_order_takes_noiseless_steps_that_mirroring_cannot() -> None:
     estimator = RLREstimator(RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01), black_box_steps=3))
-    plan = estimator.plan(LinearGaussianChain(num_steps=6), False, torch.Generator())
-    assert plan.black_box_steps == [2, 3] and 1 in plan.zeroth_order_steps
-    assert plan.coverage.complete
+    layout = estimator.layout(LinearGaussianChain(num_steps=6), False)
+    assert layout.black_box_steps == [2, 3] and 1 in layout.left
+    assert layout.coverage.complete
 
 
 def test_a_tail_of_coefficient_0_is_not_left_to_the_zeroth_order() -> None:
     settings = RLRSettings(2, None, ZerothOrder("two-point", 0.01), coefficients=Coefficients(first_order=0.0))
-    plan = RLREstimator(settings).plan(LinearGaussianChain(num_steps=6), True, torch.Generator())
-    assert plan.zeroth_order_steps == [3, 4, 5, 6]
-    assert plan.coverage.weights.tolist() == [0, 0, 1, 1, 1, 1]
+    layout = RLREstimator(settings).layout(LinearGaussianChain(num_steps=6), True)
+    assert layout.left == [3, 4, 5, 6]
+    assert layout.coverage.weights.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_coverage_is_checked_and_described() -> None:
@@ -181,5 +172,7 @@ def test_coverage_is_checked_and_described() -> None:
 
 def test_hot_steps_under_a_score_term_are_named() -> None:
     chain = LinearGaussianChain(last_std=0.01)  # gain .3 against a noise of .01
-    estimator = RLREstimator(RLRSettings(0, HalfOrder(1, "all")))
-    assert hot_steps(chain, estimator.plan(chain, True, torch.Generator())) == pytest.approx({1: 30.0})
+    estimator, rollout = RLREstimator(RLRSettings(0, HalfOrder(1, "all"))), rollout_of(chain, 4, 4)
+    assert estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator()).hot_steps == pytest.approx(
+        {1: 30.0}
+    )

@@ -6,8 +6,8 @@ import torch
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.estimators.sampling import Batch, mirrored_pairs, sample_batch
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.training.rollouts import Batch, mirrored_pairs, sample_batch
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red"] * 4 + ["blue"] * 4
@@ -17,12 +17,7 @@ def sampled(micro_batch_size: int, antithetic: bool) -> tuple[DenoisingChain, Ba
     chain = chain_over(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=3, guidance_scale=3.0)
     reward = CallableReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
     objective = DecodedReward(chain, reward, 4)
-
-    def advantages(rewards: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        assert prompts == PROMPTS and rewards.shape == (8,)
-        return leave_one_out(rewards, 4, antithetic)
-
-    return chain, sample_batch(chain, objective, PROMPTS, list(range(8)), micro_batch_size, advantages, antithetic)
+    return chain, sample_batch(chain, objective, PROMPTS, list(range(8)), micro_batch_size, antithetic)
 
 
 def test_mirrored_pairs_are_neighbours() -> None:
@@ -36,18 +31,21 @@ def test_mirrored_pairs_are_neighbours() -> None:
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_antithetic_samples_have_the_noises_of_the_first_seed_of_their_pair(micro_batch_size: int) -> None:
     chain, batch = sampled(micro_batch_size, antithetic=True)
-    noises = torch.cat([rollout.trajectory.noises for rollout in batch.rollouts], dim=1)
+    assert batch.prompts == PROMPTS and batch.rewards.shape == (8,)
+    noises = torch.cat([trajectory.noises for trajectory, _ in batch.micro_batches], dim=1)
     assert torch.equal(noises[:, ::2], chain.draw_noises([0, 2, 4, 6]))
     assert torch.equal(noises[:, 1::2], -noises[:, ::2])
-    advantages = torch.cat([rollout.advantages for rollout in batch.rollouts])
-    torch.testing.assert_close(advantages, leave_one_out(batch.rewards, 4, antithetic=True))
+    advantages = leave_one_out(batch.rewards, 4, antithetic=True)
+    parts = [rollout.advantages for rollout in batch.rollouts(advantages)]
+    assert [len(part) for part in parts] == [micro_batch_size] * (8 // micro_batch_size)
+    assert torch.equal(torch.cat(parts), advantages)
 
 
 def test_the_size_of_a_micro_batch_changes_nothing() -> None:
     for antithetic in (False, True):
         (_, small), (_, large) = sampled(2, antithetic), sampled(8, antithetic)
-        assert len(small.rollouts) == 4 and len(large.rollouts) == 1
         torch.testing.assert_close(small.rewards, large.rewards)
-        for name in ("advantages", "reward_gradient"):
-            parts = torch.cat([getattr(rollout, name) for rollout in small.rollouts])
-            torch.testing.assert_close(parts, getattr(large.rollouts[0], name))
+        parts = [measured.reward_gradient for _, measured in small.micro_batches]
+        ((_, whole),) = large.micro_batches
+        assert len(parts) == 4
+        torch.testing.assert_close(torch.cat(parts), whole.reward_gradient)

@@ -11,10 +11,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from transformers import CLIPTextModel
 
+from benchmarks.tiny_shapes.dataset import scene_at
+from benchmarks.tiny_shapes.loop import LoopSettings, load_averaged_weights, train
+from benchmarks.tiny_shapes.text import create_text_encoder, token_ids
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, describe
-from rlr_peft.tiny_shapes.training.dataset import scene_at
-from rlr_peft.tiny_shapes.training.loop import LoopSettings, load_averaged_weights, train
-from rlr_peft.tiny_shapes.training.text import create_text_encoder, token_ids
 
 _EMPTY_SHARE = 0.1
 _PARTIAL_SHARE = 0.25

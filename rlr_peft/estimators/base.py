@@ -1,0 +1,294 @@
+"""What an estimator is: a list of backward segments over a chain, and one book of what came of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from rlr_peft.chain import adjoint
+from rlr_peft.chain.adjoint import Booking, Segment
+from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.errors import UserError
+from rlr_peft.estimators.advantages import leave_one_out
+from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.zeroth_order import Perturbation, perturb
+from rlr_peft.prompt import texts_of
+
+# A step is hot whose mean moves more than this per unit of denoiser output and of its noise.
+HOT_STEP = 3.0
+
+# Terms that follow the reward's own gradient.
+FIRST_ORDER, MIXED_ORDER = "first_order", "mixed_order"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One micro-batch of scored samples: all that an estimator gets to see of an update.
+
+    Attributes:
+        trajectory: the samples, batch size B.
+        rewards: R(x_0) of every sample, (B,).
+        advantages: rewards minus a baseline, as the estimator makes them of the rewards of all processes, (B,).
+        reward_gradient: dR/dx_0 of every sample, (B, ...); None for a reward without gradient.
+    """
+
+    trajectory: Trajectory
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    reward_gradient: torch.Tensor | None
+
+    def select(self, samples: list[int]) -> "Rollout":
+        """The rollout of some of the samples."""
+        return Rollout(
+            trajectory=self.trajectory.select(samples),
+            rewards=self.rewards[samples],
+            advantages=self.advantages[samples],
+            reward_gradient=None if self.reward_gradient is None else self.reward_gradient[samples],
+        )
+
+    def score_cotangent(self, t: int, advantages: torch.Tensor | None = None) -> torch.Tensor:
+        """``A eps_t / sigma_t``, the cotangent at the mean of step t of a score-function term, (B, ...).
+
+        Args:
+            t: the step.
+            advantages: A, (B,); the rollout's own if None.
+
+        Raises:
+            ValueError: step t is deterministic, so that it has no likelihood ratio.
+        """
+        std = self.trajectory.std(t)
+        if std == 0:
+            raise ValueError(f"Expected noise at step {t}, got std = 0: a score-function term is undefined there.")
+        advantages = self.advantages if advantages is None else advantages
+        return per_sample(advantages, self.trajectory.noise(t)) * self.trajectory.noise(t) / std
+
+
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshapes (B,) so that it multiplies (B, ...) sample by sample."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+class CoverageError(UserError, ValueError):
+    """An estimator's terms do not cover the chain as they claim."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """With which expected weight the terms of an estimator cover every step, and why where it is not 1.
+
+    An estimator is unbiased when every step's expected weight is 1; another weight biases it, and must be a choice.
+
+    Attributes:
+        weights: ``weights[t - 1]`` is the expected weight of step t, (T,), float64.
+        gaps: reason by step for every step that is left out by choice.
+        smoothing: scale s of the zeroth order's perturbation where there is one: its gradient is that of the smoothed
+            objective, biased in the order of s squared; None without it.
+        departures: what makes the estimate another than the gradient of the expected reward although steps are covered,
+            one clause each.
+    """
+
+    weights: torch.Tensor
+    gaps: Mapping[int, str]
+    smoothing: float | None = None
+    departures: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step is covered with expected weight 1."""
+        return bool(torch.allclose(self.weights, torch.ones_like(self.weights), rtol=0, atol=1e-9))
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the estimate is unbiased: every step covered, nothing smoothed, no departure."""
+        return self.complete and self.smoothing is None and not self.departures
+
+    def check(self) -> None:
+        """Raises:
+        CoverageError: a step's weight is not 1 and no reason was given.
+        """
+        for t, weight in enumerate(self.weights.tolist(), start=1):
+            if abs(weight - 1) > 1e-9 and t not in self.gaps:
+                raise CoverageError(f"Expected coverage 1 at step {t} of {len(self.weights)}, got {weight:.6g}.")
+
+    def describe(self) -> str:
+        """One or two sentences for logs and cards."""
+        if self.unbiased:
+            return "Every step is covered with expected weight 1: the gradient estimate is unbiased."
+        clauses = list(self.departures)
+        if self.smoothing is not None:
+            smoothed = (
+                "the zeroth-order term estimates the gradient of the objective smoothed at "
+                f"s = {self.smoothing:g}, with a bias of order s squared"
+            )
+            if self.complete and not self.departures:
+                return f"Every step is covered with expected weight 1; {smoothed}."
+            clauses.append(smoothed)
+        off = [t for t, weight in enumerate(self.weights.tolist(), start=1) if abs(weight - 1) > 1e-9]
+        for reason in sorted({self.gaps[t] for t in off if t in self.gaps}):
+            steps = [t for t in off if self.gaps.get(t) == reason]
+            subject, verb = ("step", "is") if len(steps) == 1 else ("steps", "are")
+            clauses.append(f"{subject} {step_ranges(steps)} of {len(self.weights)} {verb} {reason}")
+        return f"Biased by choice: {'; '.join(clauses)}."
+
+
+def step_ranges(steps: list[int]) -> str:
+    """Steps in words, runs of them joined: ``1-3, 7``."""
+    parts: list[list[int]] = []
+    for t in steps:
+        if parts and t == parts[-1][-1] + 1:
+            parts[-1].append(t)
+        else:
+            parts.append([t])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+@dataclass(frozen=True)
+class Book:
+    """What one micro-batch of an update came to, in plain values that processes can exchange.
+
+    Attributes:
+        prompts: of the B samples.
+        rewards: of the samples.
+        advantages: of the samples.
+        reward_gradient_square: squared norm of dR/dx_0, summed over samples; None for a reward without gradient.
+        bookings: one for every term that was run.
+        hot_steps: ``|d mean / d output| / std`` of the steps with a score term whose mean reacts too strongly to the
+            denoiser, so that the term is very noisy there.
+    """
+
+    prompts: list[str]
+    rewards: list[float]
+    advantages: list[float]
+    reward_gradient_square: float | None
+    bookings: list[Booking]
+    hot_steps: Mapping[int, float]
+
+    @property
+    def backward_passes(self) -> int:
+        """Backward passes through a denoiser step, per sample."""
+        return sum(booking.backward_passes for booking in self.bookings)
+
+    @property
+    def first_order_steps(self) -> int:
+        """K, steps covered by the pathwise gradient."""
+        return sum(booking.length for booking in self.bookings if booking.term in (FIRST_ORDER, MIXED_ORDER))
+
+    def norms(self) -> dict[str, float]:
+        """Euclidean norms of each term's parts for the mean reward of the micro-batch, summed by term."""
+        norms: dict[str, float] = {}
+        for booking in self.bookings:
+            norms[booking.term] = norms.get(booking.term, 0.0) + booking.norm / len(self.rewards)
+        return norms
+
+    def numbers(self) -> dict[str, float]:
+        """The terms' own numbers, means over bookings."""
+        names = dict.fromkeys(name for booking in self.bookings for name in booking.numbers)
+        return {name: fmean(b.numbers[name] for b in self.bookings if name in b.numbers) for name in names}
+
+
+class Estimator(ABC):
+    """Turns sampled and scored rollouts into backward segments of the gradient of the expected reward.
+
+    A new estimator is a class with ``describe``, ``coverage`` and ``segments``; the rest does nothing unless an
+    estimator normalises advantages in its own way, measures variances, or learns from past updates.
+
+    Attributes:
+        inner_epochs: optimiser steps taken on the same samples.
+        uses_reward_gradient: whether a reward's gradient is of use; without, its tape and the decoder's are spared.
+        is_calibrated: whether ``calibrate`` has run, in this session or before the checkpoint that was loaded.
+    """
+
+    inner_epochs: int = 1
+    uses_reward_gradient: bool = False
+    is_calibrated: bool = True
+
+    @abstractmethod
+    def describe(self, has_gradient: bool | None = None) -> str:
+        """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
+
+    @abstractmethod
+    def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
+        """What the segments of the next update cover in expectation.
+
+        Raises:
+            CoverageError: there is no term for this reward.
+        """
+
+    @abstractmethod
+    def segments(
+        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+    ) -> Iterable[Segment | Perturbation]:
+        """The terms of the gradient of the micro-batch's SUMMED reward, made one by one as they are run.
+
+        Args:
+            chain: the chain, in the weights that train.
+            objective: scores clean latents, for terms that need other rewards than the samples' own.
+            rollout: the micro-batch.
+            generator: of the estimator's draws, on the CPU.
+        """
+
+    def accumulate(self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator) -> Book:
+        """Runs the segments of a micro-batch: adds its gradient to ``.grad`` of the chain's parameters."""
+        return accumulate(chain, objective, rollout, self.segments(chain, objective, rollout, generator), generator)
+
+    def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
+        """Advantages (N,) of the rewards (N,) of all processes, the samples of one prompt side by side."""
+        return leave_one_out(rewards, group_size)
+
+    def wants_calibration(self, has_gradient: bool) -> bool:
+        """Whether ``calibrate`` is of use, before the first update and every so often."""
+        return False
+
+    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:  # noqa: B027
+        """Measures on rollouts that no update uses; ``decay`` is the weight of the past."""
+
+    def learn(self, books: Sequence[Book]) -> None:  # noqa: B027
+        """Learns from a finished update: the books of all micro-batches and processes, in their order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running statistics, of plain types and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restores what ``state_dict`` returned."""
+
+
+def accumulate(
+    chain: Chain,
+    objective: Objective,
+    rollout: Rollout,
+    terms: Iterable[Segment | Perturbation],
+    generator: torch.Generator,
+) -> Book:
+    """Runs the terms one by one, adds their gradients to ``.grad`` of the chain's parameters, and books them.
+
+    Raises:
+        DerivativeError: a derivative is not finite.
+    """
+    bookings: list[Booking] = []
+    score_steps: list[int] = []
+    for term in terms:
+        if isinstance(term, Segment):
+            bookings.append(adjoint.run(chain, rollout.trajectory, term))
+            score_steps += term.score_steps
+        else:
+            bookings.append(perturb(chain, objective, rollout.trajectory, term, generator))
+    gradient = rollout.reward_gradient
+    return Book(
+        texts_of(rollout.trajectory.prompts),
+        rollout.rewards.tolist(),
+        rollout.advantages.tolist(),
+        None if gradient is None else float(gradient.double().square().sum()),
+        bookings,
+        hot_steps(chain, score_steps),
+    )
+
+
+def hot_steps(chain: Chain, steps: Iterable[int]) -> dict[int, float]:
+    """``|d mean / d output| / std`` of those steps, all with noise, whose mean reacts too strongly to the denoiser."""
+    ratios = {t: chain.output_sensitivity(t) / chain.std(t) for t in steps}
+    return {t: ratio for t, ratio in ratios.items() if ratio > HOT_STEP}

@@ -1,0 +1,429 @@
+"""How noisy the terms of every step are, and which K that makes best.
+
+Pathwise gradients grow towards the noise, because the chain amplifies; score terms shrink, because the steps are
+noisier there. Where they cross depends on the model, T and the reward, so it is measured, in two parts:
+
+- a calibration replays the steps of a few samples and keeps sketches of their gradients: they show every step's GAIN,
+  the variance of what comes out for the size of what is pulled back, which hardly differs between samples;
+- every update shows, for free, the SIZES of what is pulled back. These do differ: where early steps are chaotic, one
+  sample in a hundred has a cotangent larger than all others by orders of magnitude and makes up the variance, and where
+  a reward is nearly satisfied, few samples have an advantage at all. A calibration mostly misses them.
+
+Everything comes from past updates and from calibrations, so that what it chooses biases no estimate.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlr_peft.chain.adjoint import Segment, walk
+from rlr_peft.chain.interface import Chain
+from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Rollout
+from rlr_peft.estimators.half_order import HALF_ORDER, StateBaseline
+from rlr_peft.estimators.pathwise import first_order_segment
+
+# A weight this close to 0 or 1 is not worth a second backward pass.
+NEGLIGIBLE_WEIGHT = 0.01
+
+# A K below T must promise at least this factor: from few samples both sums are rough, a score term that was taken for
+# quiet costs far more than a pathwise one that was, and score terms grow with rewards that the samples did not show.
+WORTH_LEAVING_FULL = 2.0
+
+NORM_DECAY = 0.9
+# Rare samples must not be forgotten soon, the rewards of much weaker weights should be.
+SIZE_DECAY = 0.99
+
+
+class GradientSketch:
+    """A random projection of gradients to d numbers that keeps inner products; linear, the same for the same seed.
+
+    A count sketch (Charikar, Chen, Farach-Colton 2002) adds every component, with a random sign, into one of d buckets.
+    Inner products of sketches equal those of the vectors in expectation, with a standard error of about
+    ``|a| |b| sqrt(2 / d)`` at the most.
+
+    Args:
+        parameters: lend the shapes and the device.
+        dimension: d.
+        seed: of the hashing.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], dimension: int = 4096, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        size = sum(parameter.numel() for parameter in parameters)
+        device = parameters[0].device
+        self.dimension = dimension
+        self._buckets = torch.randint(dimension, (size,), generator=generator, dtype=torch.int32).to(device)
+        self._signs = (2 * torch.randint(2, (size,), generator=generator, dtype=torch.int8) - 1).to(device)
+
+    def __call__(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sketch (d,) of one tensor per parameter, on the CPU, in the gradients' precision."""
+        vector = torch.cat([gradient.flatten() for gradient in gradients])
+        sketch = torch.zeros(self.dimension, dtype=vector.dtype, device=vector.device)
+        return sketch.index_add_(0, self._buckets, vector * self._signs).cpu()
+
+
+@dataclass(frozen=True)
+class StepGradients:
+    """Sketches of N samples' gradients through every step, at index t - 1.
+
+    Attributes:
+        pathwise: G_t, the reward's gradient through step t, (T, N, d); None for a reward without gradient.
+        scores: S_t, the gradient of ``< eps_t / sigma_t, mu_t >``, (T, N, d); zeros where a step has no noise.
+        advantages: of the samples, (N,).
+        has_noise: whether step t has a score term, (T,), bool.
+        cotangent_squares: squared norm of the reward's derivative at the mean of every step, (T, N), float64; None for
+            a reward without gradient.
+    """
+
+    pathwise: torch.Tensor | None
+    scores: torch.Tensor
+    advantages: torch.Tensor
+    has_noise: torch.Tensor
+    cotangent_squares: torch.Tensor | None = None
+
+    @property
+    def half_order(self) -> torch.Tensor:
+        """H_t, the score-function gradients ``A S_t``, (T, N, d)."""
+        return self.advantages[None, :, None] * self.scores
+
+
+def measure_step_gradients(
+    chain: Chain, rollouts: Sequence[Rollout], sketch: GradientSketch, first_order_only: bool = False
+) -> StepGradients:
+    """Replays every step of every sample once, and pulls back the reward's gradient and the noise.
+
+    Args:
+        chain: the chain.
+        rollouts: of at least two samples in all.
+        sketch: projects the gradients.
+        first_order_only: leave the scores at zero, where only the pathwise gradients are wanted.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    samples = [rollout.select([i]) for rollout in rollouts for i in range(len(rollout.rewards))]
+    if len(samples) < 2:
+        raise ValueError(f"Expected at least 2 samples to measure a variance, got {len(samples)}.")
+    num_steps = chain.num_steps
+    has_noise = torch.tensor([chain.std(t) > 0 for t in range(1, num_steps + 1)])
+    shape = (num_steps, len(samples), sketch.dimension)
+    differentiable = samples[0].reward_gradient is not None
+    pathwise, squares = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.float64)
+    scores = torch.zeros(shape)
+    for i, sample in enumerate(samples):
+
+        def noise(t: int, sample: Rollout = sample) -> torch.Tensor | None:
+            wanted = has_noise[t - 1] and not first_order_only
+            return sample.trajectory.noise(t) / chain.std(t) if wanted else None
+
+        if differentiable:
+            for step in walk(chain, sample.trajectory, first_order_segment(sample, num_steps), probe=noise):
+                assert step.cotangent is not None
+                squares[step.t - 1, i] = float(step.cotangent.double().square().sum())
+                pathwise[step.t - 1, i] = sketch(step.gradients)
+                if step.probed is not None:
+                    scores[step.t - 1, i] = sketch(step.probed)
+        else:
+            for t in range(1, num_steps + 1):
+                if (score := noise(t)) is not None:
+                    (step,) = walk(chain, sample.trajectory, Segment("score", t, 1, score))
+                    scores[t - 1, i] = sketch(step.gradients)
+    advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
+    if not differentiable:
+        return StepGradients(None, scores, advantages, has_noise)
+    return StepGradients(pathwise, scores, advantages, has_noise, squares)
+
+
+def step_energies(gradients: StepGradients) -> torch.Tensor:
+    """Mean squared norm of the samples' gradients at index t - 1, (T,), float64.
+
+    The pathwise gradients where the reward has one: score terms are mostly noise, largest where steps are quietest.
+    """
+    vectors = gradients.half_order if gradients.pathwise is None else gradients.pathwise
+    return vectors.double().square().sum(2).mean(1)
+
+
+@dataclass(frozen=True)
+class StepVariances:
+    """Variances (traces of covariances) of a single sample's gradient through every step.
+
+    Attributes:
+        first_order: V_G(t) at index t - 1, (T,), float64; infinite without a reward gradient.
+        half_order: V_H(t) at index t - 1, (T,), float64; infinite where the step has no noise.
+    """
+
+    first_order: torch.Tensor
+    half_order: torch.Tensor
+
+
+def step_variances(gradients: StepGradients) -> StepVariances:
+    """The variances that the samples of a calibration show by themselves."""
+    infinite = torch.full((len(gradients.scores),), torch.inf, dtype=torch.float64)
+    return StepVariances(
+        first_order=infinite if gradients.pathwise is None else _by_step(gradients.pathwise),
+        half_order=torch.where(gradients.has_noise, _by_step(gradients.half_order), infinite),
+    )
+
+
+def variance_and_error(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trace of the covariance of the rows of (N, d), and its standard error; both float64.
+
+    Heavy tails show in the error: one sample that makes up all of the variance gives an error as large as the variance.
+    """
+    count = len(samples)
+    squares = (samples.double() - samples.double().mean(0)).square().sum(1) * count / (count - 1)
+    return squares.mean(), squares.std() / count**0.5
+
+
+def _by_step(vectors: torch.Tensor) -> torch.Tensor:
+    return torch.stack([variance_and_error(step)[0] for step in vectors])
+
+
+def best_first_order_steps(
+    first_order: torch.Tensor, half_order: torch.Tensor, worth_leaving_full: float = WORTH_LEAVING_FULL
+) -> int:
+    """The K in 0..T with the smallest sum of variances if steps 1..K are first order and the rest half order.
+
+    Every step costs one denoiser evaluation and one backward pass, whatever its term, so variance alone decides. The
+    whole estimate's variance would be the better criterion if it were known: the terms of different steps are
+    correlated. Measured on few samples it is noisier than the two sums, whose errors go together, and chose worse.
+
+    Args:
+        first_order: V_G(t) at index t - 1, (T,); infinite without a reward gradient.
+        half_order: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
+        worth_leaving_full: factor by which a smaller K must lower the sum.
+
+    Returns:
+        K; T unless a smaller K lowers the sum by that factor.
+    """
+    zero = torch.zeros(1, dtype=torch.float64)
+    pathwise = torch.cat([zero, first_order.double().cumsum(0)])
+    score = torch.cat([half_order.double().flip(0).cumsum(0).flip(0), zero])
+    sums = (pathwise + score).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    best = int(sums.argmin())
+    return best if worth_leaving_full * sums[best] < sums[-1] else len(first_order)
+
+
+def inverse_variance_weights(first_order: torch.Tensor, half_order: torch.Tensor) -> torch.Tensor:
+    """``w_t = V_H / (V_G + V_H)``, the weight of the pathwise term of every step; ``1 - w_t`` is the score term's.
+
+    Args:
+        first_order: V_G(t) at index t - 1, (T,).
+        half_order: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
+
+    Returns:
+        (T,), float64, in [0, 1]; weights next to 0 or 1 are rounded.
+    """
+    weights = torch.where(half_order.isinf(), 1.0, half_order / (first_order + half_order).clamp(min=1e-300)).double()
+    weights[weights < NEGLIGIBLE_WEIGHT] = 0.0
+    weights[weights > 1 - NEGLIGIBLE_WEIGHT] = 1.0
+    return weights
+
+
+@dataclass
+class SignalSizes:
+    """How large advantages and pathwise cotangents are: sums over samples.
+
+    Attributes:
+        samples: how many.
+        advantages: of squared advantages.
+        cotangents: of the squared norms of the reward's derivative at the mean of step t, at index t - 1, as far as the
+            samples were walked.
+        first_cotangents: the same at step 1, of those samples that were walked as far as step t.
+    """
+
+    samples: float = 0.0
+    advantages: float = 0.0
+    cotangents: list[float] = field(default_factory=list)
+    first_cotangents: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of_walk(cls, advantages: torch.Tensor, cotangents: Sequence[float]) -> "SignalSizes":
+        """Of samples with these advantages (B,) that were walked together; summed squares from step 1 on."""
+        return cls(
+            samples=len(advantages),
+            advantages=float(advantages.double().square().sum()),
+            cotangents=list(cotangents),
+            first_cotangents=list(cotangents[:1]) * len(cotangents),
+        )
+
+    @classmethod
+    def of_calibration(cls, gradients: StepGradients) -> "SignalSizes":
+        """Of the samples of a calibration."""
+        squares = gradients.cotangent_squares
+        return cls.of_walk(gradients.advantages, [] if squares is None else squares.sum(1).tolist())
+
+    @classmethod
+    def of_book(cls, book: Book) -> "SignalSizes":
+        """Of a micro-batch; without a pathwise term its reward gradient alone, the cotangent of step 1, is known."""
+        squares: Sequence[float] = () if book.reward_gradient_square is None else (book.reward_gradient_square,)
+        for booking in book.bookings:
+            if booking.term in (FIRST_ORDER, MIXED_ORDER):
+                squares = booking.cotangent_squares
+        return cls.of_walk(torch.tensor(book.advantages, dtype=torch.float64), squares)
+
+    def blend(self, newer: Iterable["SignalSizes"], decay: float) -> "SignalSizes":
+        """``decay`` times this plus all of the newer ones, whose walks may differ in length."""
+        blended = SignalSizes(
+            decay * self.samples,
+            decay * self.advantages,
+            [decay * square for square in self.cotangents],
+            [decay * square for square in self.first_cotangents],
+        )
+        for sizes in newer:
+            blended.samples += sizes.samples
+            blended.advantages += sizes.advantages
+            _add(blended.cotangents, sizes.cotangents)
+            _add(blended.first_cotangents, sizes.first_cotangents)
+        return blended
+
+    def mean_squared_advantage(self) -> float:
+        """``E A^2``."""
+        return self.advantages / self.samples
+
+    def mean_squared_cotangents(self) -> torch.Tensor:
+        """``E |c_t|^2`` at index t - 1, float64, of the steps that any sample was walked to.
+
+        ``E |c_1|^2`` of all samples times the amplification ``E |c_t|^2 / E |c_1|^2`` of those that were walked: steps
+        beyond the present K keep their place while the reward, and with it all cotangents, changes.
+        """
+        first = self.cotangents[0] / self.samples if self.cotangents else 0.0
+        known = [
+            first * square / first_square if first_square > 0 else 0.0
+            for square, first_square in zip(self.cotangents, self.first_cotangents, strict=True)
+        ]
+        return torch.tensor(known, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums."""
+        return {**vars(self), "cotangents": list(self.cotangents), "first_cotangents": list(self.first_cotangents)}
+
+
+def _add(sums: list[float], more: list[float]) -> None:
+    sums += [0.0] * (len(more) - len(sums))
+    for i, value in enumerate(more):
+        sums[i] += value
+
+
+@dataclass(frozen=True)
+class StepGains:
+    """What a calibration says of the steps themselves, all (T,), at index t - 1.
+
+    Attributes:
+        scores: ``E |S_t|^2``, float64.
+        has_noise: whether step t has a score term, bool.
+        first_order: V_G(t) on the calibration's own samples, float64; None without a reward gradient.
+        cotangents: ``E |c_t|^2`` on the same samples, so that ``first_order / cotangents`` is the gain of a pathwise
+            gradient; None without a reward gradient.
+    """
+
+    scores: torch.Tensor
+    has_noise: torch.Tensor
+    first_order: torch.Tensor | None = None
+    cotangents: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, gradients: StepGradients) -> "StepGains":
+        """The gains that N samples show."""
+        squares = gradients.scores.double().square().sum(2).mean(1)
+        if gradients.pathwise is None or gradients.cotangent_squares is None:
+            return cls(squares, gradients.has_noise)
+        cotangents = gradients.cotangent_squares.mean(1)
+        return cls(squares, gradients.has_noise, _by_step(gradients.pathwise), cotangents)
+
+    def blend(self, newer: "StepGains", decay: float) -> "StepGains":
+        """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
+
+        def mean(older: torch.Tensor | None, newest: torch.Tensor | None) -> torch.Tensor | None:
+            return newest if older is None or newest is None else decay * older + (1 - decay) * newest
+
+        scores = decay * self.scores + (1 - decay) * newer.scores
+        first_order, cotangents = mean(self.first_order, newer.first_order), mean(self.cotangents, newer.cotangents)
+        return StepGains(scores, newer.has_noise, first_order, cotangents)
+
+    def variances(self, sizes: SignalSizes) -> StepVariances:
+        """``V_G(t) = gain E |c_t|^2`` and ``V_H(t) = E A^2 E |S_t|^2``, taking size and gain as independent."""
+        half_order = torch.where(self.has_noise, self.scores * sizes.mean_squared_advantage(), torch.inf)
+        if self.first_order is None or self.cotangents is None:
+            return StepVariances(torch.full_like(self.scores, torch.inf), half_order)
+        seen = sizes.mean_squared_cotangents()
+        scale = torch.ones_like(self.scores)
+        own = self.cotangents[: len(seen)]
+        scale[: len(seen)] = torch.where(own > 0, seen / own, 1.0)
+        return StepVariances(self.first_order * scale, half_order)
+
+
+class StepStatistics:
+    """The running statistics of an estimator's steps, from past updates and calibrations only.
+
+    Args:
+        state_baseline: whether there is a state baseline to learn.
+
+    Attributes:
+        variances: of the terms, which choose K; None before the first calibration.
+        energies: gradient energies of the steps, (T,), which choose the window; None before the first calibration.
+        block_norms: gradient norm of half-order blocks by first step.
+        state_baseline: None without one.
+    """
+
+    def __init__(self, state_baseline: bool = False) -> None:
+        self.variances: StepVariances | None = None
+        self.energies: torch.Tensor | None = None
+        self.block_norms: dict[int, float] = {}
+        self.state_baseline = StateBaseline() if state_baseline else None
+        self._gains: StepGains | None = None
+        self._sizes = SignalSizes()
+
+    def calibrate(self, gradients: StepGradients, decay: float) -> None:
+        """Blends what a calibration measured into the running statistics; ``decay`` is the weight of the past."""
+        measured = StepGains.of(gradients)
+        self._gains = measured if self._gains is None else self._gains.blend(measured, decay)
+        energies = step_energies(gradients)
+        self.energies = energies if self.energies is None else decay * self.energies + (1 - decay) * energies
+        self._see([SignalSizes.of_calibration(gradients)])
+
+    def learn(self, books: Sequence[Book]) -> None:
+        """Blends what a finished update showed into the running statistics."""
+        by_step: defaultdict[int, list[float]] = defaultdict(list)
+        blocks = [(book, booking) for book in books for booking in book.bookings if booking.term == HALF_ORDER]
+        for book, block in blocks:
+            norm = block.norm / len(book.rewards) / block.weight if block.weight else 0.0
+            by_step[block.first_step].append(norm)
+        for first_step, norms in by_step.items():
+            newer = sum(norms) / len(norms)
+            older = self.block_norms.get(first_step, newer)
+            self.block_norms[first_step] = NORM_DECAY * older + (1 - NORM_DECAY) * newer
+        if self.state_baseline is not None:
+            self.state_baseline.learn(block.note for _, block in blocks)
+        if self._gains is not None:
+            self._see(SignalSizes.of_book(book) for book in books)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics, of plain types and tensors."""
+        return {
+            "gains": None if self._gains is None else dict(vars(self._gains)),
+            "energies": self.energies,
+            "sizes": self._sizes.state_dict(),
+            "block_norms": dict(self.block_norms),
+            "state_baseline": None if self.state_baseline is None else self.state_baseline.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        self.energies = state["energies"]
+        self._sizes = SignalSizes(**state["sizes"])
+        if state["gains"] is not None:
+            self._gains = StepGains(**state["gains"])
+            self.variances = self._gains.variances(self._sizes)
+        self.block_norms = dict(state["block_norms"])
+        if self.state_baseline is not None and state["state_baseline"] is not None:
+            self.state_baseline.load_state_dict(state["state_baseline"])
+
+    def _see(self, sizes: Iterable[SignalSizes]) -> None:
+        """Learns from the samples of one update or calibration how large signals are."""
+        self._sizes = self._sizes.blend(sizes, SIZE_DECAY)
+        if self._gains is not None:
+            self.variances = self._gains.variances(self._sizes)

@@ -1,0 +1,335 @@
+"""Chains with known gradients and known faults, and rewards for them: what estimators are measured against.
+
+All are in float64. The parameters carry a leading replicate dimension: replicate r has its own (equal) copy and its own
+samples, so one pass of an estimator over R * n samples yields R independent gradient estimates in the parameters'
+``.grad``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from rlr_peft.chain.path import GaussianStep, PathPoint, step_std
+from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.prompt import PromptLike, as_prompts
+
+
+class ReplicatedChain(ABC):
+    """A chain of ``rlr_peft.chain.interface.Chain`` whose step is a formula, in float64.
+
+    Args:
+        stds: standard deviation of every step, at index t - 1.
+        parameters: of one copy of the chain.
+        replicates: R, independent copies of the parameters.
+
+    Attributes:
+        num_steps: T.
+        dimension: size d of the latents.
+        replicates: R.
+        parameters: each (R, ...).
+        denoiser_evaluations: number of single-sample evaluations so far.
+    """
+
+    def __init__(self, stds: Sequence[float], dimension: int, parameters: Sequence[torch.Tensor], replicates: int):
+        self.num_steps, self.dimension, self.replicates = len(stds), dimension, replicates
+        self.denoiser_evaluations = 0
+        self._stds = list(stds)
+        self.parameters = [torch.nn.Parameter(p.expand(replicates, *p.shape).clone()) for p in parameters]
+        self._reference = [parameter.detach().clone() for parameter in self.parameters]
+
+    @abstractmethod
+    def step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor]) -> GaussianStep:
+        """Step t from latents (R * n, d), the rows of one replicate side by side."""
+
+    @abstractmethod
+    def output_sensitivity(self, t: int) -> float:
+        """``|d mean / d denoiser output|`` of step t."""
+
+    def std(self, t: int) -> float:
+        """Standard deviation of step t."""
+        return self._stds[t - 1]
+
+    def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
+        """Standard normal noises (T + 1, B, d); fast, so all from the first seed."""
+        generator = torch.Generator().manual_seed(seeds[0])
+        return torch.randn(self.num_steps + 1, len(seeds), self.dimension, generator=generator, dtype=torch.float64)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
+    ) -> Trajectory:
+        """Samples R * n rows; from these noises if given."""
+        noises = self.draw_noises(seeds) if noises is None else noises
+        latents, predictions = [noises[self.num_steps]], []
+        for t in range(self.num_steps, 0, -1):
+            step = self.step(latents[-1], t, self.parameters)
+            latents.append(step.next_latents(noises[t - 1]))
+            predictions.append(step.pred_original_sample)
+        return Trajectory(
+            prompts=as_prompts(prompts),
+            latents=torch.stack(latents).flip(0),
+            noises=noises,
+            stds=tuple(self._stds),
+            pred_original_samples=torch.stack(predictions).flip(0),
+        )
+
+    def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
+        """Step t once more."""
+        latents = trajectory.latents[t] if latents is None else latents
+        self.denoiser_evaluations += len(latents)
+        return self.step(latents, t, self.parameters)
+
+    @torch.no_grad()
+    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
+        """The mean of step t with the parameters that the chain was built with."""
+        self.denoiser_evaluations += trajectory.batch_size
+        return self.step(trajectory.latents[t], t, self._reference).mean
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        trajectory: Trajectory,
+        start: int,
+        latents: torch.Tensor,
+        stop: int = 0,
+        noises: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs steps ``start, ..., stop + 1``."""
+        noises = trajectory.noises if noises is None else noises
+        for t in range(start, stop, -1):
+            latents = self.step(latents, t, self.parameters).next_latents(noises[t - 1])
+        self.denoiser_evaluations += len(latents) * (start - stop)
+        return latents
+
+
+class LinearGaussianChain(ReplicatedChain):
+    """A chain whose reward gradient is known in closed form.
+
+        x_{t-1} = M_t x_t + c_t v + sigma_t eps_t,      M_t = a_t I + b_t W,      R(x_0) = w . x_0 - x_0^T Q x_0 / 2
+
+    with parameters W and v. All moments of x_0 are polynomials of the parameters, so the gradient of E[R] is exact.
+    ``W x`` plays the denoiser's output, from which the prediction of x_0 follows too: the remaining steps without
+    noise, to first order in the parameters.
+
+    Args:
+        num_steps: T.
+        dimension: size d of the latents.
+        replicates: R, independent copies of the parameters.
+        last_std: sigma_1; 0 is legal, as for diffusers' default grids.
+        decay: a_1 and a_T, linear in between; above 1 the chain amplifies what it is given.
+        gain: b_1 and b_T, linear in between: how much the parameters matter at every step.
+        seed: seed of the constants.
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 6,
+        dimension: int = 3,
+        replicates: int = 1,
+        last_std: float = 0.0,
+        decay: tuple[float, float] = (0.95, 0.8),
+        gain: tuple[float, float] = (0.3, 0.6),
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self._decay = torch.linspace(*decay, num_steps, dtype=torch.float64)
+        self._gain = torch.linspace(*gain, num_steps, dtype=torch.float64)
+        self._shift = torch.linspace(0.5, 0.2, num_steps, dtype=torch.float64)
+        matrix, vector = 0.3 * normal(dimension, dimension), 0.5 * normal(dimension)
+        stds = [last_std, *torch.linspace(0.25, 0.6, num_steps - 1, dtype=torch.float64).tolist()]
+        super().__init__(stds, dimension, [matrix, vector], replicates)
+        self._prediction = self._prediction_coefficients()
+        self.reward_slope = normal(dimension)
+        root = normal(dimension, dimension)
+        self.reward_curvature = 0.3 * root @ root.T / dimension
+
+    def output_sensitivity(self, t: int) -> float:
+        """``|d mean / d (W x)|`` of step t."""
+        return float(self._gain[t - 1])
+
+    def exact_gradient(self) -> list[torch.Tensor]:
+        """Gradient of E[R(x_0)] by (W, v) of one replicate, shapes (d, d) and (d,)."""
+        matrix, vector = (parameter[0].detach().clone().requires_grad_() for parameter in self.parameters)
+        identity = torch.eye(self.dimension, dtype=torch.float64)
+        mean, covariance = torch.zeros(self.dimension, dtype=torch.float64), identity
+        for t in range(self.num_steps, 0, -1):
+            transition = self._decay[t - 1] * identity + self._gain[t - 1] * matrix
+            mean = transition @ mean + self._shift[t - 1] * vector
+            covariance = transition @ covariance @ transition.T + self.std(t) ** 2 * identity
+        curvature = self.reward_curvature
+        expected = self.reward_slope @ mean - (mean @ curvature @ mean + (curvature * covariance).sum()) / 2
+        return list(torch.autograd.grad(expected, [matrix, vector]))
+
+    def step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor]) -> GaussianStep:
+        """``M_t x_t + c_t v + sigma_t eps_t``."""
+        matrix, vector = parameters
+        rows = latents.reshape(self.replicates, -1, self.dimension)
+        output = rows @ matrix.mT
+
+        def combined(decay: float, gain: float, shift: float) -> torch.Tensor:
+            return (decay * rows + gain * output + shift * vector[:, None]).reshape(latents.shape)
+
+        mean = combined(*self._transition(t))
+        return GaussianStep(mean, self.std(t), combined(*self._prediction[t - 1]))
+
+    def _transition(self, t: int) -> tuple[float, float, float]:
+        return float(self._decay[t - 1]), float(self._gain[t - 1]), float(self._shift[t - 1])
+
+    def _prediction_coefficients(self) -> list[tuple[float, float, float]]:
+        """Of x, W x and v in the prediction of every step: the steps below, one after the other."""
+        coefficients = []
+        decay, gain, shift = 1.0, 0.0, 0.0
+        for t in range(1, self.num_steps + 1):
+            a, b, c = self._transition(t)
+            decay, gain, shift = decay * a, decay * b + gain * a, decay * c + shift
+            coefficients.append((decay, gain, shift))
+        return coefficients
+
+
+class QuadraticReward:
+    """``R(x_0) = w . x_0 - x_0^T Q x_0 / 2`` as an ``Objective``.
+
+    Args:
+        chain: holds w and Q.
+        differentiable: whether the estimators may use the gradient.
+    """
+
+    def __init__(self, chain: LinearGaussianChain, differentiable: bool = True) -> None:
+        self._chain = chain
+        self.differentiable = differentiable
+
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
+        """Rewards (B,)."""
+        quadratic = torch.einsum("bi,ij,bj->b", latents, self._chain.reward_curvature, latents)
+        return latents @ self._chain.reward_slope - quadratic / 2
+
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (B,) and their gradients (B, d)."""
+        return self.score(latents, prompts), self._chain.reward_slope - latents @ self._chain.reward_curvature
+
+
+# Stable Diffusion's noise levels.
+TRAINING_STEPS, FIRST_BETA, LAST_BETA = 1000, 0.00085, 0.012
+
+
+class GuidedMixtureChain(ReplicatedChain):
+    """A chain whose denoiser is the exact posterior mean of a Gaussian mixture, with classifier-free guidance.
+
+    Ancestral steps, eta = 1, over ``p(x_0) = 1/n sum_k N(m_k, width^2 I)``; the parameters are the means m_k. Half of
+    the components are the condition's. Which component a sample ends in is decided by a softmax, so small changes early
+    on may send it elsewhere; guidance sharpens that. This is how early steps of a real chain become chaotic: most
+    samples are tame, and rare ones have pathwise gradients that are larger by orders of magnitude.
+
+    Args:
+        num_steps: T, on a trailing grid.
+        dimension: size d of the latents.
+        components: n, an even number.
+        width: standard deviation of a component.
+        guidance_scale: 1 samples the whole mixture, more leads to the first half of the components.
+        reward_frequency: length of the reward's direction w: how fine the reward is.
+        replicates: R, independent copies of the parameters.
+        seed: seed of the constants.
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 20,
+        dimension: int = 16,
+        components: int = 4,
+        width: float = 0.5,
+        guidance_scale: float = 1.0,
+        reward_frequency: float = 3.0,
+        replicates: int = 1,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.randn(components, dimension, generator=generator, dtype=torch.float64)
+        direction = torch.randn(dimension, generator=generator, dtype=torch.float64)
+        self.reward_slope = reward_frequency * direction / dimension**0.5
+        self.width, self.guidance_scale = width, guidance_scale
+        self._unconditional_only = torch.arange(components) >= components // 2
+        self._points = _path_points(num_steps)
+        stds = [
+            step_std("ancestral", current, following, eta=1.0)
+            for following, current in zip(self._points, self._points[1:], strict=False)
+        ]
+        super().__init__(stds, dimension, [means], replicates)
+
+    def output_sensitivity(self, t: int) -> float:
+        """``|d mean / d prediction of x_0|`` of step t."""
+        current, following = self._points[t], self._points[t - 1]
+        return abs(following.alpha - self._noise_kept(t) * current.alpha / current.sigma)
+
+    def step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor]) -> GaussianStep:
+        """``a' x0 + sqrt(s'^2 - std^2) e`` with the guided posterior mean as x0."""
+        current, following = self._points[t], self._points[t - 1]
+        rows = latents.reshape(self.replicates, -1, self.dimension)
+        prediction = self._guided_posterior_mean(rows, current, parameters[0]).reshape(latents.shape)
+        noise = (latents - current.alpha * prediction) / current.sigma
+        mean = following.alpha * prediction + self._noise_kept(t) * noise
+        return GaussianStep(mean, self.std(t), prediction)
+
+    def _noise_kept(self, t: int) -> float:
+        return max(0.0, self._points[t - 1].sigma ** 2 - self.std(t) ** 2) ** 0.5
+
+    def _guided_posterior_mean(self, rows: torch.Tensor, point: PathPoint, means: torch.Tensor) -> torch.Tensor:
+        """(R, n, d) of rows (R, n, d) and means (R, K, d)."""
+        variance = point.alpha**2 * self.width**2 + point.sigma**2
+        offsets = rows[:, :, None] - point.alpha * means[:, None]
+        log_weights = -offsets.square().sum(-1) / (2 * variance)
+        by_component = means[:, None] + point.alpha * self.width**2 / variance * offsets
+
+        def posterior_mean(log_weights: torch.Tensor) -> torch.Tensor:
+            return (log_weights.softmax(-1)[..., None] * by_component).sum(2)
+
+        unconditional = posterior_mean(log_weights)
+        if self.guidance_scale == 1:
+            return unconditional
+        conditional = posterior_mean(log_weights.masked_fill(self._unconditional_only, -torch.inf))
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+
+def _path_points(num_steps: int) -> list[PathPoint]:
+    """Points 0..T of the path, from the clean end."""
+    betas = torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, TRAINING_STEPS, dtype=torch.float64) ** 2
+    alphas = (1 - betas).cumprod(0).sqrt()
+    timesteps = torch.linspace(TRAINING_STEPS / num_steps - 1, TRAINING_STEPS - 1, num_steps).round().long()
+    levels = [1.0, *alphas[timesteps].tolist()]
+    return [PathPoint(alpha, max(0.0, 1 - alpha**2) ** 0.5) for alpha in levels]
+
+
+class HasSlope(Protocol):
+    """A chain that lends the direction w, (d,)."""
+
+    reward_slope: torch.Tensor
+
+
+class WaveReward:
+    """``R = sin(w . x_0)``: bounded, but as steep as the chain amplifies, so that pathwise gradients become noise.
+
+    Args:
+        chain: holds w.
+        differentiable: whether the estimators may use the gradient.
+    """
+
+    def __init__(self, chain: HasSlope, differentiable: bool = True) -> None:
+        self._slope = chain.reward_slope
+        self.differentiable = differentiable
+
+    def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
+        """Rewards (B,)."""
+        return torch.sin(latents @ self._slope)
+
+    def score_with_gradient(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (B,) and their gradients (B, d)."""
+        return self.score(latents, prompts), torch.cos(latents @ self._slope)[:, None] * self._slope
