@@ -180,6 +180,33 @@ def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == encoded == 4  # two prompts, each with its empty negative
 
 
+def test_a_chain_at_other_settings_encodes_nothing_again_and_draws_as_one_built_so() -> None:
+    pipeline = tiny_stable_diffusion()
+    chain = chain_over(pipeline, num_inference_steps=3, guidance_scale=3.0, height=32, width=24)
+    first = chain.sample(PROMPTS, [0, 1])
+    calls = []
+    hook = pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    drawn = {}
+    for eta, steps, guidance in ((0.0, None, None), (0.5, 5, None), (None, None, 2.0)):
+        other = chain.at(eta=eta, steps=steps, guidance=guidance)
+        drawn[eta, steps, guidance] = other.sample(PROMPTS, [0, 1]).latents
+        assert other.denoiser_evaluations == 2 * other.num_steps
+    assert not calls
+    hook.remove()
+    for (eta, steps, guidance), latents in drawn.items():
+        built = chain_over(
+            pipeline,
+            num_inference_steps=steps or 3,
+            eta=1.0 if eta is None else eta,
+            guidance_scale=guidance or 3.0,
+            height=32,
+            width=24,
+        )
+        assert torch.equal(latents, built.sample(PROMPTS, [0, 1]).latents)
+    assert (chain.num_steps, chain.arguments.eta, chain.denoiser_evaluations) == (3, 1.0, 6)
+    assert torch.equal(chain.sample(PROMPTS, [0, 1]).latents, first.latents), "the first chain is as it was"
+
+
 def test_denoiser_evaluations_are_counted() -> None:
     pipeline = tiny_stable_diffusion()
     rows = []

@@ -91,10 +91,12 @@ def test_first_frames_alone_are_those_of_the_whole_video(name: str, folder_of: C
     pipeline = load(folder_of(name))
     whole = chain_over(pipeline, num_inference_steps=2, **options)
     part = chain_over(pipeline, num_inference_steps=2, decoded_frames=frames, **options)
+    looked_at = part.at(whole=True)
     latents = whole.sample(PROMPTS, SEEDS).latents[0].requires_grad_()
     videos = whole.decode(latents, PROMPTS)
     first = part.decode(latents, PROMPTS)
     assert videos.shape[1] == 9 and first.shape[1] == frames
+    assert torch.equal(looked_at.decode(latents, PROMPTS), videos)
     torch.testing.assert_close(first, videos[:, :frames], rtol=0, atol=1e-5)
     expected = torch.autograd.grad(videos[:, :frames].sum(), latents)[0]
     torch.testing.assert_close(torch.autograd.grad(first.sum(), latents)[0], expected, rtol=0, atol=1e-4)
