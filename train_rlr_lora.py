@@ -31,9 +31,9 @@ def main() -> int:
         open_publisher(config) as publisher,
     ):
         # Only now the heavy imports: a wrong flag or token is refused at once.
+        from rlr_peft.build.run import build_run
         from rlr_peft.training.finishing import finish, summary
         from rlr_peft.training.resuming import resume
-        from rlr_peft.training.run import build_run
         from rlr_peft.training.trainer import train
         from rlr_peft.training.validation import evaluate_base
 

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.machine import write_results
 from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.run import build_run
 from rlr_peft.config import load_config
 from rlr_peft.diagnose.estimates import first_and_half_order, sample_estimates
 from rlr_peft.durable_files import replacing_file
@@ -32,7 +33,6 @@ from rlr_peft.estimators.variance import (
     measure_step_gradients,
     step_variances,
 )
-from rlr_peft.training.run import build_run
 
 GROUP = 4
 CALIBRATION_SAMPLES = 16

@@ -25,6 +25,7 @@ from benchmarks.machine import write_results
 from benchmarks.race import base_evaluation, claimed
 from rlr_peft.build.drawing import render
 from rlr_peft.build.pipeline import load_pipeline
+from rlr_peft.build.run import Run, build_run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.evaluation import evaluate, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.config import ChainArguments, load_config
@@ -34,7 +35,6 @@ from rlr_peft.rewards.combination import HeldoutRewards
 from rlr_peft.rewards.embedded import TinyShapesJudgeReward
 from rlr_peft.stages import make_stages
 from rlr_peft.tiny_shapes import scenes
-from rlr_peft.training.run import Run, build_run
 from rlr_peft.training.update import calibrate, take_update
 from rlr_peft.training.validation import evaluate_adapter
 

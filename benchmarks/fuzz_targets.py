@@ -47,8 +47,7 @@ from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.embedded import JpegReward
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings, request_body
 from rlr_peft.rewards.server import RewardServer, ServerLimits
-from rlr_peft.training.checkpoints import CheckpointManager
-from rlr_peft.training.manifest import MANIFEST_NAME, read_manifest
+from rlr_peft.training.checkpoints import MANIFEST_NAME, CheckpointManager, read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 DEEP = 3000

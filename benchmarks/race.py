@@ -24,10 +24,10 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race_report import print_long_runs, report
+from rlr_peft.build.run import Run, build_run
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.training.run import Run, build_run
 from rlr_peft.training.update import calibrate, take_update
 from rlr_peft.training.validation import evaluate_adapter, evaluate_base
 

@@ -14,10 +14,10 @@ import torch
 from benchmarks.machine import write_results
 from benchmarks.race import REWARDS
 from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.run import build_run
 from rlr_peft.config import load_config
 from rlr_peft.estimators.sampling import sample_batch
 from rlr_peft.estimators.variance import GradientSketch, measure_step_gradients
-from rlr_peft.training.run import build_run
 
 DIMENSION = 2048
 

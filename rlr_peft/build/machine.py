@@ -9,6 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from rlr_peft.config import ConfigError, ModelArguments
+
+WITHOUT_GPU = (
+    "bnb_quantization_config_path: expected a GPU, which bitsandbytes' quantised layers need, got a machine without "
+    "one; run on a GPU or leave --bnb_quantization_config_path out."
+)
+OFFLOAD_WITHOUT_GPU = "offload: expected a GPU, whose memory it spares, got a machine without one; leave --offload out."
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "rlr-peft")
 
 
@@ -46,3 +53,17 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def check_machine(arguments: ModelArguments, device: torch.device) -> None:
+    """Refuses, before any download, what this machine cannot do.
+
+    Raises:
+        ConfigError: an option that needs a GPU on a machine without.
+    """
+    if device.type != "cpu":
+        return
+    if arguments.bnb_quantization_config_path is not None:
+        raise ConfigError(WITHOUT_GPU)
+    if arguments.offload:
+        raise ConfigError(OFFLOAD_WITHOUT_GPU)

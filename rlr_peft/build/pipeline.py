@@ -1,9 +1,11 @@
 """Loads the base pipeline as the config asks for it."""
 
+import copy
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 
 from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.chain.base_files import check_loaded, loading_base, read_model_index
-from rlr_peft.chain.families import DENOISERS, GENERIC, family_of_class
+from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_class
 from rlr_peft.chain.memory import offload_models
 from rlr_peft.config import ConfigError, ModelArguments
 from rlr_peft.config.memory_checks import read_quantization
@@ -28,7 +30,13 @@ from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Precision = Literal["no", "fp16", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Options about loading, which an object leaves no choice of.
+LOADING_OPTIONS = (
+    *("revision", "variant", "pretrained_vae_model_name_or_path", "pretrained_motion_adapter_name_or_path"),
+    *("bnb_quantization_config_path", "offload"),
+)
 # What some pipeline classes take besides their models, and what it must be here.
 SETTINGS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
 
@@ -74,6 +82,16 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
             **replaced,
         )
     check_loaded(name, pipeline)
+    prepare_pipeline(pipeline, arguments, device)
+    return pipeline
+
+
+def prepare_pipeline(pipeline: DiffusionPipeline, arguments: ModelArguments, device: torch.device) -> None:
+    """Freezes a loaded base, in eval mode, and switches on what the config asks of it, on its device.
+
+    Raises:
+        ValueError: the VAE cannot recompute its activations, or the denoiser cannot use the attention backend.
+    """
     if not arguments.offload:
         pipeline.to(device)
     for component in pipeline.components.values():
@@ -81,7 +99,12 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
             component.requires_grad_(False).eval()
             keep_weights_as_quantized(component)
     vae = getattr(pipeline, "vae", None)
-    if vae is not None and dtype == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast:
+    if (
+        vae is not None
+        and DTYPES[arguments.mixed_precision] == torch.float16
+        and hasattr(pipeline, "upcast_vae")
+        and vae.config.force_upcast
+    ):
         # The pipeline (SDXL) would cast it to and fro around each decode, under the feet of the tape.
         logger.info("The VAE overflows in fp16 and is kept in fp32; --pretrained_vae_model_name_or_path replaces it.")
         vae.to(torch.float32)
@@ -92,7 +115,56 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
     if arguments.offload:
         offload_models(pipeline, device)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+
+
+def described_by(pipeline: object, arguments: ModelArguments, denoisers: Sequence[str] | None = None) -> ModelArguments:
+    """The options of a base that is given as an object: its name, as far as it has one, and its number format.
+
+    Its safety checker, which is no part of the chain, is taken off.
+
+    Args:
+        pipeline: what was given.
+        arguments: the config's options of the base.
+        denoisers: the names of what is trained; None leaves it to the family.
+
+    Raises:
+        ValueError: no denoiser under these names.
+        ConfigError: no pipeline, one that has an adapter already or a number format that is not trained in, or an
+            option about loading, which an object leaves no choice of.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ConfigError(f"pipeline: expected a loaded diffusers pipeline, got {type(pipeline).__name__}.")
+    for name in LOADING_OPTIONS:
+        if getattr(arguments, name):
+            raise ConfigError(f"{name}: expected a base by its name, got a pipeline that is loaded; leave it out.")
+    for name, part in pipeline.components.items():
+        if getattr(part, "peft_config", None):
+            raise ConfigError(
+                f"pipeline: expected a base without adapters, got one in its {name}; fuse or unload it first."
+            )
+    formats = {dtype: name for name, dtype in DTYPES.items()}
+    dtype = getattr(pipeline, family_of(pipeline, denoisers).denoisers[0]).dtype
+    if dtype not in formats:
+        raise ConfigError(f"pipeline: expected weights in fp32, fp16 or bf16, got {dtype}.")
+    if getattr(pipeline, "safety_checker", None) is not None:
+        logger.info("The pipeline's safety checker is taken off: training sees all images.")
+        pipeline.safety_checker = None
+    name = str(pipeline.name_or_path or "") or f"a {type(pipeline).__name__} in memory"
+    return replace(
+        arguments,
+        pretrained_model_name_or_path=PIPELINE_NAME if name == str(pipeline_path()) else name,
+        mixed_precision=formats[dtype],
+    )
+
+
+def without_adapters(pipeline: DiffusionPipeline, denoisers: Iterable[str]) -> DiffusionPipeline:
+    """The pipeline with copies of its denoisers that have no adapter; all other models are shared."""
+    fresh = copy.copy(pipeline)
+    for name in denoisers:
+        denoiser = copy.deepcopy(getattr(pipeline, name))
+        denoiser.unload_lora()
+        fresh.__dict__[name] = denoiser
+    return fresh
 
 
 def load_reward_decoder(
@@ -149,27 +221,6 @@ def _settings(pipeline_class: Any, index: Mapping[str, Any]) -> dict[str, Any]:
         pipeline_class = getattr(diffusers, index["_class_name"])
     taken = inspect.signature(pipeline_class.__init__).parameters
     return {name: value for name, value in SETTINGS.items() if name in taken}
-
-
-WITHOUT_GPU = (
-    "bnb_quantization_config_path: expected a GPU, which bitsandbytes' quantised layers need, got a machine without "
-    "one; run on a GPU or leave --bnb_quantization_config_path out."
-)
-OFFLOAD_WITHOUT_GPU = "offload: expected a GPU, whose memory it spares, got a machine without one; leave --offload out."
-
-
-def check_machine(arguments: ModelArguments, device: torch.device) -> None:
-    """Refuses, before any download, what this machine cannot do.
-
-    Raises:
-        ConfigError: an option that needs a GPU on a machine without.
-    """
-    if device.type != "cpu":
-        return
-    if arguments.bnb_quantization_config_path is not None:
-        raise ConfigError(WITHOUT_GPU)
-    if arguments.offload:
-        raise ConfigError(OFFLOAD_WITHOUT_GPU)
 
 
 def pipeline_quantization(arguments: ModelArguments, dtype: torch.dtype) -> dict[str, Any]:

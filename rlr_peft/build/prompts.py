@@ -3,9 +3,10 @@
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
 from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
 from rlr_peft.prompts.sampler import PromptSampler, Sampler, StreamingPromptSampler
-from rlr_peft.prompts.sources import dataset_prompts, hold_back, is_held_back, load_prompts
+from rlr_peft.prompts.sources import dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows
 from rlr_peft.prompts.tables import DatasetSpec
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,12 @@ class RunPrompts:
     sampler: Sampler
 
 
-def read_prompts(config: Config) -> RunPrompts:
+def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPrompts:
     """Reads all prompts, without stage prompts that a decomposer makes: these come last, and may cost time.
+
+    Args:
+        config: names their sources.
+        given: training prompts in place of what the config names.
 
     Raises:
         PromptError: prompts that cannot be read.
@@ -57,15 +62,48 @@ def read_prompts(config: Config) -> RunPrompts:
     columns = columns_from_config(config)
     evaluation = None if path is None else load_prompts(path, columns=columns)
     validation = as_prompts(config.validation.validation_prompt or ())
-    if arguments.streaming:
+    if given is None and arguments.streaming:
         return _streamed(config, columns, evaluation, validation)
-    if arguments.prompt_path is not None:
+    if given is not None:
+        prompts = list(given)
+    elif arguments.prompt_path is not None:
         prompts = load_prompts(arguments.prompt_path, arguments.max_train_samples, columns)
     else:
         prompts = list(dataset_prompts(_dataset(config), columns, arguments.max_train_samples))
     if arguments.validation_split_percentage is not None:
         prompts, evaluation = hold_back(prompts, arguments.validation_split_percentage)
     return RunPrompts(prompts, evaluation, validation, PromptSampler(prompts, config.training.seed))
+
+
+def given_prompts(config: Config, prompts: Iterable[Prompt | str | Mapping[str, Any]]) -> tuple[Config, list[Prompt]]:
+    """Training prompts that are given as objects, read as rows of a table are, and the config that says so.
+
+    Args:
+        config: its columns are those of the dictionaries; without `metadata_columns`, all other entries are metadata.
+        prompts: texts, prompts, or dictionaries of a text and what else belongs to it.
+
+    Raises:
+        ConfigError: not a list of these, or an option of datasets.
+        PromptError: a text that is none, a missing entry, or no text at all.
+    """
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise ConfigError(
+            f"prompts: expected a list of texts or of dictionaries, got {type(prompts).__name__}; a file is given as "
+            "prompt_path."
+        )
+    rows = list(prompts)
+    for number, row in enumerate(rows):
+        if not isinstance(row, (str, Prompt, Mapping)):
+            raise ConfigError(
+                f"prompts: expected texts or dictionaries with a text, got {type(row).__name__} as number {number + 1}."
+            )
+    columns, limit = columns_from_config(config), config.prompts.max_train_samples
+    if not columns.metadata:
+        entries = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
+        columns = replace(columns, metadata=tuple(str(name) for name in entries if name not in columns.all))
+    found = prompts_of_rows(rows, columns, limit)
+    named = replace(config.prompts, prompt_path=f"a list of {len(found)} prompts", dataset_name=None, streaming=False)
+    return replace(config, prompts=named), found
 
 
 def with_stage_prompts(

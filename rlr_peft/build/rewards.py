@@ -1,25 +1,50 @@
 """From the config to rewards: one or several, each on a scale that is first measured on images of the base."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.config import Config
+from rlr_peft.config import Config, ConfigError
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.sampling import sample_batch
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
 
 
-def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward | None]:
+def name_reward(config: Config, given: Callable[..., Any]) -> Config:
+    """The config with the name of a reward that is given as an object.
+
+    Raises:
+        ConfigError: it is neither a function nor a callable object.
+    """
+    if not callable(given):
+        raise ConfigError(
+            f"reward: expected a function of images and prompts, or a Reward, got {type(given).__name__}; a name or an "
+            "address is given as reward_fn."
+        )
+    return replace(config, reward=replace(config.reward, reward_fn=_name_of(given)))
+
+
+def load_rewards(
+    config: Config, device: torch.device, given: Callable[..., Any] | None = None
+) -> tuple[Reward, Reward | None]:
     """What is trained on, and what is only measured, if anything is.
+
+    Args:
+        config: names them.
+        device: where they run.
+        given: the object that the config names as `reward_fn`, see `name_reward`.
 
     Raises:
         RewardError: one of them cannot be loaded.
@@ -27,13 +52,39 @@ def load_rewards(config: Config, device: torch.device) -> tuple[Reward, Reward |
     arguments, settings = config.reward, reward_settings(config, device)
     heldout = [load_reward(spec, device, settings) for spec in arguments.heldout_reward_fn or ()]
     minimums = arguments.reward_minimum or {}
+    weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
+    trained = {
+        spec: load_reward(spec, device, settings) if given is None else _as_reward(given, device) for spec in weights
+    }
     if isinstance(arguments.reward_fn, str) and not minimums:
-        reward: Reward = load_reward(arguments.reward_fn, device, settings)
+        reward = trained[arguments.reward_fn]
     else:
-        weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
-        terms = [Term(load_reward(spec, device, settings), w, minimums.get(spec)) for spec, w in weights.items()]
+        terms = [Term(trained[spec], weight, minimums.get(spec)) for spec, weight in weights.items()]
         reward = WeightedRewards(terms, arguments.reward_scaling, arguments.reward_minimum_penalty)
     return reward, heldout[0] if len(heldout) == 1 else HeldoutRewards(heldout) if heldout else None
+
+
+def _is_reward(given: Any) -> bool:
+    return isinstance(getattr(given, "name", None), str) and hasattr(given, "differentiable")
+
+
+def _as_reward(given: Callable[..., Any], device: torch.device) -> Reward:
+    if _is_reward(given):
+        return cast(Reward, given)
+    name = _name_of(given)
+    if isinstance(given, type):
+        given = given()
+    if isinstance(given, torch.nn.Module):
+        given.to(device).eval().requires_grad_(False)
+    return CallableReward(name, given)
+
+
+def _name_of(given: Callable[..., Any]) -> str:
+    """`module:name`, of what was written in a notebook or script the name alone."""
+    if _is_reward(given):
+        return cast(Reward, given).name
+    named = given if hasattr(given, "__qualname__") else type(given)
+    return named.__qualname__ if named.__module__ == "__main__" else f"{named.__module__}:{named.__qualname__}"
 
 
 def reward_settings(config: Config, device: torch.device) -> RewardSettings:

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from rlr_peft.config.groups.chain import TimestepSpacing
+from rlr_peft.durable_files import SECOND_EXPERT
 
-SECOND_EXPERT = "transformer_2"
-"""The part that takes the steps of low noise in a pipeline of two experts; `transformer` takes those before."""
 DENOISERS = ("unet", "transformer", SECOND_EXPERT)
 """The parts that denoise step by step, and whose adapters pipelines load."""
 

@@ -53,8 +53,10 @@ def merge_command(words: Sequence[str]) -> int:
         pipeline = load_pipeline(base, torch.device("cpu"))
         load_fitting_lora(pipeline, adapter)
         record = stored_record(adapter.folder)  # of the adapter's run, where it lies beside it
-        if record is not None and record.scheduler is not None:
-            pipeline.scheduler = build_scheduler(pipeline.scheduler.config, record.scheduler, record.scheduler_options)
+        if record is not None and record.sampling.scheduler is not None:
+            pipeline.scheduler = build_scheduler(
+                pipeline.scheduler.config, record.sampling.scheduler, record.sampling.scheduler_options
+            )
         merged = merge_lora(pipeline)
         if arguments.dtype != "fp32":
             pipeline.to(dtype=DTYPES[arguments.dtype])

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlr_peft.build.chain import build_chain, denoiser_names
 from rlr_peft.build.drawing import render
-from rlr_peft.build.machine import describe_hardware, package_versions
-from rlr_peft.build.pipeline import check_machine, load_pipeline
+from rlr_peft.build.machine import check_machine, describe_hardware, package_versions
+from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error

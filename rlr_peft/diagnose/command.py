@@ -13,8 +13,8 @@ from rlr_peft.config.parsing import exit_with
 from rlr_peft.foreign_text import say, shown_name
 
 if TYPE_CHECKING:
+    from rlr_peft.build.run import Run
     from rlr_peft.estimators.sampling import Batch
-    from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ def diagnose_command(words: Sequence[str]) -> int:
 
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.reporting import reporting_errors
+    from rlr_peft.build.run import build_run
     from rlr_peft.diagnose.diagnosis import diagnose
     from rlr_peft.diagnose.recommendation import recommend
     from rlr_peft.diagnose.report import console_text, write_report
     from rlr_peft.estimators.advantages import leave_one_out
-    from rlr_peft.training.run import build_run
 
     with reporting_errors():
         run = build_run(config)

@@ -16,13 +16,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from rlr_peft.chain.families import adapter_folder, adapter_prefix
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.durable_files import WEIGHT_NAME, replacing_file
 from rlr_peft.lora.attach import adapted_denoisers, denoiser_name
-
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-"""The one name that `pipeline.load_lora_weights(folder_or_repo)` finds by itself."""
-
-"""The attribute of a second denoiser, and the subfolder of its adapter."""
 
 METADATA_KEYS = (
     "r",

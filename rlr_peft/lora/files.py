@@ -28,11 +28,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlr_peft.chain.families import SECOND_EXPERT
-from rlr_peft.durable_files import stays_inside
+from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import printable
-from rlr_peft.lora.export import WEIGHT_NAME
 
 
 class AdapterFormatError(UserError, ValueError):

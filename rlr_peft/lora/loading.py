@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import SECOND_EXPERT
+from rlr_peft.durable_files import SECOND_EXPERT
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, AdapterMismatchError, find_adapter, read_tensors
 from rlr_peft.lora.formats import AdapterLayer, apply_settings, format_name, layers_of
 from rlr_peft.lora.placing import LayerNames, place_layers, quiet_diffusers

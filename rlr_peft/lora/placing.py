@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import SECOND_EXPERT
+from rlr_peft.durable_files import SECOND_EXPERT
 from rlr_peft.lora.files import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.formats import AdapterLayer, layers_of
 

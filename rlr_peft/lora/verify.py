@@ -15,9 +15,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import SECOND_EXPERT, adapter_folder, adapter_loading, adapter_prefix
+from rlr_peft.chain.families import adapter_folder, adapter_loading, adapter_prefix
+from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
 from rlr_peft.lora.attach import adapted_denoisers, lora_parameters
-from rlr_peft.lora.export import WEIGHT_NAME, save_lora
+from rlr_peft.lora.export import save_lora
 from rlr_peft.lora.files import AdapterMismatchError
 from rlr_peft.lora.loading import diffusers_loads, load_lora
 

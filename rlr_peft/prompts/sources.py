@@ -5,8 +5,9 @@ They are held back by their text, so that a repeated prompt is never on both sid
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlr_peft.config.prompt_checks import BUILTIN_SETS
 from rlr_peft.prompt import Prompt, PromptError, as_prompts
@@ -119,6 +120,27 @@ def dataset_prompts(spec: DatasetSpec, columns: Columns, max_samples: int | None
         PromptError: no such dataset, a missing column, a cell that is no text, or no prompt at all.
     """
     return _read(RowReader(spec.name, columns), dataset_rows(spec, columns), max_samples)
+
+
+def prompts_of_rows(
+    rows: Sequence[Prompt | str | Mapping[str, Any]], columns: Columns, max_samples: int | None = None
+) -> list[Prompt]:
+    """The prompts of a list of texts, or of dictionaries as the rows of a table.
+
+    Args:
+        rows: a text stands for a row of the caption alone; prompts are taken as they are, where all are such.
+        columns: what to read of the rows.
+        max_samples: only this many prompts; None for all.
+
+    Raises:
+        PromptError: a missing column, a cell that is no text, or no prompt at all.
+    """
+    prompts = [row for row in rows if isinstance(row, Prompt)]
+    if rows and len(prompts) == len(rows):
+        return prompts[:max_samples]
+    values = (row if isinstance(row, Mapping) else {columns.caption: str(row)} for row in rows)
+    table = (Row(row, f"prompt {number}") for number, row in enumerate(values, 1))
+    return list(_read(RowReader("the list", columns), table, max_samples))
 
 
 def _read(reader: RowReader, rows: Iterator[Row], max_samples: int | None) -> Iterator[Prompt]:

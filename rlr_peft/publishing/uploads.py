@@ -16,10 +16,9 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from rlr_peft.chain.families import SECOND_EXPERT
+from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
 from rlr_peft.publishing.hub_client import (
     FAILURES,
-    WEIGHT_NAME,
     Destination,
     HubError,
     IncompleteError,

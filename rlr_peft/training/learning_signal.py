@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlr_peft.build.run import Run
+
 logger = logging.getLogger(__name__)
 
 # Adam divides a gradient g by |g| + epsilon. Where g is this share of epsilon or less, its step is that share of the
@@ -27,6 +29,12 @@ class LearningSignal:
         self._num_parameters = num_parameters
         self._epsilon = adam_epsilon
         self._has_warned = False
+
+    @classmethod
+    def of(cls, run: Run) -> "LearningSignal":
+        """That of a run."""
+        parameters = sum(parameter.numel() for parameter in run.chain.parameters)
+        return cls(run.reward.name, parameters, run.config.optimizer.adam_epsilon)
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Warns, the first time, if the update that ended with this step taught nothing.

@@ -1,7 +1,11 @@
-"""A run's state into a checkpoint and back."""
+"""A run goes on exactly where a checkpoint left it, and its folder holds its own course of training alone."""
 
-import dataclasses
+import itertools
 import logging
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +13,31 @@ import torch
 
 from rlr_peft.build.optimizer import restore_optimizer
 from rlr_peft.build.randomness import capture_random_states, restore_random_states
+from rlr_peft.build.run import Run
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
+from rlr_peft.durable_files import replacing_file
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.plain_files import PlainFileError, parse_yaml, read_plain_text
+from rlr_peft.publishing.record import RECORD_NAME
+from rlr_peft.publishing.uploads import PUBLISHED
 from rlr_peft.rewards.combination import WeightedRewards
 from rlr_peft.rewards.remote import remote_rewards
-from rlr_peft.training.checkpoints import CheckpointManager, LoadedCheckpoint, understanding
-from rlr_peft.training.manifest import CheckpointError
-from rlr_peft.training.output_dir import CONFIG
-from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run
+from rlr_peft.training.checkpoints import (
+    CheckpointError,
+    CheckpointManager,
+    LoadedCheckpoint,
+    checkpoint_folders,
+    understanding,
+)
+from rlr_peft.training.progress import EarlyStopping, Progress
+from rlr_peft.training.tracking import METRICS_LOG
 
 logger = logging.getLogger(__name__)
 
 KEPT_PROGRESS = ("seconds", "denoiser_evaluations", "peak_memory_mb", "coverage", "stopped_early")
 FREE_TO_CHANGE = {
     *("resume_from_checkpoint", "output_dir", "max_train_steps", "report_to", "logging_dir", "tracker_name"),
-    *(field.name for field in dataclasses.fields(HubArguments)),
+    *(field.name for field in fields(HubArguments)),
 }
 
 
@@ -59,7 +71,7 @@ def resume(run: Run) -> Progress:
         ) from error
     checkpoints = open_checkpoints(run)
     path = checkpoints.resolve(run.config.checkpointing.resume_from_checkpoint)
-    progress = Progress() if path is None else load_state(run, checkpoints.load(path))
+    progress = _fresh_progress(run) if path is None else load_state(run, checkpoints.load(path))
     steps = set(run.processes.gather_objects([progress.step], "the step to go on from"))
     if len(steps) > 1:
         raise CheckpointError(
@@ -82,7 +94,7 @@ def save_checkpoint(run: Run, progress: Progress, checkpoints: CheckpointManager
         "reward_scale": None if run.reward_scale is None else run.reward_scale.state_dict(),
         "component_scales": run.reward.state_dict() if isinstance(run.reward, WeightedRewards) else None,
         "server_versions": {reward.name: reward.version for reward in remote_rewards(run.reward, run.heldout)},
-        "early_stopping": run.early_stopping.state_dict(),
+        "early_stopping": progress.early_stopping.state_dict(),
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
     return checkpoints.save(
@@ -117,12 +129,11 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
         run.reward.load_state_dict(state["component_scales"] or {})
     for reward in remote_rewards(run.reward, run.heldout):  # it warns at the first answer of another version
         reward.version = state.get("server_versions", {}).get(reward.name)
-    run.early_stopping.load_state_dict(state["early_stopping"])
     restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)
     if run.accelerator.is_main_process:
         _warn_of_changes(run, path.parent / CONFIG)
-    return _progress(loaded)
+    return _progress(run, loaded)
 
 
 def _identity(run: Run) -> dict[str, str | int]:
@@ -143,14 +154,20 @@ def _check_identity(run: Run, path: Path, written: dict[str, str | int]) -> None
             )
 
 
-def _progress(loaded: LoadedCheckpoint) -> Progress:
-    kept = loaded.state["progress"]
+def _fresh_progress(run: Run) -> Progress:
+    regularization = run.config.regularization
+    return Progress(early_stopping=EarlyStopping(regularization.early_stopping_steps, regularization.kl_limit))
+
+
+def _progress(run: Run, loaded: LoadedCheckpoint) -> Progress:
+    progress, kept = _fresh_progress(run), loaded.state["progress"]
+    progress.early_stopping.load_state_dict(loaded.state["early_stopping"])
     for name, value in kept.items():
-        is_text = isinstance(getattr(Progress(), name), str)
+        is_text = isinstance(getattr(progress, name), str)
         is_right = isinstance(value, str) if is_text else isinstance(value, (int, float)) and 0 <= value < 2**63
         if not is_right:
             raise ValueError(f"{name} is {value!r}"[:100])
-    return Progress(step=loaded.step, resumed_from=loaded.path, **kept)
+    return replace(progress, step=loaded.step, resumed_from=loaded.path, **kept)
 
 
 def _load_adapter(run: Run, path: Path, saved: dict[str, torch.Tensor]) -> None:
@@ -201,3 +218,65 @@ def _warn_of_changes(run: Run, saved: Path) -> None:
     changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_TO_CHANGE]
     for name in changed:
         logger.warning("Resumed with another %s: %s instead of %s.", name, now[name], before[name])
+
+
+CONFIG = "config.yaml"
+# What a run leaves besides checkpoints and the tracker's files.
+RESULTS = (*PUBLISHED, RECORD_NAME, "scores.csv", "validation")
+
+# What a start leaves that ended before its first checkpoint: the next one writes all of it again.
+BEGINNINGS = (CONFIG, METRICS_LOG, "validation")
+
+
+def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, is_latest: bool) -> Path | None:
+    """Leaves in the folder only what belongs to the run that starts or goes on now.
+
+    Otherwise later checkpoints that this run has not made could pass for its `latest`, and an earlier run's curve,
+    adapter or card for its own. A run that goes on from elsewhere takes the curve up to there along.
+
+    Args:
+        output_dir: of this run; it exists.
+        resumed_from: the checkpoint that it goes on from; None for a start from scratch.
+        step: finished steps.
+        is_latest: whether that is the newest usable checkpoint of the folder.
+
+    Returns:
+        The new folder `earlier-run-K` that holds what was moved; None if there was nothing.
+    """
+    goes_on_here = resumed_from is not None and resumed_from.parent.resolve() == output_dir.resolve()
+    found = [path for number, path in checkpoint_folders(output_dir) if number > step or not goes_on_here]
+    if goes_on_here and (is_latest or not found):
+        return None
+    results = [path for pattern in RESULTS for path in sorted(output_dir.glob(pattern))]
+    if not found and resumed_from is None and all(path.name in BEGINNINGS for path in results):
+        _remove(results)
+        results = []
+    found += results
+    aside = _new_folder(output_dir) if found else None
+    for path in found:
+        assert aside is not None
+        target = aside / path.relative_to(output_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if goes_on_here and path.name in (CONFIG, METRICS_LOG):  # both courses need them
+            shutil.copy2(path, target)
+        else:
+            os.rename(path, target)
+    if resumed_from is not None and not goes_on_here and (resumed_from.parent / METRICS_LOG).is_file():
+        with replacing_file(output_dir / METRICS_LOG) as copy:
+            shutil.copyfile(resumed_from.parent / METRICS_LOG, copy)
+    return aside
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _new_folder(output_dir: Path) -> Path:
+    names = (output_dir / f"earlier-run-{number}" for number in itertools.count(1))
+    folder = next(path for path in names if not path.exists())
+    folder.mkdir()
+    return folder

@@ -1,16 +1,28 @@
-"""`metrics.jsonl`: one line of numbers for every step, the same file whether or not the run was interrupted."""
+"""What a run records while it trains: `metrics.jsonl`, the trackers, the progress bar and the messages.
+
+`metrics.jsonl` has one line of numbers for every step, the same file whether or not the run was interrupted.
+"""
 
 import json
 import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from rlr_peft.build.run import Run
+from rlr_peft.config import Config, config_to_dict, stages_from_config
 from rlr_peft.durable_files import flush_to_disk, replacing_file
 from rlr_peft.errors import UserError
+from rlr_peft.foreign_text import printable
+from rlr_peft.training.learning_signal import LearningSignal
+from rlr_peft.training.progress import Progress
+from rlr_peft.training.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -132,3 +144,110 @@ def _plain(name: str, value: Any, step: int) -> Any:
             "Something upstream diverged: look at the rewards and gradient norms of this step."
         )
     return value
+
+
+class RunLog:
+    """Records the updates of a run, as long as its context is open.
+
+    Only the main process writes `metrics.jsonl` and speaks of updates that teach nothing.
+
+    Args:
+        run: the run.
+        progress: where it starts or goes on.
+    """
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self._run = run
+        self._resume_step = progress.step or None
+        self._learning_signal = LearningSignal.of(run)
+        self._stack = ExitStack()
+        self._lines: MetricsLog | None = None
+        self.path = run.output_dir / METRICS_LOG
+        run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run.config))
+        _announce(run, progress)
+
+    def __enter__(self) -> "RunLog":
+        run, done, last_step = self._run, self._resume_step or 0, self._run.arithmetic.max_train_steps
+        if run.accelerator.is_main_process:
+            self._lines = self._stack.enter_context(MetricsLog(self.path, self._resume_step))
+        if done >= last_step:
+            logger.warning("Nothing is left to train: %d of %d updates are done.", done, last_step)
+        is_hidden = not run.accelerator.is_local_main_process
+        self._bar = self._stack.enter_context(tqdm(desc="Steps", initial=done, total=last_step, disable=is_hidden))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def record(self, progress: Progress, update: Update) -> None:
+        """Takes down a finished update.
+
+        Raises:
+            MetricsError: a number of it is not finite.
+        """
+        self._say_coverage(progress, update)
+        rate = self._run.lr_scheduler.get_last_lr()[0]
+        metrics: dict[str, Any] = update.metrics() | {"lr": rate, "denoiser_evaluations": progress.denoiser_evaluations}
+        if self._lines is not None:
+            self._lines.log(metrics, progress.step)
+            self._learning_signal.check(progress.step, metrics)
+        self._track(metrics | {"seconds": progress.seconds}, progress.step)
+        self._bar.update()
+        self._bar.set_postfix(reward=f"{metrics['reward']:.4f}", lr=f"{rate:.2e}")
+
+    def synchronize(self) -> None:
+        """Waits until all lines are on the disk.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        if self._lines is not None:
+            self._lines.synchronize()
+
+    def _track(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Hands the numbers to the trackers, whose files may be removed by somebody: the run does not need them."""
+        run = self._run
+        folder = run.output_dir / run.config.logging.logging_dir / run.config.logging.tracker_name
+        if run.accelerator.trackers and not folder.exists():
+            folder.mkdir(parents=True)
+            logger.warning("%s was removed while the run wrote to it: its curves begin anew.", folder)
+        run.accelerator.log(dict(metrics), step=step)
+
+    def _say_coverage(self, progress: Progress, update: Update) -> None:
+        """Says what the estimate covers whenever that changes, and which score terms sit on hot steps."""
+        coverage = update.coverage.describe()
+        if coverage != progress.coverage:
+            logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
+            for t, ratio in update.books[0].hot_steps.items():
+                logger.warning(
+                    "Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio
+                )
+        progress.coverage = coverage
+
+
+def _announce(run: Run, progress: Progress) -> None:
+    training, arithmetic = run.config.training, run.arithmetic
+    trainable = sum(parameter.numel() for parameter in run.chain.parameters)
+    stages = stages_from_config(run.config)
+    for line in (
+        "***** Running training *****",
+        f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",
+        f"  Trainable LoRA parameters = {trainable:,}",
+        f"  Prompts = {len(run.prompts)}",
+        f"  Samples per update = {training.train_batch_size} on the tape x {training.gradient_accumulation_steps} "
+        f"accumulation steps x {run.accelerator.num_processes} processes = {arithmetic.samples_per_update} "
+        f"({training.num_images_per_prompt} per prompt)",
+        f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
+        *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
+        f"  Optimization steps = {arithmetic.max_train_steps}, {progress.step} done",
+        f"  Estimator = {run.config.estimator.estimator}: {run.estimator.describe()}",
+    ):
+        logger.info(line)
+
+
+def _tracker_config(config: Config) -> dict[str, Any]:
+    """Plain numbers and texts, without secrets: trackers may be public."""
+    values = config_to_dict(config).items()
+    return {name: value if isinstance(value, (bool, int, float)) else printable(str(value)) for name, value in values}

@@ -10,6 +10,7 @@ import torch
 
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
+from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate
@@ -19,7 +20,6 @@ from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.progress import is_due_after
-from rlr_peft.training.run import Run
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15

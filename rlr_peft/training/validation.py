@@ -9,6 +9,7 @@ import torch
 from rlr_peft.build.drawing import ImagesError, render
 from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
 from rlr_peft.build.rewards import reward_settings
+from rlr_peft.build.run import Run
 from rlr_peft.compare.evaluation import Evaluation, evaluate, prompts_and_seeds
 from rlr_peft.compare.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.figures import as_images, save_image_grid, save_video
@@ -17,7 +18,6 @@ from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
-from rlr_peft.training.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from rlr_peft.build.run import attach_adapters, build_chain
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.families import family_of
@@ -15,7 +16,6 @@ from rlr_peft.config import Config, load_config
 from rlr_peft.plan.blueprint import build_pipeline, find_architecture
 from rlr_peft.plan.parts import PHASES
 from rlr_peft.plan.run import PlanError, plan_run
-from rlr_peft.training.run import attach_adapters, build_chain
 from tests.families.table import CASES
 
 

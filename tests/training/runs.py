@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from rlr_peft.build.run import Run, build_run
 from rlr_peft.config import load_config
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.run import Run, build_run
 from rlr_peft.training.trainer import train
 
 ROOT = Path(__file__).parents[2]

@@ -13,18 +13,18 @@ from PIL import Image
 
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import in_eval_mode
+from rlr_peft.build.run import Run
 from rlr_peft.cli.main import main
-from rlr_peft.config import config_to_dict, save_config
+from rlr_peft.config import save_config
 from rlr_peft.inference import DiffusiveChainOfThought
-from rlr_peft.lora import adapted_denoisers, save_lora
+from rlr_peft.lora import save_lora
 from rlr_peft.prompt import Prompt
 from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.record import RunRecord, StoredCard
-from rlr_peft.training.card_facts import with_card_facts
+from rlr_peft.publishing.record import Images, StoredCard
+from rlr_peft.training.card_facts import run_record
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.resuming import resume
-from rlr_peft.training.run import Run
 from rlr_peft.training.trainer import train
 from rlr_peft.training.validation import evaluate_base
 from tests.families.image_pipelines import sd3
@@ -106,17 +106,7 @@ def run_with_card(workplace: Path, folder: Path, make: Any, **values: Any) -> Ru
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     run.output_dir.mkdir()
     save_lora(run.pipeline, run.output_dir)
-    stages = dict.fromkeys("ab", 0.5) if run.config.chain_of_thought.dcot_rules else {}
-    facts = RunRecord(
-        "base",
-        "redness",
-        config_to_dict(run.config),
-        prompts=[str(prompt) for prompt in run.prompts],
-        stages=stages,
-        denoisers=adapted_denoisers(run.pipeline),
-    )
-    record = with_card_facts(facts, run, Progress(), None, None)
-    write_card(run.output_dir, StoredCard(record))
+    write_card(run.output_dir, StoredCard(run_record(run, Progress(), {}, Images())))
     return run
 
 

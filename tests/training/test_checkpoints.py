@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlr_peft.training.checkpoints import CheckpointManager
-from rlr_peft.training.manifest import CheckpointError, read_manifest
+from rlr_peft.training.checkpoints import CheckpointError, CheckpointManager, read_manifest
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
@@ -160,12 +159,12 @@ def test_other_versions_of_the_format_and_of_packages_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = CheckpointManager(tmp_path)
-    monkeypatch.setattr("rlr_peft.training.manifest.FORMAT_VERSION", 99)
+    monkeypatch.setattr("rlr_peft.training.checkpoints.FORMAT_VERSION", 99)
     save(manager, 1)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="format version is 99, this program reads 4"):
         manager.resolve("checkpoint-1")
-    monkeypatch.setattr("rlr_peft.training.manifest.version", lambda package: "0.1")
+    monkeypatch.setattr("rlr_peft.training.checkpoints.version", lambda package: "0.1")
     path = save(manager, 2)
     monkeypatch.undo()
     manager.load(path)

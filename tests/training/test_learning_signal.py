@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from rlr_peft.training.finishing import finish, summary
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 from tests.training.runs import config_file, train_here
 
@@ -49,7 +50,7 @@ def test_nothing_to_learn_is_said(case: str, workplace: Path, tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         run, progress = train_here(config)
     said = [message for message in caplog.messages if "taught nothing" in message]
-    sentence = run.learning_signal.verdict(read_metrics(run.output_dir / METRICS_LOG))
+    sentence = LearningSignal.of(run).verdict(read_metrics(run.output_dir / METRICS_LOG))
     if why is None:
         assert not said and sentence is None
         return

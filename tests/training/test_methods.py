@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlr_peft.build.reward_scale import RewardScale
+from rlr_peft.training.checkpoints import CheckpointError
 from rlr_peft.training.finishing import finish
-from rlr_peft.training.manifest import CheckpointError
-from rlr_peft.training.reward_scale import RewardScale
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.update import take_update
 from tests.training.runs import WEIGHTS, build, config_file, train_here

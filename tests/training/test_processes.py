@@ -15,7 +15,7 @@ PROGRAM = """
 import sys
 import torch
 from rlr_peft.config import load_config
-from rlr_peft.training.run import _accelerator
+from rlr_peft.build.run import _accelerator
 
 accelerator = _accelerator(load_config(["--config", sys.argv[1]]))
 group = torch.distributed.group.WORLD
@@ -109,7 +109,7 @@ CALIBRATION = """
 import json, os, sys
 import torch
 from rlr_peft.config import load_config
-from rlr_peft.training.run import build_run
+from rlr_peft.build.run import build_run
 from rlr_peft.training.update import calibrate
 
 run = build_run(load_config(["--config", sys.argv[1]]))

@@ -12,8 +12,8 @@ from rlr_peft.config import ConfigError
 from rlr_peft.rewards.base import score_images
 from rlr_peft.rewards.embedded import JpegReward
 from rlr_peft.rewards.server import RewardServer
+from rlr_peft.training.checkpoints import CheckpointError, write_manifest
 from rlr_peft.training.finishing import finish
-from rlr_peft.training.manifest import CheckpointError, write_manifest
 from rlr_peft.training.resuming import resume
 from rlr_peft.training.tracking import MetricsError, read_metrics
 from rlr_peft.training.validation import evaluate_base

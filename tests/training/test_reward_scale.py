@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlr_peft.training.reward_scale import DECAY, RewardScale
+from rlr_peft.build.reward_scale import DECAY, RewardScale
 
 
 def test_the_scale_is_of_past_updates_and_of_its_own_for_the_first() -> None:

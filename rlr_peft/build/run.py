@@ -1,11 +1,16 @@
-"""Builds everything that a run needs from its config: the cheap parts first, so that a mistake costs seconds."""
+"""Builds everything that a run needs: the cheap parts first, so that a mistake costs seconds.
+
+The config names the base, the reward and the prompts; in a notebook they may be given as objects instead.
+"""
 
 import logging
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,13 +19,22 @@ from diffusers import DiffusionPipeline
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlr_peft.build.chain import attach_adapters, build_chain, check_trajectory, denoiser_names
+from rlr_peft.build.machine import check_machine
 from rlr_peft.build.optimizer import build_lr_scheduler, build_optimizer
-from rlr_peft.build.pipeline import check_machine, compile_denoisers, load_pipeline, load_reward_decoder
+from rlr_peft.build.pipeline import (
+    compile_denoisers,
+    described_by,
+    load_pipeline,
+    load_reward_decoder,
+    prepare_pipeline,
+    without_adapters,
+)
 from rlr_peft.build.processes import Processes
-from rlr_peft.build.prompts import read_prompts, warn_of_long_prompts, with_stage_prompts
+from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_prompts, with_stage_prompts
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
-from rlr_peft.build.rewards import load_rewards, measure_scales
+from rlr_peft.build.reward_scale import RewardScale
+from rlr_peft.build.rewards import load_rewards, measure_scales, name_reward
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
@@ -33,9 +47,6 @@ from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.combination import WeightedRewards
-from rlr_peft.training.early_stopping import EarlyStopping
-from rlr_peft.training.learning_signal import LearningSignal
-from rlr_peft.training.reward_scale import RewardScale
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +89,6 @@ class Run:
         estimator: turns rollouts into gradients.
         kl_penalty: how the divergence from the base is measured; None if never.
         reward_scale: the running scale of the rewards; None if they are not normalised.
-        early_stopping: watches for reward hacking.
-        learning_signal: says when updates teach nothing.
         prompts: all training prompts; of a stream its first window.
         sampler: which prompts an update uses.
         evaluation_prompts: prompts of the comparison of base and adapter; None for no comparison.
@@ -87,6 +96,7 @@ class Run:
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         arithmetic: the derived numbers.
+        is_pipeline_given: whether the base came as an object, so that it cannot be loaded once more.
     """
 
     config: Config
@@ -101,8 +111,6 @@ class Run:
     estimator: Estimator
     kl_penalty: KLPenalty | None
     reward_scale: RewardScale | None
-    early_stopping: EarlyStopping
-    learning_signal: LearningSignal
     prompts: list[Prompt]
     sampler: Sampler
     evaluation_prompts: list[Prompt] | None
@@ -110,22 +118,55 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     arithmetic: Arithmetic
+    is_pipeline_given: bool
 
     @property
     def output_dir(self) -> Path:
         """Folder that receives everything."""
         return Path(self.config.training.output_dir)
 
+    def fresh_base(self, device: torch.device) -> DiffusionPipeline:
+        """The base once more, without the adapter; where it was given as an object, a copy of it."""
+        if self.is_pipeline_given:
+            return without_adapters(self.pipeline, self.family.denoisers)
+        return load_pipeline(self.config.model, device)
 
-def build_run(config: Config) -> Run:
+
+def build_run(
+    config: Config,
+    pipeline: DiffusionPipeline | None = None,
+    reward: Callable[..., Any] | None = None,
+    prompts: Iterable[Prompt | str | Mapping[str, Any]] | None = None,
+) -> Run:
     """Loads prompts and rewards, then the pipeline, attaches the adapter and prepares the training state.
 
+    What is given as an object takes the place of what the config names, and `Run.config` names it as far as it has a
+    name: the pipeline's `name_or_path`, the function's `module:name`.
+
+    Args:
+        config: what is asked for.
+        pipeline: the base, loaded; it gets the adapter. Its models are frozen and moved to the run's device, and it
+            keeps its number format.
+        reward: a function or object as behind `--reward_fn file.py:NAME`, or a `Reward`.
+        prompts: texts, or dictionaries with a text and more, as rows of a `.jsonl` file.
+
     Raises:
-        ConfigError: the base, the adapter, the chain, the optimiser or the budgets cannot be built as asked for, or the
-            launcher and accelerate disagree on the number of processes.
+        ConfigError: the base, the adapter, the chain, the optimiser or the budgets cannot be built as asked for, an
+            object of a wrong type, or the launcher and accelerate disagree on the number of processes.
         PromptError, RewardError: prompts or rewards that cannot be loaded.
     """
-    prompts = read_prompts(config)
+    if not isinstance(config, Config):
+        raise ConfigError(f"config: expected a Config of rlr_peft.config, got {type(config).__name__}.")
+    is_pipeline_given = pipeline is not None
+    if pipeline is not None:
+        with as_config_error():
+            config = replace(config, model=described_by(pipeline, config.model, denoiser_names(config)))
+    training_prompts = None
+    if prompts is not None:
+        config, training_prompts = given_prompts(config, prompts)
+    if reward is not None:
+        config = name_reward(config, reward)
+    run_prompts = read_prompts(config, training_prompts)
     accelerator = _accelerator(config)
     processes = Processes(accelerator)
     check_machine(config.model, accelerator.device)
@@ -134,11 +175,14 @@ def build_run(config: Config) -> Run:
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
     with as_config_error():
         estimator = build_estimator(config.estimator, config.chain.num_inference_steps, stages_from_config(config))
-    reward, heldout = load_rewards(config, accelerator.device)
-    prompts = with_stage_prompts(config, prompts, accelerator, processes)
-    arithmetic = _arithmetic(config, len(prompts.training), accelerator.num_processes)
+    trained_reward, heldout = load_rewards(config, accelerator.device, reward)
+    run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
+    arithmetic = _arithmetic(config, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():
-        pipeline = load_pipeline(config.model, accelerator.device)
+        if pipeline is None:
+            pipeline = load_pipeline(config.model, accelerator.device)
+        else:
+            prepare_pipeline(pipeline, config.model, accelerator.device)
         family = family_of(pipeline, denoiser_names(config))
         parameters = attach_adapters(config, pipeline, family)
         if config.lora.output_kohya_format:
@@ -148,42 +192,39 @@ def build_run(config: Config) -> Run:
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
         chain = build_chain(config, pipeline, decoded_frames=config.reward.decoded_frames, reward_decoder=decoder)
         check_trajectory(config, chain)
-        chain.check_negative_prompts(prompts.training[:1])
+        chain.check_negative_prompts(run_prompts.training[:1])
         check_adapter_saves(pipeline)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
-    warn_of_long_prompts(config, pipeline, prompts)
+    warn_of_long_prompts(config, pipeline, run_prompts)
     warning = chain.last_step_warning()
     if warning is not None:
         logger.warning("%s", warning)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
-    run = Run(
+    objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout)
+    if isinstance(trained_reward, WeightedRewards):
+        measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
+    return Run(
         config=config,
         accelerator=accelerator,
         processes=processes,
         pipeline=pipeline,
         family=family,
         chain=chain,
-        reward=reward,
+        reward=trained_reward,
         heldout=heldout,
-        objective=DecodedReward(chain, reward, decode_batch_size, heldout),
+        objective=objective,
         estimator=estimator,
         kl_penalty=_kl_penalty(config),
         reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
-        early_stopping=EarlyStopping(config.regularization.early_stopping_steps, config.regularization.kl_limit),
-        learning_signal=LearningSignal(
-            reward.name, sum(parameter.numel() for parameter in parameters), config.optimizer.adam_epsilon
-        ),
-        prompts=prompts.training,
-        sampler=prompts.sampler,
-        evaluation_prompts=prompts.evaluation,
-        validation_prompts=prompts.validation,
+        prompts=run_prompts.training,
+        sampler=run_prompts.sampler,
+        evaluation_prompts=run_prompts.evaluation,
+        validation_prompts=run_prompts.validation,
         optimizer=optimizer,
         lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
         arithmetic=arithmetic,
+        is_pipeline_given=is_pipeline_given,
     )
-    if isinstance(reward, WeightedRewards):
-        measure_scales(reward, chain, run.objective, run.sampler, config, processes)
-    return run
 
 
 def _kl_penalty(config: Config) -> KLPenalty | None:
