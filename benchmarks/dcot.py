@@ -28,7 +28,7 @@ from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.evaluation import evaluate, flat_metrics, paired_gains, prompts_and_seeds
-from rlr_peft.config import load_config
+from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards
@@ -176,7 +176,9 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
     """The held-out judge's opinion of all attributes on images of the base, for every way to split a caption."""
     config = load_config(["--config", "configs/tiny_shapes.yaml"])
     pipeline = load_pipeline(config.model, torch.device("cpu"))
-    chain = DenoisingChain(pipeline, num_inference_steps=10, eta=0.0, guidance_scale=4.0, stages=make_stages())
+    chain = DenoisingChain(
+        pipeline, ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), stages=make_stages()
+    )
     heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
     prompts, seeds = prompts_and_seeds(as_prompts(scenes.prompts("test")), images, TUNING_SEED)
     rows, pictures = [], {}

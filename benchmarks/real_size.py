@@ -117,7 +117,7 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
     parameters = attach_adapters(config, pipeline, family)
     if model.vae_gradient_checkpointing:
         enable_checkpointing(pipeline.vae, "vae_gradient_checkpointing")
-    chain = build_chain(config, pipeline, config.chain.eta)
+    chain = build_chain(config, pipeline)
     reward = CallableReward("mean brightness", lambda images, prompts: images.mean((1, 2, 3)))
     objective = DecodedReward(chain, reward, config.reward.decode_batch_size or 1)
     optimizer = build_optimizer(parameters, config.optimizer)
@@ -141,7 +141,7 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             run(chain, sampled[-1], Segment("first_order", 1, SEGMENT_STEPS, measured[-1]))
 
         def call_plainly() -> None:
-            options = chain.call.card_options
+            options = chain.call_arguments
             pipeline(prompt=prompts, num_inference_steps=chain.num_steps, output_type="latent", **options)
 
         chain.encode(prompts)

@@ -28,7 +28,8 @@ from rlr_peft.stages import Stages, make_stages
 
 logger = logging.getLogger(__name__)
 
-_NAMES = [*(field.name for group in (ChainArguments, ChainOfThoughtArguments) for field in fields(group)), "denoiser"]
+_CHAIN_NAMES = [field.name for field in fields(ChainArguments)]
+_NAMES = [*_CHAIN_NAMES, *(field.name for field in fields(ChainOfThoughtArguments)), "denoiser"]
 
 Given = PromptLike | Sequence[str] | Mapping[str, str]
 
@@ -60,7 +61,8 @@ class DiffusiveChainOfThought:
         fractions: share of the steps of every stage; None for equal parts.
         decompose: splits a prompt that comes without stage prompts; None for the built-in rules, which know coarse, mid
             and fine only.
-        options: of ``DenoisingChain``: num_inference_steps, step_kind, eta, guidance_scale, negative_prompt and more.
+        options: of the chain: num_inference_steps, step_kind, eta, guidance_scale, negative_prompt and more; and those
+            of ``DenoisingChain`` itself.
 
     Raises:
         ValueError: stages that do not fit the number of steps, or a pipeline that cannot be driven.
@@ -79,7 +81,8 @@ class DiffusiveChainOfThought:
         if decompose is None and self.stages.names == SCALES:
             decompose = decompose_by_rules
         self._decompose = self._refuse if decompose is None else decompose
-        self.chain = DenoisingChain(pipeline, stages=self.stages, **options)
+        knobs = ChainArguments(**{name: options.pop(name) for name in _CHAIN_NAMES if name in options})
+        self.chain = DenoisingChain(pipeline, knobs, stages=self.stages, **options)
 
     @classmethod
     def from_config(

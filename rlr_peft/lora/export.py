@@ -15,7 +15,8 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME, replacing_file
+from rlr_peft.chain.families import adapter_folder, adapter_prefix
+from rlr_peft.durable_files import WEIGHT_NAME, replacing_file
 from rlr_peft.lora.attach import adapted_denoisers, denoiser_name
 
 METADATA_KEYS = (
@@ -49,7 +50,7 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
     """
     paths = []
     for name in adapted_denoisers(pipeline, adapter_name):
-        folder = Path(directory) / name if name == SECOND_EXPERT else Path(directory)
+        folder = Path(directory) / adapter_folder(name)
         paths.append(_save_denoiser(pipeline, name, folder, fold_alpha, adapter_name))
     if not paths:
         raise ValueError(f"Expected an adapter {adapter_name!r} in the {denoiser_name(pipeline)}: attach one first.")
@@ -58,7 +59,7 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
 
 def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, adapter_name: str) -> Path:
     denoiser = getattr(pipeline, name)
-    prefix = "transformer" if name == SECOND_EXPERT else name
+    prefix = adapter_prefix(name)
     save = getattr(pipeline, "save_lora_weights", None)
     if save is not None and f"{prefix}_lora_adapter_metadata" not in inspect.signature(save).parameters:
         raise ValueError(

@@ -136,7 +136,9 @@ def plan_run(config: Config) -> MemoryPlan:
         try:
             with KnownValues(), fused_attention():
                 built = _without_moves(config)
-                chain = build_chain(built, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
+                chain = build_chain(
+                    built, pipeline, decoded_frames=config.reward.decoded_frames, reward_decoder=decoder
+                )
                 looking = build_chain(built, pipeline, config.validation.evaluation_eta)
             path = model.bnb_quantization_config_path
             with KnownValues():
