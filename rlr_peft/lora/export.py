@@ -81,11 +81,6 @@ def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, 
     return path
 
 
-def folded_adapter(denoiser: Any, adapter_name: str = "default") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The adapter with its scale multiplied into lora_B, for readers that know no other scale than 1."""
-    return _adapter(denoiser, True, adapter_name)
-
-
 def _adapter(denoiser: Any, fold_alpha: bool, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The adapter's tensors by native PEFT keys, and its metadata."""
     # native keys: convert_state_dict_to_diffusers silently loses convolutions and projections
@@ -162,7 +157,7 @@ def save_kohya(pipeline: Any, directory: str | Path, adapter_name: str = "defaul
     """
     check_kohya(pipeline, adapter_name)
     # The conversion says alpha = rank, whatever the adapter's alpha: the scale must be in the weights.
-    tensors, _ = folded_adapter(pipeline.unet, adapter_name)
+    tensors, _ = _adapter(pipeline.unet, True, adapter_name)
     converted = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in tensors.items()})
     path = Path(directory) / KOHYA_NAME
     with replacing_file(path) as aside:
