@@ -279,18 +279,14 @@ def merge_lora(pipeline: Any) -> list[str]:
         if not isinstance(part, nn.Module):
             continue
         layers = {path: layer for path, layer in part.named_modules() if isinstance(layer, LoraLayer)}
-        if not layers:
-            continue
-        _check_biases(name, layers)
+        if layers:
+            _check_biases(name, layers)
+            changed.append(name)
         for layer in layers.values():
             layer.merge(safe_merge=True)
-        recurse_remove_peft_layers(part)
-        del part.peft_config
-        if hasattr(part, "_hf_peft_config_loaded"):  # else diffusers would look for layers that are gone
-            part._hf_peft_config_loaded = False  # type: ignore[assignment]
-        changed.append(name)
     if not changed:
         raise ValueError("No adapter is loaded: it has no layers for this pipeline, so it belongs to another base.")
+    unload_lora(pipeline)
     return changed
 
 

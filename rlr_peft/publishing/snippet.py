@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlr_peft.chain.families import adapter_folder, adapter_loading
 from rlr_peft.publishing.bases import base_kind
 from rlr_peft.publishing.record import RunRecord
 
@@ -129,9 +130,9 @@ def _loading(record: RunRecord) -> tuple[list[str], str]:
     for name in record.adapter.denoisers:
         # Without `weight_name` the file is guessed by asking the Hub, which fails offline and for private repositories.
         # (In a local folder diffusers takes the first expert's file if the second's is named by `subfolder`.)
-        file, into = weights, ""
-        if name == "transformer_2":
-            file, into = _quoted(f"transformer_2/{record.adapter.weight_name}"), ", load_into_transformer_2=True"
+        folder = adapter_folder(name)
+        file = _quoted(f"{folder}/{record.adapter.weight_name}") if folder else weights
+        into = "".join(f", {option}={value}" for option, value in adapter_loading(name).items())
         lines.append(f"pipe.load_lora_weights({adapter}, weight_name={file}{into}{revision})")
     return [], "\n".join(lines)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
-from rlr_peft.build.chain import build_chain
 from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought
@@ -108,18 +107,18 @@ def _rewards(run: Run) -> Rewards:
 
 
 def _sampling(run: Run, compared_prompts: Sequence[Prompt]) -> Sampling:
-    chain = build_chain(run.config, run.pipeline, run.config.validation.evaluation_eta)
+    chain = run.chain.at(eta=run.config.validation.evaluation_eta, whole=True)
     scheduler = chain.inference_scheduler()
     shown = [*run.prompts[:SHOWN_PROMPTS], *compared_prompts]
     return Sampling(
         words=chain.sampling_in_words(),
-        call={"num_inference_steps": chain.num_steps, **chain.call.card_options, **scheduler.call_options()},
+        call={"num_inference_steps": chain.num_steps, **chain.call_arguments, **scheduler.call_options()},
         negative_prompts={prompt.text: text for prompt in shown if (text := prompt.negative_prompt) is not None},
         scheduler=scheduler.class_name,
         scheduler_options=dict(scheduler.options),
         scheduler_sigmas=() if scheduler.sigmas_in_call else scheduler.sigmas,
         difference=scheduler.difference,
-        fps=run.chain.call.fps if run.chain.call.is_video else None,
+        fps=run.chain.fps if run.chain.is_video else None,
     )
 
 

@@ -15,12 +15,13 @@ from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
 from rlr_peft.build.machine import describe_hardware
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import Run
+from rlr_peft.chain.families import adapter_folder, adapter_loading
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.compare.report import PAGE, write_page_and_scores
 from rlr_peft.compare.run import prompt_source
-from rlr_peft.durable_files import SECOND_EXPERT, replacing_file
+from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.intervals import with_error
@@ -115,7 +116,7 @@ def _save_before_after(run: Run, before: Evaluation, after: Evaluation) -> Image
 
 def _gallery(run: Run, images: Images) -> list[tuple[str, str]]:
     """File name and prompt of what the adapter drew; of videos the pairs are strips of frames and no part of it."""
-    pairs = [] if run.chain.call.is_video else [(pair.adapter, pair.prompt) for pair in images.pairs]
+    pairs = [] if run.chain.is_video else [(pair.adapter, pair.prompt) for pair in images.pairs]
     return gallery(run.output_dir, run.config.validation.validation_prompt or ()) + pairs
 
 
@@ -207,7 +208,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
     return {
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
-        "sampler": build_chain(config, run.pipeline, config.validation.evaluation_eta).sampling_in_words(),
+        "sampler": run.chain.at(eta=config.validation.evaluation_eta).sampling_in_words(),
         "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
@@ -253,10 +254,10 @@ def _gain_text(metrics: dict[str, float], name: str) -> str:
 def _loading_lines(run: Run) -> list[str]:
     folder, lines = str(run.output_dir), []
     for name in adapted_denoisers(run.pipeline):
-        if name == SECOND_EXPERT:
-            lines.append(f"pipe.load_lora_weights({folder + '/' + name!r}, load_into_transformer_2=True)")
-        elif diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
-            lines.append(f"pipe.load_lora_weights({folder!r})")
+        if adapter_folder(name) or diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
+            place = "/".join(filter(None, (folder, adapter_folder(name))))
+            options = "".join(f", {option}={value}" for option, value in adapter_loading(name).items())
+            lines.append(f"pipe.load_lora_weights({place!r}{options})")
         else:
             lines.append(f"rlr_peft.lora.load_lora(pipe, {folder!r})")
     return lines

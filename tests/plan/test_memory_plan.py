@@ -38,7 +38,7 @@ from rlr_peft.plan.parts import (
 from rlr_peft.plan.report import suggestions, verdict
 from rlr_peft.plan.run import plan_run
 from rlr_peft.plan.weights import optimizer_bytes, reward_memory, weight_bytes
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 META = torch.device("meta")
 GIB = 2**30
@@ -91,7 +91,7 @@ def saved_gib(pipeline: Any, checkpointed: bool, **options: Any) -> float:
     """The tape of one denoiser step without adapter: what the figures below were computed for."""
     (denoiser,) = (getattr(pipeline, name) for name in ("unet", "transformer") if hasattr(pipeline, name))
     with fused_attention():
-        chain = DenoisingChain(pipeline, num_inference_steps=1, parameters=(), **options)
+        chain = chain_over(pipeline, num_inference_steps=1, parameters=(), **options)
         if checkpointed:
             denoiser.enable_gradient_checkpointing()
         with counted_tape() as tape:
@@ -153,7 +153,7 @@ def test_the_tiny_vae_needs_a_tenth_of_the_memory() -> None:
 
 def tiny_chain(pipeline: Any) -> DenoisingChain:
     attach_lora(pipeline.unet, target_modules=TARGETS)
-    return DenoisingChain(pipeline, num_inference_steps=3, resolution=64)
+    return chain_over(pipeline, num_inference_steps=3, resolution=64)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from PIL import Image
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import in_eval_mode
 from rlr_peft.build.run import Run
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.cli.main import main
 from rlr_peft.config import save_config
 from rlr_peft.inference import DiffusiveChainOfThought
@@ -29,7 +28,7 @@ from rlr_peft.training.resuming import resume
 from rlr_peft.training.trainer import train
 from rlr_peft.training.validation import evaluate_base
 from tests.families.image_pipelines import sd3
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 from tests.training.runs import build, config_file
 
 
@@ -179,7 +178,7 @@ def test_noise_that_diffusers_knows_is_drawn_from_the_same_chain(
 
 
 def test_noise_that_diffusers_does_not_know_is_said() -> None:
-    chain = DenoisingChain(leading(), num_inference_steps=3, step_kind="flow-sde", eta=0.7)
+    chain = chain_over(leading(), num_inference_steps=3, step_kind="flow-sde", eta=0.7)
     scheduler = chain.inference_scheduler()
     assert scheduler.call_options() == {}
     assert "No scheduler of diffusers takes the flow-sde steps with eta 0.7" in (scheduler.difference or "")
@@ -215,9 +214,7 @@ def test_stage_prompts_and_a_merged_pipeline_draw_so_too(
     scope: dict[str, Any] = {}
     exec(snippet_of(tmp_path / "merged").replace("generator=", 'output_type="latent", generator='), scope)
     assert scope["pipe"].scheduler.config.timestep_spacing == "trailing"
-    plain = DenoisingChain(
-        run.pipeline, num_inference_steps=4, eta=0.0, timestep_spacing="trailing", guidance_scale=3.0
-    )
+    plain = chain_over(run.pipeline, num_inference_steps=4, eta=0.0, timestep_spacing="trailing", guidance_scale=3.0)
     with in_eval_mode(plain), torch.no_grad():
         expected = plain.sample([str(run.prompts[0])], [0]).latents[0]
     torch.testing.assert_close(scope["result"].images, expected, rtol=1e-3, atol=1e-3)
