@@ -164,7 +164,7 @@ def test_other_versions_of_the_format_and_of_packages_are_said(
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="format version is 99, this program reads 4"):
         manager.resolve("checkpoint-1")
-    monkeypatch.setattr("rlr_peft.training.checkpoints.version", lambda package: "0.1")
+    monkeypatch.setattr("rlr_peft.build.machine.version", lambda package: "0.1")
     path = save(manager, 2)
     monkeypatch.undo()
     manager.load(path)
