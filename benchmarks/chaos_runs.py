@@ -33,14 +33,14 @@ SCRIPT = ROOT / "train_rlr_lora.py"
 PHASES = {
     "checkpoint": ("resuming.save_checkpoint",),
     "push": ("publisher.finish",),
-    "card": ("card_file.write_card", "card_facts.with_card_facts", "before_after.write_comparison"),
+    "card": ("card.write_card", "card_facts.run_record", "finishing.write_comparison"),
     "adapter check": ("finishing._verify_adapter",),
     "evaluation": ("validation.evaluate_adapter",),
     "base evaluation": ("validation.evaluate_base",),
     "images": ("validation.save_validation_images",),
     "calibration": ("update.calibrate",),
     "update": ("update.take_update",),
-    "loading": ("run.build_run", "publishing.open_publisher", "resuming.resume"),
+    "loading": ("run.build_run", "publisher.open_publisher", "resuming.resume"),
     "figures and numbers": ("finishing.finish",),
 }
 START, BETWEEN = "before imports", "between phases"

@@ -28,7 +28,7 @@ from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.evaluation import evaluate, flat_metrics, paired_gains, prompts_and_seeds
-from rlr_peft.config import load_config
+from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
 from rlr_peft.rewards.combination import HeldoutRewards
@@ -161,10 +161,9 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     started, step, coverage = os.times().user, 0, ""
     run.chain.denoiser_evaluations = 0
     while run.chain.denoiser_evaluations < budget:
-        if (
-            run.estimator.wants_calibration(run.objective.has_gradient)
-            and step % run.config.estimator.calibration_interval == 0
-        ):
+        wanted = run.estimator.wants_calibration(run.objective.has_gradient)
+        calibration = run.config.estimator.calibration if wanted else None
+        if calibration is not None and step % calibration.calibration_interval == 0:
             calibrate(run, step)
         update = take_update(run, step)
         coverage = update.coverage.describe() if not step else coverage
@@ -176,7 +175,9 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
     """The held-out judge's opinion of all attributes on images of the base, for every way to split a caption."""
     config = load_config(["--config", "configs/tiny_shapes.yaml"])
     pipeline = load_pipeline(config.model, torch.device("cpu"))
-    chain = DenoisingChain(pipeline, num_inference_steps=10, eta=0.0, guidance_scale=4.0, stages=make_stages())
+    chain = DenoisingChain(
+        pipeline, ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), stages=make_stages()
+    )
     heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
     prompts, seeds = prompts_and_seeds(as_prompts(scenes.prompts("test")), images, TUNING_SEED)
     rows, pictures = [], {}

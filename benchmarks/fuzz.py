@@ -35,7 +35,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fuzz_targets import TARGETS, FindingError, Target
+from benchmarks.fuzz_inputs import FindingError, Target
+from benchmarks.fuzz_targets import TARGETS
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import printable
 

@@ -32,7 +32,7 @@ from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.families import family_of
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.config import Config, load_config
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.plan.blueprint import build_pipeline, find_architecture
 from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING, MemoryPlan
@@ -117,7 +117,7 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
     parameters = attach_adapters(config, pipeline, family)
     if model.vae_gradient_checkpointing:
         enable_checkpointing(pipeline.vae, "vae_gradient_checkpointing")
-    chain = build_chain(config, pipeline, config.chain.eta)
+    chain = build_chain(config, pipeline)
     reward = CallableReward("mean brightness", lambda images, prompts: images.mean((1, 2, 3)))
     objective = DecodedReward(chain, reward, config.reward.decode_batch_size or 1)
     optimizer = build_optimizer(parameters, config.optimizer)
@@ -141,7 +141,7 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             run(chain, sampled[-1], Segment("first_order", 1, SEGMENT_STEPS, measured[-1]))
 
         def call_plainly() -> None:
-            options = chain.call.card_options
+            options = chain.call_arguments
             pipeline(prompt=prompts, num_inference_steps=chain.num_steps, output_type="latent", **options)
 
         chain.encode(prompts)

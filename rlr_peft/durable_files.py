@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+"""The adapter's file: the one name that `pipeline.load_lora_weights(folder_or_repo)` finds by itself."""
+
+SECOND_EXPERT = "transformer_2"
+"""The attribute of a second denoiser, and the subfolder of its adapter."""
+
 
 def stays_inside(name: str) -> bool:
     r"""Whether a name from a file or a flag, joined to a folder, is a path inside it on any system.

@@ -13,7 +13,6 @@ from diffusers.utils import BaseOutput
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
-from rlr_peft.config.chain_of_thought import stages_from_arguments
 from rlr_peft.config.parsing import read_config
 from rlr_peft.prompt import Prompt, PromptError, PromptLike
 from rlr_peft.prompts.chain_of_thought import (
@@ -28,7 +27,8 @@ from rlr_peft.stages import Stages, make_stages
 
 logger = logging.getLogger(__name__)
 
-_NAMES = [*(field.name for group in (ChainArguments, ChainOfThoughtArguments) for field in fields(group)), "denoiser"]
+_CHAIN_NAMES = [field.name for field in fields(ChainArguments)]
+_NAMES = [*_CHAIN_NAMES, *(field.name for field in fields(ChainOfThoughtArguments)), "denoiser"]
 
 Given = PromptLike | Sequence[str] | Mapping[str, str]
 
@@ -60,7 +60,8 @@ class DiffusiveChainOfThought:
         fractions: share of the steps of every stage; None for equal parts.
         decompose: splits a prompt that comes without stage prompts; None for the built-in rules, which know coarse, mid
             and fine only.
-        options: of ``DenoisingChain``: num_inference_steps, step_kind, eta, guidance_scale, negative_prompt and more.
+        options: of the chain: num_inference_steps, step_kind, eta, guidance_scale, negative_prompt and more; and those
+            of ``DenoisingChain`` itself.
 
     Raises:
         ValueError: stages that do not fit the number of steps, or a pipeline that cannot be driven.
@@ -79,7 +80,8 @@ class DiffusiveChainOfThought:
         if decompose is None and self.stages.names == SCALES:
             decompose = decompose_by_rules
         self._decompose = self._refuse if decompose is None else decompose
-        self.chain = DenoisingChain(pipeline, stages=self.stages, **options)
+        knobs = ChainArguments(**{name: options.pop(name) for name in _CHAIN_NAMES if name in options})
+        self.chain = DenoisingChain(pipeline, knobs, stages=self.stages, **options)
 
     @classmethod
     def from_config(
@@ -107,7 +109,7 @@ class DiffusiveChainOfThought:
         """
         values = read_config(Path(path), _NAMES)
         arguments = ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values))
-        stages = stages_from_arguments(arguments)
+        stages = arguments.stages()
         if stages is None:
             raise ValueError(
                 f"Expected the config of a run with stage prompts, got {path} without any; draw with the pipeline "

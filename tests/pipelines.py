@@ -1,8 +1,14 @@
 """Random-weight pipelines, as small as their classes allow: real diffusers classes, real block types, no download."""
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.config import ChainArguments
 
 PROMPT_LENGTH = 16
 """Tokens in an encoded prompt, start and end included."""
@@ -97,3 +103,9 @@ def tiny_stable_diffusion(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if dtype == torch.float32 else pipeline.to(dtype=dtype)
+
+
+def chain_over(pipeline: Any, **options: Any) -> DenoisingChain:
+    """A chain; the options are knobs of the config's chain, or arguments of ``DenoisingChain`` itself."""
+    names = [field.name for field in fields(ChainArguments) if field.name in options]
+    return DenoisingChain(pipeline, ChainArguments(**{name: options.pop(name) for name in names}), **options)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz import inputs
-from benchmarks.fuzz_targets import TARGETS, FindingError, Target
+from benchmarks.fuzz_inputs import FindingError, Target
+from benchmarks.fuzz_targets import TARGETS
 from rlr_peft.errors import LONGEST_LINE, UserError
 
 # As many as take about two seconds.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from rlr_peft.cli.main import main
 from rlr_peft.lora import WEIGHT_NAME, load_lora, save_lora
 from rlr_peft.publishing.merged_card import Merged, write_merged_card
-from rlr_peft.publishing.record import RunRecord, StoredCard, save_stored_card
+from rlr_peft.publishing.record import Base, Rewards, RunRecord, StoredCard, save_stored_card
 from tests.families.image_pipelines import pixart_sigma
 from tests.pipelines import tiny_stable_diffusion
 from tests.test_kohya import ATTENTION, adapt, draw
@@ -68,7 +68,7 @@ def test_half_precision_and_a_folder_that_is_taken(tmp_path: Path, capsys: pytes
 def test_the_card_tells_what_was_merged_and_its_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folders(tmp_path, "alpha")
     (tmp_path / "base" / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
-    save_stored_card(tmp_path / "adapter", StoredCard(RunRecord("base", "redness", {})))
+    save_stored_card(tmp_path / "adapter", StoredCard(RunRecord(Base("base"), Rewards("redness"), {})))
     assert merge(tmp_path, "--dtype", "bf16") == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
     data = card.data.to_dict()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,53 +11,42 @@ from rlr_peft.build.machine import total_memory
 from rlr_peft.build.pipeline import enable_checkpointing
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
-from rlr_peft.chain.denoising_chain import DenoisingChain, trained_module
-from rlr_peft.chain.families import Family, default_lora_targets, family_of
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.families import DENOISERS, Family, default_lora_targets
 from rlr_peft.chain.memory import working_device
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
-
-# The parts that denoise step by step, and whose adapters pipelines load.
-TRAINABLE = ("unet", "transformer", "transformer_2")
 
 
 @as_config_error()
 def build_chain(
     config: Config,
     pipeline: DiffusionPipeline,
-    eta: float,
+    eta: float | None = None,
     decoded_frames: int | None = None,
     reward_decoder: torch.nn.Module | None = None,
 ) -> DenoisingChain:
-    """The config's chain over a pipeline; with another eta, whole videos and its VAE where it is only looked at.
+    """The config's chain over a pipeline.
+
+    Args:
+        config: of the run.
+        pipeline: loaded, with its adapters if it has any.
+        eta: another amount of noise than the config's; see ``DenoisingChain.at`` for a further chain.
+        decoded_frames: decode only so many first frames of a video.
+        reward_decoder: decodes in place of the pipeline's VAE.
 
     Raises:
         ConfigError: the base, its scheduler or an option that the chain cannot be built with.
     """
-    arguments, denoisers = config.chain, denoiser_names(config)
-    family = family_of(pipeline, denoisers)
     return DenoisingChain(
         pipeline,
-        num_inference_steps=arguments.num_inference_steps,
-        step_kind=arguments.step_kind,
-        eta=eta,
-        timestep_spacing=arguments.timestep_spacing,
-        scheduler_type=arguments.scheduler_type,
-        denoisers=denoisers,
+        config.chain if eta is None else replace(config.chain, eta=eta),
+        denoisers=denoiser_names(config),
         decoded_frames=decoded_frames,
         stages=stages_from_config(config),
         offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
         reward_decoder=reward_decoder,
-        reference=lambda: adapter_disabled(trained_module(pipeline, family.denoisers)),
-        guidance_scale=arguments.guidance_scale,
-        true_cfg_scale=arguments.true_cfg_scale,
-        negative_prompt=arguments.negative_prompt,
-        resolution=arguments.resolution,
-        height=arguments.height,
-        width=arguments.width,
-        num_frames=arguments.num_frames,
-        fps=arguments.fps,
-        max_sequence_length=arguments.max_sequence_length,
+        reference=adapter_disabled,
     )
 
 
@@ -72,10 +62,10 @@ def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family)
     Raises:
         ConfigError: a part that takes no denoising steps, or whose adapter no pipeline loads.
     """
-    others = [name for name in family.denoisers if name not in TRAINABLE]
+    others = [name for name in family.denoisers if name not in DENOISERS]
     if others:
         raise ConfigError(
-            f"--denoiser: expected {', '.join(TRAINABLE)}, whose adapters can be saved and loaded, got "
+            f"--denoiser: expected {', '.join(DENOISERS)}, whose adapters can be saved and loaded, got "
             f"{', '.join(others)} of {type(pipeline).__name__}; leave --denoiser out, or name one of these."
         )
     parameters = []

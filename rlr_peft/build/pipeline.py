@@ -22,10 +22,10 @@ from torch import nn
 
 from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.chain.base_files import check_loaded, loading_base, read_model_index
-from rlr_peft.chain.families import GENERIC, family_of, family_of_class
+from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_class
 from rlr_peft.chain.memory import offload_models
 from rlr_peft.config import ConfigError, ModelArguments
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def pipeline_quantization(arguments: ModelArguments, dtype: torch.dtype) -> dict
     if settings.get("load_in_4bit"):
         settings = {"bnb_4bit_compute_dtype": dtype} | settings
     config = BitsAndBytesConfig(**settings)
-    names = dict.fromkeys(("unet", "transformer", "transformer_2"), config)
+    names = dict.fromkeys(DENOISERS, config)
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping=names)}
 
 

@@ -57,6 +57,7 @@ def errors_only() -> Iterator[None]:
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
 WITHOUT_MEMORY = (
     "Lower --train_batch_size (and raise --gradient_accumulation_steps) or --decode_batch_size, or use "
@@ -82,9 +83,10 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
             say_traceback(error.raised)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
+        advice = _what_to_do(error)
+        if advice is None:
             raise
-        say(f"error: A file could not be written: {error}. Free disk space. {afterwards}".rstrip(), sys.stderr)
+        say(f"error: A file could not be written: {error}. {advice} {afterwards}".rstrip(), sys.stderr)
         raise SystemExit(1) from None
     except (RuntimeError, MemoryError) as error:
         whose = _memory_that_is_full(error)
@@ -98,10 +100,17 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def _is_disk_full(error: OSError | SafetensorError) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in DISK_FULL
-    return any(f"(os error {number})" in str(error) for number in DISK_FULL)  # safetensors tells it in words alone
+def _what_to_do(error: OSError | SafetensorError) -> str | None:
+    """What helps where a file cannot be written; None for an error of another kind."""
+
+    def is_one_of(numbers: tuple[int, ...]) -> bool:
+        if isinstance(error, OSError):
+            return error.errno in numbers
+        return any(f"(os error {number})" in str(error) for number in numbers)  # safetensors tells it in words alone
+
+    if is_one_of(DISK_FULL):
+        return "Free disk space."
+    return "Make its folder writable, or choose another." if is_one_of(NOT_ALLOWED) else None
 
 
 def _memory_that_is_full(error: RuntimeError | MemoryError) -> str | None:

@@ -190,9 +190,9 @@ def build_run(
         if config.model.torch_compile:
             compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
-        chain = build_chain(config, pipeline, config.chain.eta, config.reward.decoded_frames, decoder)
+        chain = build_chain(config, pipeline, decoded_frames=config.reward.decoded_frames, reward_decoder=decoder)
         check_trajectory(config, chain)
-        chain.call.negative_prompts(run_prompts.training[:1])  # refuses those of a pipeline that takes none
+        chain.check_negative_prompts(run_prompts.training[:1])
         check_adapter_saves(pipeline)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
     warn_of_long_prompts(config, pipeline, run_prompts)
@@ -215,7 +215,7 @@ def build_run(
         objective=objective,
         estimator=estimator,
         kl_penalty=_kl_penalty(config),
-        reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
+        reward_scale=None,
         prompts=run_prompts.training,
         sampler=run_prompts.sampler,
         evaluation_prompts=run_prompts.evaluation,

@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from rlr_peft.chain.grid import TimestepSpacing
+from rlr_peft.config.chain import TimestepSpacing
+from rlr_peft.durable_files import SECOND_EXPERT
+
+DENOISERS = ("unet", "transformer", SECOND_EXPERT)
+"""The parts that denoise step by step, and whose adapters pipelines load."""
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 JOINT_ATTENTION = (
@@ -117,7 +121,7 @@ FAMILIES = (
         name="wan",
         pipeline_classes=("WanPipeline",),
         tags=("wan", "wan-diffusers"),
-        denoisers=("transformer", "transformer_2"),
+        denoisers=("transformer", SECOND_EXPERT),
         pipeline_tag="text-to-video",
         frame_axis=2,
     ),
@@ -178,6 +182,21 @@ def trained_module(pipeline: Any, denoisers: Sequence[str]) -> nn.Module:
     """What is trained: the denoiser, or a ``ModuleDict`` of several that share the work."""
     modules = {name: getattr(pipeline, name) for name in denoisers}
     return next(iter(modules.values())) if len(modules) == 1 else nn.ModuleDict(modules)
+
+
+def adapter_folder(denoiser: str) -> str:
+    """Subfolder in which a denoiser's adapter is saved; empty for that of the first."""
+    return denoiser if denoiser == SECOND_EXPERT else ""
+
+
+def adapter_prefix(denoiser: str) -> str:
+    """What the keys of a denoiser's adapter start with: both experts have those of the first."""
+    return "transformer" if denoiser == SECOND_EXPERT else denoiser
+
+
+def adapter_loading(denoiser: str) -> dict[str, bool]:
+    """Arguments by which ``load_lora_weights`` finds the denoiser, beside the place of its adapter."""
+    return {f"load_into_{SECOND_EXPERT}": True} if denoiser == SECOND_EXPERT else {}
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from rlr_peft.chain.path import PathPoint, PredictionType
+from rlr_peft.config.chain import TimestepSpacing
 
 SchedulerType = Literal["diffusion", "flow"]
-TimestepSpacing = Literal["leading", "trailing", "linspace"]
 BaseScheduler: TypeAlias = DDIMScheduler | CogVideoXDDIMScheduler | FlowMatchEulerDiscreteScheduler
 
 

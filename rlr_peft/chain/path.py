@@ -14,7 +14,8 @@ from typing import Literal, get_args
 
 import torch
 
-StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
+from rlr_peft.config.chain import StepKind
+
 PredictionType = Literal["epsilon", "v_prediction", "flow_prediction"]
 
 # A last step whose clean latents move less than this per unit of denoiser output hardly trains.

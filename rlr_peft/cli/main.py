@@ -12,7 +12,7 @@ from rlr_peft.foreign_text import guard_terminal
 COMMANDS = {
     "card": (
         "write a run's model card again, with a template or text of your own",
-        "rlr_peft.cli.card_command",
+        "rlr_peft.publishing.commands",
         "card_command",
     ),
     "compare": (
@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "merge": (
         "fuse an adapter into its base and save a full pipeline",
-        "rlr_peft.cli.merge_command",
+        "rlr_peft.publishing.commands",
         "merge_command",
     ),
     "plan": (
@@ -42,7 +42,7 @@ COMMANDS = {
     ),
     "push": (
         "publish an output folder, or a checkpoint's adapter, on the Hub",
-        "rlr_peft.cli.push_command",
+        "rlr_peft.publishing.commands",
         "push_command",
     ),
     "serve-reward": (

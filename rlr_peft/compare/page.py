@@ -16,10 +16,8 @@ from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.evaluation import SMALL_SIDE
 from rlr_peft.compare.figures import inline_svg
 from rlr_peft.compare.tables import tables
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import listed, page_environment, printable_values
 from rlr_peft.intervals import decimals_of_scores
-from rlr_peft.redaction import redacted
 
 TEMPLATE = "page.html.j2"
 MOST_PAIRS = 96
@@ -51,20 +49,6 @@ class _Card:
     width: int
     height: int
     small: bool
-
-
-def write_page(path: Path, comparison: Comparison, drawn: dict[str, Figure]) -> Path:
-    """Writes the page.
-
-    Args:
-        path: of the page.
-        comparison: evaluated with pictures.
-        drawn: the figures by name, see `figures`.
-    """
-    text = redacted(page(comparison, drawn))
-    with replacing_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-    return path
 
 
 def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:

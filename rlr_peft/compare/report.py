@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ from pyarrow.csv import write_csv
 from pyarrow.parquet import write_table
 
 from rlr_peft.compare.comparison import Comparison, notes
-from rlr_peft.compare.distances import Estimate
 from rlr_peft.compare.figures import figures
-from rlr_peft.compare.page import write_page
+from rlr_peft.compare.page import page
 from rlr_peft.compare.tables import markdown
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import save_figure
-from rlr_peft.redaction import redacted, redacted_values
+from rlr_peft.reports import write_numbers, write_text
 
-SCORES = "scores"
+PAGE, NUMBERS, MARKDOWN = "compare.html", "compare.json", "compare.md"
+FIGURES, SCORES = "figures", "scores"
 
 
 def score_columns(comparison: Comparison) -> dict[str, list[Any]]:
@@ -60,30 +58,23 @@ def write_scores(folder: Path, comparison: Comparison) -> list[Path]:
     return [parquet, csv]
 
 
-def write_numbers(path: Path, comparison: Comparison) -> Path:
-    """Writes all summaries as JSON; null where a number does not exist."""
-    with replacing_file(path) as aside:
-        text = json.dumps(redacted_values(plain_numbers(comparison)), indent=2, ensure_ascii=False, allow_nan=False)
-        aside.write_text(f"{text}\n", encoding="utf-8")
-    return path
-
-
 def plain_numbers(comparison: Comparison) -> dict[str, Any]:
     """All summaries in plain types."""
     names = {reward.key: reward.name for reward in comparison.rewards}
     varieties = comparison.varieties
     adapters = []
     for index, (adapter, gains) in enumerate(zip(comparison.adapters, comparison.gains, strict=True)):
+        divergence = comparison.divergences[index]
         adapters.append(
             {
                 "label": adapter.label,
-                "rewards": {names[key]: _plain(gains[key]) for key in names},
+                "rewards": {names[key]: gains[key] for key in names},
                 "attributes": {
-                    names[key]: {name.removeprefix(f"{key}/"): _plain(gains[name]) for name in found}
+                    names[key]: {name.removeprefix(f"{key}/"): gains[name] for name in found}
                     for key, found in comparison.attributes.items()
                 },
-                "variety": None if varieties is None else _plain(asdict(varieties[index + 1])),
-                "kl": _estimate(comparison.divergences[index]),
+                "variety": None if varieties is None else asdict(varieties[index + 1]),
+                "kl": None if divergence is None else asdict(divergence),
                 "kl_samples": 0 if adapter.divergence is None else len(adapter.divergence),
             }
         )
@@ -94,25 +85,11 @@ def plain_numbers(comparison: Comparison) -> dict[str, Any]:
         "features": comparison.features,
         "base": {
             "label": comparison.base.label,
-            "variety": None if varieties is None else _plain(asdict(varieties[0])),
+            "variety": None if varieties is None else asdict(varieties[0]),
         },
         "adapters": adapters,
         "notes": notes(comparison),
     }
-
-
-def _estimate(estimate: Estimate | None) -> Any:
-    return None if estimate is None else _plain(asdict(estimate))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-PAGE, NUMBERS, MARKDOWN = "compare.html", "compare.json", "compare.md"
-FIGURES = "figures"
 
 
 def write_report(folder: Path, comparison: Comparison) -> list[Path]:
@@ -123,12 +100,10 @@ def write_report(folder: Path, comparison: Comparison) -> list[Path]:
     """
     drawn = figures(comparison)
     saved = [save_figure(folder / FIGURES / f"{name}.png", figure) for name, figure in drawn.items()]
-    with replacing_file(folder / MARKDOWN) as aside:
-        aside.write_text(redacted(markdown(comparison)), encoding="utf-8")
     return [
-        write_page(folder / PAGE, comparison, drawn),
-        write_numbers(folder / NUMBERS, comparison),
-        folder / MARKDOWN,
+        write_text(folder / PAGE, page(comparison, drawn)),
+        write_numbers(folder / NUMBERS, plain_numbers(comparison)),
+        write_text(folder / MARKDOWN, markdown(comparison)),
         *write_scores(folder, comparison),
         *saved,
     ]
@@ -136,4 +111,4 @@ def write_report(folder: Path, comparison: Comparison) -> list[Path]:
 
 def write_page_and_scores(folder: Path, comparison: Comparison) -> list[Path]:
     """Writes only `compare.html`, `scores.parquet` and `scores.csv`, for a folder that holds much else; their paths."""
-    return [write_page(folder / PAGE, comparison, figures(comparison)), *write_scores(folder, comparison)]
+    return [write_text(folder / PAGE, page(comparison, figures(comparison))), *write_scores(folder, comparison)]

@@ -21,6 +21,7 @@ from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import reward_settings
+from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model, file_name, unique_labels
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, Render, evaluate, prompts_and_seeds
@@ -159,12 +160,16 @@ class _Comparer:
             fingerprint: of the adapter inside; None for the base.
         """
         output, (prompts, seeds) = self.options.output, self.plan
+        # A chain for every model: its adapter may change the text encoder too, and with it the embeddings.
+        chain = build_chain(self.config, self.pipeline)
+        looking = chain.at(eta=self.config.validation.evaluation_eta)
         identity = digest(self.setup, fingerprint)
         images = KeptImages(
-            output / IMAGES / f"{file_name(label)}-{identity[:8]}", renderer(self.config, self.pipeline)
+            output / IMAGES / f"{file_name(label)}-{identity[:8]}",
+            lambda texts, numbers: render(looking, texts, numbers),
         )
         evaluation = self._evaluate(images, label)
-        divergence = None if fingerprint is None else self._divergence(label, identity)
+        divergence = None if fingerprint is None else self._divergence(label, identity, chain)
         return Model(label, evaluation, divergence, image_paths(images, prompts, seeds, output))
 
     def _evaluate(self, images: Render, label: str) -> Evaluation:
@@ -181,10 +186,9 @@ class _Comparer:
             description=label,
         )
 
-    def _divergence(self, label: str, identity: str) -> Tensor | None:
+    def _divergence(self, label: str, identity: str, chain: DenoisingChain) -> Tensor | None:
         """KL from the base of the adapter that is in the pipeline; None where it is not defined."""
         count, seed = self.options.kl_images, derive_seed(self.config.training.seed, "divergence")
-        chain = build_chain(self.config, self.pipeline, self.config.chain.eta)
         if count == 0 or not has_noise(chain):
             return None
         if set(adapted_parts(self.pipeline)) - set(chain.family.denoisers):
@@ -216,12 +220,6 @@ class _Comparer:
             "number format": {"no": "fp32"}.get(config.model.mixed_precision, config.model.mixed_precision),
             "hardware": describe_hardware(torch.device(self.setup["device"])),
         }
-
-
-def renderer(config: Config, pipeline: DiffusionPipeline) -> Render:
-    """Draws with the pipeline as it is now, adapter included, through the config's chain."""
-    chain = build_chain(config, pipeline, config.validation.evaluation_eta)
-    return lambda prompts, seeds: render(chain, prompts, seeds)
 
 
 def _images_of_each(prompts: Sequence[str]) -> str:

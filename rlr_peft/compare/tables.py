@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.distances import Estimate
-from rlr_peft.foreign_text import in_text, one_line
+from rlr_peft.foreign_text import in_text
 from rlr_peft.intervals import with_error
+from rlr_peft.reports import aligned
 
 UNKNOWN = "-"
 
@@ -43,7 +44,7 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def console_text(comparison: Comparison) -> str:
     """All tables and notes as plain text."""
-    parts = [f"{table.title}\n{_aligned(table)}" for table in tables(comparison)]
+    parts = ["\n".join([table.title, *aligned([table.columns, *table.rows], left=2)]) for table in tables(comparison)]
     found = "\n".join(f"- {note}" for note in notes(comparison))
     return "\n\n".join([*parts, found] if found else parts)
 
@@ -124,17 +125,3 @@ def _variety_table(comparison: Comparison) -> Table:
         "image and the base's at the same prompt and seed. Less variety than the base's is what collapse looks "
         f"like.{kl_text}",
     )
-
-
-def _aligned(table: Table) -> str:
-    lines = [[one_line(cell) for cell in row] for row in (table.columns, *table.rows)]
-    shown = [index for index in range(len(table.columns)) if any(line[index] for line in lines)]
-    widths = [max(len(line[index]) for line in lines) for index in shown]
-    texts = []
-    for line in lines:
-        cells = [
-            line[index].ljust(width) if index < 2 else line[index].rjust(width)
-            for index, width in zip(shown, widths, strict=True)
-        ]
-        texts.append("  ".join(cells).rstrip())
-    return "\n".join(texts)

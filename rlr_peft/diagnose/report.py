@@ -1,8 +1,6 @@
 """The diagnosis as a page that needs nothing but itself, as JSON, and as text for the console."""
 
 import base64
-import json
-import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -17,11 +15,11 @@ from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, StepProfile
 from rlr_peft.diagnose.estimates import gradient_norm, signal_to_noise
 from rlr_peft.diagnose.figure import save_step_profile
 from rlr_peft.diagnose.recommendation import Recommendation, quoted
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import listed, page_environment, printable
 from rlr_peft.intervals import short_number, with_error
-from rlr_peft.redaction import redacted, redacted_values
+from rlr_peft.reports import aligned, write_numbers, write_text
 
+TEMPLATE = "report.html.j2"
 OWN_UNITS = "*"
 LINE_WIDTH = 118  # characters
 # The table in two parts, because neither a terminal nor a page is as wide as all columns.
@@ -109,7 +107,7 @@ def console_text(diagnosis: Diagnosis, recommendation: Recommendation) -> str:
     lines = [f"{name}: {fact}" for name, fact in diagnosis.facts.items()]
     rows = [column_titles(diagnosis), *(row_of(result) for result in diagnosis.results)]
     for title, columns in PARTS.items():
-        lines += ["", title, *_aligned([[row[column] for column in columns] for row in rows])]
+        lines += ["", title, *aligned([[row[column] for column in columns] for row in rows])]
     texts = [f"Left out: {quoted(name)}, because {reason}." for name, reason in diagnosis.compared.left_out.items()]
     lines += ["", *_wrapped([*texts, *notes(diagnosis)]), "", "Recommendation"]
     if recommendation.flags:
@@ -127,18 +125,6 @@ def _wrapped(texts: Sequence[str]) -> list[str]:
     return [line.replace("\0", " ") for line in lines]
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table; the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-
-
-TEMPLATE = "report.html.j2"
-
-
 def write_report(path: Path, diagnosis: Diagnosis, recommendation: Recommendation) -> list[Path]:
     """Writes the page, and beside it the same name with .json and .png.
 
@@ -151,15 +137,11 @@ def write_report(path: Path, diagnosis: Diagnosis, recommendation: Recommendatio
         The three paths.
     """
     picture = save_step_profile(path.with_suffix(".png"), diagnosis)
-    numbers = path.with_suffix(".json")
-    with replacing_file(numbers) as aside:
-        aside.write_text(
-            json.dumps(redacted_values(plain_numbers(diagnosis, recommendation)), indent=2, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
-    with replacing_file(path) as aside:
-        aside.write_text(redacted(page(diagnosis, recommendation, picture.read_bytes())), encoding="utf-8")
-    return [path, numbers, picture]
+    return [
+        write_text(path, page(diagnosis, recommendation, picture.read_bytes())),
+        write_numbers(path.with_suffix(".json"), plain_numbers(diagnosis, recommendation)),
+        picture,
+    ]
 
 
 def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -> str:
@@ -190,7 +172,7 @@ def _with_code(text: str) -> Markup:
 
 
 def plain_numbers(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, Any]:
-    """All numbers in plain types; null where a number does not exist or is infinite."""
+    """All numbers in plain types; None where a number does not exist."""
     evidence, compared = diagnosis.evidence, diagnosis.compared
     return {
         "facts": dict(diagnosis.facts),
@@ -259,11 +241,5 @@ def _plain_profile(profile: StepProfile) -> dict[str, Any]:
 
 
 def _plain(values: torch.Tensor | None) -> Any:
-    """Nested lists of finite numbers and None."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, list):
-            return [finite(part) for part in value]
-        return value if math.isfinite(value) else None
-
-    return None if values is None else finite(values.tolist())
+    """Nested lists; None stays."""
+    return None if values is None else values.tolist()

@@ -1,5 +1,6 @@
 """LoRA weights of a denoiser: attaching them, saving them so that diffusers loads them, and proving that it does."""
 
+from rlr_peft.durable_files import WEIGHT_NAME
 from rlr_peft.lora.attach import (
     adapted_denoisers,
     adapter_disabled,
@@ -8,7 +9,7 @@ from rlr_peft.lora.attach import (
     lora_parameters,
     lora_size,
 )
-from rlr_peft.lora.export import WEIGHT_NAME, check_kohya, save_kohya, save_lora
+from rlr_peft.lora.export import check_kohya, save_kohya, save_lora
 from rlr_peft.lora.files import (
     AdapterFiles,
     AdapterFormatError,

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-_ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def denoiser_name(pipeline: Any) -> str:
@@ -101,7 +101,7 @@ def lora_size(denoiser: nn.Module, target_modules: Sequence[str], rank: int) -> 
     """Number of weights that `attach_lora` would add for these targets (DoRA's norms, which are few, left out)."""
     size = 0
     for name, module in denoiser.named_modules():
-        if isinstance(module, _ADAPTABLE) and any(f".{name}".endswith(f".{target}") for target in target_modules):
+        if isinstance(module, ADAPTABLE) and any(f".{name}".endswith(f".{target}") for target in target_modules):
             inputs = module.weight[0].numel()
             size += rank * (inputs + module.weight.shape[0])
     return size
@@ -138,7 +138,7 @@ def _check_targets(denoiser: nn.Module, target_modules: Sequence[str]) -> None:
     adaptable = [
         name.removesuffix(".base_layer")  # a layer that already has another adapter can take a second one
         for name, module in denoiser.named_modules()
-        if isinstance(module, _ADAPTABLE) and ".lora_" not in name
+        if isinstance(module, ADAPTABLE) and ".lora_" not in name
     ]
     unmatched = [
         target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in adaptable)

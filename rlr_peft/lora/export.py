@@ -15,14 +15,9 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.chain.families import adapter_folder, adapter_prefix
+from rlr_peft.durable_files import WEIGHT_NAME, replacing_file
 from rlr_peft.lora.attach import adapted_denoisers, denoiser_name
-
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-"""The one name that `pipeline.load_lora_weights(folder_or_repo)` finds by itself."""
-
-SECOND_EXPERT = "transformer_2"
-"""The attribute of a second denoiser, and the subfolder of its adapter."""
 
 METADATA_KEYS = (
     "r",
@@ -55,7 +50,7 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
     """
     paths = []
     for name in adapted_denoisers(pipeline, adapter_name):
-        folder = Path(directory) / name if name == SECOND_EXPERT else Path(directory)
+        folder = Path(directory) / adapter_folder(name)
         paths.append(_save_denoiser(pipeline, name, folder, fold_alpha, adapter_name))
     if not paths:
         raise ValueError(f"Expected an adapter {adapter_name!r} in the {denoiser_name(pipeline)}: attach one first.")
@@ -64,7 +59,7 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
 
 def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, adapter_name: str) -> Path:
     denoiser = getattr(pipeline, name)
-    prefix = "transformer" if name == SECOND_EXPERT else name
+    prefix = adapter_prefix(name)
     save = getattr(pipeline, "save_lora_weights", None)
     if save is not None and f"{prefix}_lora_adapter_metadata" not in inspect.signature(save).parameters:
         raise ValueError(
@@ -84,11 +79,6 @@ def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, 
             )
         sort_header(aside)
     return path
-
-
-def folded_adapter(denoiser: Any, adapter_name: str = "default") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The adapter with its scale multiplied into lora_B, for readers that know no other scale than 1."""
-    return _adapter(denoiser, True, adapter_name)
 
 
 def _adapter(denoiser: Any, fold_alpha: bool, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -167,7 +157,7 @@ def save_kohya(pipeline: Any, directory: str | Path, adapter_name: str = "defaul
     """
     check_kohya(pipeline, adapter_name)
     # The conversion says alpha = rank, whatever the adapter's alpha: the scale must be in the weights.
-    tensors, _ = folded_adapter(pipeline.unet, adapter_name)
+    tensors, _ = _adapter(pipeline.unet, True, adapter_name)
     converted = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in tensors.items()})
     path = Path(directory) / KOHYA_NAME
     with replacing_file(path) as aside:

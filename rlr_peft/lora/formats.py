@@ -15,7 +15,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from rlr_peft.lora.export import SECOND_EXPERT
+from rlr_peft.durable_files import SECOND_EXPERT
 from rlr_peft.lora.files import AdapterFormatError
 
 # How a tensor's name ends: the layer, and which of its tensors this is. Between `lora_A` and `weight` peft may put the

@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlr_peft.lora.export import SECOND_EXPERT
+from rlr_peft.durable_files import SECOND_EXPERT
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, AdapterMismatchError, find_adapter, read_tensors
 from rlr_peft.lora.formats import AdapterLayer, apply_settings, format_name, layers_of
 from rlr_peft.lora.placing import LayerNames, place_layers, quiet_diffusers
@@ -279,18 +279,14 @@ def merge_lora(pipeline: Any) -> list[str]:
         if not isinstance(part, nn.Module):
             continue
         layers = {path: layer for path, layer in part.named_modules() if isinstance(layer, LoraLayer)}
-        if not layers:
-            continue
-        _check_biases(name, layers)
+        if layers:
+            _check_biases(name, layers)
+            changed.append(name)
         for layer in layers.values():
             layer.merge(safe_merge=True)
-        recurse_remove_peft_layers(part)
-        del part.peft_config
-        if hasattr(part, "_hf_peft_config_loaded"):  # else diffusers would look for layers that are gone
-            part._hf_peft_config_loaded = False  # type: ignore[assignment]
-        changed.append(name)
     if not changed:
         raise ValueError("No adapter is loaded: it has no layers for this pipeline, so it belongs to another base.")
+    unload_lora(pipeline)
     return changed
 
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlr_peft.lora.export import SECOND_EXPERT
+from rlr_peft.durable_files import SECOND_EXPERT
+from rlr_peft.lora.attach import ADAPTABLE
 from rlr_peft.lora.files import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.formats import AdapterLayer, layers_of
-
-ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # kohya's word for a model of the pipeline: `lora_te1_...`
 _KOHYA = {

@@ -15,8 +15,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlr_peft.chain.families import adapter_folder, adapter_loading, adapter_prefix
+from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
 from rlr_peft.lora.attach import adapted_denoisers, lora_parameters
-from rlr_peft.lora.export import SECOND_EXPERT, WEIGHT_NAME, save_lora
+from rlr_peft.lora.export import save_lora
 from rlr_peft.lora.files import AdapterMismatchError
 from rlr_peft.lora.loading import diffusers_loads, load_lora
 
@@ -136,7 +138,7 @@ def _load_as_users_do(pipeline: Any, directory: Path, denoisers: list[str]) -> N
         if denoisers != [SECOND_EXPERT]:
             pipeline.load_lora_weights(str(directory))
         if SECOND_EXPERT in denoisers:
-            pipeline.load_lora_weights(str(directory / SECOND_EXPERT), load_into_transformer_2=True)
+            pipeline.load_lora_weights(str(directory / SECOND_EXPERT), **adapter_loading(SECOND_EXPERT))
     else:
         load_lora(pipeline, directory)
 
@@ -184,7 +186,7 @@ def _saved(directory: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of the files that `save_lora` wrote, named as those of a `ModuleDict` of the denoisers."""
     tensors: dict[str, Tensor] = {}
     for name in names:
-        folder, prefix = (Path(directory) / name, "transformer") if name == SECOND_EXPERT else (Path(directory), name)
+        folder, prefix = Path(directory) / adapter_folder(name), adapter_prefix(name)
         found = load_file(folder / WEIGHT_NAME)
         # The file names a DoRA's magnitudes without the `weight` that peft's layers call them by.
         tensors |= {

@@ -1,10 +1,12 @@
 """The model card: `README.md` beside the adapter, filled from what the run measured and nothing else.
 
-It is written, written again, and addressed to a repository, without losing a user's edits.
+Its words are in `model_card_template.md`, its facts in the run's record. It is written, written again, and addressed to
+a repository, without losing a user's edits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -17,6 +19,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError as JinjaError
+from jinja2 import nodes
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from yaml import YAMLError
@@ -25,23 +28,26 @@ from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
-from rlr_peft.intervals import decimals_of_scores, with_error
+from rlr_peft.intervals import decimals_of, decimals_of_scores, direction, half_width, with_error
+from rlr_peft.publishing.bases import License, base_kind, hub_link
 from rlr_peft.publishing.record import (
     RECORD_NAME,
-    SHOWN_PROMPTS,
     ImagePair,
     RecordError,
+    Rewards,
     RunRecord,
     StoredCard,
     load_stored_card,
-    printable_record,
     save_stored_card,
 )
-from rlr_peft.publishing.results import Result, results_of, verdicts
-from rlr_peft.publishing.snippet import base_kind, hub_link, usage_snippet
+from rlr_peft.publishing.snippet import usage_snippet
 from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
+
+EDITED = "README.edited.md"
+COMMON_TAGS = ("diffusers", "diffusers-training", "lora", "template:sd-lora", "reward-fine-tuning")
+KEYS = ("before", "before_se", "after", "after_se", "gain", "gain_se")
 
 
 class TemplateError(UserError, ValueError):
@@ -56,277 +62,60 @@ def default_template_path() -> Path:
     return Path(__file__).parent / "model_card_template.md"
 
 
-def write_model_card(
-    directory: Path, *, record: RunRecord, template: str | None = None, extra_text: str | None = None
-) -> Path:
-    """Write `directory/README.md`, replacing what is there; see `render_card`. Returns the path of the card."""
-    path = Path(directory) / "README.md"
-    text = render_card(directory, record=record, template=template, extra_text=extra_text)
-    with replacing_file(path) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")
-    return path
-
-
-def render_card(
-    directory: Path, *, record: RunRecord, template: str | None = None, extra_text: str | None = None
-) -> str:
-    """The card's text, with access tokens and passwords in URLs crossed out.
-
-    Args:
-        directory: the folder of the adapter. Images named in the record that are not there are left out.
-        record: the facts of the run.
-        template: a Jinja2 template in place of the shipped one; it gets the same variables and is rendered in Jinja's
-            sandbox, since one that is stored with a run may be somebody else's: it reaches these variables, and neither
-            Python nor files. Its time is not limited.
-        extra_text: Markdown of the user's own, put after the introduction.
-
-    Raises:
-        TemplateError: the template is no Jinja2, names what is not there, or gives metadata that cannot be read.
-    """
-    directory = Path(directory)
-    images = [(name, prompt) for name, prompt in record.images if _is_there(directory, name)]
-    before_after = record.before_after if _is_there(directory, record.before_after) else None
-    reward_curve = record.reward_curve if _is_there(directory, record.reward_curve) else None
-    pairs = [pair for pair in record.pairs if _is_there(directory, pair.base) and _is_there(directory, pair.adapter)]
-    known_prompts = [*(prompt for _, prompt in images), *record.before_after_prompts, *record.prompts]
-    if not images and before_after:
-        # The gallery wants one prompt with its image; the figure shows several.
-        images = [(before_after, next(iter(record.before_after_prompts), "base and adapter side by side"))]
-    # Programs read the metadata and undo what is written out in quotes there: those values are printable themselves.
-    shown = printable_record(record)
-    results = results_of(shown)
-    metadata = card_metadata(shown, directory, printable_values(images), results)
-    variables = {
-        "has_gallery": bool(images),
-        "before_after": before_after and quote(before_after),
-        "reward_curve": reward_curve and quote(reward_curve),
-        "has_page": (directory / "compare.html").is_file(),
-        "has_scores": (directory / "scores.parquet").is_file(),
-        "pairs": _pairs(pairs),
-        "extra_text": extra_text.strip() if extra_text else None,
-        "snippet": fenced(usage_snippet(record, next(iter(known_prompts), "a photo of a cat")), "python"),
-        "snippet_differences": list(record.snippet_notes),
-        "snippet_note": None if record.repo_id else "In the folder of this file:",
-        **_names(shown),
-        **_results(shown, results),
-        **_training(shown),
-    }
-    if template is None:
-        text = default_template_path().read_text(encoding="utf-8")
-        card = ModelCard.from_template(metadata, template_str=text, **variables)
-    else:
-        card = _from_users_template(metadata, template, variables)
-    return printable(redacted(f"{str(card).rstrip()}\n"))
-
-
-def _from_users_template(metadata: ModelCardData, template: str, variables: dict[str, Any]) -> ModelCard:
-    """The card of a template that may hold mistakes; a misspelt name would be an empty place on the card."""
-    known = {*variables, *metadata.to_dict(), "card_data"}
-    try:
-        sandbox = ImmutableSandboxedEnvironment()
-        named = find_undeclared_variables(sandbox.parse(template))
-        unknown = sorted(named - known)
-        if not unknown:
-            given = {**metadata.to_dict(), **variables, "card_data": metadata.to_yaml()}
-            return ModelCard(sandbox.from_string(template).render(given))
-    except (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, YAMLError) as error:
-        raise TemplateError(f"The template of the card cannot be rendered ({error}); correct it.") from error
-    near = [match for name in unknown for match in get_close_matches(name, known, 1)]
-    meant = f" Did you mean {in_a_row(near)}?" if near else f" Its variables are {', '.join(sorted(variables))}."
-    raise TemplateError(f"The template of the card names what is not there: {in_a_row(unknown)}.{meant}")
-
-
-def _is_there(directory: Path, name: str | None) -> bool:
-    if name is not None and not (stays_inside(name) and (directory / name).is_file()):
-        logger.warning("The model card leaves out %s: there is no such file in %s", name, directory)
-        return False
-    return name is not None
-
-
-def _names(record: RunRecord) -> dict[str, Any]:
-    """What is trained on what."""
-    kind = base_kind(record.base_model)
-    label = Path(record.base_model).name if kind == "folder" else record.base_model
-    base_text = {
-        "embedded": "`tiny-shapes`, the small pipeline that ships with rlr-peft",
-        "folder": f"the local pipeline {in_code(label)}",
-        "hub": hub_link(label),
-    }[kind]
-    names = list(record.reward_weights) or [record.reward_name]
-    rewards = "reward" if len(names) == 1 else "rewards"
-    return {
-        "title": in_cell(f"LoRA of {label.rsplit('/', 1)[-1]} for the {rewards} {in_a_row(names)}"),
-        "base_text": base_text,
-        "reward_name": record.reward_name,
-        "reward_text": f"the {rewards} {in_a_row([in_code(name) for name in names])}",
-    }
-
-
-def _results(record: RunRecord, results: Sequence[Result]) -> dict[str, Any]:
-    heldout = [in_code(result.name) for result in results if result.held_out]
-    return {
-        "verdicts": verdicts(record, list(results)),
-        "result_rows": [result.row() for result in results],
-        "has_win_rate": any(result.win_rate is not None for result in results),
-        "evaluation": record.evaluation,
-        "selection": record.selection,
-        "heldout_names": in_a_row(heldout),
-        "heldout_count": len(heldout),
-        # Measured while training, where no prompts were kept for a comparison.
-        "watched": None if heldout or record.heldout_name is None else in_code(record.heldout_name),
-    }
-
-
-def _training(record: RunRecord) -> dict[str, Any]:
-    shown = [one_line(prompt) for prompt in record.prompts[:SHOWN_PROMPTS]]
-    return {
-        "estimator_text": " ".join([*record.estimator, *([record.coverage] if record.coverage else [])]),
-        "stages": _stages(record),
-        "evaluation_eta": record.config.get("evaluation_eta"),
-        "facts": _facts(record),
-        "command": fenced(record.command, "bash") if record.command else None,
-        "config": fenced(yaml_text(record.config).rstrip(), "yaml"),
-        "prompts": fenced("\n".join(shown), "text") if shown else None,
-        "prompts_introduction": _prompts_introduction(len(shown), record.prompt_count),
-    }
-
-
-def _prompts_introduction(shown: int, count: int | None) -> str:
-    if count is None:
-        return "The first of its training prompts:"
-    return f"The first {shown} of its {count:,} training prompts:" if count > shown else "Its training prompts:"
-
-
-def _pairs(pairs: Sequence[ImagePair]) -> list[dict[str, str]]:
-    decimals = decimals_of_scores([0.0, *(score for pair in pairs for score in (pair.base_score, pair.adapter_score))])
-    return [
-        {
-            "prompt": in_cell(pair.prompt),
-            "base": quote(pair.base),
-            "adapter": quote(pair.adapter),
-            "base_score": f"{pair.base_score:.{decimals}f}",
-            "adapter_score": f"{pair.adapter_score:.{decimals}f}",
-        }
-        for pair in pairs
-    ]
-
-
-def _stages(record: RunRecord) -> list[dict[str, str]]:
-    prompts = record.stage_prompts or [""] * len(record.stages)
-    return [
-        {"name": in_cell(name), "share": f"{share:.0%}", "prompt": in_cell(prompt)}
-        for (name, share), prompt in zip(record.stages.items(), prompts)
-    ]
-
-
-def _facts(record: RunRecord) -> list[dict[str, str]]:
-    metrics = record.metrics
-    facts: dict[str, str | None] = {
-        **record.settings,
-        "updates": f"{metrics['steps']:,.0f}" if "steps" in metrics else None,
-        "denoiser evaluations": (
-            f"{metrics['denoiser_evaluations']:,.0f}" if "denoiser_evaluations" in metrics else None
-        ),
-        "training time": _duration(metrics["seconds"]) if "seconds" in metrics else None,
-        "divergence from the base": _divergence(metrics),
-        "peak memory": f"{metrics['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in metrics else None,
-        "hardware": record.hardware,
-        "packages": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or None,
-        "commit of rlr-peft": f"`{record.commit}`" if record.commit else None,
-    }
-    return [{"name": in_cell(name), "value": value.replace("|", "\\|")} for name, value in facts.items() if value]
-
-
-def _divergence(metrics: Mapping[str, float]) -> str | None:
-    if "kl" not in metrics:
-        return None
-    return f"{with_error(metrics['kl'], metrics['kl_se'])} nats (KL of {metrics['kl_n']:.0f} sampled paths)"
-
-
-def in_a_row(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-COMMON_TAGS = ("diffusers", "diffusers-training", "lora", "template:sd-lora", "reward-fine-tuning")
-
-
-def card_metadata(
-    record: RunRecord, directory: Path, images: Sequence[tuple[str, str]], results: Sequence[Result]
-) -> ModelCardData:
-    """Licence, base, tags, gallery and measured rewards.
-
-    Args:
-        record: the run's facts.
-        directory: the card's folder, which names a model that has no repository yet.
-        images: file name and prompt of the gallery.
-        results: what was measured.
-    """
-    optional: dict[str, Any] = {
-        "license": record.license,
-        "license_name": record.license_name,
-        "license_link": record.license_link,
-        "datasets": list(record.datasets) or None,
-    }
-    if base_kind(record.base_model) == "hub":
-        # Anything but a Hub id here would be a dead link on the adapter's page.
-        optional |= {"base_model": record.base_model, "base_model_relation": "adapter"}
-    if images:
-        optional["widget"] = [{"text": prompt, "output": {"url": name}} for name, prompt in images]
-    if results:
-        optional["model_name"] = (record.repo_id or directory.resolve().name).rsplit("/", 1)[-1]
-        optional["eval_results"] = [_eval_result(record, result) for result in results]
-    return ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=record.pipeline_tag,
-        inference=True,
-        tags=_tags(record),
-        **{key: value for key, value in optional.items() if value is not None},
-    )
-
-
-def _tags(record: RunRecord) -> list[str]:
-    is_rlr = str(record.config.get("estimator", "")).startswith("rlr")
-    own = [*(["rlr"] if is_rlr else []), *(["diffusive-chain-of-thought"] if record.stages else [])]
-    return list(dict.fromkeys([record.pipeline_tag, *COMMON_TAGS, *own, *record.tags]))
-
-
-def _eval_result(record: RunRecord, result: Result) -> EvalResult:
-    return EvalResult(
-        task_type=record.pipeline_tag,
-        dataset_type="prompts",
-        dataset_name=record.evaluation_prompts,
-        metric_type=result.name,
-        metric_name=f"{result.name} ({result.role})",
-        metric_value=round(result.after, 6),
-    )
-
-
-EDITED = "README.edited.md"
-
-
 def write_card(directory: Path, card: StoredCard) -> Path:
     """Writes `run_record.json` and `README.md` into the folder; returns the path of the card.
 
     A card that was edited by hand since is kept as `README.edited.md`.
     """
+    text = card_text(directory, card)
+    path = directory / "README.md"
     _keep_edited(directory)
-    path = write_model_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+    with replacing_file(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
     save_stored_card(directory, replace(card, readme_sha256=_sha256(path)))
     return path
 
 
 def card_text(directory: Path, card: StoredCard) -> str:
-    """What `write_card` would write into `README.md`."""
-    return render_card(directory, record=card.record, template=card.template, extra_text=card.extra_text)
+    """What `write_card` writes into `README.md`, with access tokens and passwords in URLs crossed out.
+
+    Args:
+        directory: the folder of the adapter. Images named in the record that are not there are left out.
+        card: the facts. Its template gets the same variables and filters as the shipped one and, like that, is rendered
+            in Jinja's sandbox, since one that is stored with a run may be somebody else's: it reaches these variables,
+            and neither Python nor files. Its time is not limited.
+
+    Raises:
+        TemplateError: the template is no Jinja2, names what is not there, or gives metadata that cannot be read.
+    """
+    record, images = card.record, card.record.images
+    before_after = images.before_after if _is_there(directory, images.before_after) else None
+    gallery = [(name, prompt) for name, prompt in images.gallery if _is_there(directory, name)]
+    prompts = [*(prompt for _, prompt in gallery), *images.before_after_prompts, *record.prompts.shown]
+    if not gallery and before_after:
+        # The gallery wants one prompt with its image; the figure shows several.
+        gallery = [(before_after, next(iter(images.before_after_prompts), "base and adapter side by side"))]
+    # Programs read the metadata and undo what is written out in quotes there: those values are printable themselves.
+    shown = printable_values(dataclasses.asdict(record))
+    results = [printable_values(result) for result in results_of(record)]
+    metadata = _metadata(record, directory, gallery, results)
+    variables = {
+        **shown,
+        **_names(record),
+        "results": results,
+        "gallery": gallery,
+        "before_after": before_after and quote(before_after),
+        "reward_curve": quote(images.reward_curve or "") if _is_there(directory, images.reward_curve) else None,
+        "pairs": _pairs(
+            [pair for pair in images.pairs if _is_there(directory, pair.base) and _is_there(directory, pair.adapter)]
+        ),
+        "has_page": (directory / "compare.html").is_file(),
+        "has_scores": (directory / "scores.parquet").is_file(),
+        "extra_text": card.extra_text.strip() if card.extra_text else None,
+        "snippet": usage_snippet(record, next(iter(prompts), "a photo of a cat")),
+    }
+    template = card.template or default_template_path().read_text(encoding="utf-8")
+    return render_template(template, metadata, variables)
 
 
 def stored_record(directory: Path) -> RunRecord | None:
@@ -343,12 +132,204 @@ def addressed_card(directory: Path, repo_id: str, revision: str | None = None) -
     if not (directory / RECORD_NAME).exists() or not readme.exists():
         return None
     card = load_stored_card(directory)
-    if (card.record.repo_id, card.record.hub_revision) == (repo_id, revision):
+    adapter = card.record.adapter
+    if (adapter.repo_id, adapter.revision) == (repo_id, revision):
         return None
     if _sha256(readme) != card.readme_sha256:
         logger.warning("%s was edited: it is published as it is; its snippet may name another place.", readme)
         return None
-    return replace(card, record=replace(card.record, repo_id=repo_id, hub_revision=revision))
+    return replace(card, record=replace(card.record, adapter=replace(adapter, repo_id=repo_id, revision=revision)))
+
+
+def results_of(record: RunRecord) -> list[dict[str, Any]]:
+    """Every reward whose numbers are complete: the trained one, its parts, and the held-out ones, in this order.
+
+    Returns:
+        For each: `name`, `role` in words, `held_out` (only measured), `is_score` (what training raised, or the first
+        held-out reward), `sign` (1 or -1 where the interval of the gain is clear of 0, else 0), `value` of the adapter,
+        `gain` with its error, and the `cells` of the table, whose numbers do not break across lines.
+    """
+    metrics, found = record.metrics, []
+    for prefix in (key.removesuffix("_gain") for key in metrics if key.endswith("_gain")):
+        described = _described(record.rewards, prefix)
+        if described is None or "n" not in metrics or any(f"{prefix}_{key}" not in metrics for key in KEYS):
+            continue
+        order, name, role = described
+        before, before_se, after, after_se, gain, gain_se = (float(metrics[f"{prefix}_{key}"]) for key in KEYS)
+        # Images of one prompt are alike, and the errors take them together; of a single prompt every image counts.
+        prompts = int(metrics.get("prompts", metrics["n"]))
+        count = prompts if prompts > 1 else int(metrics["n"])
+        margin, places = half_width(gain_se, count), decimals_of(gain_se)
+        low, high = (f"{edge:+.{places}f}" for edge in (gain - margin, gain + margin))
+        win_rate = metrics.get(f"{prefix}_win_rate")
+        cells = {
+            "before": with_error(before, before_se),
+            "after": with_error(after, after_se),
+            "gain": f"{gain:+.{places}f} [{low}, {high}]",
+            "win_rate": "" if win_rate is None else f"{win_rate:.0%}",
+            "n": f"{metrics['n']:.0f}",
+        }
+        result = {
+            "name": name,
+            "role": role,
+            "held_out": order == 2,
+            "is_score": prefix in ("reward", "heldout"),
+            "sign": direction(gain, gain_se, count),
+            "value": after,
+            "gain": with_error(gain, gain_se, sign=True),
+            "cells": {key: cell.replace(" ", "\N{NO-BREAK SPACE}") for key, cell in cells.items()},
+        }
+        found.append((order, result))
+    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
+
+def _described(rewards: Rewards, prefix: str) -> tuple[int, str, str] | None:
+    """Order, name and role of a prefix of `metrics.json`; None for what stands in the table already, or is no reward.
+
+    What rewards tell beside their scores, such as the attributes that a judge saw, is on the comparison's page.
+    """
+    group, _, name = prefix.partition("/")
+    if prefix == "reward":
+        return 0, rewards.name, "trained on, weighted sum of scaled rewards" if rewards.weights else "trained on"
+    if prefix == "heldout" and rewards.heldout:
+        return 2, rewards.heldout[0], "held out"
+    if group == "reward" and name in rewards.weights:
+        return 1, name, f"trained on, weight {rewards.weights[name]:g}"
+    if group == "heldout" and name in rewards.heldout[1:]:
+        return 2, name, "held out"
+    return None
+
+
+def _metadata(
+    record: RunRecord, directory: Path, gallery: Sequence[tuple[str, str]], results: Sequence[Mapping[str, Any]]
+) -> ModelCardData:
+    """What the Hub reads: licence, base, tags, gallery and measured rewards."""
+    base = record.base
+    is_rlr = str(record.config.get("estimator", "")).startswith("rlr")
+    own = [*(["rlr"] if is_rlr else []), *(["diffusive-chain-of-thought"] if record.prompts.stages else [])]
+    optional: dict[str, Any] = {"inference": True, "datasets": list(record.prompts.datasets) or None}
+    if base_kind(base.model) == "hub":
+        # Anything but a Hub id here would be a dead link on the adapter's page.
+        optional |= {"base_model": base.model, "base_model_relation": "adapter"}
+    if gallery:
+        optional["widget"] = [{"text": prompt, "output": {"url": name}} for name, prompt in gallery]
+    metadata = card_metadata(base.pipeline_tag, [*COMMON_TAGS, *own, *base.tags], base.license, **optional)
+    if results:
+        metadata.model_name = (record.adapter.repo_id or directory.resolve().name).rsplit("/", 1)[-1]
+        metadata.eval_results = [
+            EvalResult(
+                task_type=base.pipeline_tag,
+                dataset_type="prompts",
+                dataset_name=printable(record.prompts.evaluation),
+                metric_type=result["name"],
+                metric_name=f"{result['name']} ({result['role']})",
+                metric_value=round(result["value"], 6),
+            )
+            for result in results
+        ]
+    return metadata
+
+
+def card_metadata(pipeline_tag: str, tags: Sequence[str], licence: License, **others: Any) -> ModelCardData:
+    """A card's metadata; what is None is left out."""
+    given = {"license": licence.id, "license_name": licence.name, "license_link": licence.link, **others}
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=printable(pipeline_tag),
+        tags=printable_values(list(dict.fromkeys([pipeline_tag, *tags]))),
+        **{name: printable_values(value) for name, value in given.items() if value is not None},
+    )
+
+
+def _names(record: RunRecord) -> dict[str, str]:
+    """What is trained on what."""
+    model, kind = printable(record.base.model), base_kind(record.base.model)
+    label = Path(model).name if kind == "folder" else model
+    names = printable_values(list(record.rewards.weights) or [record.rewards.name])
+    rewards = "reward" if len(names) == 1 else "rewards"
+    base_text = {
+        "embedded": "`tiny-shapes`, the small pipeline that ships with rlr-peft",
+        "folder": f"the local pipeline {in_code(label)}",
+        "hub": hub_link(label),
+    }
+    return {
+        "title": in_cell(f"LoRA of {label.rsplit('/', 1)[-1]} for the {rewards} {in_a_row(names)}"),
+        "base_text": base_text[kind],
+        "reward_text": f"the {rewards} {in_a_row([in_code(name) for name in names])}",
+    }
+
+
+def _pairs(pairs: Sequence[ImagePair]) -> list[dict[str, str]]:
+    decimals = decimals_of_scores([0.0, *(score for pair in pairs for score in (pair.base_score, pair.adapter_score))])
+    return [
+        {
+            "prompt": pair.prompt,
+            "base": quote(pair.base),
+            "adapter": quote(pair.adapter),
+            "base_score": f"{pair.base_score:.{decimals}f}",
+            "adapter_score": f"{pair.adapter_score:.{decimals}f}",
+        }
+        for pair in pairs
+    ]
+
+
+def render_template(template: str, metadata: ModelCardData, variables: Mapping[str, Any]) -> str:
+    """The text of a card; in the template a misspelt name, which would be an empty place on the card, is an error.
+
+    Raises:
+        TemplateError: see `card_text`.
+    """
+    given = {**metadata.to_dict(), **variables, "card_data": metadata.to_yaml()}
+    try:
+        sandbox = ImmutableSandboxedEnvironment()
+        sandbox.filters |= FILTERS
+        parsed = sandbox.parse(template)
+        own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}  # those of `set` in an `if`
+        unknown = sorted(find_undeclared_variables(parsed) - given.keys() - own)
+        if not unknown:
+            card = ModelCard(sandbox.from_string(template).render(given))
+            return printable(redacted(f"{str(card).rstrip()}\n"))
+    except (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, YAMLError) as error:
+        raise TemplateError(f"The template of the card cannot be rendered ({error}); correct it.") from error
+    near = [match for name in unknown for match in get_close_matches(name, given, 1)]
+    meant = f" Did you mean {in_a_row(near)}?" if near else f" Its variables are {', '.join(sorted(variables))}."
+    raise TemplateError(f"The template of the card names what is not there: {in_a_row(unknown)}.{meant}")
+
+
+def in_a_row(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# What templates write values with, in addition to Jinja's own filters.
+FILTERS = {
+    "cell": in_cell,
+    "code": in_code,
+    "line": one_line,
+    "fenced": fenced,
+    "yaml": lambda values: yaml_text(values).rstrip(),
+    "in_a_row": lambda names: in_a_row(list(names)),
+    "number": lambda value: f"{value:g}",
+    "count": lambda value: f"{value:,.0f}",
+    "percent": lambda share: f"{share:.0%}",
+    "duration": _duration,
+    "with_error": with_error,
+}
+
+
+def _is_there(directory: Path, name: str | None) -> bool:
+    if name is not None and not (stays_inside(name) and (directory / name).is_file()):
+        logger.warning("The model card leaves out %s: there is no such file in %s", name, directory)
+        return False
+    return name is not None
 
 
 def _keep_edited(directory: Path) -> None:

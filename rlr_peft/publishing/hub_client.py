@@ -33,7 +33,7 @@ from huggingface_hub.utils import (
 from huggingface_hub.utils._http import default_client_factory
 from urllib3 import Retry
 
-from rlr_peft.durable_files import stays_inside
+from rlr_peft.durable_files import WEIGHT_NAME, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.redaction import redacted_address
 
@@ -198,7 +198,6 @@ def _status_in_words(status: int, error: HfHubHTTPError) -> str:
     return f"The Hub at {constants.ENDPOINT} {meaning} (HTTP {status}{f': {said}' if said else ''})."
 
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 # What a repository holds at its top level if it is some other model.
 FOREIGN_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".gguf", ".pt", ".pth")

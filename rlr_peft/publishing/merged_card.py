@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import ModelCardData
 
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.foreign_text import fenced, in_cell, in_code, printable
-from rlr_peft.publishing.licenses import License, base_license
+from rlr_peft.foreign_text import in_code, printable_values
+from rlr_peft.publishing.bases import BaseKind, base_kind, base_license, hub_link
+from rlr_peft.publishing.card import card_metadata, render_template
 from rlr_peft.publishing.record import RunRecord
-from rlr_peft.publishing.snippet import BaseKind, base_kind, call_arguments, hub_link, told_sigmas
-from rlr_peft.redaction import redacted
+from rlr_peft.publishing.snippet import call_arguments, told_sigmas
 
+TEMPLATE = Path(__file__).parent / "merged_card_template.md"
 TAGS = ("diffusers", "lora")
-PARTIAL = "from functools import partial\n\n"
 
 
 @dataclass(frozen=True)
@@ -51,99 +49,64 @@ class Merged:
 def write_merged_card(directory: Path, merged: Merged) -> Path:
     """Writes `directory/README.md`; returns its path. Paths of this machine stay out of it."""
     licence = base_license(merged.base, revision=merged.base_revision)
+    hub_ids = [name for name in (merged.base, merged.adapter) if _kind(name) == "hub"]
+    metadata = card_metadata(
+        merged.pipeline_tag,
+        [*TAGS, *merged.tags],
+        licence,
+        # Anything but Hub ids here would be dead links.
+        base_model=hub_ids or None,
+        base_model_relation="merge" if hub_ids else None,
+    )
+    variables = {
+        "base": _place(merged.base, merged.base_revision),
+        "adapter": _place(merged.adapter, merged.adapter_revision),
+        "parts": merged.parts,
+        "dtype": merged.dtype,
+        "record": merged.record and printable_values(dataclasses.asdict(merged.record)),
+        "snippet": _snippet(merged),
+        "license": licence.id,
+    }
     path = directory / "README.md"
     with replacing_file(path) as aside:
-        aside.write_text(printable(redacted(_card(merged, licence))), encoding="utf-8", newline="\n")
+        text = render_template(TEMPLATE.read_text(encoding="utf-8"), metadata, variables)
+        aside.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
-def _card(merged: Merged, licence: License) -> str:
-    base, adapter = _link(merged.base, merged.base_revision), _link(merged.adapter, merged.adapter_revision)
-    changed = " and the ".join(merged.parts)
+def _snippet(merged: Merged) -> str:
+    """Loads the pipeline and, where the adapter's run is known, draws as its numbers were measured."""
     record = merged.record
-    training = "" if record is None else f", which was trained on the reward {in_code(record.reward_name)}"
-    scheduler = (
-        ""
-        if record is None or record.scheduler is None
-        else (
-            f" Its scheduler is the {record.scheduler} that the adapter's numbers were measured with"
-            f"{_settings(record.scheduler_options)}."
-        )
-    )
-    rounded = "" if merged.dtype == "float32" else f", then rounded to {merged.dtype}"
-    is_told = record is not None and record.scheduler_sigmas
-    snippet = (
-        f"{PARTIAL if is_told else ''}"
-        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.{merged.dtype})\n'
-        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")'
-        f"{'' if record is None else _drawing(record)}"
-    )
-    terms = "The licence terms of the base apply." if licence.id else "Its licence is that of the base, not known here."
-    return f"""---
-{_metadata(merged, licence)}
----
-
-# {in_cell(_label(merged.base))} with {in_cell(_label(merged.adapter))} fused in
-
-The pipeline {base} with the LoRA adapter {adapter} added to the weights of its {changed}{training}. Everything else is
-the base's.{scheduler} The sum was taken in float32{rounded} by `rlr-peft merge`; no LoRA layers are left.
-
-## Use it
-
-In the folder of this file:
-
-{fenced(snippet, "python")}
-
-## Limits
-
-Nothing was measured of this pipeline. Numbers on the adapter's own card were measured with base and adapter apart, from
-which rounding may differ a little. {terms} The base's limits and biases remain, and where the adapter's reward is wrong
-about an image, so is this pipeline.
-"""
-
-
-def _settings(options: Mapping[str, object]) -> str:
-    return f" ({', '.join(f'{name} {value}' for name, value in options.items())})" if options else ""
-
-
-def _drawing(record: RunRecord) -> str:
-    """Lines that draw as the adapter's numbers were measured."""
-    prompt = next(iter(record.prompts), "a photo of a cat")
-    told = f"\n{told_sigmas(record).rstrip()}" if record.scheduler_sigmas else ""
-    arguments = [json.dumps(prompt, ensure_ascii=False), *call_arguments(record, prompt)]
-    return f"{told}\n\nresult = pipe({', '.join(arguments)}, generator=torch.Generator().manual_seed(0))"
-
-
-def _metadata(merged: Merged, licence: License) -> ModelCardData:
-    hub_ids = [name for name in (merged.base, merged.adapter) if _kind(name) == "hub"]
-    optional: dict[str, Any] = {
-        "license": licence.id,
-        "license_name": licence.name,
-        "license_link": licence.link,
-        # Anything but Hub ids here would be dead links.
-        "base_model": hub_ids or None,
-        "base_model_relation": "merge" if hub_ids else None,
-    }
-    return ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=merged.pipeline_tag,
-        tags=list(dict.fromkeys([merged.pipeline_tag, *TAGS, *merged.tags])),
-        **{key: value for key, value in optional.items() if value is not None},
-    )
+    is_told = record is not None and record.sampling.scheduler_sigmas
+    lines = [
+        *(["from functools import partial", ""] if is_told else []),
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.{merged.dtype})',
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+    ]
+    if record is not None:
+        prompt = next(iter(record.prompts.shown), "a photo of a cat")
+        arguments = [json.dumps(prompt, ensure_ascii=False), *call_arguments(record, prompt)]
+        lines += [
+            *([told_sigmas(record)] if is_told else [""]),
+            f"result = pipe({', '.join(arguments)}, generator=torch.Generator().manual_seed(0))",
+        ]
+    return "\n".join(lines)
 
 
 def _kind(name: str) -> BaseKind:
     return "folder" if Path(name).expanduser().exists() else base_kind(name)
 
 
-def _label(name: str) -> str:
-    return Path(name).expanduser().resolve().name if _kind(name) == "folder" else name
-
-
-def _link(name: str, revision: str | None) -> str:
-    kind, label = _kind(name), _label(name)
-    if kind != "hub":
-        return in_code(label) if kind == "folder" else f"{in_code(label)}, the small one that ships with rlr-peft,"
-    at = f" at {in_code(revision)}" if revision else ""
-    return f"{hub_link(label)}{at}"
+def _place(name: str, revision: str | None) -> dict[str, str]:
+    """What a base or an adapter is called, and a link to it."""
+    kind = _kind(name)
+    label = Path(name).expanduser().resolve().name if kind == "folder" else name
+    links = {
+        "folder": in_code(label),
+        "embedded": f"{in_code(label)}, the small one that ships with rlr-peft,",
+        "hub": f"{hub_link(label)}{f' at {in_code(revision)}' if revision else ''}",
+    }
+    return {"label": label, "link": links[kind]}

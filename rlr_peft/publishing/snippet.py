@@ -4,62 +4,44 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from rlr_peft.foreign_text import in_code
+from rlr_peft.chain.families import adapter_folder, adapter_loading
+from rlr_peft.publishing.bases import base_kind
 from rlr_peft.publishing.record import RunRecord
-from rlr_peft.tiny_shapes import PIPELINE_NAME
-
-BaseKind = Literal["embedded", "folder", "hub"]
-
-
-def base_kind(base_model: str) -> BaseKind:
-    """Where the base comes from: shipped with rlr-peft, a folder of this machine, or the Hub."""
-    if base_model == PIPELINE_NAME:
-        return "embedded"
-    path = Path(base_model).expanduser()
-    return "folder" if path.is_absolute() or path.is_dir() else "hub"
-
-
-def hub_link(name: str) -> str:
-    """A repository of the Hub in Markdown; a name that no repository can have is no link."""
-    is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
-    return f"[{name}](https://huggingface.co/{name})" if is_repository else in_code(name)
 
 
 def usage_snippet(record: RunRecord, prompt: str) -> str:
     """Code that loads the base and the adapter, draws one image and saves it as `image.png`.
 
-    Without `record.repo_id` it must be run in the adapter's folder.
+    Without `record.adapter.repo_id` it must be run in the adapter's folder.
     """
-    kind = base_kind(record.base_model)
+    kind = base_kind(record.base.model)
     pipeline_class, parts, part_classes = _parts(record)
     scheduler_imports, scheduler = _scheduler(record)
-    classes = sorted({pipeline_class, *part_classes, *filter(None, [record.scheduler])})
+    classes = sorted({pipeline_class, *part_classes, *filter(None, [record.sampling.scheduler])})
     imports = ["import torch", f"from diffusers import {', '.join(classes)}"]
     if kind == "embedded":
         imports += ["", "from rlr_peft.tiny_shapes import pipeline_path"]
         base = "pipeline_path()"
     elif kind == "folder":
-        base = _place(record.base_model)
+        base = _place(record.base.model)
     else:
-        base = _quoted(record.base_model)
-    options = "".join(f", {name}={_quoted(value)}" for name, value in record.base_options.items())
+        base = _quoted(record.base.model)
+    options = "".join(f", {name}={_quoted(value)}" for name, value in record.base.options.items())
     arguments = "".join(f"    {argument},\n" for argument in call_arguments(record, prompt))
-    is_video = record.fps is not None
+    is_video = record.sampling.fps is not None
     extra_imports, loading = _loading(record)
     if is_video:
         extra_imports.append("from diffusers.utils import export_to_gif")
         arguments += '    output_type="pil",\n'
-        ending = f').frames[0]\nexport_to_gif(video, "video.gif", fps={record.fps})'
+        ending = f').frames[0]\nexport_to_gif(video, "video.gif", fps={record.sampling.fps})'
     else:
         ending = ').images[0]\nimage.save("image.png")'
     return "\n".join(scheduler_imports + _sorted_imports(imports, extra_imports)) + (
         f"\n\n{parts}pipe = {pipeline_class}.from_pretrained({base}{options}"
-        f"{''.join(f', {name}={name}' for name in record.components)}, dtype=torch.{record.dtype})\n"
+        f"{''.join(f', {name}={name}' for name in record.base.components)}, dtype=torch.{record.base.dtype})\n"
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"{scheduler}{loading}\n"
         f"\n{'video' if is_video else 'image'} = pipe(\n"
@@ -72,9 +54,9 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
 
 def call_arguments(record: RunRecord, prompt: str) -> list[str]:
     """Arguments of the pipeline's call that make it draw this prompt as it was measured, in Python."""
-    given = dict(record.inference)
-    if prompt in record.negative_prompts:
-        given["negative_prompt"] = record.negative_prompts[prompt]
+    given = dict(record.sampling.call)
+    if prompt in record.sampling.negative_prompts:
+        given["negative_prompt"] = record.sampling.negative_prompts[prompt]
     return [
         f"{name}={_levels(value) if name == 'sigmas' else _value(value)}"
         for name, value in given.items()
@@ -84,21 +66,21 @@ def call_arguments(record: RunRecord, prompt: str) -> list[str]:
 
 def told_sigmas(record: RunRecord) -> str:
     """The line that tells a pipeline's scheduler its noise levels where the call takes none; needs `partial`."""
-    levels = _levels(record.scheduler_sigmas)
+    levels = _levels(record.sampling.scheduler_sigmas)
     return f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={levels})\n"
 
 
 def _scheduler(record: RunRecord) -> tuple[list[str], str]:
     """Imports and lines that give the pipeline the scheduler that the numbers were measured with."""
-    if record.scheduler is None:
+    sampling = record.sampling
+    if sampling.scheduler is None:
         return [], ""
-    options = "".join(
-        f", {name}={_value(value)}" for name, value in record.scheduler_options.items() if name.isidentifier()
-    )
-    lines = f"pipe.scheduler = {record.scheduler}.from_config(pipe.scheduler.config{options})\n"
-    return (
-        (["from functools import partial", ""], lines + told_sigmas(record)) if record.scheduler_sigmas else ([], lines)
-    )
+    options = {name: value for name, value in sampling.scheduler_options.items() if name.isidentifier()}
+    given = "".join(f", {name}={_value(value)}" for name, value in options.items())
+    lines = f"pipe.scheduler = {sampling.scheduler}.from_config(pipe.scheduler.config{given})\n"
+    if sampling.scheduler_sigmas:
+        return ["from functools import partial", ""], lines + told_sigmas(record)
+    return [], lines
 
 
 def _levels(sigmas: object) -> str:
@@ -117,13 +99,13 @@ def _value(value: object) -> str:
 def _parts(record: RunRecord) -> tuple[str, str, list[str]]:
     """The pipeline's class, lines that load what is not the base's own, and the classes of that."""
     classes = {"motion_adapter": "MotionAdapter"}
-    used = [classes.get(name, "AutoModel") for name in record.components]
+    used = [classes.get(name, "AutoModel") for name in record.base.components]
     lines = [
-        f"{name} = {class_name}.from_pretrained({_place(place)}, dtype=torch.{record.dtype})\n"
-        for (name, place), class_name in zip(record.components.items(), used, strict=True)
+        f"{name} = {class_name}.from_pretrained({_place(place)}, dtype=torch.{record.base.dtype})\n"
+        for (name, place), class_name in zip(record.base.components.items(), used, strict=True)
     ]
     # A base of Stable Diffusion with a motion adapter is another pipeline than the base's own.
-    pipeline_class = "AnimateDiffPipeline" if "motion_adapter" in record.components else "DiffusionPipeline"
+    pipeline_class = "AnimateDiffPipeline" if "motion_adapter" in record.base.components else "DiffusionPipeline"
     return pipeline_class, "".join(lines), used
 
 
@@ -140,34 +122,34 @@ def _sorted_imports(imports: list[str], extra: list[str]) -> list[str]:
 
 def _loading(record: RunRecord) -> tuple[list[str], str]:
     """Imports and lines that put the adapter into the pipeline."""
-    adapter, weights = _quoted(record.repo_id or "."), _quoted(record.weight_name)
-    if record.peft_config is not None:
+    adapter, weights = _quoted(record.adapter.repo_id or "."), _quoted(record.adapter.weight_name)
+    if record.adapter.peft_config is not None:
         return _loading_through_peft(record)
     lines = []
-    revision = "" if record.hub_revision is None else f", revision={_quoted(record.hub_revision)}"
-    for name in record.denoisers:
+    revision = "" if record.adapter.revision is None else f", revision={_quoted(record.adapter.revision)}"
+    for name in record.adapter.denoisers:
         # Without `weight_name` the file is guessed by asking the Hub, which fails offline and for private repositories.
         # (In a local folder diffusers takes the first expert's file if the second's is named by `subfolder`.)
-        file, into = weights, ""
-        if name == "transformer_2":
-            file, into = _quoted(f"transformer_2/{record.weight_name}"), ", load_into_transformer_2=True"
+        folder = adapter_folder(name)
+        file = _quoted(f"{folder}/{record.adapter.weight_name}") if folder else weights
+        into = "".join(f", {option}={value}" for option, value in adapter_loading(name).items())
         lines.append(f"pipe.load_lora_weights({adapter}, weight_name={file}{into}{revision})")
     return [], "\n".join(lines)
 
 
 def _loading_through_peft(record: RunRecord) -> tuple[list[str], str]:
     """diffusers has no loader for this denoiser; peft puts the same file into it."""
-    (name,) = record.denoisers
+    (name,) = record.adapter.denoisers
     imports = [
         "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
         "from safetensors.torch import load_file",
     ]
-    file = _quoted(record.weight_name)
-    if record.repo_id is not None:
+    file = _quoted(record.adapter.weight_name)
+    if record.adapter.repo_id is not None:
         imports.append("from huggingface_hub import hf_hub_download")
-        revision = "" if record.hub_revision is None else f", revision={_quoted(record.hub_revision)}"
-        file = f"hf_hub_download({_quoted(record.repo_id)}, {file}{revision})"
-    options = ", ".join(f"{key}={value!r}" for key, value in (record.peft_config or {}).items())
+        revision = "" if record.adapter.revision is None else f", revision={_quoted(record.adapter.revision)}"
+        file = f"hf_hub_download({_quoted(record.adapter.repo_id)}, {file}{revision})"
+    options = ", ".join(f"{key}={value!r}" for key, value in (record.adapter.peft_config or {}).items())
     return imports, (
         f"weights = {{key.removeprefix({_quoted(name + '.')}): value for key, value in load_file({file}).items()}}\n"
         f"inject_adapter_in_model(LoraConfig({options}), pipe.{name})\n"

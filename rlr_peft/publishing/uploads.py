@@ -16,9 +16,9 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
 from rlr_peft.publishing.hub_client import (
     FAILURES,
-    WEIGHT_NAME,
     Destination,
     HubError,
     IncompleteError,
@@ -147,7 +147,7 @@ def _over_xet_or_http(commit: Callable[[], CommitInfo]) -> CommitInfo:
 # Nothing else ever leaves the folder: no checkpoint, no optimiser state, no logs.
 PUBLISHED = (
     WEIGHT_NAME,
-    f"transformer_2/{WEIGHT_NAME}",
+    f"{SECOND_EXPERT}/{WEIGHT_NAME}",
     "kohya/lora_kohya.safetensors",
     "README.md",
     "before_after.png",

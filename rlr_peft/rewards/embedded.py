@@ -16,6 +16,7 @@ from rlr_peft.tiny_shapes.judges import JudgeName, load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption
 
 JPEG_QUALITY = 95
+JPEG_SIDE = 65_500  # pixels, the most that the library behind Pillow writes
 BYTES_PER_KILOBYTE = 1000  # kB, not KiB
 
 
@@ -27,7 +28,15 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
 
     Returns:
         (B,) float32, in kB of 1000 bytes, on the CPU.
+
+    Raises:
+        RewardError: images that are too long for a JPEG.
     """
+    if max(images.shape[2:]) > JPEG_SIDE:
+        raise RewardError(
+            f"JPEG size: expected images of at most {JPEG_SIDE} pixels a side, got {images.shape[3]} x "
+            f"{images.shape[2]}; use smaller ones."
+        )
     pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
     for image in pixels:

@@ -1,114 +1,175 @@
-"""What a card says of a run beyond its numbers: settings, what chose the weights, licence, single images."""
+"""The facts of a run that its card is made of: all are gathered here, as plain values; the words are the template's."""
 
+from __future__ import annotations
+
+import os
+import shlex
 import shutil
 import subprocess
-from dataclasses import replace
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import rlr_peft
-from rlr_peft.build.chain import build_chain
+from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
+from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.run import Run
-from rlr_peft.compare.evaluation import Evaluation
 from rlr_peft.config import config_to_dict, stages_from_config
-from rlr_peft.prompt import texts_of
-from rlr_peft.publishing.card_images import gallery, save_pairs
-from rlr_peft.publishing.licenses import base_license
-from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord
-from rlr_peft.publishing.snippet import base_kind
+from rlr_peft.lora import adapted_denoisers, diffusers_loads
+from rlr_peft.prompt import Prompt, texts_of
+from rlr_peft.publishing.bases import base_kind, base_license
+from rlr_peft.publishing.record import (
+    SHOWN_PROMPTS,
+    Adapter,
+    Base,
+    Images,
+    Prompts,
+    Rewards,
+    RunRecord,
+    Sampling,
+)
+from rlr_peft.redaction import redacted_command
 from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.validation import NUM_PAIRS
+from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 
 
-def with_card_facts(
-    record: RunRecord, run: Run, progress: Progress, before: Evaluation | None, after: Evaluation | None
+def run_record(
+    run: Run, progress: Progress, metrics: Mapping[str, float], images: Images, compared_prompts: Sequence[Prompt] = ()
 ) -> RunRecord:
-    """The record with everything that the card adds; saves the single images it names.
+    """The record of a finished run.
 
     Args:
-        record: the run's numbers and texts.
-        run: the finished run.
+        run: the run.
         progress: how far it came.
-        before, after: the comparison of base and adapter; None without evaluation prompts.
+        metrics: the contents of `metrics.json`.
+        images: what lies in its folder.
+        compared_prompts: of the images of the comparison that are shown.
     """
-    config = run.config
-    base = config.model.pretrained_model_name_or_path
-    licence = base_license(base, revision=config.model.revision, cache_dir=config.model.cache_dir)
-    pairs = (
-        []
-        if before is None or after is None
-        else save_pairs(
-            run.output_dir,
-            texts_of(before.prompts),
-            (before.images, after.images),
-            (before.scores["reward"], after.scores["reward"]),
-        )
+    return RunRecord(
+        base=_base(run),
+        rewards=_rewards(run),
+        config=config_to_dict(run.config),
+        metrics=metrics,
+        adapter=Adapter(denoisers=adapted_denoisers(run.pipeline), peft_config=_peft_config(run)),
+        sampling=_sampling(run, compared_prompts),
+        prompts=_prompts(run),
+        images=images,
+        training=_training(run, progress),
+        machine=_machine(run),
     )
-    shown = gallery(run.output_dir, config.validation.validation_prompt or ())
-    if not run.chain.call.is_video:  # of videos the pairs are strips of frames
-        shown += [(pair.adapter, pair.prompt) for pair in pairs]
-    dataset = config_to_dict(config).get("dataset_name")
-    return replace(
-        record,
-        **_drawing(run, before),
-        base_model=str(Path(base).expanduser().resolve()) if base_kind(base) == "folder" else base,
-        base_options=_given(revision=config.model.revision, variant=config.model.variant),
+
+
+def logged_metrics(run: Run) -> list[dict[str, Any]]:
+    """The updates' numbers; none if somebody has removed the file, by which a finished training must not be lost."""
+    path = run.output_dir / METRICS_LOG
+    return read_metrics(path) if path.is_file() else []
+
+
+def _base(run: Run) -> Base:
+    model = run.config.model
+    name = model.pretrained_model_name_or_path
+    return Base(
+        model=str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name,
+        options=_given(revision=model.revision, variant=model.variant),
         components=_given(
-            vae=config.model.pretrained_vae_model_name_or_path,
-            motion_adapter=config.model.pretrained_motion_adapter_name_or_path,
+            vae=model.pretrained_vae_model_name_or_path, motion_adapter=model.pretrained_motion_adapter_name_or_path
         ),
-        reward_weights=_weights(run),
-        heldout_names=run.heldout.names if isinstance(run.heldout, HeldoutRewards) else [],
-        license=licence.id,
-        license_name=licence.name,
-        license_link=licence.link,
-        datasets=[dataset] if dataset and not Path(dataset).exists() else [],
-        selection=_selection(run, progress),
-        settings=_settings(run),
-        commit=_commit(),
-        images=shown,
-        pairs=pairs,
+        dtype=str(DTYPES[model.mixed_precision]).removeprefix("torch."),
+        pipeline_tag=run.family.pipeline_tag,
+        tags=run.family.tags,
+        license=base_license(name, revision=model.revision, cache_dir=model.cache_dir),
     )
-
-
-def _drawing(run: Run, before: Evaluation | None) -> dict[str, Any]:
-    """How the images that were measured came about, and how a pipeline alone draws them."""
-    config = run.config
-    chain = build_chain(config, run.pipeline, config.validation.evaluation_eta)
-    scheduler = chain.inference_scheduler()
-    notes = [] if scheduler.difference is None else [scheduler.difference]
-    if stages_from_config(config) is not None:
-        notes.append("The numbers were measured with a prompt for every stage; how to draw so is said below.")
-    if config.model.mixed_precision != "no":
-        notes.append(
-            f"In {DTYPES[config.model.mixed_precision]} it rounds its latents at every step, which were float32 where "
-            "the numbers were measured: images differ in detail.".replace("torch.", "")
-        )
-    if config.model.bnb_quantization_config_path is not None:
-        notes.append(
-            "The numbers were measured on a base that bitsandbytes held in few bits, as the configuration says; here "
-            "it is loaded in full."
-        )
-    shown = [*run.prompts[:SHOWN_PROMPTS], *([] if before is None else before.prompts[:NUM_PAIRS])]
-    return {
-        "evaluation": f"Drawn with {chain.sampling_in_words()}.",
-        "inference": {
-            "num_inference_steps": chain.num_steps,
-            **chain.call.card_options,
-            **scheduler.call_options(),
-        },
-        "scheduler": scheduler.class_name,
-        "scheduler_options": dict(scheduler.options),
-        "scheduler_sigmas": () if scheduler.sigmas_in_call else scheduler.sigmas,
-        "snippet_notes": notes,
-        "negative_prompts": {prompt.text: text for prompt in shown if (text := prompt.negative_prompt) is not None},
-    }
 
 
 def _given(**values: str | None) -> dict[str, str]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _peft_config(run: Run) -> dict[str, object] | None:
+    """What `peft.LoraConfig` must be told where diffusers cannot load the adapter."""
+    (name, *_) = adapted_denoisers(run.pipeline)
+    denoiser = getattr(run.pipeline, name)
+    if diffusers_loads(run.pipeline, denoiser):
+        return None
+    config = denoiser.peft_config["default"]
+    arguments = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    return arguments | {option: True for option in ("use_dora", "use_rslora") if getattr(config, option)}
+
+
+def _rewards(run: Run) -> Rewards:
+    weights: dict[str, float] = {}
+    if isinstance(run.reward, WeightedRewards):
+        asked = run.config.reward.reward_fn
+        weights = dict(zip(run.reward.scales(), [1.0] if isinstance(asked, str) else asked.values(), strict=True))
+    heldout = (
+        run.heldout.names if isinstance(run.heldout, HeldoutRewards) else [run.heldout.name] if run.heldout else []
+    )
+    return Rewards(run.reward.name, weights, heldout)
+
+
+def _sampling(run: Run, compared_prompts: Sequence[Prompt]) -> Sampling:
+    chain = run.chain.at(eta=run.config.validation.evaluation_eta, whole=True)
+    scheduler = chain.inference_scheduler()
+    shown = [*run.prompts[:SHOWN_PROMPTS], *compared_prompts]
+    return Sampling(
+        words=chain.sampling_in_words(),
+        call={"num_inference_steps": chain.num_steps, **chain.call_arguments, **scheduler.call_options()},
+        negative_prompts={prompt.text: text for prompt in shown if (text := prompt.negative_prompt) is not None},
+        scheduler=scheduler.class_name,
+        scheduler_options=dict(scheduler.options),
+        scheduler_sigmas=() if scheduler.sigmas_in_call else scheduler.sigmas,
+        difference=scheduler.difference,
+        fps=run.chain.fps if run.chain.is_video else None,
+    )
+
+
+def _prompts(run: Run) -> Prompts:
+    trained_on = set(texts_of(run.prompts))
+    unseen = run.evaluation_prompts is not None and trained_on.isdisjoint(texts_of(run.evaluation_prompts))
+    stages, dataset = stages_from_config(run.config), run.config.prompts.dataset_name
+    return Prompts(
+        shown=texts_of(run.prompts[:SHOWN_PROMPTS]),
+        count=None if run.config.prompts.streaming else len(run.prompts),
+        evaluation="unseen prompts" if unseen else "the evaluation prompts",
+        datasets=[dataset] if dataset and not Path(dataset).exists() else [],
+        stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
+        stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),
+    )
+
+
+def _training(run: Run, progress: Progress) -> dict[str, Any]:
+    # Where K is measured or drawn, the settings alone do not tell which the updates used (means of an update's).
+    used = [row["first_order_steps"] for row in logged_metrics(run)]
+    decoder = run.config.model.pretrained_tiny_vae_name_or_path
+    return {
+        "terms": run.estimator.describe(run.objective.has_gradient),
+        "steps": run.chain.num_steps,
+        "guidance_scale": run.chain.guidance_scale,
+        "samples": run.arithmetic.samples_per_update,
+        "processes": run.accelerator.num_processes,
+        "learning_rate": run.lr_scheduler.base_lrs[0],
+        "weights": sum(parameter.numel() for parameter in run.chain.parameters),
+        "first_order": (min(used), max(used)) if any(used) else None,
+        "chain_of_thought": describe_chain_of_thought(run.config),
+        "reward_decoder": decoder and (os.path.basename(decoder.rstrip("/")) if os.path.isdir(decoder) else decoder),
+        "stopped_early": progress.stopped_early or None,
+        "verdict": LearningSignal.of(run).verdict(logged_metrics(run)),
+        "coverage": progress.coverage,
+    }
+
+
+def _machine(run: Run) -> dict[str, Any]:
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    return {
+        "command": shlex.join([*launcher, *redacted_command(sys.argv)]),
+        "hardware": describe_hardware(run.accelerator.device, run.accelerator.num_processes),
+        "versions": package_versions(),
+        "commit": _commit(),
+    }
 
 
 def _commit() -> str | None:
@@ -119,58 +180,3 @@ def _commit() -> str | None:
     words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def _weights(run: Run) -> dict[str, float]:
-    if not isinstance(run.reward, WeightedRewards):
-        return {}
-    asked = run.config.reward.reward_fn
-    weights = [1.0] if isinstance(asked, str) else list(asked.values())
-    return dict(zip(run.reward.scales(), weights, strict=True))
-
-
-def _selection(run: Run, progress: Progress) -> list[str]:
-    regularization = run.config.regularization
-    watched = {
-        "the held-out reward": regularization.early_stopping_steps is not None,
-        "the divergence from the base": regularization.kl_limit is not None,
-    }
-    watching = " and ".join(name for name, is_watched in watched.items() if is_watched)
-    if progress.stopped_early:
-        sentence = (
-            f"Early stopping on {watching}, measured on training prompts, ended the run and so chose these weights; "
-            "the numbers here were measured once, afterwards."
-        )
-    elif watching:
-        sentence = (
-            f"Early stopping watched {watching} on training prompts and did not step in; the numbers here were "
-            "measured once, at the end."
-        )
-    else:
-        sentence = "Training ended after as many updates as it was set to; the numbers were measured once, then."
-    return [sentence, "Whether the recipe was tuned on such numbers before this run is not recorded."]
-
-
-def _settings(run: Run) -> dict[str, str]:
-    config, arithmetic = run.config, run.arithmetic
-    lora, optimizer, training = config.lora, config.optimizer, config.training
-    alpha = lora.rank if lora.lora_alpha is None else lora.lora_alpha
-    kind = "DoRA" if lora.use_dora else "LoRA"
-    weights = sum(parameter.numel() for parameter in run.chain.parameters)
-    groups = arithmetic.samples_per_update // training.num_images_per_prompt
-    processes = run.accelerator.num_processes
-    regularization = config.regularization
-    settings = {
-        "adapter": f"{kind} of rank {lora.rank}, alpha {alpha:g}{' (rsLoRA)' if lora.use_rslora else ''}, "
-        f"{weights:,} weights in the {' and the '.join(run.family.denoisers)}",
-        "update": f"{arithmetic.samples_per_update} samples ({groups} prompts x {training.num_images_per_prompt})"
-        f"{f' on {processes} processes' if processes > 1 else ''}",
-        "optimiser": f"{optimizer.optimizer}{' in 8 bits' if optimizer.use_8bit_adam else ''}, learning rate "
-        f"{run.lr_scheduler.base_lrs[0]:g} ({optimizer.lr_scheduler}), "
-        f"gradients clipped to norm {training.max_grad_norm:g}",
-        "base weights": {"no": "fp32"}.get(config.model.mixed_precision, config.model.mixed_precision),
-        "seed": str(training.seed),
-    }
-    if regularization.kl_beta:
-        settings["penalty"] = f"{regularization.kl_beta:g} per nat of divergence from the base"
-    return settings

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,6 +279,8 @@ def checkpoint_folders(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _load(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):  # torch says of an empty one that the disk's answer was wrong
+        raise ValueError(f"{path.name} holds no tensors")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

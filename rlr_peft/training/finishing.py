@@ -2,12 +2,9 @@
 
 import json
 import logging
-import os
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,17 +12,15 @@ from torch import Tensor
 
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
-from rlr_peft.build.machine import describe_hardware, package_versions
-from rlr_peft.build.pipeline import DTYPES
-from rlr_peft.build.prompts import describe_chain_of_thought
+from rlr_peft.build.machine import describe_hardware
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import Run
+from rlr_peft.chain.families import adapter_folder, adapter_loading
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.compare.report import PAGE, write_page_and_scores
 from rlr_peft.compare.run import prompt_source
-from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.foreign_text import shown_name
@@ -34,14 +29,12 @@ from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_l
 from rlr_peft.lora.verify import VERIFIED_IMAGES
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.card_images import clear_card_images
-from rlr_peft.publishing.record import SHOWN_PROMPTS, RunRecord, StoredCard
-from rlr_peft.redaction import redacted_command
+from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pairs
+from rlr_peft.publishing.record import Images, StoredCard
 from rlr_peft.tiny_shapes import PIPELINE_NAME
-from rlr_peft.training.card_facts import with_card_facts
+from rlr_peft.training.card_facts import logged_metrics, run_record
 from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
-from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
 logger = logging.getLogger(__name__)
@@ -49,6 +42,10 @@ logger = logging.getLogger(__name__)
 BEFORE_AFTER = "before_after.png"
 REWARD_CURVE = "reward_curve.png"
 METRICS = "metrics.json"
+ADAPTER = "adapter"
+# Samples for the KL from the base: each costs two images, so that it takes a quarter of the comparison at the most.
+MOST_KL_IMAGES = 16
+KL_SHARE = 4
 
 
 def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
@@ -67,41 +64,31 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     Raises:
         AdapterMismatchError: the saved adapter does not reproduce the trained one.
     """
-    run.output_dir.mkdir(parents=True, exist_ok=True)
     save_lora(run.pipeline, run.output_dir)
     if run.config.lora.output_kohya_format:
         save_kohya(run.pipeline, run.output_dir)
     clear_card_images(run.output_dir)
     if not run.config.validation.skip_final_inference:
         save_validation_images(run, progress.step, "test")
+    with _adapter_kept(run):
+        after = evaluate_adapter(run)
     metrics = {
         "steps": progress.step,
         "seconds": progress.seconds,
         "peak_memory_mb": progress.peak_memory_mb,
         "denoiser_evaluations": progress.denoiser_evaluations,
     }
-    pair_prompts: list[str] = []
-    with _adapter_kept(run):
-        after = evaluate_adapter(run)
+    images, compared = Images(), []
     if before is not None and after is not None:
         comparison = write_comparison(run, before, after)
         metrics = flat_metrics(paired_gains(before, after)) | divergence_metrics(comparison) | metrics
-        pair_prompts = texts_of(before.prompts[:NUM_PAIRS])
-        save_before_after(
-            run.output_dir / BEFORE_AFTER,
-            before.images,
-            after.images,
-            pair_prompts,
-            before.scores["reward"][:NUM_PAIRS].tolist(),
-            after.scores["reward"][:NUM_PAIRS].tolist(),
-        )
-    _save_curve(run)
+        images, compared = _save_before_after(run, before, after), before.prompts[:NUM_PAIRS]
+    images = replace(images, reward_curve=_save_curve(run), gallery=_gallery(run, images))
     with _adapter_kept(run):
         _verify_adapter(run)  # before the numbers and the card, by which others take the folder for finished
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    record = with_card_facts(_record(run, progress, metrics, pair_prompts), run, progress, before, after)
-    write_card(run.output_dir, StoredCard(record))
+    write_card(run.output_dir, StoredCard(run_record(run, progress, metrics, images, compared)))
     return metrics
 
 
@@ -117,51 +104,39 @@ def _adapter_kept(run: Run) -> Iterator[None]:
         ) from error
 
 
-def summary(run: Run, metrics: dict[str, float]) -> str:
-    """The last lines that a run prints: what came out, and how to load it."""
-    lines = [
-        f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time.",
-        *_nothing_learnt(run),
-    ]
-    for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
-        if reward is not None and f"{name}_gain" in metrics:
-            lines.append(f"  {name} ({reward.name}): {_gain_text(metrics, name)} (n = {metrics['n']:.0f} images)")
-            parts = [
-                key.removesuffix("_gain") for key in metrics if key.startswith(f"{name}/") and key.endswith("_gain")
-            ]
-            lines += [f"    {part.removeprefix(f'{name}/')}: {_gain_text(metrics, part)}" for part in parts]
-    base = run.config.model.pretrained_model_name_or_path
-    load_from = "rlr_peft.tiny_shapes.pipeline_path()" if base == PIPELINE_NAME else repr(base)
-    lines += [
-        f"  card, figures and numbers: {run.output_dir}/README.md",
-        *([f"  images side by side: {run.output_dir}/{PAGE}"] if "reward_gain" in metrics else []),
-        "Load the adapter with",
-        f"  pipe = diffusers.DiffusionPipeline.from_pretrained({load_from})",
-        *(f"  {line}" for line in _loading_lines(run)),
-    ]
-    return "\n".join(lines)
+def _save_before_after(run: Run, before: Evaluation, after: Evaluation) -> Images:
+    """The first images of the comparison: all in one figure, and some at full size."""
+    prompts = texts_of(before.prompts[:NUM_PAIRS])
+    images = (before.images, after.images)
+    scores = (before.scores["reward"][:NUM_PAIRS], after.scores["reward"][:NUM_PAIRS])
+    save_before_after(run.output_dir / BEFORE_AFTER, *images, prompts, *(of_one.tolist() for of_one in scores))
+    pairs = save_pairs(run.output_dir, prompts, images, scores)
+    return Images(before_after=BEFORE_AFTER, before_after_prompts=prompts, pairs=pairs)
 
 
-def _nothing_learnt(run: Run) -> list[str]:
-    verdict = LearningSignal.of(run).verdict(read_metrics(run.output_dir / METRICS_LOG))
-    return [] if verdict is None else [verdict]
+def _gallery(run: Run, images: Images) -> list[tuple[str, str]]:
+    """File name and prompt of what the adapter drew; of videos the pairs are strips of frames and no part of it."""
+    pairs = [] if run.chain.is_video else [(pair.adapter, pair.prompt) for pair in images.pairs]
+    return gallery(run.output_dir, run.config.validation.validation_prompt or ()) + pairs
 
 
-def _gain_text(metrics: dict[str, float], name: str) -> str:
-    shown = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
-    return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {shown}"
+def _save_curve(run: Run) -> str | None:
+    """Draws the rewards of the updates; returns the file's name."""
 
+    def points(name: str) -> list[CurvePoint]:
+        return [
+            CurvePoint(record["step"], record[name], record[f"{name}_se"], record["denoiser_evaluations"])
+            for record in logged_metrics(run)
+            if name in record  # a run may have got its held-out reward when it was resumed
+        ]
 
-def _loading_lines(run: Run) -> list[str]:
-    folder, lines = str(run.output_dir), []
-    for name in adapted_denoisers(run.pipeline):
-        if name == "transformer_2":
-            lines.append(f"pipe.load_lora_weights({folder + '/' + name!r}, load_into_transformer_2=True)")
-        elif diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
-            lines.append(f"pipe.load_lora_weights({folder!r})")
-        else:
-            lines.append(f"rlr_peft.lora.load_lora(pipe, {folder!r})")
-    return lines
+    path, reward = run.output_dir / REWARD_CURVE, points("reward")
+    path.unlink(missing_ok=True)
+    if not reward:  # the run went on from the last step of a checkpoint without metrics beside it
+        return None
+    heldout = {} if run.heldout is None else {run.heldout.name: points("heldout")}
+    save_reward_curve(path, reward, heldout, reward_name=run.reward.name)
+    return REWARD_CURVE
 
 
 def _verify_adapter(run: Run) -> None:
@@ -186,115 +161,6 @@ def _can_move(run: Run) -> bool:
     """Whether the whole pipeline can be moved: offloaded models move by themselves, bitsandbytes' stay."""
     model = run.config.model
     return not model.offload and model.bnb_quantization_config_path is None
-
-
-def _logged(run: Run) -> list[dict[str, Any]]:
-    """The updates' numbers; none if somebody has removed the file, by which a finished training must not be lost."""
-    path = run.output_dir / METRICS_LOG
-    return read_metrics(path) if path.is_file() else []
-
-
-def _save_curve(run: Run) -> None:
-    records = _logged(run)
-
-    def points(name: str) -> list[CurvePoint]:
-        return [
-            CurvePoint(record["step"], record[name], record[f"{name}_se"], record["denoiser_evaluations"])
-            for record in records
-            if name in record  # a run may have got its held-out reward when it was resumed
-        ]
-
-    reward, heldout = points("reward"), {} if run.heldout is None else {run.heldout.name: points("heldout")}
-    (run.output_dir / REWARD_CURVE).unlink(missing_ok=True)
-    if reward:  # else the run went on from the last step of a checkpoint without metrics beside it
-        heldout = {name: curve for name, curve in heldout.items() if curve}
-        save_reward_curve(run.output_dir / REWARD_CURVE, reward, heldout or None, reward_name=run.reward.name)
-
-
-def _first_order_text(run: Run) -> list[str]:
-    """Which K the updates really used: where it is measured or drawn, the settings alone do not tell."""
-    used = {record["first_order_steps"] for record in _logged(run)}  # means of an update's, where K is drawn
-    if used <= {0}:
-        return []
-    span = f"{min(used):g}" if len(used) == 1 else f"between {min(used):g} and {max(used):g}"
-    meaning = ", that is full backpropagation" if used == {run.chain.num_steps} else ""
-    return [f"K was {span} of {run.chain.num_steps} in its updates{meaning}."]
-
-
-def _reward_decoder_text(run: Run) -> list[str]:
-    """What a reward that is taken on another decoder's images means."""
-    name = run.config.model.pretrained_tiny_vae_name_or_path
-    if name is None:
-        return []
-    label = os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name
-    return [
-        f"The reward was taken on images of the small decoder `{label}`, so its gradient is biased with respect to the "
-        "images that users see; the comparison and all images here were decoded by the pipeline's own VAE."
-    ]
-
-
-def _peft_config(run: Run) -> dict[str, object] | None:
-    """What `peft.LoraConfig` must be told where diffusers cannot load the adapter."""
-    (name, *_) = adapted_denoisers(run.pipeline)
-    denoiser = getattr(run.pipeline, name)
-    if diffusers_loads(run.pipeline, denoiser):
-        return None
-    config = denoiser.peft_config["default"]
-    arguments = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
-    return arguments | {option: True for option in ("use_dora", "use_rslora") if getattr(config, option)}
-
-
-def _record(run: Run, progress: Progress, metrics: dict[str, float], pair_prompts: list[str]) -> RunRecord:
-    config, arithmetic = run.config, run.arithmetic
-    trained_on = set(texts_of(run.prompts))
-    unseen = run.evaluation_prompts is not None and trained_on.isdisjoint(texts_of(run.evaluation_prompts))
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-    chain_of_thought, stages = describe_chain_of_thought(config), stages_from_config(config)
-    terms = run.estimator.describe(run.objective.has_gradient)
-    estimator_text = [
-        f"Gradient estimator `{config.estimator.estimator}` ({terms}) over a chain of {run.chain.num_steps} "
-        f"{config.chain.step_kind} steps with eta {config.chain.eta:g} and guidance scale "
-        f"{run.chain.guidance_scale:g}.",
-        f"Every update used {arithmetic.samples_per_update} samples, {config.training.num_images_per_prompt} for each "
-        "prompt.",
-        *_first_order_text(run),
-        *([chain_of_thought] if chain_of_thought is not None else []),
-        *_reward_decoder_text(run),
-        *([progress.stopped_early] if progress.stopped_early else []),
-        *_nothing_learnt(run),
-    ]
-    return RunRecord(
-        base_model=config.model.pretrained_model_name_or_path,
-        reward_name=run.reward.name,
-        heldout_name=None if run.heldout is None else run.heldout.name,
-        config=config_to_dict(config),
-        metrics=metrics,
-        evaluation_prompts="unseen prompts" if unseen else "the evaluation prompts",
-        estimator=estimator_text,
-        coverage=progress.coverage,
-        pipeline_tag=run.family.pipeline_tag,
-        tags=run.family.tags,
-        dtype=str(DTYPES[config.model.mixed_precision]).removeprefix("torch."),
-        stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
-        stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),
-        denoisers=adapted_denoisers(run.pipeline),
-        peft_config=_peft_config(run),
-        fps=run.chain.call.fps if run.chain.call.is_video else None,
-        prompts=texts_of(run.prompts[:SHOWN_PROMPTS]),
-        prompt_count=None if config.prompts.streaming else len(run.prompts),
-        before_after=BEFORE_AFTER if pair_prompts else None,
-        before_after_prompts=pair_prompts,
-        reward_curve=REWARD_CURVE if (run.output_dir / REWARD_CURVE).is_file() else None,
-        command=shlex.join([*launcher, *redacted_command(sys.argv)]),
-        hardware=describe_hardware(run.accelerator.device, run.accelerator.num_processes),
-        versions=package_versions(),
-    )
-
-
-ADAPTER = "adapter"
-# Samples for the KL from the base: each costs two images, so that it takes a quarter of the comparison at the most.
-MOST_KL_IMAGES = 16
-KL_SHARE = 4
 
 
 def write_comparison(run: Run, before: Evaluation, after: Evaluation) -> Comparison:
@@ -342,7 +208,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
     return {
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
-        "sampler": build_chain(config, run.pipeline, config.validation.evaluation_eta).sampling_in_words(),
+        "sampler": run.chain.at(eta=config.validation.evaluation_eta).sampling_in_words(),
         "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
@@ -353,3 +219,45 @@ def _source(run: Run) -> str:
     """Where the evaluation's prompts come from."""
     is_own_file = run.config.validation.evaluation_prompt_path is not None
     return f"{'in' if is_own_file else 'held back of'} {shown_name(prompt_source(run.config))}"
+
+
+def summary(run: Run, metrics: dict[str, float]) -> str:
+    """The last lines that a run prints: what came out, and how to load it."""
+    lines = [
+        f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time.",
+        *filter(None, [LearningSignal.of(run).verdict(logged_metrics(run))]),
+    ]
+    for name, reward in (("reward", run.reward), ("heldout", run.heldout)):
+        if reward is not None and f"{name}_gain" in metrics:
+            lines.append(f"  {name} ({reward.name}): {_gain_text(metrics, name)} (n = {metrics['n']:.0f} images)")
+            parts = [
+                key.removesuffix("_gain") for key in metrics if key.startswith(f"{name}/") and key.endswith("_gain")
+            ]
+            lines += [f"    {part.removeprefix(f'{name}/')}: {_gain_text(metrics, part)}" for part in parts]
+    base = run.config.model.pretrained_model_name_or_path
+    load_from = "rlr_peft.tiny_shapes.pipeline_path()" if base == PIPELINE_NAME else repr(base)
+    lines += [
+        f"  card, figures and numbers: {run.output_dir}/README.md",
+        *([f"  images side by side: {run.output_dir}/{PAGE}"] if "reward_gain" in metrics else []),
+        "Load the adapter with",
+        f"  pipe = diffusers.DiffusionPipeline.from_pretrained({load_from})",
+        *(f"  {line}" for line in _loading_lines(run)),
+    ]
+    return "\n".join(lines)
+
+
+def _gain_text(metrics: dict[str, float], name: str) -> str:
+    shown = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
+    return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {shown}"
+
+
+def _loading_lines(run: Run) -> list[str]:
+    folder, lines = str(run.output_dir), []
+    for name in adapted_denoisers(run.pipeline):
+        if adapter_folder(name) or diffusers_loads(run.pipeline, getattr(run.pipeline, name)):
+            place = "/".join(filter(None, (folder, adapter_folder(name))))
+            options = "".join(f", {option}={value}" for option, value in adapter_loading(name).items())
+            lines.append(f"pipe.load_lora_weights({place!r}{options})")
+        else:
+            lines.append(f"rlr_peft.lora.load_lora(pipe, {folder!r})")
+    return lines

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy
 import torch
 
-from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import ImagesError, render
 from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
 from rlr_peft.build.rewards import reward_settings
@@ -43,7 +42,7 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     arguments = run.config.validation
     if not run.validation_prompts or not run.accelerator.is_main_process:
         return None
-    chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
+    chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
     prompts = [prompt for prompt in run.validation_prompts for _ in range(arguments.num_validation_images)]
     seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
     size = arguments.evaluation_batch_size
@@ -57,12 +56,12 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
         return None
     images = torch.cat(parts)
     if phase == "test":
-        save_gallery(run.output_dir, images, texts_of(prompts), chain.call.fps)
+        save_gallery(run.output_dir, images, texts_of(prompts), chain.fps)
     path = run.output_dir / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:
         for i, video in enumerate(images):
-            save_video(path.with_suffix("") / f"{i:03d}", video, chain.call.fps)
+            save_video(path.with_suffix("") / f"{i:03d}", video, chain.fps)
         images = as_images(images)
     save_image_grid(path, images, texts_of(prompts), columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
@@ -105,7 +104,7 @@ def _evaluate(run: Run, evaluation_prompts: list[Prompt], description: str) -> E
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
     prompts, seeds = prompts_and_seeds(evaluation_prompts, arguments.num_evaluation_images, seed)
-    chain = build_chain(run.config, run.pipeline, arguments.evaluation_eta)
+    chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
     # What is compared before and after must not be measured on scales that move in between.
     reward: Reward = OnFirstScales(run.reward) if isinstance(run.reward, WeightedRewards) else run.reward
     rewards = {"reward": reward} | ({} if run.heldout is None else {"heldout": run.heldout})

@@ -6,7 +6,7 @@ import torch
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment, run
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 
 def small_chain(num_steps: int, dtype: torch.dtype = torch.float64, **arguments) -> DenoisingChain:
@@ -14,7 +14,7 @@ def small_chain(num_steps: int, dtype: torch.dtype = torch.float64, **arguments)
     pipeline.unet.requires_grad_(False)
     for name, parameter in pipeline.unet.named_parameters():
         parameter.requires_grad_("attn2.to_" in name)
-    return DenoisingChain(pipeline, num_inference_steps=num_steps, guidance_scale=3.0, **arguments)
+    return chain_over(pipeline, num_inference_steps=num_steps, guidance_scale=3.0, **arguments)
 
 
 def through_the_whole_tape(chain: DenoisingChain, trajectory, first: int, length: int, cotangent: torch.Tensor) -> list:

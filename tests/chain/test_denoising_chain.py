@@ -7,8 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red", "a blue b"]
 KINDS = ("ancestral", "flow-sde", "cps", "ode")
@@ -26,9 +25,7 @@ def test_without_noise_the_images_are_the_pipelines_own(
     prediction_type: str, spacing: str, guidance_scale: float
 ) -> None:
     pipeline = tiny_stable_diffusion(prediction_type, timestep_spacing=spacing)
-    chain = DenoisingChain(
-        pipeline, num_inference_steps=5, eta=0.0, guidance_scale=guidance_scale, negative_prompt="ugly"
-    )
+    chain = chain_over(pipeline, num_inference_steps=5, eta=0.0, guidance_scale=guidance_scale, negative_prompt="ugly")
     trajectory = chain.sample(PROMPTS, [3, 4])
     with torch.no_grad():
         images = chain.decode(trajectory.latents[0], PROMPTS)
@@ -40,7 +37,7 @@ def test_without_noise_the_images_are_the_pipelines_own(
 
 def test_initial_latents_are_those_of_the_pipelines_generator() -> None:
     pipeline = tiny_stable_diffusion()
-    chain = DenoisingChain(pipeline, num_inference_steps=4, eta=0.0, guidance_scale=3.0)
+    chain = chain_over(pipeline, num_inference_steps=4, eta=0.0, guidance_scale=3.0)
     trajectory = chain.sample(["red"], [11])
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(11)
@@ -54,7 +51,7 @@ def test_initial_latents_are_those_of_the_pipelines_generator() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_replay_is_bit_exact(kind: str, prediction_type: str) -> None:
-    chain = DenoisingChain(tiny_stable_diffusion(prediction_type), num_inference_steps=6, step_kind=kind)
+    chain = chain_over(tiny_stable_diffusion(prediction_type), num_inference_steps=6, step_kind=kind)
     trajectory = chain.sample(PROMPTS, [0, 1])
     for t in range(6, 0, -1):
         for step in (chain.replay(trajectory, t), torch.no_grad()(chain.replay)(trajectory, t)):
@@ -65,7 +62,7 @@ def test_replay_is_bit_exact(kind: str, prediction_type: str) -> None:
 
 
 def test_a_sample_depends_on_its_own_seed_only() -> None:
-    chain = DenoisingChain(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=4)
+    chain = chain_over(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=4)
     together = chain.sample([*PROMPTS, "c"], [7, 8, 9])
     alone = chain.sample(["a blue b"], [8])
     torch.testing.assert_close(together.latents[:, 1:2], alone.latents, rtol=0, atol=1e-10)
@@ -77,7 +74,7 @@ def test_hardly_any_noise_stays_in_the_image_where_the_grid_ends_just_short_of_c
     """As Stable Diffusion's does, with alpha_0 of the first training step: sigma is .03 there."""
     pipeline = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing")
     assert not pipeline.scheduler.config.set_alpha_to_one
-    chain = DenoisingChain(pipeline, num_inference_steps=4, step_kind=kind)
+    chain = chain_over(pipeline, num_inference_steps=4, step_kind=kind)
     trajectory = chain.sample(PROMPTS, [0, 1])
     assert chain.std(1) < 0.03
     last = chain.replay(trajectory, 1)
@@ -98,7 +95,7 @@ def test_gradients_of_a_replayed_step_equal_central_differences(kind: str, predi
     weight = pipeline.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight")
     pipeline.unet.requires_grad_(False)
     weight.requires_grad_()
-    chain = DenoisingChain(pipeline, num_inference_steps=5, step_kind=kind, guidance_scale=4.0)
+    chain = chain_over(pipeline, num_inference_steps=5, step_kind=kind, guidance_scale=4.0)
     trajectory = chain.sample(["red"], [0])
     generator = torch.Generator().manual_seed(0)
 
@@ -138,7 +135,7 @@ def test_dropout_masks_are_replayed() -> None:
     attention = pipeline.unet.mid_block.attentions[0].transformer_blocks[0]
     attention.attn1.to_out[1].p = 0.5
     pipeline.unet.train()
-    chain = DenoisingChain(pipeline, num_inference_steps=4)
+    chain = chain_over(pipeline, num_inference_steps=4)
     trajectory = chain.sample(PROMPTS, [0, 1])
     before = torch.get_rng_state()
     for t in range(1, 5):
@@ -151,7 +148,7 @@ def test_dropout_masks_are_replayed() -> None:
 def test_the_pipeline_is_left_as_it_was() -> None:
     pipeline = tiny_stable_diffusion()
     scheduler, encode = pipeline.scheduler, pipeline.encode_prompt
-    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    chain = chain_over(pipeline, num_inference_steps=3)
     trajectory = chain.sample(PROMPTS, [0, 1])
     chain.replay(trajectory, 2)
     assert pipeline.scheduler is scheduler
@@ -161,7 +158,7 @@ def test_the_pipeline_is_left_as_it_was() -> None:
 
 def test_nothing_moves_the_global_random_state() -> None:
     before = torch.get_rng_state()
-    chain = DenoisingChain(tiny_stable_diffusion(), num_inference_steps=3)
+    chain = chain_over(tiny_stable_diffusion(), num_inference_steps=3)
     chain.encode(PROMPTS)
     trajectory = chain.sample(PROMPTS, [0, 1])
     chain.replay(trajectory, 2)
@@ -173,7 +170,7 @@ def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny_stable_diffusion()
     calls = []
     pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    chain = chain_over(pipeline, num_inference_steps=3)
     calls.clear()
     trajectory = chain.sample(PROMPTS, [0, 1])
     encoded = len(calls)
@@ -183,11 +180,38 @@ def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == encoded == 4  # two prompts, each with its empty negative
 
 
+def test_a_chain_at_other_settings_encodes_nothing_again_and_draws_as_one_built_so() -> None:
+    pipeline = tiny_stable_diffusion()
+    chain = chain_over(pipeline, num_inference_steps=3, guidance_scale=3.0, height=32, width=24)
+    first = chain.sample(PROMPTS, [0, 1])
+    calls = []
+    hook = pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    drawn = {}
+    for eta, steps, guidance in ((0.0, None, None), (0.5, 5, None), (None, None, 2.0)):
+        other = chain.at(eta=eta, steps=steps, guidance=guidance)
+        drawn[eta, steps, guidance] = other.sample(PROMPTS, [0, 1]).latents
+        assert other.denoiser_evaluations == 2 * other.num_steps
+    assert not calls
+    hook.remove()
+    for (eta, steps, guidance), latents in drawn.items():
+        built = chain_over(
+            pipeline,
+            num_inference_steps=steps or 3,
+            eta=1.0 if eta is None else eta,
+            guidance_scale=guidance or 3.0,
+            height=32,
+            width=24,
+        )
+        assert torch.equal(latents, built.sample(PROMPTS, [0, 1]).latents)
+    assert (chain.num_steps, chain.arguments.eta, chain.denoiser_evaluations) == (3, 1.0, 6)
+    assert torch.equal(chain.sample(PROMPTS, [0, 1]).latents, first.latents), "the first chain is as it was"
+
+
 def test_denoiser_evaluations_are_counted() -> None:
     pipeline = tiny_stable_diffusion()
     rows = []
     pipeline.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    chain = chain_over(pipeline, num_inference_steps=3)
     trajectory = chain.sample(PROMPTS, [0, 1])
     chain.replay(trajectory, 2)
     chain.rollout(trajectory, 2, trajectory.latents[2])
@@ -197,16 +221,16 @@ def test_denoiser_evaluations_are_counted() -> None:
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, DPMSolverMultistepScheduler])
 def test_other_schedulers_are_converted(scheduler: type) -> None:
     pipeline = tiny_stable_diffusion()
-    reference = DenoisingChain(pipeline, num_inference_steps=4).sample(PROMPTS, [0, 1])
+    reference = chain_over(pipeline, num_inference_steps=4).sample(PROMPTS, [0, 1])
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    converted = DenoisingChain(pipeline, num_inference_steps=4).sample(PROMPTS, [0, 1])
+    converted = chain_over(pipeline, num_inference_steps=4).sample(PROMPTS, [0, 1])
     assert converted.stds == reference.stds
     assert torch.equal(converted.latents, reference.latents)
 
 
 def test_half_precision_keeps_float32_latents() -> None:
     pipeline = tiny_stable_diffusion().to(torch.bfloat16)
-    chain = DenoisingChain(pipeline, num_inference_steps=3)
+    chain = chain_over(pipeline, num_inference_steps=3)
     trajectory = chain.sample(PROMPTS, [0, 1])
     assert trajectory.latents.dtype == torch.float32
     latents = trajectory.latents[0].clone().requires_grad_()
@@ -218,7 +242,7 @@ def test_half_precision_keeps_float32_latents() -> None:
 def test_a_half_precision_denoiser_of_any_name_takes_float32_latents() -> None:
     pipeline = tiny_stable_diffusion().to(torch.bfloat16)
     pipeline.engine = copy.deepcopy(pipeline.unet)
-    chain = DenoisingChain(pipeline, num_inference_steps=2, denoisers=["engine"])
+    chain = chain_over(pipeline, num_inference_steps=2, denoisers=["engine"])
     latents = chain.draw_noises([0])[2]
     assert latents.dtype == torch.float32
     embeddings = torch.zeros(1, 4, pipeline.unet.config.cross_attention_dim)
@@ -229,6 +253,6 @@ def test_clear_errors() -> None:
     pipeline = tiny_stable_diffusion()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
     with pytest.raises(ValueError, match="clip_sample=False"):
-        DenoisingChain(pipeline)
+        chain_over(pipeline)
     with pytest.raises(ValueError, match=r"denoiser of object: expected unet or transformer.*--denoiser"):
-        DenoisingChain(object())  # type: ignore[arg-type]
+        chain_over(object())  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import torch
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.prompt import Prompt
 from rlr_peft.stages import make_stages
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 STAGES = make_stages(("early", "middle", "late"), (0.4, 0.2, 0.4))  # of 5 steps: 5-4, 3, 2-1
 TEXTS = ("a sky", "a boat", "red sails")
@@ -15,7 +15,7 @@ SEEDS = [3, 4]
 
 def chain(**options) -> DenoisingChain:
     options = {"num_inference_steps": 5, "eta": 0.7, "guidance_scale": 3.0} | options
-    return DenoisingChain(tiny_stable_diffusion("v_prediction", timestep_spacing="trailing"), **options)
+    return chain_over(tiny_stable_diffusion("v_prediction", timestep_spacing="trailing"), **options)
 
 
 @pytest.fixture(scope="module")

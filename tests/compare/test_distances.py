@@ -121,5 +121,5 @@ def test_a_plan_is_measured_in_batches() -> None:
 def test_a_chain_without_noise_has_no_divergence() -> None:
     chain = LinearGaussianChain(num_steps=1)
     assert not has_noise(chain)
-    with pytest.raises(ValueError, match="a chain with noise"):
+    with pytest.raises(ValueError, match="Expected noise in the chain, without which the divergence"):
         path_divergence(chain, [""], [0])

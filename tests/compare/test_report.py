@@ -15,9 +15,10 @@ from PIL import Image
 from rlr_peft.compare.comparison import Comparison, Model, notes, unique_labels
 from rlr_peft.compare.figures import figures, inline_svg
 from rlr_peft.compare.page import chosen_pairs
-from rlr_peft.compare.report import score_columns, write_numbers, write_page_and_scores, write_report, write_scores
+from rlr_peft.compare.report import plain_numbers, score_columns, write_page_and_scores, write_report, write_scores
 from rlr_peft.compare.tables import console_text, markdown, tables
 from rlr_peft.intervals import with_error
+from rlr_peft.reports import write_numbers
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
 BASE = {"reward": [0.1, 0.2, 0.3, 0.4], "heldout": [1.0, 2.0, 3.0, 4.0]}
@@ -88,7 +89,7 @@ def test_images_are_named_where_they_are_kept() -> None:
 
 
 def test_numbers_are_json_without_gaps(tmp_path: Path) -> None:
-    write_numbers(tmp_path / "compare.json", example())
+    write_numbers(tmp_path / "compare.json", plain_numbers(example()))
     numbers = json.loads((tmp_path / "compare.json").read_text())
     first, second = numbers["adapters"]
     assert first["rewards"]["judge"]["gain"] == pytest.approx(0.025)

@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config, load_config
 from rlr_peft.diagnose.costs import evenly_spread
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, diagnose, stages_of
@@ -46,7 +45,7 @@ from rlr_peft.intervals import short_number, with_error
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 GROUP = 4
 SAMPLES = 1600
@@ -374,7 +373,7 @@ def test_a_pipelines_weights_are_left_as_they_were() -> None:
     """Also where the adapter is switched off for the reference model and weights are perturbed."""
     pipeline = tiny_stable_diffusion("v_prediction")
     attach_lora(pipeline.unet, target_modules=["to_q"], rank=2)
-    chain = DenoisingChain(pipeline, num_inference_steps=2, reference=lambda: adapter_disabled(pipeline.unet))
+    chain = chain_over(pipeline, num_inference_steps=2, reference=adapter_disabled)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in pipeline.unet.named_parameters()}
     reward = CallableReward("redness", lambda images, prompts: images[:, 0].mean((1, 2)))
     objective = DecodedReward(chain, reward, 2)

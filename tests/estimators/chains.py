@@ -12,7 +12,7 @@ from rlr_peft.estimators.base import Book, Rollout
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 
 def rollout_of(
@@ -59,11 +59,11 @@ def adapted_chain(num_steps: int = 4, dtype: torch.dtype = torch.float64, **argu
     parameters = attach_lora(pipeline.unet, target_modules=["to_q", "to_v", "to_out.0"], rank=2)
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
-    return DenoisingChain(
+    return chain_over(
         pipeline,
         parameters=parameters,
         num_inference_steps=num_steps,
         guidance_scale=3.0,
-        reference=lambda: adapter_disabled(pipeline.unet),
+        reference=adapter_disabled,
         **arguments,
     )

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from rlr_peft.chain import adjoint
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.kl import KLPenalty, NoDivergenceError, kl_segments, path_kl, reference_steps, step_kl
 from rlr_peft.testing.chains import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 BETA = 0.3
 
@@ -113,7 +112,7 @@ def test_the_reference_is_the_base_and_leaves_the_adapter_as_it_was() -> None:
     trainable = [parameter.requires_grad for parameter in chain.denoiser.parameters()]
     assert any(trainable) and not all(trainable)
     base = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing", dtype=torch.float64)
-    bare_chain = DenoisingChain(base, num_inference_steps=4, guidance_scale=3.0)
+    bare_chain = chain_over(base, num_inference_steps=4, guidance_scale=3.0)
     for t in range(1, 5):
         reference = chain.reference_mean(trajectory, t)
         assert not reference.requires_grad
@@ -128,6 +127,6 @@ def test_the_reference_is_the_base_and_leaves_the_adapter_as_it_was() -> None:
 
 
 def test_a_chain_without_reference_says_so() -> None:
-    chain = DenoisingChain(tiny_stable_diffusion(), num_inference_steps=2)
+    chain = chain_over(tiny_stable_diffusion(), num_inference_steps=2)
     with pytest.raises(RuntimeError, match="a chain with a reference model"):
         chain.reference_mean(chain.sample(["red"], [0]), 1)

@@ -8,7 +8,7 @@ from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.rewards.base import RewardError
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.registry import load_reward
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red", "blue b", "c"]
 
@@ -18,7 +18,7 @@ def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 def chain_and_latents(dtype: torch.dtype = torch.float32) -> tuple[DenoisingChain, torch.Tensor]:
-    chain = DenoisingChain(tiny_stable_diffusion().to(dtype), num_inference_steps=2)
+    chain = chain_over(tiny_stable_diffusion().to(dtype), num_inference_steps=2)
     return chain, chain.draw_noises([0, 1, 2])[2]
 
 

@@ -8,13 +8,13 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.sampling import Batch, mirrored_pairs, sample_batch
 from rlr_peft.rewards.callables import CallableReward
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red"] * 4 + ["blue"] * 4
 
 
 def sampled(micro_batch_size: int, antithetic: bool) -> tuple[DenoisingChain, Batch]:
-    chain = DenoisingChain(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=3, guidance_scale=3.0)
+    chain = chain_over(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=3, guidance_scale=3.0)
     reward = CallableReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
     objective = DecodedReward(chain, reward, 4)
     return chain, sample_batch(chain, objective, PROMPTS, list(range(8)), micro_batch_size, antithetic)

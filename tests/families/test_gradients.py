@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rlr_peft.chain.adjoint import Segment, run
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from tests.families.table import CASES, NUM_STEPS, load
+from tests.pipelines import chain_over
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "sd-v"])
@@ -18,7 +18,7 @@ def test_segment_gradients_equal_central_differences(name: str, folder_of: Calla
         for part in ("unet", "transformer", "transformer_2", "vae"):  # a text encoder's attention mask may overflow
             if getattr(pipeline, part, None) is not None:
                 getattr(pipeline, part).double()
-    chain = DenoisingChain(pipeline, num_inference_steps=NUM_STEPS, **case.options)
+    chain = chain_over(pipeline, num_inference_steps=NUM_STEPS, **case.options)
     chain.denoiser.requires_grad_(False)
     named = [
         (key, weight)

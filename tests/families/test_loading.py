@@ -8,10 +8,10 @@ import torch
 from diffusers import AnimateDiffPipeline, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 
 from rlr_peft.build.pipeline import load_pipeline
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ModelArguments
 from tests.families.table import load
 from tests.families.video_pipelines import animatediff_unet
+from tests.pipelines import chain_over
 
 CPU = torch.device("cpu")
 
@@ -39,8 +39,8 @@ def test_a_motion_adapter_makes_animatediff_of_stable_diffusion(
     )
     assert isinstance(pipeline, AnimateDiffPipeline)
     options = {"num_inference_steps": 2, "num_frames": 3, "resolution": 16}
-    latents = DenoisingChain(pipeline, **options).sample(["sky"], [0]).latents
-    assert torch.equal(latents, DenoisingChain(whole, **options).sample(["sky"], [0]).latents)
+    latents = chain_over(pipeline, **options).sample(["sky"], [0]).latents
+    assert torch.equal(latents, chain_over(whole, **options).sample(["sky"], [0]).latents)
 
 
 def test_another_autoencoder_replaces_the_pipelines(folder_of: Callable[[str], str], tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_another_autoencoder_replaces_the_pipelines(folder_of: Callable[[str], s
     tiny.save_pretrained(tmp_path)
     pipeline = load_pipeline(ModelArguments(folder_of("sdxl"), pretrained_vae_model_name_or_path=str(tmp_path)), CPU)
     assert isinstance(pipeline.vae, AutoencoderTiny)
-    chain = DenoisingChain(pipeline, num_inference_steps=2, resolution=16)
+    chain = chain_over(pipeline, num_inference_steps=2, resolution=16)
     latents = chain.sample(["sky"], [0]).latents[0].requires_grad_()
     (gradient,) = torch.autograd.grad(chain.decode(latents, ["sky"]).sum(), latents)
     assert gradient.abs().sum() > 0
@@ -65,7 +65,7 @@ def test_only_sdxls_vae_is_kept_from_overflowing(
 ) -> None:
     pipeline = load_pipeline(ModelArguments(folder_of(name), mixed_precision="fp16"), CPU)
     assert pipeline.vae.dtype == dtype and pipeline.unet.dtype == torch.float16
-    chain = DenoisingChain(pipeline, num_inference_steps=2, resolution=16)
+    chain = chain_over(pipeline, num_inference_steps=2, resolution=16)
     latents = chain.sample(["sky"], [0]).latents[0].requires_grad_()
     (gradient,) = torch.autograd.grad(chain.decode(latents, ["sky"]).float().sum(), latents)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.scheduler import build_scheduler
 from tests.families.table import CASES, NUM_STEPS, PROMPTS, VIDEOS, load
+from tests.pipelines import chain_over
 
 SEEDS = [3, 4]
 KINDS = ("ancestral", "flow-sde", "cps", "ode")
@@ -21,7 +21,7 @@ def test_without_noise_the_images_are_the_pipelines_own(name: str, folder_of: Ca
     base = pipeline.scheduler
     for spacing in (None, "linspace"):
         options = {"eta": 0.0, "timestep_spacing": spacing, **CASES[name].options}
-        chain = DenoisingChain(pipeline, num_inference_steps=NUM_STEPS, **options)
+        chain = chain_over(pipeline, num_inference_steps=NUM_STEPS, **options)
         trajectory = chain.sample(PROMPTS, SEEDS)
         with torch.no_grad():
             images = chain.decode(trajectory.latents[0], PROMPTS)
@@ -32,7 +32,7 @@ def test_without_noise_the_images_are_the_pipelines_own(name: str, folder_of: Ca
         assert scheduler.difference is None
         told = () if scheduler.sigmas_in_call else scheduler.sigmas
         pipeline.scheduler = build_scheduler(base.config, scheduler.class_name, scheduler.options, told)
-        call = chain.call.card_options | scheduler.call_options()
+        call = chain.call_arguments | scheduler.call_options()
         if "negative_prompt" in call:
             call["negative_prompt"] = [call["negative_prompt"]] * len(PROMPTS)
         expected = pipeline(
@@ -52,7 +52,7 @@ def test_without_noise_the_images_are_the_pipelines_own(name: str, folder_of: Ca
 def test_replay_is_bit_exact_with_every_kind_of_step(name: str, folder_of: Callable[[str], str]) -> None:
     pipeline = load(folder_of(name))
     for kind in KINDS:
-        chain = DenoisingChain(pipeline, num_inference_steps=NUM_STEPS, step_kind=kind, eta=0.7, **CASES[name].options)
+        chain = chain_over(pipeline, num_inference_steps=NUM_STEPS, step_kind=kind, eta=0.7, **CASES[name].options)
         assert (chain.std(2) > 0) == (kind != "ode")
         trajectory = chain.sample(PROMPTS, SEEDS)
         for t in range(1, NUM_STEPS + 1):
@@ -64,7 +64,7 @@ def test_replay_is_bit_exact_with_every_kind_of_step(name: str, folder_of: Calla
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "sd-epsilon"])
 def test_the_last_step_is_alive(name: str, folder_of: Callable[[str], str]) -> None:
-    chain = DenoisingChain(load(folder_of(name)), num_inference_steps=28, **CASES[name].options)
+    chain = chain_over(load(folder_of(name)), num_inference_steps=28, **CASES[name].options)
     assert chain.output_sensitivity(1) >= 0.05
     assert chain.last_step_warning() is None
 
@@ -77,8 +77,8 @@ def test_a_dead_last_step_is_reported_with_its_figure(
     name: str, spacing: str | None, figure: str, folder_of: Callable[[str], str]
 ) -> None:
     pipeline, options = load(folder_of(name)), {"num_inference_steps": 50, **CASES[name].options}
-    chain = DenoisingChain(pipeline, timestep_spacing=spacing, **options)
-    alive = DenoisingChain(pipeline, timestep_spacing="trailing", **options)
+    chain = chain_over(pipeline, timestep_spacing=spacing, **options)
+    alive = chain_over(pipeline, timestep_spacing="trailing", **options)
     warning = chain.last_step_warning()
     assert f"|d x_0 / d output| = {chain.output_sensitivity(1):.3f}" in warning and figure in warning
     assert f"With --timestep_spacing trailing it is {alive.output_sensitivity(1):.3f}." in warning
@@ -89,12 +89,14 @@ def test_first_frames_alone_are_those_of_the_whole_video(name: str, folder_of: C
     frames = 5 if name == "wan-2.1" else 2
     options = CASES[name].options | {"num_frames": 9}
     pipeline = load(folder_of(name))
-    whole = DenoisingChain(pipeline, num_inference_steps=2, **options)
-    part = DenoisingChain(pipeline, num_inference_steps=2, decoded_frames=frames, **options)
+    whole = chain_over(pipeline, num_inference_steps=2, **options)
+    part = chain_over(pipeline, num_inference_steps=2, decoded_frames=frames, **options)
+    looked_at = part.at(whole=True)
     latents = whole.sample(PROMPTS, SEEDS).latents[0].requires_grad_()
     videos = whole.decode(latents, PROMPTS)
     first = part.decode(latents, PROMPTS)
     assert videos.shape[1] == 9 and first.shape[1] == frames
+    assert torch.equal(looked_at.decode(latents, PROMPTS), videos)
     torch.testing.assert_close(first, videos[:, :frames], rtol=0, atol=1e-5)
     expected = torch.autograd.grad(videos[:, :frames].sum(), latents)[0]
     torch.testing.assert_close(torch.autograd.grad(first.sum(), latents)[0], expected, rtol=0, atol=1e-4)
@@ -102,17 +104,17 @@ def test_first_frames_alone_are_those_of_the_whole_video(name: str, folder_of: C
 
 def test_first_frames_are_refused_where_they_are_not_exact(folder_of: Callable[[str], str]) -> None:
     with pytest.raises(ValueError, match=r"CogVideoXPipeline does not decode first frames alone.*--decoded_frames"):
-        DenoisingChain(load(folder_of("cogvideox")), decoded_frames=1, **CASES["cogvideox"].options)
+        chain_over(load(folder_of("cogvideox")), decoded_frames=1, **CASES["cogvideox"].options)
     with pytest.raises(ValueError, match=r"1, 5, 9, \.\.\. frames, got 3; use 1 or 5"):
-        DenoisingChain(load(folder_of("wan-2.1")), decoded_frames=3, **CASES["wan-2.1"].options)
+        chain_over(load(folder_of("wan-2.1")), decoded_frames=3, **CASES["wan-2.1"].options)
     with pytest.raises(ValueError, match=r"at most the 5 frames of the video, got 9; lower --decoded_frames"):
-        DenoisingChain(load(folder_of("wan-2.1")), decoded_frames=9, **CASES["wan-2.1"].options)
+        chain_over(load(folder_of("wan-2.1")), decoded_frames=9, **CASES["wan-2.1"].options)
 
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_videos_have_frames(name: str, folder_of: Callable[[str], str]) -> None:
     options = CASES[name].options
-    chain = DenoisingChain(load(folder_of(name)), num_inference_steps=2, **options)
+    chain = chain_over(load(folder_of(name)), num_inference_steps=2, **options)
     latents = chain.sample(["sky"], [0]).latents[0]
     with torch.no_grad():
         videos = chain.decode(latents, ["sky"])
@@ -122,7 +124,7 @@ def test_videos_have_frames(name: str, folder_of: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_keeps_float32_latents_and_gradients(name: str, folder_of: Callable[[str], str]) -> None:
-    chain = DenoisingChain(load(folder_of(name), torch.bfloat16), num_inference_steps=2, **CASES[name].options)
+    chain = chain_over(load(folder_of(name), torch.bfloat16), num_inference_steps=2, **CASES[name].options)
     trajectory = chain.sample(PROMPTS, SEEDS)
     assert trajectory.latents.dtype == torch.float32
     rounded = trajectory.latents[:2].bfloat16().float()

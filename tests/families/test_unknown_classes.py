@@ -15,12 +15,12 @@ from diffusers import (
     UNet2DModel,
 )
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import default_lora_targets, family_of
 from rlr_peft.lora import attach_lora, save_lora, verify_lora_reloads
 from tests.families.image_pipelines import flow_vae
 from tests.families.table import CASES, PROMPTS, load
 from tests.families.text_encoders import WIDTH, t5_encoder, t5_tokenizer
+from tests.pipelines import chain_over
 
 OPTIONS = {"height": 16, "width": 16, "max_sequence_length": 32, "num_inference_steps": 3}
 
@@ -57,7 +57,7 @@ def test_an_unknown_class_is_driven_trained_and_saved(chroma: Path, tmp_path: Pa
     pipeline = load(str(chroma))
     family = family_of(pipeline)
     assert family.name == "generic" and family.denoisers == ("transformer",)
-    chain = DenoisingChain(pipeline, eta=0.0, **OPTIONS)
+    chain = chain_over(pipeline, eta=0.0, **OPTIONS)
     trajectory = chain.sample(["a red ball"], [5])
     with torch.no_grad():
         images = chain.decode(trajectory.latents[0], ["a red ball"])
@@ -68,7 +68,7 @@ def test_an_unknown_class_is_driven_trained_and_saved(chroma: Path, tmp_path: Pa
     targets = default_lora_targets(family, pipeline.transformer)
     assert {"to_q", "to_out.0", "add_q_proj"} <= set(targets)
     parameters = attach_lora(pipeline.transformer, target_modules=targets)
-    chain = DenoisingChain(pipeline, parameters=parameters, **OPTIONS)
+    chain = chain_over(pipeline, parameters=parameters, **OPTIONS)
     with torch.no_grad():
         for parameter in parameters:
             parameter += 0.05
@@ -78,7 +78,7 @@ def test_an_unknown_class_is_driven_trained_and_saved(chroma: Path, tmp_path: Pa
     save_lora(pipeline, tmp_path)
 
     def render(pipeline: ChromaPipeline) -> torch.Tensor:
-        chain = DenoisingChain(pipeline, eta=0.0, **OPTIONS)
+        chain = chain_over(pipeline, eta=0.0, **OPTIONS)
         return chain.decode(chain.sample(["sky"], [1]).latents[0], ["sky"])
 
     verify_lora_reloads(pipeline, load(str(chroma)), tmp_path, render)
@@ -88,8 +88,8 @@ def test_an_unknown_noising_path_names_its_option(chroma: Path) -> None:
     pipeline = load(str(chroma))
     pipeline.scheduler = EDMEulerScheduler()
     with pytest.raises(ValueError, match=r"noising path of EDMEulerScheduler.*--scheduler_type to diffusion or flow"):
-        DenoisingChain(pipeline, **OPTIONS)
-    chain = DenoisingChain(pipeline, scheduler_type="flow", **OPTIONS)
+        chain_over(pipeline, **OPTIONS)
+    chain = chain_over(pipeline, scheduler_type="flow", **OPTIONS)
     assert chain.solver == "Euler" and chain.std(1) == 0
 
 
@@ -98,12 +98,12 @@ def test_unknown_targets_and_denoisers_name_their_options(chroma: Path) -> None:
     with pytest.raises(ValueError, match=r"LoRA targets of Conv2d: none of its.*Set --lora_layers"):
         default_lora_targets(family_of(pipeline), pipeline.vae.decoder.conv_in)
     with pytest.raises(ValueError, match=r"denoiser of ChromaPipeline: expected unet, got.*transformer.*--denoiser"):
-        DenoisingChain(pipeline, denoisers=["unet"], **OPTIONS)
+        chain_over(pipeline, denoisers=["unet"], **OPTIONS)
 
 
 def test_what_breaks_inside_an_unknown_class_is_passed_on(chroma: Path) -> None:
     with pytest.raises(ValueError, match=r"ChromaPipeline is not among.*stopped with.*--height and --width"):
-        DenoisingChain(load(str(chroma)), **{**OPTIONS, "max_sequence_length": 9999})
+        chain_over(load(str(chroma)), **{**OPTIONS, "max_sequence_length": 9999})
 
 
 def test_a_pipeline_without_prompts_is_refused() -> None:
@@ -116,7 +116,7 @@ def test_a_pipeline_without_prompts_is_refused() -> None:
         up_block_types=("UpBlock2D",),
     )
     with pytest.raises(ValueError, match="DDPMPipeline cannot be driven as a chain: its call takes no `prompt`"):
-        DenoisingChain(DDPMPipeline(unet, DDPMScheduler()))
+        chain_over(DDPMPipeline(unet, DDPMScheduler()))
 
 
 def test_options_that_a_pipeline_does_not_take_are_refused(folder_of: Callable[[str], str]) -> None:
@@ -126,15 +126,15 @@ def test_options_that_a_pipeline_does_not_take_are_refused(folder_of: Callable[[
         ("qwen-image", {"true_cfg_scale": 4.0, "guidance_scale": 4.0}, "one guidance"),
     ):
         with pytest.raises(ValueError, match=message):
-            DenoisingChain(load(folder_of(name)), **options)
+            chain_over(load(folder_of(name)), **options)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "wan-2.1"])
 def test_offloaded_text_encoders_change_nothing(name: str, folder_of: Callable[[str], str]) -> None:
     pipeline = load(folder_of(name))
     options = {"num_inference_steps": 2, **CASES[name].options}
-    expected = DenoisingChain(pipeline, **options).sample(PROMPTS, [1, 2])
-    chain = DenoisingChain(pipeline, offload_text_encoders=True, **options)
+    expected = chain_over(pipeline, **options).sample(PROMPTS, [1, 2])
+    chain = chain_over(pipeline, offload_text_encoders=True, **options)
     seen = []
     chain.denoiser.register_forward_pre_hook(lambda *_: seen.append(pipeline.text_encoder))
     encoder = pipeline.text_encoder

@@ -2,15 +2,15 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from rlr_peft.publishing.bases import License
 from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.record import RunRecord, StoredCard
+from rlr_peft.publishing.record import Base, Images, Rewards, RunRecord, StoredCard
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METRICS = {
@@ -23,19 +23,17 @@ METRICS = {
     "n": 64,
 }
 RECORD = RunRecord(
-    base_model="tiny-shapes",
-    reward_name="tiny-shapes",
+    base=Base("tiny-shapes", license=License("apache-2.0")),
+    rewards=Rewards("tiny-shapes"),
     config={"rank": 4, "estimator": "rlr"},
     metrics=METRICS,
-    before_after="before_after.png",
-    images=[("images/validation_0.png", "a small red star")],
-    license="apache-2.0",
+    images=Images(before_after="before_after.png", gallery=[("images/validation_0.png", "a small red star")]),
 )
 # What a run leaves and nobody else should see.
 PRIVATE = ("checkpoint-5/optimizer.pt", "logs/events", "notes.txt", "run_record.json", ".env")
 
 
-def output_folder(path: Path, size: int = 200_000, **record: object) -> Path:
+def output_folder(path: Path, size: int = 200_000) -> Path:
     """A folder with an adapter of `size` random bytes, card, images, numbers, and private files beside them."""
     for name in ("before_after.png", "images/validation_0.png", *PRIVATE):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,5 +44,5 @@ def output_folder(path: Path, size: int = 200_000, **record: object) -> Path:
     save_file({"unet.x.lora_A.weight": noise}, path / WEIGHTS)
     (path / "config.yaml").write_text("rank: 4\nreward_fn: http://user:secret-word@127.0.0.1/\nhub_token: null\n")
     (path / "metrics.json").write_text(json.dumps(METRICS))
-    write_card(path, StoredCard(replace(RECORD, **record)))  # type: ignore[arg-type]
+    write_card(path, StoredCard(RECORD))
     return path

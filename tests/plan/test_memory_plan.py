@@ -19,13 +19,26 @@ from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.cli.main import main
+from rlr_peft.config import Config
 from rlr_peft.lora import attach_lora
 from rlr_peft.plan.blueprint import ArchitectureError, build_model, build_pipeline, find_architecture, find_component
 from rlr_peft.plan.measurements import blank_trajectory, measure
-from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, VERIFICATION, Facts, Options, add_up
+from rlr_peft.plan.parts import (
+    ADJOINT,
+    DECODE,
+    ENCODING,
+    PHASES,
+    SAMPLING,
+    VERIFICATION,
+    Facts,
+    MemoryPlan,
+    Options,
+    add_up,
+)
 from rlr_peft.plan.report import suggestions, verdict
+from rlr_peft.plan.run import plan_run
 from rlr_peft.plan.weights import optimizer_bytes, reward_memory, weight_bytes
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 META = torch.device("meta")
 GIB = 2**30
@@ -78,7 +91,7 @@ def saved_gib(pipeline: Any, checkpointed: bool, **options: Any) -> float:
     """The tape of one denoiser step without adapter: what the figures below were computed for."""
     (denoiser,) = (getattr(pipeline, name) for name in ("unet", "transformer") if hasattr(pipeline, name))
     with fused_attention():
-        chain = DenoisingChain(pipeline, num_inference_steps=1, parameters=(), **options)
+        chain = chain_over(pipeline, num_inference_steps=1, parameters=(), **options)
         if checkpointed:
             denoiser.enable_gradient_checkpointing()
         with counted_tape() as tape:
@@ -140,7 +153,7 @@ def test_the_tiny_vae_needs_a_tenth_of_the_memory() -> None:
 
 def tiny_chain(pipeline: Any) -> DenoisingChain:
     attach_lora(pipeline.unet, target_modules=TARGETS)
-    return DenoisingChain(pipeline, num_inference_steps=3, resolution=64)
+    return chain_over(pipeline, num_inference_steps=3, resolution=64)
 
 
 @pytest.fixture(scope="module")
@@ -358,8 +371,17 @@ def command(folder: str, *more: str) -> list[str]:
 
 
 def test_the_command_prints_parts_and_a_verdict(
-    tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plans: list[MemoryPlan] = []
+
+    def plan_once(config: Config) -> MemoryPlan:
+        """The second command asks for another verdict on the same run."""
+        if not plans:
+            plans.append(plan_run(config))
+        return plans[0]
+
+    monkeypatch.setattr("rlr_peft.plan.run.plan_run", plan_once)
     output = tmp_path / "plan.json"
     level = logging.getLogger("rlr_peft").level
     batch = ["--evaluation_prompt_path", "tiny-shapes/test", "--rank", "8"]

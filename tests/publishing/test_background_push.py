@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from rlr_peft.publishing.hub_client import WEIGHT_NAME, Destination
-from rlr_peft.publishing.publisher import BackgroundPush
+from rlr_peft.durable_files import WEIGHT_NAME
+from rlr_peft.publishing.hub_client import Destination
+from rlr_peft.publishing.publisher import Publisher
 
 OFFLINE = Destination(HfApi(token=False), "owner/name", "main")  # HF_HUB_OFFLINE is set in tests
 
@@ -20,16 +21,16 @@ def checkpoint(folder: Path) -> Path:
 def test_what_cannot_be_copied_or_sent_is_told_at_the_end(tmp_path: Path) -> None:
     left = tmp_path / ".checkpoint-1.push-killed"
     left.mkdir()
-    background = BackgroundPush(OFFLINE)
+    publisher = Publisher(OFFLINE)
     first = checkpoint(tmp_path / "checkpoint-2")
-    background.submit(first)
+    publisher.push_checkpoint(first)
     shutil.rmtree(first)  # as `checkpoints_total_limit` does
-    background.submit(tmp_path / "gone" / "checkpoint-3")
-    background.submit(tmp_path / "checkpoint-4")  # deleted before its turn
-    failures = background.failures()
+    publisher.push_checkpoint(tmp_path / "gone" / "checkpoint-3")
+    publisher.push_checkpoint(tmp_path / "checkpoint-4")  # deleted before its turn
+    failures = publisher.failures()
     assert list(failures) == [first, tmp_path / "gone" / "checkpoint-3", tmp_path / "checkpoint-4"]
     assert f"a folder without {WEIGHT_NAME}" in str(failures[tmp_path / "checkpoint-4"])
     assert "offline mode is on" in str(failures[first])
     assert "FileNotFoundError" in str(failures[tmp_path / "gone" / "checkpoint-3"])
-    background.stop()
+    publisher.stop()
     assert not list(tmp_path.glob(".checkpoint-*")) and not left.exists()

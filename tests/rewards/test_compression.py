@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlr_peft.rewards.base import score_images
+from rlr_peft.rewards.base import RewardError, score_images
 from rlr_peft.rewards.registry import load_reward
 
 PROMPTS = ["flat", "noise"]
@@ -56,3 +56,10 @@ def test_quality_is_95(images: torch.Tensor) -> None:
     pixels = (images[1] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
     assert score_images(load_reward("jpeg-incompressibility"), images, PROMPTS)[1] > len(buffer.getvalue()) / 1000
+
+
+def test_images_too_long_for_a_jpeg_are_refused_in_words() -> None:
+    reward = load_reward("jpeg-compressibility")
+    with pytest.raises(RewardError, match="at most 65500 pixels a side, got 65501 x 1"):
+        score_images(reward, torch.zeros(1, 3, 1, 65_501), ["line"])
+    assert torch.isfinite(score_images(reward, torch.zeros(1, 3, 1, 65_500), ["line"])).all()

@@ -14,22 +14,21 @@ from PIL import Image
 from rlr_peft.build.chain import build_chain
 from rlr_peft.build.drawing import in_eval_mode
 from rlr_peft.build.run import Run
-from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.cli.main import main
-from rlr_peft.config import config_to_dict, save_config
+from rlr_peft.config import save_config
 from rlr_peft.inference import DiffusiveChainOfThought
-from rlr_peft.lora import adapted_denoisers, save_lora
+from rlr_peft.lora import save_lora
 from rlr_peft.prompt import Prompt
 from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.record import RunRecord, StoredCard
-from rlr_peft.training.card_facts import with_card_facts
+from rlr_peft.publishing.record import Images, StoredCard
+from rlr_peft.training.card_facts import run_record
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.resuming import resume
 from rlr_peft.training.trainer import train
 from rlr_peft.training.validation import evaluate_base
 from tests.families.image_pipelines import sd3
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 from tests.training.runs import build, config_file
 
 
@@ -107,17 +106,7 @@ def run_with_card(workplace: Path, folder: Path, make: Any, **values: Any) -> Ru
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     run.output_dir.mkdir()
     save_lora(run.pipeline, run.output_dir)
-    stages = dict.fromkeys("ab", 0.5) if run.config.chain_of_thought.dcot_rules else {}
-    facts = RunRecord(
-        "base",
-        "redness",
-        config_to_dict(run.config),
-        prompts=[str(prompt) for prompt in run.prompts],
-        stages=stages,
-        denoisers=adapted_denoisers(run.pipeline),
-    )
-    record = with_card_facts(facts, run, Progress(), None, None)
-    write_card(run.output_dir, StoredCard(record))
+    write_card(run.output_dir, StoredCard(run_record(run, Progress(), {}, Images())))
     return run
 
 
@@ -189,7 +178,7 @@ def test_noise_that_diffusers_knows_is_drawn_from_the_same_chain(
 
 
 def test_noise_that_diffusers_does_not_know_is_said() -> None:
-    chain = DenoisingChain(leading(), num_inference_steps=3, step_kind="flow-sde", eta=0.7)
+    chain = chain_over(leading(), num_inference_steps=3, step_kind="flow-sde", eta=0.7)
     scheduler = chain.inference_scheduler()
     assert scheduler.call_options() == {}
     assert "No scheduler of diffusers takes the flow-sde steps with eta 0.7" in (scheduler.difference or "")
@@ -225,9 +214,7 @@ def test_stage_prompts_and_a_merged_pipeline_draw_so_too(
     scope: dict[str, Any] = {}
     exec(snippet_of(tmp_path / "merged").replace("generator=", 'output_type="latent", generator='), scope)
     assert scope["pipe"].scheduler.config.timestep_spacing == "trailing"
-    plain = DenoisingChain(
-        run.pipeline, num_inference_steps=4, eta=0.0, timestep_spacing="trailing", guidance_scale=3.0
-    )
+    plain = chain_over(run.pipeline, num_inference_steps=4, eta=0.0, timestep_spacing="trailing", guidance_scale=3.0)
     with in_eval_mode(plain), torch.no_grad():
         expected = plain.sample([str(run.prompts[0])], [0]).latents[0]
     torch.testing.assert_close(scope["result"].images, expected, rtol=1e-3, atol=1e-3)

@@ -1,5 +1,7 @@
 """What a run prints when it fails, and its exit codes."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,16 @@ def test_a_full_disk_is_one_message(kind: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: A file could not be written: ") and done.stderr.count("\n") == 1
     assert done.stderr.endswith(" Free disk space. Go on so.\n")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.EROFS])
+def test_a_folder_that_must_not_be_written_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left, reporting_errors("Go on so."):
+        raise OSError(number, os.strerror(number), "outputs/validation")
+    assert left.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: A file could not be written: ") and "'outputs/validation'" in printed
+    assert printed.endswith(" Make its folder writable, or choose another. Go on so.\n") and printed.count("\n") == 1
 
 
 def test_a_full_gpu_is_one_message_that_says_what_saves_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from rlr_peft.build import folder_lock
 from rlr_peft.build.folder_lock import LOCK, OWNER, PATIENCE, FolderInUseError, Owner, only_writer, this_process
 from rlr_peft.cli.main import main
 from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.record import RunRecord, StoredCard
+from rlr_peft.publishing.record import Base, Rewards, RunRecord, StoredCard
 from tests.training.runs import ROOT, config_file, finish, start
 
 HOLD = """
@@ -128,7 +128,7 @@ def test_a_folder_that_is_made_again_is_taken_again(tmp_path: Path, monkeypatch:
 
 
 def test_the_card_is_not_written_while_a_run_writes_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_card(tmp_path, StoredCard(RunRecord(base_model="base", reward_name="aesthetic", config={})))
+    write_card(tmp_path, StoredCard(RunRecord(Base("base"), Rewards("aesthetic"), {})))
     with only_writer(tmp_path):
         assert main(["card", str(tmp_path)]) == 1
     assert "to which process" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from rlr_peft.config import ConfigError, ModelArguments, load_config
 from rlr_peft.lora import attach_lora
 from rlr_peft.training.finishing import finish
 from tests.families.image_pipelines import flux
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import chain_over, tiny_stable_diffusion
 from tests.training.runs import config_file, start, train_here
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def frozen_pipeline() -> Any:
 
 
 def chain_of(pipeline: Any, **options: Any) -> DenoisingChain:
-    return DenoisingChain(pipeline, num_inference_steps=3, resolution=16, **options)
+    return chain_over(pipeline, num_inference_steps=3, resolution=16, **options)
 
 
 def adapted(pipeline: Any) -> Any:
@@ -182,7 +182,7 @@ def test_the_reward_sees_the_tiny_vae_and_everyone_else_the_real_one(workplace: 
         expected = (tiny.decode(latents).sample / 2 + 0.5).clamp(0, 1)
         assert torch.allclose(decoded, expected, atol=1e-6)
         assert built.pipeline.vae is own and built.pipeline.config["vae"] == ("diffusers", "AutoencoderKL")
-        looked_at = DenoisingChain(built.pipeline, num_inference_steps=2, resolution=16).decode(latents, ["a"])
+        looked_at = chain_over(built.pipeline, num_inference_steps=2, resolution=16).decode(latents, ["a"])
         expected = (own.decode(latents / own.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
         assert torch.allclose(looked_at, expected, atol=1e-6)
 

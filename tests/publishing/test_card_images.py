@@ -1,43 +1,11 @@
-"""What a card says of how its weights were chosen, and its single images."""
+"""The single images of a card."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
 import torch
 from PIL import Image
 
-from rlr_peft.config import load_config
 from rlr_peft.publishing.card_images import clear_card_images, gallery, save_gallery, save_pairs
-from rlr_peft.training.card_facts import _selection
-from rlr_peft.training.progress import Progress
-
-REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
-WATCHING = ["--heldout_reward_fn", "tiny-shapes-heldout", "--early_stopping_steps", "20"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "stopped", "expected"),
-    [
-        ([], "", "Training ended after as many updates as it was set to"),
-        (WATCHING, "", "Early stopping watched the held-out reward on training prompts and did not step in"),
-        (
-            WATCHING,
-            "It fell.",
-            "Early stopping on the held-out reward, measured on training prompts, ended",
-        ),
-        (
-            ["--kl_limit", "3"],
-            "It left.",
-            "Early stopping on the divergence from the base, measured on training",
-        ),
-    ],
-)
-def test_what_chose_the_weights(flags: list[str], stopped: str, expected: str) -> None:
-    run = SimpleNamespace(config=load_config([*REQUIRED, *flags]))
-    sentences = _selection(run, Progress(stopped_early=stopped))  # type: ignore[arg-type]
-    assert sentences[0].startswith(expected)
-    assert sentences[1] == "Whether the recipe was tuned on such numbers before this run is not recorded."
 
 
 def test_the_gallery_shows_the_first_image_or_video_of_every_prompt(tmp_path: Path) -> None:

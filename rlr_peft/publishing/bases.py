@@ -1,19 +1,26 @@
-"""The licence that an adapter inherits from its base: as the base's own card says it, else as its publisher does."""
+"""Where a base comes from, and the licence that an adapter inherits from it.
+
+The licence is what the base's own card says, else what its publisher does.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 
-from rlr_peft.foreign_text import printable
+from rlr_peft.foreign_text import in_code, printable
 from rlr_peft.publishing.hub_client import FAILURES, in_words
-from rlr_peft.publishing.snippet import base_kind
+from rlr_peft.tiny_shapes import PIPELINE_NAME
 
 logger = logging.getLogger(__name__)
+
+BaseKind = Literal["embedded", "folder", "hub"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,20 @@ KNOWN = {
     "Wan-AI/Wan2": License("apache-2.0"),
     "ali-vilab/text-to-video-ms-1.7b": License("cc-by-nc-4.0"),
 }
+
+
+def base_kind(base_model: str) -> BaseKind:
+    """Where the base comes from: shipped with rlr-peft, a folder of this machine, or the Hub."""
+    if base_model == PIPELINE_NAME:
+        return "embedded"
+    path = Path(base_model).expanduser()
+    return "folder" if path.is_absolute() or path.is_dir() else "hub"
+
+
+def hub_link(name: str) -> str:
+    """A repository of the Hub in Markdown; a name that no repository can have is no link."""
+    is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
+    return f"[{name}](https://huggingface.co/{name})" if is_repository else in_code(name)
 
 
 def base_license(base_model: str, *, revision: str | None = None, cache_dir: str | None = None) -> License:

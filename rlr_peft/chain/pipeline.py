@@ -1,0 +1,217 @@
+"""Drives a pipeline by its own ``__call__``: with a chain's scheduler, remembered prompts and a reward's decoder.
+
+Which arguments the call takes is read off its signature, so that no argument of a family is written down here.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from rlr_peft.chain.families import DENOISERS, Family, trained_module
+from rlr_peft.chain.memory import OffloadedTextEncoders, PromptMemory, cast_inputs_to_weights, working_device
+from rlr_peft.chain.scheduler import RecordingScheduler
+from rlr_peft.config import ChainArguments
+from rlr_peft.prompt import Prompt
+
+DEFAULT_FPS = 8
+
+# Knobs that say how the chain steps; all others are arguments of the pipeline's call, by the same name.
+STEPPING = {"num_inference_steps", "step_kind", "eta", "timestep_spacing", "scheduler_type"}
+# Knobs that become arguments of another name, or only of some prompts.
+TRANSLATED = {"guidance_scale", "true_cfg_scale", "resolution", "fps", "negative_prompt"}
+
+
+class PipelineDriver:
+    """A pipeline, called on whatever steps a scheduler exposes. All chains over one pipeline can share it.
+
+    The pipeline is left as it was after every call: what is exchanged, is exchanged only meanwhile. (Half-precision
+    denoisers and decoders keep a hook that casts their inputs.)
+
+    Args:
+        pipeline: a loaded pipeline without safety checker.
+        family: its row.
+        reward_decoder: decodes in place of the pipeline's VAE where asked to; None leaves the VAE.
+        offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
+
+    Attributes:
+        pipeline: as given.
+        family: as given.
+        name: the pipeline's class.
+        reward_decoder: as given.
+        device: where the models work.
+        denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
+        latents_dtype: float32, or float64 if the denoiser is.
+        parameters: of the pipeline's call, by name.
+
+    Raises:
+        ValueError: a pipeline that cannot be given prompts and latents, or one with a safety checker.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family,
+        reward_decoder: torch.nn.Module | None = None,
+        offload_text_encoders: bool = False,
+    ) -> None:
+        if getattr(pipeline, "safety_checker", None) is not None:
+            raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
+        self.pipeline = pipeline
+        self.family = family
+        self.name = type(pipeline).__name__
+        self.reward_decoder = reward_decoder
+        self._undecorated: Callable[..., Any] = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
+        self.parameters = inspect.signature(self._undecorated).parameters
+        for needed in ("prompt", "latents", "num_inference_steps", "output_type"):
+            if needed not in self.parameters:
+                raise ValueError(f"{self.name} cannot be driven as a chain: its call takes no `{needed}`.")
+        first = getattr(pipeline, family.denoisers[0])
+        self.device = working_device(first)
+        self.denoiser = trained_module(pipeline, family.denoisers)
+        self.latents_dtype = torch.promote_types(first.dtype, torch.float32)
+        self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
+        encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
+        self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
+        for module in _denoisers_and_decoder(pipeline, family, reward_decoder):
+            cast_inputs_to_weights(module)
+
+    def __call__(
+        self,
+        scheduler: RecordingScheduler,
+        prompts: Sequence[Prompt],
+        latents: torch.Tensor | None,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """What the pipeline returns first for the exposed steps: latents, images (B, 3, H, W) or videos.
+
+        Args:
+            scheduler: exposes the steps.
+            prompts: B prompts.
+            latents: where to start, (B, ...); None lets the pipeline draw noise.
+            arguments: the others of the pipeline's call.
+        """
+        with self._driven_by(scheduler) as pipeline:
+            texts = [prompt.text for prompt in prompts]
+            return self._undecorated(pipeline, prompt=texts, latents=latents, return_dict=False, **arguments)[0]
+
+    @contextmanager
+    def decoding_for_rewards(self) -> Iterator[None]:
+        """Inside, the reward's decoder, if there is one, stands in for the pipeline's VAE."""
+        if self.reward_decoder is None:
+            yield
+            return
+        attributes = self.pipeline.__dict__  # past the pipeline's __setattr__, which would note it in its config
+        vae, attributes["vae"] = attributes["vae"], self.reward_decoder
+        try:
+            yield
+        finally:
+            attributes["vae"] = vae
+
+    @contextmanager
+    def _driven_by(self, scheduler: RecordingScheduler) -> Iterator[DiffusionPipeline]:
+        pipeline = self.pipeline
+        own, progress = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
+        pipeline.scheduler, pipeline.encode_prompt = scheduler, self._encode_prompt
+        pipeline.set_progress_bar_config(**{**progress, "disable": True})
+        try:
+            with nullcontext() if self._offloaded is None else self._offloaded.hidden():
+                yield pipeline
+        finally:
+            pipeline.scheduler, pipeline._progress_bar_config = own, progress
+            del pipeline.encode_prompt
+
+
+class CallArguments:
+    """The arguments of a pipeline's call that the knobs of a chain ask for.
+
+    Args:
+        driver: of the pipeline.
+        knobs: of the chain.
+
+    Attributes:
+        guidance: the guidance arguments as the pipeline spells them.
+        guidance_scale: the scale in use; 1 if the pipeline has none.
+        fps: frames per second of the pipeline's videos.
+        for_card: what makes the pipeline draw the same without the chain.
+
+    Raises:
+        ValueError: an option that the pipeline does not take.
+    """
+
+    def __init__(self, driver: PipelineDriver, knobs: ChainArguments) -> None:
+        self._name, self._parameters = driver.name, driver.parameters
+        self.guidance = self._guidance(driver.family.guidance_argument, knobs)
+        self.guidance_scale = float(self.guidance.get(driver.family.guidance_argument, 1.0))
+        own = {field.name: getattr(knobs, field.name) for field in fields(knobs)}
+        own = {name: value for name, value in own.items() if name not in STEPPING | TRANSLATED}
+        own |= {"height": knobs.height or knobs.resolution, "width": knobs.width or knobs.resolution}
+        options = self._checked(own)
+        frame_rate = self._parameters.get("frame_rate")
+        if knobs.fps is not None and frame_rate is not None:
+            options["frame_rate"] = knobs.fps
+        self.fps: int = knobs.fps or (DEFAULT_FPS if frame_rate is None else frame_rate.default)
+        if "use_resolution_binning" in self._parameters:  # it would resize the images after decoding
+            options["use_resolution_binning"] = False
+        self._negative_prompt = self._checked({"negative_prompt": knobs.negative_prompt}).get("negative_prompt")
+        if self._negative_prompt is None and self.guidance.get("true_cfg_scale", 1.0) > 1:
+            self._negative_prompt = " "  # without one these pipelines switch their guidance off
+        negative = {} if self._negative_prompt is None else {"negative_prompt": self._negative_prompt}
+        self.for_card: dict[str, Any] = {**self.guidance, **options, **negative}
+        self._fixed = {"num_inference_steps": knobs.num_inference_steps, **options, **self.guidance}
+
+    def of(self, prompts: Sequence[Prompt], output_type: str, **options: Any) -> dict[str, Any]:
+        """All arguments but prompts and latents of a call; ``output_type`` is ``latent`` or ``pt``."""
+        negative = self.negative_prompts(prompts)
+        given = {} if negative is None else {"negative_prompt": negative}
+        return {**self._fixed, **options, **given, "output_type": output_type}
+
+    def negative_prompts(self, prompts: Sequence[Prompt]) -> list[str] | None:
+        """What guidance steers away from, one text per prompt: the prompt's own, else the chain's; None for nothing.
+
+        Raises:
+            ValueError: prompts with negative ones of their own, and a pipeline that takes none.
+        """
+        own = [prompt.negative_prompt for prompt in prompts]
+        if all(text is None for text in own):
+            return None if self._negative_prompt is None else [self._negative_prompt] * len(prompts)
+        if "negative_prompt" not in self._parameters:
+            raise ValueError(f"{self._name} takes no negative_prompt: leave --negative_prompt_column out.")
+        default = self._negative_prompt or ""
+        return [default if text is None else text for text in own]
+
+    def _guidance(self, name: str, knobs: ChainArguments) -> dict[str, float]:
+        given = {"true_cfg_scale": knobs.true_cfg_scale}
+        if knobs.guidance_scale is not None:
+            if name == "true_cfg_scale" and knobs.true_cfg_scale is not None:
+                raise ValueError(f"{self._name} has one guidance: give guidance_scale or true_cfg_scale, not both.")
+            given[name] = knobs.guidance_scale
+        guidance = self._checked(given)
+        if name in self._parameters and name not in guidance:
+            default = self._parameters[name].default
+            if isinstance(default, (int, float)):
+                guidance[name] = float(default)
+        return guidance
+
+    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that were given; those that the pipeline does not take are refused."""
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            if name not in self._parameters:
+                flag = "--resolution" if name in ("height", "width") else f"--{name}"
+                raise ValueError(f"{self._name} takes no {name}: leave {flag} out.")
+        return given
+
+
+def _denoisers_and_decoder(pipeline: Any, family: Family, reward_decoder: Any) -> Iterator[torch.nn.Module]:
+    """Every module that latents enter: a second expert too that is not trained."""
+    vae = getattr(pipeline, "vae", None)
+    places = [(pipeline, name) for name in dict.fromkeys((*family.denoisers, *DENOISERS))]
+    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]:
+        module = getattr(owner, name, None)
+        if isinstance(module, torch.nn.Module):
+            yield module
