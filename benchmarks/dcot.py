@@ -161,10 +161,9 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     started, step, coverage = os.times().user, 0, ""
     run.chain.denoiser_evaluations = 0
     while run.chain.denoiser_evaluations < budget:
-        if (
-            run.estimator.wants_calibration(run.objective.has_gradient)
-            and step % run.config.estimator.calibration_interval == 0
-        ):
+        wanted = run.estimator.wants_calibration(run.objective.has_gradient)
+        calibration = run.config.estimator.calibration if wanted else None
+        if calibration is not None and step % calibration.calibration_interval == 0:
             calibrate(run, step)
         update = take_update(run, step)
         coverage = update.coverage.describe() if not step else coverage

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.fuzz_inputs import ROOT, TEXTS, FindingError, Target, as_json, bent, damaged, odd
-from rlr_peft.config.flat import config_to_dict, knobs
+from rlr_peft.config.arguments import config_to_dict, knobs
 from rlr_peft.config.parsing import load_config, load_values
 from rlr_peft.config.yaml_files import save_config
 from rlr_peft.lora import (

@@ -146,10 +146,9 @@ def race(
     started = os.times().user
     while len(points) < evaluations:
         before = run.chain.denoiser_evaluations
-        if (
-            run.estimator.wants_calibration(run.objective.has_gradient)
-            and step % run.config.estimator.calibration_interval == 0
-        ):
+        wanted = run.estimator.wants_calibration(run.objective.has_gradient)
+        calibration = run.config.estimator.calibration if wanted else None
+        if calibration is not None and step % calibration.calibration_interval == 0:
             calibrate(run, step)
         update = take_update(run, step)
         step += 1

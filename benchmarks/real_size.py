@@ -32,7 +32,7 @@ from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.families import family_of
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.config import Config, load_config
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.plan.blueprint import build_pipeline, find_architecture
 from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING, MemoryPlan

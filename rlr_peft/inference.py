@@ -13,7 +13,6 @@ from diffusers.utils import BaseOutput
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
-from rlr_peft.config.chain_of_thought import stages_from_arguments
 from rlr_peft.config.parsing import read_config
 from rlr_peft.prompt import Prompt, PromptError, PromptLike
 from rlr_peft.prompts.chain_of_thought import (
@@ -110,7 +109,7 @@ class DiffusiveChainOfThought:
         """
         values = read_config(Path(path), _NAMES)
         arguments = ChainOfThoughtArguments(**_group(ChainOfThoughtArguments, values))
-        stages = stages_from_arguments(arguments)
+        stages = arguments.stages()
         if stages is None:
             raise ValueError(
                 f"Expected the config of a run with stage prompts, got {path} without any; draw with the pipeline "

@@ -11,7 +11,7 @@ import yaml
 
 from rlr_peft import __version__
 from rlr_peft.cli.main import main
-from rlr_peft.config.flat import knobs
+from rlr_peft.config.arguments import knobs
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
 

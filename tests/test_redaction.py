@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, config_to_yaml, load_config
-from rlr_peft.config.flat import knobs
+from rlr_peft.config.arguments import knobs
 from rlr_peft.errors import UserError
 from rlr_peft.json_server import JsonServer
 from rlr_peft.lora.files import AdapterNotFoundError

@@ -23,10 +23,8 @@ def build_optimizer(
             `scale_lr` is set.
 
     Raises:
-        ValueError: an unknown optimiser, or 8 bits without bitsandbytes.
+        ValueError: 8 bits without bitsandbytes.
     """
-    if arguments.optimizer != "AdamW":
-        raise ValueError(f"optimizer must be AdamW; got {arguments.optimizer!r}.")
     learning_rate = arguments.learning_rate * (samples_per_step if arguments.scale_lr else 1)
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     if not arguments.use_8bit_adam:

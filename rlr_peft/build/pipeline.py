@@ -25,7 +25,7 @@ from rlr_peft.chain.base_files import check_loaded, loading_base, read_model_ind
 from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_class
 from rlr_peft.chain.memory import offload_models
 from rlr_peft.config import ConfigError, ModelArguments
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 logger = logging.getLogger(__name__)

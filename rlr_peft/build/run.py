@@ -215,7 +215,7 @@ def build_run(
         objective=objective,
         estimator=estimator,
         kl_penalty=_kl_penalty(config),
-        reward_scale=RewardScale() if config.estimator.normalize_rewards else None,
+        reward_scale=None,
         prompts=run_prompts.training,
         sampler=run_prompts.sampler,
         evaluation_prompts=run_prompts.evaluation,

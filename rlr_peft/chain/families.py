@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rlr_peft.config.groups.chain import TimestepSpacing
+from rlr_peft.config.chain import TimestepSpacing
 from rlr_peft.durable_files import SECOND_EXPERT
 
 DENOISERS = ("unet", "transformer", SECOND_EXPERT)

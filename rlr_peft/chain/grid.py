@@ -14,7 +14,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from rlr_peft.chain.path import PathPoint, PredictionType
-from rlr_peft.config.groups.chain import TimestepSpacing
+from rlr_peft.config.chain import TimestepSpacing
 
 SchedulerType = Literal["diffusion", "flow"]
 BaseScheduler: TypeAlias = DDIMScheduler | CogVideoXDDIMScheduler | FlowMatchEulerDiscreteScheduler

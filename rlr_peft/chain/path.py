@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
-from rlr_peft.config.groups.chain import StepKind
+from rlr_peft.config.chain import StepKind
 
 PredictionType = Literal["epsilon", "v_prediction", "flow_prediction"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from rlr_peft.command_line import check_folder_or_exit, own_flags, own_parser
 from rlr_peft.config import Config, ConfigError, config_from_dict
-from rlr_peft.config.chain_of_thought import SOURCES
-from rlr_peft.config.flat import knobs
+from rlr_peft.config.arguments import knobs
+from rlr_peft.config.chain import SOURCES
 from rlr_peft.config.found import read_found_config
 from rlr_peft.config.parsing import exit_with, load_values
 from rlr_peft.foreign_text import say

@@ -19,9 +19,10 @@ from rlr_peft.config.arguments import (
     RewardArguments,
     TrainingArguments,
     ValidationArguments,
+    config_from_dict,
+    config_to_dict,
 )
-from rlr_peft.config.chain_of_thought import stages_from_config, window_steps
-from rlr_peft.config.flat import config_from_dict, config_to_dict
+from rlr_peft.config.chain import stages_from_config, window_steps
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.config.parsing import load_config, load_config_or_exit
 from rlr_peft.config.yaml_files import config_to_yaml, save_config

@@ -17,10 +17,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.config.flat import Knob, knobs
+from rlr_peft.config.arguments import knobs
+from rlr_peft.config.chain import BUILTIN_SETS
+from rlr_peft.config.knob import Knob
 from rlr_peft.config.parsing import read_config
-from rlr_peft.config.prompt_checks import BUILTIN_SETS
-from rlr_peft.config.wording import takes_text
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no colon: every form of a reward but the registered names has one
 
@@ -35,7 +35,7 @@ def read_found_config(path: Path, names: Collection[str]) -> tuple[dict[str, Any
     Raises:
         ConfigError: the file cannot be read, or holds an unknown name or a wrong type.
     """
-    given = {name: value for name, value in read_config(path, names).items() if value != knobs()[name].field.default}
+    given = {name: value for name, value in read_config(path, names).items() if value != knobs()[name].default}
     kept = {name: _plain(knobs()[name], value, path.parent) for name, value in given.items()}
     left_out = [name for name, value in given.items() if kept[name] != value]
     return {name: value for name, value in kept.items() if value is not None}, left_out
@@ -45,9 +45,10 @@ def _plain(knob: Knob, value: Any, folder: Path) -> Any:
     """As much of a value as is harmless; None for nothing."""
     if isinstance(value, dict):
         return {key: item for key, item in value.items() if _is_harmless(knob, key, folder)} or None
-    if isinstance(value, list):
-        return [item for item in value if not isinstance(item, str) or _is_harmless(knob, item, folder)] or None
-    return value if not takes_text(knob, value) or _is_harmless(knob, value, folder) else None
+    if isinstance(value, tuple):
+        return tuple(item for item in value if not isinstance(item, str) or _is_harmless(knob, item, folder)) or None
+    is_text = isinstance(value, str) and knob.takes_text
+    return value if not is_text or _is_harmless(knob, value, folder) else None
 
 
 def _is_harmless(knob: Knob, text: str, folder: Path) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from rlr_peft.config.arguments import Config
-from rlr_peft.config.flat import check_names, config_to_dict, knobs
+from rlr_peft.config.arguments import Config, check_names, config_to_dict, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.foreign_text import printable
@@ -60,16 +59,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: expected lines of `name: value`, got {got}.")
     check_names(iter(values), f"--config {path}")
     return values
-
-
-def problem_in_yaml(error: Exception) -> str:
-    """What is wrong, and where; the line itself is not quoted, as it may hold a secret."""
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())
-    mark = error.problem_mark or error.context_mark
-    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    said = " ".join(filter(None, (error.context, error.problem)))
-    return place + re.sub(r"(alias|anchor|tag|handle) '.*?'", r"\1", said)  # a password may begin with `*`, `&` or `!`
 
 
 def config_to_yaml(config: Config) -> str:

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rlr_peft.config import EstimatorArguments
+from rlr_peft.config.estimator import METHODS, D3POArguments, ReusedSamplesArguments, RLRPaperArguments
 from rlr_peft.diagnose import estimates as estimates_of
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence
@@ -158,9 +160,10 @@ class _Builder:
                 f"{evidence.micro_batch_size}"
             )
             return
+        dpo_beta = D3POArguments(**self.arguments.fine_knobs(of=D3POArguments)).dpo_beta
         # At the reference every pair's slope is beta / 2, whatever the margin of its rewards.
         first, second = evidence.rewards.reshape(-1, 2).T
-        slope = torch.sign(first - second) * self.arguments.dpo_beta / 2
+        slope = torch.sign(first - second) * dpo_beta / 2
         vectors = estimates_of.score_terms(evidence.gradients, torch.stack([slope, -slope], dim=1).reshape(-1))
         self._add("d3po", vectors, {"estimator": "d3po"}, own_units=True)
 
@@ -173,7 +176,8 @@ class _Builder:
             if self.evidence.num_steps > 1:
                 self._add(name, None, {"estimator": "rlr", **tail, "ho_length": 2})
             self._add("rlr-paper", None, {"estimator": "rlr-paper"}, max_samples=MAX_ZEROTH_ORDER_SAMPLES)
-        perturbed = ZerothOrder("two-point", self.arguments.zo_scale)
+        paper = RLRPaperArguments(**self.arguments.fine_knobs(of=RLRPaperArguments))
+        perturbed = ZerothOrder("two-point", paper.zo_scale)
         alone = RLREstimator(RLRSettings(first_order_steps=0, half_order=None, zeroth_order=perturbed))
         self.methods.append(Method("zeroth order on all steps", "", alone, max_samples=MAX_ZEROTH_ORDER_SAMPLES))
         if differentiable:
@@ -198,17 +202,11 @@ class _Builder:
 
     def _arguments(self, changes: Changes) -> EstimatorArguments:
         """The method's own defaults, and what does not make it another method from the user's config."""
-        given = self.arguments
-        return EstimatorArguments(
-            zo_scale=given.zo_scale,
-            inner_epochs=1 if changes["estimator"] in ("ddpo", "grpo", "d3po") else None,
-            clip_range=given.clip_range,
-            advantage_clip=given.advantage_clip,
-            per_prompt_stat_tracking_buffer_size=given.per_prompt_stat_tracking_buffer_size,
-            per_prompt_stat_tracking_min_count=given.per_prompt_stat_tracking_min_count,
-            dpo_beta=given.dpo_beta,
-            **changes,  # type: ignore[arg-type]
-        )
+        method = METHODS[str(changes["estimator"])]
+        own: dict[str, Any] = {knob: value for knob, value in changes.items() if knob != "estimator"}
+        if issubclass(method, ReusedSamplesArguments):
+            own["inner_epochs"] = 1
+        return method(**self.arguments.fine_knobs(of=method) | own)
 
 
 def best_black_box_steps(evidence: Evidence) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rlr_peft.config.estimator import ThreeOrdersArguments
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, squares_by_first_order_steps
 from rlr_peft.diagnose.estimates import is_clearly_larger, paired_difference, signal_to_noise
 from rlr_peft.estimators.base import step_ranges
@@ -202,10 +203,12 @@ BYTES_PER_GB = 1e9
 def budget_advice(diagnosis: Diagnosis) -> Iterator[str]:
     """Sentences on h; none where the config has no budget."""
     arguments = diagnosis.config.estimator
+    if not isinstance(arguments, ThreeOrdersArguments):
+        return
     if arguments.nfe_budget is None and arguments.memory_budget is None:
         return
     if arguments.nfe_budget is not None:
-        yield _compute_advice(diagnosis, arguments.nfe_budget)
+        yield _compute_advice(diagnosis, arguments, arguments.nfe_budget)
     if arguments.memory_budget is not None:
         yield _memory_advice(diagnosis, arguments.memory_budget)
     ratio = _variance_of_longer_blocks(diagnosis)
@@ -216,18 +219,16 @@ def budget_advice(diagnosis: Diagnosis) -> Iterator[str]:
         )
 
 
-def _compute_advice(diagnosis: Diagnosis, budget: float) -> str:
-    arguments, num_steps = diagnosis.config.estimator, diagnosis.evidence.num_steps
+def _compute_advice(diagnosis: Diagnosis, arguments: ThreeOrdersArguments, budget: float) -> str:
+    num_steps = diagnosis.evidence.num_steps
     tail = diagnosis.compared.first_order_steps
     if tail == num_steps:
         return f"nfe_budget {budget:g}: K = {tail} leaves no step for a block, so h does not matter."
     blocks = arguments.ho_blocks if isinstance(arguments.ho_blocks, int) else 1
     if blocks == 0:
         return f"nfe_budget {budget:g}: with ho_blocks 0 there is no block, so h does not matter."
-    form = arguments.zo or ("two-point" if arguments.estimator == "rlr-paper" else "none")
-    chains = {"none": 0, "one-point": 1, "two-point": 2}[form] * arguments.zo_samples
     try:
-        length = half_order_length_for_compute(budget, num_steps, tail, blocks, chains * num_steps)
+        length = half_order_length_for_compute(budget, num_steps, tail, blocks, arguments.zo_chains * num_steps)
     except ValueError as error:
         return f"nfe_budget {budget:g} does not even allow h = 1. {error}"
     return (

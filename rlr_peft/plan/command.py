@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlr_peft.command_line import check_folder_or_exit, own_flags, own_parser
 from rlr_peft.config import Config, ConfigError, load_config_or_exit
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 from rlr_peft.config.parsing import exit_with
 from rlr_peft.foreign_text import say, shown_name
 

@@ -15,7 +15,7 @@ from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
-from rlr_peft.config.memory_checks import read_quantization
+from rlr_peft.config.model import read_quantization
 from rlr_peft.errors import UserError
 from rlr_peft.plan.blueprint import build_model, build_pipeline, find_architecture, find_component
 from rlr_peft.plan.measurements import measure

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.config.prompt_checks import BUILTIN_SETS
+from rlr_peft.config.chain import BUILTIN_SETS
 from rlr_peft.prompt import Prompt, PromptError, as_prompts
 from rlr_peft.prompts.files import Columns, Row, RowReader, prompt_lines
 from rlr_peft.prompts.tables import FORMATS, DatasetSpec, dataset_rows, file_rows

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from rlr_peft.config import ConfigError
-from rlr_peft.config.checks import check_revision
 from rlr_peft.config.found import read_found_config
+from rlr_peft.config.model import check_revision
 from rlr_peft.config.parsing import exit_with, parse_or_exit
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import say

@@ -117,7 +117,8 @@ def calibration_due(run: Run, step: int) -> bool:
 
     A reward without gradient may leave nothing to choose; whether it has one may show only with the first samples.
     """
-    if step % run.config.estimator.calibration_interval and run.estimator.is_calibrated:
+    knobs = run.config.estimator.calibration
+    if knobs is None or (step % knobs.calibration_interval and run.estimator.is_calibrated):
         return False
     wanted = run.estimator.wants_calibration(run.objective.has_gradient)
     return bool(run.processes.largest(int(wanted), "the need of a calibration"))
@@ -125,7 +126,8 @@ def calibration_due(run: Run, step: int) -> bool:
 
 def calibrate(run: Run, step: int) -> None:
     """Measures the terms' variances on samples of their own; every process measures the same ones."""
-    arguments, training = run.config.estimator, run.config.training
+    arguments, training = run.config.estimator.calibration, run.config.training
+    assert arguments is not None, "only methods that have the knobs ask for a calibration"
     group_size = training.num_images_per_prompt
     # Single samples are replayed, and dropout's masks depend on the size of the batch.
     micro_batch_size = 1 if run.chain.denoiser.training else training.train_batch_size

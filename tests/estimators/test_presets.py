@@ -1,8 +1,11 @@
 """From the config's names to estimators."""
 
+from typing import Any
+
 import pytest
 
 from rlr_peft.config import EstimatorArguments
+from rlr_peft.config.estimator import METHODS
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
@@ -14,35 +17,39 @@ from rlr_peft.estimators.zeroth_order import ZerothOrder
 SINGLE = HalfOrder(1, "all")
 
 
+def method(estimator: str = "rlr", **knobs: Any) -> EstimatorArguments:
+    return METHODS[estimator](**knobs)
+
+
 def test_presets_of_the_rlr_family() -> None:
-    assert settings_from_arguments(EstimatorArguments(), 50) == RLRSettings("auto", SINGLE, None, black_box_steps=17)
-    paper = settings_from_arguments(EstimatorArguments(estimator="rlr-paper"), 50)
+    assert settings_from_arguments(method(), 50) == RLRSettings("auto", SINGLE, None, black_box_steps=17)
+    paper = settings_from_arguments(method(estimator="rlr-paper"), 50)
     assert paper == RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01))
-    assert settings_from_arguments(EstimatorArguments(estimator="full-bp"), 50) == RLRSettings(50, None)
-    assert settings_from_arguments(EstimatorArguments(estimator="truncated-bp", fo_steps=5), 50) == RLRSettings(5, None)
-    assert settings_from_arguments(EstimatorArguments(estimator="reinforce"), 50) == RLRSettings(0, SINGLE)
-    drawn = settings_from_arguments(EstimatorArguments(estimator="truncated-bp", fo_steps="random"), 50)
+    assert settings_from_arguments(method(estimator="full-bp"), 50) == RLRSettings(50, None)
+    assert settings_from_arguments(method(estimator="truncated-bp", fo_steps=5), 50) == RLRSettings(5, None)
+    assert settings_from_arguments(method(estimator="reinforce"), 50) == RLRSettings(0, SINGLE)
+    drawn = settings_from_arguments(method(estimator="truncated-bp", fo_steps="random"), 50)
     assert drawn == RLRSettings("random", None)
 
 
 def test_the_other_methods_are_built_from_their_knobs() -> None:
-    ddpo = build_estimator(EstimatorArguments(estimator="ddpo", clip_range=0.1, ho_blocks=3), 50)
+    ddpo = build_estimator(method(estimator="ddpo", clip_range=0.1, ho_blocks=3), 50)
     assert isinstance(ddpo, PolicyGradientEstimator) and ddpo.inner_epochs == 2
     assert ddpo.settings == PolicyGradientSettings("prompt-statistics", HalfOrder(1, 3), inner_epochs=2, clip_range=0.1)
-    grpo = build_estimator(EstimatorArguments(estimator="grpo", inner_epochs=3, advantage_clip=2.0), 50)
+    grpo = build_estimator(method(estimator="grpo", inner_epochs=3, advantage_clip=2.0), 50)
     assert isinstance(grpo, PolicyGradientEstimator) and grpo.inner_epochs == 3
     assert grpo.settings == PolicyGradientSettings("group-normalized", SINGLE, inner_epochs=3, advantage_clip=2.0)
-    arguments = EstimatorArguments(estimator="d3po", dpo_beta=0.3, ho_blocks=2, ho_start="window", ho_window=(5, 9))
+    arguments = method(estimator="d3po", dpo_beta=0.3, ho_blocks=2, ho_start="window", ho_window=(5, 9))
     d3po = build_estimator(arguments, 50)
     assert isinstance(d3po, PreferenceEstimator) and d3po.inner_epochs == 1
     assert d3po.settings == PreferenceSettings(0.3, HalfOrder(1, 2, "window", (5, 9)))
     for fo_steps in (None, 3):
-        refl = build_estimator(EstimatorArguments(estimator="refl", fo_steps=fo_steps), 50)
+        refl = build_estimator(method(estimator="refl", fo_steps=fo_steps), 50)
         assert isinstance(refl, RewardFeedbackEstimator) and refl.last_steps == fo_steps
 
 
 def test_explicit_values_replace_the_presets() -> None:
-    arguments = EstimatorArguments(
+    arguments = method(
         estimator="rlr-paper", fo_steps=2, ho_length="auto", nfe_budget=160, ho_start="window", ho_window=(30, 40)
     )
     settings = settings_from_arguments(arguments, 50)
@@ -53,26 +60,26 @@ def test_explicit_values_replace_the_presets() -> None:
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(50, 17), (10, 8), (4, 4), (1, 1)])
 def test_the_black_box_tail_costs_about_3_chains(num_steps: int, expected: int) -> None:
-    assert settings_from_arguments(EstimatorArguments(), num_steps).black_box_steps == expected
-    assert settings_from_arguments(EstimatorArguments(black_box_steps=0), num_steps).black_box_steps == 0
+    assert settings_from_arguments(method(), num_steps).black_box_steps == expected
+    assert settings_from_arguments(method(black_box_steps=0), num_steps).black_box_steps == 0
     if num_steps > 6:
         assert expected * (expected - 1) / 2 == pytest.approx(3 * num_steps, rel=0.1)
 
 
 def test_no_blocks_leave_the_half_order_out() -> None:
-    perturbed = settings_from_arguments(EstimatorArguments(estimator="rlr-paper", ho_blocks=0), 50)
+    perturbed = settings_from_arguments(method(estimator="rlr-paper", ho_blocks=0), 50)
     assert perturbed == RLRSettings(1, None, ZerothOrder("two-point", 0.01))
 
 
 def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
-    arguments = EstimatorArguments(
+    arguments = method(
         step_choice="inverse-variance", antithetic=True, fo_coefficient=0.5, ho_coefficient=2.0, zo_coefficient=3.0
     )
     estimator = build_estimator(arguments, 50)
     assert isinstance(estimator, RLREstimator) and estimator.antithetic
     assert estimator.settings.step_choice == "inverse-variance"
     assert estimator.settings.coefficients == Coefficients(0.5, 2.0, 3.0)
-    with_baseline = build_estimator(EstimatorArguments(state_baseline=True), 50)
+    with_baseline = build_estimator(method(state_baseline=True), 50)
     assert isinstance(with_baseline, RLREstimator) and with_baseline.settings.state_baseline
 
 
@@ -102,15 +109,15 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
     ],
 )
 def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:
-    assert words in build_estimator(EstimatorArguments(**arguments), 50).describe()
+    assert words in build_estimator(method(**arguments), 50).describe()
 
 
 def test_a_description_follows_the_reward_once_that_is_known() -> None:
-    estimator = build_estimator(EstimatorArguments(), 50)
+    estimator = build_estimator(method(), 50)
     beyond = "; half order in blocks of h = 1 on all steps beyond"
     assert estimator.describe(has_gradient=True) == "first order on steps 1..K, K measured" + beyond
     assert estimator.describe(has_gradient=False) == "mirrored noises on the last 17 step(s)" + beyond
-    plain = build_estimator(EstimatorArguments(estimator="reinforce"), 50)
+    plain = build_estimator(method(estimator="reinforce"), 50)
     assert plain.describe(has_gradient=False) == "half order in blocks of h = 1 on all steps beyond"
 
 
@@ -129,9 +136,9 @@ def test_a_description_follows_the_reward_once_that_is_known() -> None:
     ],
 )
 def test_only_estimators_that_use_a_rewards_gradient_ask_for_it(arguments: dict, expected: bool) -> None:
-    assert build_estimator(EstimatorArguments(**arguments), 50).uses_reward_gradient == expected
+    assert build_estimator(method(**arguments), 50).uses_reward_gradient == expected
 
 
 def test_a_budget_that_cannot_decide_the_length_is_refused() -> None:
     with pytest.raises(ValueError, match="numbers for ho_blocks and fo_steps"):
-        settings_from_arguments(EstimatorArguments(ho_length="auto", nfe_budget=160), 50)
+        settings_from_arguments(method(ho_length="auto", nfe_budget=160), 50)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlr_peft.config import EstimatorArguments
+from rlr_peft.config.estimator import RLRArguments
 from rlr_peft.estimators.half_order import StageWindow, choose_stage
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
@@ -17,7 +17,7 @@ STAGES = (StageWindow("coarse", 5, 6), StageWindow("mid", 3, 4), StageWindow("fi
 
 def estimator_of(*window: str | int, **arguments: object) -> RLREstimator:
     values = {"fo_steps": 1, "ho_length": 1, "ho_blocks": 1, "zo": "none", **arguments}
-    settings = EstimatorArguments(estimator="rlr", ho_start="window", ho_window=window, **values)  # type: ignore[arg-type]
+    settings = RLRArguments(ho_start="window", ho_window=window, **values)
     estimator = build_estimator(settings, 6, make_stages())
     assert isinstance(estimator, RLREstimator)
     return estimator

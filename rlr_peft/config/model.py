@@ -1,13 +1,21 @@
-"""Knobs of the base model and of the adapter."""
+"""The base model and the adapter: knobs, and what of them cannot be together."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from rlr_peft.config.knob import knob
+from rlr_peft.config.knob import ConfigError, Group, knob
+from rlr_peft.durable_files import stays_inside
+from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
+
+if TYPE_CHECKING:
+    from rlr_peft.config.arguments import Config
 
 
 @dataclass(frozen=True)
-class ModelArguments:
+class ModelArguments(Group):
     """Model: the pretrained pipeline and how it is held in memory"""
 
     pretrained_model_name_or_path: str = knob(
@@ -61,9 +69,37 @@ class ModelArguments:
     )
     allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
 
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with names, and with options that save memory."""
+        if self.revision is not None:
+            yield from check_revision("revision", self.revision)
+        if self.variant is not None and not re.fullmatch(r"[\w.-]+", self.variant):
+            yield f"variant: expected a word of a file name such as fp16, got {self.variant!r}; correct it."
+        path = self.bnb_quantization_config_path
+        if path is not None:
+            try:
+                read_quantization(path)
+            except ConfigError as error:
+                yield str(error)
+            if config.lora.use_dora:
+                yield (
+                    f"use_dora: expected a base in full width for DoRA's weight norms, got "
+                    f"bnb_quantization_config_path {path}; drop one of the two."
+                )
+            if self.torch_compile:
+                yield (
+                    f"torch_compile: expected a base without bitsandbytes layers, got bnb_quantization_config_path "
+                    f"{path}; drop one of the two."
+                )
+        if self.offload and self.torch_compile:
+            yield (
+                "torch_compile: expected weights that stay where they are, got offload, which moves them between "
+                "phases; drop one of the two."
+            )
+
 
 @dataclass(frozen=True)
-class LoraArguments:
+class LoraArguments(Group):
     """LoRA: the adapter that is trained"""
 
     rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", at_least=1, at_most=65536)
@@ -95,3 +131,41 @@ class LoraArguments:
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = knob(
         "gaussian", "How the LoRA matrices start; every choice starts at the base model's function."
     )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what cannot be converted."""
+        if self.output_kohya_format and self.use_dora:
+            yield (
+                "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of "
+                "the two."
+            )
+
+
+_WIDTHS = ("load_in_4bit", "load_in_8bit")
+
+
+def read_quantization(path: str) -> dict[str, Any]:
+    """The arguments of BitsAndBytesConfig in a JSON file.
+
+    Raises:
+        ConfigError: no such file, no JSON object, or not exactly one of 4 and 8 bits.
+    """
+    try:
+        arguments = parse_json(read_plain_text(Path(path)))
+    except PlainFileError as error:
+        raise ConfigError(
+            f"bnb_quantization_config_path: expected a JSON file, got {path} ({error}); check the path and its text."
+        ) from error
+    chosen = [name for name in _WIDTHS if isinstance(arguments, dict) and arguments.get(name) is True]
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"bnb_quantization_config_path: expected an object with {' or '.join(_WIDTHS)} true, got "
+            f"{' and '.join(chosen) or 'neither'} in {path}; see diffusers' BitsAndBytesConfig."
+        )
+    return arguments
+
+
+def check_revision(name: str, revision: str) -> Iterator[str]:
+    """Yields what is wrong with the name of a branch, tag or commit, which becomes a path in the Hub's cache."""
+    if not stays_inside(revision):
+        yield f"{name}: expected a branch, tag or commit of the repository, got {revision!r}; correct it."

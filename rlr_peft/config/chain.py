@@ -1,0 +1,332 @@
+"""The chain, its prompts and the prompts of its stages: knobs, and what of them cannot be together."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rlr_peft.config.knob import Group, knob
+from rlr_peft.stages import Stages, make_stages
+
+if TYPE_CHECKING:
+    from rlr_peft.config.arguments import Config
+
+StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+AUTO = "auto"
+SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
+"""The knobs that say where stage prompts come from."""
+BUILTIN_SETS = (
+    *("simple-animals", "simple-animals/train", "simple-animals/test"),
+    *("tiny-shapes/train", "tiny-shapes/test"),
+)
+
+
+@dataclass(frozen=True)
+class ChainArguments(Group):
+    """Chain: how images are sampled while training"""
+
+    num_inference_steps: int = knob(
+        50, "Number T of denoising steps of a chain.", unit="steps", at_least=1, at_most=1000
+    )
+    step_kind: StepKind = knob("ancestral", "Kind of denoising step; `ode` adds no noise at all.")
+    eta: float = knob(
+        1.0,
+        "Noise added at each step relative to the kind's own: 0 is deterministic, 1 the full noise.",
+        unit="factor",
+        at_least=0,
+        at_most=10,
+    )
+    timestep_spacing: TimestepSpacing | None = knob(
+        None, "Where the steps lie; null means the family's choice. `trailing` keeps the last step from being dead."
+    )
+    scheduler_type: Literal["diffusion", "flow"] | None = knob(
+        None, "Kind of noising path the model was trained on; null reads it off the pipeline's scheduler."
+    )
+    guidance_scale: float | None = knob(
+        None,
+        "Classifier-free guidance scale; null means the pipeline's own default.",
+        unit="factor",
+        at_least=0,
+        at_most=1000,
+    )
+    true_cfg_scale: float | None = knob(
+        None,
+        "Classifier-free guidance of pipelines whose guidance_scale is built into the model, such as FLUX.",
+        unit="factor",
+        at_least=0,
+        at_most=1000,
+    )
+    resolution: int | None = knob(
+        None,
+        "Height and width of the images; null means the pipeline's default.",
+        unit="pixels",
+        at_least=1,
+        at_most=16384,
+    )
+    height: int | None = knob(
+        None,
+        "Height of images or videos, over resolution; null means resolution.",
+        unit="pixels",
+        at_least=1,
+        at_most=16384,
+    )
+    width: int | None = knob(
+        None,
+        "Width of images or videos, over resolution; null means resolution.",
+        unit="pixels",
+        at_least=1,
+        at_most=16384,
+    )
+    num_frames: int | None = knob(
+        None, "Frames of a video; null means the pipeline's default.", unit="frames", at_least=1, at_most=10_000
+    )
+    fps: int | None = knob(
+        None,
+        "Speed of the videos, told to models that ask for it; null means the pipeline's default, or 8.",
+        unit="frames per second",
+        at_least=1,
+        at_most=1000,
+    )
+    max_sequence_length: int | None = knob(
+        None,
+        "Longest prompt that the text encoder sees; null means the pipeline's default.",
+        unit="tokens",
+        at_least=1,
+        at_most=65536,
+    )
+    negative_prompt: str | None = knob(
+        None, "Text that guidance leads away from, used for every prompt.", found="words"
+    )
+
+    @property
+    def why_noiseless(self) -> str | None:
+        """The knob that takes all noise from the chain, in words; None where there is noise."""
+        if self.step_kind == "ode":
+            return "step_kind ode"
+        return f"eta {self.eta}" if self.eta == 0 else None
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the noise."""
+        if self.step_kind in ("ancestral", "cps"):
+            for name, eta in (("eta", self.eta), ("evaluation_eta", config.validation.evaluation_eta)):
+                if eta > 1:
+                    yield f"{name}: expected 0 to 1 with step_kind {self.step_kind}, got {eta}; lower --{name}."
+
+
+@dataclass(frozen=True)
+class PromptArguments(Group):
+    """Prompts: what is drawn while training"""
+
+    prompt_path: str | None = knob(
+        None,
+        "Training prompts: a `.txt` file with one a line, a `.jsonl`, `.csv` or `.parquet` file, or a built-in set: "
+        "`simple-animals` (also `/train` and `/test`), `tiny-shapes/train` or `tiny-shapes/test`.",
+        found="prompts",
+    )
+    dataset_name: str | None = knob(
+        None, "Training prompts from a dataset in place of prompt_path: Hub id or local folder.", found="dataset"
+    )
+    dataset_config_name: str | None = knob(None, "Configuration of the dataset, where it has several.", found="words")
+    dataset_split: str = knob("train", "Split of the dataset that holds the training prompts.", found="words")
+    streaming: bool = knob(False, "Read the dataset as it comes instead of preparing all of it first.")
+    shuffle_buffer_size: int = knob(
+        1000,
+        "Prompts of a streamed dataset that are shuffled among each other, window by window.",
+        unit="prompts",
+        at_least=1,
+        at_most=10**7,
+    )
+    caption_column: str = knob(
+        "text", "Column of the prompts in a dataset or a .jsonl, .csv or .parquet file.", found="words"
+    )
+    negative_prompt_column: str | None = knob(
+        None, "Column of the prompts' own negative prompts, in place of negative_prompt.", found="words"
+    )
+    metadata_columns: tuple[str, ...] | None = knob(
+        None, "Columns that rewards get as the `metadata` of a prompt; null means none.", found="words"
+    )
+    max_train_samples: int | None = knob(
+        None, "Use only the first so many training prompts; null means all.", unit="prompts", at_least=1, at_most=10**9
+    )
+    validation_split_percentage: float | None = knob(
+        None,
+        "Share of the prompts that is never trained on, but used to compare base and adapter; null means none.",
+        unit="percent",
+        above=0,
+        below=100,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the sources of prompts."""
+        evaluation = config.validation.evaluation_prompt_path
+        if (self.prompt_path is None) == (self.dataset_name is None):
+            got = "none" if self.prompt_path is None else f"{self.prompt_path} and dataset_name {self.dataset_name}"
+            yield f"prompt_path: expected one source of prompts, got {got}; give --prompt_path or --dataset_name."
+        if self.dataset_name is None:
+            for name, value in (("dataset_config_name", self.dataset_config_name), ("streaming", self.streaming)):
+                if value:
+                    yield f"{name}: expected only with a dataset_name, got {value}; give --dataset_name."
+        elif self.streaming and config.training.max_train_steps is None:
+            yield (
+                "max_train_steps: expected a number with streaming, since the length of an epoch is not known, got "
+                "none; give --max_train_steps."
+            )
+        if self.negative_prompt_column is not None and config.chain.negative_prompt is not None:
+            yield (
+                f"negative_prompt_column: expected only without negative_prompt, got {self.negative_prompt_column} and "
+                f"{config.chain.negative_prompt!r}; drop one of the two."
+            )
+        if self.validation_split_percentage is not None and evaluation is not None:
+            yield (
+                f"validation_split_percentage: expected only without evaluation_prompt_path, got "
+                f"{self.validation_split_percentage:g} and {evaluation}; drop one of the two."
+            )
+        for name, spec in (("prompt_path", self.prompt_path), ("evaluation_prompt_path", evaluation)):
+            if spec is not None and spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
+                yield (
+                    f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "
+                    f"{', '.join(BUILTIN_SETS)}, got {spec}; check the path, seen from {Path.cwd()}."
+                )
+
+
+@dataclass(frozen=True)
+class ChainOfThoughtArguments(Group):
+    """Diffusive Chain-of-Thought: a prompt for every stage of the chain (off unless a source of them is given)"""
+
+    dcot_columns: tuple[str, ...] | None = knob(
+        None,
+        "Columns of the stage prompts in the prompt data, noise first, for example `coarse mid fine`.",
+        found="words",
+    )
+    dcot_rules: bool = knob(False, "Split prompts into coarse, mid and fine by built-in rules.")
+    dcot_model: str | None = knob(
+        None, "Split prompts with a text-generation model of transformers: Hub id or local folder.", found="model"
+    )
+    dcot_endpoint: str | None = knob(
+        None,
+        "Split prompts with a model behind an OpenAI-compatible URL, `http://localhost:8000/v1`; the key is read from "
+        "the environment variable OPENAI_API_KEY.",
+    )
+    dcot_endpoint_model: str | None = knob(None, "Name of the model behind dcot_endpoint.")
+    dcot_cache: str | None = knob(
+        None,
+        "JSONL file of stage prompts, to read and edit; null means `stage_prompts.jsonl` in output_dir.",
+    )
+    dcot_stages: tuple[str, ...] | None = knob(
+        None,
+        "Names of the stages, noise first; null means those of dcot_columns, else coarse, mid and fine.",
+        found="words",
+    )
+    dcot_fractions: tuple[float, ...] | None = knob(
+        None, "Share of the steps of every stage, noise first, with sum 1; null means equal parts.", unit="fraction"
+    )
+
+    def sources(self) -> list[str]:
+        """The names of the sources of stage prompts that are given."""
+        return [name for name in SOURCES if getattr(self, name)]
+
+    def stages(self) -> Stages | None:
+        """The stages of the chain; None for a run without a Diffusive Chain-of-Thought.
+
+        Raises:
+            ValueError: names and fractions that do not fit each other.
+        """
+        return make_stages(self.dcot_stages or self.dcot_columns, self.dcot_fractions) if self.sources() else None
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the stages and their prompts."""
+        sources, columns = self.sources(), self.dcot_columns
+        if len(sources) > 1:
+            yield f"{sources[0]}: expected one source of stage prompts, got {' and '.join(sources)}; keep one."
+            return
+        needless = {
+            "dcot_stages": self.dcot_stages,
+            "dcot_fractions": self.dcot_fractions,
+            "dcot_cache": self.dcot_cache,
+        }
+        for name, value in needless.items():
+            if value is not None and not sources:
+                yield (
+                    f"{name}: expected only with a source of stage prompts, got none; give --dcot_columns, "
+                    "--dcot_rules, --dcot_model or --dcot_endpoint."
+                )
+                return
+        if (self.dcot_endpoint is None) != (self.dcot_endpoint_model is None):
+            yield (
+                f"dcot_endpoint_model: expected together with dcot_endpoint, got {self.dcot_endpoint_model} and "
+                f"{self.dcot_endpoint}; give both or neither."
+            )
+        if config.prompts.streaming and ("dcot_model" in sources or "dcot_endpoint" in sources):
+            yield (
+                f"{sources[0]}: expected dcot_columns or dcot_rules with streaming, got {sources[0]}; split the "
+                "prompts of a dataset that is not streamed."
+            )
+        try:
+            stages = self.stages()
+            if stages is None:
+                return
+            stages.steps(config.chain.num_inference_steps)
+        except ValueError as error:
+            names, fractions = self.dcot_stages or columns or ("the default",), self.dcot_fractions or ("equal",)
+            got = f"stages {' '.join(names)} and fractions {' '.join(map(str, fractions))}"
+            yield f"dcot_fractions: {error}, got {got}; change --dcot_stages or --dcot_fractions."
+            return
+        if self.dcot_rules and stages.names != ("coarse", "mid", "fine"):
+            yield (
+                f"dcot_stages: expected coarse mid fine with dcot_rules, got {' '.join(stages.names)}; drop "
+                "--dcot_stages, or take the stage prompts from columns or a model."
+            )
+        if columns is None and "prompt" in stages.names:
+            yield (
+                "dcot_stages: expected other names than prompt, which the file of stage prompts calls the whole text, "
+                f"got {' '.join(stages.names)}; rename the stage."
+            )
+        if columns is not None and len(columns) != stages.count:
+            yield (
+                f"dcot_columns: expected one column for each of {stages.count} stages, got {' '.join(columns)}; change "
+                "--dcot_columns or --dcot_stages."
+            )
+
+
+def window_steps(window: tuple[int | str, ...], num_steps: int, stages: Stages | None) -> tuple[int, int] | None:
+    """First and last step of a window, counted from the clean end; None for ``auto``, which is measured.
+
+    Args:
+        window: two steps, names of stages (from the first to the last of them), or ``auto``.
+        num_steps: T.
+        stages: None where the chain has none.
+
+    Raises:
+        ValueError: neither; the message says what was expected.
+    """
+    numbers = [part for part in window if isinstance(part, int)]
+    names = [part for part in window if isinstance(part, str)]
+    if numbers:
+        first, last = numbers[0], numbers[-1]
+        if names or len(numbers) != 2 or not 1 <= first <= last <= num_steps:
+            raise ValueError(f"expected two steps a b with 1 <= a <= b <= num_inference_steps ({num_steps})")
+        return first, last
+    if stages is None:
+        raise ValueError(
+            "expected two steps a b, since stages have names only in a Chain-of-Thought (dcot_columns, dcot_rules, "
+            "dcot_model or dcot_endpoint)"
+        )
+    if names == [AUTO]:
+        return None
+    if unknown := [name for name in names if name not in stages.names]:
+        raise ValueError(
+            f"expected two steps a b, auto, or stages of {', '.join(stages.names)} instead of {unknown[0]}"
+        )
+    spans = [stages.window(name, num_steps) for name in names]
+    return min(span[0] for span in spans), max(span[1] for span in spans)
+
+
+def stages_from_config(config: "Config") -> Stages | None:
+    """The stages of the chain; None for a run without a Diffusive Chain-of-Thought.
+
+    Raises:
+        ValueError: names and fractions that do not fit each other.
+    """
+    return config.chain_of_thought.stages()

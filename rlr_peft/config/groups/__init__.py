@@ -1,1 +1,0 @@
-"""The knobs, group by group; see `rlr_peft.config.arguments`."""

@@ -1,0 +1,395 @@
+"""The reward, the training loop and what a run leaves: knobs, and what of them cannot be together."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Literal
+
+from rlr_peft.config.knob import Group, knob
+from rlr_peft.config.model import check_revision
+from rlr_peft.durable_files import stays_inside
+
+if TYPE_CHECKING:
+    from rlr_peft.config.arguments import Config
+
+
+@dataclass(frozen=True)
+class RewardArguments(Group):
+    """Reward: what the adapter is trained to raise"""
+
+    reward_fn: dict[str, float] | str = knob(
+        MISSING,
+        "Reward: a registered name, `package.module:callable`, `file.py:callable` or http(s) URL; or several and their "
+        "weights, `{NAME: WEIGHT, ...}`.",
+        found="reward",
+    )
+    heldout_reward_fn: tuple[str, ...] | None = knob(
+        None,
+        "One or more rewards that are only ever measured, never trained on: they expose reward hacking. Early stopping "
+        "watches the first.",
+        found="reward",
+    )
+    reward_scaling: Literal["running", "first", "none"] = knob(
+        "running",
+        "What each of several rewards is divided by: its standard deviation over past updates, that of images of the "
+        "base, or nothing.",
+    )
+    reward_minimum: dict[str, float] | None = knob(
+        None,
+        "Hard minimums of rewards of reward_fn, `{NAME: MINIMUM, ...}`, in the rewards' own units.",
+        found="reward",
+    )
+    reward_minimum_penalty: float = knob(
+        10.0,
+        "What a reward below its minimum costs for every standard deviation that it lacks.",
+        unit="standard deviations of reward",
+        above=0,
+        at_most=1e6,
+    )
+    reward_dtype: Literal["fp32", "fp16", "bf16"] = knob(
+        "fp32", "Number format of the weights of built-in reward models."
+    )
+    offload_rewards: bool = knob(
+        False, "Keep built-in reward models in CPU memory between uses: less GPU memory, more time."
+    )
+    reward_model_path: dict[str, str] | None = knob(
+        None,
+        "Local copies of reward models, `{REPOSITORY: PATH, ...}`: a folder or file that stands for a Hub repository.",
+    )
+    reward_server_timeout: float = knob(
+        120.0,
+        "How long one try with a reward server may take, up to its answer's last byte, before it is asked again.",
+        unit="seconds",
+        above=0,
+        at_most=86400,
+    )
+    reward_server_retries: int = knob(
+        5,
+        "Further tries when a reward server does not answer, or answers 429 or 5xx.",
+        unit="tries",
+        at_least=0,
+        at_most=1000,
+    )
+    reward_server_batch_size: int = knob(
+        16, "Images sent to a reward server at once.", unit="images", at_least=1, at_most=4096
+    )
+    decode_batch_size: int | None = knob(
+        None,
+        "Images decoded and scored on the tape at once; null means train_batch_size.",
+        unit="images",
+        at_least=1,
+        at_most=4096,
+    )
+    decoded_frames: int | None = knob(
+        None,
+        "Train on the first so many frames of a video alone, for the decoder's memory; null decodes all.",
+        unit="frames",
+        at_least=1,
+        at_most=10_000,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with names, weights and minimums."""
+        trained, heldout = self.weights, self.heldout_reward_fn or ()
+        for name in heldout:
+            if name in trained:
+                yield (
+                    f"heldout_reward_fn: expected another reward than reward_fn, got {name} for both; "
+                    f"a reward that is trained on cannot expose reward hacking."
+                )
+        if len(set(heldout)) < len(heldout):
+            yield f"heldout_reward_fn: expected different rewards, got {' '.join(heldout)}; drop what is there twice."
+        if not any(trained.values()) or not all(map(math.isfinite, trained.values())):
+            yield (
+                f"reward_fn: expected finite weights, not all 0, got {dict(trained)}; write `{{NAME: WEIGHT, ...}}`, "
+                "for example `{pickscore: 1, aesthetic: 0.5}`."
+            )
+        for name, minimum in (self.reward_minimum or {}).items():
+            if name not in trained:
+                yield f"reward_minimum: expected a name of reward_fn ({', '.join(trained)}), got {name}; correct it."
+            if not math.isfinite(minimum):
+                yield f"reward_minimum: expected a finite number for {name}, got {minimum}; correct it."
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every reward that is trained on, and its weight; 1 for a single one."""
+        return self.reward_fn if isinstance(self.reward_fn, dict) else {self.reward_fn: 1.0}
+
+
+@dataclass(frozen=True)
+class RegularizationArguments(Group):
+    """Regularisation: staying near the base, and stopping in time"""
+
+    kl_beta: float = knob(
+        0.0,
+        "Weight of the divergence from the base in the objective; 0 is off.",
+        unit="reward per nat",
+        at_least=0,
+        at_most=1e6,
+    )
+    kl_steps: int | Literal["all"] = knob(
+        4,
+        "Steps drawn for one estimate of the divergence, weighted to stay unbiased.",
+        unit="steps",
+        at_least=1,
+        at_most=1000,
+    )
+    kl_interval: int | None = knob(
+        None,
+        "How often the divergence is measured where it is neither penalised nor limited; null means never.",
+        unit="optimiser steps",
+        at_least=1,
+        at_most=10**9,
+    )
+    kl_limit: float | None = knob(
+        None,
+        "Training stops where the divergence from the base, averaged over ten updates, passes this.",
+        unit="nats",
+        above=0,
+        at_most=1e9,
+    )
+    early_stopping_steps: int | None = knob(
+        None,
+        "Training stops, and goes back to its best weights, where the held-out reward of so many updates is "
+        "significantly below the best so far; null means never.",
+        unit="optimiser steps",
+        at_least=5,
+        at_most=10**9,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what cannot be measured."""
+        asked = {"kl_beta": self.kl_beta, "kl_interval": self.kl_interval, "kl_limit": self.kl_limit}
+        wanted = next((name for name, value in asked.items() if value), None)
+        noiseless = config.chain.why_noiseless
+        if wanted and noiseless:
+            yield (
+                f"{wanted}: expected noise in the chain, without which the divergence is not defined, got {noiseless}; "
+                f"raise --eta with a stochastic --step_kind, or drop --{wanted}."
+            )
+        if self.early_stopping_steps is not None and config.reward.heldout_reward_fn is None:
+            yield (
+                f"early_stopping_steps: expected a heldout_reward_fn to watch, got none with "
+                f"{self.early_stopping_steps}; give --heldout_reward_fn."
+            )
+
+
+# `piecewise_constant` is left out: diffusers' get_scheduler wants a rule string for it, which has no flag here.
+LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+@dataclass(frozen=True)
+class TrainingArguments(Group):
+    """Training: batches, length and seed"""
+
+    output_dir: str = knob("outputs/rlr-lora", "Folder that receives the adapter, checkpoints, logs and the card.")
+    seed: int = knob(0, "Seed of every random number; the same seed gives the same run.", at_least=0, at_most=2**63 - 1)
+    train_batch_size: int = knob(
+        4, "Samples drawn and held on the tape at once on each process.", unit="samples", at_least=1, at_most=4096
+    )
+    gradient_accumulation_steps: int = knob(
+        1,
+        "Micro-batches whose gradients are summed into one update.",
+        unit="micro-batches",
+        at_least=1,
+        at_most=100_000,
+    )
+    num_images_per_prompt: int = knob(
+        4, "Size of a prompt's group, within which rewards are compared.", unit="images", at_least=1, at_most=100_000
+    )
+    num_train_epochs: int = knob(
+        1, "Passes over the prompts; max_train_steps overrides it.", unit="epochs", at_least=1, at_most=10**9
+    )
+    max_train_steps: int | None = knob(
+        None,
+        "Number of updates; null means num_train_epochs decides.",
+        unit="optimiser steps",
+        at_least=1,
+        at_most=10**9,
+    )
+    max_grad_norm: float = knob(
+        1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", above=0, at_most=1e9
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the sizes and the output folder."""
+        samples = self.train_batch_size * self.gradient_accumulation_steps
+        if samples % self.num_images_per_prompt:
+            yield (
+                f"num_images_per_prompt: expected a divisor of the {samples} samples of an update (train_batch_size "
+                f"{self.train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}), got "
+                f"{self.num_images_per_prompt}; change one of the three so that every prompt's group is whole."
+            )
+        output = Path(self.output_dir)
+        # os.path where Path would raise: a name that is too long, a folder that may not be looked into
+        existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            got = "which cannot be written to" if existing.is_dir() else "which is a file"
+            yield (
+                f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerArguments(Group):
+    """Optimiser: how gradients become updates"""
+
+    learning_rate: float = knob(
+        1e-4, "Peak learning rate of the optimiser.", unit="weight units per step", above=0, at_most=10
+    )
+    scale_lr: bool = knob(
+        False, "Multiply the learning rate by the number of samples of an update (batch, accumulation, processes)."
+    )
+    lr_scheduler: LrScheduler = knob("constant", "Course of the learning rate, by diffusers' names.")
+    lr_warmup_steps: int = knob(
+        0, "Updates over which the learning rate rises from 0.", unit="optimiser steps", at_least=0, at_most=10**9
+    )
+    lr_num_cycles: int = knob(
+        1, "Hard restarts of the cosine_with_restarts schedule.", unit="cycles", at_least=1, at_most=10**6
+    )
+    lr_power: float = knob(1.0, "Power of the polynomial schedule.", unit="exponent", above=0, at_most=100)
+    use_8bit_adam: bool = knob(False, "Keep the optimiser's state in 8 bits (bitsandbytes): less memory.")
+    adam_beta1: float = knob(0.9, "Decay of Adam's mean of gradients.", unit="fraction", at_least=0, below=1)
+    adam_beta2: float = knob(0.999, "Decay of Adam's mean of squared gradients.", unit="fraction", at_least=0, below=1)
+    adam_weight_decay: float = knob(
+        1e-4,
+        "Decoupled weight decay of the LoRA weights.",
+        unit="fraction per unit of learning rate",
+        at_least=0,
+        at_most=1000,
+    )
+    adam_epsilon: float = knob(
+        1e-8, "Term that keeps Adam's division finite.", unit="gradient units", above=0, at_most=1
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the schedule."""
+        warmup, length = self.lr_warmup_steps, config.training.max_train_steps
+        if warmup and self.lr_scheduler == "constant":
+            yield f"lr_warmup_steps: expected 0 with lr_scheduler constant, got {warmup}; use constant_with_warmup."
+        if length is not None and warmup > length:
+            yield (
+                f"lr_warmup_steps: expected at most max_train_steps ({length}), got {warmup}; lower --lr_warmup_steps."
+            )
+
+
+@dataclass(frozen=True)
+class ValidationArguments(Group):
+    """Validation: images while training, and the comparison of base and adapter"""
+
+    validation_prompt: tuple[str, ...] | None = knob(
+        None, "One or more prompts drawn at fixed seeds while training; null means none.", found="words"
+    )
+    num_validation_images: int = knob(
+        4, "Images for each validation prompt.", unit="images", at_least=1, at_most=10_000
+    )
+    validation_steps: int | None = knob(
+        None,
+        "How often validation images are drawn; null means only at the end.",
+        unit="optimiser steps",
+        at_least=1,
+        at_most=10**9,
+    )
+    evaluation_prompt_path: str | None = knob(
+        None, "Unseen prompts on which base and adapter are compared; null means no comparison.", found="prompts"
+    )
+    num_evaluation_images: int = knob(
+        256,
+        "Images drawn from the base and from the adapter for the comparison.",
+        unit="images",
+        at_least=2,
+        at_most=10**6,
+    )
+    evaluation_batch_size: int = knob(
+        16, "Images drawn at once in the comparison.", unit="images", at_least=1, at_most=4096
+    )
+    evaluation_eta: float = knob(
+        0.0,
+        "The chain's eta while evaluating; 0 is what a deterministic sampler draws.",
+        unit="factor",
+        at_least=0,
+        at_most=10,
+    )
+    skip_final_inference: bool = knob(False, "Draw no validation images after training.")
+
+
+@dataclass(frozen=True)
+class CheckpointingArguments(Group):
+    """Checkpointing: saving the state and resuming from it"""
+
+    checkpointing_steps: int = knob(
+        500, "How often a checkpoint is saved.", unit="optimiser steps", at_least=1, at_most=10**9
+    )
+    checkpoints_total_limit: int | None = knob(
+        None, "Checkpoints kept, the oldest go first; null means all.", unit="checkpoints", at_least=1, at_most=10**6
+    )
+    resume_from_checkpoint: str | None = knob(
+        None, "Checkpoint to go on from: `latest`, a name such as `checkpoint-500`, or a path."
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the checkpoint to go on from."""
+        given = self.resume_from_checkpoint
+        if given is None or len(PurePath(given).parts) == 1:
+            return
+        if not any(map(os.path.isdir, (Path(given), Path(config.training.output_dir) / given))):
+            yield f"resume_from_checkpoint: expected latest, a name or an existing folder, got {given}; check the path."
+
+
+@dataclass(frozen=True)
+class HubArguments(Group):
+    """Hub: publishing the adapter"""
+
+    push_to_hub: bool = knob(
+        False, "Publish the adapter, its card and figures on the Hub at the end; access is checked before training."
+    )
+    hub_model_id: str | None = knob(
+        None,
+        "Repository, `owner/name` or `name`; null means the name of output_dir, of the token's user.",
+        found="words",
+    )
+    hub_token: str | None = knob(
+        None,
+        "Access token with the right to write, never shown or saved; null takes that of HF_TOKEN or `hf auth login`.",
+        secret=True,
+    )
+    hub_private_repo: bool = knob(False, "Make the repository a private one; one that exists must be private.")
+    hub_revision: str | None = knob(None, "Branch to publish on, made when missing; null means main.", found="words")
+    push_every: int | None = knob(
+        None,
+        "How often the adapter of a checkpoint is published while training, on a branch `checkpoint-STEP`; null means "
+        "never.",
+        unit="optimiser steps",
+        at_least=1,
+        at_most=10**9,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the branch and the publishing of checkpoints."""
+        interval = config.checkpointing.checkpointing_steps
+        if self.hub_revision is not None:
+            yield from check_revision("hub_revision", self.hub_revision)
+        if self.push_every is not None and not self.push_to_hub:
+            yield f"push_every: expected push_to_hub with it, got {self.push_every} alone; give --push_to_hub too."
+        if self.push_every is not None and self.push_every % interval:
+            yield (
+                f"push_every: expected a multiple of checkpointing_steps ({interval}), as checkpoints are what is "
+                f"published, got {self.push_every}; change one of the two."
+            )
+
+
+@dataclass(frozen=True)
+class LoggingArguments(Group):
+    """Logging: where the curves go"""
+
+    logging_dir: str = knob("logs", "Folder of the tracker's files, inside output_dir.")
+    report_to: Literal["tensorboard", "none"] = knob("tensorboard", "Tracker that receives the curves and images.")
+    tracker_name: str = knob("rlr-lora", "Name of the run in the tracker.")
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what would be written elsewhere."""
+        for name, inside in (("logging_dir", self.logging_dir), ("tracker_name", self.tracker_name)):
+            if not stays_inside(inside):
+                yield f"{name}: expected a relative folder inside output_dir, got {inside}; drop the leading part."
