@@ -1,5 +1,6 @@
 """The Python API as `docs/python.md` shows it: ten lines in a notebook, and one sentence for what cannot be trained."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 import rlr_peft
 from rlr_peft.config import ConfigError
+from rlr_peft.testing import assert_unbiased
 
 
 def sharpness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -54,7 +56,7 @@ def test_ten_lines_train_measure_and_save(workplace: Path, tmp_path: Path) -> No
         ({"reward": None}, "reward: expected an object for the Trainer, or reward_fn in the config, got neither"),
         ({"prompts": None}, "prompts: expected an object for the Trainer, or prompt_path in the config"),
         ({"pipeline": None}, "pipeline: expected an object for the Trainer, or pretrained_model_name_or_path"),
-        ({"reward": "sharpness"}, "reward: expected a function of images and prompts, or a Reward, got str"),
+        ({}, "pipeline: expected a loaded diffusers pipeline, got object"),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(given: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -84,3 +86,24 @@ def test_the_package_itself_imports_no_torch() -> None:
     program = "import sys, rlr_peft; assert 'torch' not in sys.modules; rlr_peft.Segment; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     assert "Trainer" in dir(rlr_peft)
+
+
+def test_the_documented_estimator_trains_and_is_unbiased(workplace: Path, tmp_path: Path) -> None:
+    """The code of `docs/python.md`, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    code = next(part for part in text.split("```python\n") if "class ScoreFunction" in part).split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert_unbiased(names["ScoreFunction"](), last_std=0.2, calls=60)
+    config = rlr_peft.Config(
+        max_train_steps=1,
+        num_inference_steps=3,
+        train_batch_size=2,
+        num_images_per_prompt=2,
+        report_to="none",
+        output_dir=str(tmp_path / "run"),
+    )
+    trainer = rlr_peft.Trainer(load(workplace), reward=sharpness, prompts=["red ball"], config=config)
+    trainer.run = dataclasses.replace(trainer.run, estimator=names["ScoreFunction"]())
+    assert trainer.train().step == 1
+    assert '"gradient_norm/score"' in (tmp_path / "run" / "metrics.jsonl").read_text()
