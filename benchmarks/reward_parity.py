@@ -23,6 +23,7 @@ from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer
 from benchmarks import reward_checkpoints as checkpoints
 from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
+from rlr_peft.rewards.base import score_images
 from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, LAION_CLIP, OPENAI_CLIP, PICKSCORE
 from rlr_peft.rewards.image_reward import BERT, IMAGE_REWARD
 from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings
@@ -153,10 +154,10 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     images = mixed_images((90, 128), len(PROMPTS))
     results = {}
     for name, (preprocess, score) in published.items():
-        reward: Any = MODEL_REWARDS[name](settings)
+        reward = MODEL_REWARDS[name](settings)
         expected = score(preprocess(images, sizes.image))
         ours = padded_clip_pixels if name.startswith("hpsv2") else clip_pixels
-        got = reward(to_tensor(images), PROMPTS, [{}] * len(PROMPTS))
+        got = score_images(reward, to_tensor(images), PROMPTS)
         results[name] = {
             "network": float((got - score(ours(to_tensor(images), sizes.image))).abs().max()),
             "whole": float((got - expected).abs().max()),

@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from rlr_peft.rewards.base import Scored
 from rlr_peft.rewards.embedded import TinyShapesJudgeReward
-from rlr_peft.rewards.scores import Info
 from rlr_peft.tiny_shapes.judges import JudgeName
 
 
@@ -30,9 +30,7 @@ class _WhateverThePromptSays(TinyShapesJudgeReward):
     def __init__(self, device: str | torch.device = "cpu") -> None:
         super().__init__(self.judge, self.attribute_asked, device)
 
-    def __call__(
-        self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> tuple[torch.Tensor, Info]:
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
         """Scores (B,) in (0, 1]."""
         return super().__call__(images, [self.caption] * len(prompts), metadata)
 

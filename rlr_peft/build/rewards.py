@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -50,12 +50,10 @@ def load_rewards(
         RewardError: one of them cannot be loaded.
     """
     arguments, settings = config.reward, reward_settings(config, device)
-    heldout = [load_reward(spec, device, settings) for spec in arguments.heldout_reward_fn or ()]
+    heldout = [load_reward(spec, settings) for spec in arguments.heldout_reward_fn or ()]
     minimums = arguments.reward_minimum or {}
     weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
-    trained = {
-        spec: load_reward(spec, device, settings) if given is None else _as_reward(given, device) for spec in weights
-    }
+    trained = {spec: load_reward(spec, settings) if given is None else _as_reward(given, device) for spec in weights}
     if isinstance(arguments.reward_fn, str) and not minimums:
         reward = trained[arguments.reward_fn]
     else:
@@ -64,13 +62,9 @@ def load_rewards(
     return reward, heldout[0] if len(heldout) == 1 else HeldoutRewards(heldout) if heldout else None
 
 
-def _is_reward(given: Any) -> bool:
-    return isinstance(getattr(given, "name", None), str) and hasattr(given, "differentiable")
-
-
 def _as_reward(given: Callable[..., Any], device: torch.device) -> Reward:
-    if _is_reward(given):
-        return cast(Reward, given)
+    if isinstance(given, Reward):
+        return given
     name = _name_of(given)
     if isinstance(given, type):
         given = given()
@@ -81,8 +75,8 @@ def _as_reward(given: Callable[..., Any], device: torch.device) -> Reward:
 
 def _name_of(given: Callable[..., Any]) -> str:
     """`module:name`, of what was written in a notebook or script the name alone."""
-    if _is_reward(given):
-        return cast(Reward, given).name
+    if isinstance(given, Reward):
+        return given.name
     named = given if hasattr(given, "__qualname__") else type(given)
     return named.__qualname__ if named.__module__ == "__main__" else f"{named.__module__}:{named.__qualname__}"
 
@@ -106,18 +100,18 @@ def reward_settings(config: Config, device: torch.device) -> RewardSettings:
 
 
 def measure_scales(
-    reward: WeightedRewards,
+    reward: Reward,
     chain: DenoisingChain,
     objective: DecodedReward,
     sampler: Sampler,
     config: Config,
     processes: Processes,
 ) -> None:
-    """Gives a weighted sum its first scales, from images of the base that no update will see.
+    """Gives a reward that divides by scales its first ones, from images of the base that no update will see.
 
     Every process measures the same images; the main process's numbers count, should the last digits differ.
     """
-    if not reward.needs_scales:
+    if not reward.scales():
         return
     training = config.training
     group_size = training.num_images_per_prompt
@@ -126,5 +120,5 @@ def measure_scales(
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     seeds = [derive_seed(training.seed, "reward_scale", i) for i in range(len(repeated))]
     batch = sample_batch(chain, objective, repeated, seeds, training.train_batch_size, differentiate=False)
-    reward.observe(batch.info)
+    reward.learn(batch.scored.raw)
     reward.load_state_dict(processes.broadcast(reward.state_dict(), "the rewards' first scales"))

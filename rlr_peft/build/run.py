@@ -33,7 +33,6 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_prompts, with_stage_prompts
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
-from rlr_peft.build.reward_scale import RewardScale
 from rlr_peft.build.rewards import load_rewards, measure_scales, name_reward
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
@@ -46,7 +45,6 @@ from rlr_peft.lora import check_adapter_saves, check_kohya
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.combination import WeightedRewards
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +86,6 @@ class Run:
         objective: decodes and scores.
         estimator: turns rollouts into gradients.
         kl_penalty: how the divergence from the base is measured; None if never.
-        reward_scale: the running scale of the rewards; None if they are not normalised.
         prompts: all training prompts; of a stream its first window.
         sampler: which prompts an update uses.
         evaluation_prompts: prompts of the comparison of base and adapter; None for no comparison.
@@ -110,7 +107,6 @@ class Run:
     objective: DecodedReward
     estimator: Estimator
     kl_penalty: KLPenalty | None
-    reward_scale: RewardScale | None
     prompts: list[Prompt]
     sampler: Sampler
     evaluation_prompts: list[Prompt] | None
@@ -201,8 +197,7 @@ def build_run(
         logger.warning("%s", warning)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
     objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout)
-    if isinstance(trained_reward, WeightedRewards):
-        measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
+    measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -215,7 +210,6 @@ def build_run(
         objective=objective,
         estimator=estimator,
         kl_penalty=_kl_penalty(config),
-        reward_scale=None,
         prompts=run_prompts.training,
         sampler=run_prompts.sampler,
         evaluation_prompts=run_prompts.evaluation,

@@ -42,7 +42,7 @@ def serve_reward_command(words: Sequence[str]) -> int:
         device = _device(arguments.device)
         files = ModelFiles(arguments.reward_model_path)
         model = ModelSettings(device, DTYPES[arguments.reward_dtype], files=files)
-        reward = load_reward(arguments.reward, device, RewardSettings(model))
+        reward = load_reward(arguments.reward, RewardSettings(model))
         limits = ServerLimits(
             max_pixels=round(arguments.max_megapixels * 1e6),
             max_waiting_bytes=round(arguments.max_waiting_megabytes * 1e6),

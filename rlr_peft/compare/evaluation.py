@@ -132,7 +132,7 @@ def evaluate(
             for name, reward in rewards.items():
                 scored = measure_images(reward, images, batch_prompts)
                 scores[name].append(scored.scores.cpu())
-                infos[name].append((scored.info, len(batch_prompts)))
+                infos[name].append((scored.logged, len(batch_prompts)))
             if start < num_kept_images:
                 kept.append(as_images(images[: num_kept_images - start].float().cpu()))
             if features is not None:

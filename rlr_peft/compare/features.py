@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.model_reward import ModelSettings, loading
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.scores import RewardError
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 
@@ -142,14 +142,9 @@ def find_features(
     if spec != AUTO:
         return VisionModelFeatures(spec, settings)
     if base == PIPELINE_NAME:
-        return RewardFeatures(load_reward("tiny-shapes-heldout", settings.device))
-    seeing = [part for reward in rewards for part in parts_of(reward) if hasattr(part, "image_features")]
+        return RewardFeatures(load_reward("tiny-shapes-heldout", RewardSettings(settings)))
+    seeing = [part for reward in rewards for part in reward.parts if hasattr(part, "image_features")]
     return RewardFeatures(seeing[-1]) if seeing else Thumbnails()
-
-
-def parts_of(reward: Reward) -> list[Reward]:
-    """The rewards that a combination is made of; a plain one is its own only part."""
-    return list(getattr(reward, "parts", [reward]))
 
 
 @torch.no_grad()

@@ -30,9 +30,8 @@ from rlr_peft.compare.evaluation import Render, as_pil, to_bytes
 from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.prompt import Prompt
-from rlr_peft.rewards.base import Reward, measure_images
+from rlr_peft.rewards.base import Reward, Scored, measure_images
 from rlr_peft.rewards.remote import RemoteReward
-from rlr_peft.rewards.scores import Info
 
 KEY_LENGTH = 16  # hexadecimal digits
 
@@ -119,7 +118,7 @@ class KeptImages:
         return images.float() / 255
 
 
-class KeptReward:
+class KeptReward(Reward):
     """A `Reward` that scores images once and finds the scores again, by the images' pixels and the prompts.
 
     What a server scored is kept with the version that it stated. It is found again under that version only, and with a
@@ -131,17 +130,15 @@ class KeptReward:
         identity: of the reward: all that would change its scores.
     """
 
-    differentiable = False
-
     def __init__(self, reward: Reward, folder: Path, identity: Any) -> None:
         self._reward = reward
         self._folder = folder
         self._identity = identity
         self.name = reward.name
-        self.takes_video = getattr(reward, "takes_video", False)
+        self.takes_video = reward.takes_video
         self._said: set[str] = set()
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
         """The reward's scores and info.
 
         Raises:
@@ -155,10 +152,10 @@ class KeptReward:
             kept = found[0]
         else:
             scored = measure_images(self._reward, images, prompts, metadata)
-            kept = {"scores": scored.scores.cpu(), **{f"info/{name}": value for name, value in scored.info.items()}}
+            kept = {"scores": scored.scores.cpu(), **{f"info/{name}": value for name, value in scored.logged.items()}}
             _keep(path, kept, self._reward.version if isinstance(self._reward, RemoteReward) else None)
         info = {name.removeprefix("info/"): value for name, value in kept.items() if name.startswith("info/")}
-        return kept["scores"].to(images.device), info
+        return Scored(kept["scores"], info=info)
 
     def _is_current(self, version: str | None) -> bool:
         """Whether scores of this version may be taken; it says once if they may not, or if that cannot be known."""

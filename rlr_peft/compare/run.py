@@ -235,9 +235,7 @@ def load_compared_rewards(
     arguments, settings = config.reward, reward_settings(config, device)
     trained = [arguments.reward_fn] if isinstance(arguments.reward_fn, str) else list(arguments.reward_fn)
     heldout = list(arguments.heldout_reward_fn or ())
-    rewards = {
-        f"reward{index}": (spec, load_reward(spec, device, settings)) for index, spec in enumerate([*trained, *heldout])
-    }
+    rewards = {f"reward{index}": (spec, load_reward(spec, settings)) for index, spec in enumerate([*trained, *heldout])}
     names = unique_names([reward for _, reward in rewards.values()])
     measured = [
         MeasuredReward(key, name, spec in heldout)

@@ -54,7 +54,7 @@ def diagnose_command(words: Sequence[str]) -> int:
         diagnosis = diagnose(
             run.chain,
             run.objective,
-            batch.rollouts(leave_one_out(batch.rewards, group_size)),
+            batch.rollouts(leave_one_out(batch.scored.scores, group_size)),
             config,
             group_size=group_size,
             sampling_seconds=sampling_seconds,
@@ -120,7 +120,7 @@ def _facts(run: "Run", batch: "Batch", num_groups: int, group_size: int) -> dict
 
     config: Config = run.config
     name = config.model.pretrained_model_name_or_path
-    rewards = batch.rewards
+    rewards = batch.scored.scores
     return {
         "base": shown_name(name),
         "reward": f"{run.reward.name}, {float(rewards.mean()):.3g} on average, standard deviation "

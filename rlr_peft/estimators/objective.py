@@ -1,7 +1,7 @@
 """The objective R(x_0): clean latents to rewards, and rewards back to latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -9,8 +9,8 @@ import torch
 from rlr_peft.chain.adjoint import scaled_gradients
 from rlr_peft.chain.interface import Decoder
 from rlr_peft.prompt import PromptLike
-from rlr_peft.rewards.base import Reward, RewardError, Scored, measure_images, score_images
-from rlr_peft.rewards.scores import Info, join_info
+from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images, score_images
+from rlr_peft.rewards.scores import RewardError
 
 
 class Objective(Protocol):
@@ -30,18 +30,14 @@ class Measurement:
     """What a batch of clean latents earned.
 
     Attributes:
-        rewards: (B,) float32.
+        scored: by the reward, detached.
         reward_gradient: derivative of every sample's reward by its clean latents, (B, ...); None if it has none.
-        heldout: scores of the held-out reward, (B,) float32; None without one.
-        info: numbers that the reward gives beside its scores, name -> (B,).
-        heldout_info: the same of the held-out reward.
+        heldout: by the held-out reward; None without one.
     """
 
-    rewards: torch.Tensor
+    scored: Scored
     reward_gradient: torch.Tensor | None
-    heldout: torch.Tensor | None
-    info: Info = field(default_factory=dict)
-    heldout_info: Info = field(default_factory=dict)
+    heldout: Scored | None
 
 
 class DecodedReward:
@@ -52,10 +48,6 @@ class DecodedReward:
         reward: scores images.
         batch_size: images decoded and scored at once.
         heldout: a reward that is only measured, never differentiated.
-
-    Attributes:
-        has_gradient: whether the reward has a gradient; of a callable that does not say so itself it is taken to have
-            one until the first ``measure``.
     """
 
     def __init__(self, decoder: Decoder, reward: Reward, batch_size: int, heldout: Reward | None = None) -> None:
@@ -63,7 +55,11 @@ class DecodedReward:
         self._reward = reward
         self._batch_size = batch_size
         self._heldout = heldout
-        self.has_gradient = _may_have_gradient(reward)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the reward has a gradient; one that does not know yet is taken to have one, until ``measure``."""
+        return self._reward.differentiable is not False
 
     @torch.no_grad()
     def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
@@ -76,7 +72,7 @@ class DecodedReward:
     def measure(self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool = True) -> Measurement:
         """Rewards, their gradients by the latents where there are any, and held-out scores.
 
-        A user's callable that does not say whether it is differentiable is found out about on the first batch.
+        A reward that does not know yet whether it is differentiable finds out on the first batch.
 
         Args:
             latents: clean latents (B, ...).
@@ -99,27 +95,24 @@ class DecodedReward:
         measured = self._measure(latents, prompts, differentiate=True, heldout=None)
         if measured.reward_gradient is None:
             raise RewardError(f"reward '{self._reward.name}': expected a gradient, but it is not differentiable.")
-        return measured.rewards, measured.reward_gradient
+        return measured.scored.scores, measured.reward_gradient
 
     def _measure(
         self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool, heldout: Reward | None
     ) -> Measurement:
-        differentiate = differentiate and self.has_gradient
         parts = [self._measure_part(*part, differentiate, heldout) for part in self._parts(latents, prompts)]
-        scored, gradients, heldout_scored = zip(*parts, strict=True)
-        if differentiate:
-            self.has_gradient = gradients[0] is not None
+        gradients = [part.reward_gradient for part in parts if part.reward_gradient is not None]
+        heldout_scored = [part.heldout for part in parts if part.heldout is not None]
         return Measurement(
-            torch.cat([part.scores for part in scored]),
-            torch.cat(gradients) if gradients[0] is not None else None,
-            torch.cat([part.scores for part in heldout_scored]) if heldout is not None else None,
-            join_info((part.info, len(part.scores)) for part in scored),
-            join_info((part.info, len(part.scores)) for part in heldout_scored if part is not None),
+            join_scored([part.scored for part in parts]),
+            torch.cat(gradients) if gradients else None,
+            join_scored(heldout_scored) if heldout_scored else None,
         )
 
     def _measure_part(
         self, latents: torch.Tensor, prompts: list[PromptLike], differentiate: bool, heldout: Reward | None
-    ) -> tuple[Scored, torch.Tensor | None, Scored | None]:
+    ) -> Measurement:
+        differentiate = differentiate and self.has_gradient
         latents = latents.detach().requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
             images = self._decoder.decode(latents, prompts)
@@ -131,17 +124,10 @@ class DecodedReward:
             (pixel_gradient,) = torch.autograd.grad(scored.scores.sum(), pixels)
             (gradient,) = scaled_gradients(images, [latents], pixel_gradient, f"the images of {self._reward.name}")
         heldout_scored = None if heldout is None else measure_images(heldout, pixels.detach(), prompts)
-        return Scored(scored.scores.detach(), scored.info), gradient, heldout_scored
+        return Measurement(replace(scored, scores=scored.scores.detach()), gradient, heldout_scored)
 
     def _parts(
         self, latents: torch.Tensor, prompts: Sequence[PromptLike]
     ) -> list[tuple[torch.Tensor, list[PromptLike]]]:
         starts = range(0, len(prompts), self._batch_size)
         return [(latents[i : i + self._batch_size], list(prompts[i : i + self._batch_size])) for i in starts]
-
-
-def _may_have_gradient(reward: Reward) -> bool:
-    try:
-        return reward.differentiable
-    except RewardError:  # a user's callable that does not say; the first images will tell
-        return True

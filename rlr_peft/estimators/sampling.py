@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -10,7 +11,7 @@ from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.prompt import Prompt, texts_of
-from rlr_peft.rewards.scores import Info, join_info
+from rlr_peft.rewards.base import Scored, join_scored
 
 
 @dataclass(frozen=True)
@@ -28,32 +29,22 @@ class Batch:
         """The texts of all samples, (N,)."""
         return [text for trajectory, _ in self.micro_batches for text in texts_of(trajectory.prompts)]
 
-    @property
-    def rewards(self) -> torch.Tensor:
-        """Of all samples, (N,)."""
-        return torch.cat([measured.rewards for _, measured in self.micro_batches])
+    @cached_property
+    def scored(self) -> Scored:
+        """All samples, by the reward."""
+        return join_scored([measured.scored for _, measured in self.micro_batches])
 
-    @property
-    def heldout(self) -> torch.Tensor | None:
-        """Held-out scores of all samples, (N,); None without a held-out reward."""
-        scores = [measured.heldout for _, measured in self.micro_batches if measured.heldout is not None]
-        return torch.cat(scores) if scores else None
-
-    @property
-    def info(self) -> Info:
-        """Numbers of the reward beside its scores, name -> (N,)."""
-        return join_info((measured.info, len(measured.rewards)) for _, measured in self.micro_batches)
-
-    @property
-    def heldout_info(self) -> Info:
-        """The same of the held-out reward."""
-        return join_info((measured.heldout_info, len(measured.rewards)) for _, measured in self.micro_batches)
+    @cached_property
+    def heldout(self) -> Scored | None:
+        """The same by the held-out reward; None without one."""
+        parts = [measured.heldout for _, measured in self.micro_batches if measured.heldout is not None]
+        return join_scored(parts) if parts else None
 
     def rollouts(self, advantages: torch.Tensor) -> list[Rollout]:
         """What an estimator gets to see, given the advantages of all samples, (N,)."""
-        parts = advantages.split([len(measured.rewards) for _, measured in self.micro_batches])
+        parts = advantages.split([len(measured.scored.scores) for _, measured in self.micro_batches])
         return [
-            Rollout(trajectory, measured.rewards, part, measured.reward_gradient)
+            Rollout(trajectory, measured.scored.scores, part, measured.reward_gradient)
             for (trajectory, measured), part in zip(self.micro_batches, parts, strict=True)
         ]
 

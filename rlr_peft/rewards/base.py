@@ -1,69 +1,19 @@
-"""What a reward is, and the one door through which trainer and evaluation ask it for scores."""
+"""What a reward is, and the one door through which everybody asks it for scores."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlr_peft.prompt import PromptLike, as_prompts, texts_of
-from rlr_peft.rewards.scores import (
-    Info,
-    RewardError,
-    check_scores,
-    describe_samples,
-    info_of,
-    is_attached,
-    mean_over_frames,
-)
+from rlr_peft.rewards.scores import Info, RewardError, check_scores, describe_samples, join_info, mean_over_frames
 
-__all__ = [
-    "Reward",
-    "RewardError",
-    "Scored",
-    "check_scores",
-    "describe_samples",
-    "is_attached",
-    "measure_images",
-    "score_images",
-    "settle_differentiable",
-]
-
-
-class Reward(Protocol):
-    """Scores images; higher is better.
-
-    A reward whose attribute `takes_video` is True gets videos (B, F, 3, H, W) whole; any other gets their frames as
-    images, and the mean over the frames is the video's score.
-
-    Attributes:
-        name: short name used in metrics, figures and the model card; holds no path of this machine.
-        differentiable: whether the scores carry a gradient to images that require one.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def differentiable(self) -> bool: ...
-
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Tensor | tuple[Tensor, Mapping[str, Any]]:
-        """Score a batch.
-
-        Args:
-            images: (B, 3, H, W), values in [0, 1].
-            prompts: B prompts.
-            metadata: B dictionaries with whatever the prompt source knows about each prompt besides its text.
-
-        Returns:
-            (B,) float32 scores; or those and info, numbers to be logged (see `info.info_of`).
-        """
-        ...
+Metadata = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -72,11 +22,99 @@ class Scored:
 
     Attributes:
         scores: (B,) finite float32.
-        info: name -> (B,) float32 numbers to be logged; NaN where a sample has none.
+        raw: of a reward that is made of several, the scores of each in its own units: name -> (B,) float32, detached,
+            on the CPU.
+        info: name -> (B,) float32 numbers that are only logged, on the CPU; NaN where a sample has none.
     """
 
     scores: Tensor
+    raw: dict[str, Tensor] = field(default_factory=dict)
     info: Info = field(default_factory=dict)
+
+    @property
+    def logged(self) -> Info:
+        """All numbers beside the scores."""
+        return self.raw | self.info
+
+
+class Reward(ABC):
+    """Scores images; higher is better. A built-in reward is a subclass; a user's function becomes a `CallableReward`.
+
+    A subclass needs a name and a call; all else is for rewards that learn from updates or are made of others.
+
+    Attributes:
+        name: short name used in metrics, figures and the model card; holds no path of this machine.
+        differentiable: whether the scores carry a gradient to images that require one; None as long as that is not
+            known, see `settle`.
+        takes_video: True for a reward that gets videos (B, F, 3, H, W) whole; any other gets their frames as images,
+            and the mean over the frames is the video's score.
+    """
+
+    name: str
+    differentiable: bool | None = False
+    takes_video: bool = False
+
+    @abstractmethod
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """Score a batch. `measure_images` calls it and checks the scores.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+            prompts: B texts.
+            metadata: B dictionaries with whatever the prompt source knows about each prompt besides its text.
+        """
+
+    def settle(self, images: Tensor, prompts: list[str], metadata: Metadata) -> bool:
+        """`differentiable`, which is found out on these images if it is not known yet; it does not change after that.
+
+        Args: as of a call; videos too.
+        """
+        return bool(self.differentiable)
+
+    @property
+    def parts(self) -> list[Reward]:
+        """The rewards that it is made of; a plain one is its own only part."""
+        return [self]
+
+    @property
+    def part_names(self) -> list[str]:
+        """Their names in `Scored.raw`; none of a plain one."""
+        return []
+
+    def scales(self) -> dict[str, float]:
+        """What the scores of its parts are divided by now; empty if they are not."""
+        return {}
+
+    def learn(self, raw: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Moves running statistics on, after an update.
+
+        Args:
+            raw: as in `Scored`, name -> (N,); of the samples of all processes, the same in each.
+        """
+
+    def on_first_scales(self) -> Reward:
+        """The same reward on scales that do not move while training, by which early and late scores compare."""
+        return self
+
+    def scores_on_first_scales(self, scores: Tensor, raw: Mapping[str, Tensor]) -> Tensor:
+        """What `on_first_scales` gives to images that got these scores (N,)."""
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on exactly: tensors, numbers, texts, and containers of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restores what `state_dict` returned."""
+
+
+def join_scored(parts: Sequence[Scored]) -> Scored:
+    """One batch of several, of the same reward."""
+    return Scored(
+        torch.cat([part.scores for part in parts]),
+        {name: torch.cat([part.raw[name] for part in parts]) for name in parts[0].raw},
+        join_info((part.info, len(part.scores)) for part in parts),
+    )
 
 
 def score_images(
@@ -100,52 +138,27 @@ def measure_images(
         metadata: B dictionaries, or None for those that the prompts carry.
 
     Returns:
-        (B,) finite float32 scores on the images' device, and the reward's info.
+        (B,) finite float32 scores on the images' device, and the reward's other numbers.
 
     Raises:
         RewardError: wrong inputs, images that are not finite, or scores that `check_scores` refuses.
     """
-    texts, metadata = _told(prompts, metadata)
+    texts = texts_of(prompts)
+    metadata = [dict(prompt.metadata) for prompt in as_prompts(prompts)] if metadata is None else list(metadata)
     _check_inputs(reward, images, texts, metadata)
-    if images.ndim == 5 and not getattr(reward, "takes_video", False):
+    if images.ndim == 5 and not reward.takes_video:
         return _measure_frames(reward, images, texts, metadata)
-    if images.requires_grad and torch.is_grad_enabled() and settle_differentiable(reward, images, texts, metadata):
-        returned = reward(images, texts, metadata)
-        scores = check_scores(reward.name, returned, texts, attached_to=images)
+    if images.requires_grad and torch.is_grad_enabled() and reward.settle(images, texts, metadata):
+        scored = reward(images, texts, metadata)
+        scores = check_scores(reward.name, scored.scores, texts, attached_to=images)
     else:
         with torch.no_grad():
-            returned = reward(images.detach(), texts, metadata)
-        scores = check_scores(reward.name, returned, texts).detach().to(images.device)
-    return Scored(scores, info_of(returned, len(prompts)))
+            scored = reward(images.detach(), texts, metadata)
+        scores = check_scores(reward.name, scored.scores, texts).detach().to(images.device)
+    return Scored(scores, scored.raw, scored.info)
 
 
-def settle_differentiable(
-    reward: Reward, images: Tensor, prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None = None
-) -> bool:
-    """Whether `reward` is differentiable, asking it to find out on these images if it does not know yet.
-
-    Only user callables without a `differentiable` attribute need the images (see `callables.CallableReward.probe`);
-    for all other rewards this reads the attribute. Of videos a reward without `takes_video` tries the first frames.
-    """
-    probe = getattr(reward, "probe", None)
-    if probe is not None:
-        texts, metadata = _told(prompts, metadata)
-        if images.ndim == 5 and not getattr(reward, "takes_video", False):
-            images = images[:, 0]
-        return bool(probe(images, texts, metadata))
-    return reward.differentiable
-
-
-def _told(
-    prompts: Sequence[PromptLike], metadata: Sequence[dict[str, Any]] | None
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """What a reward is told of prompts: their texts, and the metadata given or else carried by them, as copies."""
-    if metadata is None:
-        metadata = [dict(prompt.metadata) for prompt in as_prompts(prompts)]
-    return texts_of(prompts), list(metadata)
-
-
-def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
     """Mean over the frames of what an image reward says of each."""
     num_frames = videos.shape[1]
     measured = measure_images(
@@ -154,15 +167,18 @@ def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata
         [prompt for prompt in prompts for _ in range(num_frames)],
         [entry for entry in metadata for _ in range(num_frames)],
     )
-    return Scored(measured.scores.reshape(-1, num_frames).mean(1), mean_over_frames(measured.info, num_frames))
+    return Scored(
+        measured.scores.reshape(-1, num_frames).mean(1),
+        mean_over_frames(measured.raw, num_frames),
+        mean_over_frames(measured.info, num_frames),
+    )
 
 
-def _check_inputs(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-    takes_video = getattr(reward, "takes_video", False)
-    fits = images.ndim == 5 or (images.ndim == 4 and not takes_video)
+def _check_inputs(reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata) -> None:
+    fits = images.ndim == 5 or (images.ndim == 4 and not reward.takes_video)
     if not fits or images.shape[-3] != 3 or images.shape[0] != len(prompts):
         expected = f"({len(prompts)}, 3, height, width), or videos ({len(prompts)}, frames, 3, height, width)"
-        if takes_video:
+        if reward.takes_video:
             expected = f"({len(prompts)}, frames, 3, height, width): this reward judges videos"
         raise RewardError(
             f"reward '{reward.name}': expected images of shape {expected}, one per prompt, got {tuple(images.shape)}"

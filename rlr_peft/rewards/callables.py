@@ -7,7 +7,7 @@ return info, `(scores, info)`: numbers that are logged (see `scores.info_of`). I
 for whole videos (B, F, 3, H, W); otherwise it gets their frames as images.
 
 Whether it is differentiable is read from its attribute `differentiable` when there is one. Otherwise it is found out
-once, by `CallableReward.probe` on the first images of the run.
+once, by `CallableReward.settle` on the first images of the run.
 
 Global state that the code changes is set back, and what it raises is told apart from our own errors: a file that
 switches gradients off, seeds torch or changes the folder does so for its own sake; the training around it would break,
@@ -29,7 +29,7 @@ import signal
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlr_peft.rewards.scores import Info, RewardError, check_scores, info_of, is_attached
+from rlr_peft.rewards.base import Metadata, Reward, Scored
+from rlr_peft.rewards.scores import RewardError, check_scores, info_of, is_attached
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ PROBE_BATCH_SIZE = 2
 EXPECTED_ARGUMENTS = "(images, prompts) or (images, prompts, metadata)"
 
 
-class CallableReward:
-    """A user's callable as a `Reward`.
+class CallableReward(Reward):
+    """A user's callable as a reward.
 
     Of a video pipeline it gets frames, or, if it has the attribute `takes_video = True`, videos (B, F, 3, H, W).
 
@@ -74,81 +75,67 @@ class CallableReward:
             raise RewardError(
                 f"reward '{name}': its attribute `differentiable` must be True or False, got {declared!r}"
             )
-        self._differentiable: bool | None = declared
+        self.differentiable = declared
         self.takes_video = bool(getattr(function, "takes_video", False))
         self._set_back: set[str] = set()
 
-    @property
-    def differentiable(self) -> bool:
-        """Declared by the callable or found by `probe`.
-
-        Raises:
-            RewardError: neither has happened yet.
-        """
-        if self._differentiable is None:
-            raise RewardError(
-                f"reward '{self.name}': not known yet whether it is differentiable; set `differentiable = True` or "
-                "`False` on the callable, or let `base.settle_differentiable` try it on images first"
-            )
-        return self._differentiable
-
-    def probe(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bool:
+    def settle(self, images: Tensor, prompts: list[str], metadata: Metadata) -> bool:
         """Find out, once, whether scores carry a gradient to images; later calls return the first answer.
 
-        The callable is called on the first two images, which require grad. It is differentiable if its scores are
-        connected to them; it is not if they are cut off, or if it raises and works on images that do not require grad
-        (as `images.numpy()` does). Torch's random state is left as it was.
-
-        Returns:
-            `differentiable`.
+        The callable is called on the first two images (of videos that it does not take, on the first frames), which
+        require grad. It is differentiable if its scores are connected to them; it is not if they are cut off, or if it
+        raises and works on images that do not require grad (as `images.numpy()` does).
 
         Raises:
             RewardError: the callable fails on the images either way, or its scores are refused.
         """
-        if self._differentiable is not None:
-            return self._differentiable
+        if self.differentiable is not None:
+            return self.differentiable
+        if images.ndim == 5 and not self.takes_video:
+            images = images[:, 0]
         few = images[:PROBE_BATCH_SIZE].detach()
-        arguments = (prompts[:PROBE_BATCH_SIZE], metadata[:PROBE_BATCH_SIZE])
-        with torch.random.fork_rng(devices=[few.device] if few.is_cuda else []), torch.enable_grad():
+        texts, entries = prompts[:PROBE_BATCH_SIZE], metadata[:PROBE_BATCH_SIZE]
+        reason: object = "its scores are cut off from the images"
+        attached: bool | None = None
+        with torch.enable_grad():
             leaf = few.clone().requires_grad_(True)
-            reason: object = "its scores are cut off from the images"
-            attached: bool | None = None
             try:
-                attached = is_attached(check_scores(self.name, self._call(leaf, *arguments), arguments[0]), leaf)
+                attached = is_attached(self(leaf, texts, entries).scores, leaf)
             except RewardError as error:
                 reason = error.__cause__ or error
             if attached is None:  # not above, where a second error would come with the first one's traceback
-                check_scores(self.name, self._call(few, *arguments), arguments[0])
-            self._differentiable = bool(attached)
-        if not self._differentiable:
+                self(few, texts, entries)
+        self.differentiable = bool(attached)
+        if not attached:
             advice = "If that is meant, `differentiable = False` on it says so."
             logger.warning("Reward '%s' counts as not differentiable: %s. %s", self.name, reason, advice)
-        return self._differentiable
+        return self.differentiable
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Tensor | tuple[Tensor, Info]:
-        """(B,) finite float32, and the info if there is any; see `base.Reward`.
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """Scores, and the info if there is any.
 
         Raises:
-            RewardError: the callable raised, or its scores are refused by `base.check_scores`.
+            RewardError: the callable raised, or its scores are refused by `check_scores`.
         """
-        # Code that is not differentiable often calls `.numpy()`, which fails on images that require grad.
-        if images.requires_grad and not self.probe(images, prompts, metadata):
-            images = images.detach()
-        attached_to = images if images.requires_grad and torch.is_grad_enabled() else None
         returned = self._call(images, prompts, metadata)
-        scores, info = (
-            check_scores(self.name, returned, prompts, attached_to=attached_to),
-            info_of(returned, len(prompts)),
-        )
-        return (scores, info) if info else scores
+        if isinstance(returned, Scored):  # of a user's own subclass of `Reward`
+            returned = returned.scores, returned.logged
+        return Scored(check_scores(self.name, returned, prompts), info=info_of(returned, len(prompts)))
 
-    def _call(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+    def state_dict(self) -> dict[str, Any]:
+        """What `settle` found out."""
+        return {"differentiable": self.differentiable}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it, unless the callable now says so itself."""
+        if self.differentiable is None:
+            self.differentiable = state.get("differentiable")
+
+    def _call(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Any:
         # Copies, which the code may change in place: other rewards, and the next update, are still to see what there
-        # was. Prompts as plain texts, since ours carry their metadata; entry by entry, since samples of a prompt and
+        # was. Metadata entry by entry, since samples of a prompt and
         # frames of a video share theirs.
-        texts = [str(prompt) for prompt in prompts]
+        texts = list(prompts)
         arguments: tuple[Any, ...] = (images.clone(), texts)
         keywords: dict[str, Any] = {}
         if self._passes_metadata == "positional":

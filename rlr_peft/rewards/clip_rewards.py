@@ -21,53 +21,91 @@ from rlr_peft.rewards.model_reward import (
     ModelSettings,
     SeeingReward,
     check_keys,
+    depth_of,
     load_weights,
     loading,
     unit,
 )
 from rlr_peft.rewards.preprocessing import clip_pixels, padded_clip_pixels
 
+OPENAI_CLIP = "openai/clip-vit-large-patch14"
+LAION_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2 = "xswu/HPSv2"
 HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+HEAD = "trl-lib/ddpo-aesthetic-predictor"
+# The same weights are spread under two names.
+HEAD_FILES = ("aesthetic-model.safetensors", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
 
 
-class ClipScore(SeeingReward):
+class ClipReward(SeeingReward):
+    """A reward that compares image and prompt with a CLIPModel.
+
+    Args:
+        name: of the reward.
+        settings: how the network is held.
+        network: any dtype.
+        tokenizer: repository with its `vocab.json` and `merges.txt`.
+    """
+
+    def __init__(self, name: str, settings: ModelSettings, network: CLIPModel, tokenizer: str) -> None:
+        super().__init__(name, settings, network)
+        folder = settings.files.folder(name, tokenizer, *TOKENIZER_FILES)
+        with loading(name, folder):
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, size, size), preprocessed."""
+        return clip_pixels(images, self.network.config.vision_config.image_size)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) projected image embeddings, not normalised."""
+        pixels = self.pixels(images).to(self.network.dtype)
+        embeddings: Tensor = self.network.get_image_features(pixel_values=pixels).pooler_output
+        return embeddings
+
+    def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) float32 in [-1, 1], of the features of every image and its prompt.
+
+        What of a prompt is beyond the model's text length is cut off.
+        """
+        # What follows the end of the text has no influence on it in a causal text model, so no mask is needed.
+        ids = self._tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.network.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).input_ids.to(images.device)
+        with torch.no_grad():
+            text = unit(self.network.get_text_features(input_ids=ids).pooler_output)
+        return (unit(self.features(images)) * text).sum(-1)
+
+
+class ClipScore(ClipReward):
     """100 times the cosine of image and prompt in OpenAI's CLIP ViT-L/14 (Hessel et al., 2021), with no floor at 0."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        super().__init__("clipscore", settings, load_clip("clipscore", settings.files, OPENAI_CLIP, settings.dtype))
-        self._tokenizer = load_clip_tokenizer("clipscore", settings.files, OPENAI_CLIP)
+        super().__init__("clipscore", settings, _load_clip("clipscore", settings, OPENAI_CLIP), OPENAI_CLIP)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) float32, about 15 to 35."""
-        pixels = clip_pixels(images, self.network.config.vision_config.image_size)
-        return 100 * clip_cosine(self.network, self._tokenizer, pixels, prompts)
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, D) image embeddings."""
-        return clip_image_features(self.network, clip_pixels(images, self.network.config.vision_config.image_size))
+        return 100 * self.cosine(images, prompts)
 
 
-class PickScore(SeeingReward):
+class PickScore(ClipReward):
     """Human preference learnt from Pick-a-Pic (Kirstain et al., 2023): scaled cosine in a fine-tuned CLIP ViT-H/14."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        super().__init__("pickscore", settings, load_clip("pickscore", settings.files, PICKSCORE, settings.dtype))
-        self._tokenizer = load_clip_tokenizer("pickscore", settings.files, LAION_CLIP)
+        super().__init__("pickscore", settings, _load_clip("pickscore", settings, PICKSCORE), LAION_CLIP)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) float32, about 17 to 24."""
-        pixels = clip_pixels(images, self.network.config.vision_config.image_size)
-        cosine = clip_cosine(self.network, self._tokenizer, pixels, prompts)
-        return self.network.logit_scale.float().exp() * cosine
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, D) image embeddings."""
-        return clip_image_features(self.network, clip_pixels(images, self.network.config.vision_config.image_size))
+        return self.network.logit_scale.float().exp() * self.cosine(images, prompts)
 
 
-class HPSv2(SeeingReward):
+class HPSv2(ClipReward):
     """Human preference score v2 (Wu et al., 2023): cosine in a fine-tuned CLIP ViT-H/14.
 
     Args:
@@ -80,28 +118,22 @@ class HPSv2(SeeingReward):
         file = HPSV2_FILES[version]
         path = settings.files.find(name, HPSV2, file.replace(".pt", ".safetensors"), file)
         network = clip_from_open_clip(name, path, load_weights(name, path), settings.dtype)
-        super().__init__(name, settings, network)
-        self._tokenizer = load_clip_tokenizer(name, settings.files, LAION_CLIP)
+        super().__init__(name, settings, network, LAION_CLIP)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, size, size), preprocessed as HPSv2 does it."""
+        return padded_clip_pixels(images, self.network.config.vision_config.image_size)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) float32, about 0.2 to 0.35."""
-        pixels = padded_clip_pixels(images, self.network.config.vision_config.image_size)
-        return clip_cosine(self.network, self._tokenizer, pixels, prompts)
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, D) image embeddings."""
-        return clip_image_features(
-            self.network, padded_clip_pixels(images, self.network.config.vision_config.image_size)
-        )
-
-
-HEAD = "trl-lib/ddpo-aesthetic-predictor"
-# The same weights are spread under two names.
-HEAD_FILES = ("aesthetic-model.safetensors", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
+        return self.cosine(images, prompts)
 
 
 class Aesthetic(SeeingReward):
-    """The head on the unit image feature; the prompt is not looked at. The head is kept in float32."""
+    """How beautiful people find the image: the LAION aesthetic predictor V2 (Schuhmann, 2022) on CLIP ViT-L/14.
+
+    Its head reads the unit image feature and is kept in float32; the prompt is not looked at.
+    """
 
     def __init__(self, settings: ModelSettings) -> None:
         vision = load_clip_vision("aesthetic", settings.files, OPENAI_CLIP, settings.dtype)
@@ -122,63 +154,19 @@ class Aesthetic(SeeingReward):
         return embeddings
 
 
-OPENAI_CLIP = "openai/clip-vit-large-patch14"
-LAION_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
-
-
-def load_clip(reward_name: str, files: ModelFiles, repo: str, dtype: torch.dtype) -> CLIPModel:
-    """Both towers."""
-    folder = files.folder(reward_name, repo, *MODEL_FILES)
-    with loading(reward_name, folder):
-        return CLIPModel.from_pretrained(folder, dtype=dtype)
-
-
 def load_clip_vision(
     reward_name: str, files: ModelFiles, repo: str, dtype: torch.dtype
 ) -> CLIPVisionModelWithProjection:
-    """The image tower and its projection."""
+    """The image tower of a CLIP model and its projection."""
     folder = files.folder(reward_name, repo, *MODEL_FILES)
     with loading(reward_name, folder):
         return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype)
 
 
-def load_clip_tokenizer(reward_name: str, files: ModelFiles, repo: str) -> CLIPTokenizer:
-    """From `vocab.json` and `merges.txt`."""
-    folder = files.folder(reward_name, repo, *TOKENIZER_FILES)
+def _load_clip(reward_name: str, settings: ModelSettings, repo: str) -> CLIPModel:
+    folder = settings.files.folder(reward_name, repo, *MODEL_FILES)
     with loading(reward_name, folder):
-        return CLIPTokenizer.from_pretrained(folder)
-
-
-def clip_cosine(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
-    """Cosine of the features of every image and its prompt.
-
-    Args:
-        model: any dtype.
-        tokenizer: of the model.
-        pixels: (B, 3, size, size), preprocessed.
-        prompts: B prompts; what is beyond the model's text length is cut off.
-
-    Returns:
-        (B,) float32 in [-1, 1].
-    """
-    # What follows the end of the text has no influence on it in a causal text model, so no mask is needed.
-    ids = tokenizer(
-        prompts,
-        padding="max_length",
-        truncation=True,
-        max_length=model.config.text_config.max_position_embeddings,
-        return_tensors="pt",
-    ).input_ids.to(pixels.device)
-    with torch.no_grad():
-        text = unit(model.get_text_features(input_ids=ids).pooler_output)
-    return (unit(clip_image_features(model, pixels)) * text).sum(-1)
-
-
-def clip_image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """(B, D) projected image embeddings, not normalised, of preprocessed pixels (B, 3, size, size)."""
-    embeddings: Tensor = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
-    return embeddings
+        return CLIPModel.from_pretrained(folder, dtype=settings.dtype)
 
 
 # The weights do not tell how many heads they are meant for; both towers of ViT-H/14 have 16.
@@ -272,7 +260,7 @@ def _config_of(weights: Mapping[str, Tensor]) -> CLIPConfig:
         vision_config={
             "hidden_size": vision_width,
             "intermediate_size": weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            "num_hidden_layers": _depth(weights, "visual.transformer"),
+            "num_hidden_layers": depth_of(weights, "visual.transformer.resblocks."),
             "num_attention_heads": NUM_HEADS,
             "image_size": grid * patch_size,
             "patch_size": patch_size,
@@ -282,7 +270,7 @@ def _config_of(weights: Mapping[str, Tensor]) -> CLIPConfig:
         text_config={
             "hidden_size": text_width,
             "intermediate_size": weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            "num_hidden_layers": _depth(weights, "transformer"),
+            "num_hidden_layers": depth_of(weights, "transformer.resblocks."),
             "num_attention_heads": NUM_HEADS,
             "max_position_embeddings": weights["positional_embedding"].shape[0],
             "vocab_size": vocabulary,
@@ -293,8 +281,3 @@ def _config_of(weights: Mapping[str, Tensor]) -> CLIPConfig:
             "eos_token_id": vocabulary - 1,
         },
     )
-
-
-def _depth(weights: Mapping[str, Tensor], tower: str) -> int:
-    prefix = f"{tower}.resblocks."
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))

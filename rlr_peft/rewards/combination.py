@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlr_peft.rewards.base import Reward, RewardError, measure_images, settle_differentiable
-from rlr_peft.rewards.scores import Info
+from rlr_peft.rewards.base import Metadata, Reward, Scored, measure_images
+from rlr_peft.rewards.scores import Info, RewardError
 
 Scaling = Literal["running", "first", "none"]
 DECAY = 0.9
@@ -18,23 +18,16 @@ DECAY = 0.9
 ROUNDING = 1e-10
 # Fewer scores say too little: the deviation of four is below a third of the true one in one case of twenty.
 MIN_SCORES = 16
-# Info that holds the weighted sum on the first scales, which do not move while training: curves show this one.
-ON_FIRST_SCALES = "total"
-BELOW_MINIMUM = "below_minimum"
 
 
 class RunningScale:
-    """Remembers variances of batches; a batch can be divided by the scale of those before it.
-
-    Args:
-        decay: weight of the past.
+    """The standard deviation of a reward in earlier batches, by which the scores of a batch can be divided.
 
     Attributes:
         first: the scale of the first `MIN_SCORES` scores or more in a row that differed; 1 until then.
     """
 
-    def __init__(self, decay: float = DECAY) -> None:
-        self._decay = decay
+    def __init__(self) -> None:
         self._variance = 0.0
         self._early: list[float] = []  # latest scores, as long as they are too few or too equal for a scale
         self.first = 1.0
@@ -44,21 +37,21 @@ class RunningScale:
         """The scale of the batches so far; 1 as long as their scores were fewer than `MIN_SCORES`, or all equal."""
         return self._variance**0.5 if self._variance > 0 else 1.0
 
-    def observe(self, scores: Tensor) -> None:
+    def learn(self, scores: Tensor) -> None:
         """Adds the scores (N,) of a batch to the past; once there is a scale, a single one tells nothing."""
         if self._variance > 0:
             if len(scores) > 1:
-                self._variance = self._decay * self._variance + (1 - self._decay) * variance(scores)
+                self._variance = DECAY * self._variance + (1 - DECAY) * _variance(scores)
             return
         early = torch.cat([torch.tensor(self._early, dtype=torch.float64), scores.double().cpu()])
         early = early[-max(MIN_SCORES, len(scores)) :]
-        if len(early) >= MIN_SCORES and (own := variance(early)) > 0:
+        if len(early) >= MIN_SCORES and (own := _variance(early)) > 0:
             self._variance, self._early, self.first = own, [], own**0.5
         else:
             self._early = early.tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was remembered."""
+        """All that it goes by."""
         return {"variance": self._variance, "early": self._early, "first": self.first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -66,11 +59,47 @@ class RunningScale:
         self._variance, self._early, self.first = state["variance"], list(state["early"]), state["first"]
 
 
-def variance(scores: Tensor) -> float:
+def _variance(scores: Tensor) -> float:
     """Sample variance of scores (N,) in float64; 0 where they are equal up to rounding, or fewer than two."""
     values = scores.double()
     spread = float(values.var()) if len(values) > 1 else 0.0
     return spread if spread > ROUNDING * float(values.square().mean()) else 0.0
+
+
+class _SeveralRewards(Reward):
+    """Rewards that score the same images."""
+
+    def __init__(self, rewards: Sequence[Reward]) -> None:
+        self._rewards = dict(zip(unique_names(rewards), rewards, strict=True))
+        # Each gets whole videos or their frames as it likes; `measure_images` sees to it.
+        self.takes_video = any(reward.takes_video for reward in rewards)
+
+    @property
+    def parts(self) -> list[Reward]:
+        return list(self._rewards.values())
+
+    @property
+    def part_names(self) -> list[str]:
+        return list(self._rewards)
+
+    def _measure(self, images: Tensor, prompts: list[str], metadata: Metadata) -> tuple[dict[str, Tensor], Scored]:
+        """The scores of all, attached to the images where they can be; and all numbers, with the first one's scores."""
+        measured = {name: measure_images(r, images, prompts, metadata) for name, r in self._rewards.items()}
+        scores = {name: scored.scores for name, scored in measured.items()}
+        return scores, Scored(
+            next(iter(scores.values())),
+            {name: values.detach().cpu() for name, values in scores.items()},
+            {f"{name}/{key}": values for name, scored in measured.items() for key, values in scored.info.items()},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every reward."""
+        return {name: reward.state_dict() for name, reward in self._rewards.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned, of the rewards that were there."""
+        for name, reward in self._rewards.items():
+            reward.load_state_dict(state.get(name, {}))
 
 
 @dataclass(frozen=True)
@@ -90,7 +119,7 @@ class Term:
     scale: RunningScale = field(default_factory=RunningScale)
 
 
-class WeightedRewards:
+class WeightedRewards(_SeveralRewards):
     """``sum_i w_i r_i / s_i  -  penalty * sum_i max(0, (m_i - r_i) / s_i)``.
 
     The scale s_i is the standard deviation of r_i over earlier updates, never over the batch that it divides, so that
@@ -101,82 +130,63 @@ class WeightedRewards:
     It is differentiable if all of its rewards are.
 
     Args:
-        terms: two or more, or one with a minimum.
+        terms: one or more.
         scaling: "running" moves the scales with training, "first" keeps those of the first scores, "none" leaves the
             rewards in their own units.
         penalty: weight of what lacks to a minimum.
     """
 
     def __init__(self, terms: Sequence[Term], scaling: Scaling = "running", penalty: float = 10.0) -> None:
-        self._terms = dict(zip(unique_names([term.reward for term in terms]), terms, strict=True))
+        super().__init__([term.reward for term in terms])
+        self._terms = dict(zip(self._rewards, terms, strict=True))
         self._scaling = scaling
         self._penalty = penalty
-        # Every term gets whole videos or their frames as it likes; `measure_images` sees to it.
-        self.takes_video = any(getattr(term.reward, "takes_video", False) for term in terms)
         self.name = " + ".join(f"{term.weight:g} {name}" for name, term in self._terms.items())
+        self._join_differentiable()
 
-    @property
-    def differentiable(self) -> bool:
-        """Whether all terms are.
+    def settle(self, images: Tensor, prompts: list[str], metadata: Metadata) -> bool:
+        """Whether all rewards are differentiable, after finding out about each."""
+        settled = [reward.settle(images, prompts, metadata) for reward in self.parts]
+        self.differentiable = all(settled)
+        return self.differentiable
 
-        Raises:
-            RewardError: not known yet of a user's callable; `probe` will find out.
-        """
-        known = [_known_differentiable(term.reward) for term in self._terms.values()]
-        if False in known:
-            return False
-        if None in known:
-            raise RewardError(f"reward '{self.name}': not known yet whether it is differentiable")
-        return True
-
-    @property
-    def parts(self) -> list[Reward]:
-        """The rewards that are summed."""
-        return [term.reward for term in self._terms.values()]
-
-    def probe(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bool:
-        """`differentiable`, after finding out about every user's callable on these images."""
-        return all([settle_differentiable(term.reward, images, prompts, metadata) for term in self._terms.values()])
-
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
-        """(B,) float32; and as info every reward in its own units, and the sum on the first scales.
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """The sum, every reward in its own units, and as info the share of images below a minimum.
 
         Raises:
             RewardError: of any of the rewards.
         """
-        measured = {name: measure_images(t.reward, images, prompts, metadata) for name, t in self._terms.items()}
-        scores = {name: scored.scores for name, scored in measured.items()}
-        info: Info = {}
-        for name, scored in measured.items():
-            info[name] = scored.scores.detach().cpu()
-            info.update({f"{name}/{key}": values for key, values in scored.info.items()})
-            minimum = self._terms[name].minimum
-            if minimum is not None:
-                info[f"{name}/{BELOW_MINIMUM}"] = (info[name] < minimum).float()
-        info[ON_FIRST_SCALES] = self._sum({name: values.detach() for name, values in scores.items()}, first=True).cpu()
-        return self._sum(scores, first=False), info
-
-    def observe(self, info: Mapping[str, Tensor]) -> None:
-        """Adds an update's scores to the past; every process must give those of all processes.
-
-        Args:
-            info: of this reward, name -> (N,).
-        """
-        for name, term in self._terms.items():
-            term.scale.observe(info[name])
-
-    @property
-    def needs_scales(self) -> bool:
-        """Whether the rewards are scaled."""
-        return self._scaling != "none"
+        scores, measured = self._measure(images, prompts, metadata)
+        below: Info = {
+            f"{name}/below_minimum": (measured.raw[name] < term.minimum).float()
+            for name, term in self._terms.items()
+            if term.minimum is not None
+        }
+        return Scored(self._sum(scores), measured.raw, measured.info | below)
 
     def scales(self) -> dict[str, float]:
-        """What every reward is divided by now."""
-        return {name: self._divisor(term, first=False) for name, term in self._terms.items()}
+        """What every reward is divided by now; empty without scaling."""
+        return {} if self._scaling == "none" else {name: self._divisor(term) for name, term in self._terms.items()}
+
+    def learn(self, raw: Mapping[str, Tensor]) -> None:
+        """Adds an update's scores to the past, by which later ones are divided."""
+        for name, term in self._terms.items():
+            term.scale.learn(raw[name])
+
+    def on_first_scales(self) -> WeightedRewards:
+        """The same sum on the scales of the first scores; it goes on as this one learns."""
+        if self._scaling == "none":
+            return self
+        return WeightedRewards(list(self._terms.values()), "first", self._penalty)
+
+    def scores_on_first_scales(self, scores: Tensor, raw: Mapping[str, Tensor]) -> Tensor:
+        """The sum of these rewards on the first scales, (N,)."""
+        return self.on_first_scales()._sum(raw)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scales."""
-        return {name: term.scale.state_dict() for name, term in self._terms.items()}
+        """The scales, and the rewards' own state."""
+        states = super().state_dict()
+        return {name: {**term.scale.state_dict(), "reward": states[name]} for name, term in self._terms.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned.
@@ -191,67 +201,40 @@ class WeightedRewards:
             )
         for name, term in self._terms.items():
             term.scale.load_state_dict(state[name])
+        super().load_state_dict({name: state[name]["reward"] for name in state})
+        self._join_differentiable()
 
-    def _sum(self, scores: Mapping[str, Tensor], first: bool) -> Tensor:
+    def _join_differentiable(self) -> None:
+        known = {reward.differentiable for reward in self.parts}
+        self.differentiable = False if False in known else None if None in known else True
+
+    def _sum(self, scores: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros_like(next(iter(scores.values())))
         for name, term in self._terms.items():
-            divisor = self._divisor(term, first)
+            divisor = self._divisor(term)
             total = total + term.weight * scores[name] / divisor
             if term.minimum is not None:
                 total = total - self._penalty * (term.minimum - scores[name]).clamp(min=0) / divisor
         return total
 
-    def _divisor(self, term: Term, first: bool) -> float:
-        if self._scaling == "none":
-            return 1.0
-        return term.scale.first if first or self._scaling == "first" else term.scale.current
+    def _divisor(self, term: Term) -> float:
+        return {"running": term.scale.current, "first": term.scale.first, "none": 1.0}[self._scaling]
 
 
-class OnFirstScales:
-    """A `WeightedRewards` as its curves show it, on the scales of the first scores: comparable over a whole run."""
-
-    def __init__(self, rewards: WeightedRewards) -> None:
-        self._rewards = rewards
-        self.name = rewards.name
-        self.takes_video = rewards.takes_video
-        self.parts = rewards.parts
-        self.differentiable = False
-
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
-        """(B,) float32, and every reward in its own units."""
-        _, info = self._rewards(images, prompts, metadata)
-        scores = info.pop(ON_FIRST_SCALES)
-        return scores.to(images.device), info
-
-
-class HeldoutRewards:
-    """Rewards that are only measured: the first one is the score, which may stop training; the others are info.
+class HeldoutRewards(_SeveralRewards):
+    """Rewards that are only measured: the score is that of the first one, which may stop training.
 
     Args:
         rewards: two or more.
     """
 
-    differentiable = False
-
     def __init__(self, rewards: Sequence[Reward]) -> None:
-        self._rewards = dict(zip(unique_names(rewards), rewards, strict=True))
-        self.parts = list(rewards)
-        self.name = next(iter(self._rewards))
-        self.takes_video = any(getattr(reward, "takes_video", False) for reward in rewards)
+        super().__init__(rewards)
+        self.name = self.part_names[0]
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
-        """(B,) float32 of the first reward, and the scores of all."""
-        measured = {name: measure_images(r, images, prompts, metadata) for name, r in self._rewards.items()}
-        info: Info = {}
-        for name, scored in measured.items():
-            info[name] = scored.scores.cpu()
-            info.update({f"{name}/{key}": values for key, values in scored.info.items()})
-        return measured[self.name].scores, info
-
-    @property
-    def names(self) -> list[str]:
-        """Of all the rewards."""
-        return list(self._rewards)
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """The first reward's scores, and those of all."""
+        return self._measure(images, prompts, metadata)[1]
 
 
 def unique_names(rewards: Sequence[Reward]) -> list[str]:
@@ -264,10 +247,3 @@ def unique_names(rewards: Sequence[Reward]) -> list[str]:
             name = f"{reward.name} ({number})"
         names.append(name)
     return names
-
-
-def _known_differentiable(reward: Reward) -> bool | None:
-    try:
-        return reward.differentiable
-    except RewardError:
-        return None

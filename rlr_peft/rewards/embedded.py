@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rlr_peft.rewards.base import RewardError, describe_samples
-from rlr_peft.rewards.scores import Info
+from rlr_peft.rewards.base import Metadata, Reward, Scored
+from rlr_peft.rewards.preprocessing import to_8_bits
+from rlr_peft.rewards.scores import Info, RewardError, describe_samples
 from rlr_peft.tiny_shapes.judges import JudgeName, load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption
 
@@ -37,16 +37,15 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
             f"JPEG size: expected images of at most {JPEG_SIDE} pixels a side, got {images.shape[3]} x "
             f"{images.shape[2]}; use smaller ones."
         )
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for image in pixels:
+    for image in to_8_bits(images):
         file = io.BytesIO()
         Image.fromarray(image).save(file, format="JPEG", quality=JPEG_QUALITY)
         sizes.append(len(file.getvalue()) / BYTES_PER_KILOBYTE)
     return torch.tensor(sizes, dtype=torch.float32)
 
 
-class JpegReward:
+class JpegReward(Reward):
     """Plus or minus the JPEG size in kB.
 
     Args:
@@ -54,25 +53,21 @@ class JpegReward:
             (`jpeg-incompressibility`).
     """
 
-    differentiable = False
-
     def __init__(self, compressible: bool) -> None:
         self.name = "jpeg-compressibility" if compressible else "jpeg-incompressibility"
         self._sign = -1.0 if compressible else 1.0
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """(B,) float32 on the images' device; prompts and metadata are not looked at."""
-        return (self._sign * jpeg_kilobytes(images)).to(images.device)
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """Prompts and metadata are not looked at."""
+        return Scored(self._sign * jpeg_kilobytes(images))
 
 
 SPEC_OF_JUDGE: dict[JudgeName, str] = {"reward": "tiny-shapes", "heldout": "tiny-shapes-heldout"}
-
-
 # Surprise, in nats, at which an attribute scores one half.
 HALF_SCORE_SURPRISE = 10.0
 
 
-class TinyShapesJudgeReward:
+class TinyShapesJudgeReward(Reward):
     """How well the image shows what the prompt asks, in (0, 1], averaged over the attributes that the prompt names.
 
     An attribute scores ``c / (c + surprise)``, with ``surprise = -log p`` of the asked value and c = 10 nats: 1 where
@@ -98,7 +93,7 @@ class TinyShapesJudgeReward:
         self.device = torch.device(device)
         self._judge = load_judge(judge).to(self.device)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         """Score a batch.
 
         Args:
@@ -128,7 +123,7 @@ class TinyShapesJudgeReward:
                     0, torch.tensor(rows), scores.detach().float().cpu()
                 )
         counts = torch.tensor([len(values) for values in asked], device=self.device)
-        return (total / counts).to(images.device), {} if self.attribute else info
+        return Scored((total / counts).to(images.device), info={} if self.attribute else info)
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 128) float32 on the images' device: what the judge's classifiers see of images (B, 3, H, W) in [0, 1]."""

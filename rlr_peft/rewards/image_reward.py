@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rlr_peft.rewards.model_reward import LinearHead, ModelReward, ModelSettings, check_keys, load_weights, loading
+from rlr_peft.rewards.model_reward import (
+    LinearHead,
+    ModelReward,
+    ModelSettings,
+    check_keys,
+    depth_of,
+    load_weights,
+    loading,
+)
 from rlr_peft.rewards.preprocessing import clip_pixels
 
 IMAGE_REWARD = "zai-org/ImageReward"
@@ -123,7 +131,7 @@ def _vision_config(weights: Mapping[str, Tensor]) -> BlipVisionConfig:
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=_depth(weights, "encoder.layers."),
+        num_hidden_layers=depth_of(weights, "encoder.layers."),
         num_attention_heads=width // HEAD_WIDTH,
         image_size=grid * patch_size,
         patch_size=patch_size,
@@ -138,16 +146,10 @@ def _text_config(weights: Mapping[str, Tensor], vision_width: int) -> BlipTextCo
         hidden_size=width,
         encoder_hidden_size=vision_width,
         intermediate_size=weights["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        num_hidden_layers=_depth(weights, "encoder.layer."),
+        num_hidden_layers=depth_of(weights, "encoder.layer."),
         num_attention_heads=width // HEAD_WIDTH,
         max_position_embeddings=weights["embeddings.position_embeddings.weight"].shape[0],
         # Only a decoder has the cross-attention to the image; its self-attention is bidirectional all the same.
         is_decoder=True,
         pad_token_id=0,
-    )
-
-
-def _depth(weights: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max(
-        (int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix)), default=0
     )

@@ -7,7 +7,7 @@ place of a repository, with the same file names inside.
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.scores import RewardError
 
 MODEL_FILES = ("config.json", ("model.safetensors", "pytorch_model.bin"))
@@ -163,6 +164,12 @@ def check_keys(reward_name: str, path: Path, missing: Sequence[str], unexpected:
         )
 
 
+def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
+    """How many blocks a network has whose weights are called `{prefix}{number}.`."""
+    numbers = (int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
+    return 1 + max(numbers, default=0)
+
+
 def _is_hub_id(place: str) -> bool:
     return not place.startswith(("/", ".", "~")) and place.count("/") == 1
 
@@ -233,7 +240,7 @@ class ModelSettings:
     files: ModelFiles = field(default_factory=ModelFiles)
 
 
-class ModelReward(ABC):
+class ModelReward(Reward):
     """A reward with a network; subclasses name it, load it and say how it scores.
 
     With `offload` the network is on its device from a call until its scores are differentiated, or only during the
@@ -241,7 +248,6 @@ class ModelReward(ABC):
     """
 
     differentiable = True
-    takes_video = False
     network: Any  # a module with a `config`
 
     def __init__(self, name: str, settings: ModelSettings, network: nn.Module) -> None:
@@ -250,8 +256,8 @@ class ModelReward(ABC):
         self.network = network.eval().requires_grad_(False)
         self._place(torch.device("cpu") if settings.offload else settings.device)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """(B,) float32 on the images' device, differentiable with respect to the images.
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """Scores on the images' device, differentiable with respect to the images.
 
         Raises:
             RewardError: the network does not fit into the device's memory.
@@ -266,7 +272,7 @@ class ModelReward(ABC):
         scores = self.score(pixels, prompts).float()
         if settings.offload and not is_differentiated:
             self._place(torch.device("cpu"))
-        return scores.to(images.device)
+        return Scored(scores.to(images.device))
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -7,7 +7,9 @@ without clamping differs by up to half of the range at sharp edges.
 
 from __future__ import annotations
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -98,6 +100,11 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """``(images - mean) / std``, channel by channel."""
     channels = torch.tensor([mean, std], device=images.device, dtype=images.dtype)[:, :, None, None]
     return (images - channels[0]) / channels[1]
+
+
+def to_8_bits(images: Tensor) -> NDArray[numpy.uint8]:
+    """(B, H, W, 3), as an image file holds images (B, 3, H, W) in [0, 1]."""
+    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _shortest_side_to(images: Tensor, size: int) -> tuple[int, int]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import torch
+from importlib import import_module
+from typing import Any
 
 from rlr_peft.redaction import is_address
-from rlr_peft.rewards.base import Reward, RewardError
+from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import load_callable_reward
 from rlr_peft.rewards.embedded import SPEC_OF_JUDGE, JpegReward, TinyShapesJudgeReward
 from rlr_peft.rewards.model_reward import ModelSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
+from rlr_peft.rewards.scores import RewardError
 from rlr_peft.rewards.video import TemporalFlicker
+from rlr_peft.tiny_shapes.judges import JudgeName
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
 
 OWN_FORMS = "`package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
@@ -33,97 +35,65 @@ class RewardSettings:
     remote: RemoteSettings = field(default_factory=RemoteSettings)
 
 
-def _aesthetic(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_rewards import Aesthetic
+def _from(module: str, name: str, *arguments: Any) -> Callable[[ModelSettings], Reward]:
+    """Imports the module when the reward is loaded: transformers takes seconds."""
 
-    return Aesthetic(settings)
+    def load(settings: ModelSettings) -> Reward:
+        return getattr(import_module(f"rlr_peft.rewards.{module}"), name)(*arguments, settings)
 
-
-def _clipscore(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_rewards import ClipScore
-
-    return ClipScore(settings)
+    return load
 
 
-def _pickscore(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_rewards import PickScore
-
-    return PickScore(settings)
+def _judge(judge: JudgeName, attribute: str | None) -> Callable[[ModelSettings], Reward]:
+    return lambda settings: TinyShapesJudgeReward(judge, attribute, settings.device)
 
 
-def _hpsv2_0(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_rewards import HPSv2
-
-    return HPSv2("v2.0", settings)
-
-
-def _hpsv2_1(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.clip_rewards import HPSv2
-
-    return HPSv2("v2.1", settings)
-
-
-def _imagereward(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.image_reward import ImageReward
-
-    return ImageReward(settings)
-
-
-def _subject_consistency(settings: ModelSettings) -> Reward:
-    from rlr_peft.rewards.video import SubjectConsistency
-
-    return SubjectConsistency(settings)
-
-
-# transformers is imported only by the rewards that need it: it takes seconds.
 MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
-    "aesthetic": _aesthetic,
-    "clipscore": _clipscore,
-    "hpsv2": _hpsv2_1,
-    "hpsv2/v2.0": _hpsv2_0,
-    "hpsv2/v2.1": _hpsv2_1,
-    "imagereward": _imagereward,
-    "pickscore": _pickscore,
-    "subject-consistency": _subject_consistency,
+    "aesthetic": _from("clip_rewards", "Aesthetic"),
+    "clipscore": _from("clip_rewards", "ClipScore"),
+    "hpsv2": _from("clip_rewards", "HPSv2", "v2.1"),
+    "hpsv2/v2.0": _from("clip_rewards", "HPSv2", "v2.0"),
+    "hpsv2/v2.1": _from("clip_rewards", "HPSv2", "v2.1"),
+    "imagereward": _from("image_reward", "ImageReward"),
+    "pickscore": _from("clip_rewards", "PickScore"),
+    "subject-consistency": _from("video", "SubjectConsistency"),
 }
-
-PLAIN_REWARDS: dict[str, Callable[[], Reward]] = {
-    "jpeg-compressibility": lambda: JpegReward(compressible=True),
-    "jpeg-incompressibility": lambda: JpegReward(compressible=False),
-    "temporal-flicker": TemporalFlicker,
+BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
+    **MODEL_REWARDS,
+    "jpeg-compressibility": lambda settings: JpegReward(compressible=True),
+    "jpeg-incompressibility": lambda settings: JpegReward(compressible=False),
+    "temporal-flicker": lambda settings: TemporalFlicker(),
+}
+JUDGES = {
+    spec + (f"/{attribute}" if attribute else ""): _judge(judge, attribute)
+    for judge, spec in SPEC_OF_JUDGE.items()
+    for attribute in (None, *ATTRIBUTES)
 }
 
 
 def available_rewards() -> list[str]:
     """Every registered name; besides these, `load_reward` takes user callables and servers."""
-    judged = [f"{spec}{suffix}" for spec in SPEC_OF_JUDGE.values() for suffix in ("", *(f"/{a}" for a in ATTRIBUTES))]
-    return [*sorted([*MODEL_REWARDS, *PLAIN_REWARDS]), *judged]
+    return [*sorted(BUILT_IN), *JUDGES]
 
 
-def load_reward(spec: str, device: str | torch.device = "cpu", settings: RewardSettings | None = None) -> Reward:
+def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
     """Load a reward.
 
     Args:
         spec: one of `available_rewards()`, `package.module:callable`, `path/to/file.py:callable`, or an http(s) URL.
-        device: where a judge or a user's module runs, when no settings are given also the built-in networks.
-        settings: how networks are held and servers are asked.
+        settings: how networks are held and where they run (a user's module too), and how servers are asked.
 
     Raises:
         RewardError: unknown name (the nearest ones are suggested), missing files, or a callable that cannot be loaded.
     """
-    settings = settings or RewardSettings(ModelSettings(torch.device(device)))
-    if spec in PLAIN_REWARDS:
-        return PLAIN_REWARDS[spec]()
-    if spec in MODEL_REWARDS:
-        return MODEL_REWARDS[spec](settings.model)
-    base, _, attribute = spec.partition("/")
-    for judge, judge_spec in SPEC_OF_JUDGE.items():
-        if spec == judge_spec or (base == judge_spec and attribute in ATTRIBUTES):
-            return TinyShapesJudgeReward(judge, attribute or None, device)
+    settings = settings or RewardSettings()
+    built_in = (BUILT_IN | JUDGES).get(spec)
+    if built_in is not None:
+        return built_in(settings.model)
     if is_address(spec):
         return RemoteReward(spec, settings.remote)
     if ":" in spec:
-        return load_callable_reward(spec, device)
+        return load_callable_reward(spec, settings.model.device)
     raise RewardError(_unknown(spec))
 
 

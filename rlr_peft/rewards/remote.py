@@ -11,7 +11,7 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError
 from rlr_peft.redaction import redacted_address
-from rlr_peft.rewards.scores import Info, RewardError, check_scores, info_of, join_info
+from rlr_peft.rewards.base import Metadata, Reward, Scored, join_scored
+from rlr_peft.rewards.preprocessing import to_8_bits
+from rlr_peft.rewards.scores import RewardError, check_scores, info_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class RemoteSettings:
     batch_size: int = 16
 
 
-class RemoteReward:
+class RemoteReward(Reward):
     """Asks a server that speaks the protocol of `docs/rewards.md`, such as `rlr-peft serve-reward`.
 
     Args:
@@ -63,8 +65,6 @@ class RemoteReward:
         RewardError: not an http(s) URL with a host.
     """
 
-    differentiable = False
-
     def __init__(self, url: str, settings: RemoteSettings | None = None) -> None:
         self._settings = settings or RemoteSettings()
         try:
@@ -74,22 +74,30 @@ class RemoteReward:
         self.name = self._server.name
         self.version: str | None = None
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Tensor, Info]:
-        """(B,) float32 on the images' device, and the server's info.
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """The server's scores and info.
 
         Raises:
             RewardError: no answer after all retries, a refusal (4xx), or an answer that is not one finite number per
                 image.
         """
-        scores: list[Tensor] = []
-        infos: list[tuple[Info, int]] = []
-        for start in range(0, len(prompts), self._settings.batch_size):
-            part = slice(start, start + self._settings.batch_size)
-            answer = self._ask(request_body(images[part], prompts[part], metadata[part]))
-            self._note_version(answer)
-            scores.append(check_scores(self.name, answer["rewards"], prompts[part]))
-            infos.append((info_of((scores[-1], answer.get("info")), len(prompts[part])), len(prompts[part])))
-        return torch.cat(scores).to(images.device), join_info(infos)
+        size = self._settings.batch_size
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        return join_scored([self._score(images[part], prompts[part], metadata[part]) for part in parts])
+
+    def _score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        answer = self._ask(request_body(images, prompts, metadata))
+        self._note_version(answer)
+        returned = check_scores(self.name, answer["rewards"], prompts), answer.get("info")
+        return Scored(returned[0], info=info_of(returned, len(prompts)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The latest version, under the server's name."""
+        return {self.name: self.version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it: the first answer of another version is warned of."""
+        self.version = state.get(self.name)
 
     def ask_version(self) -> str | None:
         """What the server says of its version to a GET; None where it says nothing, or does not answer."""
@@ -124,15 +132,6 @@ class RemoteReward:
         return answer
 
 
-def remote_rewards(*rewards: Any) -> Iterator[RemoteReward]:
-    """The rewards behind servers among these, and among the parts of weighted or held-out ones."""
-    for reward in rewards:
-        if isinstance(reward, RemoteReward):
-            yield reward
-        else:
-            yield from remote_rewards(*getattr(reward, "parts", ()))
-
-
 def _version_in(answer: Any) -> str | None:
     version = answer.get("version") if isinstance(answer, dict) else None
     return version[:MAX_VERSION_LENGTH] if isinstance(version, str) and version else None
@@ -165,8 +164,11 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
         prompts: B prompts.
         metadata: B dictionaries that JSON can hold.
     """
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return {"prompt": list(prompts), "image": [_encode(image) for image in pixels], "metadata": list(metadata)}
+    return {
+        "prompt": list(prompts),
+        "image": [_encode(image) for image in to_8_bits(images)],
+        "metadata": list(metadata),
+    }
 
 
 def parse_body(body: bytearray) -> Any:

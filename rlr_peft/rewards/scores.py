@@ -20,6 +20,21 @@ from rlr_peft.foreign_text import one_line
 # An error message shows at most this many bad samples; the rest are counted.
 MAX_SAMPLES_IN_MESSAGE = 4
 MAX_PROMPT_LENGTH_IN_MESSAGE = 80
+# Name -> (B,) float32 on the CPU; NaN where a sample has no such number.
+Info = dict[str, Tensor]
+
+
+class RewardError(UserError, ValueError):
+    """A reward could not be loaded, failed, or returned something that is not one finite number per image.
+
+    Args:
+        message: what was expected, what was got, and what to do.
+        raised: what a user's own code raised; its traceback tells where in that code, and holds no frame of ours.
+    """
+
+    def __init__(self, message: str, raised: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.raised = raised
 
 
 def check_scores(reward_name: str, scores: Any, prompts: Sequence[str], *, attached_to: Tensor | None = None) -> Tensor:
@@ -165,23 +180,6 @@ def _is_number(entry: Any) -> bool:
     if isinstance(entry, (bool, int, float, numpy.number, numpy.bool_)):
         return True
     return isinstance(entry, numpy.ndarray) and entry.ndim == 0 and numpy.issubdtype(entry.dtype, numpy.number)
-
-
-class RewardError(UserError, ValueError):
-    """A reward could not be loaded, failed, or returned something that is not one finite number per image.
-
-    Args:
-        message: what was expected, what was got, and what to do.
-        raised: what a user's own code raised; its traceback tells where in that code, and holds no frame of ours.
-    """
-
-    def __init__(self, message: str, raised: BaseException | None = None) -> None:
-        super().__init__(message)
-        self.raised = raised
-
-
-# Name -> (B,) float32 on the CPU; NaN where a sample has no such number.
-Info = dict[str, Tensor]
 
 
 def without_info(returned: Any) -> Any:

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from rlr_peft.rewards.base import Reward, RewardError, Scored, measure_images
+from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images
 from rlr_peft.rewards.remote import TooLargeError, WireError, parse_body, read_request
-from rlr_peft.rewards.scores import Info, join_info
+from rlr_peft.rewards.scores import RewardError
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class RewardServer(ThreadingHTTPServer):
         version: str | None = None,
         limits: ServerLimits | None = None,
     ) -> None:
-        if getattr(reward, "takes_video", False):
+        if reward.takes_video:
             raise RewardError(
                 f"reward '{reward.name}' judges whole videos, but only images travel to a server: give it to "
                 "--reward_fn itself"
@@ -130,20 +130,14 @@ class RewardServer(ThreadingHTTPServer):
         """
         with self._scoring:
             images, prompts, metadata = read_request(parse_body(body), self.limits.max_pixels)
-            scores = torch.empty(len(prompts))
-            infos: list[tuple[Info, int]] = []
-            order: list[int] = []
+            parts, order = [], []
             for rows in _by_size(images):
-                scored = measure_images(
-                    self.reward,
-                    torch.stack([images[row] for row in rows]).to(self.device).float().div_(255),
-                    [prompts[row] for row in rows],
-                    [metadata[row] for row in rows],
+                pixels = torch.stack([images[row] for row in rows]).to(self.device).float().div_(255)
+                parts.append(
+                    measure_images(self.reward, pixels, [prompts[i] for i in rows], [metadata[i] for i in rows])
                 )
-                scores[rows] = scored.scores.cpu()
-                infos.append((scored.info, len(rows)))
                 order += rows
-        return _answer(Scored(scores, join_info(infos)), order) | self.stated
+        return _answer(join_scored(parts), order) | self.stated
 
     def hold(self, num_bytes: int) -> None:
         """Counts bytes that are to be held; a negative number gives them back.
@@ -338,20 +332,22 @@ class _Arriving(io.RawIOBase):
         return self._connection.recv_into(buffer)
 
 
-def _by_size(images: list[torch.Tensor]) -> Iterator[list[int]]:
+def _by_size(images: list[torch.Tensor]) -> list[list[int]]:
     """Rows of images of the same size, which can be scored together."""
     rows: dict[torch.Size, list[int]] = {}
     for row, image in enumerate(images):
         rows.setdefault(image.shape, []).append(row)
-    yield from rows.values()
+    return list(rows.values())
 
 
 def _answer(scored: Scored, order: list[int]) -> dict[str, Any]:
-    """JSON has neither NaN nor infinity: info that a sample lacks is null."""
+    """Of scores whose images stand in the request at these places.
+
+    JSON has neither NaN nor infinity: info that a sample lacks is null.
+    """
     positions = sorted(range(len(order)), key=order.__getitem__)
     info = {
         name: [value if math.isfinite(value) else None for value in values[positions].tolist()]
-        for name, values in scored.info.items()
+        for name, values in scored.logged.items()
     }
-    answer: dict[str, Any] = {"rewards": scored.scores.tolist()}
-    return answer | ({"info": info} if info else {})
+    return {"rewards": scored.scores.cpu()[positions].tolist()} | ({"info": info} if info else {})

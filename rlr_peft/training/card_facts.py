@@ -31,7 +31,6 @@ from rlr_peft.publishing.record import (
     Sampling,
 )
 from rlr_peft.redaction import redacted_command
-from rlr_peft.rewards.combination import HeldoutRewards, WeightedRewards
 from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
@@ -101,13 +100,9 @@ def _peft_config(run: Run) -> dict[str, object] | None:
 
 
 def _rewards(run: Run) -> Rewards:
-    weights: dict[str, float] = {}
-    if isinstance(run.reward, WeightedRewards):
-        asked = run.config.reward.reward_fn
-        weights = dict(zip(run.reward.scales(), [1.0] if isinstance(asked, str) else asked.values(), strict=True))
-    heldout = (
-        run.heldout.names if isinstance(run.heldout, HeldoutRewards) else [run.heldout.name] if run.heldout else []
-    )
+    asked = run.config.reward.reward_fn
+    weights = dict(zip(run.reward.part_names, [1.0] if isinstance(asked, str) else asked.values()))
+    heldout = [] if run.heldout is None else run.heldout.part_names or [run.heldout.name]
     return Rewards(run.reward.name, weights, heldout)
 
 

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 # Adam divides a gradient g by |g| + epsilon. Where g is this share of epsilon or less, its step is that share of the
 # learning rate or less, instead of about 1.
 FAINT = 0.01
-FOR_FAINT_REWARDS = "multiply the reward by a constant, or use --normalize_rewards"
+FOR_FAINT_REWARDS = "multiply the reward by a constant, or have it scaled: --reward_fn '{NAME: 1}'"
 
 
 class LearningSignal:

@@ -20,8 +20,6 @@ from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.plain_files import PlainFileError, parse_yaml, read_plain_text
 from rlr_peft.publishing.record import RECORD_NAME
 from rlr_peft.publishing.uploads import PUBLISHED
-from rlr_peft.rewards.combination import WeightedRewards
-from rlr_peft.rewards.remote import remote_rewards
 from rlr_peft.training.checkpoints import (
     CheckpointError,
     CheckpointManager,
@@ -90,10 +88,8 @@ def save_checkpoint(run: Run, progress: Progress, checkpoints: CheckpointManager
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "estimator": run.estimator.state_dict(),
-        "objective": {"has_gradient": run.objective.has_gradient},
-        "reward_scale": None if run.reward_scale is None else run.reward_scale.state_dict(),
-        "component_scales": run.reward.state_dict() if isinstance(run.reward, WeightedRewards) else None,
-        "server_versions": {reward.name: reward.version for reward in remote_rewards(run.reward, run.heldout)},
+        "reward": run.reward.state_dict(),
+        "heldout": {} if run.heldout is None else run.heldout.state_dict(),
         "early_stopping": progress.early_stopping.state_dict(),
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
@@ -122,13 +118,9 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     _check_optimizer(run, path, state["optimizer_class"])
     restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"])
     run.estimator.load_state_dict(state["estimator"])
-    run.objective.has_gradient = bool(state["objective"]["has_gradient"])
-    if run.reward_scale is not None and state["reward_scale"] is not None:
-        run.reward_scale.load_state_dict(state["reward_scale"])
-    if isinstance(run.reward, WeightedRewards):
-        run.reward.load_state_dict(state["component_scales"] or {})
-    for reward in remote_rewards(run.reward, run.heldout):  # it warns at the first answer of another version
-        reward.version = state.get("server_versions", {}).get(reward.name)
+    run.reward.load_state_dict(state["reward"])
+    if run.heldout is not None:
+        run.heldout.load_state_dict(state["heldout"])
     restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)
     if run.accelerator.is_main_process:

@@ -17,7 +17,6 @@ from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.sampling import Batch, sample_batch
 from rlr_peft.prompt import Prompt
-from rlr_peft.rewards.combination import ON_FIRST_SCALES, WeightedRewards
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.progress import is_due_after
 
@@ -79,7 +78,7 @@ def take_update(run: Run, step: int) -> Update:
     """
     batch = _sample(run, step)
     prompts = run.processes.gather_objects(batch.prompts, "the prompts")
-    rewards = run.processes.gather(batch.rewards, "the rewards")
+    rewards = run.processes.gather(batch.scored.scores, "the rewards")
     info = _gather_info(run, batch)
     advantages = run.estimator.advantages(rewards, prompts, run.config.training.num_images_per_prompt)
     rollouts = batch.rollouts(advantages[_own_samples(run)])
@@ -102,13 +101,12 @@ def take_update(run: Run, step: int) -> Update:
     run.lr_scheduler.step()
     books = run.processes.gather_objects(books, "the estimator's numbers")
     run.estimator.learn(books)
-    heldout = None if batch.heldout is None else run.processes.gather(batch.heldout, "the held-out scores")
-    is_sum = isinstance(run.reward, WeightedRewards)
-    shown = info.pop(f"reward/{ON_FIRST_SCALES}") if is_sum else rewards  # a single reward's own `total` is its info
+    heldout = None if batch.heldout is None else run.processes.gather(batch.heldout.scores, "the held-out scores")
+    raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
+    shown = run.reward.scores_on_first_scales(rewards, raw)
     update = Update(shown, heldout, kl, coverage, books, gradient_norm, _logged_info(run, info))
-    if isinstance(run.reward, WeightedRewards):
-        # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
-        run.reward.observe({name.removeprefix("reward/"): values for name, values in info.items()})
+    # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
+    run.reward.learn(raw)
     return update
 
 
@@ -134,7 +132,7 @@ def calibrate(run: Run, step: int) -> None:
     prompts = run.sampler.sample(step, math.ceil(arguments.calibration_samples / group_size))
     repeated, seeds = _repeat(run, step, "calibration", prompts)
     batch = sample_batch(run.chain, run.objective, repeated, seeds, micro_batch_size)
-    rollouts = batch.rollouts(leave_one_out(batch.rewards, group_size))
+    rollouts = batch.rollouts(leave_one_out(batch.scored.scores, group_size))
     run.estimator.calibrate(run.chain, rollouts, arguments.calibration_decay)
     # Sums on GPUs differ in their last digits, which may tip the choice of K: all go by the main process's numbers.
     run.estimator.load_state_dict(run.processes.broadcast(run.estimator.state_dict(), "the calibration"))
@@ -174,19 +172,17 @@ def _repeat(
 
 def _gather_info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
     """The numbers that the rewards give beside their scores, of all processes: `reward/NAME` and `heldout/NAME`."""
-    names = {f"reward/{name}": values for name, values in batch.info.items()}
-    names |= {f"heldout/{name}": values for name, values in batch.heldout_info.items()}
+    names = {f"reward/{name}": values for name, values in batch.scored.logged.items()}
+    if batch.heldout is not None:
+        names |= {f"heldout/{name}": values for name, values in batch.heldout.logged.items()}
     # As objects, because processes need not have the same names.
-    parts = run.processes.gather_objects([(names, len(batch.rewards))], "the rewards' own numbers")
+    parts = run.processes.gather_objects([(names, len(batch.scored.scores))], "the rewards' own numbers")
     return join_info(parts)
 
 
 def _logged_info(run: Run, info: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The info's means and, of a weighted sum, the scales that the update was divided by."""
-    means = info_means(info)
-    if isinstance(run.reward, WeightedRewards) and run.reward.needs_scales:
-        means |= {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
-    return means
+    return info_means(info) | {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
 
 
 def _add_gradients(

@@ -16,8 +16,6 @@ from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
-from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.combination import OnFirstScales, WeightedRewards
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +104,7 @@ def _evaluate(run: Run, evaluation_prompts: list[Prompt], description: str) -> E
     prompts, seeds = prompts_and_seeds(evaluation_prompts, arguments.num_evaluation_images, seed)
     chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
     # What is compared before and after must not be measured on scales that move in between.
-    reward: Reward = OnFirstScales(run.reward) if isinstance(run.reward, WeightedRewards) else run.reward
-    rewards = {"reward": reward} | ({} if run.heldout is None else {"heldout": run.heldout})
+    rewards = {"reward": run.reward.on_first_scales()} | ({} if run.heldout is None else {"heldout": run.heldout})
     return evaluate(
         lambda texts, numbers: render(chain, texts, numbers),
         prompts,

@@ -18,16 +18,17 @@ from rlr_peft.compare.evaluation import (
     paired_gains,
     prompts_and_seeds,
 )
-from rlr_peft.rewards.base import RewardError
+from rlr_peft.rewards.base import Reward, Scored
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 
 
-class Brightness:
+class Brightness(Reward):
     name = "brightness"
     differentiable = True
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        return images.mean(dim=(1, 2, 3))
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+        return Scored(images.mean(dim=(1, 2, 3)))
 
 
 def render(prompts: list[str], seeds: list[int]) -> Tensor:
@@ -100,7 +101,7 @@ def test_scores_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     result = evaluate(render, prompts, seeds, rewards, batch_size, num_kept_images=4, show_progress=False)
     images = torch.cat([render([prompt], [seed]) for prompt, seed in zip(prompts, seeds, strict=True)])
     assert torch.allclose(result.scores["reward"], images.mean(dim=(1, 2, 3)))
-    assert torch.equal(result.scores["heldout"], load_reward("jpeg-compressibility")(images, prompts, []))
+    assert torch.equal(result.scores["heldout"], load_reward("jpeg-compressibility")(images, prompts, []).scores)
     assert torch.equal(result.images, images[:4])
     assert result.prompts == prompts
     assert result.seeds == seeds
@@ -137,8 +138,8 @@ def test_a_plan_needs_a_seed_per_prompt() -> None:
 
 def test_a_bad_reward_stops_the_evaluation() -> None:
     class Broken(Brightness):
-        def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            return super().__call__(images, prompts, metadata) / 0.0
+        def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+            return Scored(super().__call__(images, prompts, metadata).scores / 0.0)
 
     with pytest.raises(RewardError, match="expected finite scores"):
         evaluate(render, ["a", "b"], [0, 1], {"r": Broken()}, 1, show_progress=False)

@@ -1,5 +1,6 @@
 """What is kept is found again, bit for bit; what is damaged, incomplete or of something else is not."""
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from torch import Tensor
 from rlr_peft.compare.features import Thumbnails
 from rlr_peft.compare.kept import KeptFeatures, KeptImages, KeptReward, kept_divergence
 from rlr_peft.prompt import Prompt
-from rlr_peft.rewards.base import RewardError, measure_images
+from rlr_peft.rewards.base import Reward, Scored, measure_images
 from rlr_peft.rewards.remote import RemoteReward
+from rlr_peft.rewards.scores import RewardError
 from rlr_peft.rewards.server import RewardServer
 
 PROMPTS, SEEDS = [Prompt("a cat"), Prompt("a dog, “quoted” 日本")], [7, 4294967295]
@@ -93,19 +95,17 @@ def test_a_batch_of_which_anything_is_not_whole_is_drawn_again(
     assert draw.calls == 2, "mended"
 
 
-class Redness:
+class Redness(Reward):
     name = "redness"
     differentiable = True
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, images: Tensor, prompts: list[Prompt], metadata: list[dict[str, Any]]) -> Any:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
         self.calls += 1
-        return images[:, 0].mean((1, 2)), {
-            "blue/mean": images[:, 2].mean((1, 2)),
-            "some": [1.0] + [None] * (len(images) - 1),
-        }
+        some = torch.tensor([1.0] + [math.nan] * (len(images) - 1))
+        return Scored(images[:, 0].mean((1, 2)), info={"blue/mean": images[:, 2].mean((1, 2)), "some": some})
 
 
 def test_scores_and_info_are_measured_once(tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_a_server_that_changes_between_two_answers_is_noticed(caplog: pytest.Log
 
 def test_a_failing_reward_leaves_nothing_behind(tmp_path: Path) -> None:
     class Broken(Redness):
-        def __call__(self, images: Tensor, prompts: list[Prompt], metadata: list[dict[str, Any]]) -> Any:
-            return images[:, 0].mean((1, 2)) / 0
+        def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+            return Scored(images[:, 0].mean((1, 2)) / 0)
 
     with pytest.raises(RewardError, match="reward 'redness': expected finite scores"):
         measure_images(KeptReward(Broken(), tmp_path, "v1"), Draw(3, 8, 8)(PROMPTS, SEEDS), PROMPTS)

@@ -382,7 +382,7 @@ def test_a_pipelines_weights_are_left_as_they_were() -> None:
     diagnose(
         chain,
         objective,
-        batch.rollouts(leave_one_out(batch.rewards, 2)),
+        batch.rollouts(leave_one_out(batch.scored.scores, 2)),
         config,
         group_size=2,
         sampling_seconds=0.0,

@@ -26,7 +26,7 @@ def stable_diffusion() -> tuple[Chain, Rollout]:
     trajectory = chain.sample(["red", "blue b"], [0, 1])
     reward = CallableReward("brightness", lambda images, prompts: images.square().mean((1, 2, 3)))
     measured = DecodedReward(chain, reward, 2).measure(trajectory.latents[0], trajectory.prompts)
-    return chain, Rollout(trajectory, measured.rewards, torch.tensor([0.7, -1.1]), measured.reward_gradient)
+    return chain, Rollout(trajectory, measured.scored.scores, torch.tensor([0.7, -1.1]), measured.reward_gradient)
 
 
 def pathwise_by_autograd(chain: Chain, rollout: Rollout, length: int) -> list[torch.Tensor]:

@@ -5,9 +5,9 @@ import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.rewards.base import RewardError
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red", "blue b", "c"]
@@ -32,10 +32,10 @@ def test_gradient_is_that_of_plain_autograd_in_every_batch_size(batch_size: int)
     leaf = latents.clone().requires_grad_()
     rewards = redness(chain.decode(leaf, PROMPTS), PROMPTS)
     (expected,) = torch.autograd.grad(rewards.sum(), leaf)
-    torch.testing.assert_close(measured.rewards, rewards.float())
+    torch.testing.assert_close(measured.scored.scores, rewards.float())
     assert (measured.reward_gradient - expected).norm() <= 1e-6 * expected.norm()  # the pixels are float32
-    assert measured.heldout is not None and measured.heldout.shape == (3,)
-    torch.testing.assert_close(objective.score(latents, PROMPTS), measured.rewards)
+    assert measured.heldout is not None and measured.heldout.scores.shape == (3,)
+    torch.testing.assert_close(objective.score(latents, PROMPTS), measured.scored.scores)
 
 
 def test_faint_gradients_survive_a_half_precision_decoder() -> None:
@@ -73,7 +73,7 @@ def test_no_tape_where_no_gradient_is_wanted() -> None:
     assert objective.has_gradient, "nothing was found out"
     differentiated = objective.measure(latents, PROMPTS)
     assert taped[2:] == [True, True] and differentiated.reward_gradient is not None
-    torch.testing.assert_close(measured.rewards, differentiated.rewards)
+    torch.testing.assert_close(measured.scored.scores, differentiated.scored.scores)
 
 
 def test_an_undeclared_callable_is_found_out_about() -> None:

@@ -51,7 +51,7 @@ def test_on_stable_diffusion_it_is_plain_autograd_through_denoiser_and_decoder()
 
     objective = DecodedReward(chain, CallableReward("brightness", brightness), 1)
     measured = objective.measure(trajectory.latents[0], trajectory.prompts)
-    rollout = Rollout(trajectory, measured.rewards, measured.rewards, measured.reward_gradient)
+    rollout = Rollout(trajectory, measured.scored.scores, measured.scored.scores, measured.reward_gradient)
     RewardFeedbackEstimator(1).accumulate(chain, objective, rollout, torch.Generator())
     actual = gradient_of(chain)
     predicted = chain.replay(trajectory, 1).pred_original_sample

@@ -31,11 +31,11 @@ def test_mirrored_pairs_are_neighbours() -> None:
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_antithetic_samples_have_the_noises_of_the_first_seed_of_their_pair(micro_batch_size: int) -> None:
     chain, batch = sampled(micro_batch_size, antithetic=True)
-    assert batch.prompts == PROMPTS and batch.rewards.shape == (8,)
+    assert batch.prompts == PROMPTS and batch.scored.scores.shape == (8,)
     noises = torch.cat([trajectory.noises for trajectory, _ in batch.micro_batches], dim=1)
     assert torch.equal(noises[:, ::2], chain.draw_noises([0, 2, 4, 6]))
     assert torch.equal(noises[:, 1::2], -noises[:, ::2])
-    advantages = leave_one_out(batch.rewards, 4, antithetic=True)
+    advantages = leave_one_out(batch.scored.scores, 4, antithetic=True)
     parts = [rollout.advantages for rollout in batch.rollouts(advantages)]
     assert [len(part) for part in parts] == [micro_batch_size] * (8 // micro_batch_size)
     assert torch.equal(torch.cat(parts), advantages)
@@ -44,7 +44,7 @@ def test_antithetic_samples_have_the_noises_of_the_first_seed_of_their_pair(micr
 def test_the_size_of_a_micro_batch_changes_nothing() -> None:
     for antithetic in (False, True):
         (_, small), (_, large) = sampled(2, antithetic), sampled(8, antithetic)
-        torch.testing.assert_close(small.rewards, large.rewards)
+        torch.testing.assert_close(small.scored.scores, large.scored.scores)
         parts = [measured.reward_gradient for _, measured in small.micro_batches]
         ((_, whole),) = large.micro_batches
         assert len(parts) == 4

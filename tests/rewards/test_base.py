@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlr_peft.rewards.base import RewardError, check_scores, is_attached, score_images
-from rlr_peft.rewards.scores import info_of
+from rlr_peft.rewards.base import Reward, Scored, score_images
+from rlr_peft.rewards.scores import RewardError, check_scores, info_of, is_attached
 
 PROMPTS = ["a red star", "a blue ring", "a green moon"]
 
 
-class Brightness:
+class Brightness(Reward):
     """A differentiable reward; `after` lets a test spoil its scores."""
 
     name = "brightness"
@@ -23,9 +23,9 @@ class Brightness:
         self.after = after
         self.saw_gradient: bool | None = None
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
         self.saw_gradient = images.requires_grad
-        return self.after(images.mean(dim=(1, 2, 3)))
+        return Scored(self.after(images.mean(dim=(1, 2, 3))))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from textwrap import dedent
 import pytest
 import torch
 
-from rlr_peft.rewards.base import RewardError, score_images, settle_differentiable
+from rlr_peft.rewards.base import score_images
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
 PROMPTS = ["one", "two", "three", "four"]
@@ -175,7 +176,7 @@ def test_differentiability_is_declared_or_found_on_the_first_images(
 ) -> None:
     reward = load(reward_file, name)
     before = IMAGES.clone()
-    assert settle_differentiable(reward, IMAGES, PROMPTS, METADATA) is expected
+    assert reward.settle(IMAGES, PROMPTS, METADATA) is expected
     assert reward.differentiable is expected
     assert torch.equal(before, IMAGES)
 
@@ -183,7 +184,7 @@ def test_differentiability_is_declared_or_found_on_the_first_images(
 @pytest.mark.parametrize("declared", [None, True, False])
 def test_code_that_changes_images_in_place_changes_its_own_copy(reward_file: Path, declared: bool | None) -> None:
     reward = load(reward_file, "in_place")
-    reward._differentiable = declared
+    reward.differentiable = declared
     latents = IMAGES.clone().requires_grad_()
     images = latents * 1  # decoded images are no leaf of the graph either
     scores = score_images(reward, images, PROMPTS)
@@ -207,7 +208,7 @@ def test_a_gradient_that_is_missed_is_said_once(
 ) -> None:
     reward = load(reward_file, name)
     for _ in range(2):
-        settle_differentiable(reward, IMAGES, PROMPTS)
+        reward.settle(IMAGES, PROMPTS, METADATA)
     if message is None:
         assert not caplog.records
     else:
@@ -215,9 +216,8 @@ def test_a_gradient_that_is_missed_is_said_once(
         assert message in record.getMessage() and f"my_rewards.py:{name}" in record.getMessage()
 
 
-def test_it_is_asked_for_too_early_without_declaration(reward_file: Path) -> None:
-    with pytest.raises(RewardError, match="not known yet"):
-        _ = load(reward_file, "brightness").differentiable
+def test_it_is_not_known_before_the_first_images_unless_it_is_declared(reward_file: Path) -> None:
+    assert load(reward_file, "brightness").differentiable is None
     assert load(reward_file, "declared").differentiable is False
 
 
@@ -225,11 +225,11 @@ def test_the_trial_happens_once_and_leaves_the_random_state_alone(reward_file: P
     reward = load(reward_file, "noisy")
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    assert settle_differentiable(reward, IMAGES, PROMPTS)
+    assert reward.settle(IMAGES, PROMPTS, METADATA)
     assert torch.equal(torch.get_rng_state(), state)
     counter = load(reward_file, "Counter")
     for _ in range(3):
-        settle_differentiable(counter, IMAGES, PROMPTS)
+        counter.settle(IMAGES, PROMPTS, METADATA)
     assert score_images(counter, IMAGES, PROMPTS).tolist() == [2.0] * 4
 
 
@@ -256,7 +256,7 @@ def test_an_exception_names_the_reward_and_keeps_its_cause(reward_file: Path) ->
         score_images(load(reward_file, "fails"), IMAGES, PROMPTS)
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(RewardError, match="raised KeyError"):
-        settle_differentiable(load(reward_file, "fails"), IMAGES, PROMPTS)
+        load(reward_file, "fails").settle(IMAGES, PROMPTS, METADATA)
 
 
 @pytest.mark.parametrize(

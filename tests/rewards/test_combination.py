@@ -8,29 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlr_peft.rewards.base import RewardError, measure_images, score_images, settle_differentiable
+from rlr_peft.rewards.base import Reward, Scored, measure_images, score_images
 from rlr_peft.rewards.combination import (
     DECAY,
     HeldoutRewards,
-    OnFirstScales,
     RunningScale,
     Term,
     WeightedRewards,
-    variance,
+    _variance,
 )
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 
 PROMPTS = ["a", "b", "c"]
 
 
-class Plain:
+class Plain(Reward):
     """A reward from a function of images."""
 
     def __init__(self, name: str, function: Callable[[Tensor], Tensor], differentiable: bool = True) -> None:
         self.name, self.function, self.differentiable = name, function, differentiable
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        return self.function(images)
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+        return Scored(self.function(images))
 
 
 def red(images: Tensor) -> Tensor:
@@ -53,15 +53,16 @@ def seen(rewards: WeightedRewards, *seeds: int) -> WeightedRewards:
     """After observing batches of 64 images."""
     for seed in seeds:
         batch = images(seed, 64)
-        rewards.observe({"red": red(batch), "green": green(batch)})
+        rewards.learn({"red": red(batch), "green": green(batch)})
     return rewards
 
 
 def test_without_scales_it_is_the_weighted_sum() -> None:
     scored = measure_images(pair(scaling="none"), images(), PROMPTS)
     assert torch.allclose(scored.scores, red(images()) + 0.5 * green(images()))
-    assert torch.allclose(scored.info["red"], red(images())) and torch.allclose(scored.info["green"], green(images()))
-    assert torch.allclose(scored.info["total"], scored.scores)
+    assert torch.allclose(scored.raw["red"], red(images())) and torch.allclose(scored.raw["green"], green(images()))
+    assert not scored.info and scored.logged == scored.raw
+    assert torch.equal(pair(scaling="none").scores_on_first_scales(scored.scores, scored.raw), scored.scores)
     assert pair().name == "1 red + 0.5 green"
 
 
@@ -86,17 +87,17 @@ def test_a_batch_is_never_divided_by_its_own_scale() -> None:
 def test_the_scale_is_the_running_deviation_of_the_past() -> None:
     scale = RunningScale()
     assert scale.current == scale.first == 1
-    scale.observe(torch.ones(20))
+    scale.learn(torch.ones(20))
     assert scale.current == 1, "equal scores have no scale"
     first, second = torch.tensor([1.0, 3.0] * 8), torch.tensor([0.0, 10.0])
-    scale.observe(first)
+    scale.learn(first)
     assert scale.current == scale.first == pytest.approx((16 / 15) ** 0.5)
-    scale.observe(second)
+    scale.learn(second)
     assert scale.current == pytest.approx((DECAY * 16 / 15 + (1 - DECAY) * 50) ** 0.5)
-    scale.observe(torch.tensor([7.0]))
+    scale.learn(torch.tensor([7.0]))
     assert scale.current == pytest.approx((DECAY * 16 / 15 + (1 - DECAY) * 50) ** 0.5), "one score has no spread"
     assert scale.first == pytest.approx((16 / 15) ** 0.5)
-    assert variance(torch.full((4,), 1 / 3) + torch.tensor([0, 1e-8, 0, 0])) == 0, "rounding is no variance"
+    assert _variance(torch.full((4,), 1 / 3) + torch.tensor([0, 1e-8, 0, 0])) == 0, "rounding is no variance"
 
 
 def test_no_scale_is_taken_from_a_handful_of_scores() -> None:
@@ -105,13 +106,13 @@ def test_no_scale_is_taken_from_a_handful_of_scores() -> None:
     scale, restored = RunningScale(), RunningScale()
     for part in scores.split(2):
         assert scale.current == scale.first == 1
-        scale.observe(part)
+        scale.learn(part)
     assert scale.current == scale.first == pytest.approx(float(scores.std()))
     for part in scores.split(2):  # the same from a checkpoint after every batch
         later = RunningScale()
         later.load_state_dict(restored.state_dict())
         restored = later
-        restored.observe(part)
+        restored.learn(part)
     assert restored.state_dict() == scale.state_dict()
 
 
@@ -119,12 +120,12 @@ def test_scales_move_on_or_stay_as_asked_and_the_total_stays_on_the_first() -> N
     moving, staying = seen(pair(scaling="running"), 1), seen(pair(scaling="first"), 1)
     expected = score_images(staying, images(), PROMPTS)
     for rewards in (moving, staying):
-        rewards.observe({"red": 7 * red(images(3, 64)), "green": green(images(3, 64))})
+        rewards.learn({"red": 7 * red(images(3, 64)), "green": green(images(3, 64))})
     assert torch.equal(score_images(staying, images(), PROMPTS), expected)
     scored = measure_images(moving, images(), PROMPTS)
     assert not torch.allclose(scored.scores, expected, rtol=0.1)
-    assert torch.allclose(scored.info["total"], expected, rtol=1e-5)
-    assert torch.allclose(score_images(OnFirstScales(moving), images(), PROMPTS), expected, rtol=1e-5)
+    assert torch.allclose(moving.scores_on_first_scales(scored.scores, scored.raw), expected, rtol=1e-5)
+    assert torch.allclose(score_images(moving.on_first_scales(), images(), PROMPTS), expected, rtol=1e-5)
 
 
 def test_scales_survive_saving_and_refuse_those_of_other_rewards() -> None:
@@ -184,12 +185,12 @@ def test_user_callables_are_found_out_about_inside_a_sum(tmp_path: Path) -> None
     )
     both = [Term(load_reward(f"{path}:{name}"), 1.0) for name in ("smooth", "cut")]
     rewards = WeightedRewards([both[0], Term(Plain("red", red), 1.0)])
-    with pytest.raises(RewardError, match="not known yet"):
-        _ = rewards.differentiable
-    assert settle_differentiable(rewards, images(), PROMPTS) and rewards.differentiable
+    assert rewards.differentiable is None
+    assert measure_images(rewards, images().requires_grad_(True), PROMPTS).scores.requires_grad
+    assert rewards.differentiable is True
     mixed = WeightedRewards(both)
     scored = measure_images(mixed, images().requires_grad_(True), PROMPTS)
-    assert not scored.scores.requires_grad and not mixed.differentiable
+    assert not scored.scores.requires_grad and mixed.differentiable is False
     assert scored.info["mine.py:cut/note"].tolist() == [1.0, 1.0, 1.0]
 
 
@@ -213,4 +214,4 @@ def test_heldout_rewards_score_by_the_first_and_show_all() -> None:
     scored = measure_images(heldout, images().requires_grad_(True), PROMPTS)
     assert heldout.name == "green" and not scored.scores.requires_grad
     assert torch.equal(scored.scores, green(images()))
-    assert torch.equal(scored.info["red (2)"], 2 * scored.info["red"])
+    assert torch.equal(scored.raw["red (2)"], 2 * scored.raw["red"])

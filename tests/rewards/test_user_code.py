@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from rlr_peft.prompt import Prompt
-from rlr_peft.rewards.base import Reward, RewardError, measure_images, score_images, settle_differentiable
+from rlr_peft.rewards.base import Reward, measure_images, score_images
 from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.scores import RewardError
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
 CODE = """
@@ -87,7 +88,7 @@ def test_what_a_reward_uses_up_is_its_own(tmp_path: Path, name: str) -> None:
     prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[2]]
     videos = IMAGES[:, None].repeat(1, 2, 1, 1, 1)
     for _ in range(2):
-        assert settle_differentiable(reward, IMAGES, prompts)
+        assert reward.settle(IMAGES, [prompt.text for prompt in prompts], [dict(prompt.metadata) for prompt in prompts])
         torch.testing.assert_close(score_images(reward, IMAGES, prompts), IMAGES.mean((1, 2, 3)))
         torch.testing.assert_close(score_images(reward, videos, prompts), IMAGES.mean((1, 2, 3)))
     assert [prompt.metadata for prompt in PROMPTS] == [

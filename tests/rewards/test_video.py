@@ -8,25 +8,26 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.reward_checkpoints import Sizes, write_dino
-from rlr_peft.rewards.base import RewardError, measure_images, score_images
+from rlr_peft.rewards.base import Reward, Scored, measure_images, score_images
 from rlr_peft.rewards.combination import Term, WeightedRewards
 from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings
 from rlr_peft.rewards.preprocessing import imagenet_pixels, vbench_pixels
 from rlr_peft.rewards.registry import RewardSettings, load_reward
+from rlr_peft.rewards.scores import RewardError
 from rlr_peft.rewards.video import DINO
 
 VIDEOS = torch.rand(2, 3, 3, 24, 40, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b"]
 
 
-class Brightness:
+class Brightness(Reward):
     name = "brightness"
     differentiable = True
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
         weights = torch.tensor([entry["weight"] for entry in metadata])
         scores = images.mean((1, 2, 3)) * weights
-        return scores, {"raw": images.mean((1, 2, 3))}
+        return Scored(scores, info={"raw": images.detach().mean((1, 2, 3))})
 
 
 def test_an_image_reward_gets_every_frame_with_its_prompt_and_metadata_and_the_mean_counts() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlr_peft.build.reward_scale import RewardScale
 from rlr_peft.training.checkpoints import CheckpointError
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.tracking import read_metrics
@@ -16,14 +15,14 @@ from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 MIXED = {
     "step_choice": "inverse-variance",
-    "normalize_rewards": True,
+    "scaled": True,
     "antithetic": True,
     "num_images_per_prompt": 4,
 }
 STATE_BASELINE = {
     "fo_steps": 1,
     "state_baseline": True,
-    "normalize_rewards": True,
+    "scaled": True,
     "antithetic": True,
     "num_images_per_prompt": 4,
 }
@@ -38,9 +37,16 @@ METHODS = {
 }
 
 
+def with_scaled_reward(workplace: Path, values: dict[str, object]) -> dict[str, object]:
+    """The reward is divided by its running deviation where the values say `scaled`."""
+    reward = {"reward_fn": {f"{workplace / 'rewards.py'}:redness": 1.0}} if "scaled" in values else {}
+    return {name: value for name, value in values.items() if name != "scaled"} | reward
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_two_updates(workplace: Path, tmp_path: Path, name: str) -> None:
     values, term = METHODS[name]
+    values = with_scaled_reward(workplace, values)
     run, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=2, **values))
     assert progress.step == 2 and not progress.stopped_early
     first, second = read_metrics(tmp_path / "out" / "metrics.jsonl")
@@ -82,13 +88,15 @@ PROMPT_STATISTICS = {
     "per_prompt_stat_tracking_min_count": 3,
     "max_train_samples": 2,
 }
-NORMALIZED = {"fo_steps": 1, "normalize_rewards": True, "state_baseline": True, "lora_dropout": 0.2}
+NORMALIZED = {"fo_steps": 1, "scaled": True, "state_baseline": True, "lora_dropout": 0.2}
 
 
 @pytest.mark.parametrize("values", [PROMPT_STATISTICS, NORMALIZED], ids=["prompt statistics", "reward scale"])
 def test_a_resumed_run_repeats_the_uninterrupted_one(
     workplace: Path, tmp_path: Path, values: dict[str, object]
 ) -> None:
+    is_scaled = "scaled" in values
+    values = with_scaled_reward(workplace, values)
     whole, _ = train_here(config_file(workplace, tmp_path / "whole", max_train_steps=4, **values))
     parts = config_file(workplace, tmp_path / "parts", max_train_steps=4, **values)
     train_here(parts, "--max_train_steps", "2")
@@ -98,9 +106,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     for file in (f"checkpoint-4/{WEIGHTS}", "metrics.jsonl"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert resumed.estimator.state_dict() == whole.estimator.state_dict()
-    if "normalize_rewards" in values:
-        assert resumed.reward_scale is not None and whole.reward_scale is not None
-        assert resumed.reward_scale.state_dict() == whole.reward_scale.state_dict() != RewardScale().state_dict()
+    assert resumed.reward.state_dict() == whole.reward.state_dict()
+    if is_scaled:
+        assert whole.reward.scales() != build(parts).reward.scales(), "the scale must have moved"
 
 
 def test_resuming_with_another_method_is_refused(workplace: Path, tmp_path: Path) -> None:
@@ -158,27 +166,26 @@ def test_the_divergence_is_measured_as_often_as_asked_for(workplace: Path, tmp_p
     assert ["kl" in line for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [False, True, False]
 
 
-def gradient_norm(config: Path, *flags: str) -> tuple[float, torch.Tensor]:
-    """Norm of the first update's gradient, with all weights moved alike, and the rewards."""
+def gradient_norm(config: Path, *flags: str) -> float:
+    """Norm of the first update's gradient, with all weights moved alike."""
     run = build(config, *flags)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in run.chain.parameters:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    update = take_update(run, 0)
-    return update.gradient_norm, update.rewards
+    return take_update(run, 0).gradient_norm
 
 
-def test_normalisation_divides_the_rewards_gradient_and_leaves_the_penaltys_weight(
+def test_a_mapping_of_one_reward_divides_its_gradient_and_leaves_the_penaltys_weight(
     workplace: Path, tmp_path: Path
 ) -> None:
     config = config_file(workplace, tmp_path / "out", fo_steps=1)
-    plain, rewards = gradient_norm(config)
-    normalised, _ = gradient_norm(config, "--normalize_rewards")
-    assert normalised == pytest.approx(plain / float(rewards.std()), rel=1e-4)
+    scaled = config_file(workplace, tmp_path / "scaled", fo_steps=1, **with_scaled_reward(workplace, {"scaled": True}))
+    (scale,) = build(scaled).reward.scales().values()
+    plain, divided = gradient_norm(config), gradient_norm(scaled)
+    assert divided == pytest.approx(plain / scale, rel=1e-4) and scale != 1
     penalty_alone = ["--fo_coefficient", "0", "--ho_coefficient", "0", "--kl_beta", "0.5"]
-    plain, _ = gradient_norm(config, *penalty_alone)
-    normalised, _ = gradient_norm(config, *penalty_alone, "--normalize_rewards")
-    assert normalised == pytest.approx(plain, rel=1e-4) and plain > 0
-    twice, _ = gradient_norm(config, *penalty_alone, "--kl_beta", "1.0")
+    plain = gradient_norm(config, *penalty_alone)
+    assert gradient_norm(scaled, *penalty_alone) == pytest.approx(plain, rel=1e-4) and plain > 0
+    twice = gradient_norm(config, *penalty_alone, "--kl_beta", "1.0")
     assert twice == pytest.approx(2 * plain, rel=1e-4)

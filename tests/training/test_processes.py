@@ -26,7 +26,7 @@ print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 MEETING = """
 import os, signal, sys, time
 from accelerate import Accelerator
-from rlr_peft.training import processes
+from rlr_peft.build import processes
 processes.BEAT, processes.FIRST_WORD, processes.SILENT = 0.1, 1.0, 0.7
 from rlr_peft.build.reporting import set_up_logging
 
@@ -114,7 +114,7 @@ from rlr_peft.training.update import calibrate
 
 run = build_run(load_config(["--config", sys.argv[1]]))
 calibrate(run, 0)
-print("energies", json.dumps(run.estimator.statistics.energies.tolist()), flush=True)
+os.write(1, f"energies {json.dumps(run.estimator.statistics.energies.tolist())}\\n".encode())  # in one piece
 run.processes.close()
 """
 
@@ -126,18 +126,24 @@ def test_all_processes_go_by_the_main_ones_calibration(workplace: Path, tmp_path
         "import os\n\ndef own(images, prompts):\n    return images.mean((1, 2, 3)) * (1 + int(os.environ['RANK']))\n"
     )
     config = config_file(workplace, tmp_path / "out", reward_fn=f"{own}:own", gradient_accumulation_steps=1)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    (tmp_path / "program.py").write_text(CALIBRATION)
-    done = subprocess.run(
-        [*words, str(tmp_path / "program.py"), str(config)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    energies = re.findall(r"energies (\[.*?\])", done.stdout)
-    assert len(energies) == 2 and energies[0] == energies[1]
+    with socket.create_server(("127.0.0.1", 0)) as ports:
+        port = str(ports.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CALIBRATION, str(config)],
+            env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    energies = [re.findall(r"energies (\[.*\])", output) for output, _ in said]
+    assert energies[0] == energies[1] and len(energies[0]) == 1
 
 
 def test_the_others_wait_for_a_long_evaluation_of_the_main_process(workplace: Path, tmp_path: Path) -> None:

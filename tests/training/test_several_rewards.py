@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.two_rewards import markdown
-from rlr_peft.rewards.combination import DECAY, WeightedRewards
+from rlr_peft.rewards.combination import DECAY
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.update import take_update
 from tests.training.runs import ROOT, WEIGHTS, build, config_file, finish, run_on_two_processes, start, train_here
@@ -70,11 +70,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(recipe_run: Path, tmp_path: 
     assert read_metrics(out / "metrics.jsonl") == read_metrics(recipe_run / "metrics.jsonl")
     resumed, whole = load_file(out / WEIGHTS), load_file(recipe_run / WEIGHTS)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    states = [
-        torch.load(folder / "checkpoint-2" / "component_scales.pt", weights_only=True) for folder in (out, recipe_run)
-    ]
+    states = [torch.load(folder / "checkpoint-2" / "reward.pt", weights_only=True) for folder in (out, recipe_run)]
     assert states[0] == states[1]
-    started = torch.load(recipe_run / "checkpoint-1" / "component_scales.pt", weights_only=True)
+    started = torch.load(recipe_run / "checkpoint-1" / "reward.pt", weights_only=True)
     assert started != states[0], "the scales must have moved, or this proves nothing"
 
 
@@ -84,7 +82,6 @@ def test_the_first_update_is_scaled_by_images_of_the_base_and_the_second_by_the_
     rewards = {f"{workplace / 'rewards.py'}:redness": 1.0, f"{workplace / 'rewards.py'}:blind_redness": 0.5}
     config = config_file(workplace, tmp_path / "out", reward_fn=rewards, max_train_steps=2)
     fresh = build(config)
-    assert isinstance(fresh.reward, WeightedRewards)
     start_scales = fresh.reward.scales()
     run, _ = train_here(config)
     log = read_metrics(tmp_path / "out" / "metrics.jsonl")
@@ -101,8 +98,7 @@ def test_the_first_scales_come_from_no_fewer_than_16_images(workplace: Path, tmp
         build(config_file(workplace, tmp_path / str(count), reward_fn=rewards, calibration_samples=count)).reward
         for count in (2, 16)
     )
-    assert isinstance(few, WeightedRewards) and isinstance(enough, WeightedRewards)
-    assert few.scales() == enough.scales()
+    assert few.scales() and few.scales() == enough.scales()
 
 
 def test_scales_stand_still_while_an_update_scores_its_mirrored_samples(workplace: Path, tmp_path: Path) -> None:
@@ -110,7 +106,6 @@ def test_scales_stand_still_while_an_update_scores_its_mirrored_samples(workplac
     rewards = {f"{workplace / 'rewards.py'}:blind_redness": 1.0, "jpeg-compressibility": 0.5}
     values = {"reward_fn": rewards, "fo_steps": 0, "black_box_steps": 2}
     run = build(config_file(workplace, tmp_path / "out", **values))
-    assert isinstance(run.reward, WeightedRewards)
     before, seen = run.reward.scales(), []
     score = run.objective.score
     with pytest.MonkeyPatch.context() as patch:
@@ -132,9 +127,10 @@ def test_two_processes_have_the_scales_of_one(workplace: Path, tmp_path: Path) -
     two = config_file(workplace, tmp_path / "two", gradient_accumulation_steps=1, **values)
     train_here(one)
     run_on_two_processes(two)
-    files = [tmp_path / name / "checkpoint-2" / "component_scales.pt" for name in ("one", "two")]
+    files = [tmp_path / name / "checkpoint-2" / "reward.pt" for name in ("one", "two")]
     single, double = (torch.load(file, weights_only=True) for file in files)
     for name, state in single.items():
+        assert double[name].pop("reward") == state.pop("reward")
         assert double[name].pop("early") == state.pop("early") == [], "the scales are known"
         assert double[name] == pytest.approx(state, rel=1e-3), name
 
@@ -145,7 +141,7 @@ def variance_of_first_update(config: Path) -> float:
 
     run = build(config)
     batch = _sample(run, 0)
-    return float(batch.info["rewards.py:redness"].double().var())
+    return float(batch.scored.raw["rewards.py:redness"].double().var())
 
 
 def test_info_of_a_single_reward_is_logged(workplace: Path, tmp_path: Path) -> None:
@@ -160,7 +156,6 @@ def test_info_of_a_single_reward_is_logged(workplace: Path, tmp_path: Path) -> N
 
 
 def test_a_single_rewards_own_total_is_not_taken_for_its_scores(workplace: Path, tmp_path: Path) -> None:
-    """`total` is also how a weighted sum tells what its curve shows."""
     path = tmp_path / "mine.py"
     path.write_text(
         "def mine(images, prompts):\n    s = images.mean((1, 2, 3))\n    return s, {'total': s.detach() * 0 + 7}\n"

@@ -94,7 +94,7 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     log = read_metrics(out / "metrics.jsonl")
     assert [line["step"] for line in log] == [1, 2]
     used = {line["first_order_steps"] for line in log}
-    assert len(used) == 1 and f"K was {used.pop()} of 4 in its updates" in (out / "README.md").read_text()
+    assert len(used) == 1 and f"K was {used.pop():g} of 4 in its updates" in (out / "README.md").read_text()
 
     base, adapted = images(workplace / "base", None, ["a cat"]), images(workplace / "base", out, ["a cat"])
     assert not torch.equal(base, adapted), "the adapter must do something"
