@@ -1,4 +1,4 @@
-"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: parse, build, resume, measure, train, finish, publish.
+"""Fine-tunes LoRA weights of a diffusers pipeline on a reward: the calls of `docs/python.md` on a parsed config.
 
 accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
 """
@@ -31,23 +31,16 @@ def main() -> int:
         open_publisher(config) as publisher,
     ):
         # Only now the heavy imports: a wrong flag or token is refused at once.
-        from rlr_peft.build.run import build_run
-        from rlr_peft.training.finishing import finish, summary
-        from rlr_peft.training.resuming import resume
-        from rlr_peft.training.trainer import train
-        from rlr_peft.training.validation import evaluate_base
+        from rlr_peft.training.api import Trainer
 
-        run = build_run(config)
-        progress = resume(run)
-        base = evaluate_base(run)
-        progress = train(run, progress, publisher.push_checkpoint if publisher else None)
-        if not progress.interrupted_by and run.accelerator.is_main_process:
-            say(summary(run, finish(run, progress, base)))
+        trainer = Trainer(config=config)
+        progress = trainer.train(publisher.push_checkpoint if publisher else None)
+        if not progress.interrupted_by and trainer.is_main_process:
+            say(trainer.summary(trainer.save()))
             if publisher is not None:
-                say(publisher.finish(run.output_dir))
-        run.processes.close()
-        run.accelerator.end_training()
-    if progress.interrupted_by and run.accelerator.is_main_process:
+                say(publisher.finish(output_dir))
+        trainer.close()
+    if progress.interrupted_by and trainer.is_main_process:
         say(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", sys.stderr)
     return progress.interrupted_by
 

@@ -21,7 +21,8 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.prompt import texts_of
-from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
 
 GROUP = 4
 DIMENSION = 16

@@ -16,7 +16,8 @@ from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSe
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
 from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.unbiasedness import critical_z, measure_bias
+from rlr_peft.testing import measure_bias
+from rlr_peft.testing.unbiasedness import critical_z
 
 T = 6
 COMPONENTS = 12  # parameters of the chain: a 3 x 3 matrix and a vector

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, config_to_yaml, load_config
 from rlr_peft.config.arguments import knobs
-from rlr_peft.errors import UserError
+from rlr_peft.errors import RewardError, UserError
 from rlr_peft.json_server import JsonServer
 from rlr_peft.lora.files import AdapterNotFoundError
 from rlr_peft.prompt import PromptError
@@ -28,7 +28,6 @@ from rlr_peft.redaction import (
     secrets_of_command,
 )
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import RewardError
 from tests.secret_spellings import ADDRESSES, OTHERS, SECRET
 
 REQUIRED = {"pretrained_model_name_or_path": "tiny-shapes", "prompt_path": "simple-animals"}

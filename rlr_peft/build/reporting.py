@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from rlr_peft.config import ConfigError
-from rlr_peft.errors import UserError
+from rlr_peft.errors import RewardError, UserError
 from rlr_peft.foreign_text import guard_terminal, say, say_traceback
-from rlr_peft.rewards.scores import RewardError
 
 
 def set_up_logging() -> None:

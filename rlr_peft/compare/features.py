@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlr_peft.errors import RewardError
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.model_reward import ModelSettings, loading
 from rlr_peft.rewards.registry import RewardSettings, load_reward
-from rlr_peft.rewards.scores import RewardError
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 
 THUMBNAILS, AUTO = "thumbnails", "auto"

@@ -8,9 +8,9 @@ import torch
 
 from rlr_peft.chain.adjoint import scaled_gradients
 from rlr_peft.chain.interface import Decoder
+from rlr_peft.errors import RewardError
 from rlr_peft.prompt import PromptLike
 from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images, score_images
-from rlr_peft.rewards.scores import RewardError
 
 
 class Objective(Protocol):

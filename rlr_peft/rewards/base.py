@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_peft.errors import RewardError
 from rlr_peft.prompt import PromptLike, as_prompts, texts_of
-from rlr_peft.rewards.scores import Info, RewardError, check_scores, describe_samples, join_info, mean_over_frames
+from rlr_peft.rewards.scores import Info, check_scores, describe_samples, join_info, mean_over_frames
 
 Metadata = list[dict[str, Any]]
 

@@ -40,8 +40,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
-from rlr_peft.rewards.scores import RewardError, check_scores, info_of, is_attached
+from rlr_peft.rewards.scores import check_scores, info_of, is_attached
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored, measure_images
-from rlr_peft.rewards.scores import Info, RewardError
+from rlr_peft.rewards.scores import Info
 
 Scaling = Literal["running", "first", "none"]
 DECAY = 0.9

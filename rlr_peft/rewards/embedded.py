@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.preprocessing import to_8_bits
-from rlr_peft.rewards.scores import Info, RewardError, describe_samples
+from rlr_peft.rewards.scores import Info, describe_samples
 from rlr_peft.tiny_shapes.judges import JudgeName, load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption
 

@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
-from rlr_peft.rewards.scores import RewardError
 
 MODEL_FILES = ("config.json", ("model.safetensors", "pytorch_model.bin"))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

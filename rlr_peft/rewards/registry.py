@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from rlr_peft.errors import RewardError
 from rlr_peft.redaction import is_address
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import load_callable_reward
 from rlr_peft.rewards.embedded import SPEC_OF_JUDGE, JpegReward, TinyShapesJudgeReward
 from rlr_peft.rewards.model_reward import ModelSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
-from rlr_peft.rewards.scores import RewardError
 from rlr_peft.rewards.video import TemporalFlicker
 from rlr_peft.tiny_shapes.judges import JudgeName
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES

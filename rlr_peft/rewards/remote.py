@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rlr_peft.errors import RewardError
 from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError
 from rlr_peft.redaction import redacted_address
 from rlr_peft.rewards.base import Metadata, Reward, Scored, join_scored
 from rlr_peft.rewards.preprocessing import to_8_bits
-from rlr_peft.rewards.scores import RewardError, check_scores, info_of
+from rlr_peft.rewards.scores import check_scores, info_of
 
 logger = logging.getLogger(__name__)
 

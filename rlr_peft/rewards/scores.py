@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlr_peft.errors import UserError
+from rlr_peft.errors import RewardError
 from rlr_peft.foreign_text import one_line
 
 # An error message shows at most this many bad samples; the rest are counted.
@@ -22,19 +22,6 @@ MAX_SAMPLES_IN_MESSAGE = 4
 MAX_PROMPT_LENGTH_IN_MESSAGE = 80
 # Name -> (B,) float32 on the CPU; NaN where a sample has no such number.
 Info = dict[str, Tensor]
-
-
-class RewardError(UserError, ValueError):
-    """A reward could not be loaded, failed, or returned something that is not one finite number per image.
-
-    Args:
-        message: what was expected, what was got, and what to do.
-        raised: what a user's own code raised; its traceback tells where in that code, and holds no frame of ours.
-    """
-
-    def __init__(self, message: str, raised: BaseException | None = None) -> None:
-        super().__init__(message)
-        self.raised = raised
 
 
 def check_scores(reward_name: str, scores: Any, prompts: Sequence[str], *, attached_to: Tensor | None = None) -> Tensor:

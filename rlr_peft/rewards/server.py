@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images
 from rlr_peft.rewards.remote import TooLargeError, WireError, parse_body, read_request
-from rlr_peft.rewards.scores import RewardError
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.model_reward import MODEL_FILES, ModelReward, ModelSettings, loading, unit
 from rlr_peft.rewards.preprocessing import vbench_pixels
-from rlr_peft.rewards.scores import RewardError
 
 DINO = "facebook/dino-vitb16"
 

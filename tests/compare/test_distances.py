@@ -16,7 +16,7 @@ from rlr_peft.compare.distances import (
     prompt_distances,
     variety,
 )
-from rlr_peft.testing.chains import LinearGaussianChain
+from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import move_parameters
 
 

@@ -18,9 +18,9 @@ from rlr_peft.compare.evaluation import (
     paired_gains,
     prompts_and_seeds,
 )
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Reward, Scored
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import RewardError
 
 
 class Brightness(Reward):

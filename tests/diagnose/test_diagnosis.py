@@ -44,7 +44,7 @@ from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance
 from rlr_peft.intervals import short_number, with_error
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 GROUP = 4

@@ -11,7 +11,7 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Rollout
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.lora import adapter_disabled, attach_lora
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 

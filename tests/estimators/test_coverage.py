@@ -11,7 +11,7 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.rlr import Coefficients, Layout, RLREstimator, RLRSettings, lay_out
 from rlr_peft.estimators.variance import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import book_of_blocks, rollout_of
 
 HALF_ORDERS = [

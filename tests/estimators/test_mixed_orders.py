@@ -11,7 +11,7 @@ from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.chains import LinearGaussianChain
+from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.errors import RewardError
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import RewardError
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red", "blue b", "c"]

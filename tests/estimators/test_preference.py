@@ -9,7 +9,7 @@ from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.policy import single_steps
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings, preference_cotangent
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 SINGLE = HalfOrder(1, "all")

@@ -7,7 +7,7 @@ from rlr_peft.estimators.base import CoverageError, Rollout
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
 from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 

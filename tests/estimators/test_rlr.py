@@ -10,7 +10,7 @@ from rlr_peft.estimators.base import Book
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.variance import NORM_DECAY, StepGains, StepVariances
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import book_of_blocks, gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")

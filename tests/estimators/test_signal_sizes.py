@@ -8,7 +8,8 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
 from rlr_peft.estimators.variance import SignalSizes, StepGains, StepVariances
-from rlr_peft.testing.chains import GuidedMixtureChain, LinearGaussianChain, QuadraticReward, WaveReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
 from tests.estimators.chains import gradient_of, rollout_of
 
 

@@ -9,7 +9,7 @@ from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.variance import StepGradients, step_energies
 from rlr_peft.stages import make_stages
-from rlr_peft.testing.chains import LinearGaussianChain
+from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import rollout_of
 
 STAGES = (StageWindow("coarse", 5, 6), StageWindow("mid", 3, 4), StageWindow("fine", 1, 2))

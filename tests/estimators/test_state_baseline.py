@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlr_peft.estimators.half_order import BaselineObservation, StateBaseline
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import rollout_of
 
 

@@ -21,7 +21,8 @@ from rlr_peft.estimators.variance import (
     step_variances,
     variance_and_error,
 )
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward, WaveReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import WaveReward
 from tests.estimators.chains import flat, gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")

@@ -22,8 +22,8 @@ from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettin
 from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.variance import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.chains import LinearGaussianChain
-from rlr_peft.testing.unbiasedness import EstimatorBias, critical_z, measure_bias
+from rlr_peft.testing import EstimatorBias, LinearGaussianChain, measure_bias
+from rlr_peft.testing.unbiasedness import critical_z
 
 SINGLE = HalfOrder(length=1, blocks="all")
 T = 6

@@ -5,7 +5,7 @@ import torch
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 
 

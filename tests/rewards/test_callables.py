@@ -7,10 +7,10 @@ from textwrap import dedent
 import pytest
 import torch
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import score_images
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import RewardError
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
 PROMPTS = ["one", "two", "three", "four"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Reward, Scored, measure_images, score_images
 from rlr_peft.rewards.combination import (
     DECAY,
@@ -18,7 +19,6 @@ from rlr_peft.rewards.combination import (
     _variance,
 )
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import RewardError
 
 PROMPTS = ["a", "b", "c"]
 

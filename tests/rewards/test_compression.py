@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import score_images
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import RewardError
 
 PROMPTS = ["flat", "noise"]
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.registry import available_rewards, load_reward
-from rlr_peft.rewards.scores import RewardError
 
 
 def test_the_list_holds_every_form() -> None:

@@ -17,11 +17,11 @@ import torch
 import urllib3
 
 from rlr_peft import json_server
+from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import measure_images, score_images
 from rlr_peft.rewards.embedded import JpegReward
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings, WireError, read_request, request_body
-from rlr_peft.rewards.scores import RewardError
 from tests.rewards.faulty_server import running
 
 PROMPTS = ["one", "three", "eleven"]

@@ -16,10 +16,10 @@ import numpy
 import pytest
 import torch
 
+from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, measure_images, score_images
 from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import RewardError
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
 CODE = """

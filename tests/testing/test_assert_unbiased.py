@@ -9,7 +9,7 @@ from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.base import Coverage, Estimator, Rollout
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.testing.unbiasedness import assert_unbiased
+from rlr_peft.testing import assert_unbiased
 
 
 class ScoreFunction(Estimator):

@@ -1,0 +1,14 @@
+from .chain.adjoint import Segment as Segment
+from .chain.denoising_chain import DenoisingChain as DenoisingChain
+from .config.parsing import load_config as load_config
+from .estimators.base import Coverage as Coverage
+from .estimators.base import Estimator as Estimator
+from .estimators.base import Rollout as Rollout
+from .inference import DiffusiveChainOfThought as DiffusiveChainOfThought
+from .lora.loading import load_lora as load_lora
+from .prompt import Prompt as Prompt
+from .rewards.base import Reward as Reward
+from .training.api import Config as Config
+from .training.api import Trainer as Trainer
+
+__version__: str
