@@ -1,5 +1,6 @@
 """Adapter files of every kind that people have: loaded at exactly the change that the format defines, or named."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rlr_peft.lora import (
     WEIGHT_NAME,
+    AdapterFormatError,
     AdapterMismatchError,
     attach_lora,
     find_adapter,
@@ -366,3 +368,19 @@ def test_a_scale_or_tensor_that_did_not_arrive_is_found(make: Callable[[], Any],
         check_arrived(pipeline, {name: layer}, "default_0", "it")
     with pytest.raises(AdapterMismatchError, match="expected 0 layers, got 1"):
         check_arrived(pipeline, {}, "default_0", "it")
+
+
+@pytest.mark.parametrize("pattern", ["(.*.*.*)*x", "(a+)+$", ".*.*.*to_q", "(to_q|to_k){1,}"])
+def test_patterns_whose_search_may_never_end_are_refused(pattern: str, tmp_path: Path) -> None:
+    """peft searches layers by the patterns of a file, which may be anybody's."""
+    pipeline = tiny_stable_diffusion()
+    model = peft.get_peft_model(pipeline.unet, peft.LoraConfig(r=4, target_modules=["attn1.to_q"]))
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    for patterns, refused in (({pattern: 8}, True), ({r"down_blocks\.\d+\..*to_q": 8}, False)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": patterns}))
+        if refused:
+            with pytest.raises(AdapterFormatError, match="whose search may never end; name the layers"):
+                load_lora(tiny_stable_diffusion(), tmp_path)
+        else:
+            assert load_lora(tiny_stable_diffusion(), tmp_path) > 0

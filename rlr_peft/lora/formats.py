@@ -303,6 +303,11 @@ def _under(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
+# What makes a search take a time that grows fast with the length of a name: peft searches with a file's own patterns.
+_QUANTIFIER, _QUANTIFIED_GROUP = re.compile(r"(?<!\\d)[*+{]"), re.compile(r"\)\s*[*+?{]")
+MOST_QUANTIFIERS = 2
+
+
 def _apply(layers: Mapping[str, AdapterLayer], settings: Mapping[str, Any], in_base: Collection[str], who: str) -> None:
     unsupported = [key for key in _UNSUPPORTED if settings.get(key)]
     if unsupported:
@@ -310,6 +315,12 @@ def _apply(layers: Mapping[str, AdapterLayer], settings: Mapping[str, Any], in_b
     rank, ranks = _number(settings, "r", who, least=1), _numbers(settings, "rank_pattern", who, least=1)
     alpha = _number(settings, "lora_alpha" if "lora_alpha" in settings else "alpha", who)
     alphas = _numbers(settings, "alpha_pattern", who)
+    for pattern in (*ranks, *alphas):
+        if len(_QUANTIFIER.findall(pattern)) > MOST_QUANTIFIERS or _QUANTIFIED_GROUP.search(pattern):
+            raise AdapterFormatError(
+                f"{who}: expected names of layers as patterns, got {pattern[:60]!r}, whose search may never end; name "
+                "the layers."
+            )
     try:
         for name, layer in layers.items():
             said = ranks.get(get_pattern_key(list(ranks), name), rank)

@@ -75,8 +75,8 @@ def test_a_run_of_objects_trains_proves_its_adapter_and_names_them(
     progress = resume(run)
     finish(run, train(run, progress), evaluate_base(run))
     record = load_stored_card(run.output_dir).record
-    assert record.base_model == str(workplace / "base")
-    assert record.reward_name == "tests.build.test_objects:redness"
+    assert record.base.model == str(workplace / "base")
+    assert record.rewards.name == "tests.build.test_objects:redness"
     assert record.config["prompt_path"] == "a list of 3 prompts"
     assert "adapter" in (run.output_dir / "README.md").read_text()
     assert run.pipeline is pipeline

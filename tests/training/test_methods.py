@@ -64,7 +64,7 @@ def test_two_updates(workplace: Path, tmp_path: Path, name: str) -> None:
         assert first["denoiser_evaluations"] == 4 * 4 + 2 * 4 * 3
     if name == "grpo with KL":
         assert first["policy_ratio_deviation"] < 1e-3
-        assert first["kl"] == 0 and second["kl"] > 0
+        assert first["kl"] < 1e-10 < second["kl"]  # the mean is what is left of a sample without its noise
     if name == "d3po":
         assert first["preference_accuracy"] == 0 and 0 <= second["preference_accuracy"] <= 1
         assert math.isfinite(second["heldout"])
