@@ -85,7 +85,7 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     assert "KL (nats)" in page and "Reward against KL" in page and "2 of 2 in unseen.txt" in page
     assert "| divergence from the base | " in card and "nats (KL of 2 sampled paths) |" in card
     record = json.loads((out / "run_record.json").read_text())["record"]
-    assert len(record["prompts"]) == 10  # never half a million prompts in every folder
+    assert len(record["prompts"]["shown"]) == 10  # never half a million prompts in every folder
     assert "The first 10 of its 12 training prompts:" in card
 
     assert metrics["n"] == 4 and metrics["seconds"] > 0 and metrics["peak_memory_mb"] > 50
