@@ -33,7 +33,7 @@ def main() -> int:
         # Only now the heavy imports: a wrong flag or token is refused at once.
         from rlr_peft.training.api import Trainer
 
-        trainer = Trainer(config=config)
+        trainer = Trainer(config=config, locks_folder=False)  # it is locked above
         progress = trainer.train(publisher.push_checkpoint if publisher else None)
         if not progress.interrupted_by and trainer.is_main_process:
             say(trainer.summary(trainer.save()))

@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 LOCK, OWNER = ".run.lock", ".run.json"
 # Seconds between signs of life, and without one until an owner on another machine counts as dead.
 BEAT, PATIENCE = 20.0, 180.0
-# The folders that this process writes into.
-_HELD: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class FolderInUseError(ConfigError):
 def only_writer(folder: Path) -> Iterator[None]:
     """Inside, no other program that asks writes into the folder; what killed ones left half-written is removed.
 
-    Of a run with several processes only the main one asks. Inside, the same process may ask again.
+    Of a run with several processes only the main one asks.
 
     Args:
         folder: made when missing.
@@ -70,8 +68,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         FolderInUseError: another program does, or may: the message names its host and process, and what to do.
         ConfigError: the folder cannot be made or written to.
     """
-    place = folder.resolve()
-    if os.environ.get("RANK", "0") != "0" or place in _HELD:
+    if os.environ.get("RANK", "0") != "0":
         yield
         return
     try:
@@ -84,13 +81,11 @@ def only_writer(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"Expected a folder to write to, or a place for one, got {folder} ({error.strerror}); choose another."
         ) from error
-    _HELD.add(place)
     try:
         _remove_half_written(folder)
         with repeating(BEAT, holder.beat):
             yield
     finally:
-        _HELD.discard(place)
         holder.release()
 
 

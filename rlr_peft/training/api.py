@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Trainer:
         reward: a function ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`` or a `Reward`; None for the config's.
         prompts: texts, or dictionaries with a text and more; None reads what the config names.
         config: from `Config`, or from `load_config` for flags and YAML.
+        locks_folder: whether other programs are kept out of the output folder; False where the caller does that.
 
     Attributes:
         run: the parts of the run: its chain, estimator, reward, optimiser.
@@ -71,6 +73,7 @@ class Trainer:
         prompts: Iterable[Prompt | str | Mapping[str, Any]] | None = None,
         *,
         config: RunConfig,
+        locks_folder: bool = True,
     ) -> None:
         if not isinstance(config, RunConfig):
             raise ConfigError(f"config: expected rlr_peft.Config(...), got {type(config).__name__}.")
@@ -84,6 +87,7 @@ class Trainer:
                 raise ConfigError(f"{part}: expected an object for the Trainer, or {knob} in the config, got neither.")
         self.run = build_run(config, pipeline, reward, prompts)
         self.progress: Progress | None = None
+        self._locks_folder = locks_folder
         self._base: Evaluation | None = None
 
     @property
@@ -103,7 +107,7 @@ class Trainer:
         Raises:
             FolderInUseError: another program writes to the output folder.
         """
-        with only_writer(self.run.output_dir):
+        with self._only_writer():
             progress = resume(self.run)
             self._base = evaluate_base(self.run)
             self.progress = train(self.run, progress, publish_checkpoint)
@@ -139,13 +143,16 @@ class Trainer:
         """
         if self.progress is None:
             raise ConfigError("save: expected a trained adapter, got none; call train() first.")
-        with only_writer(self.run.output_dir):
+        with self._only_writer():
             metrics = finish(self.run, self.progress, self._base)
         if folder is not None and Path(folder).resolve() != self.run.output_dir.resolve():
             for name, path in published_files(self.run.output_dir).items():
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, Path(folder) / name)
         return metrics
+
+    def _only_writer(self) -> AbstractContextManager[None]:
+        return only_writer(self.run.output_dir) if self._locks_folder else nullcontext()
 
     def summary(self, metrics: dict[str, float]) -> str:
         """What ``save`` measured, in words."""

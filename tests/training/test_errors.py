@@ -104,18 +104,17 @@ def test_the_sentence_comes_first_and_a_traceback_only_into_foreign_code(
 ) -> None:
     (tmp_path / "mine.py").write_text("def f(images, prompts):\n    raise KeyError('mine')\n")
     images = torch.zeros(1, 3, 8, 8)
-    device = torch.device("cpu")
     for spec in ("no_such_module:f", f"{tmp_path / 'mine.py'}:g"):
         with pytest.raises(SystemExit), reporting_errors():
-            load_reward(spec, device)
+            load_reward(spec)
         printed = capsys.readouterr().err
         assert printed.startswith("error: reward ") and printed.count("\n") == 1
     with pytest.raises(SystemExit), reporting_errors():
-        load_reward(f"{tmp_path / 'mine.py'}:f", device)(images, ["a"], [{}])
+        load_reward(f"{tmp_path / 'mine.py'}:f")(images, ["a"], [{}])
     first, second, *_, last = capsys.readouterr().err.splitlines()
     assert first.startswith("error: reward ") and second.startswith("Traceback") and last == "KeyError: 'mine'"
     with pytest.raises(SystemExit), reporting_errors():
-        load_reward("tiny-shapes", device)(torch.zeros(1, 3, 64, 64), ["no shape at all"], [{}])
+        load_reward("tiny-shapes")(torch.zeros(1, 3, 64, 64), ["no shape at all"], [{}])
     assert capsys.readouterr().err.count("\n") == 1
 
 

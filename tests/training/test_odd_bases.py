@@ -17,6 +17,7 @@ from rlr_peft.build.drawing import ImagesError, render
 from rlr_peft.cli.main import main
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora
+from rlr_peft.prompt import as_prompts
 from rlr_peft.training.finishing import finish
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.validation import evaluate_base, save_validation_images
@@ -137,6 +138,6 @@ def test_compare_does_not_keep_images_that_are_not_finite(
 def test_images_of_one_colour_are_said(workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = base_with(tmp_path / "base", "vae", "decoder.conv_out.bias", -100.0)
     run = build(config_file(workplace, tmp_path / "out", pretrained_model_name_or_path=str(base)))
-    render(run.chain, ["sky", "sea"], [0, 1])
+    render(run.chain, as_prompts(["sky", "sea"]), [0, 1])
     assert "2 of 2 images have one colour throughout, the first is of 'sky'" in caplog.text
     shutil.rmtree(base)
