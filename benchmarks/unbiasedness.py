@@ -11,10 +11,11 @@ from collections.abc import Callable
 from benchmarks.machine import write_results
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.layout import Coefficients, RLRSettings
 from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing import measure_bias
 from rlr_peft.testing.unbiasedness import critical_z

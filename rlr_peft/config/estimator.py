@@ -1,8 +1,4 @@
-"""The methods that estimate the gradient, one class with its own knobs for each; `--estimator` chooses among them.
-
-A method's defaults are its preset. Methods that share knobs share a base; a knob that a method redeclares has another
-default, range or meaning there.
-"""
+"""What methods that estimate the gradient share: bases with the knobs of a kind of term, and what cannot be run."""
 
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
@@ -13,12 +9,6 @@ from rlr_peft.config.knob import Group, knob, preset
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
-
-METHODS: dict[str, type["EstimatorArguments"]] = {}
-"""Every method by its name."""
-DEFAULT_METHOD = "rlr"
-METHOD_CHOICE: Field[str] = knob(DEFAULT_METHOD, "Method; each has knobs of its own, and its own defaults of them.")
-"""The knob that chooses among them."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +25,6 @@ class EstimatorArguments(Group):
         at_least=2,
         at_most=100_000,
     )
-
-    def __init_subclass__(cls, method: str | None = None) -> None:
-        if method is not None:
-            cls.estimator = method
-            METHODS[method] = cls
 
     @classmethod
     def knobs(cls) -> dict[str, tuple[Any, Field[Any]]]:
@@ -72,13 +57,11 @@ class EstimatorArguments(Group):
         return {name: getattr(self, name) for name in names}
 
 
-def _at_most_all_steps(config: "Config", name: str, value: object) -> Iterator[str]:
+def at_most_all_steps(config: "Config", name: str, value: object) -> Iterator[str]:
+    """Yields what is wrong with a number of steps of the chain."""
     steps = config.chain.num_inference_steps
     if isinstance(value, int) and value > steps:
         yield f"{name}: expected at most num_inference_steps ({steps}), got {value}; lower --{name}."
-
-
-# --- what methods share -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -279,7 +262,7 @@ class CalibratedArguments(MirroredArguments, ScoreTermArguments):
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the noise, the groups, the window and the black-box tail."""
         yield from super().check(config)
-        yield from _at_most_all_steps(config, "black_box_steps", self.black_box_steps)
+        yield from at_most_all_steps(config, "black_box_steps", self.black_box_steps)
 
 
 @dataclass(frozen=True)
@@ -364,7 +347,7 @@ class ThreeOrdersArguments(CalibratedArguments):
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the terms, beside each other and beside the chain's and the batch's knobs."""
-        too_many = list(_at_most_all_steps(config, "fo_steps", self.fo_steps))
+        too_many = list(at_most_all_steps(config, "fo_steps", self.fo_steps))
         yield from too_many or super().check(config)
         if self.ho_blocks != 0:
             yield from self._check_length(config)
@@ -409,143 +392,3 @@ class ThreeOrdersArguments(CalibratedArguments):
                 )
             if budgets:
                 yield f"{budgets[0]}: expected only with ho_length auto, got ho_length {length}; drop one of the two."
-
-
-# --- the methods ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RLRArguments(ThreeOrdersArguments, method="rlr"):
-    """Our default: the measured crossing of the per-step variances, single-step score terms beyond it."""
-
-    step_choice: Literal["crossing", "inverse-variance"] = knob(
-        "crossing",
-        "What `fo_steps: auto` measures: one K, or a weight for every step that mixes first and half order.",
-    )
-    black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
-
-    def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the terms; in a mixture, every step is to hold both: none drawn or perturbed."""
-        yield from super().check(config)
-        plain = self.ho_length == 1 and self.ho_blocks == "all" and self.zo == "none" and not self.state_baseline
-        if self.step_choice == "inverse-variance" and not (plain and self.fo_steps == "auto"):
-            yield (
-                "step_choice: expected crossing where K is given or the half order is not plain single steps, got "
-                "inverse-variance; drop fo_steps, ho_length, ho_blocks, zo and state_baseline, or the step_choice."
-            )
-
-
-@dataclass(frozen=True)
-class RLRPaperArguments(ThreeOrdersArguments, method="rlr-paper"):
-    """The paper's form with its formula corrected: one FO step, one free block of length h, ZO on the complement."""
-
-    fo_steps: int | Literal["auto"] = preset(ThreeOrdersArguments, "fo_steps", 1)
-    ho_length: int | Literal["auto"] = preset(ThreeOrdersArguments, "ho_length", 2)
-    ho_blocks: int | Literal["all"] = preset(ThreeOrdersArguments, "ho_blocks", 1)
-    zo: Literal["none", "one-point", "two-point"] = preset(ThreeOrdersArguments, "zo", "two-point")
-
-
-@dataclass(frozen=True)
-class FullBPArguments(PathwiseArguments, method="full-bp"):
-    """Backpropagation through all steps."""
-
-
-@dataclass(frozen=True)
-class TruncatedBPArguments(PathwiseArguments, method="truncated-bp"):
-    """Backpropagation through the last steps."""
-
-    fo_steps: int | Literal["random"] = knob(
-        1,
-        "Number K of last steps that are differentiated; `random` draws it for every micro-batch.",
-        unit="steps",
-        at_least=1,
-        at_most=1000,
-    )
-
-    def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with K."""
-        yield from super().check(config)
-        yield from _at_most_all_steps(config, "fo_steps", self.fo_steps)
-
-
-@dataclass(frozen=True)
-class ReinforceArguments(CalibratedArguments, method="reinforce"):
-    """Score terms alone."""
-
-
-@dataclass(frozen=True)
-class DDPOArguments(PolicyGradientArguments, method="ddpo"):
-    """Clipped policy gradient with the statistics of a prompt's past rewards."""
-
-    inner_epochs: int = preset(ReusedSamplesArguments, "inner_epochs", 2)
-    per_prompt_stat_tracking_buffer_size: int = knob(
-        32,
-        "Latest rewards of a prompt from which mean and deviation are taken.",
-        unit="rewards",
-        at_least=2,
-        at_most=10**6,
-        fine=True,
-    )
-    per_prompt_stat_tracking_min_count: int = knob(
-        16,
-        "Rewards that a prompt needs for statistics of its own; before, the batch's are used.",
-        unit="rewards",
-        at_least=2,
-        at_most=10**6,
-        fine=True,
-    )
-
-    def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the steps and the statistics."""
-        yield from super().check(config)
-        size, count = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
-        if count > size:
-            yield (
-                f"per_prompt_stat_tracking_min_count: expected at most per_prompt_stat_tracking_buffer_size ({size}), "
-                f"got {count}; lower it."
-            )
-
-    def check_groups(self, config: "Config") -> Iterator[str]:
-        """Any size will do: rewards are compared with those of the past."""
-        yield from ()
-
-
-@dataclass(frozen=True)
-class GRPOArguments(PolicyGradientArguments, method="grpo"):
-    """Clipped policy gradient with advantages normalised within a prompt's group."""
-
-
-@dataclass(frozen=True)
-class D3POArguments(ReusedSamplesArguments, method="d3po"):
-    """Direct preference optimisation of pairs."""
-
-    dpo_beta: float = knob(
-        0.1, "Strength of the pull towards the base model.", unit="1 / nat", above=0, at_most=1e6, fine=True
-    )
-
-    def check_groups(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the pairs."""
-        group, batch = config.training.num_images_per_prompt, config.training.train_batch_size
-        if group % 2 or batch % 2:
-            yield (
-                f"num_images_per_prompt: expected pairs with d3po, that is an even number beside an even "
-                f"train_batch_size, got {group} and {batch}; change them."
-            )
-
-
-@dataclass(frozen=True)
-class ReFLArguments(MirroredArguments, method="refl"):
-    """The reward of the image predicted at one late step, differentiated through that step."""
-
-    fo_steps: int | None = knob(
-        None,
-        "Number K of last steps, of which one is drawn; null means a quarter of them.",
-        unit="steps",
-        at_least=1,
-        at_most=1000,
-    )
-
-    def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with K."""
-        yield from super().check(config)
-        yield from _at_most_all_steps(config, "fo_steps", self.fo_steps)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from rlr_peft.config import EstimatorArguments
-from rlr_peft.config.estimator import METHODS, D3POArguments, ReusedSamplesArguments, RLRPaperArguments
+from rlr_peft.config.estimator import ReusedSamplesArguments
+from rlr_peft.config.methods import METHODS, D3POArguments, RLRPaperArguments
 from rlr_peft.diagnose import estimates as estimates_of
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence
 from rlr_peft.estimators.base import Estimator
+from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.variance import best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 

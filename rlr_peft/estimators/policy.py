@@ -20,8 +20,8 @@ from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
 from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout, per_sample
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rlr import Layout, RLRSettings, lay_out
 
 
 @dataclass(frozen=True)

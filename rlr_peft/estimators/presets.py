@@ -6,24 +6,21 @@ from rlr_peft.config import window_steps
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.estimator import (
     CalibratedArguments,
-    D3POArguments,
-    DDPOArguments,
     EstimatorArguments,
-    FullBPArguments,
     PathwiseArguments,
     PolicyGradientArguments,
-    ReFLArguments,
     ScoreTermArguments,
     ThreeOrdersArguments,
-    TruncatedBPArguments,
 )
+from rlr_peft.config.methods import D3POArguments, DDPOArguments, FullBPArguments, ReFLArguments, TruncatedBPArguments
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow
+from rlr_peft.estimators.layout import Coefficients, RLRSettings
 from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.stages import Stages
 

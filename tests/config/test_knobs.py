@@ -11,8 +11,8 @@ import pytest
 from rlr_peft.config import Config, config_to_dict, save_config
 from rlr_peft.config import load_config as load
 from rlr_peft.config.arguments import knobs
-from rlr_peft.config.estimator import METHODS
 from rlr_peft.config.knob import Knob
+from rlr_peft.config.methods import METHODS
 from tests.config.loading import DEMO, REQUIRED, refusal
 
 

@@ -8,7 +8,7 @@ import pytest
 from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, save_config
 from rlr_peft.config import load_config as load
 from rlr_peft.config.arguments import knobs
-from rlr_peft.config.estimator import METHODS, DDPOArguments, GRPOArguments, RLRArguments, RLRPaperArguments
+from rlr_peft.config.methods import METHODS, DDPOArguments, GRPOArguments, RLRArguments, RLRPaperArguments
 from tests.config.loading import REQUIRED, refusal, write
 
 

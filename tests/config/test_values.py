@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, config_to_yaml, save_config
 from rlr_peft.config import load_config as load
 from rlr_peft.config.arguments import knobs
-from rlr_peft.config.estimator import RLRArguments
+from rlr_peft.config.methods import RLRArguments
 from tests.config.loading import REQUIRED, refusal, write
 
 

@@ -37,8 +37,9 @@ from rlr_peft.diagnose.report import console_text, plain_numbers, write_report
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.objective import DecodedReward, Objective
-from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.sampling import sample_batch
 from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
 from rlr_peft.intervals import short_number, with_error

@@ -8,7 +8,8 @@ import torch
 
 from rlr_peft.estimators.base import Coverage, CoverageError
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.rlr import Coefficients, Layout, RLREstimator, RLRSettings, lay_out
+from rlr_peft.estimators.layout import Coefficients, Layout, RLRSettings, lay_out
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.variance import StepVariances
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 
 from rlr_peft.config import EstimatorArguments
-from rlr_peft.config.estimator import METHODS
+from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.layout import Coefficients, RLRSettings
 from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
 from rlr_peft.estimators.presets import build_estimator, settings_from_arguments
-from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 SINGLE = HalfOrder(1, "all")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlr_peft.config.estimator import RLRArguments
+from rlr_peft.config.methods import RLRArguments
 from rlr_peft.estimators.half_order import StageWindow, choose_stage
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator

@@ -9,8 +9,9 @@ import torch
 
 from rlr_peft.estimators.base import CoverageError, Rollout
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rlr import RLREstimator, RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.variance import (
     GradientSketch,
     StepGains,

@@ -3,7 +3,8 @@
 import torch
 
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.rlr import Coefficients, RLREstimator, RLRSettings
+from rlr_peft.estimators.layout import Coefficients, RLRSettings
+from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of

@@ -1,0 +1,199 @@
+"""The methods that estimate the gradient, one class with its own knobs for each; `--estimator` chooses among them.
+
+A method's defaults are its preset. Methods that share knobs share a base; a knob that a method redeclares has another
+default, range or meaning there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlr_peft.config.estimator import (
+    CalibratedArguments,
+    EstimatorArguments,
+    MirroredArguments,
+    PathwiseArguments,
+    PolicyGradientArguments,
+    ReusedSamplesArguments,
+    ThreeOrdersArguments,
+    at_most_all_steps,
+)
+from rlr_peft.config.knob import knob, preset
+
+if TYPE_CHECKING:
+    from rlr_peft.config.arguments import Config
+
+
+@dataclass(frozen=True)
+class RLRArguments(ThreeOrdersArguments):
+    """Our default: the measured crossing of the per-step variances, single-step score terms beyond it."""
+
+    estimator = "rlr"
+
+    step_choice: Literal["crossing", "inverse-variance"] = knob(
+        "crossing",
+        "What `fo_steps: auto` measures: one K, or a weight for every step that mixes first and half order.",
+    )
+    black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the terms; in a mixture, every step is to hold both: none drawn or perturbed."""
+        yield from super().check(config)
+        plain = self.ho_length == 1 and self.ho_blocks == "all" and self.zo == "none" and not self.state_baseline
+        if self.step_choice == "inverse-variance" and not (plain and self.fo_steps == "auto"):
+            yield (
+                "step_choice: expected crossing where K is given or the half order is not plain single steps, got "
+                "inverse-variance; drop fo_steps, ho_length, ho_blocks, zo and state_baseline, or the step_choice."
+            )
+
+
+@dataclass(frozen=True)
+class RLRPaperArguments(ThreeOrdersArguments):
+    """The paper's form with its formula corrected: one FO step, one free block of length h, ZO on the complement."""
+
+    estimator = "rlr-paper"
+
+    fo_steps: int | Literal["auto"] = preset(ThreeOrdersArguments, "fo_steps", 1)
+    ho_length: int | Literal["auto"] = preset(ThreeOrdersArguments, "ho_length", 2)
+    ho_blocks: int | Literal["all"] = preset(ThreeOrdersArguments, "ho_blocks", 1)
+    zo: Literal["none", "one-point", "two-point"] = preset(ThreeOrdersArguments, "zo", "two-point")
+
+
+@dataclass(frozen=True)
+class FullBPArguments(PathwiseArguments):
+    """Backpropagation through all steps."""
+
+    estimator = "full-bp"
+
+
+@dataclass(frozen=True)
+class TruncatedBPArguments(PathwiseArguments):
+    """Backpropagation through the last steps."""
+
+    estimator = "truncated-bp"
+
+    fo_steps: int | Literal["random"] = knob(
+        1,
+        "Number K of last steps that are differentiated; `random` draws it for every micro-batch.",
+        unit="steps",
+        at_least=1,
+        at_most=1000,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with K."""
+        yield from super().check(config)
+        yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
+
+
+@dataclass(frozen=True)
+class ReinforceArguments(CalibratedArguments):
+    """Score terms alone."""
+
+    estimator = "reinforce"
+
+
+@dataclass(frozen=True)
+class DDPOArguments(PolicyGradientArguments):
+    """Clipped policy gradient with the statistics of a prompt's past rewards."""
+
+    estimator = "ddpo"
+
+    inner_epochs: int = preset(ReusedSamplesArguments, "inner_epochs", 2)
+    per_prompt_stat_tracking_buffer_size: int = knob(
+        32,
+        "Latest rewards of a prompt from which mean and deviation are taken.",
+        unit="rewards",
+        at_least=2,
+        at_most=10**6,
+        fine=True,
+    )
+    per_prompt_stat_tracking_min_count: int = knob(
+        16,
+        "Rewards that a prompt needs for statistics of its own; before, the batch's are used.",
+        unit="rewards",
+        at_least=2,
+        at_most=10**6,
+        fine=True,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the steps and the statistics."""
+        yield from super().check(config)
+        size, count = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
+        if count > size:
+            yield (
+                f"per_prompt_stat_tracking_min_count: expected at most per_prompt_stat_tracking_buffer_size ({size}), "
+                f"got {count}; lower it."
+            )
+
+    def check_groups(self, config: "Config") -> Iterator[str]:
+        """Any size will do: rewards are compared with those of the past."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class GRPOArguments(PolicyGradientArguments):
+    """Clipped policy gradient with advantages normalised within a prompt's group."""
+
+    estimator = "grpo"
+
+
+@dataclass(frozen=True)
+class D3POArguments(ReusedSamplesArguments):
+    """Direct preference optimisation of pairs."""
+
+    estimator = "d3po"
+
+    dpo_beta: float = knob(
+        0.1, "Strength of the pull towards the base model.", unit="1 / nat", above=0, at_most=1e6, fine=True
+    )
+
+    def check_groups(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the pairs."""
+        group, batch = config.training.num_images_per_prompt, config.training.train_batch_size
+        if group % 2 or batch % 2:
+            yield (
+                f"num_images_per_prompt: expected pairs with d3po, that is an even number beside an even "
+                f"train_batch_size, got {group} and {batch}; change them."
+            )
+
+
+@dataclass(frozen=True)
+class ReFLArguments(MirroredArguments):
+    """The reward of the image predicted at one late step, differentiated through that step."""
+
+    estimator = "refl"
+
+    fo_steps: int | None = knob(
+        None,
+        "Number K of last steps, of which one is drawn; null means a quarter of them.",
+        unit="steps",
+        at_least=1,
+        at_most=1000,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with K."""
+        yield from super().check(config)
+        yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
+
+
+METHODS: dict[str, type[EstimatorArguments]] = {
+    method.estimator: method
+    for method in (
+        RLRArguments,
+        RLRPaperArguments,
+        FullBPArguments,
+        TruncatedBPArguments,
+        ReinforceArguments,
+        DDPOArguments,
+        GRPOArguments,
+        D3POArguments,
+        ReFLArguments,
+    )
+}
+"""Every method by its name."""
+DEFAULT_METHOD = RLRArguments.estimator
+METHOD_CHOICE: Field[str] = knob(DEFAULT_METHOD, "Method; each has knobs of its own, and its own defaults of them.")
+"""The knob that chooses among them."""
