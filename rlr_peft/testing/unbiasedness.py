@@ -29,7 +29,7 @@ class EstimatorBias:
         projection_error: its standard error.
         variance: trace of the covariance of one group's estimate of the mean reward's gradient.
         estimates: number of independent estimates.
-        coverage: what the estimator says that it covers, in its last report.
+        coverage: what the estimator says that it covers, in the end.
     """
 
     exact: torch.Tensor
@@ -141,11 +141,10 @@ def measure_bias(
         sampled = _sampled(chain, objective, prompts, antithetic, generator)
         advantages = estimator.advantages(sampled.rewards, prompts, group_size)
         rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
-        coverage = estimator.coverage(chain, differentiable)
         estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
         estimates.append(_gradients_by_replicate(chain) / group_size)
     exact = torch.cat([gradient.flatten() for gradient in chain.exact_gradient()])
-    return _compare(torch.stack(estimates), exact, coverage)
+    return _compare(torch.stack(estimates), exact, estimator.coverage(chain, differentiable))
 
 
 def _calibrate(
