@@ -2,7 +2,7 @@
 
 Every step of the chain is covered with weight 1 in expectation, so the sum is an unbiased estimate of the gradient of
 E[R(x_0)]: the pathwise tail (FO) takes steps 1..K, half-order blocks (HO) or the zeroth order (ZO) the rest. Full
-backpropagation, truncated backpropagation and REINFORCE are the special cases K = T, no HO, and K = 0.
+backpropagation and REINFORCE are the special cases K = T and K = 0.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ from rlr_peft.estimators.half_order import (
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
+from rlr_peft.estimators.roulette import roulette_probabilities, roulette_weights
 from rlr_peft.estimators.variance import (
     GradientSketch,
     StepGradients,
@@ -85,15 +86,11 @@ class RLREstimator(Estimator):
         Raises:
             CoverageError: there is no term for this reward, or a step is not covered as it should be.
         """
-        if self.settings.first_order_steps != "random" or not has_gradient:
-            return self.layout(chain, has_gradient).coverage
-        covered = [self._layout(chain, has_gradient, k, None).coverage for k in range(1, chain.num_steps + 1)]
-        weights = torch.stack([coverage.weights for coverage in covered]).mean(0)
-        return replace(covered[0], weights=weights, gaps=covered[0].gaps)
+        return self.layout(chain, has_gradient).coverage
 
-    def layout(self, chain: Chain, has_gradient: bool, generator: torch.Generator | None = None) -> Layout:
-        """Which term covers which step of one micro-batch; a K that is drawn needs the generator (CPU)."""
-        steps, mixture = self._tail(chain.num_steps, generator) if has_gradient else (0, None)
+    def layout(self, chain: Chain, has_gradient: bool) -> Layout:
+        """Which term covers which step of one micro-batch."""
+        steps, mixture = self._tail(chain.num_steps) if has_gradient else (0, None)
         return self._layout(chain, has_gradient, steps, mixture)
 
     def segments(
@@ -101,12 +98,13 @@ class RLREstimator(Estimator):
     ) -> Iterator[Segment | Perturbation]:
         """The terms of one micro-batch."""
         c = self.settings.coefficients
-        layout = self.layout(chain, rollout.reward_gradient is not None, generator)
+        layout = self.layout(chain, rollout.reward_gradient is not None)
         blocks, left = layout.draw(generator)
         if layout.mixture is not None:
             yield mixed_segment(rollout, layout.mixture, c.first_order, c.half_order)
         elif layout.first_order_steps:
-            yield first_order_segment(rollout, layout.first_order_steps, c.first_order)
+            walked = self._roulette(chain, rollout, layout.first_order_steps, generator)
+            yield first_order_segment(rollout, layout.first_order_steps, c.first_order, walked)
         for t in layout.black_box_steps:
             yield black_box_segment(chain, objective, rollout, t, c.half_order)
         for block, weight in blocks:
@@ -146,11 +144,19 @@ class RLREstimator(Estimator):
         stage = choose_stage(half_order.stage_windows, self.statistics.energies, covered_tail)
         return replace(self.settings, half_order=replace(half_order, window=(stage.first, stage.last)))
 
-    def _tail(self, num_steps: int, generator: torch.Generator | None) -> tuple[int, torch.Tensor | None]:
+    def _roulette(self, chain: Chain, rollout: Rollout, length: int, generator: torch.Generator) -> torch.Tensor | None:
+        """Weights of every sample at steps 1..K, (K, B); None where all samples are walked through all of them."""
+        if not self.settings.roulette or length == 1:
+            return None
+        if self.statistics.products is None:
+            raise RuntimeError("Expected calibrate() before the first update with a roulette.")
+        products = self.statistics.products[:length, :length]
+        probabilities = roulette_probabilities(products, fixed_cost=chain.num_steps)
+        return roulette_weights(probabilities, len(rollout.rewards), generator)
+
+    def _tail(self, num_steps: int) -> tuple[int, torch.Tensor | None]:
         """K, and the mixture of steps 1..K."""
         chosen = self.settings.first_order_steps
-        if chosen == "random":
-            return int(torch.randint(1, num_steps + 1, (1,), generator=generator)), None
         if chosen != "auto":
             return min(chosen, num_steps), None
         if self.statistics.variances is None:

@@ -129,7 +129,7 @@ def measure_step_gradients(
         else:
             for t in range(1, num_steps + 1):
                 if (score := noise(t)) is not None:
-                    (step,) = walk(chain, sample.trajectory, Segment("score", t, 1, score))
+                    (step,) = walk(chain, sample.trajectory, Segment("score", (t,), score))
                     scores[t - 1, i] = sketch(step.gradients)
     advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
     if not differentiable:
@@ -365,6 +365,8 @@ class StepStatistics:
     Attributes:
         variances: of the terms, which choose K; None before the first calibration.
         energies: gradient energies of the steps, (T,), which choose the window; None before the first calibration.
+        products: ``E <G_s, G_t>`` of the pathwise gradients, (T, T), float64, which choose the roulette's chances; None
+            before the first calibration and without a reward gradient.
         block_norms: gradient norm of half-order blocks by first step.
         state_baseline: None without one.
     """
@@ -372,6 +374,7 @@ class StepStatistics:
     def __init__(self, state_baseline: bool = False) -> None:
         self.variances: StepVariances | None = None
         self.energies: torch.Tensor | None = None
+        self.products: torch.Tensor | None = None
         self.block_norms: dict[int, float] = {}
         self.state_baseline = StateBaseline() if state_baseline else None
         self._gains: StepGains | None = None
@@ -383,6 +386,10 @@ class StepStatistics:
         self._gains = measured if self._gains is None else self._gains.blend(measured, decay)
         energies = step_energies(gradients)
         self.energies = energies if self.energies is None else decay * self.energies + (1 - decay) * energies
+        if gradients.pathwise is not None:
+            vectors = gradients.pathwise.double()
+            products = torch.einsum("snd,tnd->st", vectors, vectors) / vectors.shape[1]
+            self.products = products if self.products is None else decay * self.products + (1 - decay) * products
         self._see([SignalSizes.of_calibration(gradients)])
 
     def learn(self, books: Sequence[Book]) -> None:
@@ -391,7 +398,7 @@ class StepStatistics:
         blocks = [(book, booking) for book in books for booking in book.bookings if booking.term == HALF_ORDER]
         for book, block in blocks:
             norm = block.norm / len(book.rewards) / block.weight if block.weight else 0.0
-            by_step[block.first_step].append(norm)
+            by_step[block.steps[0]].append(norm)
         for first_step, norms in by_step.items():
             newer = sum(norms) / len(norms)
             older = self.block_norms.get(first_step, newer)
@@ -406,6 +413,7 @@ class StepStatistics:
         return {
             "gains": None if self._gains is None else dict(vars(self._gains)),
             "energies": self.energies,
+            "products": self.products,
             "sizes": self._sizes.state_dict(),
             "block_norms": dict(self.block_norms),
             "state_baseline": None if self.state_baseline is None else self.state_baseline.state_dict(),
@@ -413,7 +421,7 @@ class StepStatistics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        self.energies = state["energies"]
+        self.energies, self.products = state["energies"], state["products"]
         self._sizes = SignalSizes(**state["sizes"])
         if state["gains"] is not None:
             self._gains = StepGains(**state["gains"])
