@@ -30,6 +30,7 @@ from rlr_peft.build.run import Run, build_run
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.training.update import calibrate, calibration_due, take_update
 from rlr_peft.training.validation import evaluate_adapter, evaluate_base
 
@@ -37,6 +38,7 @@ from rlr_peft.training.validation import evaluate_adapter, evaluate_base
 METHODS: dict[str, tuple[list[str], int]] = {
     "rlr, K measured": (["--estimator", "rlr", "--fo_roulette", "false"], 2),
     "rlr": (["--estimator", "rlr", "--fo_roulette", "true"], 2),
+    "auto": (["--estimator", "auto", "--fo_roulette", "true"], 2),
     "full-bp": (["--estimator", "full-bp"], 1),
     "truncated-bp, K = 1": (["--estimator", "truncated-bp"], 1),
     "refl": (["--estimator", "refl"], 1),
@@ -138,8 +140,9 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
             calibrate(run, step)
             samples = run.config.estimator.calibration_samples
             replays = run.chain.denoiser_evaluations - before - samples * run.chain.num_steps
-            # A replay is pulled back twice: the reward's gradient and the noise.
-            cost += run.chain.denoiser_evaluations - before + 4 * replays + samples * scoring
+            # A replay is pulled back twice, for the reward's gradient and the noise, and once more by `auto`.
+            pulled = 3 if isinstance(run.estimator, AutoEstimator) else 2
+            cost += run.chain.denoiser_evaluations - before + 2 * pulled * replays + samples * scoring
             before = run.chain.denoiser_evaluations
         update = take_update(run, step)
         passes = fmean(book.backward_passes for book in update.books)

@@ -92,7 +92,7 @@ class WalkedStep:
         cotangent: that travelled to the step's mean, (b, ...) of the b samples that are walked; None if there is none.
         sample_weights: w_t of these samples, (b,); None for 1.
         gradients: one per parameter, before the segment's weight; empty for a step without weight.
-        probed: gradients of the probe's cotangent, where one was asked for.
+        probed: gradients of the probes' cotangents.
         samples: b, how many were replayed.
         backward_passes: through the step, the probe's not counted.
         numbers: of ``into_parameters``, for the logs.
@@ -102,7 +102,7 @@ class WalkedStep:
     cotangent: torch.Tensor | None
     sample_weights: torch.Tensor | None
     gradients: list[torch.Tensor]
-    probed: list[torch.Tensor] | None
+    probed: list[list[torch.Tensor]]
     samples: int
     backward_passes: int
     numbers: Mapping[str, float]
@@ -196,7 +196,10 @@ class ReplayedStep:
 
 
 def walk(
-    chain: Chain, trajectory: Trajectory, segment: Segment, probe: Callable[[int], torch.Tensor | None] | None = None
+    chain: Chain,
+    trajectory: Trajectory,
+    segment: Segment,
+    probes: Callable[[int], Sequence[torch.Tensor]] = lambda t: (),
 ) -> Iterator[WalkedStep]:
     """Differentiates a segment step by step; its weight is left to ``run``.
 
@@ -204,7 +207,7 @@ def walk(
         chain: the chain.
         trajectory: what was sampled.
         segment: of it.
-        probe: gives another cotangent at the mean of a step, (B, ...) or None, to be pulled back on the same tape.
+        probes: gives other cotangents at the mean of a step, (B, ...), to be pulled back on the same tape.
 
     Raises:
         ValueError: the segment leaves the chain.
@@ -233,8 +236,7 @@ def walk(
         carried = None
         if carry > 0 or own_weights is None or bool(own_weights.any()):
             replayed = ReplayedStep(chain, part, t, leads_to, with_latents=carry > 0)
-            probing = None if probe is None else probe(t)
-            step, carried = _pull_back(replayed, segment, t, own, own_weights, carry > 0, probing)
+            step, carried = _pull_back(replayed, segment, t, own, own_weights, carry > 0, probes(t))
             del replayed  # before the next: a pass into parameters alone frees no tape that leads elsewhere
             yield step
         if cotangent is not None and carry < 1:
@@ -252,10 +254,10 @@ def _pull_back(
     cotangent: torch.Tensor | None,
     weights: torch.Tensor | None,
     travels: bool,
-    probing: torch.Tensor | None,
+    probes: Sequence[torch.Tensor],
 ) -> tuple[WalkedStep, torch.Tensor | None]:
     """One step, and the cotangent at its input if it travels on."""
-    probed = None if probing is None else replayed.into_parameters(probing, keep=True)
+    probed = [replayed.into_parameters(probe, keep=True) for probe in probes]
     own, numbers = _into_parameters(segment, t, replayed.output.detach(), cotangent)
     gradients: list[torch.Tensor] = []
     into_latents, passes = None, 0

@@ -240,10 +240,9 @@ class CalibratedArguments(MirroredArguments, ScoreTermArguments):
     ho_coefficient: float = knob(
         1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
     )
-    calibration_interval: int = knob(
-        25,
-        "How often the per-step variances behind `fo_steps: auto`, and the energies behind `ho_window: auto`, are "
-        "measured again.",
+    calibration_interval: int | Literal["auto"] = knob(
+        "auto",
+        "How often the steps are measured again; `auto` spends about 5 % of the run on it.",
         unit="optimiser steps",
         at_least=1,
         at_most=10**9,

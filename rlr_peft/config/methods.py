@@ -66,6 +66,13 @@ class RLRArguments(ThreeOrdersArguments):
 
 
 @dataclass(frozen=True)
+class AutoArguments(RLRArguments):
+    """The member of the family, `rlr` among them, that promises the most improvement per cost, by measurement."""
+
+    estimator = "auto"
+
+
+@dataclass(frozen=True)
 class RLRPaperArguments(ThreeOrdersArguments):
     """The paper's form with its formula corrected: one FO step, one free block of length h, ZO on the complement."""
 
@@ -304,6 +311,7 @@ METHODS: dict[str, type[EstimatorArguments]] = {
     method.estimator: method
     for method in (
         RLRArguments,
+        AutoArguments,
         RLRPaperArguments,
         FullBPArguments,
         TruncatedBPArguments,

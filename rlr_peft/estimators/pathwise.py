@@ -208,7 +208,7 @@ class PathwiseEstimator(Estimator):
             generator = torch.Generator().manual_seed(0)
             is_drawn = settings.steps in ("random", "drawn")
             for _ in range(COVERAGE_DRAWS if is_drawn else 1):
-                chosen = self._choose(chain, generator)
+                chosen = self.choose(chain, generator)
                 weights[[t - 1 for t in chosen.steps]] += torch.tensor(chosen.weights, dtype=torch.float64)
             weights *= settings.coefficient / (COVERAGE_DRAWS if is_drawn else 1)
         reason = {
@@ -238,7 +238,7 @@ class PathwiseEstimator(Estimator):
         """The chosen steps as one segment, and one more for every re-noised copy."""
         assert rollout.reward_gradient is not None  # as the coverage has checked
         settings, trajectory = self.settings, rollout.trajectory
-        chosen = self._choose(chain, generator)
+        chosen = self.choose(chain, generator)
         cotangent, weights = rollout.reward_gradient, _for_samples(chosen.weights, trajectory.batch_size)
         if settings.steps == "leap":
             weights = leap_weights(chain, rollout, *chosen.steps).expand(2, -1)
@@ -283,7 +283,8 @@ class PathwiseEstimator(Estimator):
         factors = (limit / torch.tensor(norms, dtype=torch.float64).clamp(min=1e-300)).clamp(max=1)
         return per_sample(factors, cotangent) * cotangent
 
-    def _choose(self, chain: Chain, generator: torch.Generator) -> ChosenSteps:
+    def choose(self, chain: Chain, generator: torch.Generator) -> ChosenSteps:
+        """The steps of one micro-batch; the generator (CPU) draws them where they are drawn."""
         settings, total = self.settings, chain.num_steps
         match settings.steps:
             case "last":

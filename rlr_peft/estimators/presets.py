@@ -15,6 +15,7 @@ from rlr_peft.config.estimator import (
 )
 from rlr_peft.config.methods import (
     AdjointMatchingArguments,
+    AutoArguments,
     D3POArguments,
     DDPOArguments,
     DRaFTLVArguments,
@@ -28,6 +29,7 @@ from rlr_peft.config.methods import (
     TruncatedBPArguments,
 )
 from rlr_peft.estimators.adjoint_matching import AdjointMatchingEstimator
+from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow
@@ -40,13 +42,24 @@ from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.stages import Stages
 
 
-def build_estimator(arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None) -> Estimator:
-    """The estimator of the method; ``stages`` are those that ``ho_window`` may name.
+def build_estimator(
+    arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None, samples: int = 1
+) -> Estimator:
+    """The estimator of a method.
+
+    Args:
+        arguments: its knobs.
+        num_inference_steps: T.
+        stages: those that ``ho_window`` may name.
+        samples: of an update, in all processes.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
     """
     match arguments:
+        case AutoArguments():
+            rlr = RLREstimator(settings_from_arguments(arguments, num_inference_steps, stages), arguments.antithetic)
+            return AutoEstimator(rlr, num_inference_steps, samples)
         case AdjointMatchingArguments():
             return AdjointMatchingEstimator(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
         case PathwiseArguments() | ReFLArguments():

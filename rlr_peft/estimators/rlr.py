@@ -14,7 +14,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, CoverageError, Estimator, Rollout
+from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
 from rlr_peft.estimators.half_order import (
     black_box_segment,
     choose_stage,
@@ -26,9 +26,9 @@ from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.estimators.roulette import roulette_probabilities, roulette_weights
 from rlr_peft.estimators.variance import (
     GradientSketch,
-    StepGradients,
     StepStatistics,
     best_first_order_steps,
+    check_gradient,
     inverse_variance_weights,
     measure_step_gradients,
 )
@@ -73,7 +73,7 @@ class RLREstimator(Estimator):
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
         gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters))
-        _check_gradient(gradients, rollouts)
+        check_gradient(gradients, rollouts)
         self.statistics.calibrate(gradients, decay)
 
     def learn(self, books: Sequence[Book]) -> None:
@@ -168,14 +168,3 @@ class RLREstimator(Estimator):
         pathwise = weights.nonzero()
         length = int(pathwise.max()) + 1 if len(pathwise) else 0
         return length, None if bool((weights[:length] == 1).all()) else weights[:length]
-
-
-def _check_gradient(gradients: StepGradients, rollouts: Sequence[Rollout]) -> None:
-    """A gradient that is zero everywhere has no variance, and would be chosen for it."""
-    rewards = torch.cat([rollout.rewards for rollout in rollouts])
-    if gradients.pathwise is not None and not gradients.pathwise.any() and rewards.min() < rewards.max():
-        raise CoverageError(
-            f"Expected a reward whose gradient is not zero on all {len(rewards)} samples, got zeros although the "
-            "rewards differ: it is a step function, rounded or saturated. Declare it with `differentiable = False` on "
-            "the callable, or smooth it."
-        )
