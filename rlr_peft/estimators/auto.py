@@ -1,14 +1,13 @@
 """The member of the family that promises the most improvement per cost, chosen by measured gradients.
 
 Every member weights the per-step gradients of a sample, drawn or not: ``g = sum_r w_r v_r``, where the rows v_r are the
-exact pathwise gradients G_t, those with the velocity held fixed, and the score terms. With B independent samples, a
-step of the best length along the estimate raises a smooth objective in proportion to
+exact pathwise gradients G_t, those with the velocity held fixed, and the score terms. Adam takes steps of about the
+same length whatever the estimate, so that an update of B independent samples raises the reward in proportion to
 
-    <gradient, E g>^2 / E |mean of B g|^2,
+    <gradient, E g> / sqrt(E |mean of B g|^2),
 
-which is 1 times |gradient|^2 for a full gradient without noise and less for one that is biased or noisy. Divided by the
-cost of B samples it is the expected improvement per cost. Everything comes from calibrations: from samples that no
-update uses.
+which is |gradient| for a full gradient without noise and less for one that is biased or noisy. Divided by the cost of B
+samples it is the expected improvement per cost. Everything comes from calibrations: from samples that no update uses.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,9 @@ from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.roulette import STEP_COST, roulette_probabilities
+from rlr_peft.estimators.roulette import STEP_COST
 from rlr_peft.estimators.variance import (
+    GradientMoments,
     GradientSketch,
     StepGradients,
     check_gradient,
@@ -37,34 +37,6 @@ WORTH_A_BIAS = 1.25
 UNBIASED = "rlr"
 # Draws that the moments of a member's random weights are averaged over.
 WEIGHT_DRAWS = 500
-
-
-@dataclass(frozen=True)
-class GradientMoments:
-    """Inner products of the rows of per-step gradients, (R, R), float64.
-
-    Attributes:
-        products: ``E <v_r, v_s>`` of a single sample.
-        means: ``<E v_r, E v_s>``, estimated without bias from pairs of different samples.
-    """
-
-    products: torch.Tensor
-    means: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: torch.Tensor) -> "GradientMoments":
-        """Of the rows of N samples, (R, N, d)."""
-        count = rows.shape[1]
-        rows = rows.double()
-        products = torch.einsum("rnd,snd->rs", rows, rows) / count
-        total = rows.sum(1)
-        return cls(products, (total @ total.T - count * products) / (count * (count - 1)))
-
-    def blend(self, newer: "GradientMoments", decay: float) -> "GradientMoments":
-        """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
-        return GradientMoments(
-            decay * self.products + (1 - decay) * newer.products, decay * self.means + (1 - decay) * newer.means
-        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +101,7 @@ def promise(moments: GradientMoments, weights: Weights, full: torch.Tensor, samp
     return Promise(
         cosine=float((along / (length * expected).sqrt()).clamp(-1, 1)),
         noise_scale=float((single / expected - 1).clamp(min=0)),
-        improvement=float(along.clamp(min=0) ** 2 / (length * square.clamp(min=1e-300)) / cost),
+        improvement=float(along.clamp(min=0) / (length * square.clamp(min=1e-300)).sqrt() / cost),
     )
 
 
@@ -277,9 +249,9 @@ def rlr_weights(rlr: RLREstimator, chain: Chain) -> Weights:
     fixed[:length] = 1
     fixed[[2 * num_steps + t - 1 for t in range(length + 1, num_steps + 1) if chain.std(t) > 0]] = 1
     weights = Weights.fixed(fixed)
-    if not rlr.settings.roulette or rlr.statistics.products is None:
+    if not rlr.settings.roulette:
         return weights
-    probabilities = roulette_probabilities(rlr.statistics.products[:length, :length], num_steps)
+    probabilities = rlr.roulette(chain, length)
     square = weights.square.clone()
     square[:length, :length] = 1 / torch.maximum(probabilities[:, None], probabilities[None])
     return Weights(fixed, square, float(probabilities.sum()) + float(fixed[length:].sum()))

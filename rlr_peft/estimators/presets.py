@@ -58,7 +58,8 @@ def build_estimator(
     """
     match arguments:
         case AutoArguments():
-            rlr = RLREstimator(settings_from_arguments(arguments, num_inference_steps, stages), arguments.antithetic)
+            settings = settings_from_arguments(arguments, num_inference_steps, stages)
+            rlr = RLREstimator(settings, arguments.antithetic, samples)
             return AutoEstimator(rlr, num_inference_steps, samples)
         case AdjointMatchingArguments():
             return AdjointMatchingEstimator(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
@@ -71,7 +72,7 @@ def build_estimator(
             return PolicyGradientEstimator(_policy_gradient(arguments, num_inference_steps, stages))
         case _:
             settings = settings_from_arguments(arguments, num_inference_steps, stages)
-            return RLREstimator(settings, arguments.antithetic)
+            return RLREstimator(settings, arguments.antithetic, samples)
 
 
 def settings_from_arguments(

@@ -41,14 +41,16 @@ class RLREstimator(Estimator):
     Args:
         settings: what the estimator is made of.
         antithetic: samples come in neighbouring pairs with mirrored noises.
+        samples: B, of an update; the roulette's chances depend on it.
 
     Attributes:
         statistics: of past updates and calibrations, which choose K, the mixture and the window.
     """
 
-    def __init__(self, settings: RLRSettings, antithetic: bool = False) -> None:
+    def __init__(self, settings: RLRSettings, antithetic: bool = False, samples: int = 1) -> None:
         self.settings = settings
         self.antithetic = antithetic
+        self.samples = samples
         self.statistics = StepStatistics(settings.state_baseline)
         # Not without first-order steps, unless the gradient decides on a black-box tail.
         self.uses_reward_gradient = settings.first_order_steps != 0 or settings.black_box_steps > 0
@@ -93,6 +95,12 @@ class RLREstimator(Estimator):
         steps, mixture = self._tail(chain.num_steps) if has_gradient else (0, None)
         return self._layout(chain, has_gradient, steps, mixture)
 
+    def roulette(self, chain: Chain, length: int) -> torch.Tensor:
+        """The chances q_t of steps 1..K, (K,), for K = ``length``."""
+        if self.statistics.moments is None:
+            raise RuntimeError("Expected calibrate() before the first update with a roulette.")
+        return roulette_probabilities(self.statistics.moments.first(length), self.samples, chain.num_steps)
+
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterator[Segment | Perturbation]:
@@ -103,8 +111,10 @@ class RLREstimator(Estimator):
         if layout.mixture is not None:
             yield mixed_segment(rollout, layout.mixture, c.first_order, c.half_order)
         elif layout.first_order_steps:
-            walked = self._roulette(chain, rollout, layout.first_order_steps, generator)
-            yield first_order_segment(rollout, layout.first_order_steps, c.first_order, walked)
+            length, walked = layout.first_order_steps, None
+            if self.settings.roulette:
+                walked = roulette_weights(self.roulette(chain, length), len(rollout.rewards), generator)
+            yield first_order_segment(rollout, length, c.first_order, walked)
         for t in layout.black_box_steps:
             yield black_box_segment(chain, objective, rollout, t, c.half_order)
         for block, weight in blocks:
@@ -143,16 +153,6 @@ class RLREstimator(Estimator):
             raise RuntimeError("Expected calibrate() before the first update with ho_window auto.")
         stage = choose_stage(half_order.stage_windows, self.statistics.energies, covered_tail)
         return replace(self.settings, half_order=replace(half_order, window=(stage.first, stage.last)))
-
-    def _roulette(self, chain: Chain, rollout: Rollout, length: int, generator: torch.Generator) -> torch.Tensor | None:
-        """Weights of every sample at steps 1..K, (K, B); None where all samples are walked through all of them."""
-        if not self.settings.roulette or length == 1:
-            return None
-        if self.statistics.products is None:
-            raise RuntimeError("Expected calibrate() before the first update with a roulette.")
-        products = self.statistics.products[:length, :length]
-        probabilities = roulette_probabilities(products, fixed_cost=chain.num_steps)
-        return roulette_weights(probabilities, len(rollout.rewards), generator)
 
     def _tail(self, num_steps: int) -> tuple[int, torch.Tensor | None]:
         """K, and the mixture of steps 1..K."""

@@ -12,6 +12,8 @@ so that measured gradients tell the best q.
 import torch
 from scipy.optimize import isotonic_regression
 
+from rlr_peft.estimators.variance import GradientMoments
+
 # No step is walked more rarely: weights stay below 1 / this where few measured samples showed nothing.
 SMALLEST_PROBABILITY = 0.05
 # Factors of sqrt(beta) that are tried; q_t is at most 1.
@@ -39,21 +41,24 @@ def roulette_weights(probabilities: torch.Tensor, samples: int, generator: torch
     return (places < probabilities) / probabilities
 
 
-def roulette_probabilities(products: torch.Tensor, fixed_cost: float) -> torch.Tensor:
-    """The q_t that minimise second moment times cost.
+def roulette_probabilities(moments: GradientMoments, samples: int, fixed_cost: float) -> torch.Tensor:
+    """The q_t that minimise ``sqrt(E |mean of B g|^2) * cost``: the most improvement per cost, see ``auto``.
 
     Args:
-        products: ``E <G_s, G_t>`` over samples at index (s - 1, t - 1), (T, T), float64.
+        moments: of the gradients G_1..G_T.
+        samples: B, of an update.
         fixed_cost: of a sample without its walk, in denoiser evaluations.
 
     Returns:
         (T,), float64, in [SMALLEST_PROBABILITY, 1], not increasing, 1 at step 1.
     """
-    beta = products.diagonal() + 2 * products.triu(1).sum(1)
+    beta = moments.products.diagonal() + 2 * moments.products.triu(1).sum(1)
     # Steps whose beta rises with t cannot be told apart by a q that does not: they share the mean of theirs.
     pooled = torch.tensor(isotonic_regression(beta.numpy(), increasing=False).x.copy()).clamp(min=0)
     candidates = (FACTORS[:, None] * pooled.sqrt()).clamp(SMALLEST_PROBABILITY, 1)
     candidates[:, 0] = 1
-    moments = (pooled / candidates).sum(1)
+    single = (pooled / candidates).sum(1)
+    expected = moments.means.sum().clamp(min=0)
+    squares = expected + (single - expected).clamp(min=0) / samples
     costs = fixed_cost + STEP_COST * candidates.sum(1)
-    return candidates[int((moments * costs).argmin())]
+    return candidates[int((squares.sqrt() * costs).argmin())]

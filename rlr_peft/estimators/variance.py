@@ -182,6 +182,38 @@ def step_energies(gradients: StepGradients) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class GradientMoments:
+    """Inner products of the rows of per-step gradients, (R, R), float64.
+
+    Attributes:
+        products: ``E <v_r, v_s>`` of a single sample.
+        means: ``<E v_r, E v_s>``, estimated without bias from pairs of different samples.
+    """
+
+    products: torch.Tensor
+    means: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "GradientMoments":
+        """Of the rows of N samples, (R, N, d)."""
+        count = rows.shape[1]
+        rows = rows.double()
+        products = torch.einsum("rnd,snd->rs", rows, rows) / count
+        total = rows.sum(1)
+        return cls(products, (total @ total.T - count * products) / (count * (count - 1)))
+
+    def first(self, count: int) -> "GradientMoments":
+        """Of the first rows."""
+        return GradientMoments(self.products[:count, :count], self.means[:count, :count])
+
+    def blend(self, newer: "GradientMoments", decay: float) -> "GradientMoments":
+        """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
+        return GradientMoments(
+            decay * self.products + (1 - decay) * newer.products, decay * self.means + (1 - decay) * newer.means
+        )
+
+
+@dataclass(frozen=True)
 class StepVariances:
     """Variances (traces of covariances) of a single sample's gradient through every step.
 
@@ -400,8 +432,8 @@ class StepStatistics:
     Attributes:
         variances: of the terms, which choose K; None before the first calibration.
         energies: gradient energies of the steps, (T,), which choose the window; None before the first calibration.
-        products: ``E <G_s, G_t>`` of the pathwise gradients, (T, T), float64, which choose the roulette's chances; None
-            before the first calibration and without a reward gradient.
+        moments: of the pathwise gradients, (T, T), which choose the roulette's chances; None before the first
+            calibration and without a reward gradient.
         block_norms: gradient norm of half-order blocks by first step.
         state_baseline: None without one.
     """
@@ -409,7 +441,7 @@ class StepStatistics:
     def __init__(self, state_baseline: bool = False) -> None:
         self.variances: StepVariances | None = None
         self.energies: torch.Tensor | None = None
-        self.products: torch.Tensor | None = None
+        self.moments: GradientMoments | None = None
         self.block_norms: dict[int, float] = {}
         self.state_baseline = StateBaseline() if state_baseline else None
         self._gains: StepGains | None = None
@@ -422,9 +454,8 @@ class StepStatistics:
         energies = step_energies(gradients)
         self.energies = energies if self.energies is None else decay * self.energies + (1 - decay) * energies
         if gradients.pathwise is not None:
-            vectors = gradients.pathwise.double()
-            products = torch.einsum("snd,tnd->st", vectors, vectors) / vectors.shape[1]
-            self.products = products if self.products is None else decay * self.products + (1 - decay) * products
+            moments = GradientMoments.of(gradients.pathwise)
+            self.moments = moments if self.moments is None else self.moments.blend(moments, decay)
         self._see([SignalSizes.of_calibration(gradients)])
 
     def learn(self, books: Sequence[Book]) -> None:
@@ -448,7 +479,7 @@ class StepStatistics:
         return {
             "gains": None if self._gains is None else dict(vars(self._gains)),
             "energies": self.energies,
-            "products": self.products,
+            "moments": None if self.moments is None else dict(vars(self.moments)),
             "sizes": self._sizes.state_dict(),
             "block_norms": dict(self.block_norms),
             "state_baseline": None if self.state_baseline is None else self.state_baseline.state_dict(),
@@ -456,7 +487,8 @@ class StepStatistics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        self.energies, self.products = state["energies"], state["products"]
+        self.energies = state["energies"]
+        self.moments = None if state["moments"] is None else GradientMoments(**state["moments"])
         self._sizes = SignalSizes(**state["sizes"])
         if state["gains"] is not None:
             self._gains = StepGains(**state["gains"])
