@@ -4,7 +4,7 @@
 
 The middle-sized UNet has the layout of Stable Diffusion 1.5 at half its width, and random weights: time and memory do
 not depend on them. Seconds are CPU time, in which the two ways take turns; memory is what autograd holds of the step.
-The gradient is that of full backpropagation through tiny-shapes. Writes ``benchmarks/results/guidance.json``.
+Gradients are those of the last K steps of tiny-shapes at guidance 4. Writes ``benchmarks/results/guidance.json``.
 """
 
 import time
@@ -39,7 +39,7 @@ HALF_WIDTH = {"block_out_channels": [160, 320, 640, 640]}
 def main() -> None:
     """Measures, prints a table and writes the results."""
     tiny = build_run(load_config([*TINY, "--train_batch_size", str(BATCH)]))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"model": f"tiny-shapes, {BATCH} samples", **costs(*both(tiny.config, tiny.pipeline), BATCH)},
         {"model": "SD 1.5 of half the width, 256 pixels, 2 samples", **costs(*middle(), 2)},
     ]
@@ -48,9 +48,11 @@ def main() -> None:
     for row in rows:
         numbers = [f"{row[name][way]:.3g}" for name in ("seconds", "tape_mb", "sampled_seconds") for way in (0, 1)]
         print(f"| {row['model']} | {' | '.join(numbers)} |")
-    direction = compare_gradients(tiny)
-    print(direction)
-    write_results("guidance", {"costs": rows, "gradient": direction})
+    directions = compare_gradients(tiny)
+    print("\n| K of 10 | cosine with the whole gradient | length against it |\n|---|---|---|")
+    for found in directions:
+        print(f"| {found['K']} | {found['cosine']:.2f} | {found['length']:.2f} |")
+    write_results("guidance", {"costs": rows, "samples": SAMPLES, "gradients": directions})
 
 
 def both(config: Config, pipeline: Any) -> tuple[DenoisingChain, DenoisingChain]:
@@ -72,7 +74,7 @@ def middle() -> tuple[DenoisingChain, DenoisingChain]:
 
 
 def costs(plain: DenoisingChain, detached: DenoisingChain, batch: int) -> dict[str, list[float]]:
-    """Seconds of a replay with its backward pass, megabytes on its tape, seconds of a sampled step; each in both ways."""
+    """Seconds of a replay with its backward pass, megabytes on its tape, seconds of a sampled step; each both ways."""
     trajectory = plain.sample(["a cat"] * batch, list(range(batch)))
     t = (plain.num_steps + 1) // 2
     cotangent = torch.ones_like(trajectory.latents[0])
@@ -105,31 +107,31 @@ def timed(work: Callable[[DenoisingChain], None], chains: tuple[DenoisingChain, 
     return [median(kept) for kept in seconds]
 
 
-def compare_gradients(tiny: Run) -> dict[str, float]:
-    """Of the detached gradient against the whole one, both of the mean reward of the same samples."""
+def compare_gradients(tiny: Run) -> list[dict[str, float]]:
+    """Of the detached gradient against the whole one, both of the mean reward of the same samples, by K."""
     chains = both(tiny.config, tiny.pipeline)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # at the base itself half of an adapter's weights have no gradient
         for parameter in chains[0].parameters:
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-    prompts = tiny.prompts[:SAMPLES]
-    totals = [torch.zeros(sum(p.numel() for p in chains[0].parameters), dtype=torch.float64) for _ in chains]
+    lengths, size = sorted({1, 3, chains[0].num_steps}), sum(p.numel() for p in chains[0].parameters)
+    totals = {(k, way): torch.zeros(size, dtype=torch.float64) for k in lengths for way in (0, 1)}
     for start in range(0, SAMPLES, BATCH):
-        part = prompts[start : start + BATCH]
+        part = tiny.prompts[start : start + BATCH]
         trajectory = chains[0].sample(part, list(range(start, start + BATCH)))
         cotangent = tiny.objective.measure(trajectory.latents[0], part).reward_gradient
-        for chain, total in zip(chains, totals, strict=True):
-            clear_gradients(chain)
-            run(chain, trajectory, Segment("first_order", 1, chain.num_steps, cotangent))
-            total += torch.cat([p.grad.flatten() for p in chain.parameters if p.grad is not None]).double()
-    whole, detached = totals
-    return {
-        "samples": SAMPLES,
-        "steps": chains[0].num_steps,
-        "guidance_scale": chains[0].guidance_scale,
-        "cosine": float(torch.nn.functional.cosine_similarity(whole, detached, dim=0)),
-        "length": float(detached.norm() / whole.norm()),
-    }
+        for (k, way), total in totals.items():
+            clear_gradients(chains[way])
+            run(chains[way], trajectory, Segment("first_order", 1, k, cotangent))
+            total += torch.cat([p.grad.flatten() for p in chains[way].parameters if p.grad is not None]).double()
+    return [
+        {
+            "K": k,
+            "cosine": float(torch.nn.functional.cosine_similarity(totals[k, 0], totals[k, 1], dim=0)),
+            "length": float(totals[k, 1].norm() / totals[k, 0].norm()),
+        }
+        for k in lengths
+    ]
 
 
 if __name__ == "__main__":
