@@ -260,6 +260,16 @@ class OptimizerArguments(Group):
     adam_epsilon: float = knob(
         1e-8, "Term that keeps Adam's division finite.", unit="gradient units", above=0, at_most=1
     )
+    use_ema: bool = knob(
+        False, "Evaluate and save an exponential moving average of the LoRA weights; training goes on from themselves."
+    )
+    ema_decay: float = knob(
+        0.995,
+        "Decay of the average with use_ema; after N optimiser steps it is at most N / (9 + N).",
+        unit="fraction",
+        at_least=0,
+        below=1,
+    )
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the schedule."""

@@ -94,6 +94,7 @@ def plan_memory(
         offload_rewards=config.reward.offload_rewards,
         quantized=quantization is not None,
         use_8bit_adam=config.optimizer.use_8bit_adam,
+        use_ema=config.optimizer.use_ema,
         evaluation_batch_size=max(counts, default=1),
     )
     _check(options, facts)

@@ -95,6 +95,8 @@ def take_update(run: Run, step: int) -> Update:
         all_reduce_mean_descent(run.chain.parameters, run.arithmetic.samples_per_update, run.processes)
         gradient_norm = _clip(run, step)
         run.optimizer.step()
+        if run.ema is not None:
+            run.ema.step(run.chain.parameters)
         run.optimizer.zero_grad(set_to_none=True)
         if epoch == 0 and divergences:
             kl = run.processes.gather(torch.cat(divergences), "the divergences")

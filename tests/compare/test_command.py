@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,9 +25,9 @@ from rlr_peft.lora import WEIGHT_NAME
 from tests.compare.adapter_hub import adapter_hub
 from tests.families.image_pipelines import sd3
 from tests.pipelines import tiny_stable_diffusion
+from tests.programs import LIBRARIES, Program
 from tests.test_lora_fitting import adapter_of
 
-ROOT = Path(__file__).parents[2]
 TOKEN = "hf_secret"
 REWARDS = """
 import os
@@ -78,15 +76,8 @@ def words(workplace: Path, output: Path, *adapters: str) -> list[str]:
     return ["compare", *named, "--config", config, *own]
 
 
-def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "rlr_peft.cli", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+def start(*command: str, **environment: str) -> Program:
+    return Program(["-m", "rlr_peft.cli", *command], os.environ | environment, LIBRARIES, merged=True)
 
 
 def scores_of(output: Path) -> list[dict[str, str]]:
