@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +45,7 @@ from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.pipelines import chain_over, tiny_stable_diffusion
+from tests.programs import completed
 
 GROUP = 4
 SAMPLES = 1600
@@ -587,13 +586,7 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("".join(f"{name}: {value}\n" for name, value in config.items()))
     words = ["--config", str(path), "--samples", "3", "--output", str(tmp_path / "out" / "report.html"), "--rank", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlr_peft.cli", "diagnose", *words, "--samples", "5"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = completed(["-m", "rlr_peft.cli", "diagnose", *words, "--samples", "5"])
     assert done.returncode == 0, done.stderr
     assert "Recommendation" in done.stdout and "full-bp" in done.stdout
     data = json.loads((tmp_path / "out" / "report.json").read_text())
