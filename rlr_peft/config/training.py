@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.model import check_revision
-from rlr_peft.durable_files import stays_inside
+from rlr_peft.durable_files import stays_inside, why_no_folder
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -213,6 +213,12 @@ class TrainingArguments(Group):
         1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", above=0, at_most=1e9
     )
 
+    detach_negative: bool = knob(
+        False,
+        "Take no gradient through the negative branch of guidance: half of a step's memory and backward pass, but a "
+        "biased gradient.",
+    )
+
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the sizes and the output folder."""
         samples = self.train_batch_size * self.gradient_accumulation_steps
@@ -222,13 +228,10 @@ class TrainingArguments(Group):
                 f"{self.train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}), got "
                 f"{self.num_images_per_prompt}; change one of the three so that every prompt's group is whole."
             )
-        output = Path(self.output_dir)
-        # os.path where Path would raise: a name that is too long, a folder that may not be looked into
-        existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            got = "which cannot be written to" if existing.is_dir() else "which is a file"
+        if reason := why_no_folder(Path(self.output_dir)):
             yield (
-                f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
+                f"output_dir: expected a folder or a place for one, got {self.output_dir}, where {reason}; choose "
+                "another."
             )
 
 

@@ -268,7 +268,7 @@ def test_several_problems_are_told_in_one_error() -> None:
 def test_a_path_that_the_system_refuses_is_no_traceback(name: str, path: str) -> None:
     """A prompt in place of its file, for example, is longer than a file's name may be."""
     value = f"{path}/x" if name == "resume_from_checkpoint" else path
-    if name == "output_dir":
+    if name == "output_dir" and path.startswith("~"):
         load([*REQUIRED, f"--{name}", value])  # it may be made yet
     else:
         assert refusal(*REQUIRED, f"--{name}", value).startswith(f"{name}: expected ")

@@ -51,7 +51,9 @@ def test_a_template_that_came_with_a_run_reaches_no_python(
     stored["template"] = "---\n{{ card_data }}\n---\n" + reach.replace("HERE", str(tmp_path))
     (folder / "run_record.json").write_text(json.dumps(stored))
     before = (folder / "README.md").read_bytes()
-    assert main(["card", str(folder)]) == 1
+    with pytest.raises(SystemExit) as left:
+        main(["card", str(folder)])
+    assert left.value.code == 1
     assert capsys.readouterr().err.startswith("error: The template of the card cannot be rendered (")
     assert (folder / "README.md").read_bytes() == before and not (tmp_path / "reached").exists()
 
@@ -83,7 +85,9 @@ def test_a_record_that_came_with_an_adapter_puts_no_code_into_the_card(
     for group, values in changes.items():
         stored["record"][group] |= values
     (folder / "run_record.json").write_text(json.dumps(stored))
-    assert main(["card", str(folder)]) == 1
+    with pytest.raises(SystemExit) as left:
+        main(["card", str(folder)])
+    assert left.value.code == 1
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
 
@@ -123,5 +127,7 @@ def test_a_folder_without_records_is_refused(
 ) -> None:
     if damage is not None:
         (tmp_path / "run_record.json").write_text(damage)
-    assert main(["card", str(tmp_path)]) == 1
+    with pytest.raises(SystemExit) as left:
+        main(["card", str(tmp_path)])
+    assert left.value.code == 1
     assert capsys.readouterr().err.startswith("error: ")

@@ -129,9 +129,9 @@ def test_a_folder_that_is_made_again_is_taken_again(tmp_path: Path, monkeypatch:
 
 def test_the_card_is_not_written_while_a_run_writes_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_card(tmp_path, StoredCard(RunRecord(Base("base"), Rewards("aesthetic"), {})))
-    with only_writer(tmp_path):
-        assert main(["card", str(tmp_path)]) == 1
-    assert "to which process" in capsys.readouterr().err
+    with only_writer(tmp_path), pytest.raises(SystemExit) as left:
+        main(["card", str(tmp_path)])
+    assert left.value.code == 2 and "to which process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"host": 1}', "x" * 100])
