@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlr_peft.build.chain import attach_adapters, build_chain, check_trajectory, denoiser_names
+from rlr_peft.build.chain import attach_adapters, build_training_chain, check_trajectory, denoiser_names
 from rlr_peft.build.machine import check_machine
 from rlr_peft.build.optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
@@ -199,7 +199,7 @@ def build_run(
         if config.model.torch_compile:
             compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
-        chain = build_chain(config, pipeline, decoded_frames=config.reward.decoded_frames, reward_decoder=decoder)
+        chain = build_training_chain(config, pipeline, decoder)
         check_trajectory(config, chain)
         chain.check_negative_prompts(run_prompts.training[:1])
         check_adapter_saves(pipeline)

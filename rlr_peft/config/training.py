@@ -213,6 +213,12 @@ class TrainingArguments(Group):
         1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", above=0, at_most=1e9
     )
 
+    detach_negative: bool = knob(
+        False,
+        "Take no gradient through the negative branch of guidance: half of a step's memory and backward pass, but a "
+        "biased gradient.",
+    )
+
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the sizes and the output folder."""
         samples = self.train_batch_size * self.gradient_accumulation_steps

@@ -13,7 +13,7 @@ from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate
+from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate, coverage_of
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.sampling import Batch, sample_batch
 from rlr_peft.prompt import Prompt
@@ -82,7 +82,7 @@ def take_update(run: Run, step: int) -> Update:
     info = _gather_info(run, batch)
     advantages = run.estimator.advantages(rewards, prompts, run.config.training.num_images_per_prompt)
     rollouts = batch.rollouts(advantages[_own_samples(run)])
-    coverage = run.estimator.coverage(run.chain, rollouts[0].reward_gradient is not None)
+    coverage = coverage_of(run.estimator, run.chain, rollouts[0].reward_gradient is not None)
     kl: torch.Tensor | None = None
     for epoch in range(run.estimator.inner_epochs):
         books, divergences = [], []

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from rlr_peft.build.reporting import reporting_errors
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.rewards.registry import load_reward
+from tests.programs import completed
 
 # Real limits of the operating system: a longer file cannot be written, as on a full disk.
 PROGRAM = """
@@ -38,8 +37,7 @@ WRITES = {
 
 @pytest.mark.parametrize("kind", WRITES)
 def test_a_full_disk_is_one_message(kind: str, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", PROGRAM.replace("{write}", WRITES[kind]), str(tmp_path / "file")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2])
+    done = completed(["-c", PROGRAM.replace("{write}", WRITES[kind]), tmp_path / "file"])
     assert done.returncode == 1
     assert done.stderr.startswith("error: A file could not be read or written: ") and done.stderr.count("\n") == 1
     assert done.stderr.endswith(" Free disk space. Go on so.\n")

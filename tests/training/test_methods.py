@@ -153,6 +153,12 @@ def test_early_stopping_goes_back_to_the_best_weights_and_survives_an_interrupti
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
+def test_a_detached_negative_branch_is_said(workplace: Path, tmp_path: Path) -> None:
+    values = {"estimator": "full-bp", "num_inference_steps": 2, "detach_negative": True}
+    _, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=1, **values))
+    assert progress.coverage == "Biased by choice: no gradient passes through the negative branch of guidance."
+
+
 def test_a_divergence_beyond_its_limit_stops_the_run(workplace: Path, tmp_path: Path) -> None:
     values = {"estimator": "full-bp", "learning_rate": 0.05, "num_inference_steps": 2, "kl_limit": 1e-4}
     _, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=20, **values))
