@@ -88,9 +88,21 @@ class Program:
         self.send_signal(signal.SIGKILL)
 
 
+def completed(
+    words: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    imported: tuple[str, ...] = EVERYTHING,
+    cwd: Path = ROOT,
+) -> subprocess.CompletedProcess[str]:
+    """What became of a program that ran to its end, as `subprocess.run` tells it."""
+    program = Program(words, environment, imported, cwd)
+    output, errors = program.communicate(timeout=300)
+    return subprocess.CompletedProcess(program.words, program.wait(), output, errors)
+
+
 def _pipe() -> tuple[TextIO, int]:
     reading, writing = os.pipe()
-    return open(reading, encoding="utf-8"), writing
+    return open(reading, encoding="utf-8", newline=""), writing  # "\r" stays
 
 
 @functools.cache

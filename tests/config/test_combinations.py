@@ -276,6 +276,27 @@ def test_a_path_that_the_system_refuses_is_no_traceback(name: str, path: str) ->
         assert refusal(*REQUIRED, f"--{name}", value).startswith(f"{name}: expected ")
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("/proc/x/y", "/proc cannot be written to"),
+        ("link", "link is a link to nothing"),
+        ("link/x", "link is a link to nothing"),
+        ("file/x", "file is a file"),
+        ("x" * 256, "a name is longer than 255 bytes"),
+        ("new/" + "\N{SNOWMAN}" * 86, "a name is longer than 255 bytes"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused_at_once(tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    message = refusal(*REQUIRED, "--output_dir", str(tmp_path / place))
+    assert message.startswith("output_dir: expected a folder or a place for one, got ") and reason in message
+    load([*REQUIRED, "--output_dir", str(tmp_path / "new" / ("x" * 255))])
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_prompt_file_may_be_any_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.hub.store import Repository, Store
 from tests.hub.users import USERS
-from tests.programs import LIBRARIES, ROOT, Program
+from tests.programs import LIBRARIES, ROOT, completed
 
 OWNER, READER, FINE_GRAINED, OTHER = USERS
 
@@ -81,8 +81,6 @@ def run(
     words: list[str | Path], environment: dict[str, str], expected_code: int = 0, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with these words; its output is shown if the exit code is another."""
-    program = Program(words, environment, LIBRARIES, cwd)
-    output, errors = program.communicate(timeout=300)
-    done = subprocess.CompletedProcess(program.words, program.wait(), output, errors)
+    done = completed(words, environment, LIBRARIES, cwd)
     assert done.returncode == expected_code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

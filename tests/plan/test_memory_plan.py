@@ -124,6 +124,16 @@ def test_a_denoiser_step_of_real_size(
         assert saved_gib(pipeline_of(name), False, **options) == pytest.approx(plain, rel=0.15)
 
 
+def test_the_tape_counts_storages_once_and_no_weights() -> None:
+    weight = torch.nn.Parameter(torch.randn(5, 5))
+    x = torch.randn(7, 5, requires_grad=True)
+    with counted_tape() as tape:
+        y = x * x + (x @ weight.T) * x
+        assert tape.live == 2 * 7 * 5 * 4  # x once, and x @ weight.T
+        del y
+        assert tape.live == 0 and tape.peak == 2 * 7 * 5 * 4
+
+
 @pytest.mark.parametrize(
     ("size", "checkpointed", "expected"), [(64, False, 2.8), (64, True, 0.40), (128, False, 11), (128, True, 1.6)]
 )
