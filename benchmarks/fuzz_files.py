@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.fuzz_inputs import ROOT, TEXTS, FindingError, Target, as_json, bent, damaged, odd
 from rlr_peft.config.arguments import config_to_dict, knobs
-from rlr_peft.config.parsing import load_config, load_values
+from rlr_peft.config.parsing import DESCRIPTION, NoFlags, load_config, read_words
 from rlr_peft.config.yaml_files import save_config
 from rlr_peft.lora import (
     adapter_loaded,
@@ -62,7 +62,7 @@ class Configs(Target):
             value = str(self._value(chance))
             flags += chance.choice([[name], [name, value], [f"{name}={value}"], [value]])
         if chance.random() < 0.2:
-            load_values(flags, names=chance.sample(list(knobs()), 10))
+            read_words(flags, NoFlags, None, DESCRIPTION, chance.sample(list(knobs()), 10)).values()
             return True
         try:
             config = load_config(flags)

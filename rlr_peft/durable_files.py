@@ -1,4 +1,4 @@
-"""Files that are complete or absent, even after a power cut, and names that stay inside their folder."""
+"""Files that are complete or absent, even after a power cut; places to write to; names that stay inside a folder."""
 
 import os
 import shutil
@@ -21,6 +21,25 @@ def stays_inside(name: str) -> bool:
     """
     path = PureWindowsPath(name)
     return not (path.anchor or name.startswith("/") or ".." in path.parts or "\0" in name) and bool(path.parts)
+
+
+def why_no_folder(folder: Path) -> str | None:
+    """Why there can be no folder to write to at this place, as in "got FOLDER, where /a/b is a file"; None if it can.
+
+    Nothing is made. Not seen are quotas, full disks, and file systems that say yes and mean no.
+    """
+    # os.path where Path would raise: a folder that may not be looked into
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.exists(existing):
+        return f"{existing} is a link to nothing"
+    if not existing.is_dir():
+        return f"{existing} is a file"
+    if not os.access(existing, os.W_OK | os.X_OK) or existing.resolve().is_relative_to("/proc"):
+        return f"{existing} cannot be written to"
+    longest = os.pathconf(existing, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if any(len(os.fsencode(name)) > longest for name in folder.parts):
+        return f"a name is longer than {longest} bytes"
+    return None
 
 
 def flush_to_disk(path: Path) -> None:

@@ -70,7 +70,7 @@ def save_image(path: Path, image: Tensor | Image.Image) -> Path:
     """Writes an image, (3, H, W) in [0, 1] or PIL's, as a PNG file; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(to_8_bit(image)) if isinstance(image, Tensor) else image
-    picture.save(path, format="PNG", optimize=True)
+    picture.save(path, format="PNG")
     return path
 
 

@@ -103,10 +103,13 @@ def test_config_help_is_grouped_complete_and_quick() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serve-reward", "--reward", "jpeg-compressibility", "--port", "99999"], "error: --port: expected an address"),
-        (["serve-reward", "--reward", "jpeg-compressibility", "--device", "foo"], "error: --device: expected a device"),
-        (["plan", *REQUIRED, "--output", "FILE/plan.json"], "error: --output: expected a place that can be written"),
-        (["diagnose", *REQUIRED, "--output", "FILE/a.html"], "error: --output: expected a place that can be written"),
+        (
+            ["serve-reward", "--reward", "jpeg-compressibility", "--port", "99999"],
+            "error: port: expected at least 0 and at most 65535, got 99999",
+        ),
+        (["serve-reward", "--reward", "jpeg-compressibility", "--device", "foo"], "error: device: expected a device"),
+        (["plan", *REQUIRED, "--output", "FILE/plan.json"], "error: output: expected a place to write to, got "),
+        (["diagnose", *REQUIRED, "--output", "FILE/a.html"], "error: output: expected a place to write to, got "),
     ],
 )
 def test_what_the_machine_cannot_do_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
@@ -134,18 +137,17 @@ def test_a_damaged_config_beside_the_adapter_is_one_line(tmp_path: Path) -> None
 def test_diagnose_help_shows_its_own_flags_and_those_of_training() -> None:
     done = run("diagnose", "--help")
     assert done.returncode == 0
-    assert done.stdout.index("--samples N") < done.stdout.index("--output FILE.html") < done.stdout.index("--rank ")
-    assert done.stdout.count("--samples N") == 2  # in its usage and in its explanation
+    assert done.stdout.index("--samples N") < done.stdout.index("--output TEXT") < done.stdout.index("--rank ")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--samples", "many"], "error: --samples: invalid int value: 'many'; see rlr-peft diagnose --help.\n"),
-        (["--samples", "3"], "error: --samples: expected 4 or more, got 3; raise --samples.\n"),
+        (["--samples", "many"], "error: samples: expected a whole number, got many; write --samples VALUE.\n"),
+        (["--samples", "3"], "error: samples: expected at least 4 and at most 1000000, got 3; change --samples.\n"),
         (
             ["--output", "report.pdf"],
-            "error: --output: expected a file that ends in .html, got report.pdf; rename it.\n",
+            "error: output: expected a file that ends in .html, got report.pdf; rename it.\n",
         ),
         (["--sample", "8"], "error: command line: unknown name sample; did you mean "),
         (["--rank", "0"], "error: rank: expected at least 1 and at most 65536, got 0; change --rank.\n"),

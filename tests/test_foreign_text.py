@@ -3,8 +3,6 @@
 import ast
 import json
 import re
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.foreign_text import in_cell, in_code, in_text, printable
 from rlr_peft.rewards.scores import info_of
 from tests.compare.comparisons import comparison, evaluation
+from tests.programs import completed
 
 ROOT = Path(__file__).parents[1]
 # A title for the terminal, red, "safe" written over what stands there, reversed, isolated, unseen, half a pair.
@@ -83,9 +82,8 @@ raise RuntimeError(foreign)
 
 def test_nothing_of_it_reaches_a_terminal() -> None:
     """Prints, messages of our and other loggers, warnings, explained errors and tracebacks of a real process."""
-    command = [sys.executable, "-c", PROGRAM.format(foreign=HOSTILE)]
-    done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
-    out, err = done.stdout.decode(), done.stderr.decode()
+    done = completed(["-c", PROGRAM.format(foreign=HOSTILE)])
+    out, err = done.stdout, done.stderr
     assert done.returncode == 1 and out == SHOWN + "\n"
     assert is_clean(out) and is_clean(err)
     assert f"said {SHOWN}\n" in err and f"UserWarning: {SHOWN}\n" in err and f"error: {SHOWN}\n" in err
@@ -125,8 +123,6 @@ def test_commands_show_it_written_out(command: str, tmp_path: Path) -> None:
     folder = tmp_path / "\x1b[31m\u202e"
     folder.mkdir()
     (folder / "run_record.json").write_text('{"record": {"images": [], "pairs": [], "\\u001b[31m\\u202e": 1}}')
-    done = subprocess.run(
-        [sys.executable, "-m", "rlr_peft.cli", command, str(folder)], capture_output=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 1 and is_clean(done.stderr.decode())
-    assert done.stderr.decode().startswith("error: ") and r"\x1b[31m\u202e" in done.stderr.decode()
+    done = completed(["-m", "rlr_peft.cli", command, folder])
+    assert done.returncode == 1 and is_clean(done.stderr)
+    assert done.stderr.startswith("error: ") and r"\x1b[31m\u202e" in done.stderr

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from rlr_peft.intervals import decimals_of, decimals_of_scores, direction, half_width, with_error
+from rlr_peft.intervals import decimals_of, decimals_of_scores, direction, half_width, short_number, with_error
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 10, 11, 12, 16, 30, 64, 1000])
@@ -31,3 +31,16 @@ def test_scores_have_three_digits(scores: list[float], decimals: int) -> None:
 def test_digits_end_somewhere() -> None:
     assert decimals_of(3e-9) == 6 and decimals_of(0) == decimals_of(math.nan) == 4 and decimals_of(123.0) == 0
     assert with_error(0.1, 3e-9, sign=True) == "+0.1 ± 3e-09"
+
+
+def test_numbers_in_words() -> None:
+    assert [short_number(v) for v in (0.0, 0.12345, 4.4067, 10370.2, 3.2e-5, float("inf"))] == [
+        "0",
+        "0.123",
+        "4.41",
+        "10,370",
+        "3.2e-05",
+        "infinite",
+    ]
+    assert with_error(0.12661, 0.03381) == "0.127 ± 0.034"
+    assert with_error(3e-7, 2e-8) == "3e-07 ± 2e-08"

@@ -61,7 +61,9 @@ def test_half_precision_and_a_folder_that_is_taken(tmp_path: Path, capsys: pytes
     assert merge(tmp_path, "--dtype", "bf16") == 0
     (unet,) = (tmp_path / "out" / "unet").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(unet).values()} == {torch.bfloat16}
-    assert merge(tmp_path) == 2
+    with pytest.raises(SystemExit) as left:
+        merge(tmp_path)
+    assert left.value.code == 2
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,33 +21,37 @@ from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
 
 @as_config_error()
 def build_chain(
-    config: Config,
-    pipeline: DiffusionPipeline,
-    eta: float | None = None,
-    decoded_frames: int | None = None,
-    reward_decoder: torch.nn.Module | None = None,
+    config: Config, pipeline: DiffusionPipeline, eta: float | None = None, **of_training: Any
 ) -> DenoisingChain:
-    """The config's chain over a pipeline.
+    """The config's chain over a pipeline, for drawing.
 
     Args:
         config: of the run.
         pipeline: loaded, with its adapters if it has any.
         eta: another amount of noise than the config's; see ``DenoisingChain.at`` for a further chain.
-        decoded_frames: decode only so many first frames of a video.
-        reward_decoder: decodes in place of the pipeline's VAE.
-
-    Raises:
-        ConfigError: the base, its scheduler or an option that the chain cannot be built with.
+        of_training: further arguments of ``DenoisingChain``.
     """
     return DenoisingChain(
         pipeline,
         config.chain if eta is None else replace(config.chain, eta=eta),
         denoisers=denoiser_names(config),
-        decoded_frames=decoded_frames,
         stages=stages_from_config(config),
         offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
-        reward_decoder=reward_decoder,
         reference=adapter_disabled,
+        **of_training,
+    )
+
+
+def build_training_chain(
+    config: Config, pipeline: DiffusionPipeline, reward_decoder: torch.nn.Module | None
+) -> DenoisingChain:
+    """The chain that is trained; what decodes for its reward is None for the pipeline's own VAE."""
+    return build_chain(
+        config,
+        pipeline,
+        decoded_frames=config.reward.decoded_frames,
+        reward_decoder=reward_decoder,
+        detach_negative=config.training.detach_negative,
     )
 
 

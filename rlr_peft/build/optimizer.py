@@ -1,10 +1,12 @@
-"""The optimiser of the LoRA weights and the course of its learning rate."""
+"""The optimiser of the LoRA weights, the course of its learning rate, and the average of the weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -86,3 +88,29 @@ def restore_optimizer(
     for group, settings, rate in zip(optimizer.param_groups, asked, rates, strict=True):
         group.update(settings | {"lr": rate})
     lr_scheduler._last_lr = rates
+
+
+def build_ema(parameters: Iterable[nn.Parameter], arguments: OptimizerArguments) -> EMAModel | None:
+    """diffusers' moving average of the parameters, to be stepped after every optimiser step; None without `use_ema`."""
+    return EMAModel(parameters, decay=arguments.ema_decay) if arguments.use_ema else None
+
+
+def restore_ema(ema: EMAModel, state: Mapping[str, Any]) -> None:
+    """Puts the average where a checkpoint left it, but with the decay that this run asks for."""
+    device = ema.shadow_params[0].device
+    ema.load_state_dict({**state, "decay": ema.decay})
+    ema.to(device)
+
+
+@contextmanager
+def averaged(ema: EMAModel | None, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters are their average; without one they stay as they are. Not to be nested."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)

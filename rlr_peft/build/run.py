@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlr_peft.build.chain import attach_adapters, build_chain, check_trajectory, denoiser_names
+from rlr_peft.build.chain import attach_adapters, build_training_chain, check_trajectory, denoiser_names
 from rlr_peft.build.machine import check_machine
-from rlr_peft.build.optimizer import build_lr_scheduler, build_optimizer
+from rlr_peft.build.optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
     compile_denoisers,
     described_by,
@@ -92,6 +94,7 @@ class Run:
         validation_prompts: prompts drawn while training.
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
+        ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
         arithmetic: the derived numbers.
         is_pipeline_given: whether the base came as an object, so that it cannot be loaded once more.
     """
@@ -113,6 +116,7 @@ class Run:
     validation_prompts: list[Prompt]
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
+    ema: EMAModel | None
     arithmetic: Arithmetic
     is_pipeline_given: bool
 
@@ -120,6 +124,15 @@ class Run:
     def output_dir(self) -> Path:
         """Folder that receives everything."""
         return Path(self.config.training.output_dir)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """All that optimiser steps move: the LoRA weights, and their average where there is one."""
+        return [*self.chain.parameters, *(self.ema.shadow_params if self.ema is not None else ())]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the pipeline has the weights that are evaluated and saved: with an average, that. Not nested."""
+        return averaged(self.ema, self.chain.parameters)
 
     def fresh_base(self, device: torch.device) -> DiffusionPipeline:
         """The base once more, without the adapter; where it was given as an object, a copy of it."""
@@ -191,7 +204,7 @@ def build_run(
         if config.model.torch_compile:
             compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
-        chain = build_chain(config, pipeline, decoded_frames=config.reward.decoded_frames, reward_decoder=decoder)
+        chain = build_training_chain(config, pipeline, decoder)
         check_trajectory(config, chain)
         chain.check_negative_prompts(run_prompts.training[:1])
         check_adapter_saves(pipeline)
@@ -201,7 +214,7 @@ def build_run(
     if warning is not None:
         logger.warning("%s", warning)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
-    objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout)
+    objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout, config.reward.reward_limit)
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     return Run(
         config=config,
@@ -221,6 +234,7 @@ def build_run(
         validation_prompts=run_prompts.validation,
         optimizer=optimizer,
         lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
+        ema=build_ema(chain.parameters, config.optimizer),
         arithmetic=arithmetic,
         is_pipeline_given=is_pipeline_given,
     )

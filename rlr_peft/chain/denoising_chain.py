@@ -41,6 +41,7 @@ class DenoisingChain:
         stages: splits the chain, so that every step is conditioned on the prompt of its stage; None for one prompt.
         offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
+        detach_negative: take no gradient through the negative branch of guidance.
         reference: from the denoiser to a context in which it is the reference model.
 
     Attributes:
@@ -69,6 +70,7 @@ class DenoisingChain:
         stages: Stages | None = None,
         offload_text_encoders: bool = False,
         reward_decoder: torch.nn.Module | None = None,
+        detach_negative: bool = False,
         reference: Callable[[torch.nn.Module], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.pipeline = pipeline
@@ -81,10 +83,13 @@ class DenoisingChain:
         self._reference = reference
         self._stages = stages
         self._decodes_for_rewards = True
+        self._detach_negative = detach_negative
         self._first_frames = None
         self._arrange(ChainArguments() if arguments is None else arguments)
         with explaining_unknown_class(pipeline, self.family):
             self._try_step()
+        if detach_negative:
+            self._find_negative_branch()
         if decoded_frames is not None:
             self._first_frames = first_frames(pipeline, self.family, decoded_frames, self.latents_shape)
 
@@ -102,7 +107,8 @@ class DenoisingChain:
             eta: amount of noise; None keeps it.
             steps: T; None keeps it.
             guidance: the scale of the family's guidance; None keeps it.
-            whole: decode whole videos, and with the pipeline's own VAE: for images that are looked at.
+            whole: draw and decode as the pipeline alone does, whole videos and with its own VAE: for images that are
+                looked at.
         """
         two_scales = self.family.guidance_argument == "true_cfg_scale" and self.arguments.true_cfg_scale is not None
         given = {
@@ -113,7 +119,7 @@ class DenoisingChain:
         changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         chain = copy.copy(self)
         if whole:
-            chain._decodes_for_rewards, chain._first_frames = False, None
+            chain._decodes_for_rewards, chain._first_frames, chain._detach_negative = False, None, False
         chain._arrange(replace(self.arguments, **changed))
         return chain
 
@@ -164,6 +170,11 @@ class DenoisingChain:
     def call_arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call with which it draws the same without the chain, but for the scheduler's."""
         return self._call.for_card
+
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """What makes the derivatives of its steps others than those of the samples, one clause each."""
+        return ("no gradient passes through the negative branch of guidance",) if self._detach_negative else ()
 
     def check_negative_prompts(self, prompts: Sequence[PromptLike]) -> None:
         """Raises a ValueError where prompts have negative ones of their own and the pipeline takes none."""
@@ -300,7 +311,8 @@ class DenoisingChain:
         self, prompts: Sequence[Prompt], latents: torch.Tensor | None, output_type: str = "latent", **options: Any
     ) -> torch.Tensor:
         """What the pipeline's own call returns for the steps that the scheduler exposes."""
-        return self._driver(self._scheduler, prompts, latents, self._call.of(prompts, output_type, **options))
+        arguments = self._call.of(prompts, output_type, **options)
+        return self._driver(self._scheduler, prompts, latents, arguments, self._detach_negative)
 
     @torch.no_grad()
     def _roll(
@@ -353,12 +365,38 @@ class DenoisingChain:
         """Of a class that no row knows: one step must come out as the chain expects it."""
         if self.family.name != GENERIC.name:
             return
-        latents = torch.zeros(1, *self.latents_shape, dtype=self.latents_dtype, device=self.device)
-        self._scheduler.expose(self.num_steps, self.num_steps - 1, None)
-        self._drive([Prompt("")], latents)
+        latents = self._take_first_step()
         shapes = [step.mean.shape for step in self._scheduler.recorded.steps]
         if shapes != [latents.shape]:
             raise ValueError(f"expected one step on latents {tuple(latents.shape)}, got {[tuple(s) for s in shapes]}")
+
+    def _find_negative_branch(self) -> None:
+        """One step must have one that can be detached.
+
+        Raises:
+            ValueError: it has none.
+        """
+        branch = self._driver.negative_branch
+        if branch is None:
+            raise ValueError(
+                f"detach_negative: expected a supported pipeline, got {self._driver.name}, where it is not known which "
+                "calls are the negative branch of guidance; leave --detach_negative out."
+            )
+        self._take_first_step()
+        if not branch.ran:
+            raise ValueError(
+                f"detach_negative: expected guidance with a negative branch, got {self._driver.name} at scale "
+                f"{self.guidance_scale:g} without one: it is off, or built into the model. Raise --guidance_scale or "
+                "--true_cfg_scale, or leave --detach_negative out."
+            )
+
+    @torch.no_grad()
+    def _take_first_step(self) -> torch.Tensor:
+        """The latents (1, ...), all zero, from which one step was taken, which is recorded."""
+        latents = torch.zeros(1, *self.latents_shape, dtype=self.latents_dtype, device=self.device)
+        self._scheduler.expose(self.num_steps, self.num_steps - 1, None)
+        self._drive([Prompt("")], latents)
+        return latents
 
     def _initial_latents(self, generator: torch.Generator) -> torch.Tensor:
         """x_T of one sample. Packed latents are drawn by the pipeline, which packs after drawing."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rlr_peft.chain.guidance import NegativeBranch
 from rlr_peft.config.chain import TimestepSpacing
 from rlr_peft.durable_files import SECOND_EXPERT
 
@@ -36,6 +37,7 @@ class Family:
         guidance_argument: argument of the pipeline's call that holds the scale of guidance.
         frame_axis: axis of the latents (B, ...) along which the first latent frames alone decode to exactly the first
             frames of the video; None where the decoder looks ahead.
+        negative_branch: where the pipeline's call runs the negative branch of guidance; None where that is not known.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Family:
     timestep_spacing: TimestepSpacing | None = None
     guidance_argument: str = "guidance_scale"
     frame_axis: int | None = None
+    negative_branch: NegativeBranch | None = "first half"
 
 
 FAMILIES = (
@@ -74,6 +77,7 @@ FAMILIES = (
         pipeline_classes=("FluxPipeline",),
         tags=("flux", "flux-diffusers"),
         lora_targets=(*JOINT_ATTENTION, *FLUX_FEED_FORWARD),
+        negative_branch="second call",
     ),
     Family(
         name="qwen-image",
@@ -82,6 +86,7 @@ FAMILIES = (
         lora_targets=JOINT_ATTENTION,
         timestep_spacing="trailing",
         guidance_argument="true_cfg_scale",
+        negative_branch="second call",
     ),
     Family(
         name="pixart-sigma",
@@ -98,6 +103,7 @@ FAMILIES = (
         name="z-image",
         pipeline_classes=("ZImagePipeline",),
         tags=("z-image", "z-image-diffusers"),
+        negative_branch="second half",
     ),
     Family(
         name="text-to-video-sd",
@@ -124,6 +130,7 @@ FAMILIES = (
         denoisers=("transformer", SECOND_EXPERT),
         pipeline_tag="text-to-video",
         frame_axis=2,
+        negative_branch="second call",
     ),
     Family(
         name="cogvideox",
@@ -140,7 +147,9 @@ FAMILIES = (
     ),
 )
 
-GENERIC = Family(name="generic", pipeline_classes=(), denoisers=("unet", "transformer"), lora_targets=())
+GENERIC = Family(
+    name="generic", pipeline_classes=(), denoisers=("unet", "transformer"), lora_targets=(), negative_branch=None
+)
 """The row that an unknown pipeline class is tried with."""
 
 GENERIC_TARGETS = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")

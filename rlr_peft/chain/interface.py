@@ -16,6 +16,7 @@ class Chain(Protocol):
     Attributes:
         num_steps: T.
         denoiser_evaluations: number of single-sample denoiser evaluations so far; a guided pair counts once.
+        departures: what makes the derivatives of its steps others than those of the samples, one clause each.
     """
 
     num_steps: int
@@ -24,6 +25,10 @@ class Chain(Protocol):
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """The trainable parameters, in a fixed order."""
+
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """See above."""
 
     def std(self, t: int) -> float:
         """Standard deviation of step t; 0 where the step is deterministic."""

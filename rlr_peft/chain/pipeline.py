@@ -5,7 +5,7 @@ Which arguments the call takes is read off its signature, so that no argument of
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.families import DENOISERS, Family, trained_module
+from rlr_peft.chain.guidance import DetachedNegative
 from rlr_peft.chain.memory import OffloadedTextEncoders, PromptMemory, cast_inputs_to_weights, working_device
 from rlr_peft.chain.scheduler import RecordingScheduler
 from rlr_peft.config import ChainArguments
@@ -47,6 +48,7 @@ class PipelineDriver:
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         latents_dtype: float32, or float64 if the denoiser is.
         parameters: of the pipeline's call, by name.
+        negative_branch: takes that of guidance off the tape; None where it is not known where it runs.
 
     Raises:
         ValueError: a pipeline that cannot be given prompts and latents, or one with a safety checker.
@@ -77,6 +79,11 @@ class PipelineDriver:
         self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
         encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
         self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
+        self.negative_branch = None
+        if family.negative_branch is not None:
+            modules = [getattr(pipeline, name, None) for name in DENOISERS]
+            present = [module for module in modules if isinstance(module, torch.nn.Module)]
+            self.negative_branch = DetachedNegative(present, family.negative_branch)
         for module in _denoisers_and_decoder(pipeline, family, reward_decoder):
             cast_inputs_to_weights(module)
 
@@ -86,6 +93,7 @@ class PipelineDriver:
         prompts: Sequence[Prompt],
         latents: torch.Tensor | None,
         arguments: Mapping[str, Any],
+        detach_negative: bool = False,
     ) -> torch.Tensor:
         """What the pipeline returns first for the exposed steps: latents, images (B, 3, H, W) or videos.
 
@@ -94,8 +102,12 @@ class PipelineDriver:
             prompts: B prompts.
             latents: where to start, (B, ...); None lets the pipeline draw noise.
             arguments: the others of the pipeline's call.
+            detach_negative: run the negative branch of guidance without gradients.
         """
-        with self._driven_by(scheduler) as pipeline:
+        detached: AbstractContextManager[None] = nullcontext()
+        if detach_negative and self.negative_branch is not None:
+            detached = self.negative_branch.off_tape(len(prompts))
+        with self._driven_by(scheduler) as pipeline, detached:
             texts = [prompt.text for prompt in prompts]
             return self._undecorated(pipeline, prompt=texts, latents=latents, return_dict=False, **arguments)[0]
 

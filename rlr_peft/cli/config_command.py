@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from rlr_peft.config import config_to_yaml, load_config_or_exit
+from rlr_peft.config import config_to_yaml, load_config
 from rlr_peft.foreign_text import say
 
 
 def config_command(words: Sequence[str]) -> int:
-    """Prints the resolved YAML of `--config FILE` and flags; an error leaves with exit code 2."""
-    say(config_to_yaml(load_config_or_exit(words, prog="rlr-peft config")).rstrip("\n"))
+    """Prints the resolved YAML of `--config FILE` and flags."""
+    say(config_to_yaml(load_config(words, prog="rlr-peft config")).rstrip("\n"))
     return 0

@@ -54,7 +54,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code (2 for a wrong command line; without a command, the help)."""
+    """Runs one command; returns its exit code.
+
+    Raises:
+        SystemExit: 2 for a wrong command line or config, 1 for any other error that a message explains.
+    """
     parser = argparse.ArgumentParser(
         prog="rlr-peft",
         description="Reward fine-tuning of LoRA adapters of diffusers pipelines. Training: train_rlr_lora.py.",
@@ -70,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     parsed = parser.parse_args(words)
+    from rlr_peft.build.reporting import reporting_errors, set_up_logging
+
+    set_up_logging()
     _, module, function = COMMANDS[parsed.command]
-    run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
-    return run(parsed.words)
+    with reporting_errors():
+        run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+        return run(parsed.words)

@@ -310,7 +310,7 @@ def _picture(image: Tensor, num_frames: int) -> Picture:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if max(width, height) <= SMALL_SIDE:
-        picture.save(buffer, format="PNG", optimize=True)
+        picture.save(buffer, format="PNG")
         return Picture(buffer.getvalue(), "image/png", picture.width, picture.height, num_frames)
     picture.save(buffer, format="WEBP", quality=QUALITY)
     return Picture(buffer.getvalue(), "image/webp", picture.width, picture.height, num_frames)

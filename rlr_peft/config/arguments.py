@@ -12,7 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
@@ -86,41 +86,53 @@ def knobs() -> dict[str, Knob]:
     for group, group_class in get_type_hints(Config).items():
         title = (group_class.__doc__ or group).strip()
         of_methods = group_class is EstimatorArguments
-        for name, type_, field, methods in _method_knobs() if of_methods else _group_knobs(group_class):
+        for name, knob in (_method_knobs(title) if of_methods else knobs_of(group_class, group)).items():
             if name in found:
                 raise TypeError(f"knob {name} is declared in {found[name].group} and in {group}")
-            shared = of_methods and all(methods.get(method) is field for method in METHODS)
-            found[name] = Knob(name, group, title, type_, field, methods, shared)
+            found[name] = knob
     return found
 
 
-_Declared = tuple[str, Any, Field[Any], dict[str, Field[Any]]]
+def knobs_of(group_class: type[Group], group: str = "own") -> dict[str, Knob]:
+    """The knobs of one group by name."""
+    types, title = get_type_hints(group_class), (group_class.__doc__ or group).strip()
+    declared: tuple[Field[Any], ...] = fields(group_class) if is_dataclass(group_class) else ()
+    return {one.name: Knob(one.name, group, title, types[one.name], one, {}) for one in declared}
 
 
-def _group_knobs(group_class: type[Group]) -> Iterator[_Declared]:
-    types = get_type_hints(group_class)
-    return ((declared.name, types[declared.name], declared, {}) for declared in fields(group_class))  # type: ignore[arg-type]
-
-
-def _method_knobs() -> Iterator[_Declared]:
+def _method_knobs(title: str) -> dict[str, Knob]:
     """The choice of the method, then the knobs of all methods; null stands for the method's own default."""
-    yield "estimator", Literal[tuple(METHODS)], METHOD_CHOICE, {}
+    choice = Knob("estimator", "estimator", title, Literal[tuple(METHODS)], METHOD_CHOICE, {})
+    found = {choice.name: choice}
     of_methods = {name: method.knobs() for name, method in METHODS.items()}
     for name in dict.fromkeys(name for declared in of_methods.values() for name in declared):
         having = {method: declared[name] for method, declared in of_methods.items() if name in declared}
         type_ = functools.reduce(operator.or_, [type_ for type_, _ in having.values()]) | None
         methods = {method: declared for method, (_, declared) in having.items()}
-        yield name, type_, next(iter(methods.values())), methods
+        first = next(iter(methods.values()))
+        is_shared = all(methods.get(method) is first for method in METHODS)
+        found[name] = Knob(name, "estimator", title, type_, first, methods, is_shared)
+    return found
 
 
-def check_names(names: Iterable[str], where: str) -> None:
-    """Raises ConfigError for the first name that is no knob, with the nearest known one."""
+def check_names(names: Iterable[str], where: str, known: Collection[str] | None = None) -> None:
+    """Raises ConfigError for the first name that is none of the known ones, with the nearest; None for all knobs."""
     for name in names:
-        if name in knobs() or name in GONE:
+        if name in (known or (*knobs(), *GONE)):
             continue
-        nearest = difflib.get_close_matches(name.replace("-", "_"), knobs(), n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(name.replace("-", "_"), known or knobs(), n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all names."
         raise ConfigError(f"{where}: unknown name {name}; {hint}")
+
+
+def refuse_missing(known: Mapping[str, Knob], values: Mapping[str, Any], elsewhere: str = "") -> None:
+    """Raises ConfigError for required knobs without a value; `elsewhere` says how else than by a flag one is given."""
+    missing = [name for name, knob in known.items() if knob.required and values.get(name) is None]
+    if missing:
+        raise ConfigError(
+            f"missing {', '.join(missing)}; give {'it' if len(missing) == 1 else 'each'} as a flag "
+            f"(--{missing[0]} VALUE){elsewhere.format(name=missing[0])}."
+        )
 
 
 def refuse_gone(values: Mapping[str, Any], where: str) -> None:
@@ -158,12 +170,7 @@ def config_from_dict(values: Mapping[str, Any], flags: Collection[str] = ()) -> 
     """
     check_names(values, "config")
     refuse_gone(values, "")
-    missing = [name for name, knob in knobs().items() if knob.required and values.get(name) is None]
-    if missing:
-        raise ConfigError(
-            f"missing {', '.join(missing)}; give {'it' if len(missing) == 1 else 'each'} as a flag "
-            f"(--{missing[0]} VALUE) or in the YAML file ({missing[0]}: VALUE)."
-        )
+    refuse_missing(knobs(), values, " or in the YAML file ({name}: VALUE)")
     grouped: dict[str, dict[str, Any]] = {knob.group: {} for knob in knobs().values()}
     for name, value in values.items():
         if name in GONE:
@@ -215,8 +222,13 @@ def method_of(values: Mapping[str, Any]) -> type[EstimatorArguments]:
 
 def check_config(config: Config) -> None:
     """Raises one ConfigError that names every problem: the ranges first, and combinations once all ranges hold."""
-    _refuse(list(_ranges(config)))
+    _refuse([problem for group in config.groups().values() for problem in _ranges(group)])
     _refuse([problem for group in config.groups().values() for problem in group.check(config)])
+
+
+def check_group(group: Group) -> None:
+    """Raises one ConfigError that names every value out of its range."""
+    _refuse(list(_ranges(group)))
 
 
 def _refuse(problems: list[str]) -> None:
@@ -226,27 +238,26 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError(problems[0])
 
 
-def _ranges(config: Config) -> Iterator[str]:
-    for group in config.groups().values():
-        for declared in fields(group):  # type: ignore[arg-type]
-            name, value = declared.name, getattr(group, declared.name)
-            texts = list(_texts(value))
-            if name not in MAY_BE_EMPTY and not all(text.strip() for text in texts):
-                yield f"{name}: expected a text, got an empty one; fill it or leave the flag out."
-            if unfit := next((text for text in texts if _UNFIT.search(text)), None):
-                yield f"{name}: expected a text without control characters, got {unfit!r:.80}; take them out."
-                continue
-            if any("//" in text and HIDDEN in text for text in texts):
-                yield (
-                    f"{name}: expected a whole address, got {value} of a saved file, where {HIDDEN} stands for "
-                    f"what may be secret and is never written; give the whole address as --{name}."
-                )
-            if value == ():
-                yield f"{name}: expected one or more values, got an empty list; fill it or leave it out."
-            if isinstance(value, float) and not math.isfinite(value):
-                yield f"{name}: expected a finite number, got {value}; give a number."
-            elif problem := out_of_range(name, value, declared):
-                yield problem
+def _ranges(group: Group) -> Iterator[str]:
+    for declared in knobs_of(type(group)).values():
+        name, value = declared.name, getattr(group, declared.name)
+        texts = list(_texts(value))
+        if name not in MAY_BE_EMPTY and not all(text.strip() for text in texts):
+            yield f"{name}: expected a text, got an empty one; fill it or leave the flag out."
+        if unfit := next((text for text in texts if _UNFIT.search(text)), None):
+            yield f"{name}: expected a text without control characters, got {unfit!r:.80}; take them out."
+            continue
+        if any("//" in text and HIDDEN in text for text in texts):
+            yield (
+                f"{name}: expected a whole address, got {value} of a saved file, where {HIDDEN} stands for "
+                f"what may be secret and is never written; give the whole address as --{name}."
+            )
+        if value == ():
+            yield f"{name}: expected one or more values, got an empty list; fill it or leave it out."
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name}: expected a finite number, got {value}; give a number."
+        elif problem := out_of_range(name, value, declared.field):
+            yield problem
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -1,28 +1,77 @@
-"""From command line and YAML file to a checked Config. Flags win over the file, wherever they stand."""
+"""From command line and YAML file to a checked Config. Flags win over the file, wherever they stand.
+
+All programs read their words here: the flags of training, and those that a command has of its own, which are knobs too.
+"""
 
 import argparse
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from rlr_peft.config.arguments import (
     MAY_BE_EMPTY,
     Config,
+    check_group,
     check_names,
     config_from_dict,
     knobs,
+    knobs_of,
     method_of,
     refuse_gone,
+    refuse_missing,
 )
-from rlr_peft.config.knob import ConfigError, Knob
+from rlr_peft.config.knob import ConfigError, Group, Knob
 from rlr_peft.config.yaml_files import read_yaml
+from rlr_peft.durable_files import why_no_folder
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
 from rlr_peft.redaction import redacted, secrets_of_command
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
 _CONFIG_HELP = "YAML file with the same flat names as the flags below; flags win over it wherever they stand."
+G = TypeVar("G", bound=Group)
+
+
+@dataclass(frozen=True)
+class Words(Generic[G]):
+    """What a command line says.
+
+    Attributes:
+        own: the command's own flags.
+        flags: the typed values of training's flags that are given, by name.
+        names: those that the command knows.
+        file: of `--config`.
+    """
+
+    own: G
+    flags: dict[str, Any]
+    names: Collection[str]
+    file: Path | None
+
+    def values(self, otherwise: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The typed values of training's flags, of the file where no flag says otherwise, and of neither's defaults.
+
+        Args:
+            otherwise: typed values in the place of a file, where none is given.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds an unknown name or a wrong type.
+        """
+        from_file = dict(otherwise or {}) if self.file is None else read_config(self.file, self.names)
+        if "estimator" in self.flags:  # the defaults of another method are no wishes
+            others = method_of(from_file).knobs()
+            from_file = {n: v for n, v in from_file.items() if n not in others or v != others[n][1].default}
+        return from_file | self.flags
+
+    def config(self) -> Config:
+        """The checked configuration of a run."""
+        return config_from_dict(self.values(), flags=self.flags)
+
+
+class NoFlags(Group):
+    """A program without flags of its own."""
 
 
 def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
@@ -35,49 +84,14 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
     Raises:
         ConfigError: unknown name, wrong type, number out of range, or a combination that cannot be run.
     """
-    from_flags, from_file = _read(argv, prog, list(knobs()), DESCRIPTION, {})
-    return config_from_dict({**from_file, **from_flags}, flags=from_flags)
+    return read_words(argv, NoFlags, prog, DESCRIPTION, list(knobs())).config()
 
 
-def load_values(
-    argv: Sequence[str],
-    prog: str | None = None,
-    names: Collection[str] | None = None,
-    description: str = DESCRIPTION,
-    otherwise: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The typed values of flags and file by name, without the check of a whole configuration.
-
-    Args:
-        argv: the command line without the program's name.
-        prog: the program's name in `--help`; None takes it from `sys.argv`.
-        names: the only names that matter to the program: of a file the others are passed over, as flags they are
-            refused, and `--help` does not show them. None for all.
-        description: of the program in `--help`.
-        otherwise: typed values in the place of a file, where `argv` names none.
-
-    Returns:
-        A value for every one of the names; None for one that is required and not given, and for what is left to the
-        method of estimation.
-
-    Raises:
-        ConfigError: unknown name or wrong type.
-    """
-    known = [name for name in knobs() if names is None or name in names]
-    from_flags, from_file = _read(argv, prog, known, description, otherwise or {})
-    return {name: knobs()[name].default for name in known} | from_file | from_flags
-
-
-def read_config(path: Path, names: Collection[str]) -> dict[str, Any]:
-    """The typed values that a YAML file gives to these names; what else it holds is passed over.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds an unknown name or a wrong type.
-    """
-    where = f"--config {path}: "
-    written = read_yaml(path)
-    refuse_gone(written, where)
-    return {name: knobs()[name].read(value, where) for name, value in written.items() if name in names}
+def check_output(path: Path, is_file: bool = False) -> None:
+    """Raises ConfigError where a report's file, or its folder, can be neither written nor made; nothing is made yet."""
+    reason = f"{path} is a folder" if is_file and path.is_dir() else why_no_folder(path.parent if is_file else path)
+    if reason:
+        raise ConfigError(f"output: expected a place to write to, got {path}, where {reason}; choose another.")
 
 
 def load_config_or_exit(argv: Sequence[str], prog: str | None = None) -> Config:
@@ -94,7 +108,67 @@ def exit_with(error: ConfigError) -> NoReturn:
     raise SystemExit(2)
 
 
-def refuse_empty(words: Sequence[str]) -> None:
+def read_config(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """The typed values that a YAML file gives to these names; what else it holds is passed over.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds an unknown name or a wrong type.
+    """
+    where = f"--config {path}: "
+    written = read_yaml(path)
+    refuse_gone(written, where)
+    return {name: knobs()[name].read(value, where) for name, value in written.items() if name in names}
+
+
+def read_words(
+    argv: Sequence[str],
+    own: type[G],
+    prog: str | None,
+    description: str,
+    names: Collection[str] = (),
+    place: str | None = None,
+) -> Words[G]:
+    """The command line of a program; `--help` prints and exits.
+
+    Args:
+        argv: the command line without the program's name.
+        own: the program's own flags; its docstring is their title in `--help`.
+        prog: the program's name in `--help`; None takes it from `sys.argv`.
+        description: of the program in `--help`.
+        names: flags of training that it takes besides, and that `--config FILE` may give.
+        place: which of its own values stands alone, without a flag.
+
+    Raises:
+        ConfigError: unknown or missing name, wrong type, number out of range.
+    """
+    known = {**knobs_of(own), **{name: knobs()[name] for name in names}}
+    _refuse_empty(argv)
+    flags = [word[2:].split("=")[0] for word in argv if word.startswith("--") and word not in ("--", "--help")]
+    _check_flags(flags, known, with_file=bool(names))
+    parser = _build_parser(prog, own, known, description, place)
+    try:
+        found, stray = parser.parse_known_args(list(argv))
+        if stray:
+            raise ConfigError(
+                f"expected --name VALUE, got the stray {' '.join(stray)}; put quotes around a value that holds spaces."
+            )
+        written = vars(found)
+        files = written.pop("config", [])
+        typed = {name: _read_flag(known[name], words) for name, words in written.items()}
+    except argparse.ArgumentError as error:
+        raise ConfigError(_nothing_given((error.argument_name or "").removeprefix("--"), known)) from None
+    except ConfigError as error:
+        raise ConfigError(redacted(str(error), secrets_of_command(argv))) from None
+    if len(files) > 1:
+        raise ConfigError(f"--config: expected one file, got {' and '.join(files)}; merge them into one.")
+    own_values = {name: typed.pop(name) for name in knobs_of(own) if name in typed}
+    refuse_missing(knobs_of(own), own_values)
+    group = own(**own_values)
+    check_group(group)
+    return Words(group, typed, names, Path(files[0]) if files else None)
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
     """Raises ConfigError for a flag, or a word of its own, that is there but empty; only prompts may be so."""
     flag: str | None = None
     for word in words:
@@ -108,50 +182,16 @@ def refuse_empty(words: Sequence[str]) -> None:
             raise ConfigError(f"{where}, got an empty one; fill it or leave {'the flag' if flag else 'it'} out.")
 
 
-def parse_or_exit(parser: Any, words: Sequence[str]) -> Any:
-    """What argparse reads of a command's words; an error is one line on stderr and exit code 2."""
-    parser.error = lambda message, *_: exit_with(
-        ConfigError(f"{redacted(' '.join(str(message).split()), secrets_of_command(words))}; see {parser.prog} --help.")
-    )
-    try:
-        refuse_empty(words)
-    except ConfigError as error:
-        exit_with(error)
-    return parser.parse_args(list(words))
-
-
-def _read(
-    argv: Sequence[str], prog: str | None, names: list[str], description: str, otherwise: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The typed values of the flags, and those of the file."""
-    refuse_empty(argv)
-    flags = [word[2:].split("=")[0] for word in argv if word.startswith("--") and word not in ("--", "--help")]
-    check_names((flag for flag in flags if flag != "config"), "command line")
-    refuse_gone(dict.fromkeys(flags, "a flag"), "")
+def _check_flags(flags: Sequence[str], known: Mapping[str, Knob], with_file: bool) -> None:
+    """Raises ConfigError for a flag that the program does not have."""
     for flag in flags:
-        if flag not in ("config", *names):
+        if flag in known or (flag == "config" and with_file):
+            continue
+        if with_file and flag in knobs():
             raise ConfigError(f"command line: --{flag} matters to training only; leave it out.")
-    parser = _build_parser(prog, names, description)
-    try:
-        found, stray = parser.parse_known_args(list(argv))
-        if stray:
-            raise ConfigError(
-                f"expected --name VALUE, got the stray {' '.join(stray)}; put quotes around a value that holds spaces."
-            )
-        written = vars(found)
-        files = written.pop("config", [])
-        from_flags = {name: _read_flag(knobs()[name], words) for name, words in written.items()}
-    except argparse.ArgumentError as error:
-        raise ConfigError(_nothing_given((error.argument_name or "").removeprefix("--"))) from None
-    except ConfigError as error:
-        raise ConfigError(redacted(str(error), secrets_of_command(argv))) from None
-    if len(files) > 1:
-        raise ConfigError(f"--config: expected one file, got {' and '.join(files)}; merge them into one.")
-    from_file = read_config(Path(files[0]), names) if files else dict(otherwise)
-    if "estimator" in from_flags:  # the defaults of another method are no wishes
-        others = method_of(from_file).knobs()
-        from_file = {n: v for n, v in from_file.items() if n not in others or v != others[n][1].default}
-    return from_flags, from_file
+        if with_file:
+            refuse_gone({flag: "a flag"}, "")
+        check_names([flag], "command line", known)
 
 
 def _read_flag(knob: Knob, given: str | list[str]) -> Any:
@@ -163,34 +203,48 @@ def _read_flag(knob: Knob, given: str | list[str]) -> Any:
     return knob.read(given)
 
 
-def _nothing_given(name: str) -> str:
+def _nothing_given(name: str, known: Mapping[str, Knob]) -> str:
     if name == "config":
         return "--config: expected the path of a YAML file, got nothing."
     return (
-        f"{name}: expected {knobs()[name].type_in_words()}, got nothing; write --{name} VALUE (--{name}=VALUE if it "
+        f"{name}: expected {known[name].type_in_words()}, got nothing; write --{name} VALUE (--{name}=VALUE if it "
         "starts with -)."
     )
 
 
-def _build_parser(prog: str | None, names: Collection[str], description: str) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """What argparse leaves the program for, such as a path that is missing."""
+        raise ConfigError(f"command line: {message}; see {self.prog} --help.")
+
+
+def _build_parser(
+    prog: str | None, own: type[Group], known: Mapping[str, Knob], description: str, place: str | None
+) -> argparse.ArgumentParser:
     """Reads every value as text; `Knob.read` gives the types."""
-    parser = argparse.ArgumentParser(
+    required = [f"--{knob.name} {knob.placeholder}" for knob in knobs_of(own).values() if knob.required]
+    takes_file = any(name not in knobs_of(own) for name in known)
+    usage = [place.upper()] if place else required
+    parser = _Parser(
         prog=prog,
-        usage="%(prog)s [--config FILE] [--name VALUE ...]",
+        usage=" ".join(["%(prog)s", *usage, *(["[--config FILE]"] if takes_file else []), "[--name VALUE ...]"]),
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", action="append", metavar="FILE", help=_CONFIG_HELP)
+    if takes_file:
+        parser.add_argument("--config", action="append", metavar="FILE", help=_CONFIG_HELP)
     groups: dict[str, Any] = {}
-    for knob in (knobs()[name] for name in names):
-        if knob.group not in groups:
-            groups[knob.group] = parser.add_argument_group(knob.group_title)
+    for knob in known.values():
+        if knob.group_title not in groups:
+            groups[knob.group_title] = parser.add_argument_group(knob.group_title)
         options: dict[str, Any] = {"help": knob.help, "metavar": knob.placeholder}
         if knob.element_type is not None:
-            options["nargs"] = "+"
+            options.update(nargs="+", action="extend")
         elif bool in knob.options:
             options.update(nargs="?", const="true", metavar="true|false")
-        groups[knob.group].add_argument(f"--{knob.name}", **options)
+        if knob.name == place:
+            options["metavar"] = place.upper()
+        groups[knob.group_title].add_argument(knob.name if knob.name == place else f"--{knob.name}", **options)
     return parser

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.model import check_revision
-from rlr_peft.durable_files import stays_inside
+from rlr_peft.durable_files import stays_inside, why_no_folder
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -47,6 +47,14 @@ class RewardArguments(Group):
         unit="standard deviations of reward",
         above=0,
         at_most=1e6,
+    )
+    reward_limit: float | None = knob(
+        None,
+        "Samples whose reward, or weighted sum of rewards, is this or more give no gradient: `min(reward, limit)` is "
+        "raised; null means no limit.",
+        unit="reward",
+        at_least=-1e9,
+        at_most=1e9,
     )
     reward_dtype: Literal["fp32", "fp16", "bf16"] = knob(
         "fp32", "Number format of the weights of built-in reward models."
@@ -213,6 +221,12 @@ class TrainingArguments(Group):
         1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", above=0, at_most=1e9
     )
 
+    detach_negative: bool = knob(
+        False,
+        "Take no gradient through the negative branch of guidance: half of a step's memory and backward pass, but a "
+        "biased gradient.",
+    )
+
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the sizes and the output folder."""
         samples = self.train_batch_size * self.gradient_accumulation_steps
@@ -222,13 +236,10 @@ class TrainingArguments(Group):
                 f"{self.train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}), got "
                 f"{self.num_images_per_prompt}; change one of the three so that every prompt's group is whole."
             )
-        output = Path(self.output_dir)
-        # os.path where Path would raise: a name that is too long, a folder that may not be looked into
-        existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            got = "which cannot be written to" if existing.is_dir() else "which is a file"
+        if reason := why_no_folder(Path(self.output_dir)):
             yield (
-                f"output_dir: expected a folder or a place for one, got {output} at {existing}, {got}; choose another."
+                f"output_dir: expected a folder or a place for one, got {self.output_dir}, where {reason}; choose "
+                "another."
             )
 
 
@@ -262,6 +273,16 @@ class OptimizerArguments(Group):
     )
     adam_epsilon: float = knob(
         1e-8, "Term that keeps Adam's division finite.", unit="gradient units", above=0, at_most=1
+    )
+    use_ema: bool = knob(
+        False, "Evaluate and save an exponential moving average of the LoRA weights; training goes on from themselves."
+    )
+    ema_decay: float = knob(
+        0.995,
+        "Decay of the average with use_ema; after N optimiser steps it is at most N / (9 + N).",
+        unit="fraction",
+        at_least=0,
+        below=1,
     )
 
     def check(self, config: "Config") -> Iterator[str]:

@@ -4,12 +4,14 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlr_peft.command_line import check_folder_or_exit, own_flags, own_parser
-from rlr_peft.config import Config, ConfigError, load_config_or_exit
-from rlr_peft.config.parsing import exit_with
+from rlr_peft.config import Config, ConfigError
+from rlr_peft.config.arguments import knobs
+from rlr_peft.config.knob import Group, knob
+from rlr_peft.config.parsing import check_output, read_words
 from rlr_peft.foreign_text import say, shown_name
 
 if TYPE_CHECKING:
@@ -19,83 +21,58 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROG = "rlr-peft diagnose"
-MIN_SAMPLES = 4
+DESCRIPTION = "Measures every gradient estimator on the pipeline, prompts and reward of a training config."
+
+
+@dataclass(frozen=True)
+class DiagnoseFlags(Group):
+    """The diagnosis"""
+
+    samples: int = knob(16, "Images to sample, rounded up to whole prompts.", unit="images", at_least=4, at_most=10**6)
+    output: str = knob(
+        "outputs/diagnosis/report.html", "HTML file of the report; numbers and figure go beside it as .json and .png."
+    )
 
 
 def diagnose_command(words: Sequence[str]) -> int:
     """Builds the run as training does, measures, prints and writes the report; the weights are not trained."""
-    samples, output, rest = _own_flags(words)
-    config = load_config_or_exit(rest, prog=PROG)
-    check_folder_or_exit("--output", output.parent)
-
-    from rlr_peft.build.reporting import set_up_logging
-
-    set_up_logging()
+    said = read_words(words, DiagnoseFlags, PROG, DESCRIPTION, list(knobs()))
+    samples, output, config = said.own.samples, Path(said.own.output), said.config()
+    if output.suffix != ".html":
+        raise ConfigError(f"output: expected a file that ends in .html, got {output}; rename it.")
+    check_output(output, is_file=True)
 
     # Only now the heavy imports: a wrong flag is refused at once.
-    from rlr_peft.build.reporting import reporting_errors
     from rlr_peft.build.run import build_run
     from rlr_peft.diagnose.diagnosis import diagnose
     from rlr_peft.diagnose.recommendation import recommend
     from rlr_peft.diagnose.report import console_text, write_report
     from rlr_peft.estimators.advantages import leave_one_out
 
-    with reporting_errors():
-        run = build_run(config)
-        if run.accelerator.num_processes > 1:
-            raise ConfigError(f"{PROG}: expected one process, got {run.accelerator.num_processes}; start it by itself.")
-        # Samples are compared with others of their prompt, also where training itself needs no comparison.
-        group_size = max(2, config.training.num_images_per_prompt)
-        num_groups = math.ceil(samples / group_size)
-        logger.info("Sampling %d images", num_groups * group_size)
-        started = time.perf_counter()
-        batch = _sample(run, num_groups, group_size)
-        sampling_seconds = (time.perf_counter() - started) / (num_groups * group_size)
-        diagnosis = diagnose(
-            run.chain,
-            run.objective,
-            batch.rollouts(leave_one_out(batch.scored.scores, group_size)),
-            config,
-            group_size=group_size,
-            sampling_seconds=sampling_seconds,
-            facts=_facts(run, batch, num_groups, group_size),
-        )
-        recommendation = recommend(diagnosis)
-        written = write_report(output, diagnosis, recommendation)
+    run = build_run(config)
+    if run.accelerator.num_processes > 1:
+        raise ConfigError(f"{PROG}: expected one process, got {run.accelerator.num_processes}; start it by itself.")
+    # Samples are compared with others of their prompt, also where training itself needs no comparison.
+    group_size = max(2, config.training.num_images_per_prompt)
+    num_groups = math.ceil(samples / group_size)
+    logger.info("Sampling %d images", num_groups * group_size)
+    started = time.perf_counter()
+    batch = _sample(run, num_groups, group_size)
+    sampling_seconds = (time.perf_counter() - started) / (num_groups * group_size)
+    diagnosis = diagnose(
+        run.chain,
+        run.objective,
+        batch.rollouts(leave_one_out(batch.rewards, group_size)),
+        config,
+        group_size=group_size,
+        sampling_seconds=sampling_seconds,
+        facts=_facts(run, batch, num_groups, group_size),
+    )
+    recommendation = recommend(diagnosis)
+    written = write_report(output, diagnosis, recommendation)
     say(console_text(diagnosis, recommendation))
     say(f"\nReport: {', '.join(map(str, written))}")
     return 0
-
-
-def _own_flags(words: Sequence[str]) -> tuple[int, Path, list[str]]:
-    """Number of samples, path of the report, and the words that are left for the config."""
-    parser = own_parser(
-        PROG,
-        "[--samples N] [--output FILE.html] [--config FILE] [--name VALUE ...]",
-        "Measures every gradient estimator on the pipeline, prompts and reward of a training config.",
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=16,
-        metavar="N",
-        help="images to sample, rounded up to whole prompts (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/diagnosis/report.html"),
-        metavar="FILE.html",
-        help="the report; numbers and figure go beside it as .json and .png (default: %(default)s)",
-    )
-    own, rest = own_flags(
-        parser, words, "Every flag of training besides:", lambda: load_config_or_exit(["--help"], prog=PROG)
-    )
-    if own.samples < MIN_SAMPLES:
-        exit_with(ConfigError(f"--samples: expected {MIN_SAMPLES} or more, got {own.samples}; raise --samples."))
-    if own.output.suffix != ".html":
-        exit_with(ConfigError(f"--output: expected a file that ends in .html, got {own.output}; rename it."))
-    return own.samples, own.output, rest
 
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":

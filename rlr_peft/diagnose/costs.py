@@ -10,7 +10,7 @@ import torch
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.interface import Chain
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
-from rlr_peft.estimators.base import Coverage, Estimator, Rollout
+from rlr_peft.estimators.base import Coverage, Estimator, Rollout, coverage_of
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.variance import GradientSketch
 
@@ -106,7 +106,7 @@ def measure_cost(
         peak_bytes=memory.peak,
         added_bytes=memory.added,
     )
-    return cost, estimator.coverage(chain, rollout.reward_gradient is not None)
+    return cost, coverage_of(estimator, chain, rollout.reward_gradient is not None)
 
 
 def run_on_single_samples(

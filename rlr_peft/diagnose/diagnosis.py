@@ -271,13 +271,13 @@ def cost_batch(rollouts: Sequence[Rollout]) -> Rollout:
     return rollouts[0].select(list(range(size - size % 2 if size > 1 else size)))
 
 
-def _rank_as_reference(coverage: Coverage, estimates: SampleEstimates, evidence: Evidence) -> tuple[bool, int, float]:
-    """Smaller is better: measured on all samples, then nothing left out or bent, then the least noise.
+def _rank_as_reference(coverage: Coverage, estimates: SampleEstimates, evidence: Evidence) -> tuple[int, int, float]:
+    """Smaller is better: measured on all samples and bent in the fewest ways, then nothing left out, then least noise.
 
     A reward without gradient on a chain whose last step has no noise has no unbiased method; the reference then is one
     that leaves out nothing else.
     """
-    is_bent = bool(coverage.departures) or coverage.smoothing is not None
+    bends = len(coverage.departures) + (coverage.smoothing is not None)
     uncovered = int((coverage.weights < 1 - 1e-9).sum())
     is_partial = len(estimates.samples) < evidence.num_samples
-    return is_partial or is_bent, uncovered, estimates.variance
+    return bends + is_partial, uncovered, estimates.variance

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -250,6 +250,16 @@ class Estimator(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Restores what ``state_dict`` returned."""
+
+
+def coverage_of(estimator: Estimator, chain: Chain, has_gradient: bool) -> Coverage:
+    """The estimator's coverage, and what of the chain's own derivatives departs.
+
+    Raises:
+        CoverageError: there is no term for this reward.
+    """
+    coverage = estimator.coverage(chain, has_gradient)
+    return replace(coverage, departures=(*coverage.departures, *chain.departures))
 
 
 def accumulate(

@@ -31,6 +31,7 @@ class Options:
     offload_rewards: bool = False
     quantized: bool = False
     use_8bit_adam: bool = False
+    use_ema: bool = False
     evaluation_batch_size: int = 1
 
 
@@ -180,6 +181,7 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
             "optimiser state (8 bits)" if options.use_8bit_adam else "optimiser state (fp32)",
             facts.optimizer[options.use_8bit_adam],
         ),
+        Part("average of the LoRA weights (fp32)", facts.lora if options.use_ema else 0),
         Part("trajectory", measured.trajectory, (SAMPLING, DECODE, ADJOINT)),
         Part("prompt embeddings", KEPT_BATCHES * measured.embeddings),
         Part("encoding prompts", measured.encoding, (ENCODING,)),

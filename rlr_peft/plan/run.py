@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlr_peft.build.chain import attach_adapters, build_chain, denoiser_names
+from rlr_peft.build.chain import attach_adapters, build_chain, build_training_chain, denoiser_names
 from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.byte_counters import fused_attention
@@ -94,6 +94,7 @@ def plan_memory(
         offload_rewards=config.reward.offload_rewards,
         quantized=quantization is not None,
         use_8bit_adam=config.optimizer.use_8bit_adam,
+        use_ema=config.optimizer.use_ema,
         evaluation_batch_size=max(counts, default=1),
     )
     _check(options, facts)
@@ -136,9 +137,7 @@ def plan_run(config: Config) -> MemoryPlan:
         try:
             with KnownValues(), fused_attention():
                 built = _without_moves(config)
-                chain = build_chain(
-                    built, pipeline, decoded_frames=config.reward.decoded_frames, reward_decoder=decoder
-                )
+                chain = build_training_chain(built, pipeline, decoder)
                 looking = build_chain(built, pipeline, config.validation.evaluation_eta)
             path = model.bnb_quantization_config_path
             with KnownValues():

@@ -3,103 +3,111 @@
 Model libraries are imported inside: a wrong flag is refused at once.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from rlr_peft.config import ConfigError
+from rlr_peft.config import ConfigError, HubArguments
 from rlr_peft.config.found import read_found_config
+from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.model import check_revision
-from rlr_peft.config.parsing import exit_with, parse_or_exit
+from rlr_peft.config.parsing import check_output, read_words
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import say
+from rlr_peft.plain_files import PlainFileError, read_plain_text
+
+
+@dataclass(frozen=True)
+class CardFlags(Group):
+    """The card"""
+
+    folder: str = knob(MISSING, "An output folder of train_rlr_lora.py.")
+    template: str | None = knob(
+        None, "Jinja2 template in place of the shipped one; it gets the variables of model_card_template.md."
+    )
+    extra_text: str | None = knob(None, "Markdown file that is put after the introduction.")
+    plain: bool = knob(False, "Forget earlier template and extra text.")
 
 
 def card_command(words: Sequence[str]) -> int:
     """Renders `README.md` from `run_record.json`; template and extra text are remembered there."""
-    arguments = parse_or_exit(_card_parser(), words)
+    own = read_words(
+        words,
+        CardFlags,
+        "rlr-peft card",
+        "Writes the model card of an output folder again, from its records.",
+        place="folder",
+    ).own
+    if own.plain and (own.template or own.extra_text):
+        raise ConfigError("plain: expected no template and no extra_text with it, got one; drop one of the two.")
 
     from rlr_peft.build.folder_lock import only_writer
     from rlr_peft.publishing.card import write_card
     from rlr_peft.publishing.record import load_stored_card
 
-    folder = Path(arguments.folder)
-    try:
-        card = load_stored_card(folder)
-        if arguments.template is not None:
-            card = replace(card, template=_text(arguments.template))
-        if arguments.extra_text is not None:
-            card = replace(card, extra_text=_text(arguments.extra_text))
-        if arguments.plain:
-            card = replace(card, template=None, extra_text=None)
-        with only_writer(folder):
-            say(write_card(folder, card))
-    except UserError as error:
-        say(f"error: {error}", sys.stderr)
-        return 1
+    folder = Path(own.folder)
+    card = load_stored_card(folder)
+    if own.template is not None:
+        card = replace(card, template=_text("template", own.template))
+    if own.extra_text is not None:
+        card = replace(card, extra_text=_text("extra_text", own.extra_text))
+    if own.plain:
+        card = replace(card, template=None, extra_text=None)
+    with only_writer(folder):
+        say(write_card(folder, card))
     return 0
 
 
-def _text(path: str) -> str:
+def _text(name: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Expected a text file, got {path} ({error}); check the path.") from error
+        return read_plain_text(Path(path))
+    except PlainFileError as error:
+        raise ConfigError(f"{name}: expected a text file, got {path}: {error}; check the path.") from error
 
 
-def _card_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="rlr-peft card", description="Writes the model card of an output folder again, from its records."
+@dataclass(frozen=True)
+class PushFlags(Group):
+    """Where to"""
+
+    folder: str = knob(MISSING, "An output folder of train_rlr_lora.py, or a checkpoint's.")
+    hub_model_id: str | None = knob(
+        None, "`owner/name` or `name`; null means that of config.yaml, or the folder's name."
     )
-    parser.add_argument("folder", type=str, metavar="DIR", help="an output folder of train_rlr_lora.py")
-    parser.add_argument(
-        "--template",
-        type=str | None,
-        metavar="FILE",
-        help="Jinja2 template in place of the shipped one; it gets the variables of model_card_template.md",
+    hub_token: str | None = preset(HubArguments, "hub_token", None)
+    hub_private_repo: bool = preset(HubArguments, "hub_private_repo", False)
+    hub_revision: str | None = knob(
+        None, "Branch to publish on, made when missing; null means that of config.yaml, or main."
     )
-    parser.add_argument(
-        "--extra_text", type=str | None, metavar="FILE", help="Markdown that is put after the introduction"
-    )
-    parser.add_argument(
-        "--plain", type=bool, default=False, nargs="?", const=True, help="forget earlier template and extra text"
-    )
-    return parser
 
 
 def push_command(words: Sequence[str]) -> int:
     """Checks access, uploads the folder's published files in one commit and downloads the adapter to compare it."""
-    arguments = parse_or_exit(_push_parser(), words)
-
-    from rlr_peft.build.reporting import set_up_logging
-
-    set_up_logging()
+    own = read_words(
+        words,
+        PushFlags,
+        "rlr-peft push",
+        "Publishes an output folder, or a checkpoint's adapter, on the Hub.",
+        place="folder",
+    ).own
 
     from rlr_peft.publishing.hub_client import open_destination
     from rlr_peft.publishing.publisher import publish
     from rlr_peft.publishing.uploads import published_files
 
-    folder = Path(arguments.folder)
-    try:
-        config = _published_config(folder)
-        published_files(folder)  # a wrong path is refused before a repository is made
-        if arguments.hub_model_id is None and "hub_model_id" in config:
-            say(f"Publishing on {config['hub_model_id']}, as {folder / 'config.yaml'} says.")
-        destination = open_destination(
-            arguments.hub_model_id or _text_of(config, "hub_model_id", folder) or folder.resolve().name,
-            token=arguments.hub_token,
-            private=arguments.hub_private_repo or bool(config.get("hub_private_repo")),
-            revision=arguments.hub_revision or _text_of(config, "hub_revision", folder),
-        )
-        say(publish(folder, destination))
-    except UserError as error:
-        say(f"error: {error}", sys.stderr)
-        return 1
+    folder = Path(own.folder)
+    config = _published_config(folder)
+    published_files(folder)  # a wrong path is refused before a repository is made
+    if own.hub_model_id is None and "hub_model_id" in config:
+        say(f"Publishing on {config['hub_model_id']}, as {folder / 'config.yaml'} says.")
+    destination = open_destination(
+        own.hub_model_id or _text_of(config, "hub_model_id", folder) or folder.resolve().name,
+        token=own.hub_token,
+        private=own.hub_private_repo or bool(config.get("hub_private_repo")),
+        revision=own.hub_revision or _text_of(config, "hub_revision", folder),
+    )
+    say(publish(folder, destination))
     return 0
 
 
@@ -123,41 +131,35 @@ def _text_of(config: dict[str, Any], name: str, folder: Path) -> str | None:
     return value
 
 
-def _push_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="rlr-peft push",
-        description="Publishes an output folder, or a checkpoint's adapter, on the Hub.",
-    )
-    parser.add_argument("folder", type=str, metavar="DIR", help="an output folder of train_rlr_lora.py")
+@dataclass(frozen=True)
+class MergeFlags(Group):
+    """The merged pipeline"""
 
-    def flag(name: str, type_: Any, help_: str, **options: Any) -> None:
-        parser.add_argument(f"--{name}", type=type_, help=help_, **options)
-
-    flag("hub_model_id", str | None, "`owner/name` or `name`; null means that of config.yaml, or the folder's name")
-    flag("hub_token", str | None, "access token with the right to write; null takes HF_TOKEN or `hf auth login`")
-    flag("hub_private_repo", bool, "make a private repository", default=False, nargs="?", const=True)
-    flag("hub_revision", str | None, "branch to publish on, made when missing; null means that of config.yaml, or main")
-    return parser
+    base: str = knob(MISSING, "Hub id or folder of the base, or tiny-shapes.")
+    adapter: str = knob(MISSING, "Folder, file or Hub id of the adapter.")
+    output: str = knob(MISSING, "New folder of the pipeline.")
+    dtype: Literal["fp32", "fp16", "bf16"] = knob("fp32", "Number format of the saved weights.")
+    revision: str | None = knob(None, "Branch, tag or commit of the base.")
+    variant: str | None = knob(None, "Variant of the base's weights, such as fp16.")
+    adapter_revision: str | None = knob(None, "Branch, tag or commit of the adapter.")
 
 
 def merge_command(words: Sequence[str]) -> int:
     """Loads both in float32, fuses the adapter into the base, saves the whole pipeline and its card."""
-    arguments = parse_or_exit(_merge_parser(), words)
-    output = Path(arguments.output)
+    own = read_words(
+        words, MergeFlags, "rlr-peft merge", "Fuses an adapter into its base and saves a full pipeline."
+    ).own
+    output = Path(own.output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        say(f"error: --output: expected a new or empty folder, got {output}; choose another.", sys.stderr)
-        return 2
-    for problem in () if arguments.revision is None else check_revision("--revision", arguments.revision):
-        exit_with(ConfigError(problem))
-
-    from rlr_peft.build.reporting import set_up_logging
-
-    set_up_logging()
+        raise ConfigError(f"output: expected a new or empty folder, got {output}; choose another.")
+    check_output(output)
+    for problem in () if own.revision is None else check_revision("revision", own.revision):
+        raise ConfigError(problem)
 
     import torch
 
     from rlr_peft.build.pipeline import DTYPES, load_pipeline
-    from rlr_peft.build.reporting import as_config_error, reporting_errors
+    from rlr_peft.build.reporting import as_config_error
     from rlr_peft.chain.families import GENERIC, family_of_class
     from rlr_peft.chain.scheduler import build_scheduler
     from rlr_peft.config import ModelArguments
@@ -166,13 +168,11 @@ def merge_command(words: Sequence[str]) -> int:
     from rlr_peft.publishing.card import stored_record
     from rlr_peft.publishing.merged_card import Merged, write_merged_card
 
-    with reporting_errors(), as_config_error():
-        revision = arguments.adapter_revision
-        adapter = find_adapter(arguments.adapter if revision is None else f"{arguments.adapter}@{revision}")
+    with as_config_error():
+        revision = own.adapter_revision
+        adapter = find_adapter(own.adapter if revision is None else f"{own.adapter}@{revision}")
         check_adapter(adapter)
-        base = ModelArguments(
-            pretrained_model_name_or_path=arguments.base, revision=arguments.revision, variant=arguments.variant
-        )
+        base = ModelArguments(pretrained_model_name_or_path=own.base, revision=own.revision, variant=own.variant)
         pipeline = load_pipeline(base, torch.device("cpu"))
         load_fitting_lora(pipeline, adapter)
         record = stored_record(adapter.folder)  # of the adapter's run, where it lies beside it
@@ -181,19 +181,19 @@ def merge_command(words: Sequence[str]) -> int:
                 pipeline.scheduler.config, record.sampling.scheduler, record.sampling.scheduler_options
             )
         merged = merge_lora(pipeline)
-        if arguments.dtype != "fp32":
-            pipeline.to(dtype=DTYPES[arguments.dtype])
+        if own.dtype != "fp32":
+            pipeline.to(dtype=DTYPES[own.dtype])
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".merging-", dir=output.parent) as aside:
             pipeline.save_pretrained(Path(aside) / "pipeline")
             family = family_of_class(type(pipeline).__name__) or GENERIC
             facts = Merged(
-                base=arguments.base,
-                base_revision=arguments.revision,
-                adapter=arguments.adapter,
+                base=own.base,
+                base_revision=own.revision,
+                adapter=own.adapter,
                 adapter_revision=revision,
                 parts=merged,
-                dtype=str(DTYPES["no" if arguments.dtype == "fp32" else arguments.dtype]).removeprefix("torch."),
+                dtype=str(DTYPES["no" if own.dtype == "fp32" else own.dtype]).removeprefix("torch."),
                 pipeline_tag=family.pipeline_tag,
                 tags=family.tags,
                 record=record,
@@ -205,19 +205,3 @@ def merge_command(words: Sequence[str]) -> int:
     say(f"Merged the adapter into the {' and the '.join(merged)}. Load the pipeline with")
     say(f"  pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
     return 0
-
-
-def _merge_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="rlr-peft merge", description="Fuses an adapter into its base and saves a full pipeline."
-    )
-    parser.add_argument("--base", type=str, required=True, help="Hub id or folder of the base, or tiny-shapes")
-    parser.add_argument("--adapter", type=str, required=True, help="folder, file or Hub id of the adapter")
-    parser.add_argument("--output", type=str, required=True, metavar="DIR", help="new folder of the pipeline")
-    parser.add_argument(
-        "--dtype", type=Literal["fp32", "fp16", "bf16"], default="fp32", help="number format of the saved weights"
-    )
-    parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the base")
-    parser.add_argument("--variant", type=str | None, default=None, help="variant of the base's weights, such as fp16")
-    parser.add_argument("--adapter_revision", type=str | None, default=None, help="the same of the adapter")
-    return parser

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from scipy.stats import norm
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Coverage, Estimator, Rollout
 from rlr_peft.estimators.sampling import mirrored_pairs
+from rlr_peft.prompt import PromptLike, as_prompts
 from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 
 
@@ -135,11 +137,12 @@ def measure_bias(
     generator = torch.Generator().manual_seed(seed)
     if estimator.wants_calibration(differentiable):
         _calibrate(estimator, group_size, differentiable, num_steps, last_std, generator)
-    prompts = [f"prompt {i // group_size}" for i in range(replicates * group_size)]
+    texts = [f"prompt {i // group_size}" for i in range(replicates * group_size)]
+    prompts = as_prompts(texts)
     estimates = []
     for _ in range(calls):
         sampled = _sampled(chain, objective, prompts, antithetic, generator)
-        advantages = estimator.advantages(sampled.rewards, prompts, group_size)
+        advantages = estimator.advantages(sampled.rewards, texts, group_size)
         rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
         estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
         estimates.append(_gradients_by_replicate(chain) / group_size)
@@ -166,7 +169,7 @@ def _calibrate(
 def _sampled(
     chain: LinearGaussianChain,
     objective: QuadraticReward,
-    prompts: list[str],
+    prompts: Sequence[PromptLike],
     antithetic: bool,
     generator: torch.Generator,
 ) -> Rollout:

@@ -120,7 +120,8 @@ class Trainer:
             ConfigError: there are no prompts to evaluate on.
         """
         before = self._base or evaluate_base(self.run)
-        after = evaluate_adapter(self.run)
+        with self.run.averaged():
+            after = evaluate_adapter(self.run)
         if before is None or after is None:
             raise ConfigError(
                 "evaluate: expected prompts to evaluate on, got none; set evaluation_prompt_path or "

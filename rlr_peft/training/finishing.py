@@ -64,6 +64,11 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     Raises:
         AdapterMismatchError: the saved adapter does not reproduce the trained one.
     """
+    with run.averaged():
+        return _finish(run, progress, before)
+
+
+def _finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
     save_lora(run.pipeline, run.output_dir)
     if run.config.lora.output_kohya_format:
         save_kohya(run.pipeline, run.output_dir)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlr_peft.build.optimizer import restore_optimizer
+from rlr_peft.build.optimizer import restore_ema, restore_optimizer
 from rlr_peft.build.randomness import capture_random_states, restore_random_states
 from rlr_peft.build.run import Run
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
@@ -87,18 +87,20 @@ def save_checkpoint(run: Run, progress: Progress, checkpoints: CheckpointManager
         "identity": _identity(run),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
+        "ema": {} if run.ema is None else run.ema.state_dict(),
         "estimator": run.estimator.state_dict(),
         "reward": run.reward.state_dict(),
         "heldout": {} if run.heldout is None else run.heldout.state_dict(),
         "early_stopping": progress.early_stopping.state_dict(),
         "progress": {name: getattr(progress, name) for name in KEPT_PROGRESS},
     }
-    return checkpoints.save(
-        progress.step,
-        state,
-        lambda folder: save_lora(run.pipeline, folder),
-        process_state=capture_random_states(run.accelerator.device),
-    )
+
+    def save_adapter(folder: Path) -> None:
+        with run.averaged():
+            save_lora(run.pipeline, folder)
+
+    random_states = capture_random_states(run.accelerator.device)
+    return checkpoints.save(progress.step, state, save_adapter, process_state=random_states)
 
 
 def load_state(run: Run, loaded: LoadedCheckpoint) -> Progress:
@@ -117,6 +119,8 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     _load_adapter(run, path, state["lora"])
     _check_optimizer(run, path, state["optimizer_class"])
     restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"])
+    if run.ema is not None:
+        restore_ema(run.ema, state["ema"])
     run.estimator.load_state_dict(state["estimator"])
     run.reward.load_state_dict(state["reward"])
     if run.heldout is not None:
@@ -134,6 +138,7 @@ def _identity(run: Run) -> dict[str, str | int]:
         "estimator": run.config.estimator.estimator,
         "num_inference_steps": run.chain.num_steps,
         "denoiser": ", ".join(run.family.denoisers),
+        "use_ema": str(run.config.optimizer.use_ema).lower(),
     }
 
 

@@ -40,7 +40,7 @@ def train(
     _claim_folder(run, progress)
     with GracefulInterruption() as interruption, RunLog(run, progress) as log:
         if progress.step == 0 and config.validation.validation_steps:
-            save_validation_images(run, 0, "validation")
+            _validate(run, progress)
         while progress.step < last_step and not progress.stopped_early:
             with _counting(run, progress), run.processes.doing(f"update {progress.step + 1}"):
                 if calibration_due(run, progress.step):
@@ -49,7 +49,7 @@ def train(
             progress.step += 1
             log.record(progress, update)
             if is_due_after(progress.step, config.validation.validation_steps) and progress.step < last_step:
-                save_validation_images(run, progress.step, "validation")
+                _validate(run, progress)
             _stop_early(run, progress, update)
             is_last = progress.step == last_step or bool(progress.stopped_early)
             # Any process may have got the signal; all must act on it at the same step.
@@ -75,6 +75,11 @@ def _claim_folder(run: Run, progress: Progress) -> None:
     save_config(run.config, run.output_dir / CONFIG)
 
 
+def _validate(run: Run, progress: Progress) -> None:
+    with run.averaged():
+        save_validation_images(run, progress.step, "validation")
+
+
 @contextmanager
 def _counting(run: Run, progress: Progress) -> Iterator[None]:
     """Adds what is done inside to the seconds, the denoiser evaluations of all processes and the peak memory."""
@@ -90,15 +95,15 @@ def _stop_early(run: Run, progress: Progress, update: Update) -> None:
     """Ends training where the early stopping says so, with the weights that it names."""
     heldout = None if update.heldout is None else float(update.heldout.mean())
     kl = None if update.kl is None else float(update.kl.mean())
-    reason = progress.early_stopping.check(progress.step, heldout, kl, run.chain.parameters)
+    reason = progress.early_stopping.check(progress.step, heldout, kl, run.weights)
     if reason is None:
         return
     progress.stopped_early = reason.sentence
     logger.warning("%s", reason.sentence)
     if reason.weights is not None:
         with torch.no_grad():
-            for parameter, best in zip(run.chain.parameters, reason.weights, strict=True):
-                parameter.copy_(best)
+            for weight, best in zip(run.weights, reason.weights, strict=True):
+                weight.copy_(best)
 
 
 def _save(run: Run, progress: Progress, checkpoints: CheckpointManager, log: RunLog) -> Path:

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,9 +25,9 @@ from rlr_peft.lora import WEIGHT_NAME
 from tests.compare.adapter_hub import adapter_hub
 from tests.families.image_pipelines import sd3
 from tests.pipelines import tiny_stable_diffusion
+from tests.programs import LIBRARIES, Program
 from tests.test_lora_fitting import adapter_of
 
-ROOT = Path(__file__).parents[2]
 TOKEN = "hf_secret"
 REWARDS = """
 import os
@@ -78,15 +76,8 @@ def words(workplace: Path, output: Path, *adapters: str) -> list[str]:
     return ["compare", *named, "--config", config, *own]
 
 
-def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "rlr_peft.cli", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+def start(*command: str, **environment: str) -> Program:
+    return Program(["-m", "rlr_peft.cli", *command], os.environ | environment, LIBRARIES, merged=True)
 
 
 def scores_of(output: Path) -> list[dict[str, str]]:
@@ -192,7 +183,7 @@ def test_scores_are_those_of_the_kept_images(finished: Path) -> None:
 def test_stage_prompts_draw_what_the_chain_of_thought_draws(
     workplace: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--dcot_columns` and `--dcot` condition every stage on its own prompt, `--no-dcot` none."""
+    """`--dcot_columns` and `--dcot` condition every stage on its own prompt, `--dcot false` none."""
     stages = {"coarse": "a sea", "mid": "a dog", "fine": "a cat"}
     (tmp_path / "stages.jsonl").write_text(json.dumps({"text": "a cat", **stages}) + "\n")
     settings = ["--prompts", str(tmp_path / "stages.jsonl"), "--dcot_columns", "coarse", "mid", "fine"]
@@ -205,7 +196,7 @@ def test_stage_prompts_draw_what_the_chain_of_thought_draws(
     drawn = thought([stages] * 2, seeds=[int(row["seed"]) for row in first])
     for image, row in zip(drawn.images, first, strict=True):
         assert numpy.array_equal(numpy.asarray(image), numpy.asarray(Image.open(tmp_path / "out" / row["image"])))
-    assert main([*command, "--no-dcot"]) == 0
+    assert main([*command, "--dcot", "false"]) == 0
     plain = [row for row in scores_of(tmp_path / "out") if row["model"] == "base"]
     assert [row["seed"] for row in plain] == [row["seed"] for row in first]
     assert [row["rewards.py:redness"] for row in plain] != [row["rewards.py:redness"] for row in first]
@@ -332,7 +323,7 @@ def test_what_is_left_out_and_needed_is_asked_for(
     with pytest.raises(SystemExit) as left:
         main(["compare", "--adapter", str(folder), "--prompts", "tiny-shapes/test", "--output", str(tmp_path / "out")])
     assert left.value.code == 2 and not (tmp_path / "imported").exists()
-    expected = f"error: --reward: expected a value, got none; give it, or --config {config}, if you trust it.\n"
+    expected = f"error: reward: expected a value, got none; give it, or --config {config}, if you trust it.\n"
     assert capsys.readouterr().err == expected
 
 
@@ -352,14 +343,22 @@ def test_ctrl_c_is_answered_with_what_to_do(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "error: --adapter: expected one or more folders or Hub repositories, got none.\n"),
-        (["--adapter", "a/b"], "error: --base: expected a value, got none; give it, or --config with "),
-        (["--adapter", "a/b", "--base", "tiny-shapes"], "error: --prompts: expected a value, got none"),
-        (["--adapter", "a/b", "--images_per_prompt", "0"], "error: --images_per_prompt: expected 1 or more, got 0"),
+        ([], "error: missing adapter; give it as a flag (--adapter VALUE).\n"),
+        (["--adapter", "a/b"], "error: base: expected a value, got none; give it, or --config with "),
+        (["--adapter", "a/b", "--base", "tiny-shapes"], "error: prompts: expected a value, got none"),
+        (["--adapter", "a/b", "--images_per_prompt", "0"], "error: images_per_prompt: expected at least 1 and at most"),
         (["--adapter", "a/b", "--rank", "8"], "error: command line: --rank matters to training only; leave it out.\n"),
-        (["--adapter", "a/b", "--num_images", "x"], "error: num_evaluation_images: expected a whole number, got x"),
+        (["--adapter", "a/b", "--num_images", "x"], "error: num_images: expected a whole number or null, got x"),
         (["--adapter", "a/b", "--gidance_scale", "3"], "error: command line: unknown name gidance_scale; did you mean"),
-        (["--adapter", "a/b", "--output", __file__], "error: --output: expected a folder or a place for one, got"),
+        (
+            ["--adapter", "a/b", "--base", "x", "--reward", "y", "--prompts", "no.txt"],
+            "error: evaluation_prompt_path: expected an existing text file, .jsonl, .csv or .parquet, or one of ",
+        ),
+        (["--adapter", "a/b", "--output", __file__], "error: output: expected a place to write to, got"),
+        (
+            ["--adapter", "a/b", "--base", "x", "--pretrained_model_name_or_path", "y"],
+            "error: base: expected it or pretrained_model_name_or_path, which means the same, got both; drop one.\n",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_refused_at_once(
@@ -378,6 +377,6 @@ def test_help_shows_its_own_flags_and_those_that_matter(capsys: pytest.CaptureFi
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert (
-        text.index("--adapter FOLDER_OR_REPO") < text.index("--images_per_prompt N") < text.index("--guidance_scale ")
+        text.index("--adapter TEXT [TEXT ...]") < text.index("--images_per_prompt N") < text.index("--guidance_scale ")
     )
     assert "--learning_rate" not in text and "--estimator" not in text

@@ -27,7 +27,7 @@ REFUSED = [
     ("--black_box_steps 51", "black_box_steps: expected at most num_inference_steps (50), got 51"),
     (
         "--estimator full-bp --fo_steps 3",
-        "fo_steps: expected none with full-bp, got 3; use --estimator rlr, rlr-paper, ",
+        "fo_steps: expected none with full-bp, got 3; use --estimator rlr, auto, rlr-paper, ",
     ),
     ("--estimator truncated-bp --fo_steps auto", "fo_steps: expected a whole number or random with truncated-bp"),
     ("--estimator truncated-bp --fo_steps 0", "fo_steps: expected at least 1 and at most 1000, got 0"),
@@ -95,7 +95,7 @@ REFUSED = [
     ("--step_choice inverse-variance --estimator reinforce", "step_choice: expected none with reinforce"),
     (
         "--estimator refl --ho_blocks 1",
-        "ho_blocks: expected none with refl, got 1; use --estimator rlr, rlr-paper, reinforce, ddpo, grpo or d3po.",
+        "ho_blocks: expected none with refl, got 1; use --estimator rlr, auto, rlr-paper, reinforce, ddpo, grpo or d3po.",
     ),
     ("--estimator ddpo --ho_length 2", "ho_length: expected none with ddpo, got 2"),
     (
@@ -168,6 +168,8 @@ REFUSED = [
     ("--reward_fn={}", "reward_fn: expected finite weights, not all 0, got {}"),
     ('--reward_minimum {"pickscore":20}', "reward_minimum: expected a name of reward_fn (tiny-shapes), got pick"),
     ("--reward_server_timeout 0", "reward_server_timeout: expected above 0 and at most 86400, got 0.0"),
+    ("--reward_limit .inf", "reward_limit: expected a finite number, got inf"),
+    ("--reward_limit .nan", "reward_limit: expected a finite number, got nan"),
     ("--reward_minimum_penalty 0", "reward_minimum_penalty: expected above 0 and at most 1000000, got 0.0"),
     ("--logging_dir ../logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--logging_dir /logs", "logging_dir: expected a relative folder inside output_dir"),
@@ -268,10 +270,31 @@ def test_several_problems_are_told_in_one_error() -> None:
 def test_a_path_that_the_system_refuses_is_no_traceback(name: str, path: str) -> None:
     """A prompt in place of its file, for example, is longer than a file's name may be."""
     value = f"{path}/x" if name == "resume_from_checkpoint" else path
-    if name == "output_dir":
+    if name == "output_dir" and path.startswith("~"):
         load([*REQUIRED, f"--{name}", value])  # it may be made yet
     else:
         assert refusal(*REQUIRED, f"--{name}", value).startswith(f"{name}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("/proc/x/y", "/proc cannot be written to"),
+        ("link", "link is a link to nothing"),
+        ("link/x", "link is a link to nothing"),
+        ("file/x", "file is a file"),
+        ("x" * 256, "a name is longer than 255 bytes"),
+        ("new/" + "\N{SNOWMAN}" * 86, "a name is longer than 255 bytes"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused_at_once(tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    message = refusal(*REQUIRED, "--output_dir", str(tmp_path / place))
+    assert message.startswith("output_dir: expected a folder or a place for one, got ") and reason in message
+    load([*REQUIRED, "--output_dir", str(tmp_path / "new" / ("x" * 255))])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_prompt_file_may_be_any_existing_file(tmp_path: Path) -> None:

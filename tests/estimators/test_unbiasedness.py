@@ -60,7 +60,7 @@ UNBIASED: dict[str, tuple[RLRSettings, dict]] = {
     "FO_1 + 2 random single steps, 1/q": (RLRSettings(1, HalfOrder(1, 2)), {}),
     "FO_1 + 1 random block of h = 2, 1/q": (RLRSettings(1, HalfOrder(2, 1)), {}),
     "FO_1 + 2 blocks by gradient norm, 1/q": (RLRSettings(1, HalfOrder(1, 2, "gradient-norm")), {}),
-    "FO_1 + all single steps, no baseline": (RLRSettings(1, SINGLE), {"group_size": 1, "replicates": 800}),
+    "FO_1 + all single steps, no baseline": (RLRSettings(1, SINGLE), {"group_size": 1, "replicates": 400}),
     "orders mixed by measured variances": (RLRSettings("auto", SINGLE, step_choice="inverse-variance"), {}),
     "FO_1 + all single steps, state baseline": (RLRSettings(1, SINGLE, state_baseline=True), {}),
     "FO_2 + tiles of h = 2, state baseline": (RLRSettings(2, HalfOrder(2, "all"), state_baseline=True), {}),
@@ -83,7 +83,7 @@ CRITICAL = critical_z(comparisons=12 * (len(UNBIASED) + len(PERTURBED) + 5), con
 
 
 def bias_of(estimator: Estimator, **arguments) -> EstimatorBias:
-    return measure_bias(estimator, num_steps=T, **{"seed": 1, **arguments})
+    return measure_bias(estimator, num_steps=T, **{"seed": 1, "calls": 150, "replicates": 200, **arguments})
 
 
 def assert_unbiased(bias: EstimatorBias, resolution: float = 0.1) -> None:
@@ -109,7 +109,7 @@ def test_half_and_half_mixed_orders_are_unbiased(last_std: float) -> None:
 @pytest.mark.parametrize("name", PERTURBED)
 def test_unbiased_with_perturbed_parameters(name: str) -> None:
     """Up to the smoothing, which no test resolves at these scales and which the coverage tells."""
-    bias = bias_of(RLREstimator(PERTURBED[name]), calls=4000, replicates=1, group_size=16)
+    bias = bias_of(RLREstimator(PERTURBED[name]), calls=1500, replicates=1, group_size=32)
     assert_unbiased(bias, resolution=0.3)
     assert bias.coverage.complete and not bias.coverage.unbiased
     assert "smoothed at s = " in bias.coverage.describe()
@@ -117,7 +117,7 @@ def test_unbiased_with_perturbed_parameters(name: str) -> None:
 
 def test_zeroth_order_is_biased_at_a_large_scale() -> None:
     estimator = RLREstimator(RLRSettings(0, None, ZerothOrder("two-point", 1.0)))
-    assert bias_of(estimator, calls=4000, replicates=1, group_size=16).max_abs_z > CRITICAL
+    assert bias_of(estimator, calls=1500, replicates=1, group_size=32).max_abs_z > CRITICAL
 
 
 def test_antithetic_samples_need_their_partner_left_out_of_the_baseline() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from rlr_peft.build.run import attach_adapters, build_chain
+from rlr_peft.build.chain import attach_adapters, build_chain
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.families import family_of

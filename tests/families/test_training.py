@@ -91,7 +91,8 @@ def test_two_steps_an_adapter_and_a_resumed_run(
     base = folder_of(name)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     final = {"validation_prompt": ["sky"], "num_validation_images": 1, "skip_final_inference": False}
-    config = config_of(name, base, place, whole, **final)
+    averaged = {"use_ema": name == "wan-2.2"}  # of both experts
+    config = config_of(name, base, place, whole, **final, **averaged)
     run_script(monkeypatch, config)  # ends with an error if the reloaded adapter drew other images
 
     plain, adapted, from_checkpoint = load(base), load(base), load(base)
@@ -106,7 +107,7 @@ def test_two_steps_an_adapter_and_a_resumed_run(
     parts.mkdir()  # what a run leaves that is killed in its second step
     shutil.copytree(whole / "checkpoint-1", parts / "checkpoint-1")
     shutil.copy(whole / "metrics.jsonl", parts)
-    run_script(monkeypatch, config_of(name, base, place, parts), "--resume_from_checkpoint", "latest")
+    run_script(monkeypatch, config_of(name, base, place, parts, **averaged), "--resume_from_checkpoint", "latest")
     experts = [WEIGHTS, f"transformer_2/{WEIGHTS}"] if name == "wan-2.2" else [WEIGHTS]
     for file in experts:
         assert (parts / file).read_bytes() == (whole / file).read_bytes()

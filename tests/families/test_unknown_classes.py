@@ -57,6 +57,10 @@ def test_an_unknown_class_is_driven_trained_and_saved(chroma: Path, tmp_path: Pa
     pipeline = load(str(chroma))
     family = family_of(pipeline)
     assert family.name == "generic" and family.denoisers == ("transformer",)
+    with pytest.raises(
+        ValueError, match="detach_negative: expected a supported pipeline, got ChromaPipeline, where it"
+    ):
+        chain_over(pipeline, detach_negative=True, **OPTIONS)
     chain = chain_over(pipeline, eta=0.0, **OPTIONS)
     trajectory = chain.sample(["a red ball"], [5])
     with torch.no_grad():

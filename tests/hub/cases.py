@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.hub.folders import WEIGHTS
-from tests.hub.processes import FINE_GRAINED, OTHER, READER, ROOT
+from tests.hub.processes import FINE_GRAINED, OTHER, READER
+from tests.programs import ROOT
 
 DOCUMENT = ROOT / "docs" / "hub.md"
 START, END = "<!-- faults -->\n", "<!-- end of faults -->\n"

@@ -11,8 +11,8 @@ from typing import Any
 
 from tests.hub.store import Repository, Store
 from tests.hub.users import USERS
+from tests.programs import LIBRARIES, ROOT, completed
 
-ROOT = Path(__file__).parents[2]
 OWNER, READER, FINE_GRAINED, OTHER = USERS
 
 
@@ -81,8 +81,6 @@ def run(
     words: list[str | Path], environment: dict[str, str], expected_code: int = 0, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with these words; its output is shown if the exit code is another."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+    done = completed(words, environment, LIBRARIES, cwd)
     assert done.returncode == expected_code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

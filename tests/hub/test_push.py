@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from rlr_peft.publishing.uploads import published_files
 from tests.hub.cases import DOCUMENT, INCOMPLETE, LASTING, PASSING, REFUSED, WHOAMI, name_of, with_table
 from tests.hub.folders import PRIVATE, WEIGHTS, output_folder
 from tests.hub.processes import OWNER, LoopbackHub, run
+from tests.programs import LIBRARIES, completed
 
 UPLOADED = {
     ".gitattributes",
@@ -289,7 +289,5 @@ def test_a_hub_that_stays_silent_is_not_waited_for_for_ever(tmp_path: Path) -> N
             "hub_client.model_info(hub_client.hub_api('hf_token'), 'owner/name')"
         )
         endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=os.environ | endpoint, capture_output=True, text=True, timeout=60
-        )
+        done = completed(["-c", script], os.environ | endpoint, LIBRARIES)
     assert "ReadTimeout" in done.stderr

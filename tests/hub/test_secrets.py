@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.hub.processes import OWNER, ROOT, LoopbackHub, run
+from tests.hub.processes import OWNER, LoopbackHub, run
+from tests.programs import ROOT
 from tests.secret_spellings import SECRET, addresses_of
 from tests.training.runs import WEIGHTS, config_file
 

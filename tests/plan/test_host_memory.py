@@ -169,4 +169,4 @@ def test_the_command_says_whether_host_memory_is_enough(
     assert host_verdict(host_plan(plan), 64).startswith("Fits 64 GiB of host memory, with ")
     with pytest.raises(SystemExit) as left:
         main([*command, "--host_memory", "0"])
-    assert left.value.code == 2 and "--host_memory: expected more than 0 GiB" in capsys.readouterr().err
+    assert left.value.code == 2 and "host_memory: expected above 0, got 0.0" in capsys.readouterr().err

@@ -37,7 +37,6 @@ CONFIG = {
     "step_kind": "ancestral",
     "eta": 1.0,
     "num_images_per_prompt": 4,
-    "optimizer": "AdamW",
     "lr_scheduler": "constant",
     "max_grad_norm": 1.0,
     "mixed_precision": "no",

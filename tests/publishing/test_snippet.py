@@ -1,9 +1,6 @@
 """The card's snippet runs; where a base comes from, and its licence."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from rlr_peft.lora import attach_lora, save_lora
 from rlr_peft.publishing.bases import License, base_kind, base_license
 from rlr_peft.tiny_shapes import pipeline_path
 from tests.pipelines import tiny_stable_diffusion
+from tests.programs import completed
 from tests.publishing.records import FULL, MINIMAL, changed, write
 
 
@@ -46,19 +44,7 @@ def run_snippet(folder: Path) -> None:
     """Run the card's code as a reader would, in the adapter's folder and without a network."""
     text = (folder / "README.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)\n```$", text, flags=re.MULTILINE | re.DOTALL)
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", "-c", code],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = completed(["-c", f"import warnings\nwarnings.simplefilter('error', FutureWarning)\n{code}"], cwd=folder)
     assert done.returncode == 0, done.stderr
 
 

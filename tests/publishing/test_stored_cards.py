@@ -51,7 +51,9 @@ def test_a_template_that_came_with_a_run_reaches_no_python(
     stored["template"] = "---\n{{ card_data }}\n---\n" + reach.replace("HERE", str(tmp_path))
     (folder / "run_record.json").write_text(json.dumps(stored))
     before = (folder / "README.md").read_bytes()
-    assert main(["card", str(folder)]) == 1
+    with pytest.raises(SystemExit) as left:
+        main(["card", str(folder)])
+    assert left.value.code == 1
     assert capsys.readouterr().err.startswith("error: The template of the card cannot be rendered (")
     assert (folder / "README.md").read_bytes() == before and not (tmp_path / "reached").exists()
 
@@ -83,7 +85,9 @@ def test_a_record_that_came_with_an_adapter_puts_no_code_into_the_card(
     for group, values in changes.items():
         stored["record"][group] |= values
     (folder / "run_record.json").write_text(json.dumps(stored))
-    assert main(["card", str(folder)]) == 1
+    with pytest.raises(SystemExit) as left:
+        main(["card", str(folder)])
+    assert left.value.code == 1
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
 
@@ -117,11 +121,32 @@ def test_a_card_that_was_edited_is_kept_beside_the_new_one(folder: Path) -> None
     assert path.read_text().startswith("---\n")
 
 
-@pytest.mark.parametrize("damage", [None, "{", '{"record": {"base_model": "x"}}', '{"version": 2, "record": {"x": 1}}'])
+NESTED = '{"a": ' * 30 + "1" + "}" * 30
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            None,
+            "",
+            "{",
+            "[]",
+            "null",
+            "1" * 5000,
+            '{"record": {"base_model": "x"}}',
+            '{"version": 2, "record": {"x": 1}}',
+        ),
+        *('{"a": ' * 5000, NESTED, f'{{"version": 2, "record": {NESTED}}}', "\0"),
+    ],
+)
 def test_a_folder_without_records_is_refused(
     tmp_path: Path, damage: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if damage is not None:
         (tmp_path / "run_record.json").write_text(damage)
-    assert main(["card", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit) as left:
+        main(["card", str(tmp_path)])
+    assert left.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1

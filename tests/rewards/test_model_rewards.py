@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
 from rlr_peft.rewards.image_reward import IMAGE_REWARD
 from rlr_peft.rewards.model_reward import LinearHead, ModelFiles, ModelReward, ModelSettings, load_weights, loading
 from rlr_peft.rewards.registry import MODEL_REWARDS, RewardSettings, load_reward
+from tests.programs import LIBRARIES, completed
 
 IMAGE_REWARDS = ["aesthetic", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]
 NEEDS_NO_PROMPT = ["aesthetic"]
@@ -243,14 +242,7 @@ HUB = """
 def test_gated_absent_and_incomplete_repositories_are_told_apart(tmp_path: Path) -> None:
     """The real client against a loopback Hub that answers with the Hub's error codes."""
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(HUB), str(tmp_path / "cache")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    done = completed(["-c", textwrap.dedent(HUB), tmp_path / "cache"], environment, LIBRARIES)
     gated, gone, bare = done.stdout.strip().splitlines()
     assert "o/gated, which is gated: accept its terms on https://huggingface.co/o/gated" in gated
     assert "o/gone, which was not found, or is private" in gone

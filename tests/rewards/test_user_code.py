@@ -5,8 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from textwrap import dedent
@@ -20,6 +18,7 @@ from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, measure_images, score_images
 from rlr_peft.rewards.registry import load_reward
+from tests.programs import completed
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
 CODE = """
@@ -288,13 +287,7 @@ def test_an_error_is_one_line_before_the_users_own_frames(tmp_path: Path) -> Non
         f"{tmp_path}/arguments.py:f": ("in parse_args", "asked for the end of the program, SystemExit: 2"),
         "tiny-shapes": ("", "cannot read the prompt of sample 0 \"a cat\": unknown word 'cat'"),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", dedent(ASK), *said],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=120,
-    )
+    done = completed(["-c", dedent(ASK), *said])
     *parts, rest = done.stderr.split("left with 1\n")
     assert len(parts) == len(said) and not rest, done.stderr
     for (frame, message), printed in zip(said.values(), parts):

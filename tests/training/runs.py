@@ -1,8 +1,7 @@
 """Runs of the training script on a tiny base, in a process of their own or in this one."""
 
 import os
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from rlr_peft.build.run import Run, build_run
 from rlr_peft.config import load_config
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.trainer import train
+from tests.programs import Program
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -53,27 +52,33 @@ def train_here(config: Path, *flags: str) -> tuple[Run, Progress]:
     return run, train(run)
 
 
-def start(config: Path, *flags: str) -> subprocess.Popen[str]:
-    """Starts the script in a process of its own."""
-    command = [sys.executable, str(ROOT / "train_rlr_lora.py"), "--config", str(config), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+def start(config: Path, *flags: str, **environment: str) -> Program:
+    """Starts the script in a process of its own, whose environment has these besides this one's."""
+    return Program(["train_rlr_lora.py", "--config", config, *flags], os.environ | environment, merged=True)
 
 
-def finish(process: subprocess.Popen[str], expected_code: int = 0) -> str:
+def finish(process: Program, expected_code: int = 0) -> str:
     """Waits for the script's end; returns what it printed."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == expected_code, output
     return output
 
 
+def of_two_processes() -> list[dict[str, str]]:
+    """The environment of each, as `torchrun` sets it."""
+    with socket.create_server(("127.0.0.1", 0)) as ports:
+        port = str(ports.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    return [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
 def run_on_two_processes(config: Path) -> None:
     """Runs the script on two CPU processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train_rlr_lora.py"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
-    subprocess.run([*command, "--config", str(config)], cwd=ROOT, check=True, env=environment)
+    for process in [start(config, **environment) for environment in of_two_processes()]:
+        finish(process)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Program) -> None:
     """Waits until the file is there; the process must live on until then."""
     deadline = time.monotonic() + 240
     while not path.exists():

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from rlr_peft.build.reporting import reporting_errors
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.rewards.registry import load_reward
+from tests.programs import completed
 
 # Real limits of the operating system: a longer file cannot be written, as on a full disk.
 PROGRAM = """
@@ -38,10 +37,9 @@ WRITES = {
 
 @pytest.mark.parametrize("kind", WRITES)
 def test_a_full_disk_is_one_message(kind: str, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", PROGRAM.replace("{write}", WRITES[kind]), str(tmp_path / "file")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2])
+    done = completed(["-c", PROGRAM.replace("{write}", WRITES[kind]), tmp_path / "file"])
     assert done.returncode == 1
-    assert done.stderr.startswith("error: A file could not be written: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: A file could not be read or written: ") and done.stderr.count("\n") == 1
     assert done.stderr.endswith(" Free disk space. Go on so.\n")
 
 
@@ -51,8 +49,8 @@ def test_a_folder_that_must_not_be_written_is_one_message(number: int, capsys: p
         raise OSError(number, os.strerror(number), "outputs/validation")
     assert left.value.code == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("error: A file could not be written: ") and "'outputs/validation'" in printed
-    assert printed.endswith(" Make its folder writable, or choose another. Go on so.\n") and printed.count("\n") == 1
+    assert printed.startswith("error: A file could not be read or written: ") and "'outputs/validation'" in printed
+    assert printed.endswith(" Change who may, or choose another place. Go on so.\n") and printed.count("\n") == 1
 
 
 def test_a_full_gpu_is_one_message_that_says_what_saves_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,8 @@ from rlr_peft.build.folder_lock import LOCK, OWNER, PATIENCE, FolderInUseError, 
 from rlr_peft.cli.main import main
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.record import Base, Rewards, RunRecord, StoredCard
-from tests.training.runs import ROOT, config_file, finish, start
+from tests.programs import Program
+from tests.training.runs import config_file, finish, start
 
 HOLD = """
 import sys, time
@@ -34,11 +35,10 @@ with only_writer(Path(sys.argv[1])):
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def holding(folder: Path) -> Iterator[Program]:
     """Another process that writes into the folder."""
-    words = [sys.executable, "-c", HOLD, str(folder)]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    process = Program(["-c", HOLD, folder])
+    assert process.stdout.readline() == "held\n"
     try:
         yield process
     finally:
@@ -127,11 +127,21 @@ def test_a_folder_that_is_made_again_is_taken_again(tmp_path: Path, monkeypatch:
             only_writer(out).__enter__()
 
 
+def test_a_start_that_writes_nothing_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "outputs" / "compare"):
+        assert (tmp_path / "outputs" / "compare" / OWNER).exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "outputs").mkdir()
+    with only_writer(tmp_path / "outputs" / "compare"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "outputs"], "that was there before"
+
+
 def test_the_card_is_not_written_while_a_run_writes_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_card(tmp_path, StoredCard(RunRecord(Base("base"), Rewards("aesthetic"), {})))
-    with only_writer(tmp_path):
-        assert main(["card", str(tmp_path)]) == 1
-    assert "to which process" in capsys.readouterr().err
+    with only_writer(tmp_path), pytest.raises(SystemExit) as left:
+        main(["card", str(tmp_path)])
+    assert left.value.code == 2 and "to which process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"host": 1}', "x" * 100])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from rlr_peft.training.checkpoints import CheckpointError
 from rlr_peft.training.finishing import finish
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.update import take_update
 from tests.training.runs import WEIGHTS, build, config_file, train_here
@@ -129,6 +130,7 @@ def test_early_stopping_goes_back_to_the_best_weights_and_survives_an_interrupti
         "learning_rate": 0.05,
         "max_train_steps": 40,
         "num_inference_steps": 2,
+        "use_ema": True,
     }
     config = config_file(workplace, tmp_path / "whole", checkpointing_steps=5, **values)
     _, progress = train_here(config)
@@ -136,7 +138,8 @@ def test_early_stopping_goes_back_to_the_best_weights_and_survives_an_interrupti
     assert progress.stopped_early.startswith(f"Stopped at update {progress.step} because the held-out reward fell")
     best = int(progress.stopped_early.rstrip(".").split()[-1])
     last = tmp_path / "whole" / f"checkpoint-{progress.step}" / WEIGHTS
-    assert last.read_bytes() == (tmp_path / "whole" / f"checkpoint-{best}" / WEIGHTS).read_bytes()
+    for file in (last, last.with_name("lora.pt")):  # the average, and the weights themselves
+        assert file.read_bytes() == (tmp_path / "whole" / f"checkpoint-{best}" / file.name).read_bytes()
     again, resumed = train_here(config, "--resume_from_checkpoint", "latest")
     assert resumed.step == progress.step and resumed.stopped_early == progress.stopped_early, "it stays stopped"
     finish(again, resumed, before=None)
@@ -149,6 +152,12 @@ def test_early_stopping_goes_back_to_the_best_weights_and_survives_an_interrupti
     assert (resumed.step, resumed.stopped_early) == (progress.step, progress.stopped_early)
     assert (tmp_path / "parts" / f"checkpoint-{progress.step}" / WEIGHTS).read_bytes() == last.read_bytes()
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_detached_negative_branch_is_said(workplace: Path, tmp_path: Path) -> None:
+    values = {"estimator": "full-bp", "num_inference_steps": 2, "detach_negative": True}
+    _, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=1, **values))
+    assert progress.coverage == "Biased by choice: no gradient passes through the negative branch of guidance."
 
 
 def test_a_divergence_beyond_its_limit_stops_the_run(workplace: Path, tmp_path: Path) -> None:
@@ -174,6 +183,16 @@ def gradient_norm(config: Path, *flags: str) -> float:
         for parameter in run.chain.parameters:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return take_update(run, 0).gradient_norm
+
+
+@pytest.mark.parametrize("estimator", ["rlr-paper", "refl", "grpo"])
+def test_images_at_the_limit_of_the_reward_teach_nothing(workplace: Path, tmp_path: Path, estimator: str) -> None:
+    """Gradients, score terms, perturbed rewards and group-normalised advantages alike."""
+    run = build(config_file(workplace, tmp_path / "out", estimator=estimator, reward_limit=-1000.0))
+    metrics = take_update(run, 0).metrics()
+    assert metrics["gradient_norm"] == 0 and metrics["reward_satisfied"] == 1
+    assert metrics["reward"] > -1, "as the reward itself says"
+    assert "all images have reached the --reward_limit" in (LearningSignal.of(run).verdict([metrics]) or "")
 
 
 def test_a_mapping_of_one_reward_divides_its_gradient_and_leaves_the_penaltys_weight(

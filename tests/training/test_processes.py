@@ -3,13 +3,12 @@
 import os
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.training.runs import config_file
+from tests.programs import Program
+from tests.training.runs import config_file, of_two_processes
 
 PROGRAM = """
 import sys
@@ -53,22 +52,9 @@ except processes.ProcessLostError as error:
 
 
 @contextmanager
-def meeting(frozen: int) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+def meeting(frozen: int) -> Iterator[tuple[Program, Program]]:
     """Two processes, of which the first holds the store by which they find each other; one freezes in update 7."""
-    with socket.create_server(("127.0.0.1", 0)) as ports:
-        port = str(ports.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
-    main, peer = (
-        subprocess.Popen(
-            [sys.executable, "-c", MEETING, str(frozen)],
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    )
+    main, peer = (Program(["-c", MEETING, str(frozen)], os.environ | process) for process in of_two_processes())
     try:
         yield main, peer
     finally:
@@ -79,7 +65,7 @@ def meeting(frozen: int) -> Iterator[tuple[subprocess.Popen[str], subprocess.Pop
 
 def test_a_frozen_process_is_told_of_though_it_holds_what_the_others_meet_by() -> None:
     with meeting(frozen=0) as (main, peer):
-        assert main.stdout is not None and peer.stderr is not None
+        assert peer.stderr is not None
         assert main.stdout.readline() == "frozen\n"
         said = next(line for line in peer.stderr if line.startswith("Process 1 has waited"))
         assert f"for process 0 (id {main.pid} on {socket.gethostname()}), which has given no sign of life for" in said
@@ -87,7 +73,7 @@ def test_a_frozen_process_is_told_of_though_it_holds_what_the_others_meet_by() -
 
 def test_who_waits_long_says_for_whom_and_who_loses_another_says_which() -> None:
     with meeting(frozen=1) as (main, peer):
-        assert main.stderr is not None and peer.stdout is not None
+        assert main.stderr is not None
         name = rf"process 1 \(id {peer.pid} on {re.escape(socket.gethostname())}\)"
         said = iter(line for line in main.stderr if line.startswith(("Process", "error")))
         alive = rf"Process 0 has waited \d s in starting, at the exchange of the thoughts, for {name}, which is alive, "
@@ -126,20 +112,7 @@ def test_all_processes_go_by_the_main_ones_calibration(workplace: Path, tmp_path
         "import os\n\ndef own(images, prompts):\n    return images.mean((1, 2, 3)) * (1 + int(os.environ['RANK']))\n"
     )
     config = config_file(workplace, tmp_path / "out", reward_fn=f"{own}:own", gradient_accumulation_steps=1)
-    with socket.create_server(("127.0.0.1", 0)) as ports:
-        port = str(ports.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CALIBRATION, str(config)],
-            env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    processes = [Program(["-c", CALIBRATION, config], os.environ | process) for process in of_two_processes()]
     said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     energies = [re.findall(r"energies (\[.*\])", output) for output, _ in said]
@@ -149,9 +122,6 @@ def test_all_processes_go_by_the_main_ones_calibration(workplace: Path, tmp_path
 def test_the_others_wait_for_a_long_evaluation_of_the_main_process(workplace: Path, tmp_path: Path) -> None:
     """With torch's own limit of ten minutes on GPUs, an evaluation that takes longer would end the run."""
     group = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    words = [sys.executable, "-c", PROGRAM, str(config_file(workplace, tmp_path / "out"))]
-    environment = os.environ | group | {"ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=True, env=environment, cwd=Path(__file__).parents[2]
-    )
-    assert float(done.stdout.split()[-1]) >= 3600
+    words = ["-c", PROGRAM, config_file(workplace, tmp_path / "out")]
+    output, errors = Program(words, os.environ | group | {"ACCELERATE_USE_CPU": "1"}).communicate(timeout=60)
+    assert float(output.split()[-1]) >= 3600, errors

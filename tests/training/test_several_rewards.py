@@ -12,7 +12,8 @@ from benchmarks.two_rewards import markdown
 from rlr_peft.rewards.combination import DECAY
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.update import take_update
-from tests.training.runs import ROOT, WEIGHTS, build, config_file, finish, run_on_two_processes, start, train_here
+from tests.programs import ROOT
+from tests.training.runs import WEIGHTS, build, config_file, finish, run_on_two_processes, start, train_here
 
 RECIPE = ROOT / "configs" / "tiny_shapes_two_rewards.yaml"
 SMALL = "--max_train_steps 2 --train_batch_size 4 --calibration_samples 4 --num_evaluation_images 4".split()

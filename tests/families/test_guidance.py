@@ -1,0 +1,131 @@
+"""The negative branch of guidance off the tape: on every family values stay, and gradients are what they should be."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from rlr_peft.byte_counters import counted_tape
+from rlr_peft.chain.adjoint import ReplayedStep
+from rlr_peft.chain.denoising_chain import DenoisingChain
+from tests.families.table import CASES, PROMPTS, load
+from tests.pipelines import chain_over
+
+NAMES = [name for name in CASES if name not in ("sd-v", "flux")]
+SCALES = {"flux-true-cfg": {}, "qwen-image": {"guidance_scale": 3.0, "negative_prompt": "ugly"}}
+
+
+def chains(pipeline: DiffusionPipeline, name: str, **options: Any) -> tuple[DenoisingChain, DenoisingChain]:
+    """The chain as it is, and with the branch detached."""
+    options = {"num_inference_steps": 2, **CASES[name].options, **SCALES.get(name, {"guidance_scale": 3.0}), **options}
+    plain, detached = chain_over(pipeline, **options), chain_over(pipeline, detach_negative=True, **options)
+    for chain in (plain, detached):
+        chain.denoiser.requires_grad_(False)
+        targets = [weight for key, weight in chain.denoiser.named_parameters() if key.endswith("to_v.weight")]
+        chain.parameters = [targets[0].requires_grad_(), targets[-1].requires_grad_()]
+    return plain, detached
+
+
+def gradients(chain: DenoisingChain, trajectory: Any, t: int) -> tuple[Tensor, list[Tensor]]:
+    """A step's mean, and the gradients of a fixed cotangent there by the weights and the latents."""
+    step = ReplayedStep(chain, trajectory, t)
+    noise = torch.randn(step.mean.shape, generator=torch.Generator().manual_seed(5))
+    by_weights, by_latents = step.into_both(noise)
+    return step.mean.detach(), [*by_weights, by_latents]
+
+
+@contextmanager
+def outputs_detached(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
+    """What the knob must come to, on the undivided call: the negative part of the denoiser's result is a constant."""
+    calls = 0
+
+    def detach(module: torch.nn.Module, inputs: object, result: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = result[0]
+        if name in ("flux-true-cfg", "qwen-image", "wan-2.1", "wan-2.2"):
+            return result if calls % 2 else (output.detach(),)
+        middle = len(output) // 2
+        if name == "z-image":
+            return ([*output[:middle], *(one.detach() for one in output[middle:])],)
+        joined = torch.cat([output[:middle].detach(), output[middle:]])
+        return (joined,) if isinstance(result, tuple) else type(result)(sample=joined)
+
+    parts = [getattr(pipeline, part, None) for part in ("unet", "transformer", "transformer_2")]
+    hooks = [part.register_forward_hook(detach) for part in parts if part is not None]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_is_that_of_a_constant_negative_branch(name: str, folder_of: Callable[[str], str]) -> None:
+    pipeline = load(folder_of(name))
+    plain, detached = chains(pipeline, name)
+    trajectory = detached.sample(PROMPTS, [3, 4])
+    for t in (1, 2) if name == "wan-2.2" else (2,):  # one for each expert
+        step = detached.replay(trajectory, t)
+        assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1]), "bit for bit"
+        mean, got = gradients(detached, trajectory, t)
+        whole_mean, whole = gradients(plain, trajectory, t)
+        torch.testing.assert_close(mean, whole_mean, rtol=1e-4, atol=1e-5)
+        with outputs_detached(pipeline, name):
+            _, expected = gradients(plain, trajectory, t)
+        for here, there in zip(got, expected, strict=True):
+            assert (here - there).norm() <= 1e-4 * there.norm()
+        change = sum(float((left - right).norm()) for left, right in zip(whole[:-1], expected[:-1], strict=True))
+        assert change > 0.01 * sum(float(right.norm()) for right in expected[:-1]), "the branch must matter"
+    assert not plain.departures and "negative branch" in detached.departures[0]
+    assert not detached.at(whole=True).departures
+
+
+@pytest.mark.parametrize("name", ["sd-epsilon", "sd3", "wan-2.1"])
+def test_it_is_the_scale_times_the_gradient_of_the_prompts_own_branch(
+    name: str, folder_of: Callable[[str], str]
+) -> None:
+    """The guided output is n + g (p - n): with n held fixed the weights' gradient is g times that of p alone."""
+    pipeline = load(folder_of(name))
+    _, detached = chains(pipeline, name)
+    trajectory = detached.sample(PROMPTS, [3, 4])
+    _, got = gradients(detached, trajectory, 2)
+    _, alone = gradients(detached.at(guidance=1.0), trajectory, 2)
+    for here, there in zip(got[:-1], alone[:-1], strict=True):
+        assert (here - 3.0 * there).norm() <= 1e-4 * here.norm()
+
+
+def test_half_of_the_tape_is_spared_and_the_pipeline_is_left_alone(folder_of: Callable[[str], str]) -> None:
+    pipeline = load(folder_of("sd-epsilon"))
+    held = []
+    for chain in chains(pipeline, "sd-epsilon"):
+        trajectory = chain.sample(PROMPTS, [3, 4])
+        with counted_tape() as tape, torch.enable_grad():
+            step = chain.replay(trajectory, 1)
+            held.append(tape.live)
+        del step
+    assert held[1] < 0.6 * held[0]
+    assert "forward" not in pipeline.unet.__dict__
+
+
+def test_dropout_has_the_same_masks_when_a_step_is_replayed(folder_of: Callable[[str], str]) -> None:
+    pipeline = load(folder_of("sd-epsilon"))
+    for module in pipeline.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    _, chain = chains(pipeline, "sd-epsilon")
+    chain.denoiser.train()
+    trajectory = chain.sample(PROMPTS, [3, 4])
+    with torch.enable_grad():
+        step = chain.replay(trajectory, 2)
+    assert torch.equal(step.next_latents(trajectory.noise(2)), trajectory.latents[1])
+
+
+def test_where_there_is_no_negative_branch_it_is_refused(folder_of: Callable[[str], str]) -> None:
+    built_in = "expected guidance with a negative branch, got FluxPipeline at scale 3.5 without one: it is off, or "
+    with pytest.raises(ValueError, match=built_in):
+        chain_over(load(folder_of("flux")), detach_negative=True, **CASES["flux"].options)
+    with pytest.raises(ValueError, match="got StableDiffusionPipeline at scale 1 without one"):
+        chain_over(load(folder_of("sd-epsilon")), detach_negative=True, guidance_scale=1.0)
