@@ -43,6 +43,7 @@ class Program:
         self.words = list(map(str, words))
         self.returncode: int | None = None
         self._answers, answers = socket.socketpair()
+        self.stderr: TextIO | None
         self.stdout, output = _pipe()
         self.stderr, errors = (None, os.dup(output)) if merged else _pipe()
         files = [answers.detach(), output, errors]

@@ -95,7 +95,8 @@ REFUSED = [
     ("--step_choice inverse-variance --estimator reinforce", "step_choice: expected none with reinforce"),
     (
         "--estimator refl --ho_blocks 1",
-        "ho_blocks: expected none with refl, got 1; use --estimator rlr, auto, rlr-paper, reinforce, ddpo, grpo or d3po.",
+        "ho_blocks: expected none with refl, got 1; use --estimator rlr, auto, rlr-paper, reinforce, ddpo, grpo or "
+        "d3po.",
     ),
     ("--estimator ddpo --ho_length 2", "ho_length: expected none with ddpo, got 2"),
     (
