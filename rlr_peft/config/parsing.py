@@ -4,6 +4,7 @@ All programs read their words here: the flags of training, and those that a comm
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
 
 def check_output(path: Path, is_file: bool = False) -> None:
     """Raises ConfigError where a report's file, or its folder, can be neither written nor made; nothing is made yet."""
-    reason = f"{path} is a folder" if is_file and path.is_dir() else why_no_folder(path.parent if is_file else path)
+    reason = (
+        f"{path} is a folder" if is_file and os.path.isdir(path) else why_no_folder(path.parent if is_file else path)
+    )
     if reason:
         raise ConfigError(f"output: expected a place to write to, got {path}, where {reason}; choose another.")
 
@@ -215,7 +218,7 @@ def _nothing_given(name: str, known: Mapping[str, Knob]) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What argparse leaves the program for, such as a path that is missing."""
-        raise ConfigError(f"command line: {message}; see {self.prog} --help.")
+        raise ConfigError(f"command line: {message}; give it before the flags, see {self.prog} --help.")
 
 
 def _build_parser(
