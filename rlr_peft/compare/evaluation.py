@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlr_peft.compare.features import FeatureExtractor
-from rlr_peft.figures import FRAMES_OF_STRIP, as_images, to_8_bit
+from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, measure_images
+from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, join_info
 
 # Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
@@ -289,16 +290,6 @@ def make_pictures(images: Tensor) -> list[Picture]:
     """Pictures of images (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1]; no side of a frame is over 512 pixels."""
     num_frames = 1 if images.ndim == 4 else min(FRAMES_OF_STRIP, images.shape[1])
     return [_picture(image, num_frames) for image in as_images(images).detach().float().cpu()]
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """uint8 of images in [0, 1], rounded as an image file holds them, on the CPU."""
-    return torch.from_numpy(to_8_bit(images)).movedim(-1, -3)
-
-
-def as_pil(image: Tensor) -> Image.Image:
-    """One (3, H, W) uint8 image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def _picture(image: Tensor, num_frames: int) -> Picture:
