@@ -1,4 +1,4 @@
-"""Draws and scores images of one plan with one pipeline; of two pipelines the paired differences."""
+"""Draws and scores images of given prompts and seeds with one pipeline; of two pipelines the paired differences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Render = Callable[[list[Prompt], list[int]], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pipeline reached on a plan.
+    """What one pipeline reached on its prompts and seeds.
 
     Attributes:
         prompts: of the n images.
@@ -54,8 +54,8 @@ def prompts_and_seeds(
 ) -> tuple[list[Prompt], list[int]]:
     """Which images to draw: prompts in shuffled order, again and again, and a seed for each image.
 
-    The order is shuffled so that fewer images than prompts are still a fair sample of them. A longer plan starts with
-    the images of a shorter one, as long as the prompts are the same.
+    The order is shuffled so that fewer images than prompts are still a fair sample of them. More images start with
+    those of fewer, as long as the prompts are the same.
 
     Args:
         prompts: at least one.
@@ -97,7 +97,7 @@ def evaluate(
     description: str = "Evaluating",
     show_progress: bool = True,
 ) -> Evaluation:
-    """Draw and score every image of a plan.
+    """Draw and score one image for every prompt and seed.
 
     Args:
         render: draws a batch; must use `image_generators(seeds)` for its noise. Called under `no_grad`.
@@ -191,12 +191,12 @@ def paired_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, f
         have. The errors take the images of one prompt together.
 
     Raises:
-        ValueError: the two were not made from the same plan and rewards, or hold fewer than two images.
+        ValueError: the two were not made from the same prompts, seeds and rewards, or hold fewer than two images.
     """
     prompts = texts_of(before.prompts)
     if prompts != texts_of(after.prompts) or before.seeds != after.seeds or before.scores.keys() != after.scores.keys():
         raise ValueError(
-            "expected the same prompts, seeds and rewards before and after; evaluate both with the same plan"
+            "expected the same prompts, seeds and rewards before and after; evaluate both on the same"
         )
     comparison = {}
     for name, old, new in _pairs(before, after):
