@@ -33,6 +33,7 @@ AMBIGUOUS = re.compile(
     r"|[-+]?(?:0[0-9_]|[0-9]+_)[0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|(?i:yes|no|on|off)"
 )
 AMBIGUOUS_TAG = "!ambiguous"
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels; write it flat"
 
 
 class PlainFileError(ValueError):
@@ -110,16 +111,31 @@ def parse_json(text: str) -> Any:
 
     Raises:
         PlainFileError: no JSON, a name given twice at any depth, NaN or Infinity, a number of more than 300 digits, or
-            nested too deep.
+            nested deeper than 20 levels.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_json_int, parse_float=_json_float
         )
     except json.JSONDecodeError as error:
         raise PlainFileError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
-        raise PlainFileError("nested too deep for what it is to hold; write it flat") from None
+        raise PlainFileError(_TOO_DEEP) from None
+    if is_nested_too_deep(value):
+        raise PlainFileError(_TOO_DEEP)
+    return value
+
+
+def is_nested_too_deep(value: Any) -> bool:
+    """Whether lists and mappings lie inside each other in more than 20 levels.
+
+    So deep a value cannot be copied or written again by the usual, recursive ways.
+    """
+    level = [value] if isinstance(value, (dict, list, tuple)) else []
+    for _ in range(MAX_DEPTH):
+        level = [part for whole in level for part in (whole.values() if isinstance(whole, dict) else whole)]
+        level = [part for part in level if isinstance(part, (dict, list, tuple))]
+    return bool(level)
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,7 +151,7 @@ class _Loader(yaml.SafeLoader):
             raise PlainFileError(f"{place}tags (!) are not read; write the plain value, or quote it")
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise PlainFileError(f"{place}nested deeper than {MAX_DEPTH} levels; write it flat")
+            raise PlainFileError(f"{place}{_TOO_DEEP}")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

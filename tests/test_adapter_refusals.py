@@ -1,7 +1,11 @@
 """Adapter files that cannot be loaded, or contradict themselves, are named with what is wrong and what to do."""
 
+import io
 import json
 import re
+import struct
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +94,8 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "no table": (settings(alpha_pattern=[1]), "expected a table as alpha_pattern"),
     "of another peft": (settings(use_qalora=True), "expected plain LoRA, got use_qalora"),
     "no JSON": ({"lora_adapter_metadata": "{"}, "expected a JSON object, got '{'"),
+    "a number without end": (settings(lora_alpha=10**400), "expected a JSON object, got "),
+    "no end of levels": ({"lora_adapter_metadata": '{"a":' * 900 + "1" + "}" * 900}, "expected a JSON object, got "),
 }
 
 
@@ -137,6 +143,36 @@ def test_an_adapter_of_another_family_says_which(base: Any, tmp_path: Path) -> N
 class Trap:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (print, ("code ran",))
+
+
+def legacy_pickle(damage: Callable[[bytes], bytes]) -> bytes:
+    """What torch saved before it made archives of it: the reader of that form trusts it more than the present one."""
+    file = io.BytesIO()
+    torch.save({"lora": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    return damage(file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (lambda whole: re.sub(rb"\d{8,}(?=[^\d]{1,40}$)", lambda key: b"1" * len(key[0]), whole), AssertionError),
+        (lambda whole: whole[:28], struct.error),
+        (lambda whole: whole[:20], EOFError),
+        (lambda whole: b"\x80\x02.", IndexError),
+        (lambda whole: b"\x80\x02X\x03\0\0\0\xff\xff\xff.", UnicodeDecodeError),
+        (lambda whole: whole[:-4], RuntimeError),
+    ],
+)
+def test_whatever_damaged_bytes_make_of_torchs_reader(
+    base: Any, tmp_path: Path, damage: Callable[[bytes], bytes], kind: type[Exception]
+) -> None:
+    (tmp_path / "old.bin").write_bytes(legacy_pickle(damage))
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(AdapterFormatError, match="a pickle that cannot be") as e,
+    ):
+        load_lora(base, tmp_path / "old.bin")
+    assert isinstance(e.value.__context__, kind), "the case no longer shows what it is for"
 
 
 def test_files_that_cannot_be_read_are_named(base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

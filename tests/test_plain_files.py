@@ -153,7 +153,8 @@ def test_characters_that_no_path_or_prompt_holds_are_refused(tmp_path: Path, tex
     [
         ('{"load_in_4bit": true, "load_in_4bit": false}', '"load_in_4bit" is given twice in one object; keep one'),
         ('{"a": {"b": 1, "b": 2}}', '"b" is given twice'),
-        ('{"a": ' + "[" * 100_000, "nested too deep"),
+        ('{"a": ' + "[" * 100_000, "nested deeper than 20 levels"),
+        ('{"a": ' + "[" * 20 + "]" * 20 + "}", "nested deeper than 20 levels"),
         ('{"a": ' + "9" * 6000 + "}", "expected a number of at most 300 digits, got 6000"),
         ('{"a": 0x10}', "line 1, column 8: not valid JSON"),
         ('{"a": NaN}', "expected finite numbers, got NaN"),

@@ -72,11 +72,11 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        is_new = not folder.exists()
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         _refuse_living_owner(folder, is_locked=lock is not None)
-        holder = _Holder(folder, lock, is_new)
+        holder = _Holder(folder, lock, made)
     except OSError as error:
         raise ConfigError(
             f"Expected a folder to write to, or a place for one, got {folder} ({error.strerror}); choose another."
@@ -163,8 +163,8 @@ def _remove_half_written(folder: Path) -> None:
 class _Holder:
     """Holds a folder that this process has taken."""
 
-    def __init__(self, folder: Path, lock: FileLock | None, is_new: bool) -> None:
-        self._folder, self._lock, self._is_new, self._me = folder, lock, is_new, this_process()
+    def __init__(self, folder: Path, lock: FileLock | None, made: list[Path]) -> None:
+        self._folder, self._lock, self._made, self._me = folder, lock, made, this_process()
         self._sign()
 
     def beat(self) -> None:
@@ -189,8 +189,10 @@ class _Holder:
         try:
             if _owner(self._folder) == self._me:
                 (self._folder / OWNER).unlink(missing_ok=True)
-            if self._is_new and {path.name for path in self._folder.iterdir()} <= {LOCK}:
-                shutil.rmtree(self._folder)  # a start that was refused leaves nothing behind
+            if self._made and {path.name for path in self._folder.iterdir()} <= {LOCK}:
+                (self._folder / LOCK).unlink(missing_ok=True)  # a start that was refused leaves nothing behind
+                for path in self._made:
+                    path.rmdir()
         except OSError as error:  # the folder may be read-only by now: an error under way must not be replaced by this
             logger.debug("%s stays in %s: %s", OWNER, self._folder, error)
         if self._lock is not None:

@@ -57,6 +57,7 @@ def errors_only() -> Iterator[None]:
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 AFTER_TRAINING = "Checkpoints that were saved are complete: go on with --resume_from_checkpoint latest."
 WITHOUT_MEMORY = (
     "Lower --train_batch_size (and raise --gradient_accumulation_steps) or --decode_batch_size, or use "
@@ -82,10 +83,13 @@ def reporting_errors(afterwards: str = "") -> Iterator[None]:
             say_traceback(error.raised)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in NO_PATH:
+            say(f"error: Expected a path, got {error.filename} ({error.strerror}); correct it.", sys.stderr)
+            raise SystemExit(2) from None
         advice = _what_to_do(error)
         if advice is None:
             raise
-        say(f"error: A file could not be written: {error}. {advice} {afterwards}".rstrip(), sys.stderr)
+        say(f"error: A file could not be read or written: {error}. {advice} {afterwards}".rstrip(), sys.stderr)
         raise SystemExit(1) from None
     except (RuntimeError, MemoryError) as error:
         whose = _memory_that_is_full(error)
@@ -109,7 +113,7 @@ def _what_to_do(error: OSError | SafetensorError) -> str | None:
 
     if is_one_of(DISK_FULL):
         return "Free disk space."
-    return "Make its folder writable, or choose another." if is_one_of(NOT_ALLOWED) else None
+    return "Change who may, or choose another place." if is_one_of(NOT_ALLOWED) else None
 
 
 def _memory_that_is_full(error: RuntimeError | MemoryError) -> str | None:

@@ -225,7 +225,7 @@ def build_run(
     if warning is not None:
         logger.warning("%s", warning)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
-    objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout)
+    objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout, config.reward.reward_limit)
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     return Run(
         config=config,

@@ -183,7 +183,7 @@ class PromptArguments(Group):
                 f"validation_split_percentage: expected only without evaluation_prompt_path, got "
                 f"{self.validation_split_percentage:g} and {evaluation}; drop one of the two."
             )
-        for name, spec in (("prompt_path", self.prompt_path), ("evaluation_prompt_path", evaluation)):
+        for spec, name in {self.prompt_path: "prompt_path", evaluation: "evaluation_prompt_path"}.items():
             if spec is not None and spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
                 yield (
                     f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "

@@ -6,9 +6,9 @@ Reading runs nothing that is in a file. What people take for LoRA adapters and i
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch import Tensor
 from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import printable
+from rlr_peft.plain_files import PlainFileError, parse_json
 
 
 class AdapterFormatError(UserError, ValueError):
@@ -122,7 +123,9 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
     if path.is_file():
         return AdapterFiles(place, path.parent, path.name)
     if path.is_dir():
-        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        second = f"{SECOND_EXPERT}/{WEIGHT_NAME}"
+        names = sorted(file.name for file in path.iterdir() if file.is_file())
+        names += [second] if (path / second).is_file() else []
         return AdapterFiles(place, path, _weight_name(place, names))
     if place.startswith(("/", ".", "~")) or place.partition("@")[0].count("/") != 1:
         raise AdapterNotFoundError(
@@ -247,8 +250,8 @@ def parsed_settings(text: str, what: str) -> dict[str, Any]:
         AdapterFormatError: it is no JSON object.
     """
     try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
+        settings = parse_json(text)
+    except PlainFileError:
         settings = None
     if not isinstance(settings, dict):
         raise AdapterFormatError(f"{what}: expected a JSON object, got {text[:60]!r}; save the adapter again.")
@@ -257,7 +260,8 @@ def parsed_settings(text: str, what: str) -> dict[str, Any]:
 
 def _read_pickle(path: Path, place: str) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle's version: the error says what matters
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         words = str(error)
         if "GLOBAL" in words or "Unsupported" in words:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
+from rlr_peft.plain_files import MAX_DEPTH, is_nested_too_deep
 from rlr_peft.prompt import Prompt, PromptError
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,12 @@ class RowReader:
             raise PromptError(f"{in_words(self._source, row.place)}: expected a text in column {name}, got none")
         negative = None if columns.negative_prompt is None else self._text(row, columns.negative_prompt)
         metadata = {name: row.values[name] for name in columns.metadata if name in row.values}
+        for name, value in metadata.items():
+            if is_nested_too_deep(value):
+                raise PromptError(
+                    f"{in_words(self._source, row.place)}: expected lists and mappings in at most {MAX_DEPTH} levels "
+                    f"in column {name}, got more; write it flat"
+                )
         return Prompt(text, negative, tuple(stages), metadata)
 
     def report(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 from rlr_peft.durable_files import WEIGHT_NAME, replacing_file, stays_inside
 from rlr_peft.errors import UserError
+from rlr_peft.plain_files import MAX_DEPTH, is_nested_too_deep, read_plain_text
 from rlr_peft.publishing.bases import License
 from rlr_peft.redaction import redacted_values
 
 RECORD_NAME = "run_record.json"
 VERSION = 2
+MAX_BYTES = 2**26
 # Training prompts on a card. A record holds no more: there may be half a million.
 SHOWN_PROMPTS = 10
 
@@ -229,20 +232,22 @@ def load_stored_card(directory: Path) -> StoredCard:
         RecordError: there is none, it is damaged, or another version of rlr-peft wrote it.
     """
     path = directory / RECORD_NAME
+    if not os.path.lexists(path):
+        raise RecordError(
+            f"Expected {RECORD_NAME} in {directory}, as train_rlr_lora.py writes it at the end of a run, got no such "
+            "file; check the path."
+        )
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(read_plain_text(path, MAX_BYTES))
+        if is_nested_too_deep(saved):
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
         version = saved.pop("version", 1)
         if version != VERSION:
             raise ValueError(f"expected version {VERSION} of its form, got {version}")
         card = StoredCard(_record(saved.pop("record")), **saved)
         _check(card.record)
         return card
-    except FileNotFoundError:
-        raise RecordError(
-            f"Expected {RECORD_NAME} in {directory}, as train_rlr_lora.py writes it at the end of a run, got no such "
-            "file; check the path."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(
             f"{path} cannot be read ({error}): it is damaged, or another version of rlr-peft wrote it; use that one."
         ) from error

@@ -127,6 +127,16 @@ def test_a_folder_that_is_made_again_is_taken_again(tmp_path: Path, monkeypatch:
             only_writer(out).__enter__()
 
 
+def test_a_start_that_writes_nothing_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "outputs" / "compare"):
+        assert (tmp_path / "outputs" / "compare" / OWNER).exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "outputs").mkdir()
+    with only_writer(tmp_path / "outputs" / "compare"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "outputs"], "that was there before"
+
+
 def test_the_card_is_not_written_while_a_run_writes_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_card(tmp_path, StoredCard(RunRecord(Base("base"), Rewards("aesthetic"), {})))
     with only_writer(tmp_path), pytest.raises(SystemExit) as left:

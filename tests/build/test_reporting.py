@@ -39,7 +39,7 @@ WRITES = {
 def test_a_full_disk_is_one_message(kind: str, tmp_path: Path) -> None:
     done = completed(["-c", PROGRAM.replace("{write}", WRITES[kind]), tmp_path / "file"])
     assert done.returncode == 1
-    assert done.stderr.startswith("error: A file could not be written: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: A file could not be read or written: ") and done.stderr.count("\n") == 1
     assert done.stderr.endswith(" Free disk space. Go on so.\n")
 
 
@@ -49,8 +49,8 @@ def test_a_folder_that_must_not_be_written_is_one_message(number: int, capsys: p
         raise OSError(number, os.strerror(number), "outputs/validation")
     assert left.value.code == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("error: A file could not be written: ") and "'outputs/validation'" in printed
-    assert printed.endswith(" Make its folder writable, or choose another. Go on so.\n") and printed.count("\n") == 1
+    assert printed.startswith("error: A file could not be read or written: ") and "'outputs/validation'" in printed
+    assert printed.endswith(" Change who may, or choose another place. Go on so.\n") and printed.count("\n") == 1
 
 
 def test_a_full_gpu_is_one_message_that_says_what_saves_memory(capsys: pytest.CaptureFixture[str]) -> None:

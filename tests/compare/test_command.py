@@ -350,6 +350,10 @@ def test_ctrl_c_is_answered_with_what_to_do(
         (["--adapter", "a/b", "--rank", "8"], "error: command line: --rank matters to training only; leave it out.\n"),
         (["--adapter", "a/b", "--num_images", "x"], "error: num_images: expected a whole number or null, got x"),
         (["--adapter", "a/b", "--gidance_scale", "3"], "error: command line: unknown name gidance_scale; did you mean"),
+        (
+            ["--adapter", "a/b", "--base", "x", "--reward", "y", "--prompts", "no.txt"],
+            "error: evaluation_prompt_path: expected an existing text file, .jsonl, .csv or .parquet, or one of ",
+        ),
         (["--adapter", "a/b", "--output", __file__], "error: output: expected a place to write to, got"),
         (
             ["--adapter", "a/b", "--base", "x", "--pretrained_model_name_or_path", "y"],

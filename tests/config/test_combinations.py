@@ -168,6 +168,8 @@ REFUSED = [
     ("--reward_fn={}", "reward_fn: expected finite weights, not all 0, got {}"),
     ('--reward_minimum {"pickscore":20}', "reward_minimum: expected a name of reward_fn (tiny-shapes), got pick"),
     ("--reward_server_timeout 0", "reward_server_timeout: expected above 0 and at most 86400, got 0.0"),
+    ("--reward_limit .inf", "reward_limit: expected a finite number, got inf"),
+    ("--reward_limit .nan", "reward_limit: expected a finite number, got nan"),
     ("--reward_minimum_penalty 0", "reward_minimum_penalty: expected above 0 and at most 1000000, got 0.0"),
     ("--logging_dir ../logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--logging_dir /logs", "logging_dir: expected a relative folder inside output_dir"),
@@ -272,6 +274,27 @@ def test_a_path_that_the_system_refuses_is_no_traceback(name: str, path: str) ->
         load([*REQUIRED, f"--{name}", value])  # it may be made yet
     else:
         assert refusal(*REQUIRED, f"--{name}", value).startswith(f"{name}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("/proc/x/y", "/proc cannot be written to"),
+        ("link", "link is a link to nothing"),
+        ("link/x", "link is a link to nothing"),
+        ("file/x", "file is a file"),
+        ("x" * 256, "a name is longer than 255 bytes"),
+        ("new/" + "\N{SNOWMAN}" * 86, "a name is longer than 255 bytes"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused_at_once(tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    message = refusal(*REQUIRED, "--output_dir", str(tmp_path / place))
+    assert message.startswith("output_dir: expected a folder or a place for one, got ") and reason in message
+    load([*REQUIRED, "--output_dir", str(tmp_path / "new" / ("x" * 255))])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_prompt_file_may_be_any_existing_file(tmp_path: Path) -> None:

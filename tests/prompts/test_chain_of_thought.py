@@ -98,7 +98,7 @@ def test_the_file_is_read_edited_and_continued(tmp_path: Path) -> None:
         ('{"prompt": "x", "coarse": "a", "fine": ""}', "line 2: .*expected a text for fine"),
         ("[]", "line 2: expected"),
         ('{"prompt": "x", "coarse": "a", "fine": "b", "fine": "c"}', 'line 2: .*"fine" is given twice'),
-        ("[" * 100_000, "line 2: .*nested too deep"),
+        ("[" * 100_000, "line 2: .*nested deeper than 20 levels"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:

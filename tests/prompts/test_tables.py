@@ -55,6 +55,17 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     assert texts_of(load_prompts(str(path))) == ["a dog"]
 
 
+def test_metadata_may_be_nested_but_not_without_end(tmp_path: Path) -> None:
+    """A reward gets a copy of it, and a server its JSON: neither can be made of any depth."""
+    value: object = 1
+    for _ in range(20):
+        value = {"a": [value]} if isinstance(value, int) else [value]
+    path = write_rows(tmp_path, ".jsonl", [{"text": "a cat", "deep": {"a": [1]}}, {"text": "a dog", "deep": value}])
+    with pytest.raises(PromptError, match="line 2: expected lists and mappings in at most 20 levels in column deep"):
+        load_prompts(str(path), columns=Columns("text", metadata=("deep",)))
+    assert texts_of(load_prompts(str(path), columns=Columns("text"))) == ["a cat", "a dog"]
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
 def test_a_missing_column_lists_those_that_are_there(tmp_path: Path, ending: str) -> None:
     path = write_rows(tmp_path, ending, ROWS)

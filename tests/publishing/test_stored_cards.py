@@ -121,7 +121,25 @@ def test_a_card_that_was_edited_is_kept_beside_the_new_one(folder: Path) -> None
     assert path.read_text().startswith("---\n")
 
 
-@pytest.mark.parametrize("damage", [None, "{", '{"record": {"base_model": "x"}}', '{"version": 2, "record": {"x": 1}}'])
+NESTED = '{"a": ' * 30 + "1" + "}" * 30
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            None,
+            "",
+            "{",
+            "[]",
+            "null",
+            "1" * 5000,
+            '{"record": {"base_model": "x"}}',
+            '{"version": 2, "record": {"x": 1}}',
+        ),
+        *('{"a": ' * 5000, NESTED, f'{{"version": 2, "record": {NESTED}}}', "\0"),
+    ],
+)
 def test_a_folder_without_records_is_refused(
     tmp_path: Path, damage: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,4 +148,5 @@ def test_a_folder_without_records_is_refused(
     with pytest.raises(SystemExit) as left:
         main(["card", str(tmp_path)])
     assert left.value.code == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1

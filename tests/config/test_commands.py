@@ -1,0 +1,93 @@
+"""The flags of every command: read as strictly as those of training, and refused with the same exit code."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlr_peft.cli.main import main
+from rlr_peft.cli.serve_reward_command import ServeFlags
+from rlr_peft.compare.command import CompareFlags
+from rlr_peft.config.knob import Group
+from rlr_peft.config.parsing import read_words
+from rlr_peft.diagnose.command import DiagnoseFlags
+from rlr_peft.plan.command import PlanFlags
+from rlr_peft.publishing.commands import CardFlags, MergeFlags, PushFlags
+
+
+def read(flags: type[Group], *words: str, place: str | None = None) -> Any:
+    return read_words(words, flags, "program", "", place=place).own
+
+
+@pytest.mark.parametrize("text", ["1e3", "[a]", "yes", "0x10", "010", "null and void", "a: b", "~", "true", "-1"])
+def test_a_text_arrives_as_it_is_written(text: str) -> None:
+    assert read(ServeFlags, f"--reward={text}", f"--host={text}").host == text
+    merge = read(MergeFlags, f"--base={text}", f"--adapter={text}", f"--output={text}", f"--variant={text}")
+    assert (merge.base, merge.adapter, merge.output, merge.variant) == (text,) * 4
+    assert read(PushFlags, "folder", f"--hub_model_id={text}", place="folder").hub_model_id == text
+    assert read(CardFlags, f"--template={text}", "folder", place="folder").template == text
+    assert read(CompareFlags, f"--adapter={text}", "--adapter", "b", "c").adapter == (text, "b", "c")
+
+
+def test_null_and_nothing_are_the_default() -> None:
+    assert read(PushFlags, "folder", "--hub_model_id", "null", place="folder") == PushFlags("folder")
+    assert read(ServeFlags, "--reward", "x", "--reward_model_path", "{a: '1e3', b: c d}").reward_model_path == {
+        "a": "1e3",
+        "b": "c d",
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("serve-reward --reward x --reward_model_path yes", "reward_model_path: expected a mapping of names to texts"),
+        ("serve-reward --reward x --reward_model_path [a]", "reward_model_path: expected a mapping of names to texts"),
+        ("serve-reward --reward x --reward_model_path {a:1,a:2}", "reward_model_path: "),
+        (
+            "serve-reward --reward x --reward_model_path {a:1e3}",
+            "reward_model_path: expected a mapping of names to text",
+        ),
+        ("serve-reward --reward x --port 1e3", "port: expected a whole number, got 1e3"),
+        ("serve-reward --reward x --port 1_000", "port: expected a whole number, got 1_000; write it in plain decimal"),
+        ("serve-reward --reward x --max_megapixels nan", "max_megapixels: expected a number, got nan"),
+        ("serve-reward --reward x --request_timeout 0", "request_timeout: expected above 0 and at most 86400, got 0"),
+        ("serve-reward", "missing reward; give it as a flag (--reward VALUE)."),
+        ("merge --base x", "missing adapter, output; give each as a flag"),
+        ("merge --base x --adapter y --output z --dtype no", "dtype: expected fp32 or fp16 or bf16, got no"),
+        ("card", "command line: the following arguments are required: FOLDER; see rlr-peft card --help."),
+        ("card FILE --template", "template: expected a text or null, got nothing; write --template VALUE"),
+        ("card FILE --plain maybe", "plain: expected true or false, got maybe"),
+        ("card FILE --plain --template FILE", "plain: expected no template and no extra_text with it, got one"),
+        ("card FILE other", "expected --name VALUE, got the stray other"),
+        ("push FILE --hub_private_repo yes", "hub_private_repo: expected true or false, got yes; write true or false."),
+        ("push FILE --hub_modelid x", "command line: unknown name hub_modelid; did you mean hub_model_id?"),
+        ("push FILE --rank 3", "command line: unknown name rank; "),
+        ("plan --gpu_memory inf", "gpu_memory: expected a number or null, got inf"),
+        ("plan --output FOLDER", "output: expected a place to write to, got "),
+        ("diagnose --output FOLDER/a.png", "output: expected a file that ends in .html, got "),
+        ("compare --adapter x --images_per_prompt 1.5", "images_per_prompt: expected a whole number, got 1.5"),
+        ("compare --adapter x --output FILE", "output: expected a place to write to, got "),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(
+    command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    required = ["--pretrained_model_name_or_path", "x/y", "--prompt_path", "tiny-shapes/train", "--reward_fn", "z"]
+    words = command.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path)).split()
+    with pytest.raises(SystemExit) as left:
+        main(words + (required if words[0] in ("plan", "diagnose") else []))
+    printed = capsys.readouterr()
+    assert left.value.code == 2 and not printed.out and printed.err.count("\n") == 1
+    assert printed.err.startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "flags", [ServeFlags, CompareFlags, DiagnoseFlags, PlanFlags, CardFlags, MergeFlags, PushFlags]
+)
+def test_every_flag_has_a_sentence(flags: type[Group], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        read(flags, "--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0 and f"{flags.__doc__}:" in printed and "None" not in printed
