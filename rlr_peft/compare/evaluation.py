@@ -195,9 +195,7 @@ def paired_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, f
     """
     prompts = texts_of(before.prompts)
     if prompts != texts_of(after.prompts) or before.seeds != after.seeds or before.scores.keys() != after.scores.keys():
-        raise ValueError(
-            "expected the same prompts, seeds and rewards before and after; evaluate both on the same"
-        )
+        raise ValueError("expected the same prompts, seeds and rewards before and after; evaluate both on the same")
     comparison = {}
     for name, old, new in _pairs(before, after):
         old, new = old.double(), new.double()
