@@ -78,7 +78,7 @@ def step_gradients(name: str, flags: list[str], folder: Path, samples: int) -> S
     prompts = [prompt for prompt in run.sampler.sample(0, samples // GROUP) for _ in range(GROUP)]
     seeds = [derive_seed(1, "calibration", 0, i) for i in range(samples)]
     batch = sample_batch(run.chain, run.objective, prompts, seeds, 16)
-    rollouts = batch.rollouts(leave_one_out(batch.scored.scores, GROUP))
+    rollouts = batch.rollouts(leave_one_out(batch.rewards, GROUP))
     gradients = measure_step_gradients(run.chain, rollouts, GradientSketch(run.chain.parameters, 1024))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as aside:

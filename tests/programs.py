@@ -44,6 +44,7 @@ class Program:
         self.returncode: int | None = None
         self._answers, answers = socket.socketpair()
         self.stdout, output = _pipe()
+        self.stderr: TextIO | None = None
         self.stderr, errors = (None, os.dup(output)) if merged else _pipe()
         files = [answers.detach(), output, errors]
         socket.send_fds(_zygote(imported), [b"."], files)

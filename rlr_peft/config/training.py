@@ -48,6 +48,14 @@ class RewardArguments(Group):
         above=0,
         at_most=1e6,
     )
+    reward_limit: float | None = knob(
+        None,
+        "Samples whose reward, or weighted sum of rewards, is this or more give no gradient: `min(reward, limit)` is "
+        "raised; null means no limit.",
+        unit="reward",
+        at_least=-1e9,
+        at_most=1e9,
+    )
     reward_dtype: Literal["fp32", "fp16", "bf16"] = knob(
         "fp32", "Number format of the weights of built-in reward models."
     )

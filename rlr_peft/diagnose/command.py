@@ -62,7 +62,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     diagnosis = diagnose(
         run.chain,
         run.objective,
-        batch.rollouts(leave_one_out(batch.scored.scores, group_size)),
+        batch.rollouts(leave_one_out(batch.rewards, group_size)),
         config,
         group_size=group_size,
         sampling_seconds=sampling_seconds,

@@ -1,4 +1,7 @@
-"""The objective R(x_0): clean latents to rewards, and rewards back to latents."""
+"""The objective R(x_0): clean latents to rewards, and rewards back to latents.
+
+With a limit it is ``min(R(x_0), limit)``, for every gradient, score and advantage alike: they all ask for it here.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +33,14 @@ class Measurement:
     """What a batch of clean latents earned.
 
     Attributes:
-        scored: by the reward, detached.
-        reward_gradient: derivative of every sample's reward by its clean latents, (B, ...); None if it has none.
+        scored: by the reward itself, without the limit, detached.
+        rewards: what is raised, (B,): the scores up to the limit.
+        reward_gradient: derivative of every sample's own by its clean latents, (B, ...); None if it has none.
         heldout: by the held-out reward; None without one.
     """
 
     scored: Scored
+    rewards: torch.Tensor
     reward_gradient: torch.Tensor | None
     heldout: Scored | None
 
@@ -48,18 +53,38 @@ class DecodedReward:
         reward: scores images.
         batch_size: images decoded and scored at once.
         heldout: a reward that is only measured, never differentiated.
+        limit: rewards count up to it; None for no limit.
     """
 
-    def __init__(self, decoder: Decoder, reward: Reward, batch_size: int, heldout: Reward | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        reward: Reward,
+        batch_size: int,
+        heldout: Reward | None = None,
+        limit: float | None = None,
+    ) -> None:
         self._decoder = decoder
         self._reward = reward
         self._batch_size = batch_size
         self._heldout = heldout
+        self._limit = limit
 
     @property
     def has_gradient(self) -> bool:
         """Whether the reward has a gradient; one that does not know yet is taken to have one, until ``measure``."""
         return self._reward.differentiable is not False
+
+    def satisfied(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """Which of the reward's scores (N,) are at the limit or above; None without a limit."""
+        return None if self._limit is None else scores >= self._limit
+
+    def limited(self, scores: torch.Tensor) -> torch.Tensor:
+        """What is raised, (N,): the reward's scores (N,) up to the limit."""
+        if self._limit is None:
+            return scores
+        # Not `clamp`, which has a gradient at the limit itself.
+        return torch.where(scores < self._limit, scores, torch.full_like(scores, self._limit))
 
     @torch.no_grad()
     def score(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
@@ -67,7 +92,7 @@ class DecodedReward:
         scores = []
         for part, texts in self._parts(latents, prompts):
             scores.append(score_images(self._reward, self._decoder.decode(part, texts).float(), texts))
-        return torch.cat(scores)
+        return self.limited(torch.cat(scores))
 
     def measure(self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool = True) -> Measurement:
         """Rewards, their gradients by the latents where there are any, and held-out scores.
@@ -95,7 +120,7 @@ class DecodedReward:
         measured = self._measure(latents, prompts, differentiate=True, heldout=None)
         if measured.reward_gradient is None:
             raise RewardError(f"reward '{self._reward.name}': expected a gradient, but it is not differentiable.")
-        return measured.scored.scores, measured.reward_gradient
+        return measured.rewards, measured.reward_gradient
 
     def _measure(
         self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool, heldout: Reward | None
@@ -105,6 +130,7 @@ class DecodedReward:
         heldout_scored = [part.heldout for part in parts if part.heldout is not None]
         return Measurement(
             join_scored([part.scored for part in parts]),
+            torch.cat([part.rewards for part in parts]),
             torch.cat(gradients) if gradients else None,
             join_scored(heldout_scored) if heldout_scored else None,
         )
@@ -119,12 +145,12 @@ class DecodedReward:
             # Cut here: the reward's tape is gone before the decoder's backward pass, whose cotangent is then scaled.
             pixels = images.detach().float().requires_grad_(differentiate)
             scored = measure_images(self._reward, pixels, prompts)
-        gradient = None
-        if scored.scores.requires_grad:
-            (pixel_gradient,) = torch.autograd.grad(scored.scores.sum(), pixels)
+        rewards, gradient = self.limited(scored.scores), None
+        if rewards.requires_grad:
+            (pixel_gradient,) = torch.autograd.grad(rewards.sum(), pixels)
             (gradient,) = scaled_gradients(images, [latents], pixel_gradient, f"the images of {self._reward.name}")
         heldout_scored = None if heldout is None else measure_images(heldout, pixels.detach(), prompts)
-        return Measurement(replace(scored, scores=scored.scores.detach()), gradient, heldout_scored)
+        return Measurement(replace(scored, scores=scored.scores.detach()), rewards.detach(), gradient, heldout_scored)
 
     def _parts(
         self, latents: torch.Tensor, prompts: Sequence[PromptLike]

@@ -35,6 +35,11 @@ class Batch:
         return join_scored([measured.scored for _, measured in self.micro_batches])
 
     @cached_property
+    def rewards(self) -> torch.Tensor:
+        """What is raised of all samples, (N,)."""
+        return torch.cat([measured.rewards for _, measured in self.micro_batches])
+
+    @cached_property
     def heldout(self) -> Scored | None:
         """The same by the held-out reward; None without one."""
         parts = [measured.heldout for _, measured in self.micro_batches if measured.heldout is not None]
@@ -42,9 +47,9 @@ class Batch:
 
     def rollouts(self, advantages: torch.Tensor) -> list[Rollout]:
         """What an estimator gets to see, given the advantages of all samples, (N,)."""
-        parts = advantages.split([len(measured.scored.scores) for _, measured in self.micro_batches])
+        parts = advantages.split([len(measured.rewards) for _, measured in self.micro_batches])
         return [
-            Rollout(trajectory, measured.scored.scores, part, measured.reward_gradient)
+            Rollout(trajectory, measured.rewards, part, measured.reward_gradient)
             for (trajectory, measured), part in zip(self.micro_batches, parts, strict=True)
         ]
 

@@ -182,6 +182,7 @@ class RunRecord:
             with any of its six numbers or `n` missing gets no row.
         training: what the configuration does not say. Numbers: `steps` of the chain, `guidance_scale`, `samples` of an
             update, `processes`, `learning_rate`, `weights` (trainable ones), `first_order` (smallest and largest K).
+            `method` is the estimator's name, `objects` what came as a Python object, part -> name.
             Sentences or None: `terms` of the estimator, `chain_of_thought`, `stopped_early`, `verdict` (nothing was
             learnt), `coverage`; `reward_decoder` is the name of the small decoder that the reward saw.
         machine: `command` without access tokens, `hardware`, `versions` (package -> version), `commit` of rlr-peft.

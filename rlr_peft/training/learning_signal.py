@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlr_peft.build.run import Run
+from rlr_peft.training.update import SATISFIED
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class LearningSignal:
 
     def _lack(self, metrics: Mapping[str, float]) -> str | None:
         """Why an update teaches nothing, in words; None if it does."""
+        if metrics.get(SATISFIED) == 1:
+            return "all images have reached the --reward_limit"
         who, norm = f"reward '{self._reward_name}'", metrics["gradient_norm"]
         if norm == 0 and metrics["reward_se"] == 0:
             return (

@@ -22,6 +22,8 @@ from rlr_peft.training.progress import is_due_after
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15
+# The metric: share of the samples whose reward is at the limit or above.
+SATISFIED = "reward_satisfied"
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ def take_update(run: Run, step: int) -> Update:
     """
     batch = _sample(run, step)
     prompts = run.processes.gather_objects(batch.prompts, "the prompts")
-    rewards = run.processes.gather(batch.scored.scores, "the rewards")
+    scores = run.processes.gather(batch.scored.scores, "the rewards")
     info = _gather_info(run, batch)
-    advantages = run.estimator.advantages(rewards, prompts, run.config.training.num_images_per_prompt)
+    advantages = run.estimator.advantages(
+        run.objective.limited(scores), prompts, run.config.training.num_images_per_prompt
+    )
     rollouts = batch.rollouts(advantages[_own_samples(run)])
     coverage = coverage_of(run.estimator, run.chain, rollouts[0].reward_gradient is not None)
     kl: torch.Tensor | None = None
@@ -105,8 +109,8 @@ def take_update(run: Run, step: int) -> Update:
     run.estimator.learn(books)
     heldout = None if batch.heldout is None else run.processes.gather(batch.heldout.scores, "the held-out scores")
     raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
-    shown = run.reward.scores_on_first_scales(rewards, raw)
-    update = Update(shown, heldout, kl, coverage, books, gradient_norm, _logged_info(run, info))
+    shown = run.reward.scores_on_first_scales(scores, raw)
+    update = Update(shown, heldout, kl, coverage, books, gradient_norm, _logged_info(run, info, scores))
     # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
     run.reward.learn(raw)
     return update
@@ -134,7 +138,7 @@ def calibrate(run: Run, step: int) -> None:
     prompts = run.sampler.sample(step, math.ceil(arguments.calibration_samples / group_size))
     repeated, seeds = _repeat(run, step, "calibration", prompts)
     batch = sample_batch(run.chain, run.objective, repeated, seeds, micro_batch_size)
-    rollouts = batch.rollouts(leave_one_out(batch.scored.scores, group_size))
+    rollouts = batch.rollouts(leave_one_out(batch.rewards, group_size))
     run.estimator.calibrate(run.chain, rollouts, arguments.calibration_decay)
     # Sums on GPUs differ in their last digits, which may tip the choice of K: all go by the main process's numbers.
     run.estimator.load_state_dict(run.processes.broadcast(run.estimator.state_dict(), "the calibration"))
@@ -182,9 +186,11 @@ def _gather_info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
     return join_info(parts)
 
 
-def _logged_info(run: Run, info: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The info's means and, of a weighted sum, the scales that the update was divided by."""
-    return info_means(info) | {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
+def _logged_info(run: Run, info: Mapping[str, torch.Tensor], scores: torch.Tensor) -> dict[str, float]:
+    """The info's means, of a weighted sum the scales that the update was divided by, and the share at the limit."""
+    scales = {f"reward/{name}/scale": scale for name, scale in run.reward.scales().items()}
+    satisfied = run.objective.satisfied(scores)
+    return info_means(info) | scales | ({} if satisfied is None else {SATISFIED: float(satisfied.float().mean())})
 
 
 def _add_gradients(

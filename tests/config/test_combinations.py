@@ -168,6 +168,8 @@ REFUSED = [
     ("--reward_fn={}", "reward_fn: expected finite weights, not all 0, got {}"),
     ('--reward_minimum {"pickscore":20}', "reward_minimum: expected a name of reward_fn (tiny-shapes), got pick"),
     ("--reward_server_timeout 0", "reward_server_timeout: expected above 0 and at most 86400, got 0.0"),
+    ("--reward_limit .inf", "reward_limit: expected a finite number, got inf"),
+    ("--reward_limit .nan", "reward_limit: expected a finite number, got nan"),
     ("--reward_minimum_penalty 0", "reward_minimum_penalty: expected above 0 and at most 1000000, got 0.0"),
     ("--logging_dir ../logs", "logging_dir: expected a relative folder inside output_dir"),
     ("--logging_dir /logs", "logging_dir: expected a relative folder inside output_dir"),

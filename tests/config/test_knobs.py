@@ -66,14 +66,14 @@ ZERO_HAS_A_MEANING = {  # it turns something off, or is one end of the range
         "lora_dropout guidance_scale true_cfg_scale reward_server_retries fo_steps black_box_steps fo_coefficient"
     ).split(),
     *("ho_coefficient zo_coefficient calibration_decay zo_step_memory kl_beta seed lr_warmup_steps").split(),
-    *("adam_beta1 adam_beta2 adam_weight_decay ema_decay eta evaluation_eta ho_blocks").split(),
+    *("adam_beta1 adam_beta2 adam_weight_decay ema_decay reward_limit eta evaluation_eta ho_blocks").split(),
 }
 
 
 @pytest.mark.parametrize(
     ("value", "names"),
     [
-        ("-1", set(NUMBERS)),
+        ("-1", set(NUMBERS) - {"reward_limit"}),
         (str(10**19), set(NUMBERS)),
         ("9" * 299, set(NUMBERS)),
         ("0", set(NUMBERS) - ZERO_HAS_A_MEANING),

@@ -5,6 +5,7 @@ import torch
 
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.errors import RewardError
+from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.registry import load_reward
@@ -91,3 +92,52 @@ def test_bad_scores_stop_the_measurement() -> None:
     reward = CallableReward("broken", lambda images, prompts: images.mean((1, 2, 3)) / 0)
     with pytest.raises(RewardError, match=r"reward 'broken': expected finite scores.*\"blue b\""):
         DecodedReward(chain, reward, 3).measure(latents, PROMPTS)
+
+
+class Identity:
+    """Latents that are images already."""
+
+    def decode(self, latents: torch.Tensor, prompts: object) -> torch.Tensor:
+        return latents
+
+
+def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images.mean((1, 2, 3))
+
+
+def test_at_or_above_the_limit_there_is_no_gradient_and_below_all_is_as_without() -> None:
+    images = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    limit = float(brightness(images, [])[1])  # exactly that of one
+    prompts = ["a"] * 4
+    plain = DecodedReward(Identity(), CallableReward("brightness", brightness), 2)
+    limited = DecodedReward(Identity(), CallableReward("brightness", brightness), 2, limit=limit)
+    without, measured = plain.measure(images, prompts), limited.measure(images, prompts)
+    assert torch.equal(without.scored.scores, measured.scored.scores), "what is logged stays"
+    is_satisfied = without.scored.scores >= limit
+    assert 1 < is_satisfied.sum() < 4 and torch.equal(limited.satisfied(without.scored.scores), is_satisfied)
+    assert measured.reward_gradient[is_satisfied].abs().max() == 0
+    assert torch.equal(measured.reward_gradient[~is_satisfied], without.reward_gradient[~is_satisfied])
+    expected = without.scored.scores.clamp(max=limit)
+    for rewards in (
+        measured.rewards,
+        limited.score(images, prompts),
+        limited.score_with_gradient(images, prompts)[0],
+        limited.limited(without.scored.scores),
+    ):
+        assert torch.equal(rewards, expected)
+    assert torch.equal(limited.score_with_gradient(images, prompts)[1], measured.reward_gradient)
+
+
+def test_pathwise_gradients_and_score_terms_agree_with_the_limited_objective_in_closed_form() -> None:
+    """x ~ N(theta, 1), R(x) = x: the derivative of E min(x, L) by theta is P(x < L)."""
+    noise = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    theta, limit = 0.3, 0.5
+    images = (theta + noise).reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    objective = DecodedReward(Identity(), CallableReward("brightness", brightness), len(noise), limit=limit)
+    measured = objective.measure(images, ["a"] * len(noise))
+    exact = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(limit - theta))
+    scores = leave_one_out(measured.rewards, 4) * noise
+    for estimates in (measured.reward_gradient.sum((1, 2, 3)), scores):
+        assert (estimates.mean() - exact).abs() < 4 * estimates.std() / len(noise) ** 0.5
+    unlimited = leave_one_out(measured.scored.scores, 4) * noise  # of the raw scores: another objective
+    assert (unlimited.mean() - exact).abs() > 20 * unlimited.std() / len(noise) ** 0.5

@@ -1,6 +1,6 @@
 """The Python API as `docs/python.md` shows it: ten lines in a notebook, and one sentence for what cannot be trained."""
 
-import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,15 @@ def test_the_documented_estimator_trains_and_is_unbiased(workplace: Path, tmp_pa
         report_to="none",
         output_dir=str(tmp_path / "run"),
     )
-    trainer = rlr_peft.Trainer(load(workplace), reward=sharpness, prompts=["red ball"], config=config)
-    trainer.run = dataclasses.replace(trainer.run, estimator=names["ScoreFunction"]())
+    given = {"reward": sharpness, "prompts": ["red ball"], "estimator": names["ScoreFunction"]()}
+    trainer = rlr_peft.Trainer(load(workplace), **given, config=config)
     assert trainer.train().step == 1
     assert '"gradient_norm/score"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    trainer.save()
+    card = " ".join((tmp_path / "run" / "README.md").read_text().split())
+    assert "ScoreFunction` (a score term on every step with noise) over a chain of 3" in card
+    assert re.search(
+        "alone does not start the run again. Given as .*: pipeline `.*base`, prompts `a list of 1 prompts`, "
+        "reward `tests.training.test_api:sharpness`, estimator `.*:ScoreFunction`",
+        card,
+    )

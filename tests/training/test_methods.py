@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from rlr_peft.training.checkpoints import CheckpointError
 from rlr_peft.training.finishing import finish
+from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.tracking import read_metrics
 from rlr_peft.training.update import take_update
 from tests.training.runs import WEIGHTS, build, config_file, train_here
@@ -182,6 +183,16 @@ def gradient_norm(config: Path, *flags: str) -> float:
         for parameter in run.chain.parameters:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return take_update(run, 0).gradient_norm
+
+
+@pytest.mark.parametrize("estimator", ["rlr-paper", "refl", "grpo"])
+def test_images_at_the_limit_of_the_reward_teach_nothing(workplace: Path, tmp_path: Path, estimator: str) -> None:
+    """Gradients, score terms, perturbed rewards and group-normalised advantages alike."""
+    run = build(config_file(workplace, tmp_path / "out", estimator=estimator, reward_limit=-1000.0))
+    metrics = take_update(run, 0).metrics()
+    assert metrics["gradient_norm"] == 0 and metrics["reward_satisfied"] == 1
+    assert metrics["reward"] > -1, "as the reward itself says"
+    assert "all images have reached the --reward_limit" in (LearningSignal.of(run).verdict([metrics]) or "")
 
 
 def test_a_mapping_of_one_reward_divides_its_gradient_and_leaves_the_penaltys_weight(
