@@ -4,7 +4,6 @@ All programs read their words here: the flags of training, and those that a comm
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from rlr_peft.config.arguments import (
 )
 from rlr_peft.config.knob import ConfigError, Group, Knob
 from rlr_peft.config.yaml_files import read_yaml
-from rlr_peft.durable_files import why_no_folder
+from rlr_peft.durable_files import why_no_place
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
 from rlr_peft.redaction import redacted, secrets_of_command
@@ -90,10 +89,7 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
 
 def check_output(path: Path, is_file: bool = False) -> None:
     """Raises ConfigError where a report's file, or its folder, can be neither written nor made; nothing is made yet."""
-    reason = (
-        f"{path} is a folder" if is_file and os.path.isdir(path) else why_no_folder(path.parent if is_file else path)
-    )
-    if reason:
+    if reason := why_no_place(path, is_file):
         raise ConfigError(f"output: expected a place to write to, got {path}, where {reason}; choose another.")
 
 

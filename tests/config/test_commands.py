@@ -73,6 +73,7 @@ def test_null_and_nothing_are_the_default() -> None:
         ("push FILE --rank 3", "command line: unknown name rank; "),
         ("plan --gpu_memory inf", "gpu_memory: expected a number or null, got inf"),
         ("plan --output FOLDER", "output: expected a place to write to, got "),
+        ("diagnose --output FOLDER/" + "x" * 255 + ".html", "output: expected a place to write to, got "),
         ("diagnose --output FOLDER/a.png", "output: expected a file that ends in .html, got "),
         ("compare --adapter x --images_per_prompt 1.5", "images_per_prompt: expected a whole number, got 1.5"),
         ("compare --adapter x --output FILE", "output: expected a place to write to, got "),
