@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib
-import numpy
 import torch
 from diffusers.utils import export_to_gif, export_to_video
 from matplotlib.axes import Axes
@@ -25,12 +24,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.intervals import decimals_of_scores
+from rlr_peft.rewards.preprocessing import to_8_bit
 
 WIDTH = 1000  # pixels
 DOTS_PER_INCH = 100  # of curves
@@ -48,13 +47,6 @@ ACCENT = "#1f6f8b"
 SECOND_ACCENT = "#b5562b"
 
 FRAMES_OF_STRIP = 4
-
-
-def to_8_bit(images: Tensor) -> NDArray[numpy.uint8]:
-    """(..., 3, H, W) in [0, 1], clamped there, as (..., H, W, 3) from 0 to 255."""
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    array: NDArray[numpy.uint8] = pixels.movedim(-3, -1).numpy()
-    return array
 
 
 def as_images(images: Tensor) -> Tensor:

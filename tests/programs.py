@@ -45,6 +45,7 @@ class Program:
         self._answers, answers = socket.socketpair()
         self.stderr: TextIO | None
         self.stdout, output = _pipe()
+        self.stderr: TextIO | None = None
         self.stderr, errors = (None, os.dup(output)) if merged else _pipe()
         files = [answers.detach(), output, errors]
         socket.send_fds(_zygote(imported), [b"."], files)

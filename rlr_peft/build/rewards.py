@@ -33,7 +33,7 @@ def name_reward(config: Config, given: Callable[..., Any]) -> Config:
             f"reward: expected a function of images and prompts, or a Reward, got {type(given).__name__}; a name or an "
             "address is given as reward_fn."
         )
-    return replace(config, reward=replace(config.reward, reward_fn=_name_of(given)))
+    return replace(config, reward=replace(config.reward, reward_fn=name_of_object(given)))
 
 
 def load_rewards(
@@ -65,7 +65,7 @@ def load_rewards(
 def _as_reward(given: Callable[..., Any], device: torch.device) -> Reward:
     if isinstance(given, Reward):
         return given
-    name = _name_of(given)
+    name = name_of_object(given)
     if isinstance(given, type):
         given = given()
     if isinstance(given, torch.nn.Module):
@@ -73,8 +73,8 @@ def _as_reward(given: Callable[..., Any], device: torch.device) -> Reward:
     return CallableReward(name, given)
 
 
-def _name_of(given: Callable[..., Any]) -> str:
-    """`module:name`, of what was written in a notebook or script the name alone."""
+def name_of_object(given: object) -> str:
+    """`module:name` of a function, a class or an object's class; of what a notebook or script holds the name alone."""
     if isinstance(given, Reward):
         return given.name
     named = given if hasattr(given, "__qualname__") else type(given)

@@ -35,7 +35,7 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_prompts, with_stage_prompts
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
-from rlr_peft.build.rewards import load_rewards, measure_scales, name_reward
+from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object, name_reward
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
@@ -96,7 +96,8 @@ class Run:
         lr_scheduler: its learning rate.
         ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
         arithmetic: the derived numbers.
-        is_pipeline_given: whether the base came as an object, so that it cannot be loaded once more.
+        given: names of what came as a Python object, which no config can load: `pipeline`, `reward`, `prompts`,
+            `estimator`.
     """
 
     config: Config
@@ -118,12 +119,17 @@ class Run:
     lr_scheduler: LambdaLR
     ema: EMAModel | None
     arithmetic: Arithmetic
-    is_pipeline_given: bool
+    given: Mapping[str, str]
 
     @property
     def output_dir(self) -> Path:
         """Folder that receives everything."""
         return Path(self.config.training.output_dir)
+
+    @property
+    def method(self) -> str:
+        """Name of the estimator: the config's, or that of the object which took its place."""
+        return self.given.get("estimator", self.config.estimator.estimator)
 
     @property
     def weights(self) -> list[torch.Tensor]:
@@ -136,7 +142,7 @@ class Run:
 
     def fresh_base(self, device: torch.device) -> DiffusionPipeline:
         """The base once more, without the adapter; where it was given as an object, a copy of it."""
-        if self.is_pipeline_given:
+        if "pipeline" in self.given:
             return without_adapters(self.pipeline, self.family.denoisers)
         return load_pipeline(self.config.model, device)
 
@@ -146,6 +152,7 @@ def build_run(
     pipeline: DiffusionPipeline | None = None,
     reward: Callable[..., Any] | None = None,
     prompts: Iterable[Prompt | str | Mapping[str, Any]] | None = None,
+    estimator: Estimator | None = None,
 ) -> Run:
     """Loads prompts and rewards, then the pipeline, attaches the adapter and prepares the training state.
 
@@ -158,6 +165,7 @@ def build_run(
             keeps its number format.
         reward: a function or object as behind `--reward_fn file.py:NAME`, or a `Reward`.
         prompts: texts, or dictionaries with a text and more, as rows of a `.jsonl` file.
+        estimator: turns rollouts into gradients in place of the config's.
 
     Raises:
         ConfigError: the base, the adapter, the chain, the optimiser or the budgets cannot be built as asked for, an
@@ -166,15 +174,22 @@ def build_run(
     """
     if not isinstance(config, Config):
         raise ConfigError(f"config: expected a Config of rlr_peft.config, got {type(config).__name__}.")
-    is_pipeline_given = pipeline is not None
+    given = {}
     if pipeline is not None:
         with as_config_error():
             config = replace(config, model=described_by(pipeline, config.model, denoiser_names(config)))
+        given["pipeline"] = config.model.pretrained_model_name_or_path
     training_prompts = None
     if prompts is not None:
         config, training_prompts = given_prompts(config, prompts)
+        given["prompts"] = str(config.prompts.prompt_path)
     if reward is not None:
         config = name_reward(config, reward)
+        given["reward"] = name_of_object(reward)
+    if estimator is not None:
+        if not isinstance(estimator, Estimator):
+            raise ConfigError(f"estimator: expected an rlr_peft.Estimator, got {type(estimator).__name__}.")
+        given["estimator"] = name_of_object(estimator)
     run_prompts = read_prompts(config, training_prompts)
     accelerator = _accelerator(config)
     processes = Processes(accelerator)
@@ -182,13 +197,12 @@ def build_run(
     if config.model.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
-    with as_config_error():
-        estimator = build_estimator(
-            config.estimator,
-            config.chain.num_inference_steps,
-            stages_from_config(config),
-            _samples_per_process(config) * accelerator.num_processes,
-        )
+    if estimator is None:
+        samples = _samples_per_process(config) * accelerator.num_processes
+        with as_config_error():
+            estimator = build_estimator(
+                config.estimator, config.chain.num_inference_steps, stages_from_config(config), samples
+            )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
     arithmetic = _arithmetic(config, len(run_prompts.training), accelerator.num_processes)
@@ -236,7 +250,7 @@ def build_run(
         lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
         ema=build_ema(chain.parameters, config.optimizer),
         arithmetic=arithmetic,
-        is_pipeline_given=is_pipeline_given,
+        given=given,
     )
 
 

@@ -1,4 +1,4 @@
-"""A comparison: what the base and one or more adapters drew on one plan, and what a reader should notice first."""
+"""A comparison: what base and adapters drew from the same prompts and seeds, and what a reader should notice first."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Comparison:
         features: by what variety is measured, in words; None if it is not.
 
     Raises:
-        ValueError: no adapter, labels that are not different, or evaluations of different plans.
+        ValueError: no adapter, labels that are not different, or evaluations of different prompts or seeds.
     """
 
     rewards: Sequence[MeasuredReward]
@@ -78,7 +78,7 @@ class Comparison:
         missing = [reward.key for reward in self.rewards if reward.key not in known]
         if missing or not self.rewards:
             raise ValueError(f"expected rewards of the evaluations ({', '.join(known)}), got {', '.join(missing)}")
-        _ = self.gains  # refuses different plans
+        _ = self.gains  # refuses different prompts and seeds
 
     @property
     def models(self) -> list[Model]:

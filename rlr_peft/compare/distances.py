@@ -166,7 +166,7 @@ def measure_divergence(
     description: str = "Measuring KL",
     show_progress: bool = True,
 ) -> Tensor:
-    """The divergence of every sample of a plan, (n,) in nats.
+    """The divergence of every sample, (n,) in nats.
 
     Args:
         measure: of one batch, such as `path_divergence` on a chain.

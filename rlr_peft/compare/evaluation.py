@@ -1,4 +1,4 @@
-"""Draws and scores images of one plan with one pipeline; of two pipelines the paired differences."""
+"""Draws and scores images of given prompts and seeds with one pipeline; of two pipelines the paired differences."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlr_peft.compare.features import FeatureExtractor
-from rlr_peft.figures import FRAMES_OF_STRIP, as_images, to_8_bit
+from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, measure_images
+from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, join_info
 
 # Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
@@ -27,7 +28,7 @@ Render = Callable[[list[Prompt], list[int]], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pipeline reached on a plan.
+    """What one pipeline reached on its prompts and seeds.
 
     Attributes:
         prompts: of the n images.
@@ -53,8 +54,8 @@ def prompts_and_seeds(
 ) -> tuple[list[Prompt], list[int]]:
     """Which images to draw: prompts in shuffled order, again and again, and a seed for each image.
 
-    The order is shuffled so that fewer images than prompts are still a fair sample of them. A longer plan starts with
-    the images of a shorter one, as long as the prompts are the same.
+    The order is shuffled so that fewer images than prompts are still a fair sample of them. More images start with
+    those of fewer, as long as the prompts are the same.
 
     Args:
         prompts: at least one.
@@ -96,7 +97,7 @@ def evaluate(
     description: str = "Evaluating",
     show_progress: bool = True,
 ) -> Evaluation:
-    """Draw and score every image of a plan.
+    """Draw and score one image for every prompt and seed.
 
     Args:
         render: draws a batch; must use `image_generators(seeds)` for its noise. Called under `no_grad`.
@@ -190,13 +191,11 @@ def paired_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, f
         have. The errors take the images of one prompt together.
 
     Raises:
-        ValueError: the two were not made from the same plan and rewards, or hold fewer than two images.
+        ValueError: the two were not made from the same prompts, seeds and rewards, or hold fewer than two images.
     """
     prompts = texts_of(before.prompts)
     if prompts != texts_of(after.prompts) or before.seeds != after.seeds or before.scores.keys() != after.scores.keys():
-        raise ValueError(
-            "expected the same prompts, seeds and rewards before and after; evaluate both with the same plan"
-        )
+        raise ValueError("expected the same prompts, seeds and rewards before and after; evaluate both on the same")
     comparison = {}
     for name, old, new in _pairs(before, after):
         old, new = old.double(), new.double()
@@ -289,16 +288,6 @@ def make_pictures(images: Tensor) -> list[Picture]:
     """Pictures of images (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1]; no side of a frame is over 512 pixels."""
     num_frames = 1 if images.ndim == 4 else min(FRAMES_OF_STRIP, images.shape[1])
     return [_picture(image, num_frames) for image in as_images(images).detach().float().cpu()]
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """uint8 of images in [0, 1], rounded as an image file holds them, on the CPU."""
-    return torch.from_numpy(to_8_bit(images)).movedim(-1, -3)
-
-
-def as_pil(image: Tensor) -> Image.Image:
-    """One (3, H, W) uint8 image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def _picture(image: Tensor, num_frames: int) -> Picture:

@@ -20,17 +20,19 @@ from typing import Any
 import numpy
 import torch
 from huggingface_hub import try_to_load_from_cache
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rlr_peft.compare.distances import MeasureDivergence
-from rlr_peft.compare.evaluation import Render, as_pil, to_bytes
+from rlr_peft.compare.evaluation import Render
 from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, Scored, measure_images
+from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.remote import RemoteReward
 
 KEY_LENGTH = 16  # hexadecimal digits
@@ -112,10 +114,10 @@ class KeptImages:
         whole = [image for image in found if image is not None]
         if len(whole) == len(found) and len({image.shape for image in whole}) == 1:
             return torch.stack(whole).float() / 255
-        images = to_bytes(self._draw(prompts, seeds))
+        images = to_8_bit(self._draw(prompts, seeds))
         for path, prompt, seed, image in zip(paths, prompts, seeds, images, strict=True):
             _write(path, prompt, seed, image)
-        return images.float() / 255
+        return torch.from_numpy(images).movedim(-1, -3).float() / 255
 
 
 class KeptReward(Reward):
@@ -239,7 +241,12 @@ def _keep(path: Path, tensors: Mapping[str, Tensor], version: str | None = None)
 
 def pixels_digest(images: Tensor) -> str:
     """SHA-256 of images that are rounded to 8 bits, and of their shape."""
-    return hashlib.sha256(str(tuple(images.shape)).encode() + to_bytes(images).numpy().tobytes()).hexdigest()
+    return _digest_of(to_8_bit(images))
+
+
+def _digest_of(pixels: NDArray[numpy.uint8]) -> str:
+    channels_first = numpy.moveaxis(pixels, -1, -3)
+    return hashlib.sha256(str(channels_first.shape).encode() + channels_first.tobytes()).hexdigest()
 
 
 def _drawn(prompt: Prompt) -> list[Any]:
@@ -247,17 +254,17 @@ def _drawn(prompt: Prompt) -> list[Any]:
     return [prompt.text, prompt.negative_prompt, prompt.stages]
 
 
-def _write(path: Path, prompt: Prompt, seed: int, image: Tensor) -> None:
-    """One PNG, or of a video one a frame; the first comes last, since it tells how many there are."""
+def _write(path: Path, prompt: Prompt, seed: int, image: NDArray[numpy.uint8]) -> None:
+    """One PNG of (H, W, 3), or of a video one a frame; the first comes last, since it tells how many there are."""
     frames = list(image) if image.ndim == 4 else [image]
     for index in reversed(range(len(frames))):
         notes = PngImagePlugin.PngInfo()
         notes.add_itxt("prompt", prompt.text)
         notes.add_text("seed", str(seed))
         notes.add_text(_FRAMES, str(len(frames) if image.ndim == 4 else 0))
-        notes.add_text(_DIGEST, pixels_digest(frames[index].float() / 255))
+        notes.add_text(_DIGEST, _digest_of(frames[index]))
         with replacing_file(_frame_path(path, index)) as aside:
-            as_pil(frames[index]).save(aside, format="PNG", pnginfo=notes)
+            Image.fromarray(frames[index]).save(aside, format="PNG", pnginfo=notes)
 
 
 def _read(path: Path) -> Tensor | None:
@@ -280,10 +287,9 @@ def _read_frame(path: Path) -> tuple[Tensor, int] | None:
             notes = {str(name): value for name, value in picture.info.items()}
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError):
         return None
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
-    if notes.get(_DIGEST) != pixels_digest(image.float() / 255):
+    if notes.get(_DIGEST) != _digest_of(pixels):
         return None
-    return image, int(notes[_FRAMES])
+    return torch.from_numpy(pixels).permute(2, 0, 1), int(notes[_FRAMES])
 
 
 def _frame_path(path: Path, index: int) -> Path:

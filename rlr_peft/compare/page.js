@@ -17,7 +17,7 @@
     loss: (card) => scoresOf(card).gain,
     gain: (card) => -scoresOf(card).gain,
     low: (card) => scoresOf(card).after,
-    plan: () => 0,
+    drawn: () => 0,
   };
 
   const showScores = () => {

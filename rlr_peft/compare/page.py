@@ -91,7 +91,7 @@ def chosen_pairs(comparison: Comparison, most: int = MOST_PAIRS) -> list[int]:
     """Which images the page shows, in the order in which they were drawn.
 
     All if they are few. Else, taking turns between the adapters: two of those that lost most of the first reward for
-    one that gained most and one from the front of the plan.
+    one that gained most and one from the front.
     """
     total = len(comparison.base.evaluation.prompts)
     if total <= most:

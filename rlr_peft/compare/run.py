@@ -124,7 +124,7 @@ class _Comparer:
         validation, seed = config.validation, config.training.seed
         self.batch_size = validation.evaluation_batch_size
         self.all_prompts = prompts
-        self.plan = prompts_and_seeds(
+        self.drawn = prompts_and_seeds(
             prompts, validation.num_evaluation_images, derive_seed(seed, "evaluation"), options.images_per_prompt
         )
         self.setup = image_setup(config, pipeline)
@@ -159,7 +159,7 @@ class _Comparer:
             label: its name.
             fingerprint: of the adapter inside; None for the base.
         """
-        output, (prompts, seeds) = self.options.output, self.plan
+        output, (prompts, seeds) = self.options.output, self.drawn
         # A chain for every model: its adapter may change the text encoder too, and with it the embeddings.
         chain = build_chain(self.config, self.pipeline)
         looking = chain.at(eta=self.config.validation.evaluation_eta)
@@ -173,7 +173,7 @@ class _Comparer:
         return Model(label, evaluation, divergence, image_paths(images, prompts, seeds, output))
 
     def _evaluate(self, images: Render, label: str) -> Evaluation:
-        prompts, seeds = self.plan
+        prompts, seeds = self.drawn
         return evaluate(
             images,
             prompts,
@@ -204,7 +204,7 @@ class _Comparer:
 
     def _facts(self, sampler: str, adapters: dict[str, AdapterFiles], measured: list[MeasuredReward]) -> dict[str, str]:
         """What is compared, in words and without a path of this machine."""
-        config, prompts = self.config, texts_of(self.plan[0])
+        config, prompts = self.config, texts_of(self.drawn[0])
         chain_of_thought = describe_chain_of_thought(config)
         hub = {label: files.place for label, files in adapters.items() if not Path(files.place).exists()}
         return {

@@ -141,7 +141,11 @@ class DRTuneArguments(DrawnStepsArguments):
     estimator = "drtune"
 
     stop_share: float = knob(
-        0.4, "The step whose prediction is rewarded is drawn from this share of last steps.", above=0, at_most=1
+        0.4,
+        "The step whose prediction is rewarded is drawn from this share of last steps.",
+        unit="fraction",
+        above=0,
+        at_most=1,
     )
 
 
@@ -152,7 +156,11 @@ class LeapArguments(PathwiseArguments):
     estimator = "leap"
 
     fo_carry: float = knob(
-        0.3, "Factor of the gradient that passes through the denoiser at the later step.", at_least=0, at_most=1
+        0.3,
+        "Factor of the gradient that passes through the denoiser at one of the steps; 0 holds the velocity there too.",
+        unit="factor",
+        at_least=0,
+        at_most=1,
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -169,10 +177,18 @@ class FlowBPSparseArguments(DrawnStepsArguments):
     estimator = "flowbp-sparse"
 
     step_density: float = knob(
-        1.5, "Steps are drawn in proportion to (T - t + 1) to this power; 0 draws evenly.", at_least=0, at_most=100
+        1.5,
+        "Steps are drawn in proportion to (T - t + 1) to this power; 0 draws evenly.",
+        unit="power",
+        at_least=0,
+        at_most=100,
     )
     step_correction: float = knob(
-        1.0, "How far the drawn steps stand in for the others: 0 not at all, 1 in full.", at_least=0, at_most=1
+        1.0,
+        "How far the drawn steps stand in for the others: 0 not at all, 1 in full.",
+        unit="fraction",
+        at_least=0,
+        at_most=1,
     )
 
 
@@ -205,7 +221,11 @@ class AdjointMatchingArguments(DrawnStepsArguments):
     estimator = "adjoint-matching"
 
     reward_scale: float = knob(
-        1000.0, "The objective is this times the reward minus the divergence from the base in nats.", above=0
+        1000.0,
+        "The objective is this times the reward minus the divergence from the base in nats.",
+        unit="nats per unit of reward",
+        above=0,
+        at_most=1e9,
     )
 
     def check(self, config: "Config") -> Iterator[str]:

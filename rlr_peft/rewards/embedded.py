@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
-from rlr_peft.rewards.preprocessing import to_8_bits
+from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, describe_samples
 from rlr_peft.tiny_shapes.judges import JudgeName, load_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption
@@ -39,7 +39,7 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
             f"{images.shape[2]}; use smaller ones."
         )
     sizes = []
-    for image in to_8_bits(images):
+    for image in to_8_bit(images):
         file = io.BytesIO()
         Image.fromarray(image).save(file, format="JPEG", quality=JPEG_QUALITY)
         sizes.append(len(file.getvalue()) / BYTES_PER_KILOBYTE)

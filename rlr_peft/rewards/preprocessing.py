@@ -102,9 +102,9 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images - channels[0]) / channels[1]
 
 
-def to_8_bits(images: Tensor) -> NDArray[numpy.uint8]:
-    """(B, H, W, 3), as an image file holds images (B, 3, H, W) in [0, 1]."""
-    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def to_8_bit(images: Tensor) -> NDArray[numpy.uint8]:
+    """(..., H, W, 3), as an image file holds images (..., 3, H, W) in [0, 1]; they are clamped there."""
+    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 def _shortest_side_to(images: Tensor, size: int) -> tuple[int, int]:

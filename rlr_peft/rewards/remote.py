@@ -25,7 +25,7 @@ from rlr_peft.errors import RewardError
 from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError
 from rlr_peft.redaction import redacted_address
 from rlr_peft.rewards.base import Metadata, Reward, Scored, join_scored
-from rlr_peft.rewards.preprocessing import to_8_bits
+from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import check_scores, info_of
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
     """
     return {
         "prompt": list(prompts),
-        "image": [_encode(image) for image in to_8_bits(images)],
+        "image": [_encode(image) for image in to_8_bit(images)],
         "metadata": list(metadata),
     }
 

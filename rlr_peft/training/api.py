@@ -14,6 +14,8 @@ from rlr_peft.build.run import build_run
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import Config as RunConfig
 from rlr_peft.config import ConfigError, config_from_dict
+from rlr_peft.durable_files import why_no_place
+from rlr_peft.estimators.base import Estimator
 from rlr_peft.prompt import Prompt
 from rlr_peft.publishing.uploads import published_files
 from rlr_peft.training.finishing import finish, summary
@@ -55,6 +57,7 @@ class Trainer:
         pipeline: the loaded base, which gets the adapter; None loads what the config names.
         reward: a function ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`` or a `Reward`; None for the config's.
         prompts: texts, or dictionaries with a text and more; None reads what the config names.
+        estimator: one of your own, in place of the config's.
         config: from `Config`, or from `load_config` for flags and YAML.
         locks_folder: whether other programs are kept out of the output folder; False where the caller does that.
 
@@ -71,6 +74,7 @@ class Trainer:
         pipeline: DiffusionPipeline | None = None,
         reward: Callable[..., Any] | None = None,
         prompts: Iterable[Prompt | str | Mapping[str, Any]] | None = None,
+        estimator: Estimator | None = None,
         *,
         config: RunConfig,
         locks_folder: bool = True,
@@ -85,7 +89,7 @@ class Trainer:
         for part, (given, name, knob) in named.items():
             if given is None and name == AS_OBJECT:
                 raise ConfigError(f"{part}: expected an object for the Trainer, or {knob} in the config, got neither.")
-        self.run = build_run(config, pipeline, reward, prompts)
+        self.run = build_run(config, pipeline, reward, prompts, estimator)
         self.progress: Progress | None = None
         self._locks_folder = locks_folder
         self._base: Evaluation | None = None
@@ -139,9 +143,13 @@ class Trainer:
             The contents of ``metrics.json``.
 
         Raises:
-            ConfigError: nothing has been trained yet.
+            ConfigError: nothing has been trained yet, or the folder cannot be made.
             AdapterMismatchError: the saved adapter does not reproduce the trained one.
         """
+        if folder is not None and (reason := why_no_place(Path(folder))):
+            raise ConfigError(
+                f"save: expected a folder or a place for one, got {folder}, where {reason}; choose another."
+            )
         if self.progress is None:
             raise ConfigError("save: expected a trained adapter, got none; call train() first.")
         with self._only_writer():

@@ -141,6 +141,8 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
     used = [row["first_order_steps"] for row in logged_metrics(run)]
     decoder = run.config.model.pretrained_tiny_vae_name_or_path
     return {
+        "method": run.method,
+        "objects": dict(run.given),
         "terms": run.estimator.describe(run.objective.has_gradient),
         "steps": run.chain.num_steps,
         "guidance_scale": run.chain.guidance_scale,

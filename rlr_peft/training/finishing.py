@@ -212,7 +212,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
     config = run.config
     return {
         "base": shown_name(config.model.pretrained_model_name_or_path),
-        "adapter": f"rank {config.lora.rank}, trained with {config.estimator.estimator}",
+        "adapter": f"rank {config.lora.rank}, trained with {run.method}",
         "sampler": run.chain.at(eta=config.validation.evaluation_eta).sampling_in_words(),
         "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),

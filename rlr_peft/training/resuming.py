@@ -135,7 +135,7 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
 def _identity(run: Run) -> dict[str, str | int]:
     """What the running statistics belong to; another config's could not be used, or would mean something else."""
     return {
-        "estimator": run.config.estimator.estimator,
+        "estimator": run.method,
         "num_inference_steps": run.chain.num_steps,
         "denoiser": ", ".join(run.family.denoisers),
         "use_ema": str(run.config.optimizer.use_ema).lower(),

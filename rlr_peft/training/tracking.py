@@ -242,7 +242,7 @@ def _announce(run: Run, progress: Progress) -> None:
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
         f"  Optimization steps = {arithmetic.max_train_steps}, {progress.step} done",
-        f"  Estimator = {run.config.estimator.estimator}: {run.estimator.describe()}",
+        f"  Estimator = {run.method}: {run.estimator.describe()}",
     ):
         logger.info(line)
 

@@ -18,7 +18,6 @@ from rlr_peft.training.finishing import finish
 from rlr_peft.training.resuming import resume
 from rlr_peft.training.trainer import train
 from rlr_peft.training.validation import evaluate_base
-from tests.training.conftest import workplace  # noqa: F401
 from tests.training.runs import config_file
 
 PROMPTS = ["red ball", {"text": "blue box", "weight": 2}, "sky"]
@@ -37,7 +36,7 @@ class Redness(torch.nn.Module):
 
 
 @pytest.fixture
-def config_of(workplace: Path, tmp_path: Path) -> Callable[..., Any]:  # noqa: F811
+def config_of(workplace: Path, tmp_path: Path) -> Callable[..., Any]:
     """Configs whose base and reward do not exist, and whose prompts are others."""
 
     def config(*flags: str, **values: object) -> Any:
@@ -55,7 +54,7 @@ def config_of(workplace: Path, tmp_path: Path) -> Callable[..., Any]:  # noqa: F
     return config
 
 
-def load(workplace: Path) -> DiffusionPipeline:  # noqa: F811
+def load(workplace: Path) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(workplace / "base", dtype=torch.float32)
 
 
@@ -65,7 +64,7 @@ def build(config: Any, pipeline: Any, reward: Any = redness, prompts: Any = PROM
 
 
 def test_a_run_of_objects_trains_proves_its_adapter_and_names_them(
-    workplace: Path,  # noqa: F811
+    workplace: Path,
     config_of: Callable[..., Any],
 ) -> None:
     pipeline = load(workplace)
@@ -82,7 +81,7 @@ def test_a_run_of_objects_trains_proves_its_adapter_and_names_them(
     assert run.pipeline is pipeline
 
 
-def test_it_resumes_exactly_with_the_same_objects(workplace: Path, config_of: Callable[..., Any]) -> None:  # noqa: F811
+def test_it_resumes_exactly_with_the_same_objects(workplace: Path, config_of: Callable[..., Any]) -> None:
     whole = build(config_of(), load(workplace))
     train(whole)
     resumed = build(config_of("--resume_from_checkpoint", "checkpoint-1"), load(workplace))
@@ -91,7 +90,7 @@ def test_it_resumes_exactly_with_the_same_objects(workplace: Path, config_of: Ca
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_a_module_and_a_nameless_base(workplace: Path, config_of: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_module_and_a_nameless_base(workplace: Path, config_of: Callable[..., Any]) -> None:
     loaded = load(workplace)
     bare = type(loaded)(**loaded.components, requires_safety_checker=False)
     run = build(config_of(), bare, Redness(), [Prompt("sea", "fog")] * 2)
@@ -128,7 +127,7 @@ def test_texts_and_dictionaries_are_checked_as_rows_are(config_of: Callable[...,
         build_run(config_of(), prompts=["a cat", {"text": 3}])
 
 
-def test_a_loaded_base_leaves_no_choice_of_loading(workplace: Path, config_of: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_loaded_base_leaves_no_choice_of_loading(workplace: Path, config_of: Callable[..., Any]) -> None:
     pipeline = load(workplace)
     with pytest.raises(ConfigError, match="revision: expected a base by its name, got a pipeline that is loaded"):
         build(config_of("--revision", "main"), pipeline)

@@ -78,7 +78,7 @@ def test_comparing_different_plans_is_refused() -> None:
     first = evaluation(np.array([0.5, 0.6]))
     for change in ({"seeds": [0, 2]}, {"prompts": ["p0", "other"]}, {"scores": {"heldout": torch.zeros(2)}}):
         other = Evaluation(**{**first.__dict__, **change})
-        with pytest.raises(ValueError, match="same plan"):
+        with pytest.raises(ValueError, match="same prompts, seeds and rewards"):
             paired_gains(first, other)
 
 

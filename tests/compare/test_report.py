@@ -229,7 +229,7 @@ def test_comparisons_that_cannot_be_told_are_refused() -> None:
         Comparison([TRAINED], Model("base", drawn), [])
     with pytest.raises(ValueError, match=r"rewards of the evaluations \(reward\), got heldout"):
         Comparison([TRAINED, HELDOUT], Model("base", drawn), [Model("a", drawn)])
-    with pytest.raises(ValueError, match="same plan"):
+    with pytest.raises(ValueError, match="same prompts, seeds and rewards"):
         Comparison([TRAINED], Model("base", drawn), [Model("a", evaluation({"reward": [0.0, 1.0, 2.0]}))])
 
 

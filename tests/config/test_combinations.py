@@ -70,7 +70,7 @@ REFUSED = [
     ("--estimator grpo --fo_steps 2", "fo_steps: expected none with grpo, got 2"),
     (
         "--estimator refl --fo_steps auto",
-        "fo_steps: expected a whole number or null with refl, got auto; use --estimator rlr or rlr-paper.",
+        "fo_steps: expected a whole number or null with refl, got auto; use --estimator rlr, auto or rlr-paper.",
     ),
     ("--estimator refl --fo_steps 0", "fo_steps: expected at least 1 and at most 1000, got 0"),
     (

@@ -123,7 +123,10 @@ def test_a_file_that_an_earlier_version_saved_still_loads(method: str, tmp_path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("estimator: full-bp\nho_blocks: 1", "ho_blocks: expected none with full-bp, got 1; use --estimator rlr, rlr-"),
+        (
+            "estimator: full-bp\nho_blocks: 1",
+            "ho_blocks: expected none with full-bp, got 1; use --estimator rlr, auto, rlr-",
+        ),
         ("estimator: ddpo\nstate_baseline: true", "state_baseline: expected none with ddpo, got true; use --estimator"),
         (
             "normalize_rewards: true",

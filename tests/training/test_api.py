@@ -1,6 +1,6 @@
 """The Python API as `docs/python.md` shows it: ten lines in a notebook, and one sentence for what cannot be trained."""
 
-import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,16 @@ def test_what_cannot_be_trained_is_one_sentence(given: dict[str, Any], message: 
 def test_nothing_is_saved_before_training_and_unknown_names_are_refused(workplace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rnak"):
         rlr_peft.Config(rnak=4)
+    with pytest.raises(ConfigError, match="reward_model_path: expected a mapping of names to texts"):
+        rlr_peft.Config(reward_model_path={1: "a"})
     config = rlr_peft.Config(
         output_dir=str(tmp_path / "run"), max_train_steps=1, train_batch_size=2, num_images_per_prompt=2
     )
     trainer = rlr_peft.Trainer(load(workplace), reward=sharpness, prompts=["red ball"], config=config)
     with pytest.raises(ConfigError, match="expected a trained adapter, got none"):
         trainer.save()
+    with pytest.raises(ConfigError, match=r"save: expected a folder or a place for one, got .*\.py is a file; choose"):
+        trainer.save(__file__)
     with pytest.raises(ConfigError, match="evaluation_prompt_path or validation_split_percentage"):
         trainer.evaluate()
 
@@ -103,7 +107,15 @@ def test_the_documented_estimator_trains_and_is_unbiased(workplace: Path, tmp_pa
         report_to="none",
         output_dir=str(tmp_path / "run"),
     )
-    trainer = rlr_peft.Trainer(load(workplace), reward=sharpness, prompts=["red ball"], config=config)
-    trainer.run = dataclasses.replace(trainer.run, estimator=names["ScoreFunction"]())
+    given = {"reward": sharpness, "prompts": ["red ball"], "estimator": names["ScoreFunction"]()}
+    trainer = rlr_peft.Trainer(load(workplace), **given, config=config)
     assert trainer.train().step == 1
     assert '"gradient_norm/score"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    trainer.save()
+    card = " ".join((tmp_path / "run" / "README.md").read_text().split())
+    assert "ScoreFunction` (a score term on every step with noise) over a chain of 3" in card
+    assert re.search(
+        "alone does not start the run again. Given as .*: pipeline `.*base`, prompts `a list of 1 prompts`, "
+        "reward `tests.training.test_api:sharpness`, estimator `.*:ScoreFunction`",
+        card,
+    )
