@@ -43,7 +43,6 @@ class Program:
         self.words = list(map(str, words))
         self.returncode: int | None = None
         self._answers, answers = socket.socketpair()
-        self.stderr: TextIO | None
         self.stdout, output = _pipe()
         self.stderr: TextIO | None = None
         self.stderr, errors = (None, os.dup(output)) if merged else _pipe()

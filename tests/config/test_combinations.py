@@ -45,7 +45,7 @@ REFUSED = [
     ("--estimator truncated-bp --ho_length 2", "ho_length: expected none with truncated-bp"),
     (
         "--estimator reinforce --ho_length 2",
-        "ho_length: expected none with reinforce, got 2; use --estimator rlr or rlr-paper.",
+        "ho_length: expected none with reinforce, got 2; use --estimator rlr, auto or rlr-paper.",
     ),
     ("--ho_start window --ho_blocks 1", "ho_window: expected together with ho_start window, got ho_start window and"),
     ("--ho_window 1 2", "ho_window: expected together with ho_start window"),
