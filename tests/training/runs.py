@@ -2,12 +2,15 @@
 
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
+import train_rlr_lora
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.config import load_config
 from rlr_peft.training.progress import Progress
@@ -50,6 +53,13 @@ def train_here(config: Path, *flags: str) -> tuple[Run, Progress]:
     """The script's training, in this process."""
     run = build(config, *flags)
     return run, train(run)
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, config: Path, *flags: str) -> None:
+    """The script's own ``main``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train_rlr_lora.py", "--config", str(config), *flags])
+    with torch.random.fork_rng(devices=[]):
+        assert train_rlr_lora.main() == 0
 
 
 def start(config: Path, *flags: str, **environment: str) -> Program:
