@@ -52,7 +52,7 @@ def test_realised_weights_average_to_the_declared_coverage(differentiable: bool,
             continue
         draws_blocks = settings.half_order is not None and settings.half_order.blocks != "all"
         is_random = draws_blocks or settings.first_order_steps == "random"
-        layouts = [estimator.layout(chain, differentiable, generator) for _ in range(300 if is_random else 2)]
+        layouts = [estimator.layout(chain, differentiable, generator) for _ in range(100 if is_random else 2)]
         realised = torch.stack([_realised_weights(layout, settings.coefficients, generator) for layout in layouts])
         coverage = estimator.coverage(chain, differentiable)
         declared = coverage.weights
