@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -64,7 +65,9 @@ def run_script(monkeypatch: pytest.MonkeyPatch, config: Path, *flags: str) -> No
 
 def start(config: Path, *flags: str, **environment: str) -> Program:
     """Starts the script in a process of its own, whose environment has these besides this one's."""
-    return Program(["train_rlr_lora.py", "--config", config, *flags], os.environ | environment, merged=True)
+    return Program(
+        ["train_rlr_lora.py", "--config", config, *flags], os.environ | environment, stderr=subprocess.STDOUT
+    )
 
 
 def finish(process: Program, expected_code: int = 0) -> str:
