@@ -35,7 +35,7 @@ from rlr_peft.rewards.combination import HeldoutRewards
 from rlr_peft.rewards.embedded import TinyShapesJudgeReward
 from rlr_peft.stages import make_stages
 from rlr_peft.tiny_shapes import scenes
-from rlr_peft.training.update import calibrate, take_update
+from rlr_peft.training.update import calibrate, calibration_due, take_update
 from rlr_peft.training.validation import evaluate_adapter
 
 ATTRIBUTES = ("shape", "texture")
@@ -161,9 +161,7 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
     started, step, coverage = os.times().user, 0, ""
     run.chain.denoiser_evaluations = 0
     while run.chain.denoiser_evaluations < budget:
-        wanted = run.estimator.wants_calibration(run.objective.has_gradient)
-        calibration = run.config.estimator.calibration if wanted else None
-        if calibration is not None and step % calibration.calibration_interval == 0:
+        if calibration_due(run, step):
             calibrate(run, step)
         update = take_update(run, step)
         coverage = update.coverage.describe() if not step else coverage

@@ -122,7 +122,7 @@ def compare_gradients(tiny: Run) -> list[dict[str, float]]:
         cotangent = tiny.objective.measure(trajectory.latents[0], part).reward_gradient
         for (k, way), total in totals.items():
             clear_gradients(chains[way])
-            run(chains[way], trajectory, Segment("first_order", 1, k, cotangent))
+            run(chains[way], trajectory, Segment("first_order", range(1, k + 1), cotangent))
             total += torch.cat([p.grad.flatten() for p in chains[way].parameters if p.grad is not None]).double()
     return [
         {

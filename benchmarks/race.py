@@ -1,13 +1,12 @@
-"""Every method against every other on tiny-shapes, at equal denoiser evaluations: final reward on unseen prompts.
+"""Every method against every other on tiny-shapes, at equal cost: gains in reward on prompts that nobody trained on.
 
-    python -m benchmarks.race --reward coarse --stage tune      # one seed, every learning rate for every method
-    python -m benchmarks.race --reward coarse --stage final     # the best learning rate of each, with other seeds
-    python -m benchmarks.race --reward coarse --stage long      # four times the budget: who collapses
-    python -m benchmarks.race --reward coarse --stage collect   # tables, figure, benchmarks/results/race_coarse.json
+    python -m benchmarks.race --reward coarse --seeds 1 2             # the grid: every rate, every batch
+    python -m benchmarks.race --reward coarse --seeds 3 4 5 --best 2  # more seeds for the best two of each row
+    python -m benchmarks.race --reward coarse --collect               # tables, figure, results/race_coarse.json
 
-``--methods`` chooses among the methods, the variants of the paper's ablation, of longer truncation and of half the
-batch; variants train at the rate of their method. ``--seeds`` gives final and long runs other seeds, and
-``--learning_rate`` replaces their best rate.
+Cost is counted in denoiser forwards of one image: a backward pass counts as two, decoding and scoring an image as many
+as they take on this machine (measured once, `unit.json`), calibrations as what they evaluate. A run is evaluated at
+four marks of its budget, with common prompts and noises for all methods of a seed, by the reward and a held-out judge.
 Each run leaves one JSON file below ``--folder``; runs that are there already are skipped, so a race that was
 interrupted goes on, and several processes may share the work. Use one thread for each (``OMP_NUM_THREADS=1``).
 """
@@ -16,152 +15,165 @@ import argparse
 import contextlib
 import json
 import os
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from benchmarks.machine import write_results
-from benchmarks.race_report import print_long_runs, report
+from benchmarks.race_report import report
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.training.update import calibrate, take_update
+from rlr_peft.estimators.auto import AutoEstimator
+from rlr_peft.training.update import calibrate, calibration_due, take_update
 from rlr_peft.training.validation import evaluate_adapter, evaluate_base
 
-METHODS: dict[str, list[str]] = {
-    "rlr": ["--estimator", "rlr"],
-    "full-bp": ["--estimator", "full-bp"],
-    "truncated-bp, K = 1": ["--estimator", "truncated-bp"],
-    "truncated-bp, random K": ["--estimator", "truncated-bp", "--fo_steps", "random"],
-    "reinforce": ["--estimator", "reinforce"],
-    "rlr-paper": ["--estimator", "rlr-paper"],
-    "ddpo": ["--estimator", "ddpo"],
-    "grpo": ["--estimator", "grpo"],
-    "d3po": ["--estimator", "d3po"],
-    "refl": ["--estimator", "refl"],
-}
-# The paper's Table 5 and Table 9; without both it is truncated-bp with K = 1, h = 2 is rlr-paper itself.
-ABLATION: dict[str, list[str]] = {
-    "rlr-paper without ZO": ["--estimator", "rlr-paper", "--zo", "none"],
-    "rlr-paper without HO": ["--estimator", "rlr-paper", "--ho_blocks", "0"],
-    **{f"rlr-paper, h = {h}": ["--estimator", "rlr-paper", "--ho_length", str(h)] for h in (1, 4, 8)},
-}
-# `rlr` that never leaves K = T; it trains at the rate of `rlr`.
-FULL: dict[str, list[str]] = {"full-bp": ["--estimator", "full-bp"]}
-# Between K = 1 and K = T; at the rate of K = 1.
-TRUNCATION: dict[str, list[str]] = {"truncated-bp, K = 3": ["--estimator", "truncated-bp", "--fo_steps", "3"]}
-# More, noisier updates for the same evaluations: 2 prompts instead of 4.
-SMALL_BATCH: dict[str, list[str]] = {
-    f"{method}, 8 samples": [*(METHODS | FULL | TRUNCATION)[method], "--train_batch_size", "8"]
-    for method in ("rlr", "truncated-bp, K = 1", *FULL, *TRUNCATION)
-}
-VARIANTS = ABLATION | FULL | TRUNCATION | SMALL_BATCH
-# The method at whose learning rate a variant trains.
-TUNED_AS = dict.fromkeys(ABLATION, "rlr-paper") | dict.fromkeys(FULL, "rlr")
-TUNED_AS |= dict.fromkeys(TRUNCATION, "truncated-bp, K = 1")
-# Variants and what they are shown beside.
-TABLES = {
-    "The paper's ablation": (ABLATION, ("rlr", "rlr-paper", "truncated-bp, K = 1")),
-    "Half the batch, and other K": (FULL | TRUNCATION | SMALL_BATCH, ("rlr", "truncated-bp, K = 1")),
+# What selects each method, and how many images it makes of a prompt: pathwise gradients need no group.
+METHODS: dict[str, tuple[list[str], int]] = {
+    "rlr, K measured": (["--estimator", "rlr", "--fo_roulette", "false"], 2),
+    "rlr": (["--estimator", "rlr", "--fo_roulette", "true"], 2),
+    "auto": (["--estimator", "auto", "--fo_roulette", "true"], 2),
+    "full-bp": (["--estimator", "full-bp"], 1),
+    "truncated-bp, K = 1": (["--estimator", "truncated-bp"], 1),
+    "refl": (["--estimator", "refl"], 1),
+    "draft-lv": (["--estimator", "draft-lv"], 1),
+    "drtune": (["--estimator", "drtune"], 1),
+    "leap": (["--estimator", "leap"], 1),
+    "flowbp-sparse": (["--estimator", "flowbp-sparse"], 1),
+    "flowbp-sparse, drawn evenly": (["--estimator", "flowbp-sparse", "--step_density", "0"], 1),
+    "flowbp-bridge": (["--estimator", "flowbp-bridge"], 1),
+    "rsm": (["--estimator", "rsm"], 1),
+    "adjoint-matching": (["--estimator", "adjoint-matching"], 1),
+    "rlr-paper": (["--estimator", "rlr-paper"], 4),
+    "reinforce": (["--estimator", "reinforce"], 4),
+    "ddpo": (["--estimator", "ddpo"], 4),
+    "grpo": (["--estimator", "grpo"], 4),
+    "d3po": (["--estimator", "d3po"], 4),
 }
 # Reward and held-out reward.
 REWARDS = {
     "coarse": ("benchmarks.rewards:Centered", "benchmarks.rewards:CenteredHeldout"),
-    "mid": ("benchmarks.rewards:Star", "benchmarks.rewards:StarHeldout"),
     "fine": ("tiny-shapes/texture", "tiny-shapes-heldout/texture"),
+    "all": ("tiny-shapes", "tiny-shapes-heldout"),
 }
-# Tried as well, and dropped for all methods because half the budget is too short to see their collapses: 1.6e-2 on the
-# fine reward, 3.2e-2 on the coarse one.
-LEARNING_RATES = {"coarse": (4e-3, 1.6e-2), "mid": (4e-3, 1.6e-2), "fine": (1e-3, 4e-3)}
-TUNING_SEED = 0
-FINAL_SEEDS = (1, 2, 3)
-LONG_SEEDS = (11, 12, 13)
-LONG_BUDGETS = 4
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+BATCHES = (4, 16)
+MARKS = 4
+
+# A method with its batch and its learning rate.
+Setting = tuple[str, int, float]
 
 
 def main() -> None:
-    """Runs one stage."""
+    """Runs what is missing of the chosen part of the grid, or collects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", choices=tuple(REWARDS), required=True)
-    parser.add_argument("--stage", choices=("tune", "final", "long", "collect"), required=True)
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B")
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, metavar="RATE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2), metavar="SEED")
+    parser.add_argument("--best", type=int, default=None, metavar="N", help="only the N best settings of each method")
+    parser.add_argument("--budget", type=float, default=12_000, help="of a run, in denoiser forwards of one image")
+    parser.add_argument("--steps", type=int, default=10, help="T of the chain")
+    parser.add_argument("--images", type=int, default=128, help="of an evaluation")
     parser.add_argument("--folder", type=Path, default=Path("outputs/race"), help="a folder per reward goes below")
-    names = (*METHODS, *VARIANTS)
-    parser.add_argument("--methods", nargs="+", choices=names, default=tuple(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="SEED", help="of final or long runs")
-    parser.add_argument("--learning_rate", type=float, default=None, help="of final and long runs")
-    parser.add_argument("--budget", type=int, default=8000, help="denoiser evaluations of a final run; tuning: half")
-    parser.add_argument("--evaluations", type=int, default=2, help="evaluations along a final run; tuning: one")
-    parser.add_argument("--images", type=int, default=192, help="images of an evaluation; tuning: half")
+    parser.add_argument("--collect", action="store_true", help="tables and figure of what has run")
     arguments = parser.parse_args()
-    folder = arguments.folder / arguments.reward
+    folder = arguments.folder / (arguments.reward if arguments.steps == 10 else f"{arguments.reward}_{arguments.steps}")
     folder.mkdir(parents=True, exist_ok=True)
-    if arguments.stage == "collect":
-        collect(folder, f"race_{arguments.reward}")
+    if arguments.collect:
+        runs = finished_runs(folder)
+        write_results(f"race_{folder.name}", {"rows": report(runs, f"race_{folder.name}"), "runs": runs})
         return
-    for method in arguments.methods:
-        budget, evaluations, images = arguments.budget, arguments.evaluations, arguments.images
-        if arguments.stage == "tune":
-            budget, evaluations, images = budget // 2, 1, images // 2
-            jobs = [(rate, TUNING_SEED) for rate in LEARNING_RATES[arguments.reward]]
-        elif arguments.stage == "long":
-            budget, evaluations = LONG_BUDGETS * budget, LONG_BUDGETS * evaluations
-            rate = arguments.learning_rate or best_learning_rate(folder, method)
-            jobs = [(rate, seed) for seed in arguments.seeds or LONG_SEEDS]
-        else:
-            rate = arguments.learning_rate or best_learning_rate(folder, method)
-            jobs = [(rate, seed) for seed in arguments.seeds or FINAL_SEEDS]
-        for learning_rate, seed in jobs:
-            path = folder / f"{method} lr {learning_rate:g} seed {seed}.json"
+    for seed in arguments.seeds:
+        for setting in settings(folder, arguments):
+            path = folder / ("{} batch {} rate {:g}".format(*setting) + f" seed {seed}.json")
             with claimed(path) as is_ours:
                 if is_ours:
-                    result = race(folder, method, learning_rate, seed, budget, evaluations, images)
+                    result = race(folder, arguments.reward, setting, seed, arguments)
                     path.write_text(json.dumps(result, indent=2) + "\n")
-                    last = result["points"][-1]
-                    print(f"{path.stem}: {last['reward_gain']:+.4f} +- {last['reward_gain_se']:.4f}", flush=True)
+                    gains = [f"{p['reward_gain']:+.3f} ({p['heldout_gain']:+.3f})" for p in result["points"]]
+                    print(f"{path.stem}: {', '.join(gains)}; {result['points'][-1]['updates']} updates", flush=True)
 
 
-def race(
-    folder: Path,
-    method: str,
-    learning_rate: float,
-    seed: int,
-    budget: int,
-    evaluations: int,
-    images: int,
-) -> dict[str, Any]:
-    """One run: trains until the budget is spent, and evaluates on the way at equal shares of it."""
-    reward, heldout = REWARDS[folder.name]
-    words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", *(METHODS | VARIANTS)[method]]
-    words += ["--num_images_per_prompt", "4", "--num_evaluation_images", str(images), "--evaluation_batch_size", "32"]
-    words += ["--reward_fn", reward, "--heldout_reward_fn", heldout]
-    words += ["--learning_rate", str(learning_rate), "--seed", str(seed)]
+def settings(folder: Path, arguments: argparse.Namespace) -> list[Setting]:
+    """What is raced: the grid, or the best settings of every method so far."""
+    grid = [(m, b, rate) for b in arguments.batches for rate in arguments.learning_rates for m in arguments.methods]
+    if arguments.best is None:
+        return grid
+    gains: defaultdict[Setting, list[float]] = defaultdict(list)
+    for run in finished_runs(folder):
+        gains[run["method"], run["batch"], run["learning_rate"]].append(run["points"][-1]["reward_gain"])
+    known = sorted((setting for setting in grid if setting in gains), key=lambda setting: -fmean(gains[setting]))
+    return [s for method in arguments.methods for s in [s for s in known if s[0] == method][: arguments.best]]
+
+
+def finished_runs(folder: Path) -> list[dict[str, Any]]:
+    """All that have run below the folder."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*seed*.json"))]
+
+
+def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run: trains until the budget is spent, and evaluates at equal shares of it."""
+    method, batch, rate = setting
+    flags, group = METHODS[method]
+    words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", *flags]
+    words += ["--train_batch_size", str(batch), "--num_images_per_prompt", str(group)]
+    words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]
+    words += ["--num_inference_steps", str(arguments.steps)]
+    words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
+    words += ["--learning_rate", str(rate), "--seed", str(seed)]
     run = build_run(load_config(words))
-    base = base_evaluation(run, folder / "base" / f"seed {seed}, {images} images.pt")
-    marks = [budget * (i + 1) / evaluations for i in range(evaluations)]
+    scoring = cost_of_scoring(run, folder / "unit.json")
+    base = base_evaluation(run, folder / "base" / f"seed {seed}, {arguments.images} images.pt")
     points: list[dict[str, float]] = []
-    spent, seconds, step = 0, 0.0, 0
-    started = os.times().user
-    while len(points) < evaluations:
-        before = run.chain.denoiser_evaluations
-        wanted = run.estimator.wants_calibration(run.objective.has_gradient)
-        calibration = run.config.estimator.calibration if wanted else None
-        if calibration is not None and step % calibration.calibration_interval == 0:
+    cost, seconds, step = 0.0, 0.0, 0
+    while len(points) < MARKS:
+        started, before = os.times().user, run.chain.denoiser_evaluations
+        if calibration_due(run, step):
             calibrate(run, step)
+            samples = run.config.estimator.calibration_samples
+            replays = run.chain.denoiser_evaluations - before - samples * run.chain.num_steps
+            # A replay is pulled back twice, for the reward's gradient and the noise, and once more by `auto`.
+            pulled = 3 if isinstance(run.estimator, AutoEstimator) else 2
+            cost += run.chain.denoiser_evaluations - before + 2 * pulled * replays + samples * scoring
+            before = run.chain.denoiser_evaluations
         update = take_update(run, step)
+        passes = fmean(book.backward_passes for book in update.books)
+        cost += run.chain.denoiser_evaluations - before + batch * (2 * passes + scoring)
+        seconds += os.times().user - started
         step += 1
-        spent += run.chain.denoiser_evaluations - before
-        if spent >= marks[len(points)]:
-            seconds += os.times().user - started
+        if cost >= arguments.budget * (len(points) + 1) / MARKS:
             after = evaluate_adapter(run)
             assert after is not None
             comparison = flat_metrics(paired_gains(base, after))
-            numbers = {"updates": step, "denoiser_evaluations": spent, "cpu_seconds": seconds}
-            points.append(comparison | numbers | {"K": update.books[0].first_order_steps})
-            started = os.times().user
-    return {"method": method, "learning_rate": learning_rate, "seed": seed, "points": points}
+            numbers = {"updates": step, "cost": cost, "cpu_seconds": seconds}
+            points.append(comparison | numbers | {"K": fmean(book.first_order_steps for book in update.books)})
+    return {"method": method, "batch": batch, "learning_rate": rate, "seed": seed, "points": points}
+
+
+def cost_of_scoring(run: Run, path: Path) -> float:
+    """What decoding and scoring an image, with its derivative, costs in denoiser forwards; measured once per folder."""
+    if path.exists():
+        return float(json.loads(path.read_text())["scoring"])
+    prompts = run.sampler.sample(0, 16)
+    times: dict[str, list[float]] = {"sampling": [], "scoring": []}
+    for seed in range(5):
+        started = time.process_time()
+        trajectory = run.chain.sample(prompts, range(seed, seed + 16))
+        sampled = time.process_time()
+        run.objective.measure(trajectory.latents[0], trajectory.prompts)
+        times["sampling"].append(sampled - started)
+        times["scoring"].append(time.process_time() - sampled)
+    ratio = run.chain.num_steps * min(times["scoring"]) / min(times["sampling"])
+    path.write_text(json.dumps({"scoring": ratio}) + "\n")
+    return ratio
 
 
 def base_evaluation(run: Run, path: Path) -> Evaluation:
@@ -174,21 +186,6 @@ def base_evaluation(run: Run, path: Path) -> Evaluation:
     with replacing_file(path) as aside:
         torch.save(vars(base) | {"prompts": [str(prompt) for prompt in base.prompts], "pictures": []}, aside)
     return base
-
-
-def best_learning_rate(folder: Path, method: str) -> float:
-    """The rate with the highest reward of the tuning runs; a variant takes that of its method.
-
-    Raises:
-        FileNotFoundError: a tuning run is missing.
-    """
-    whole = method.removesuffix(", 8 samples")
-    tuned = TUNED_AS.get(whole, whole)
-    gains = {}
-    for rate in LEARNING_RATES[folder.name]:
-        result = json.loads((folder / f"{tuned} lr {rate:g} seed {TUNING_SEED}.json").read_text())
-        gains[rate] = result["points"][-1]["reward_gain"]
-    return max(gains, key=gains.__getitem__)
 
 
 @contextlib.contextmanager
@@ -207,19 +204,6 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
     finally:
         claim.unlink()
-
-
-def collect(folder: Path, name: str) -> None:
-    """Tables of all finished runs, and the committed results."""
-    runs: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    finals = [
-        run
-        for run in runs
-        if run["seed"] not in (TUNING_SEED, *LONG_SEEDS)
-        and run["learning_rate"] == best_learning_rate(folder, run["method"])
-    ]
-    print_long_runs([run for run in runs if run["seed"] in LONG_SEEDS])
-    write_results(name, {"rows": report(finals, name, TABLES), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             measured.append(torch.zeros_like(sampled[-1].latents[0]) if gradient is None else gradient)
 
         def pull_back() -> None:
-            run(chain, sampled[-1], Segment("first_order", 1, SEGMENT_STEPS, measured[-1]))
+            run(chain, sampled[-1], Segment("first_order", range(1, SEGMENT_STEPS + 1), measured[-1]))
 
         def call_plainly() -> None:
             options = chain.call_arguments

@@ -7,14 +7,17 @@ Writes ``benchmarks/results/unbiasedness.json`` and prints the table of ``docs/e
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from benchmarks.machine import write_results
+from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
+from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.testing import measure_bias
@@ -24,6 +27,7 @@ T = 6
 COMPONENTS = 12  # parameters of the chain: a 3 x 3 matrix and a vector
 SINGLE = HalfOrder(length=1, blocks="all")
 TWO_POINT = ZerothOrder("two-point", 0.01)
+ROULETTE = {"replicates": 1, "group_size": 8, "calls": 20_000}  # samples drop out of the batch one by one
 PERTURBED = {"replicates": 1, "group_size": 16}  # a perturbation serves a whole batch
 
 RLR: dict[str, tuple[RLRSettings, dict]] = {
@@ -40,7 +44,8 @@ RLR: dict[str, tuple[RLRSettings, dict]] = {
     "FO_1 + 2 random single steps, weight 1/q": (RLRSettings(1, HalfOrder(1, 2)), {}),
     "FO_1 + 1 random block of h = 2, weight 1/q": (RLRSettings(1, HalfOrder(2, 1)), {}),
     "FO_1 + 2 blocks by gradient norm, weight 1/q": (RLRSettings(1, HalfOrder(1, 2, "gradient-norm")), {}),
-    "`full-bp`": (RLRSettings(T, None), {}),
+    "`rlr`, roulette tail (K measured)": (RLRSettings("auto", SINGLE, roulette=True), ROULETTE),
+    "FO_3 by roulette + all single steps": (RLRSettings(3, SINGLE, roulette=True), ROULETTE),
     "`reinforce` (sigma_1 > 0)": (RLRSettings(0, SINGLE), {"last_std": 0.2}),
     "`rlr-paper`: FO_1 + block of h = 2 + ZO two-point s = .01": (
         RLRSettings(1, HalfOrder(2, 1), TWO_POINT),
@@ -51,9 +56,6 @@ RLR: dict[str, tuple[RLRSettings, dict]] = {
         RLRSettings(1, HalfOrder(2, 1), ZerothOrder("one-point", 0.1)),
         PERTURBED,
     ),
-    "`truncated-bp` K = 1 (biased)": (RLRSettings(1, None), {}),
-    "`truncated-bp` K = 3 (biased)": (RLRSettings(3, None), {}),
-    "`truncated-bp` K random (biased)": (RLRSettings("random", None), {}),
     "FO_1 + block from a window, no ZO (biased)": (RLRSettings(1, HalfOrder(1, 1, "window", (3, 4))), {}),
     "FO_1 + single steps with coefficient 1/2 (biased)": (
         RLRSettings(1, SINGLE, coefficients=Coefficients(half_order=0.5)),
@@ -83,7 +85,27 @@ OTHERS: dict[str, tuple[Callable[[], Estimator], dict]] = {
         lambda: PreferenceEstimator(PreferenceSettings(0.1, SINGLE)),
         {"last_std": 0.2},
     ),
-    "`refl` from the last 2 steps (biased)": (lambda: RewardFeedbackEstimator(2), {}),
+}
+
+
+PATHWISE: dict[str, dict[str, Any]] = {
+    "`full-bp`": {"estimator": "full-bp"},
+    "`truncated-bp` K = 1 (biased)": {"estimator": "truncated-bp"},
+    "`truncated-bp` K = 3 (biased)": {"estimator": "truncated-bp", "fo_steps": 3},
+    "`truncated-bp` K random (biased)": {"estimator": "truncated-bp", "fo_steps": "random"},
+    "`draft-lv` (biased)": {"estimator": "draft-lv"},
+    "`drtune` (biased)": {"estimator": "drtune"},
+    "`leap` (biased)": {"estimator": "leap"},
+    "`flowbp-sparse` (biased)": {"estimator": "flowbp-sparse"},
+    "`flowbp-sparse`, drawn evenly (biased)": {"estimator": "flowbp-sparse", "step_density": 0},
+    "`flowbp-bridge` (biased)": {"estimator": "flowbp-bridge"},
+    "`rsm` (biased)": {"estimator": "rsm"},
+    "`adjoint-matching` (biased)": {"estimator": "adjoint-matching"},
+    "`refl` from the last 2 steps (biased)": {"estimator": "refl", "fo_steps": 2},
+}
+OTHERS |= {
+    name: (partial(build_estimator, METHODS[str(knobs.pop("estimator"))](**knobs), T), {})
+    for name, knobs in PATHWISE.items()
 }
 
 

@@ -23,13 +23,16 @@ def stays_inside(name: str) -> bool:
     return not (path.anchor or name.startswith("/") or ".." in path.parts or "\0" in name) and bool(path.parts)
 
 
-def why_no_folder(folder: Path) -> str | None:
-    """Why there can be no folder to write to at this place, as in "got FOLDER, where /a/b is a file"; None if it can.
+def why_no_place(path: Path, is_file: bool = False) -> str | None:
+    """Why there can be no folder, or file, to write to at this place: "/a/b is a file"; None if there can be one.
 
     Nothing is made. Not seen are quotas, full disks, and file systems that say yes and mean no.
     """
     # os.path where Path would raise: a folder that may not be looked into
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if is_file and os.path.isdir(path):
+        return f"{path} is a folder"
+    folder = path.parent if is_file else path
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not os.path.exists(existing):
         return f"{existing} is a link to nothing"
     if not existing.is_dir():
@@ -37,7 +40,7 @@ def why_no_folder(folder: Path) -> str | None:
     if not os.access(existing, os.W_OK | os.X_OK) or existing.resolve().is_relative_to("/proc"):
         return f"{existing} cannot be written to"
     longest = os.pathconf(existing, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    if any(len(os.fsencode(name)) > longest for name in folder.parts):
+    if any(len(os.fsencode(name)) > longest for name in path.parts):
         return f"a name is longer than {longest} bytes"
     return None
 

@@ -113,7 +113,10 @@ def test_config_help_is_grouped_complete_and_quick() -> None:
             ["serve-reward", "--reward", "jpeg-compressibility", "--port", "99999"],
             "error: port: expected at least 0 and at most 65535, got 99999",
         ),
-        (["serve-reward", "--reward", "jpeg-compressibility", "--device", "foo"], "error: device: expected a device"),
+        (
+            ["serve-reward", "--reward", "jpeg-compressibility", "--device", "foo"],
+            "error: device: expected a device that is here",
+        ),
         (["plan", *REQUIRED, "--output", "FILE/plan.json"], "error: output: expected a place to write to, got "),
         (["diagnose", *REQUIRED, "--output", "FILE/a.html"], "error: output: expected a place to write to, got "),
     ],

@@ -198,8 +198,11 @@ def build_run(
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
     if estimator is None:
+        samples = _samples_per_process(config) * accelerator.num_processes
         with as_config_error():
-            estimator = build_estimator(config.estimator, config.chain.num_inference_steps, stages_from_config(config))
+            estimator = build_estimator(
+                config.estimator, config.chain.num_inference_steps, stages_from_config(config), samples
+            )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
     arithmetic = _arithmetic(config, len(run_prompts.training), accelerator.num_processes)
@@ -275,9 +278,13 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def _samples_per_process(config: Config) -> int:
+    return config.training.train_batch_size * config.training.gradient_accumulation_steps
+
+
 def _arithmetic(config: Config, num_prompts: int, num_processes: int) -> Arithmetic:
     training = config.training
-    samples = training.train_batch_size * training.gradient_accumulation_steps
+    samples = _samples_per_process(config)
     prompts = samples // training.num_images_per_prompt
     steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
     return Arithmetic(

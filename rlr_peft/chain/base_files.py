@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError
+from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
 
 MODEL_INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -58,15 +59,15 @@ def read_model_index(name: str, *, revision: str | None = None, cache_dir: str |
             Code that comes with a base is never run.
     """
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):
         _check_place(name, path)
         file = path / MODEL_INDEX
     else:
         file = _download(name, revision, cache_dir)
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"The base {name}: {MODEL_INDEX} cannot be read as JSON ({error}).") from error
+        index = parse_json(read_plain_text(file))
+    except PlainFileError as error:
+        raise BaseModelError(f"The base {name}: {MODEL_INDEX} cannot be read: {error}; get the base again.") from error
     check_model_index(name, index)
     return index
 
@@ -113,14 +114,15 @@ def loading_base(name: str) -> Iterator[None]:
             raise BaseModelError(
                 f"The base {name} has weights of the variant {kinds} only: give --variant {min(variants)}."
             ) from error
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason, advice = " ".join(str(error).split()) or type(error).__name__, "get it again, or take another."
         if isinstance(error, UnpicklingError) or "Unable to load weights" in reason:
             where = "" if isinstance(error, UnpicklingError) else f" ({reason[:200]})"
             reason = (
                 "a file of weights is damaged, or a pickle that holds more than tensors and could run code, which is "
-                f"not unpickled{where}; take a base with .safetensors."
+                f"not unpickled{where}"
             )
-        raise BaseModelError(f"The base {name} cannot be loaded: {reason[:400]}") from error
+            advice = "take a base with .safetensors."
+        raise BaseModelError(f"The base {name} cannot be loaded: {reason[:400].rstrip('.')}; {advice}") from error
 
 
 def check_loaded(name: str, pipeline: Any) -> None:
@@ -141,7 +143,7 @@ def check_loaded(name: str, pipeline: Any) -> None:
 
 def _check_place(name: str, path: Path) -> None:
     """Says of a file or folder that is no pipeline what it is."""
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix not in SINGLE_FILES:
             raise BaseModelError(f"The base {name} is a file: expected the folder or Hub id of a diffusers pipeline.")
         if _is_adapter(path):
@@ -152,7 +154,7 @@ def _check_place(name: str, path: Path) -> None:
         raise BaseModelError(
             f"The base {name} is a single file: expected a folder or Hub id of a diffusers pipeline; {CONVERT}."
         )
-    if (path / MODEL_INDEX).is_file():
+    if (path / MODEL_INDEX).exists():
         return
     names = sorted(entry.name for entry in path.iterdir())
     inner = [place.parent for pattern in ("*", "snapshots/*") for place in path.glob(f"{pattern}/{MODEL_INDEX}")]
@@ -172,7 +174,7 @@ def _check_place(name: str, path: Path) -> None:
         what = f"holds single files ({files[0]}): {CONVERT}"
     else:
         what = f"holds {', '.join(names[:5])}"
-    raise BaseModelError(f"The base {name} has no {MODEL_INDEX}; it {what}.")
+    raise BaseModelError(f"The base {name} has no {MODEL_INDEX}, as a diffusers pipeline has; it {what}.")
 
 
 def _is_adapter(file: Path) -> bool:

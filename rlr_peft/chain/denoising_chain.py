@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, first_frames
 from rlr_peft.chain.grid import base_scheduler
-from rlr_peft.chain.path import GaussianStep
+from rlr_peft.chain.path import GaussianStep, PathPoint
 from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
 from rlr_peft.chain.scheduler import InferenceScheduler, RecordedSteps, RecordingScheduler
 from rlr_peft.chain.trajectory import Trajectory
@@ -42,7 +42,7 @@ class DenoisingChain:
         offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         detach_negative: take no gradient through the negative branch of guidance.
-        reference: from the denoiser to a context in which it is the reference model, for ``reference_mean``.
+        reference: from the denoiser to a context in which it is the reference model.
 
     Attributes:
         pipeline: as given.
@@ -188,6 +188,14 @@ class DenoisingChain:
         """``|d mean / d denoiser output|`` of step t."""
         return self._scheduler.output_sensitivity(t)
 
+    def input_sensitivity(self, t: int) -> float:
+        """``d mean / d x_t`` of step t with the flow velocity held fixed."""
+        return self._scheduler.input_sensitivity(t)
+
+    def path_point(self, t: int) -> PathPoint:
+        """Where on the noising path x_t lies; t = 0 is the clean end."""
+        return self._scheduler.path_point(t)
+
     def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
         """Standard normal noises (T + 1, B, ...); a sample's depend on its seed alone, on every device.
 
@@ -241,9 +249,8 @@ class DenoisingChain:
         (step,), self._scheduler.recorded = self._scheduler.recorded.steps, RecordedSteps()
         return step
 
-    @torch.no_grad()
-    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
-        """The mean of step t, (B, ...), that the reference gives from the same x_t.
+    def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
+        """Step t once more by the reference, on the tape if gradients are enabled.
 
         Raises:
             RuntimeError: the chain was built without a reference.
@@ -251,7 +258,12 @@ class DenoisingChain:
         if self._reference is None:
             raise RuntimeError("Expected a chain with a reference model; pass `reference` when building it.")
         with self._reference(self.denoiser):
-            return self.replay(trajectory, t).mean
+            return self.replay(trajectory, t, latents)
+
+    @torch.no_grad()
+    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
+        """The mean of step t, (B, ...), that the reference gives from the same x_t, without a tape."""
+        return self.replay_reference(trajectory, t).mean
 
     def rollout(
         self,

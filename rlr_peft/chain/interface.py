@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from rlr_peft.chain.path import GaussianStep
+from rlr_peft.chain.path import GaussianStep, PathPoint
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.prompt import PromptLike
 
@@ -36,6 +36,12 @@ class Chain(Protocol):
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
 
+    def input_sensitivity(self, t: int) -> float:
+        """``d mean / d x_t`` of step t with the flow velocity held fixed."""
+
+    def path_point(self, t: int) -> PathPoint:
+        """Where on the noising path x_t lies; t = 0 is the clean end."""
+
     def sample(
         self, prompts: Sequence[PromptLike], seeds: Sequence[int], noises: torch.Tensor | None = None
     ) -> Trajectory:
@@ -47,8 +53,11 @@ class Chain(Protocol):
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""
 
+    def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
+        """Step t once more by the reference, the base without adapter."""
+
     def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
-        """The mean of step t, (B, ...), that the reference (the base without adapter) gives from the same x_t."""
+        """The mean of step t, (B, ...), that the reference gives from the same x_t, without a tape."""
 
     def rollout(
         self,

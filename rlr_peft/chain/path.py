@@ -110,12 +110,22 @@ def gaussian_step(
         eta: amount of noise; 0 gives the deterministic step, 1 the kind's full noise.
     """
     pred_original_sample, pred_noise = predict_original_and_noise(prediction_type, sample, model_output, current)
-    if kind == "flow-sde":
-        mean, std = _flow_sde(pred_original_sample, pred_noise, current, following, eta)
-    else:
-        std = step_std(kind, current, following, eta)
-        mean = following.alpha * pred_original_sample + math.sqrt(following.sigma**2 - std**2) * pred_noise
+    mean, std = _mean_and_std(kind, pred_original_sample, pred_noise, current, following, eta)
     return GaussianStep(mean, std, pred_original_sample)
+
+
+def _mean_and_std(
+    kind: StepKind,
+    pred_original_sample: torch.Tensor,
+    pred_noise: torch.Tensor,
+    current: PathPoint,
+    following: PathPoint,
+    eta: float,
+) -> tuple[torch.Tensor, float]:
+    if kind == "flow-sde":
+        return _flow_sde(pred_original_sample, pred_noise, current, following, eta)
+    std = step_std(kind, current, following, eta)
+    return following.alpha * pred_original_sample + math.sqrt(following.sigma**2 - std**2) * pred_noise, std
 
 
 def step_std(kind: StepKind, current: PathPoint, following: PathPoint, eta: float) -> float:
@@ -145,6 +155,32 @@ def output_sensitivity(
     """``|d mean / d model_output|`` of a step: a number, since the mean is affine in the denoiser's output."""
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     return abs(float(gaussian_step(kind, prediction_type, zero, one, current, following, eta).mean))
+
+
+def input_sensitivity(kind: StepKind, current: PathPoint, following: PathPoint, eta: float) -> float:
+    """``d mean / d x_t`` of a step with the flow velocity ``u = eps - x_0`` held fixed: a number.
+
+    With ``s = sigma / (alpha + sigma)`` the rescaled latents are ``x / (alpha + sigma) = x_0 + s u``, so that x_0 and
+    eps both move by ``1 / (alpha + sigma)``. For steps other than ``flow-sde`` it comes to
+    ``(alpha' + sqrt(sigma'^2 - std^2)) / (alpha + sigma)``.
+    """
+    moved = torch.tensor(1 / (current.alpha + current.sigma), dtype=torch.float64)
+    return float(_mean_and_std(kind, moved, moved, current, following, eta)[0])
+
+
+def leap(
+    latents: torch.Tensor, pred_original_sample: torch.Tensor, current: PathPoint, destination: PathPoint
+) -> torch.Tensor:
+    """Where one deterministic step from ``current`` leads, however far, (B, ...).
+
+    Args:
+        latents: x at ``current``, (B, ...).
+        pred_original_sample: the prediction of x_0 made from them, (B, ...).
+        current: has noise, sigma > 0.
+        destination: a point with less noise.
+    """
+    noise_kept = destination.sigma / current.sigma
+    return noise_kept * latents + (destination.alpha - noise_kept * current.alpha) * pred_original_sample
 
 
 def _flow_sde(

@@ -32,6 +32,7 @@ from rlr_peft.chain.path import (
     PathPoint,
     StepKind,
     gaussian_step,
+    input_sensitivity,
     output_sensitivity,
     step_std,
 )
@@ -159,6 +160,15 @@ class RecordingScheduler:
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
         return self._sensitivity(self.grid, t)
+
+    def input_sensitivity(self, t: int) -> float:
+        """``d mean / d x_t`` of step t with the flow velocity held fixed."""
+        current, following = self.grid.step_points(t)
+        return input_sensitivity(self._kind(t, following), current, following, self.eta)
+
+    def path_point(self, t: int) -> PathPoint:
+        """Where on the noising path x_t lies."""
+        return self.grid.step_points(t)[0] if t else self.grid.step_points(1)[1]
 
     def for_inference(self, own_config: Any, call_parameters: Collection[str]) -> InferenceScheduler:
         """The diffusers scheduler that draws like this one.

@@ -78,13 +78,15 @@ def serve_reward_command(words: Sequence[str]) -> int:
 def _device(name: str | None) -> "torch.device":
     import torch
 
-    has_gpu = torch.cuda.is_available()
     try:
-        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected a device of torch such as cuda:0 or cpu, got {name}.") from error
-    if device.type == "cuda" and not has_gpu:
-        raise ConfigError(f"device: expected a machine with a GPU for {name}, got none; use --device cpu.")
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()  # a name that torch knows need not be a device of this machine
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(
+            f"device: expected a device that is here, such as cpu or cuda:0, got {name} ({reason}); "
+            "correct it, or leave it out."
+        ) from error
     return device
 
 

@@ -64,6 +64,15 @@ def at_most_all_steps(config: "Config", name: str, value: object) -> Iterator[st
         yield f"{name}: expected at most num_inference_steps ({steps}), got {value}; lower --{name}."
 
 
+def needs_noise(arguments: EstimatorArguments, config: "Config") -> Iterator[str]:
+    """Yields what is wrong with a chain without noise."""
+    if why := config.chain.why_noiseless:
+        yield (
+            f"estimator: expected noise in the chain with {arguments.estimator}, got {why}; raise --eta with a "
+            "stochastic --step_kind, or use --estimator full-bp."
+        )
+
+
 @dataclass(frozen=True)
 class MirroredArguments(EstimatorArguments):
     """Methods whose samples may be mirrored."""
@@ -231,10 +240,9 @@ class CalibratedArguments(MirroredArguments, ScoreTermArguments):
     ho_coefficient: float = knob(
         1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
     )
-    calibration_interval: int = knob(
-        25,
-        "How often the per-step variances behind `fo_steps: auto`, and the energies behind `ho_window: auto`, are "
-        "measured again.",
+    calibration_interval: int | Literal["auto"] = knob(
+        "auto",
+        "How often the steps are measured again; `auto` spends about 5 % of the run on it.",
         unit="optimiser steps",
         at_least=1,
         at_most=10**9,
@@ -334,6 +342,11 @@ class ThreeOrdersArguments(CalibratedArguments):
     def covered_tail(self) -> int:
         """K, if it is given."""
         return self.fo_steps if isinstance(self.fo_steps, int) else 0
+
+    @property
+    def fo_roulette(self) -> bool:
+        """Whether every sample is walked through a random number of first-order steps; not unless there is a choice."""
+        return False
 
     @property
     def step_choice(self) -> Literal["crossing", "inverse-variance"]:

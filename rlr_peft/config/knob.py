@@ -260,7 +260,7 @@ def match(type_: Any, value: Any) -> Any:
                 return tuple(parts)
         elif get_origin(option) is dict and isinstance(value, dict):
             table = Table({name: match(get_args(option)[1], part) for name, part in value.items()})
-            if _NO_MATCH not in table.values():
+            if _NO_MATCH not in table.values() and all(isinstance(name, str) for name in table):
                 return table
         elif get_origin(option) is Literal:
             if isinstance(value, str) and value in get_args(option):

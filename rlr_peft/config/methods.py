@@ -17,6 +17,7 @@ from rlr_peft.config.estimator import (
     ReusedSamplesArguments,
     ThreeOrdersArguments,
     at_most_all_steps,
+    needs_noise,
 )
 from rlr_peft.config.knob import knob, preset
 
@@ -35,16 +36,40 @@ class RLRArguments(ThreeOrdersArguments):
         "What `fo_steps: auto` measures: one K, or a weight for every step that mixes first and half order.",
     )
     black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
+    fo_roulette: bool = knob(
+        False,
+        "Take the first-order term through a random number of its steps, drawn for every sample with measured chances "
+        "and weighted to stay unbiased.",
+    )
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the terms; in a mixture, every step is to hold both: none drawn or perturbed."""
         yield from super().check(config)
-        plain = self.ho_length == 1 and self.ho_blocks == "all" and self.zo == "none" and not self.state_baseline
+        if self.fo_roulette and config.lora.lora_dropout > 0:
+            yield (
+                f"fo_roulette: expected lora_dropout 0, whose masks depend on the samples that are left, got "
+                f"{config.lora.lora_dropout:g}; drop one of the two."
+            )
+        plain = (
+            not self.fo_roulette
+            and self.ho_length == 1
+            and self.ho_blocks == "all"
+            and self.zo == "none"
+            and not self.state_baseline
+        )
         if self.step_choice == "inverse-variance" and not (plain and self.fo_steps == "auto"):
             yield (
                 "step_choice: expected crossing where K is given or the half order is not plain single steps, got "
-                "inverse-variance; drop fo_steps, ho_length, ho_blocks, zo and state_baseline, or the step_choice."
+                "inverse-variance; drop fo_steps, fo_roulette, ho_length, ho_blocks, zo and state_baseline, or the "
+                "step_choice."
             )
+
+
+@dataclass(frozen=True)
+class AutoArguments(RLRArguments):
+    """The member of the family, `rlr` among them, that promises the most improvement per cost, by measurement."""
+
+    estimator = "auto"
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,129 @@ class TruncatedBPArguments(PathwiseArguments):
         """Yields what is wrong with K."""
         yield from super().check(config)
         yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
+
+
+@dataclass(frozen=True)
+class DRaFTLVArguments(PathwiseArguments):
+    """The last step, also from re-noised copies of every image (DRaFT-LV)."""
+
+    estimator = "draft-lv"
+
+    renoised_copies: int = knob(
+        2, "Re-noised copies of every image, each with a reward of its own.", unit="images", at_least=1, at_most=100
+    )
+
+
+@dataclass(frozen=True)
+class DrawnStepsArguments(PathwiseArguments):
+    """Some steps of the whole chain, reached with the denoiser's velocity held fixed."""
+
+    fo_steps: int = knob(3, "Number K of steps that are differentiated.", unit="steps", at_least=1, at_most=1000)
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with K."""
+        yield from super().check(config)
+        yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
+
+
+@dataclass(frozen=True)
+class DRTuneArguments(DrawnStepsArguments):
+    """Evenly spaced steps, and the reward of the image predicted at a late one (DRTune)."""
+
+    estimator = "drtune"
+
+    stop_share: float = knob(
+        0.4,
+        "The step whose prediction is rewarded is drawn from this share of last steps.",
+        unit="fraction",
+        above=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True)
+class LeapArguments(PathwiseArguments):
+    """Two drawn steps, each taken as one leap (LeapAlign)."""
+
+    estimator = "leap"
+
+    fo_carry: float = knob(
+        0.3,
+        "Factor of the gradient that passes through the denoiser at one of the steps; 0 holds the velocity there too.",
+        unit="factor",
+        at_least=0,
+        at_most=1,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the chain."""
+        yield from super().check(config)
+        if config.chain.num_inference_steps < 2:
+            yield "num_inference_steps: expected 2 or more with leap, got 1; raise it."
+
+
+@dataclass(frozen=True)
+class FlowBPSparseArguments(DrawnStepsArguments):
+    """Drawn steps, weighted for those left out (FlowBP-Sparse)."""
+
+    estimator = "flowbp-sparse"
+
+    step_density: float = knob(
+        1.5,
+        "Steps are drawn in proportion to (T - t + 1) to this power; 0 draws evenly.",
+        unit="power",
+        at_least=0,
+        at_most=100,
+    )
+    step_correction: float = knob(
+        1.0,
+        "How far the drawn steps stand in for the others: 0 not at all, 1 in full.",
+        unit="fraction",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True)
+class FlowBPBridgeArguments(FlowBPSparseArguments):
+    """Drawn steps, one of which the gradient passes through the denoiser (FlowBP-Bridge)."""
+
+    estimator = "flowbp-bridge"
+
+    fo_steps: int = preset(DrawnStepsArguments, "fo_steps", 5)
+    fo_carry: float = preset(LeapArguments, "fo_carry", 0.5)
+
+
+@dataclass(frozen=True)
+class RSMArguments(DrawnStepsArguments):
+    """Drawn steps weighted by their noise, with a clipped reward gradient (RSM, first order)."""
+
+    estimator = "rsm"
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the chain."""
+        yield from super().check(config)
+        yield from needs_noise(self, config)
+
+
+@dataclass(frozen=True)
+class AdjointMatchingArguments(DrawnStepsArguments):
+    """Drawn steps that follow the reward's gradient carried through the base (adjoint matching)."""
+
+    estimator = "adjoint-matching"
+
+    reward_scale: float = knob(
+        1000.0,
+        "The objective is this times the reward minus the divergence from the base in nats.",
+        unit="nats per unit of reward",
+        above=0,
+        at_most=1e9,
+    )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the chain."""
+        yield from super().check(config)
+        yield from needs_noise(self, config)
 
 
 @dataclass(frozen=True)
@@ -183,9 +331,17 @@ METHODS: dict[str, type[EstimatorArguments]] = {
     method.estimator: method
     for method in (
         RLRArguments,
+        AutoArguments,
         RLRPaperArguments,
         FullBPArguments,
         TruncatedBPArguments,
+        DRaFTLVArguments,
+        DRTuneArguments,
+        LeapArguments,
+        FlowBPSparseArguments,
+        FlowBPBridgeArguments,
+        RSMArguments,
+        AdjointMatchingArguments,
         ReinforceArguments,
         DDPOArguments,
         GRPOArguments,

@@ -24,7 +24,7 @@ from rlr_peft.config.arguments import (
 )
 from rlr_peft.config.knob import ConfigError, Group, Knob
 from rlr_peft.config.yaml_files import read_yaml
-from rlr_peft.durable_files import why_no_folder
+from rlr_peft.durable_files import why_no_place
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
 from rlr_peft.redaction import redacted, secrets_of_command
@@ -89,8 +89,7 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
 
 def check_output(path: Path, is_file: bool = False) -> None:
     """Raises ConfigError where a report's file, or its folder, can be neither written nor made; nothing is made yet."""
-    reason = f"{path} is a folder" if is_file and path.is_dir() else why_no_folder(path.parent if is_file else path)
-    if reason:
+    if reason := why_no_place(path, is_file):
         raise ConfigError(f"output: expected a place to write to, got {path}, where {reason}; choose another.")
 
 
@@ -215,7 +214,7 @@ def _nothing_given(name: str, known: Mapping[str, Knob]) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What argparse leaves the program for, such as a path that is missing."""
-        raise ConfigError(f"command line: {message}; see {self.prog} --help.")
+        raise ConfigError(f"command line: {message}; give it before the flags, see {self.prog} --help.")
 
 
 def _build_parser(

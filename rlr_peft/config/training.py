@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.model import check_revision
-from rlr_peft.durable_files import stays_inside, why_no_folder
+from rlr_peft.durable_files import stays_inside, why_no_place
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -236,7 +236,7 @@ class TrainingArguments(Group):
                 f"{self.train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}), got "
                 f"{self.num_images_per_prompt}; change one of the three so that every prompt's group is whole."
             )
-        if reason := why_no_folder(Path(self.output_dir)):
+        if reason := why_no_place(Path(self.output_dir)):
             yield (
                 f"output_dir: expected a folder or a place for one, got {self.output_dir}, where {reason}; choose "
                 "another."

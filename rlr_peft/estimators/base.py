@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlr_peft.chain import adjoint
-from rlr_peft.chain.adjoint import Booking, Segment
+from rlr_peft.chain.adjoint import Booking, Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.errors import UserError
@@ -65,11 +65,6 @@ class Rollout:
             raise ValueError(f"Expected noise at step {t}, got std = 0: a score-function term is undefined there.")
         advantages = self.advantages if advantages is None else advantages
         return per_sample(advantages, self.trajectory.noise(t)) * self.trajectory.noise(t) / std
-
-
-def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshapes (B,) so that it multiplies (B, ...) sample by sample."""
-    return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
 class CoverageError(UserError, ValueError):
@@ -168,14 +163,14 @@ class Book:
     hot_steps: Mapping[int, float]
 
     @property
-    def backward_passes(self) -> int:
+    def backward_passes(self) -> float:
         """Backward passes through a denoiser step, per sample."""
         return sum(booking.backward_passes for booking in self.bookings)
 
     @property
-    def first_order_steps(self) -> int:
-        """K, steps covered by the pathwise gradient."""
-        return sum(booking.length for booking in self.bookings if booking.term in (FIRST_ORDER, MIXED_ORDER))
+    def first_order_steps(self) -> float:
+        """K, steps that the pathwise gradient was taken through, on average over samples."""
+        return sum(booking.replays for booking in self.bookings if booking.term in (FIRST_ORDER, MIXED_ORDER))
 
     def norms(self) -> dict[str, float]:
         """Euclidean norms of each term's parts for the mean reward of the micro-batch, summed by term."""

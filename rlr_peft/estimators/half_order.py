@@ -161,7 +161,7 @@ def half_order_segment(
     """The segment of a block; its weight is 1 for a block that is always used, 1 / q for one drawn with chance q."""
     t = block.first_step
     cotangent = rollout.score_cotangent(t, advantages)
-    return Segment(HALF_ORDER, t, block.length, cotangent, weight, score_steps=(t,), note=note)
+    return Segment(HALF_ORDER, block.steps, cotangent, weight, score_steps=(t,), note=note)
 
 
 def black_box_segment(chain: Chain, objective: Objective, rollout: Rollout, t: int, weight: float = 1.0) -> Segment:
@@ -170,7 +170,7 @@ def black_box_segment(chain: Chain, objective: Objective, rollout: Rollout, t: i
     It costs t - 1 extra denoiser evaluations and one reward per sample.
     """
     advantages = mirrored_advantages(chain, objective, rollout, t)
-    return Segment("black_box", t, 1, rollout.score_cotangent(t, advantages), weight)
+    return Segment("black_box", (t,), rollout.score_cotangent(t, advantages), weight)
 
 
 def mirrored_advantages(chain: Chain, objective: Objective, rollout: Rollout, t: int) -> torch.Tensor:

@@ -99,7 +99,7 @@ def kl_segments(trajectory: Trajectory, references: Sequence[ReferenceStep], bet
         ) -> tuple[torch.Tensor, Mapping[str, float]]:
             return -beta * (mean - reference) / trajectory.std(t) ** 2, {}
 
-        yield Segment("kl", step.t, 1, None, step.weight, into_parameters=pull)
+        yield Segment("kl", (step.t,), None, step.weight, into_parameters=pull)
 
 
 def step_kl(mean: torch.Tensor, reference_mean: torch.Tensor, std: float) -> torch.Tensor:

@@ -25,7 +25,6 @@ from rlr_peft.estimators.half_order import (
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 TRUNCATED = "left out because the gradient is truncated"
-CUT_AT_RANDOM = "left out at times because the gradient is truncated at a random step"
 NEEDS_NOISE = "left out because a score term needs noise there"
 OUTSIDE_WINDOW = "left out, outside the chosen window"
 COEFFICIENTS = "given another weight than 1 by the chosen coefficients"
@@ -51,27 +50,29 @@ class RLRSettings:
     """What the estimator is made of.
 
     Attributes:
-        first_order_steps: K; "auto" for the measured choice, "random" for a uniform draw in 1..T for every micro-batch.
+        first_order_steps: K; "auto" for the measured choice.
         half_order: blocks beyond K; None leaves them to the zeroth order or uncovered.
         zeroth_order: covers what the other terms leave over; None for nothing.
         black_box_steps: steps 1..n that get black-box tail terms when the reward has no gradient.
         step_choice: what "auto" measures: one K, or a weight for every step that mixes both terms.
         state_baseline: take the reward of the predicted image off the advantages of the score terms.
         coefficients: factor of each term.
+        roulette: walk every sample back a random number of the K steps, weighted 1 / q.
     """
 
-    first_order_steps: int | Literal["auto", "random"] = "auto"
+    first_order_steps: int | Literal["auto"] = "auto"
     half_order: HalfOrder | None = HalfOrder(length=1, blocks="all")
     zeroth_order: ZerothOrder | None = None
     black_box_steps: int = 0
     step_choice: Literal["crossing", "inverse-variance"] = "crossing"
     state_baseline: bool = False
     coefficients: Coefficients = Coefficients()
+    roulette: bool = False
 
     @property
     def measures_steps(self) -> bool:
-        """Whether K, or the mixture, is chosen by measurement."""
-        return self.first_order_steps == "auto"
+        """Whether K, the mixture or the roulette's chances are chosen by measurement."""
+        return self.first_order_steps == "auto" or self.roulette
 
     @property
     def measures_window(self) -> bool:
@@ -98,12 +99,11 @@ class RLRSettings:
         return "; ".join(terms)
 
     def _describe_first_order(self) -> str:
-        if self.measures_steps and self.step_choice == "inverse-variance":
+        if self.step_choice == "inverse-variance":
             return "first and half order mixed at every step by their measured variances"
-        k = {"auto": "K measured", "random": "K drawn from 1..T"}.get(
-            str(self.first_order_steps), f"K = {self.first_order_steps}"
-        )
-        return f"first order on steps 1..K, {k}"
+        k = "K measured" if self.first_order_steps == "auto" else f"K = {self.first_order_steps}"
+        walked = ", every sample through a random number of them, weighted by measured chances" if self.roulette else ""
+        return f"first order on steps 1..K, {k}{walked}"
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _why_left_out(settings: RLRSettings, chain: Chain, t: int) -> str | None:
     """Why it is by choice, or for lack of any term, that none covers step t; None where one must."""
     half_order = settings.half_order
     if half_order is None:
-        return CUT_AT_RANDOM if settings.first_order_steps == "random" else TRUNCATED
+        return TRUNCATED
     if chain.std(t) == 0:
         return NEEDS_NOISE
     if half_order.start != "window":

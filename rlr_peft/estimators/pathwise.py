@@ -1,18 +1,52 @@
-"""First order (FO): the pathwise gradient of the reward, through the last K steps of the chain or one prediction."""
+"""First order (FO): the pathwise gradient of the reward, and the family of its approximations.
+
+Every member differentiates chosen steps t with a weight w_t, and carries the cotangent from one to the next with a
+factor a_t, see ``chain.adjoint.Segment``. The members differ in these, and in what the reward is asked about:
+
+| method | steps | w_t | a_t | the reward sees |
+|---|---|---|---|---|
+| full backpropagation | all | 1 | 1 | x_0 |
+| truncated (DRaFT-K 2309.17400, AlignProp 2310.03739) | 1..K | 1 | 1 | x_0 |
+| roulette tail (ours) | 1..K, K drawn for every sample | 1 / P(K >= t) | 1 | x_0 |
+| DRaFT-LV (2309.17400) | 1 | 1 / (n + 1) | | x_0 and n re-noised copies of it |
+| ReFL (2304.05977) | one late step | 1 | | its prediction of x_0 |
+| DRTune (2405.00760) | K spaced evenly from a late stop step on | 1 | 0 | the stop step's prediction of x_0 |
+| LeapAlign (CVPR 2026) | two drawn ones, each one leap | by the leaps' errors | a at the later one | x_0 |
+| FlowBP-Sparse (2606.11075) | K drawn by a density | by step sizes | 0 | x_0 |
+| FlowBP-Bridge (2606.11075) | the same | the same | a at one drawn step, else 0 | x_0 |
+| RSM, first order (2604.17415) | K drawn | std of the step | 0 | x_0, its derivative clipped |
+
+With a_t = 0 the cotangent passes a step by a number alone: the whole chain is reached at the price of K steps.
+"""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain as chained
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 
-from rlr_peft.chain.adjoint import Segment
+from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Coverage, CoverageError, Estimator, Rollout
+from rlr_peft.chain.path import leap
+from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, CoverageError, Estimator, Rollout
 from rlr_peft.estimators.objective import Objective
 
+TRUNCATED = "left out because the gradient is truncated"
+# Draws over which the expected weights of drawn steps are averaged, for the words of the coverage.
+COVERAGE_DRAWS = 2000
+# An error of a leap below this counts as this (LeapAlign).
+SMALLEST_LEAP_ERROR = 0.1
+# RSM clips |dR/dx_0| at this quantile of so many latest samples.
+CLIP_QUANTILE, CLIP_WINDOW = 0.8, 512
 
-def first_order_segment(rollout: Rollout, num_steps: int, weight: float = 1.0) -> Segment:
+
+def first_order_segment(
+    rollout: Rollout, num_steps: int, weight: float = 1.0, sample_weights: torch.Tensor | None = None
+) -> Segment:
     """The gradient of R(x_0) through steps 1..K with x_K held fixed; exact for those steps.
 
     K = T is full backpropagation; a small K alone is truncated backpropagation (DRaFT-K, AlignProp).
@@ -21,13 +55,14 @@ def first_order_segment(rollout: Rollout, num_steps: int, weight: float = 1.0) -
         rollout: must hold the reward's gradient.
         num_steps: K >= 1.
         weight: factor of the gradient.
+        sample_weights: factor of every sample at every step, (K, B), such as ``roulette_weights``; None for 1.
 
     Raises:
         ValueError: the reward has no gradient.
     """
     if rollout.reward_gradient is None:
         raise ValueError("Expected a differentiable reward for first-order steps, got one without gradient.")
-    return Segment(FIRST_ORDER, 1, num_steps, rollout.reward_gradient, weight)
+    return Segment(FIRST_ORDER, range(1, num_steps + 1), rollout.reward_gradient, weight, sample_weights)
 
 
 def mixed_segment(
@@ -62,51 +97,281 @@ def mixed_segment(
     )
 
 
-class RewardFeedbackEstimator(Estimator):
-    """ReFL: the reward of the image that the denoiser predicts at one random late step, through that step.
+@dataclass(frozen=True)
+class PathwiseSettings:
+    """A member of the family.
 
-    It costs one replay, whatever T, but raises the reward of predictions, not of images (Xu et al., "ImageReward",
-    2023). The step is drawn evenly from the last ones for every micro-batch; advantages are for the logs alone.
-
-    Args:
-        last_steps: K, the step is one of 1..K; None for the last quarter of the chain.
+    Attributes:
+        method: its name, for errors.
+        steps: which are differentiated: the "last" ones, a "random" number of last ones, one drawn "late" one, some
+            "spaced" evenly from a stop step on, some "drawn" without replacement with a probability that grows towards
+            the clean end, or two drawn "leap"s.
+        num_steps: K; None for all of them. A late step is one of the last K; None for a quarter of them.
+        carry: a_t, None for 1 everywhere; of drawn steps it holds at one of them, of leaps at the later one, 0 at the
+            others.
+        density: b, a step is drawn in proportion to ``(T - t + 1)^b``.
+        step_correction: rho, the weight of drawn steps is ``1 + rho (sum of all step sizes / sum of theirs - 1)``.
+        weighted_by_std: a step's weight is its std over the mean std of all steps (RSM).
+        renoised: n, copies of x_0 that are noised to x_1 again and denoised by step 1 (DRaFT-LV).
+        stop_share: the stop step is drawn from this share of last steps.
+        sees_prediction: whether the reward is that of the first step's prediction of x_0.
+        clips: whether dR/dx_0 of a sample is clipped at a running quantile of its norm.
+        coefficient: factor of the whole gradient.
+        antithetic: samples come in neighbouring pairs with mirrored noises.
     """
+
+    method: str
+    steps: Literal["last", "random", "late", "spaced", "drawn", "leap"] = "last"
+    num_steps: int | None = None
+    carry: float | None = None
+    density: float = 0.0
+    step_correction: float = 0.0
+    weighted_by_std: bool = False
+    renoised: int = 0
+    stop_share: float = 0.4
+    sees_prediction: bool = False
+    clips: bool = False
+    coefficient: float = 1.0
+    antithetic: bool = False
+
+    def describe(self) -> str:
+        """In words, for logs and cards."""
+        count = "all steps" if self.num_steps is None else f"{self.num_steps} step(s)"
+        which = {
+            "last": "all steps" if self.num_steps is None else f"the last {self.num_steps} step(s)",
+            "random": "steps 1..K, K drawn from 1..T",
+            "late": "a random one of the last "
+            + ("quarter of the steps" if self.num_steps is None else f"{self.num_steps} step(s)"),
+            "spaced": f"{count} spaced evenly from a step on that is drawn from the last {self.stop_share:.0%}",
+            "drawn": f"{count} drawn in proportion to (T - t + 1)^{self.density:g}",
+            "leap": "two drawn steps, each taken as one leap",
+        }[self.steps]
+        words = [f"reward gradient through {which}"]
+        if self.sees_prediction:
+            words[0] = f"gradient of the predicted image's reward through {which}"
+        if self.carry is not None:
+            where = "" if self.carry == 0 or self.steps == "spaced" else f", but for a = {self.carry:g} at one of them"
+            words.append(f"carried between steps with the velocity held fixed{where}")
+        if self.step_correction:
+            words.append(f"weighted for the steps left out with rho = {self.step_correction:g}")
+        if self.weighted_by_std:
+            words.append("weighted by the steps' noise")
+        if self.renoised:
+            words.append(f"averaged with {self.renoised} re-noised copies of every image")
+        if self.clips:
+            words.append(f"clipped at the {CLIP_QUANTILE:g} quantile of its norm")
+        words += [] if self.coefficient == 1 else [f"times {self.coefficient:g}"]
+        return "; ".join(words + (["antithetic noises"] if self.antithetic else []))
+
+
+@dataclass(frozen=True)
+class ChosenSteps:
+    """The steps of one micro-batch: rising, their weights w_t, and a_t."""
+
+    steps: list[int]
+    weights: list[float]
+    carry: list[float]
+
+    @classmethod
+    def last(cls, count: int) -> "ChosenSteps":
+        """Steps 1..K, all differentiated."""
+        return cls(list(range(1, count + 1)), [1.0] * count, [1.0] * count)
+
+
+class PathwiseEstimator(Estimator):
+    """One member of the family of pathwise gradients. Advantages are for the logs alone."""
 
     uses_reward_gradient = True
 
-    def __init__(self, last_steps: int | None = None) -> None:
-        self.last_steps = last_steps
+    def __init__(self, settings: PathwiseSettings) -> None:
+        self.settings = settings
+        self._norms: deque[float] = deque(maxlen=CLIP_WINDOW)
 
     def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards."""
-        last = "quarter of the steps" if self.last_steps is None else f"{self.last_steps} step(s)"
-        return f"reward of the image predicted at a random one of the last {last}"
+        return self.settings.describe()
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
-        """No step of the image's own gradient is covered.
+        """The expected weight of every step; of drawn steps by simulation.
 
         Raises:
             CoverageError: the reward has no gradient.
         """
+        settings = self.settings
         if not has_gradient:
             raise CoverageError(
-                "Expected a differentiable reward for refl, got one without gradient. Use --estimator rlr."
+                f"Expected a differentiable reward for {settings.method}, got one without gradient. "
+                "Use --estimator rlr."
             )
-        count = self._count(chain)
-        return Coverage(
-            torch.zeros(chain.num_steps, dtype=torch.float64),
-            {},
-            departures=(f"the reward of the image predicted at one of steps 1-{count} stands in for the image's",),
-        )
+        weights = torch.zeros(chain.num_steps, dtype=torch.float64)
+        if not settings.sees_prediction and settings.steps != "leap":
+            generator = torch.Generator().manual_seed(0)
+            is_drawn = settings.steps in ("random", "drawn")
+            for _ in range(COVERAGE_DRAWS if is_drawn else 1):
+                chosen = self.choose(chain, generator)
+                weights[[t - 1 for t in chosen.steps]] += torch.tensor(chosen.weights, dtype=torch.float64)
+            weights *= settings.coefficient / (COVERAGE_DRAWS if is_drawn else 1)
+        reason = {
+            "last": "given another weight than 1 on purpose" if settings.num_steps is None else TRUNCATED,
+            "random": "left out at times because the gradient is truncated at a random step",
+        }.get(settings.steps, "given another weight than 1 on purpose")
+        gaps = dict.fromkeys(range(1, chain.num_steps + 1), reason)
+        departures = tuple(self._departures())
+        return Coverage(weights, {} if settings.sees_prediction or settings.steps == "leap" else gaps, None, departures)
+
+    def _departures(self) -> Iterator[str]:
+        settings = self.settings
+        if settings.sees_prediction:
+            yield "the reward of the image predicted at a late step stands in for the image's"
+        if settings.steps == "leap":
+            yield "two leaps with weights by their errors stand in for the chain"
+        if settings.carry is not None:
+            yield "the reward's gradient passes steps with the denoiser's velocity held fixed"
+        if settings.renoised:
+            yield "the gradient of re-noised copies of the image is mixed in"
+        if settings.clips:
+            yield "the reward's gradient is clipped"
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterator[Segment]:
-        """One step, differentiated at its prediction of x_0."""
-        trajectory = rollout.trajectory
-        t = int(torch.randint(1, self._count(chain) + 1, (1,), generator=generator))
-        _, cotangent = objective.score_with_gradient(trajectory.pred_original_samples[t - 1], trajectory.prompts)
-        yield Segment("reward_feedback", t, 1, cotangent, of="pred_original_sample")
+        """The chosen steps as one segment, and one more for every re-noised copy."""
+        assert rollout.reward_gradient is not None  # as the coverage has checked
+        settings, trajectory = self.settings, rollout.trajectory
+        chosen = self.choose(chain, generator)
+        cotangent, weights = rollout.reward_gradient, _for_samples(chosen.weights, trajectory.batch_size)
+        if settings.steps == "leap":
+            weights = leap_weights(chain, rollout, *chosen.steps).expand(2, -1)
+        if settings.sees_prediction:
+            predicted = trajectory.pred_original_samples[chosen.steps[0] - 1]
+            _, cotangent = objective.score_with_gradient(predicted, trajectory.prompts)
+        note = None
+        if settings.clips:
+            note = cotangent.flatten(1).norm(dim=1).tolist()
+            cotangent = self._clipped(cotangent, note)
+        share = settings.coefficient / (1 + settings.renoised)
+        yield Segment(
+            FIRST_ORDER,
+            chosen.steps,
+            cotangent,
+            share,
+            weights,
+            chosen.carry,
+            from_prediction=settings.sees_prediction or settings.steps == "leap",
+            leaps=settings.steps == "leap",
+            note=note,
+        )
+        for _ in range(settings.renoised):
+            yield renoised_segment(chain, objective, rollout, share, generator)
 
-    def _count(self, chain: Chain) -> int:
-        return self.last_steps or math.ceil(chain.num_steps / 4)
+    def learn(self, books: Sequence[Book]) -> None:
+        """Remembers the norms of the rewards' gradients."""
+        for booking in chained.from_iterable(book.bookings for book in books):
+            self._norms.extend(booking.note or ())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The latest norms of the rewards' gradients."""
+        return {"norms": list(self._norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        self._norms = deque(state["norms"], maxlen=CLIP_WINDOW)
+
+    def _clipped(self, cotangent: torch.Tensor, norms: list[float]) -> torch.Tensor:
+        known = torch.tensor(self._norms or norms, dtype=torch.float64)
+        limit = known.quantile(CLIP_QUANTILE)
+        factors = (limit / torch.tensor(norms, dtype=torch.float64).clamp(min=1e-300)).clamp(max=1)
+        return per_sample(factors, cotangent) * cotangent
+
+    def choose(self, chain: Chain, generator: torch.Generator) -> ChosenSteps:
+        """The steps of one micro-batch; the generator (CPU) draws them where they are drawn."""
+        settings, total = self.settings, chain.num_steps
+        match settings.steps:
+            case "last":
+                return ChosenSteps.last(self._count(total))
+            case "random":
+                return ChosenSteps.last(_draw(total, generator))
+            case "late":
+                step = _draw(settings.num_steps or math.ceil(total / 4), generator)
+                return ChosenSteps([step], [1.0], [0.0])
+            case "leap":
+                later, earlier = sorted((1 + torch.randperm(total, generator=generator)[:2]).tolist())
+                return ChosenSteps([later, earlier], [1.0, 1.0], [settings.carry or 0.0, 0.0])
+            case "spaced":
+                stop = _draw(math.ceil(settings.stop_share * total), generator)
+                spaced = torch.linspace(stop, total, self._count(total)).round().int().tolist()
+                return self._weighted(chain, stop, sorted(set(spaced)))
+            case "drawn":
+                density = torch.arange(total, 0, -1, dtype=torch.float64) ** settings.density
+                drawn = torch.multinomial(density, self._count(total), generator=generator)
+                chosen = self._weighted(chain, 1, sorted((1 + drawn).tolist()))
+                if settings.carry and len(drawn) > 1:  # the last one leads nowhere
+                    bridge = sorted((1 + drawn).tolist())[_draw(len(drawn) - 1, generator) - 1]
+                    chosen.carry[chosen.steps.index(bridge)] = settings.carry
+                return chosen
+
+    def _count(self, total: int) -> int:
+        return total if self.settings.num_steps is None else min(self.settings.num_steps, total)
+
+    def _weighted(self, chain: Chain, first: int, chosen: list[int]) -> ChosenSteps:
+        """The chosen steps with their weights, and those between with 0, past which cotangents go by a number."""
+        weights = dict.fromkeys(chosen, 1.0)
+        if self.settings.step_correction:
+            sizes = step_sizes(chain)
+            left_out = sum(sizes) / sum(sizes[t - 1] for t in chosen) - 1
+            weights = dict.fromkeys(chosen, 1 + self.settings.step_correction * left_out)
+        if self.settings.weighted_by_std:
+            stds = [chain.std(t) for t in range(1, chain.num_steps + 1)]
+            weights = {t: chain.std(t) * len(stds) / sum(stds) for t in chosen}
+        steps = list(range(first, chosen[-1] + 1))
+        return ChosenSteps(steps, [weights.get(t, 0.0) for t in steps], [0.0] * len(steps))
+
+
+def step_sizes(chain: Chain) -> list[float]:
+    """How far every step leads in flow time ``sigma / (alpha + sigma)``, at index t - 1."""
+    points = [chain.path_point(t) for t in range(chain.num_steps + 1)]
+    times = [point.sigma / (point.alpha + point.sigma) for point in points]
+    return [start - end for end, start in pairwise(times)]
+
+
+def leap_weights(chain: Chain, rollout: Rollout, later: int, earlier: int) -> torch.Tensor:
+    """``1 / (max(d_j, .1) + max(d_0, .1))`` of every sample, (B,), with d the mean absolute error of its two leaps.
+
+    Args:
+        chain: the chain.
+        rollout: its samples hold what the leaps missed.
+        later: step j, from where the second leap leads to the clean latents.
+        earlier: step k > j, from where the first leap leads to x_j.
+    """
+    trajectory = rollout.trajectory
+    points = chain.path_point(earlier), chain.path_point(later)
+    reached = leap(trajectory.latents[earlier], trajectory.pred_original_samples[earlier - 1], *points)
+    missed = (reached - trajectory.latents[later], trajectory.pred_original_samples[later - 1] - trajectory.latents[0])
+    first, second = (error.abs().flatten(1).mean(1).clamp(min=SMALLEST_LEAP_ERROR) for error in missed)
+    return 1 / (first + second)
+
+
+def renoised_segment(
+    chain: Chain, objective: Objective, rollout: Rollout, weight: float, generator: torch.Generator
+) -> Segment:
+    """The last step once more, from x_0 noised to x_1 afresh; costs an evaluation and a reward."""
+    clean = rollout.trajectory.latents[0]
+    point = chain.path_point(1)
+    noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean)
+    noised = point.alpha * clean + point.sigma * noise
+    latents = torch.cat([clean[None], noised[None], rollout.trajectory.latents[2:]])
+    copies = replace(rollout.trajectory, latents=latents)
+    _, cotangent = objective.score_with_gradient(chain.rollout(copies, 1, noised), copies.prompts)
+    return Segment(FIRST_ORDER, (1,), cotangent, weight, trajectory=copies)
+
+
+def _draw(count: int, generator: torch.Generator) -> int:
+    """An even draw from 1..count."""
+    return 1 + int(torch.randint(count, (1,), generator=generator))
+
+
+def _for_samples(weights: list[float], samples: int) -> torch.Tensor | None:
+    """Weights of steps (steps, B); None if all are 1."""
+    if all(weight == 1 for weight in weights):
+        return None
+    return torch.tensor(weights, dtype=torch.float64)[:, None].expand(-1, samples)

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from rlr_peft.chain.adjoint import Segment
+from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
-from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout, per_sample
+from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective
@@ -88,7 +88,7 @@ class PolicyGradientEstimator(Estimator):
         for block, weight in blocks:
             t = block.first_step
             pull = partial(clipped_cotangent, rollout, clip_range=self.settings.clip_range)
-            yield Segment("policy_gradient", t, 1, None, weight, into_parameters=pull, score_steps=(t,))
+            yield Segment("policy_gradient", (t,), None, weight, into_parameters=pull, score_steps=(t,))
 
     def learn(self, books: Sequence[Book]) -> None:
         """Adds the rewards of all processes to the prompts' statistics."""

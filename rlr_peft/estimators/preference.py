@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
-from rlr_peft.chain.adjoint import Segment
+from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Coverage, Estimator, Rollout, per_sample
+from rlr_peft.estimators.base import Coverage, Estimator, Rollout
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.policy import single_steps, standardized_noise
@@ -68,7 +68,7 @@ class PreferenceEstimator(Estimator):
             t = block.first_step
             reference_mean = chain.reference_mean(rollout.trajectory, t)
             pull = partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.settings.beta)
-            yield Segment("preference", t, 1, None, weight, into_parameters=pull, score_steps=(t,))
+            yield Segment("preference", (t,), None, weight, into_parameters=pull, score_steps=(t,))
 
 
 def preference_cotangent(

@@ -1,6 +1,7 @@
 """From the knobs of a method to its estimator."""
 
 import math
+from dataclasses import replace
 
 from rlr_peft.config import window_steps
 from rlr_peft.config.chain import AUTO
@@ -12,12 +13,28 @@ from rlr_peft.config.estimator import (
     ScoreTermArguments,
     ThreeOrdersArguments,
 )
-from rlr_peft.config.methods import D3POArguments, DDPOArguments, FullBPArguments, ReFLArguments, TruncatedBPArguments
+from rlr_peft.config.methods import (
+    AdjointMatchingArguments,
+    AutoArguments,
+    D3POArguments,
+    DDPOArguments,
+    DRaFTLVArguments,
+    DRTuneArguments,
+    FlowBPBridgeArguments,
+    FlowBPSparseArguments,
+    FullBPArguments,
+    LeapArguments,
+    ReFLArguments,
+    RSMArguments,
+    TruncatedBPArguments,
+)
+from rlr_peft.estimators.adjoint_matching import AdjointMatchingEstimator
+from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
+from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
 from rlr_peft.estimators.rlr import RLREstimator
@@ -25,15 +42,29 @@ from rlr_peft.estimators.zeroth_order import ZerothOrder
 from rlr_peft.stages import Stages
 
 
-def build_estimator(arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None) -> Estimator:
-    """The estimator of the method; ``stages`` are those that ``ho_window`` may name.
+def build_estimator(
+    arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None, samples: int = 1
+) -> Estimator:
+    """The estimator of a method.
+
+    Args:
+        arguments: its knobs.
+        num_inference_steps: T.
+        stages: those that ``ho_window`` may name.
+        samples: of an update, in all processes.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
     """
     match arguments:
-        case ReFLArguments():
-            return RewardFeedbackEstimator(arguments.fo_steps)
+        case AutoArguments():
+            settings = settings_from_arguments(arguments, num_inference_steps, stages)
+            rlr = RLREstimator(settings, arguments.antithetic, samples)
+            return AutoEstimator(rlr, num_inference_steps, samples)
+        case AdjointMatchingArguments():
+            return AdjointMatchingEstimator(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
+        case PathwiseArguments() | ReFLArguments():
+            return PathwiseEstimator(pathwise_settings(arguments))
         case D3POArguments():
             steps = _half_order(arguments, 1, num_inference_steps, stages)
             return PreferenceEstimator(PreferenceSettings(arguments.dpo_beta, steps, arguments.inner_epochs))
@@ -41,7 +72,7 @@ def build_estimator(arguments: EstimatorArguments, num_inference_steps: int, sta
             return PolicyGradientEstimator(_policy_gradient(arguments, num_inference_steps, stages))
         case _:
             settings = settings_from_arguments(arguments, num_inference_steps, stages)
-            return RLREstimator(settings, arguments.antithetic)
+            return RLREstimator(settings, arguments.antithetic, samples)
 
 
 def settings_from_arguments(
@@ -54,10 +85,6 @@ def settings_from_arguments(
         TypeError: another method.
     """
     match arguments:
-        case FullBPArguments():
-            return _pathwise(arguments, num_inference_steps)
-        case TruncatedBPArguments():
-            return _pathwise(arguments, arguments.fo_steps)
         case ThreeOrdersArguments():
             return _three_orders(arguments, num_inference_steps, stages)
         case CalibratedArguments():
@@ -72,9 +99,52 @@ def settings_from_arguments(
             raise TypeError(f"expected a method of the RLR family, got {arguments.estimator}")
 
 
-def _pathwise(arguments: PathwiseArguments, first_order_steps: int | str) -> RLRSettings:
-    coefficients = Coefficients(first_order=arguments.fo_coefficient)
-    return RLRSettings(first_order_steps, half_order=None, coefficients=coefficients)  # type: ignore[arg-type]
+def pathwise_settings(arguments: PathwiseArguments | ReFLArguments) -> PathwiseSettings:
+    """The member of the pathwise family that a method is.
+
+    Raises:
+        TypeError: another method.
+    """
+    settings = PathwiseSettings(arguments.estimator, antithetic=arguments.antithetic)
+    if isinstance(arguments, PathwiseArguments):
+        settings = replace(settings, coefficient=arguments.fo_coefficient)
+    match arguments:
+        case FullBPArguments():
+            return settings
+        case TruncatedBPArguments(fo_steps="random"):
+            return replace(settings, steps="random")
+        case TruncatedBPArguments(fo_steps=int(steps)):
+            return replace(settings, num_steps=steps)
+        case DRaFTLVArguments():
+            return replace(settings, num_steps=1, renoised=arguments.renoised_copies)
+        case ReFLArguments():
+            return replace(settings, steps="late", num_steps=arguments.fo_steps, sees_prediction=True)
+        case DRTuneArguments():
+            return replace(
+                settings,
+                steps="spaced",
+                num_steps=arguments.fo_steps,
+                carry=0.0,
+                stop_share=arguments.stop_share,
+                sees_prediction=True,
+            )
+        case LeapArguments():
+            return replace(settings, steps="leap", num_steps=2, carry=arguments.fo_carry)
+        case FlowBPSparseArguments():
+            return replace(
+                settings,
+                steps="drawn",
+                num_steps=arguments.fo_steps,
+                carry=arguments.fo_carry if isinstance(arguments, FlowBPBridgeArguments) else 0.0,
+                density=arguments.step_density,
+                step_correction=arguments.step_correction,
+            )
+        case RSMArguments():
+            return replace(
+                settings, steps="drawn", num_steps=arguments.fo_steps, carry=0.0, weighted_by_std=True, clips=True
+            )
+        case _:
+            raise TypeError(f"expected a method of the pathwise family, got {arguments.estimator}")
 
 
 def _three_orders(arguments: ThreeOrdersArguments, num_inference_steps: int, stages: Stages | None) -> RLRSettings:
@@ -85,6 +155,7 @@ def _three_orders(arguments: ThreeOrdersArguments, num_inference_steps: int, sta
     perturbed = ZerothOrder(arguments.zo, arguments.zo_scale, arguments.zo_samples) if arguments.zo != "none" else None
     return RLRSettings(
         first_order_steps=arguments.fo_steps,
+        roulette=arguments.fo_roulette,
         half_order=half_order,
         zeroth_order=perturbed,
         black_box_steps=_black_box_steps(arguments, num_inference_steps),

@@ -2,7 +2,7 @@
 
 Every step of the chain is covered with weight 1 in expectation, so the sum is an unbiased estimate of the gradient of
 E[R(x_0)]: the pathwise tail (FO) takes steps 1..K, half-order blocks (HO) or the zeroth order (ZO) the rest. Full
-backpropagation, truncated backpropagation and REINFORCE are the special cases K = T, no HO, and K = 0.
+backpropagation and REINFORCE are the special cases K = T and K = 0.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, CoverageError, Estimator, Rollout
+from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
 from rlr_peft.estimators.half_order import (
     black_box_segment,
     choose_stage,
@@ -23,11 +23,12 @@ from rlr_peft.estimators.half_order import (
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
+from rlr_peft.estimators.roulette import roulette_probabilities, roulette_weights
 from rlr_peft.estimators.variance import (
     GradientSketch,
-    StepGradients,
     StepStatistics,
     best_first_order_steps,
+    check_gradient,
     inverse_variance_weights,
     measure_step_gradients,
 )
@@ -40,14 +41,16 @@ class RLREstimator(Estimator):
     Args:
         settings: what the estimator is made of.
         antithetic: samples come in neighbouring pairs with mirrored noises.
+        samples: B, of an update; the roulette's chances depend on it.
 
     Attributes:
         statistics: of past updates and calibrations, which choose K, the mixture and the window.
     """
 
-    def __init__(self, settings: RLRSettings, antithetic: bool = False) -> None:
+    def __init__(self, settings: RLRSettings, antithetic: bool = False, samples: int = 1) -> None:
         self.settings = settings
         self.antithetic = antithetic
+        self.samples = samples
         self.statistics = StepStatistics(settings.state_baseline)
         # Not without first-order steps, unless the gradient decides on a black-box tail.
         self.uses_reward_gradient = settings.first_order_steps != 0 or settings.black_box_steps > 0
@@ -72,7 +75,7 @@ class RLREstimator(Estimator):
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
         gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters))
-        _check_gradient(gradients, rollouts)
+        check_gradient(gradients, rollouts)
         self.statistics.calibrate(gradients, decay)
 
     def learn(self, books: Sequence[Book]) -> None:
@@ -85,28 +88,33 @@ class RLREstimator(Estimator):
         Raises:
             CoverageError: there is no term for this reward, or a step is not covered as it should be.
         """
-        if self.settings.first_order_steps != "random" or not has_gradient:
-            return self.layout(chain, has_gradient).coverage
-        covered = [self._layout(chain, has_gradient, k, None).coverage for k in range(1, chain.num_steps + 1)]
-        weights = torch.stack([coverage.weights for coverage in covered]).mean(0)
-        return replace(covered[0], weights=weights, gaps=covered[0].gaps)
+        return self.layout(chain, has_gradient).coverage
 
-    def layout(self, chain: Chain, has_gradient: bool, generator: torch.Generator | None = None) -> Layout:
-        """Which term covers which step of one micro-batch; a K that is drawn needs the generator (CPU)."""
-        steps, mixture = self._tail(chain.num_steps, generator) if has_gradient else (0, None)
+    def layout(self, chain: Chain, has_gradient: bool) -> Layout:
+        """Which term covers which step of one micro-batch."""
+        steps, mixture = self._tail(chain.num_steps) if has_gradient else (0, None)
         return self._layout(chain, has_gradient, steps, mixture)
+
+    def roulette(self, chain: Chain, length: int) -> torch.Tensor:
+        """The chances q_t of steps 1..K, (K,), for K = ``length``."""
+        if self.statistics.moments is None:
+            raise RuntimeError("Expected calibrate() before the first update with a roulette.")
+        return roulette_probabilities(self.statistics.moments.first(length), self.samples, chain.num_steps)
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterator[Segment | Perturbation]:
         """The terms of one micro-batch."""
         c = self.settings.coefficients
-        layout = self.layout(chain, rollout.reward_gradient is not None, generator)
+        layout = self.layout(chain, rollout.reward_gradient is not None)
         blocks, left = layout.draw(generator)
         if layout.mixture is not None:
             yield mixed_segment(rollout, layout.mixture, c.first_order, c.half_order)
         elif layout.first_order_steps:
-            yield first_order_segment(rollout, layout.first_order_steps, c.first_order)
+            length, walked = layout.first_order_steps, None
+            if self.settings.roulette:
+                walked = roulette_weights(self.roulette(chain, length), len(rollout.rewards), generator)
+            yield first_order_segment(rollout, length, c.first_order, walked)
         for t in layout.black_box_steps:
             yield black_box_segment(chain, objective, rollout, t, c.half_order)
         for block, weight in blocks:
@@ -146,11 +154,9 @@ class RLREstimator(Estimator):
         stage = choose_stage(half_order.stage_windows, self.statistics.energies, covered_tail)
         return replace(self.settings, half_order=replace(half_order, window=(stage.first, stage.last)))
 
-    def _tail(self, num_steps: int, generator: torch.Generator | None) -> tuple[int, torch.Tensor | None]:
+    def _tail(self, num_steps: int) -> tuple[int, torch.Tensor | None]:
         """K, and the mixture of steps 1..K."""
         chosen = self.settings.first_order_steps
-        if chosen == "random":
-            return int(torch.randint(1, num_steps + 1, (1,), generator=generator)), None
         if chosen != "auto":
             return min(chosen, num_steps), None
         if self.statistics.variances is None:
@@ -162,14 +168,3 @@ class RLREstimator(Estimator):
         pathwise = weights.nonzero()
         length = int(pathwise.max()) + 1 if len(pathwise) else 0
         return length, None if bool((weights[:length] == 1).all()) else weights[:length]
-
-
-def _check_gradient(gradients: StepGradients, rollouts: Sequence[Rollout]) -> None:
-    """A gradient that is zero everywhere has no variance, and would be chosen for it."""
-    rewards = torch.cat([rollout.rewards for rollout in rollouts])
-    if gradients.pathwise is not None and not gradients.pathwise.any() and rewards.min() < rewards.max():
-        raise CoverageError(
-            f"Expected a reward whose gradient is not zero on all {len(rewards)} samples, got zeros although the "
-            "rewards differ: it is a step function, rounded or saturated. Declare it with `differentiable = False` on "
-            "the callable, or smooth it."
-        )

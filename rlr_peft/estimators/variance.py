@@ -21,7 +21,7 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment, walk
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Rollout
+from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, CoverageError, Rollout
 from rlr_peft.estimators.half_order import HALF_ORDER, StateBaseline
 from rlr_peft.estimators.pathwise import first_order_segment
 
@@ -76,6 +76,8 @@ class StepGradients:
         has_noise: whether step t has a score term, (T,), bool.
         cotangent_squares: squared norm of the reward's derivative at the mean of every step, (T, N), float64; None for
             a reward without gradient.
+        held: the same as `pathwise` with the velocity held fixed between step t and the image, (T, N, d); None where
+            that was not asked for.
     """
 
     pathwise: torch.Tensor | None
@@ -83,6 +85,7 @@ class StepGradients:
     advantages: torch.Tensor
     has_noise: torch.Tensor
     cotangent_squares: torch.Tensor | None = None
+    held: torch.Tensor | None = None
 
     @property
     def half_order(self) -> torch.Tensor:
@@ -91,7 +94,11 @@ class StepGradients:
 
 
 def measure_step_gradients(
-    chain: Chain, rollouts: Sequence[Rollout], sketch: GradientSketch, first_order_only: bool = False
+    chain: Chain,
+    rollouts: Sequence[Rollout],
+    sketch: GradientSketch,
+    first_order_only: bool = False,
+    with_held: bool = False,
 ) -> StepGradients:
     """Replays every step of every sample once, and pulls back the reward's gradient and the noise.
 
@@ -100,6 +107,7 @@ def measure_step_gradients(
         rollouts: of at least two samples in all.
         sketch: projects the gradients.
         first_order_only: leave the scores at zero, where only the pathwise gradients are wanted.
+        with_held: measure the gradients with the velocity held fixed too, of a reward with a gradient.
 
     Raises:
         ValueError: fewer than two samples.
@@ -112,29 +120,56 @@ def measure_step_gradients(
     shape = (num_steps, len(samples), sketch.dimension)
     differentiable = samples[0].reward_gradient is not None
     pathwise, squares = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.float64)
-    scores = torch.zeros(shape)
+    scores, held = torch.zeros(shape), torch.zeros(shape)
+    scored = [t for t in range(1, num_steps + 1) if has_noise[t - 1] and not first_order_only]
+    kept = _kept(chain)
     for i, sample in enumerate(samples):
+        if not differentiable:
+            for t in scored:
+                (step,) = walk(chain, sample.trajectory, Segment("score", (t,), _noise_over_std(sample, t)))
+                scores[t - 1, i] = sketch(step.gradients)
+            continue
 
-        def noise(t: int, sample: Rollout = sample) -> torch.Tensor | None:
-            wanted = has_noise[t - 1] and not first_order_only
-            return sample.trajectory.noise(t) / chain.std(t) if wanted else None
+        def probes(t: int, sample: Rollout = sample) -> list[torch.Tensor]:
+            assert sample.reward_gradient is not None
+            probing = [kept[t - 1] * sample.reward_gradient] if with_held else []
+            return probing + ([_noise_over_std(sample, t)] if t in scored else [])
 
-        if differentiable:
-            for step in walk(chain, sample.trajectory, first_order_segment(sample, num_steps), probe=noise):
-                assert step.cotangent is not None
-                squares[step.t - 1, i] = float(step.cotangent.double().square().sum())
-                pathwise[step.t - 1, i] = sketch(step.gradients)
-                if step.probed is not None:
-                    scores[step.t - 1, i] = sketch(step.probed)
-        else:
-            for t in range(1, num_steps + 1):
-                if (score := noise(t)) is not None:
-                    (step,) = walk(chain, sample.trajectory, Segment("score", t, 1, score))
-                    scores[t - 1, i] = sketch(step.gradients)
+        for step in walk(chain, sample.trajectory, first_order_segment(sample, num_steps), probes):
+            squares[step.t - 1, i] = step.cotangent_square()
+            pathwise[step.t - 1, i] = sketch(step.gradients)
+            probed = [sketch(gradients) for gradients in step.probed]
+            if with_held:
+                held[step.t - 1, i] = probed[0]
+            if step.t in scored:
+                scores[step.t - 1, i] = probed[-1]
     advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
     if not differentiable:
         return StepGradients(None, scores, advantages, has_noise)
-    return StepGradients(pathwise, scores, advantages, has_noise, squares)
+    return StepGradients(pathwise, scores, advantages, has_noise, squares, held if with_held else None)
+
+
+def _noise_over_std(sample: Rollout, t: int) -> torch.Tensor:
+    return sample.trajectory.noise(t) / sample.trajectory.std(t)
+
+
+def _kept(chain: Chain) -> list[float]:
+    """What is left of the reward's gradient at the mean of step t with the velocity held fixed, at index t - 1."""
+    kept = [1.0]
+    for t in range(1, chain.num_steps):
+        kept.append(kept[-1] * chain.input_sensitivity(t))
+    return kept
+
+
+def check_gradient(gradients: StepGradients, rollouts: Sequence[Rollout]) -> None:
+    """A gradient that is zero everywhere has no variance, and would be chosen for it."""
+    rewards = torch.cat([rollout.rewards for rollout in rollouts])
+    if gradients.pathwise is not None and not gradients.pathwise.any() and rewards.min() < rewards.max():
+        raise CoverageError(
+            f"Expected a reward whose gradient is not zero on all {len(rewards)} samples, got zeros although the "
+            "rewards differ: it is a step function, rounded or saturated. Declare it with `differentiable = False` on "
+            "the callable, or smooth it."
+        )
 
 
 def step_energies(gradients: StepGradients) -> torch.Tensor:
@@ -144,6 +179,38 @@ def step_energies(gradients: StepGradients) -> torch.Tensor:
     """
     vectors = gradients.half_order if gradients.pathwise is None else gradients.pathwise
     return vectors.double().square().sum(2).mean(1)
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Inner products of the rows of per-step gradients, (R, R), float64.
+
+    Attributes:
+        products: ``E <v_r, v_s>`` of a single sample.
+        means: ``<E v_r, E v_s>``, estimated without bias from pairs of different samples.
+    """
+
+    products: torch.Tensor
+    means: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "GradientMoments":
+        """Of the rows of N samples, (R, N, d)."""
+        count = rows.shape[1]
+        rows = rows.double()
+        products = torch.einsum("rnd,snd->rs", rows, rows) / count
+        total = rows.sum(1)
+        return cls(products, (total @ total.T - count * products) / (count * (count - 1)))
+
+    def first(self, count: int) -> "GradientMoments":
+        """Of the first rows."""
+        return GradientMoments(self.products[:count, :count], self.means[:count, :count])
+
+    def blend(self, newer: "GradientMoments", decay: float) -> "GradientMoments":
+        """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
+        return GradientMoments(
+            decay * self.products + (1 - decay) * newer.products, decay * self.means + (1 - decay) * newer.means
+        )
 
 
 @dataclass(frozen=True)
@@ -365,6 +432,8 @@ class StepStatistics:
     Attributes:
         variances: of the terms, which choose K; None before the first calibration.
         energies: gradient energies of the steps, (T,), which choose the window; None before the first calibration.
+        moments: of the pathwise gradients, (T, T), which choose the roulette's chances; None before the first
+            calibration and without a reward gradient.
         block_norms: gradient norm of half-order blocks by first step.
         state_baseline: None without one.
     """
@@ -372,6 +441,7 @@ class StepStatistics:
     def __init__(self, state_baseline: bool = False) -> None:
         self.variances: StepVariances | None = None
         self.energies: torch.Tensor | None = None
+        self.moments: GradientMoments | None = None
         self.block_norms: dict[int, float] = {}
         self.state_baseline = StateBaseline() if state_baseline else None
         self._gains: StepGains | None = None
@@ -383,6 +453,9 @@ class StepStatistics:
         self._gains = measured if self._gains is None else self._gains.blend(measured, decay)
         energies = step_energies(gradients)
         self.energies = energies if self.energies is None else decay * self.energies + (1 - decay) * energies
+        if gradients.pathwise is not None:
+            moments = GradientMoments.of(gradients.pathwise)
+            self.moments = moments if self.moments is None else self.moments.blend(moments, decay)
         self._see([SignalSizes.of_calibration(gradients)])
 
     def learn(self, books: Sequence[Book]) -> None:
@@ -391,7 +464,7 @@ class StepStatistics:
         blocks = [(book, booking) for book in books for booking in book.bookings if booking.term == HALF_ORDER]
         for book, block in blocks:
             norm = block.norm / len(book.rewards) / block.weight if block.weight else 0.0
-            by_step[block.first_step].append(norm)
+            by_step[block.steps[0]].append(norm)
         for first_step, norms in by_step.items():
             newer = sum(norms) / len(norms)
             older = self.block_norms.get(first_step, newer)
@@ -406,6 +479,7 @@ class StepStatistics:
         return {
             "gains": None if self._gains is None else dict(vars(self._gains)),
             "energies": self.energies,
+            "moments": None if self.moments is None else dict(vars(self.moments)),
             "sizes": self._sizes.state_dict(),
             "block_norms": dict(self.block_norms),
             "state_baseline": None if self.state_baseline is None else self.state_baseline.state_dict(),
@@ -414,6 +488,7 @@ class StepStatistics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         self.energies = state["energies"]
+        self.moments = None if state["moments"] is None else GradientMoments(**state["moments"])
         self._sizes = SignalSizes(**state["sizes"])
         if state["gains"] is not None:
             self._gains = StepGains(**state["gains"])

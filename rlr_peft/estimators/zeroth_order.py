@@ -64,7 +64,7 @@ def perturb(
         for summed, part in zip(total, direction, strict=True):
             summed.add_(part, alpha=term.coefficient * slope / term.how.samples)
     norm = add_to_gradients(chain, total)
-    return Booking("zeroth_order", min(term.steps), len(term.steps), term.coefficient, norm)
+    return Booking("zeroth_order", tuple(sorted(term.steps)), term.coefficient, norm)
 
 
 def _slope(

@@ -7,6 +7,7 @@ about public checkpoints; their parameter counts are tested.
 import importlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def find_architecture(name_or_path: str, revision: str | None = None, cache_dir:
         ArchitectureError: there is no such folder or repository, or it cannot be reached.
     """
     folder = Path(name_or_path)
-    if folder.exists():
+    if os.path.exists(folder):
         return _read(folder.name, lambda file: folder / file, read_model_index(name_or_path))
     shipped = _shipped().get(name_or_path)
     if shipped is not None:

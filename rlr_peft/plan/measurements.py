@@ -128,7 +128,7 @@ def differentiated_step(chain: DenoisingChain, trajectory: Trajectory) -> Differ
         with counted_tape() as tape:
             step = ReplayedStep(chain, trajectory, chain.num_steps)
             saved = tape.live
-        _pull_back(step.mean, [*chain.parameters, step.latents])
+        _pull_back(step.output, [*chain.parameters, step.latents])
     return Differentiated(saved, memory.peak)
 
 

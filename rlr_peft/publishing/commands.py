@@ -62,9 +62,12 @@ def card_command(words: Sequence[str]) -> int:
 
 def _text(name: str, path: str) -> str:
     try:
-        return read_plain_text(Path(path))
+        text = read_plain_text(Path(path))
     except PlainFileError as error:
         raise ConfigError(f"{name}: expected a text file, got {path}: {error}; check the path.") from error
+    if not text.strip():
+        raise ConfigError(f"{name}: expected a text file, got {path}, which is empty; fill it.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,9 @@ def merge_command(words: Sequence[str]) -> int:
         words, MergeFlags, "rlr-peft merge", "Fuses an adapter into its base and saves a full pipeline."
     ).own
     output = Path(own.output)
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise ConfigError(f"output: expected a new or empty folder, got {output}; choose another.")
     check_output(output)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"output: expected a new or empty folder, got {output}; choose another.")
     for problem in () if own.revision is None else check_revision("revision", own.revision):
         raise ConfigError(problem)
 

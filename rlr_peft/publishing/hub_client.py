@@ -270,7 +270,12 @@ def open_destination(
 
 
 def _who_asks(api: HfApi, token: str | None) -> dict[str, Any]:
-    if token is None and get_token() is None:
+    token = token or get_token()
+    if token is not None and not token.isascii():
+        raise HubError(
+            "hub_token: expected an access token such as hf_..., got other letters than one has; copy it anew."
+        )
+    if token is None:
         raise HubError(
             f"Publishing needs an access token with the right to write, and there is none: make one at {TOKEN_PAGE} "
             "and give it by `hf auth login`, by the environment variable HF_TOKEN, or by --hub_token."

@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rlr_peft.durable_files import WEIGHT_NAME, replacing_file, stays_inside
 from rlr_peft.errors import UserError
@@ -241,32 +242,43 @@ def load_stored_card(directory: Path) -> StoredCard:
         saved = json.loads(read_plain_text(path, MAX_BYTES))
         if is_nested_too_deep(saved):
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        version = saved.pop("version", 1)
+        version = saved.pop("version", 1) if isinstance(saved, dict) else type(saved).__name__
         if version != VERSION:
             raise ValueError(f"expected version {VERSION} of its form, got {version}")
-        card = StoredCard(_record(saved.pop("record")), **saved)
+        card: StoredCard = _typed(StoredCard, saved, "it")
         _check(card.record)
         return card
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RecordError(
             f"{path} cannot be read ({error}): it is damaged, or another version of rlr-peft wrote it; use that one."
         ) from error
 
 
-def _record(saved: dict[str, Any]) -> RunRecord:
-    base, images = saved.pop("base"), saved.pop("images")
-    groups: dict[str, Any] = {"adapter": Adapter, "rewards": Rewards, "sampling": Sampling, "prompts": Prompts}
-    return RunRecord(
-        base=Base(**base | {"license": License(**base["license"])}),
-        images=Images(
-            **images
-            | {
-                "gallery": [(name, prompt) for name, prompt in images["gallery"]],
-                "pairs": [ImagePair(**pair) for pair in images["pairs"]],
-            }
-        ),
-        **{name: groups[name](**value) if name in groups else value for name, value in saved.items()},
-    )
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """What JSON says as a value of the kind: a dataclass, or what its fields are annotated with.
+
+    Raises:
+        ValueError: it is none.
+        TypeError: a field is missing, or unknown.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind in (Any, object):
+        return value
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        return kind(**{name: _typed(hints.get(name, Any), one, f"{where}.{name}") for name, one in value.items()})
+    if origin is UnionType:
+        (kind,) = (part for part in parts if part is not NoneType)  # of X | None
+        return None if value is None else _typed(kind, value, where)
+    if origin is Mapping and isinstance(value, dict):
+        return {name: _typed(parts[1], one, f"{where}.{name}") for name, one in value.items()}
+    if origin is Sequence and isinstance(value, list):
+        return [_typed(parts[0], one, where) for one in value]
+    if origin is tuple and isinstance(value, list) and len(value) == len(parts):
+        return tuple(_typed(part, one, where) for part, one in zip(parts, value, strict=True))
+    if kind is type(value) or (kind is float and type(value) is int):
+        return value
+    raise ValueError(f"expected another type of {where}, got {value!r:.60}")
 
 
 def _check(record: RunRecord) -> None:
@@ -286,6 +298,3 @@ def _check(record: RunRecord) -> None:
     for name in (*classes, *record.adapter.denoisers, *(key for mapping in words for key in mapping)):
         if not name.isidentifier():
             raise ValueError(f"expected a name of Python, got {name!r}")
-    for number in (*record.metrics.values(), record.sampling.fps or 0):
-        if not isinstance(number, (int, float)):
-            raise ValueError(f"expected a number, got {number!r}")

@@ -50,6 +50,14 @@ class ReplicatedChain(ABC):
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d denoiser output|`` of step t."""
 
+    @abstractmethod
+    def input_sensitivity(self, t: int) -> float:
+        """``d mean / d x_t`` of step t with the denoiser's velocity, or output, held fixed."""
+
+    @abstractmethod
+    def path_point(self, t: int) -> PathPoint:
+        """Where on the noising path x_t lies; t = 0 is the clean end."""
+
     def std(self, t: int) -> float:
         """Standard deviation of step t."""
         return self._stds[t - 1]
@@ -84,11 +92,16 @@ class ReplicatedChain(ABC):
         self.denoiser_evaluations += len(latents)
         return self.step(latents, t, self.parameters)
 
+    def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
+        """Step t once more with the parameters that the chain was built with."""
+        latents = trajectory.latents[t] if latents is None else latents
+        self.denoiser_evaluations += len(latents)
+        return self.step(latents, t, self._reference)
+
     @torch.no_grad()
     def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
         """The mean of step t with the parameters that the chain was built with."""
-        self.denoiser_evaluations += trajectory.batch_size
-        return self.step(trajectory.latents[t], t, self._reference).mean
+        return self.replay_reference(trajectory, t).mean
 
     @torch.no_grad()
     def rollout(
@@ -155,6 +168,14 @@ class LinearGaussianChain(ReplicatedChain):
     def output_sensitivity(self, t: int) -> float:
         """``|d mean / d (W x)|`` of step t."""
         return float(self._gain[t - 1])
+
+    def input_sensitivity(self, t: int) -> float:
+        """``d mean / d x_t`` with ``W x`` held fixed: a_t."""
+        return float(self._decay[t - 1])
+
+    def path_point(self, t: int) -> PathPoint:
+        """The flow path: it matters to leaps and to fresh noise alone, which no closed form knows."""
+        return PathPoint(1 - t / self.num_steps, t / self.num_steps)
 
     def exact_gradient(self) -> list[torch.Tensor]:
         """Gradient of E[R(x_0)] by (W, v) of one replicate, shapes (d, d) and (d,)."""
@@ -270,6 +291,15 @@ class GuidedMixtureChain(ReplicatedChain):
         """``|d mean / d prediction of x_0|`` of step t."""
         current, following = self._points[t], self._points[t - 1]
         return abs(following.alpha - self._noise_kept(t) * current.alpha / current.sigma)
+
+    def input_sensitivity(self, t: int) -> float:
+        """``d mean / d x_t`` with the flow velocity held fixed."""
+        current, following = self._points[t], self._points[t - 1]
+        return (following.alpha + self._noise_kept(t)) / (current.alpha + current.sigma)
+
+    def path_point(self, t: int) -> PathPoint:
+        """Where x_t lies; t = 0 is the clean end."""
+        return self._points[t]
 
     def step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor]) -> GaussianStep:
         """``a' x0 + sqrt(s'^2 - std^2) e`` with the guided posterior mean as x0."""

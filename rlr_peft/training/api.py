@@ -14,6 +14,7 @@ from rlr_peft.build.run import build_run
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import Config as RunConfig
 from rlr_peft.config import ConfigError, config_from_dict
+from rlr_peft.durable_files import why_no_place
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.prompt import Prompt
 from rlr_peft.publishing.uploads import published_files
@@ -142,9 +143,13 @@ class Trainer:
             The contents of ``metrics.json``.
 
         Raises:
-            ConfigError: nothing has been trained yet.
+            ConfigError: nothing has been trained yet, or the folder cannot be made.
             AdapterMismatchError: the saved adapter does not reproduce the trained one.
         """
+        if folder is not None and (reason := why_no_place(Path(folder))):
+            raise ConfigError(
+                f"save: expected a folder or a place for one, got {folder}, where {reason}; choose another."
+            )
         if self.progress is None:
             raise ConfigError("save: expected a trained adapter, got none; call train() first.")
         with self._only_writer():

@@ -12,6 +12,7 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
+from rlr_peft.config.estimator import CalibratedArguments
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate, coverage_of
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
@@ -22,6 +23,8 @@ from rlr_peft.training.progress import is_due_after
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15
+# Of a run's cost, where calibrations are as frequent as that allows.
+CALIBRATION_SHARE = 0.05
 # The metric: share of the samples whose reward is at the limit or above.
 SATISFIED = "reward_satisfied"
 
@@ -122,10 +125,22 @@ def calibration_due(run: Run, step: int) -> bool:
     A reward without gradient may leave nothing to choose; whether it has one may show only with the first samples.
     """
     knobs = run.config.estimator.calibration
-    if knobs is None or (step % knobs.calibration_interval and run.estimator.is_calibrated):
+    if knobs is None or (step % calibration_interval(run, knobs) and run.estimator.is_calibrated):
         return False
     wanted = run.estimator.wants_calibration(run.objective.has_gradient)
     return bool(run.processes.largest(int(wanted), "the need of a calibration"))
+
+
+def calibration_interval(run: Run, knobs: CalibratedArguments) -> int:
+    """Updates between two calibrations.
+
+    A measured sample costs its chain and T replays with up to three backward passes each, 8 T; a trained one with a
+    short tail about 2 T.
+    """
+    if knobs.calibration_interval != "auto":
+        return knobs.calibration_interval
+    share = 8 * knobs.calibration_samples / (2 * run.arithmetic.samples_per_update)
+    return math.ceil(share / CALIBRATION_SHARE)
 
 
 def calibrate(run: Run, step: int) -> None:

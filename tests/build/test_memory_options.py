@@ -53,7 +53,7 @@ def step_of(chain: DenoisingChain) -> tuple[torch.Tensor, list[torch.Tensor]]:
     with torch.enable_grad():
         images = chain.decode(latents, PROMPTS)
         (cotangent,) = torch.autograd.grad(images[:, 0].sum(), latents)
-    run(chain, trajectory, Segment("term", 1, 3, cotangent))
+    run(chain, trajectory, Segment("term", range(1, 4), cotangent))
     return images.detach(), [parameter.grad.clone() for parameter in chain.parameters if parameter.grad is not None]
 
 

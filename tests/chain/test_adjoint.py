@@ -31,7 +31,7 @@ def test_segment_gradient_is_that_of_plain_autograd(first: int, length: int) -> 
     chain = small_chain(5)
     trajectory = chain.sample(["red", "blue"], [0, 1])
     cotangent = torch.randn_like(trajectory.latents[0])
-    run(chain, trajectory, Segment("term", first, length, cotangent, weight=2.5))
+    run(chain, trajectory, Segment("term", range(first, first + length), cotangent, weight=2.5))
     expected = through_the_whole_tape(chain, trajectory, first, length, 2.5 * cotangent)
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
@@ -48,7 +48,7 @@ def test_full_backpropagation_of_a_reward_equals_plain_autograd() -> None:
 
     leaf = trajectory.latents[0].clone().requires_grad_()
     (cotangent,) = torch.autograd.grad(chain.decode(leaf, trajectory.prompts).square().sum(), leaf)
-    run(chain, trajectory, Segment("term", 1, 4, cotangent))
+    run(chain, trajectory, Segment("term", range(1, 5), cotangent))
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
 
@@ -66,14 +66,14 @@ def test_another_cotangent_may_go_into_the_parameters_than_travels_on() -> None:
         torch.testing.assert_close(mean, chain.replay(trajectory, t).mean.detach())
         return cotangent + t * extra, {}
 
-    run(chain, trajectory, Segment("term", 1, 3, travelling, weight=0.5, into_parameters=into_parameters))
+    run(chain, trajectory, Segment("term", range(1, 4), travelling, weight=0.5, into_parameters=into_parameters))
     assert seen == [1, 2, 3]
     actual = [parameter.grad for parameter in chain.parameters]
     for parameter in chain.parameters:
         parameter.grad = None
-    run(chain, trajectory, Segment("term", 1, 3, travelling, weight=0.5))
+    run(chain, trajectory, Segment("term", range(1, 4), travelling, weight=0.5))
     for t in (1, 2, 3):
-        run(chain, trajectory, Segment("term", t, 1, extra, weight=0.5 * t))
+        run(chain, trajectory, Segment("term", (t,), extra, weight=0.5 * t))
     for parameter, gradient in zip(chain.parameters, actual, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm()
 
@@ -95,10 +95,10 @@ def test_gradients_add_up() -> None:
     chain = small_chain(3)
     trajectory = chain.sample(["red"], [0])
     cotangent = torch.randn_like(trajectory.latents[0])
-    norm = run(chain, trajectory, Segment("term", 1, 2, cotangent)).norm
+    norm = run(chain, trajectory, Segment("term", (1, 2), cotangent)).norm
     once = [parameter.grad.clone() for parameter in chain.parameters]
     assert norm == pytest.approx(torch.cat([gradient.flatten() for gradient in once]).norm().item())
-    run(chain, trajectory, Segment("term", 1, 2, cotangent))
+    run(chain, trajectory, Segment("term", (1, 2), cotangent))
     for parameter, gradient in zip(chain.parameters, once, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * gradient)
 
@@ -108,11 +108,11 @@ def test_tiny_cotangents_survive_half_precision() -> None:
     chain = small_chain(2, torch.float16)
     trajectory = chain.sample(["red"], [0])
     cotangent = torch.randn_like(trajectory.latents[0])
-    run(chain, trajectory, Segment("term", 1, 2, cotangent))
+    run(chain, trajectory, Segment("term", (1, 2), cotangent))
     expected = [parameter.grad.clone() for parameter in chain.parameters]
     for parameter in chain.parameters:
         parameter.grad = None
-    run(chain, trajectory, Segment("term", 1, 2, cotangent * 2.0**-60))
+    run(chain, trajectory, Segment("term", (1, 2), cotangent * 2.0**-60))
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert torch.equal(parameter.grad, gradient * 2.0**-60)
 
@@ -123,9 +123,9 @@ def test_bad_segments_and_derivatives_are_refused() -> None:
     cotangent = torch.zeros_like(trajectory.latents[0])
     for first, length in [(0, 1), (2, 3), (1, 0)]:
         with pytest.raises(ValueError, match=r"within steps 1\.\.3"):
-            run(chain, trajectory, Segment("term", first, length, cotangent))
+            run(chain, trajectory, Segment("term", range(first, first + length), cotangent))
     with pytest.raises(FloatingPointError, match="finite derivatives at step 2"):
-        run(chain, trajectory, Segment("term", 2, 1, cotangent * float("nan")))
+        run(chain, trajectory, Segment("term", (2,), cotangent * float("nan")))
 
 
 def peak_bytes(num_steps: int, first: int, length: int, into_parameters: IntoParameters | None = None) -> int:
@@ -133,7 +133,9 @@ def peak_bytes(num_steps: int, first: int, length: int, into_parameters: IntoPar
     trajectory = chain.sample(["red", "blue"], [0, 1])
     cotangent = torch.ones_like(trajectory.latents[0])
     with counted_tape() as tape:
-        run(chain, trajectory, Segment("term", first, length, cotangent, into_parameters=into_parameters))
+        run(
+            chain, trajectory, Segment("term", range(first, first + length), cotangent, into_parameters=into_parameters)
+        )
     return tape.peak
 
 

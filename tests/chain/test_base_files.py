@@ -55,8 +55,8 @@ def text(content: str) -> Callable[[Path], None]:
 INDICES = {
     "a list": (text("[1, 2]"), "expected model_index.json to be a mapping, got list"),
     "a number": (text("7"), "a mapping, got int"),
-    "no JSON": (text("{"), "model_index.json cannot be read as JSON"),
-    "too deep": (text("[" * 100_000), "model_index.json cannot be read as JSON"),
+    "no JSON": (text("{"), "model_index.json cannot be read: line 1, column 2: not valid JSON"),
+    "too deep": (text("[" * 100_000), "model_index.json cannot be read: nested deeper than 20 levels"),
     "no class": (index(_class_name=None), "expected a pipeline class of diffusers .* got None"),
     "unknown class": (index(_class_name="NoSuchPipeline"), "got 'NoSuchPipeline'; correct the file or upgrade"),
     "code of a pipeline": (index(_class_name=["own", "Own"]), "a pipeline class of its own code, which is not run"),

@@ -27,7 +27,7 @@ REFUSED = [
     ("--black_box_steps 51", "black_box_steps: expected at most num_inference_steps (50), got 51"),
     (
         "--estimator full-bp --fo_steps 3",
-        "fo_steps: expected none with full-bp, got 3; use --estimator rlr, rlr-paper, ",
+        "fo_steps: expected none with full-bp, got 3; use --estimator rlr, auto, rlr-paper, ",
     ),
     ("--estimator truncated-bp --fo_steps auto", "fo_steps: expected a whole number or random with truncated-bp"),
     ("--estimator truncated-bp --fo_steps 0", "fo_steps: expected at least 1 and at most 1000, got 0"),
@@ -45,7 +45,7 @@ REFUSED = [
     ("--estimator truncated-bp --ho_length 2", "ho_length: expected none with truncated-bp"),
     (
         "--estimator reinforce --ho_length 2",
-        "ho_length: expected none with reinforce, got 2; use --estimator rlr or rlr-paper.",
+        "ho_length: expected none with reinforce, got 2; use --estimator rlr, auto or rlr-paper.",
     ),
     ("--ho_start window --ho_blocks 1", "ho_window: expected together with ho_start window, got ho_start window and"),
     ("--ho_window 1 2", "ho_window: expected together with ho_start window"),
@@ -70,7 +70,7 @@ REFUSED = [
     ("--estimator grpo --fo_steps 2", "fo_steps: expected none with grpo, got 2"),
     (
         "--estimator refl --fo_steps auto",
-        "fo_steps: expected a whole number or null with refl, got auto; use --estimator rlr or rlr-paper.",
+        "fo_steps: expected a whole number or null with refl, got auto; use --estimator rlr, auto or rlr-paper.",
     ),
     ("--estimator refl --fo_steps 0", "fo_steps: expected at least 1 and at most 1000, got 0"),
     (
@@ -95,7 +95,8 @@ REFUSED = [
     ("--step_choice inverse-variance --estimator reinforce", "step_choice: expected none with reinforce"),
     (
         "--estimator refl --ho_blocks 1",
-        "ho_blocks: expected none with refl, got 1; use --estimator rlr, rlr-paper, reinforce, ddpo, grpo or d3po.",
+        "ho_blocks: expected none with refl, got 1; use --estimator rlr, auto, rlr-paper, reinforce, ddpo, grpo or "
+        "d3po.",
     ),
     ("--estimator ddpo --ho_length 2", "ho_length: expected none with ddpo, got 2"),
     (

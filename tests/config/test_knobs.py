@@ -65,6 +65,7 @@ ZERO_HAS_A_MEANING = {  # it turns something off, or is one end of the range
     *(
         "lora_dropout guidance_scale true_cfg_scale reward_server_retries fo_steps black_box_steps fo_coefficient"
     ).split(),
+    *("fo_carry step_density step_correction").split(),
     *("ho_coefficient zo_coefficient calibration_decay zo_step_memory kl_beta seed lr_warmup_steps").split(),
     *("adam_beta1 adam_beta2 adam_weight_decay ema_decay reward_limit eta evaluation_eta ho_blocks").split(),
 }
@@ -103,7 +104,10 @@ def test_every_number_out_of_all_reason_is_refused_with_its_range(value: str, na
 
 def test_zero_is_taken_where_it_has_a_meaning() -> None:
     """Each in its range; what they mean together is another question."""
-    load([*REQUIRED, *(f"--{name}=0" for name in ZERO_HAS_A_MEANING)])
+    for method in ("rlr", "flowbp-bridge"):
+        own = [name for name in ZERO_HAS_A_MEANING if not knobs()[name].methods or method in knobs()[name].methods]
+        zero = [name for name in own if name != "fo_steps" or method == "rlr"]
+        load([*REQUIRED, "--estimator", method, *(f"--{name}=0" for name in zero)])
 
 
 @pytest.mark.parametrize("value", ["1e18", ".nan", "inf"])

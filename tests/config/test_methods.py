@@ -38,7 +38,7 @@ def test_a_flag_is_taken_by_the_methods_that_have_it_and_refused_by_the_others(n
     """With a value that is no default, whatever the method."""
     odd = {"ho_window": "2 3", "zo": "one-point", "ho_start": "window", "step_choice": "inverse-variance"}
     value = odd.get(
-        name, "true" if bool in knobs()[name].options else "0.25" if float in knobs()[name].options else "3"
+        name, "true" if bool in knobs()[name].options else "0.25" if float in knobs()[name].options else "7"
     )
     for method in METHODS:
         if method in knobs()[name].methods:
@@ -123,7 +123,10 @@ def test_a_file_that_an_earlier_version_saved_still_loads(method: str, tmp_path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("estimator: full-bp\nho_blocks: 1", "ho_blocks: expected none with full-bp, got 1; use --estimator rlr, rlr-"),
+        (
+            "estimator: full-bp\nho_blocks: 1",
+            "ho_blocks: expected none with full-bp, got 1; use --estimator rlr, auto, rlr-",
+        ),
         ("estimator: ddpo\nstate_baseline: true", "state_baseline: expected none with ddpo, got true; use --estimator"),
         (
             "normalize_rewards: true",
@@ -132,7 +135,7 @@ def test_a_file_that_an_earlier_version_saved_still_loads(method: str, tmp_path:
         ("optimizer: SGD", "optimizer: expected no such knob any more, got SGD; drop it, as AdamW is what there is."),
         (
             "estimator: dpo",
-            "estimator: expected rlr or rlr-paper or full-bp or truncated-bp or reinforce or ddpo or grpo",
+            "estimator: expected rlr or auto or rlr-paper or full-bp or truncated-bp or draft-lv or drtune or",
         ),
     ],
 )

@@ -27,7 +27,7 @@ def rollout_of(
 
 def book_of_blocks(norms: Mapping[int, float]) -> Book:
     """A book of one sample that holds half-order blocks with these norms by first step."""
-    return Book([""], [0.0], [0.0], None, [Booking("half_order", t, 1, 1.0, norm) for t, norm in norms.items()], {})
+    return Book([""], [0.0], [0.0], None, [Booking("half_order", (t,), 1.0, norm) for t, norm in norms.items()], {})
 
 
 def gradient_of(chain: Chain) -> torch.Tensor:

@@ -31,10 +31,8 @@ EVERY_MODE = [
     for zeroth_order in (None, ZerothOrder("two-point", 0.01))
     if not (zeroth_order and half_order and half_order.blocks not in (1,))
 ]
-EVERY_MODE += [RLRSettings("random", None, black_box_steps=2)]
 UNEQUAL = Coefficients(first_order=0.5, half_order=2.0, zeroth_order=0.0)
-EVERY_MODE += [replace(mode, coefficients=UNEQUAL) for mode in EVERY_MODE if mode.first_order_steps in (3, "random")]
-EVERY_MODE += [RLRSettings("random", HalfOrder(1, "all"), black_box_steps=2)]
+EVERY_MODE += [replace(mode, coefficients=UNEQUAL) for mode in EVERY_MODE if mode.first_order_steps == 3]
 
 
 @pytest.mark.parametrize("differentiable", [True, False])
@@ -51,12 +49,12 @@ def test_realised_weights_average_to_the_declared_coverage(differentiable: bool,
                 estimator.coverage(chain, differentiable)
             continue
         draws_blocks = settings.half_order is not None and settings.half_order.blocks != "all"
-        is_random = draws_blocks or settings.first_order_steps == "random"
-        layouts = [estimator.layout(chain, differentiable, generator) for _ in range(100 if is_random else 2)]
-        realised = torch.stack([_realised_weights(layout, settings.coefficients, generator) for layout in layouts])
+        layout, draws = estimator.layout(chain, differentiable), 100 if draws_blocks else 2
+        weights = [_realised_weights(layout, settings.coefficients, generator) for _ in range(draws)]
+        realised = torch.stack(weights)
         coverage = estimator.coverage(chain, differentiable)
         declared = coverage.weights
-        tolerance = 6 * realised.std(0) / math.sqrt(len(layouts)) + 1e-9
+        tolerance = 6 * realised.std(0) / math.sqrt(draws) + 1e-9
         assert torch.all((realised.mean(0) - declared).abs() <= tolerance), settings
         off = {t for t, weight in enumerate(declared.tolist(), start=1) if abs(weight - 1) > 1e-9}
         assert set(coverage.gaps) == off, settings
@@ -89,17 +87,6 @@ def test_a_chain_whose_only_step_ends_clean_says_that_score_terms_need_noise() -
             RLREstimator(settings).layout(chain, False)
     with pytest.raises(CoverageError, match=r"no half-order or zeroth-order terms\. Use estimator rlr"):
         RLREstimator(RLRSettings(1, None)).layout(chain, False)
-
-
-def test_a_random_tail_is_drawn_evenly_and_complete_with_score_terms_beyond() -> None:
-    chain, generator = LinearGaussianChain(num_steps=4), torch.Generator().manual_seed(0)
-    alone = [RLREstimator(RLRSettings("random", None)).layout(chain, True, generator) for _ in range(400)]
-    counts = torch.bincount(torch.tensor([layout.first_order_steps for layout in alone]), minlength=5)
-    assert counts[0] == 0
-    # 400 draws of probability 1/4 have a standard deviation of 8.7
-    assert all(abs(int(count) - 100) < 5 * 8.7 for count in counts[1:])
-    assert RLREstimator(RLRSettings("random", None)).coverage(chain, True).weights.tolist() == [1.0, 0.75, 0.5, 0.25]
-    assert RLREstimator(RLRSettings("random", HalfOrder(1, "all"))).coverage(chain, True).unbiased
 
 
 def test_a_mixture_is_complete_and_its_coefficients_count_by_their_shares() -> None:

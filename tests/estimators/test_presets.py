@@ -8,7 +8,7 @@ from rlr_peft.config import EstimatorArguments
 from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
+from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
 from rlr_peft.estimators.presets import build_estimator, settings_from_arguments
@@ -26,11 +26,8 @@ def test_presets_of_the_rlr_family() -> None:
     assert settings_from_arguments(method(), 50) == RLRSettings("auto", SINGLE, None, black_box_steps=17)
     paper = settings_from_arguments(method(estimator="rlr-paper"), 50)
     assert paper == RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01))
-    assert settings_from_arguments(method(estimator="full-bp"), 50) == RLRSettings(50, None)
-    assert settings_from_arguments(method(estimator="truncated-bp", fo_steps=5), 50) == RLRSettings(5, None)
     assert settings_from_arguments(method(estimator="reinforce"), 50) == RLRSettings(0, SINGLE)
-    drawn = settings_from_arguments(method(estimator="truncated-bp", fo_steps="random"), 50)
-    assert drawn == RLRSettings("random", None)
+    assert settings_from_arguments(method(fo_roulette=True), 50).roulette
 
 
 def test_the_other_methods_are_built_from_their_knobs() -> None:
@@ -46,7 +43,8 @@ def test_the_other_methods_are_built_from_their_knobs() -> None:
     assert d3po.settings == PreferenceSettings(0.3, HalfOrder(1, 2, "window", (5, 9)))
     for fo_steps in (None, 3):
         refl = build_estimator(method(estimator="refl", fo_steps=fo_steps), 50)
-        assert isinstance(refl, RewardFeedbackEstimator) and refl.last_steps == fo_steps
+        assert isinstance(refl, PathwiseEstimator)
+        assert refl.settings == PathwiseSettings("refl", "late", fo_steps, sees_prediction=True)
 
 
 def test_explicit_values_replace_the_presets() -> None:
@@ -95,6 +93,7 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
         ({"black_box_steps": 0}, "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps"),
         ({"step_choice": "inverse-variance"}, "first and half order mixed at every step by their measured variances"),
         ({"estimator": "truncated-bp", "fo_steps": "random"}, "K drawn from 1..T"),
+        ({"fo_roulette": True}, "every sample through a random number of them, weighted by measured chances"),
         ({"state_baseline": True, "antithetic": True}, "and a state baseline; antithetic noises"),
         ({"fo_coefficient": 0.5}, "coefficients 0.5, 1, 1 of the three orders"),
         ({"estimator": "rlr-paper"}, "two-point zeroth order with s = 0.01 on the rest"),
@@ -105,8 +104,8 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
         ),
         ({"estimator": "grpo"}, "clipped policy gradient on all steps, group-normalised advantages"),
         ({"estimator": "d3po"}, "direct preference optimisation of pairs on all steps, beta 0.1"),
-        ({"estimator": "refl"}, "reward of the image predicted at a random one of the last quarter of the steps"),
-        ({"estimator": "refl", "fo_steps": 3}, "at a random one of the last 3 step(s)"),
+        ({"estimator": "refl"}, "predicted image's reward through a random one of the last quarter of the steps"),
+        ({"estimator": "refl", "fo_steps": 3}, "through a random one of the last 3 step(s)"),
     ],
 )
 def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:

@@ -17,7 +17,7 @@ from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Estimator, Rollout
 from rlr_peft.estimators.half_order import HalfOrder, StateBaseline
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.pathwise import RewardFeedbackEstimator
+from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
 from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
 from rlr_peft.estimators.rlr import RLREstimator
@@ -46,9 +46,13 @@ class UndividedPolicyGradient(PolicyGradientEstimator):
         return leave_one_out(rewards, group_size)
 
 
+# Samples drop out of the batch one by one, which only a chain without copies can follow.
+ROULETTE = {"replicates": 1, "group_size": 16, "calls": 600}
 UNBIASED: dict[str, tuple[RLRSettings, dict]] = {
     "rlr (auto)": (RLRSettings("auto", SINGLE), {}),
     "full backpropagation": (RLRSettings(T, None), {}),
+    "roulette tail": (RLRSettings("auto", SINGLE, roulette=True), ROULETTE),
+    "roulette tail of 3, score terms beyond": (RLRSettings(3, SINGLE, roulette=True), ROULETTE),
     "FO_1 + all single steps": (RLRSettings(1, SINGLE), {}),
     "FO_3 + all single steps": (RLRSettings(3, SINGLE), {}),
     "FO_1 + tiles of h = 2": (RLRSettings(1, HalfOrder(2, "all")), {}),
@@ -156,17 +160,17 @@ def test_a_policy_gradient_is_unbiased_but_for_the_division_by_the_deviation(ste
 
 BIASED: dict[str, tuple[Callable[[], Estimator], dict, str]] = {
     "truncated-bp K=1": (
-        lambda: RLREstimator(RLRSettings(1, None)),
+        lambda: PathwiseEstimator(PathwiseSettings("truncated-bp", num_steps=1)),
         {},
         "steps 2-6 of 6 are left out because the gradient is truncated",
     ),
     "truncated-bp K=3": (
-        lambda: RLREstimator(RLRSettings(3, None)),
+        lambda: PathwiseEstimator(PathwiseSettings("truncated-bp", num_steps=3)),
         {},
         "steps 4-6 of 6 are left out because the gradient is truncated",
     ),
     "truncated-bp K random": (
-        lambda: RLREstimator(RLRSettings("random", None)),
+        lambda: PathwiseEstimator(PathwiseSettings("truncated-bp", "random")),
         {},
         "steps 2-6 of 6 are left out at times because the gradient is truncated at a random step",
     ),
@@ -206,9 +210,9 @@ BIASED: dict[str, tuple[Callable[[], Estimator], dict, str]] = {
         "the likelihood of pairwise preferences is raised, not the expected reward",
     ),
     "refl": (
-        lambda: RewardFeedbackEstimator(2),
+        lambda: PathwiseEstimator(PathwiseSettings("refl", "late", 2, sees_prediction=True)),
         {},
-        "the reward of the image predicted at one of steps 1-2 stands in for the image's",
+        "the reward of the image predicted at a late step stands in for the image's",
     ),
 }
 

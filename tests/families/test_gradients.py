@@ -38,7 +38,7 @@ def test_segment_gradients_equal_central_differences(name: str, folder_of: Calla
     images = chain.decode(leaf, trajectory.prompts)
     pixels = normal(images) * ((images - 0.5).abs() < 0.45)  # away from the kinks where pixels are clamped
     (cotangent,) = torch.autograd.grad((images * pixels).sum(), leaf)
-    run(chain, trajectory, Segment("term", 1, NUM_STEPS, cotangent))
+    run(chain, trajectory, Segment("term", range(1, NUM_STEPS + 1), cotangent))
     gradients = [weight.grad.double() for weight in chain.parameters]
     assert all(gradient.norm() > 0 for gradient in gradients)
     directions = [

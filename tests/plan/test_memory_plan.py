@@ -199,7 +199,7 @@ def test_the_plan_foresees_what_a_real_step_holds_and_allocates(tiny_folder: str
     def step() -> None:
         replayed = ReplayedStep(chain, trajectory, 3)
         inputs = [*chain.parameters, replayed.latents]
-        torch.autograd.grad(replayed.mean, inputs, torch.zeros_like(replayed.mean), allow_unused=True)
+        torch.autograd.grad(replayed.output, inputs, torch.zeros_like(replayed.output), allow_unused=True)
 
     def decode() -> None:
         images = chain.decode(latents, trajectory.prompts)

@@ -73,8 +73,13 @@ def test_a_template_that_came_with_a_run_reaches_no_python(
             {"images": {"gallery": [["/etc/hostname", "a cat"]]}},
             f"{INSIDE} '/etc/hostname'",
         ),
-        ({"metrics": {"reward_gain": "[x](y)"}}, "expected a number, got"),
-        ({"sampling": {"fps": "8)\nimport evil"}}, "expected a number, got"),
+        ({"metrics": {"reward_gain": "[x](y)"}}, "expected another type of it.record.metrics.reward_gain, got"),
+        ({"sampling": {"fps": "8)\nimport evil"}}, "expected another type of it.record.sampling.fps, got '8)"),
+        ({"prompts": {"shown": 5}}, "expected another type of it.record.prompts.shown, got 5"),
+        ({"base": {"model": None}}, "expected another type of it.record.base.model, got None"),
+        ({"images": {"gallery": [["a.png"]]}}, "expected another type of it.record.images.gallery, got ['a.png']"),
+        ({"rewards": {"weights": {"a": "1"}}}, "expected another type of it.record.rewards.weights.a, got '1'"),
+        ({"base": {"nothing": 1}}, "unexpected keyword argument 'nothing'"),
     ],
 )
 def test_a_record_that_came_with_an_adapter_puts_no_code_into_the_card(
@@ -108,6 +113,10 @@ def test_a_card_is_written_again_from_its_records(folder: Path) -> None:
     # Both are remembered, also when the card is addressed to a repository; and can be forgotten.
     addressed = addressed_card(folder, "owner/name")
     assert addressed is not None and write_card(folder, addressed).read_text().endswith("Hand-written.\n")
+    (folder / "empty.md").write_text(" \n")
+    with pytest.raises(SystemExit) as left:
+        main(["card", str(folder), "--template", str(folder / "empty.md")])
+    assert left.value.code == 2 and (folder / "README.md").read_text().endswith("Hand-written.\n")
     assert main(["card", str(folder), "--plain"]) == 0
     assert 'load_lora_weights("owner/name"' in (folder / "README.md").read_text()
 

@@ -30,7 +30,7 @@ class ScoreFunction(Estimator):
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterable[Segment]:
         for t in range(1, chain.num_steps + 1):
-            yield Segment("score", t, 1, rollout.score_cotangent(t), self.scale)
+            yield Segment("score", (t,), rollout.score_cotangent(t), self.scale)
 
 
 class Scaled(ScoreFunction):
@@ -51,7 +51,7 @@ class Pathwise(ScoreFunction):
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterable[Segment]:
         assert rollout.reward_gradient is not None
-        return [Segment("pathwise", 1, self.steps, rollout.reward_gradient)]
+        return [Segment("pathwise", range(1, self.steps + 1), rollout.reward_gradient)]
 
 
 def test_an_unbiased_estimator_passes() -> None:

@@ -69,12 +69,16 @@ def test_what_cannot_be_trained_is_one_sentence(given: dict[str, Any], message: 
 def test_nothing_is_saved_before_training_and_unknown_names_are_refused(workplace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rnak"):
         rlr_peft.Config(rnak=4)
+    with pytest.raises(ConfigError, match="reward_model_path: expected a mapping of names to texts"):
+        rlr_peft.Config(reward_model_path={1: "a"})
     config = rlr_peft.Config(
         output_dir=str(tmp_path / "run"), max_train_steps=1, train_batch_size=2, num_images_per_prompt=2
     )
     trainer = rlr_peft.Trainer(load(workplace), reward=sharpness, prompts=["red ball"], config=config)
     with pytest.raises(ConfigError, match="expected a trained adapter, got none"):
         trainer.save()
+    with pytest.raises(ConfigError, match=r"save: expected a folder or a place for one, got .*\.py is a file; choose"):
+        trainer.save(__file__)
     with pytest.raises(ConfigError, match="evaluation_prompt_path or validation_split_percentage"):
         trainer.evaluate()
 

@@ -1,0 +1,257 @@
+"""The member of the family that promises the most improvement per cost, chosen by measured gradients.
+
+Every member weights the per-step gradients of a sample, drawn or not: ``g = sum_r w_r v_r``, where the rows v_r are the
+exact pathwise gradients G_t, those with the velocity held fixed, and the score terms. Adam takes steps of about the
+same length whatever the estimate, so that an update of B independent samples raises the reward in proportion to
+
+    <gradient, E g> / sqrt(E |mean of B g|^2),
+
+which is |gradient| for a full gradient without noise and less for one that is biased or noisy. Divided by the cost of B
+samples it is the expected improvement per cost. Everything comes from calibrations: from samples that no update uses.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlr_peft.chain.adjoint import Segment
+from rlr_peft.chain.interface import Chain
+from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
+from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
+from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.roulette import STEP_COST
+from rlr_peft.estimators.variance import (
+    GradientMoments,
+    GradientSketch,
+    StepGradients,
+    check_gradient,
+    measure_step_gradients,
+)
+from rlr_peft.estimators.zeroth_order import Perturbation
+
+# A biased member must promise this many times the improvement of the unbiased one: few samples measure roughly.
+WORTH_A_BIAS = 1.25
+UNBIASED = "rlr"
+# Draws that the moments of a member's random weights are averaged over.
+WEIGHT_DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A member's random weights of the rows.
+
+    Attributes:
+        mean: ``E w``, (R,), float64.
+        square: ``E w w^T``, (R, R).
+        replays: expected steps that are replayed and pulled back, per sample.
+        shared: whether all samples of an update share the draw.
+    """
+
+    mean: torch.Tensor
+    square: torch.Tensor
+    replays: float
+    shared: bool = False
+
+    @classmethod
+    def fixed(cls, rows: torch.Tensor) -> "Weights":
+        """Weights (R,) that are not drawn."""
+        return cls(rows, torch.outer(rows, rows), float((rows != 0).sum()))
+
+    @classmethod
+    def drawn(cls, draws: torch.Tensor) -> "Weights":
+        """Of equally likely draws (D, R), each for a whole update."""
+        return cls(draws.mean(0), draws.T @ draws / len(draws), float((draws != 0).sum(1).double().mean()), shared=True)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a member is expected to do, relative to a full gradient without noise.
+
+    Attributes:
+        cosine: between its expectation and the full gradient.
+        noise_scale: tr(covariance) / |expectation|^2 of a single sample's estimate: a batch of this size is half noise.
+        improvement: in [0, 1], of an update, over the number of evaluations that it costs.
+    """
+
+    cosine: float
+    noise_scale: float
+    improvement: float
+
+
+def promise(moments: GradientMoments, weights: Weights, full: torch.Tensor, samples: int, fixed_cost: float) -> Promise:
+    """Judges a member.
+
+    Args:
+        moments: of the rows.
+        weights: of the member.
+        full: weights of the rows that give the whole gradient, (R,).
+        samples: B, of an update.
+        fixed_cost: of a sample without replays, in denoiser evaluations.
+    """
+    along = full @ moments.means @ weights.mean
+    length = (full @ moments.means @ full).clamp(min=1e-300)
+    expected = (weights.mean @ moments.means @ weights.mean).clamp(min=1e-300)
+    single = (weights.square * moments.products).sum()
+    alike = (weights.square * moments.means).sum() if weights.shared else expected
+    square = (single + (samples - 1) * alike) / samples
+    cost = samples * (fixed_cost + STEP_COST * weights.replays)
+    return Promise(
+        cosine=float((along / (length * expected).sqrt()).clamp(-1, 1)),
+        noise_scale=float((single / expected - 1).clamp(min=0)),
+        improvement=float(along.clamp(min=0) / (length * square.clamp(min=1e-300)).sqrt() / cost),
+    )
+
+
+class AutoEstimator(Estimator):
+    """Delegates to ``rlr`` or to the member of the pathwise family that promises clearly more.
+
+    A reward without gradient leaves ``rlr``.
+
+    Args:
+        rlr: the unbiased member, with its roulette.
+        num_steps: T.
+        samples: B, of an update.
+    """
+
+    uses_reward_gradient = True
+
+    def __init__(self, rlr: RLREstimator, num_steps: int, samples: int) -> None:
+        self.samples = samples
+        quarter = -(-num_steps // 4)
+        drawn = PathwiseSettings("flowbp-sparse", "drawn", 3, carry=0.0, step_correction=1.0)
+        members = [PathwiseSettings("full-bp"), drawn]
+        members += [PathwiseSettings("truncated-bp", num_steps=k) for k in sorted({1, quarter})]
+        self._members: dict[str, Estimator] = {UNBIASED: rlr}
+        self._members |= {settings.describe(): PathwiseEstimator(settings) for settings in members}
+        self._moments: GradientMoments | None = None
+        self._promises: dict[str, Promise] = {}
+        self._chosen = UNBIASED
+
+    @property
+    def rlr(self) -> RLREstimator:
+        """The unbiased member."""
+        rlr = self._members[UNBIASED]
+        assert isinstance(rlr, RLREstimator)
+        return rlr
+
+    @property
+    def chosen(self) -> Estimator:
+        """The member in use."""
+        return self._members[self._chosen]
+
+    def describe(self, has_gradient: bool | None = None) -> str:
+        """The member in use and why, for logs and cards."""
+        if not self._promises:
+            return f"the member of the family that promises most per cost, until it is measured {UNBIASED}: " + (
+                self.rlr.describe(has_gradient)
+            )
+        best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
+        words = f"chosen by measurement: {self.chosen.describe(has_gradient)}"
+        words += f"; cosine with the full gradient {best.cosine:.2f}, noise scale {best.noise_scale:.2g} samples"
+        if self._chosen != UNBIASED:
+            words += f", {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
+        return words
+
+    def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
+        """That of the member in use."""
+        return self.chosen.coverage(chain, has_gradient)
+
+    def segments(
+        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+    ) -> Iterator[Segment | Perturbation]:
+        """Those of the member in use."""
+        yield from self.chosen.segments(chain, objective, rollout, generator)
+
+    def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
+        """Leave-one-out advantages (N,), which ``rlr`` needs."""
+        return self.rlr.advantages(rewards, prompts, group_size)
+
+    def wants_calibration(self, has_gradient: bool) -> bool:
+        """Whether there is a choice, or ``rlr`` has one to make."""
+        return has_gradient or self.rlr.wants_calibration(has_gradient)
+
+    @property
+    def is_calibrated(self) -> bool:  # type: ignore[override]
+        """Whether the steps have been measured, in this session or before the checkpoint that was loaded."""
+        return self.rlr.is_calibrated
+
+    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
+        """Measures all rows on rollouts that no update uses, and chooses."""
+        has_gradient = rollouts[0].reward_gradient is not None
+        gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters), with_held=has_gradient)
+        check_gradient(gradients, rollouts)
+        self.rlr.statistics.calibrate(gradients, decay)
+        if has_gradient:
+            newer = GradientMoments.of(rows_of(gradients))
+            self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
+            self._choose(chain)
+
+    def learn(self, books: Sequence[Book]) -> None:
+        """What ``rlr`` learns."""
+        self.rlr.learn(books)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The measurements and the choice."""
+        return {
+            "rlr": self.rlr.state_dict(),
+            "moments": None if self._moments is None else dict(vars(self._moments)),
+            "promises": {name: dict(vars(promised)) for name, promised in self._promises.items()},
+            "chosen": self._chosen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        self.rlr.load_state_dict(state["rlr"])
+        self._moments = None if state["moments"] is None else GradientMoments(**state["moments"])
+        self._promises = {name: Promise(**promised) for name, promised in state["promises"].items()}
+        self._chosen = state["chosen"]
+
+    def _choose(self, chain: Chain) -> None:
+        assert self._moments is not None  # as calibrate has just measured
+        full = torch.zeros(len(self._moments.means), dtype=torch.float64)
+        full[: chain.num_steps] = 1
+        weights = {name: self._weights(chain, member) for name, member in self._members.items()}
+        self._promises = {
+            name: promise(self._moments, own, full, self.samples, chain.num_steps) for name, own in weights.items()
+        }
+        best = max(self._promises, key=lambda name: self._promises[name].improvement)
+        clearly = self._promises[best].improvement > WORTH_A_BIAS * self._promises[UNBIASED].improvement
+        self._chosen = best if clearly else UNBIASED
+
+    def _weights(self, chain: Chain, member: Estimator) -> Weights:
+        """Of the rows: T exact pathwise gradients, T with the velocity held fixed, T score terms."""
+        num_steps = chain.num_steps
+        if isinstance(member, RLREstimator):
+            return rlr_weights(member, chain)
+        assert isinstance(member, PathwiseEstimator)
+        generator = torch.Generator().manual_seed(0)
+        is_drawn, is_held = member.settings.steps == "drawn", member.settings.carry is not None
+        draws = torch.zeros(WEIGHT_DRAWS if is_drawn else 1, 3 * num_steps, dtype=torch.float64)
+        for row in draws:
+            chosen = member.choose(chain, generator)
+            row[[num_steps * is_held + t - 1 for t in chosen.steps]] = torch.tensor(chosen.weights, dtype=torch.float64)
+        return Weights.drawn(draws) if is_drawn else Weights.fixed(draws[0])
+
+
+def rows_of(gradients: StepGradients) -> torch.Tensor:
+    """The rows (3 T, N, d): exact pathwise gradients, those with the velocity held fixed, score terms."""
+    assert gradients.pathwise is not None and gradients.held is not None
+    return torch.cat([gradients.pathwise, gradients.held, gradients.half_order])
+
+
+def rlr_weights(rlr: RLREstimator, chain: Chain) -> Weights:
+    """Pathwise gradients up to K, by roulette if it has one, and score terms on all noisy steps beyond."""
+    num_steps, length = chain.num_steps, rlr.layout(chain, True).first_order_steps
+    fixed = torch.zeros(3 * num_steps, dtype=torch.float64)
+    fixed[:length] = 1
+    fixed[[2 * num_steps + t - 1 for t in range(length + 1, num_steps + 1) if chain.std(t) > 0]] = 1
+    weights = Weights.fixed(fixed)
+    if not rlr.settings.roulette:
+        return weights
+    probabilities = rlr.roulette(chain, length)
+    square = weights.square.clone()
+    square[:length, :length] = 1 / torch.maximum(probabilities[:, None], probabilities[None])
+    return Weights(fixed, square, float(probabilities.sum()) + float(fixed[length:].sum()))

@@ -1,0 +1,96 @@
+"""Choosing among the members of the family: promises against brute force, and choices where the best is known."""
+
+import pytest
+import torch
+
+from rlr_peft.config.methods import METHODS
+from rlr_peft.estimators.auto import AutoEstimator, Weights, promise
+from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.estimators.variance import GradientMoments
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
+from tests.estimators.chains import gradient_of, rollout_of
+
+
+def test_a_promise_is_what_simulated_batches_keep() -> None:
+    """Cosine, noise scale and improvement against many simulated batches, for draws of samples' own and shared ones."""
+    generator = torch.Generator().manual_seed(0)
+    rows, samples, dimension = 3, 4, 5
+    center = torch.randn(rows, 1, dimension, generator=generator, dtype=torch.float64)
+
+    def draw(count: int) -> torch.Tensor:
+        return center + torch.randn(rows, count, dimension, generator=generator, dtype=torch.float64)
+
+    moments = GradientMoments.of(draw(20_000))
+    full = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    choices = torch.tensor([[3.0, 0, 0], [0, 3.0, 0], [0, 0, 3.0]], dtype=torch.float64)
+    truth = center.sum(0).flatten()
+    for weights, shared in (
+        (Weights.fixed(torch.tensor([1.0, 0, 0], dtype=torch.float64)), False),
+        (
+            Weights.drawn(choices),
+            True,
+        ),
+    ):
+        estimates = []
+        for _ in range(4000):
+            own = choices[torch.randint(3, (1,), generator=generator)][0] if shared else weights.mean
+            estimates.append((own[:, None, None] * draw(samples)).sum(0).mean(0))
+        simulated = torch.stack(estimates)
+        mean = simulated.mean(0)
+        promised = promise(moments, weights, full, samples, fixed_cost=7.0)
+        assert promised.cosine == pytest.approx(float(mean @ truth / (mean.norm() * truth.norm())), abs=0.02)
+        improvement = mean @ truth / (truth @ truth * simulated.square().sum(1).mean()).sqrt()
+        cost = samples * (7 + 3 * weights.replays)
+        assert promised.improvement == pytest.approx(float(improvement / cost), rel=0.05)
+
+
+def auto(samples: int = 16, **knobs: object) -> AutoEstimator:
+    built = build_estimator(METHODS["auto"](**knobs), 6, samples=samples)
+    assert isinstance(built, AutoEstimator)
+    return built
+
+
+def calibrated(chain: LinearGaussianChain, **knobs: object) -> AutoEstimator:
+    estimator = auto(**knobs)
+    assert estimator.wants_calibration(True) and not estimator.is_calibrated
+    estimator.calibrate(chain, [rollout_of(chain, 32, 4)], decay=0.0)
+    return estimator
+
+
+def test_truncation_is_taken_where_the_last_step_says_it_all_unless_the_roulette_costs_no_more() -> None:
+    """Steps that hardly pass on what they get leave the gradient to step 1."""
+    chain = LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05))
+    truncated, roulette = calibrated(chain, fo_roulette=False), calibrated(chain, fo_roulette=True)
+    words = truncated.describe(True)
+    assert words.startswith("chosen by measurement: ") and "cosine with the full gradient 0.9" in words
+    assert "through the last 1 step(s)" in words and "times the improvement per cost of rlr" in words
+    assert not truncated.coverage(chain, True).unbiased and roulette.coverage(chain, True).unbiased
+
+
+def test_truncation_is_left_where_it_leads_astray() -> None:
+    """The last step's output counts the other way round."""
+    chain = LinearGaussianChain(num_steps=6, decay=(1.2, 1.2), gain=(-0.8, 0.8))
+    assert "through the last 1 step(s)" not in calibrated(chain).describe(True)
+
+
+def test_the_choice_is_restored_and_its_segments_are_the_members() -> None:
+    chain = LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05))
+    rollout = rollout_of(chain, 32, 4)
+    estimator, restored = auto(), auto()
+    estimator.calibrate(chain, [rollout], decay=0.0)
+    restored.load_state_dict(estimator.state_dict())
+    assert restored.describe(True) == estimator.describe(True)
+    truncated = build_estimator(METHODS["truncated-bp"](), 6)
+    for one in (restored, truncated):
+        one.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+    both = gradient_of(chain)
+    truncated.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(both, 2 * gradient_of(chain))
+
+
+def test_a_reward_without_gradient_leaves_rlr() -> None:
+    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
+    estimator = auto()
+    assert not estimator.wants_calibration(False)
+    assert estimator.coverage(chain, False).unbiased
+    assert "until it is measured rlr" in estimator.describe(False)
