@@ -29,7 +29,7 @@ class Program:
         words: as after `python`: a script or `-m MODULE` or `-c CODE`, and what it is given.
         environment: of the process; None: this one's.
         imported: `LIBRARIES` if the environment says otherwise than this one's where the Hub and its files are.
-        merged: whether errors go where the output goes.
+        stderr: PIPE, STDOUT or an open file.
     """
 
     def __init__(
@@ -38,14 +38,17 @@ class Program:
         environment: Mapping[str, str] | None = None,
         imported: tuple[str, ...] = EVERYTHING,
         cwd: Path = ROOT,
-        merged: bool = False,
+        stderr: int | TextIO = subprocess.PIPE,
     ) -> None:
         self.words = list(map(str, words))
         self.returncode: int | None = None
         self._answers, answers = socket.socketpair()
         self.stdout, output = _pipe()
         self.stderr: TextIO | None = None
-        self.stderr, errors = (None, os.dup(output)) if merged else _pipe()
+        if stderr == subprocess.PIPE:
+            self.stderr, errors = _pipe()
+        else:
+            errors = os.dup(output if isinstance(stderr, int) else stderr.fileno())
         files = [answers.detach(), output, errors]
         socket.send_fds(_zygote(imported), [b"."], files)
         for file in files:
@@ -84,6 +87,9 @@ class Program:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

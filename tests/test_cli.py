@@ -12,6 +12,7 @@ import yaml
 from rlr_peft import __version__
 from rlr_peft.cli.main import main
 from rlr_peft.config.arguments import knobs
+from tests.programs import completed
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
 
@@ -20,6 +21,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rlr_peft.cli", *words], capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def run_with_imports_made(*words: str) -> subprocess.CompletedProcess[str]:
+    """For commands that come to import torch."""
+    return completed(["-m", "rlr_peft.cli", *words])
 
 
 def test_version() -> None:
@@ -117,7 +123,7 @@ def test_config_help_is_grouped_complete_and_quick() -> None:
 )
 def test_what_the_machine_cannot_do_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = run(*(word.replace("FILE", str(tmp_path / "file")) for word in words))
+    done = run_with_imports_made(*(word.replace("FILE", str(tmp_path / "file")) for word in words))
     assert done.returncode == 2
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
@@ -125,14 +131,14 @@ def test_what_the_machine_cannot_do_is_one_line(words: list[str], message: str, 
 def test_an_address_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = run("serve-reward", "--reward", "jpeg-compressibility", "--port", port)
+        done = run_with_imports_made("serve-reward", "--reward", "jpeg-compressibility", "--port", port)
     assert done.returncode == 2
     assert f"got 127.0.0.1:{port}" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_damaged_config_beside_the_adapter_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("rank: [")
-    done = run("push", str(tmp_path))
+    done = run_with_imports_made("push", str(tmp_path))
     assert done.returncode == 1
     assert "config.yaml is damaged" in done.stderr and done.stderr.count("\n") == 1
 

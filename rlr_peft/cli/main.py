@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rlr_peft import __version__
-from rlr_peft.foreign_text import guard_terminal
+from rlr_peft.foreign_text import guard_terminal, say
 
 # name -> (one line for --help, module, its function of the remaining words that returns the exit code)
 COMMANDS = {
@@ -22,7 +22,7 @@ COMMANDS = {
     ),
     "config": (
         "check a configuration and print it in full as YAML",
-        "rlr_peft.cli.config_command",
+        "rlr_peft.cli.main",
         "config_command",
     ),
     "diagnose": (
@@ -51,6 +51,14 @@ COMMANDS = {
         "serve_reward_command",
     ),
 }
+
+
+def config_command(words: Sequence[str]) -> int:
+    """Prints the resolved YAML of `--config FILE` and flags."""
+    from rlr_peft.config import config_to_yaml, load_config
+
+    say(config_to_yaml(load_config(words, prog="rlr-peft config")).rstrip("\n"))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,5 +67,5 @@ def _title(config: Config) -> str:
         is_4bit = read_quantization(model.bnb_quantization_config_path).get("load_in_4bit")
         facts.append(f"base in {4 if is_4bit else 8} bits")
     switched = ("gradient_checkpointing", "vae_gradient_checkpointing", "offload", "offload_text_encoders")
-    facts += [option for option in switched if getattr(model, option, False)]
+    facts += [option for option in switched if getattr(model, option)]
     return ", ".join(facts)

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy
+import torch
 from tqdm.auto import tqdm
 
 from rlr_peft.build.run import Run
@@ -136,7 +138,7 @@ def _plain(name: str, value: Any, step: int) -> Any:
         return {str(key): _plain(f"{name}.{key}", item, step) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(f"{name}[{index}]", item, step) for index, item in enumerate(value)]
-    if hasattr(value, "item"):
+    if isinstance(value, (torch.Tensor, numpy.generic)):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         raise MetricsError(

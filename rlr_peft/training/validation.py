@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import numpy
 import torch
 
 from rlr_peft.build.drawing import ImagesError, render
@@ -16,6 +15,7 @@ from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
+from rlr_peft.rewards.preprocessing import to_8_bit
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     save_image_grid(path, images, texts_of(prompts), columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy().astype(numpy.uint8)
-            tracker.log_images({phase: pixels}, step=step, dataformats="NHWC")
+            tracker.log_images({phase: to_8_bit(images)}, step=step, dataformats="NHWC")
     return path
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def words(workplace: Path, output: Path, *adapters: str) -> list[str]:
 
 
 def start(*command: str, **environment: str) -> Program:
-    return Program(["-m", "rlr_peft.cli", *command], os.environ | environment, LIBRARIES, merged=True)
+    return Program(["-m", "rlr_peft.cli", *command], os.environ | environment, LIBRARIES, stderr=subprocess.STDOUT)
 
 
 def scores_of(output: Path) -> list[dict[str, str]]:

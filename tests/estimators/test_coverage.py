@@ -49,7 +49,7 @@ def test_realised_weights_average_to_the_declared_coverage(differentiable: bool,
                 estimator.coverage(chain, differentiable)
             continue
         draws_blocks = settings.half_order is not None and settings.half_order.blocks != "all"
-        layout, draws = estimator.layout(chain, differentiable), 300 if draws_blocks else 2
+        layout, draws = estimator.layout(chain, differentiable), 100 if draws_blocks else 2
         weights = [_realised_weights(layout, settings.coefficients, generator) for _ in range(draws)]
         realised = torch.stack(weights)
         coverage = estimator.coverage(chain, differentiable)

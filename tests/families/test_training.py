@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import train_rlr_lora
 from rlr_peft.lora import load_lora
 from tests.families.table import CASES, NUM_STEPS, VIDEOS, load
-from tests.training.runs import WEIGHTS, finish, start, train_here
+from tests.training.runs import WEIGHTS, finish, run_script, start, train_here
 
 REWARD = """
 def redness(images, prompts):
@@ -58,13 +56,6 @@ def config_of(name: str, base: str, place: Path, output_dir: Path, **values: obj
     path = output_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def run_script(monkeypatch: pytest.MonkeyPatch, config: Path, *flags: str) -> None:
-    """The script's `main` in this process: imports are paid once for all families."""
-    monkeypatch.setattr(sys, "argv", ["train_rlr_lora.py", "--config", str(config), *flags])
-    with torch.random.fork_rng(devices=[]):
-        assert train_rlr_lora.main() == 0
 
 
 def draw(pipeline: DiffusionPipeline, name: str) -> torch.Tensor:

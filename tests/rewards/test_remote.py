@@ -4,7 +4,6 @@ import json
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from rlr_peft.rewards.base import measure_images, score_images
 from rlr_peft.rewards.embedded import JpegReward
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings, WireError, read_request, request_body
+from tests.programs import Program, completed
 from tests.rewards.faulty_server import running
 
 PROMPTS = ["one", "three", "eleven"]
@@ -90,14 +90,13 @@ FAULTS = [
 ]
 
 
-def start(*command: str, stderr: Any = None) -> tuple["subprocess.Popen[str]", str]:
+def start(*command: str, stderr: Any = subprocess.STDOUT) -> tuple[Program, str]:
     """A server process, and the first line that it prints."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=stderr, text=True)
-    assert process.stdout is not None
+    process = Program(command, stderr=stderr)
     return process, process.stdout.readline().strip()
 
 
-def stop(process: "subprocess.Popen[str]") -> None:
+def stop(process: Program) -> None:
     process.terminate()
     process.communicate(timeout=30)
 
@@ -310,8 +309,7 @@ def test_a_reward_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
 
 
 def test_a_reward_of_whole_videos_is_not_served() -> None:
-    command = [sys.executable, "-m", "rlr_peft.cli", "serve-reward", "--reward", "temporal-flicker", "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = completed(["-m", "rlr_peft.cli", "serve-reward", "--reward", "temporal-flicker", "--port", "0"])
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "reward 'temporal-flicker' judges whole videos, but only images travel" in done.stderr
 

@@ -14,8 +14,8 @@ from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, create_judge, judge_file
 
 TOY = [
     *("--drawings", "24", "--processes", "1", "--log_every", "1", "--checkpoint_every", "100"),
-    *("--vae_steps", "4", "--vae_batch_size", "2", "--judge_steps", "4", "--judge_batch_size", "8"),
-    *("--unet_steps", "4", "--unet_batch_size", "2"),
+    *("--vae_steps", "2", "--vae_batch_size", "2", "--judge_steps", "2", "--judge_batch_size", "8"),
+    *("--unet_steps", "2", "--unet_batch_size", "2"),
 ]
 
 
@@ -34,7 +34,7 @@ def test_interrupted_build_ends_in_the_same_weights_and_loads(tmp_path: Path) ->
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
     run_build(straight)
     for _ in range(5):  # autoencoder, two judges and denoiser are each cut once
-        run_build(interrupted, "--stop_after", "2")
+        run_build(interrupted, "--stop_after", "1")
     expected, found = exported_weights(straight), exported_weights(interrupted)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
@@ -47,10 +47,10 @@ def test_interrupted_build_ends_in_the_same_weights_and_loads(tmp_path: Path) ->
     assert (straight / "wall_times.jsonl").read_text().count('"finished": true') == 6
     record = json.loads((straight / "package" / "build_record.json").read_text())
     assert {name: effort["steps"] for name, effort in record.items()} == {
-        "vae": 4,
-        "judge_heldout": 4,
-        "judge_reward": 4,
-        "unet": 4,
+        "vae": 2,
+        "judge_heldout": 2,
+        "judge_reward": 2,
+        "unet": 2,
     }
     leftovers = [file.name for file in tmp_path.rglob("*") if "unfinished" in file.name or file.name.endswith(".old")]
     assert not leftovers

@@ -2,12 +2,16 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
+import train_rlr_lora
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.config import load_config
 from rlr_peft.training.progress import Progress
@@ -52,9 +56,18 @@ def train_here(config: Path, *flags: str) -> tuple[Run, Progress]:
     return run, train(run)
 
 
+def run_script(monkeypatch: pytest.MonkeyPatch, config: Path, *flags: str) -> None:
+    """The script's own ``main``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train_rlr_lora.py", "--config", str(config), *flags])
+    with torch.random.fork_rng(devices=[]):
+        assert train_rlr_lora.main() == 0
+
+
 def start(config: Path, *flags: str, **environment: str) -> Program:
     """Starts the script in a process of its own, whose environment has these besides this one's."""
-    return Program(["train_rlr_lora.py", "--config", config, *flags], os.environ | environment, merged=True)
+    return Program(
+        ["train_rlr_lora.py", "--config", config, *flags], os.environ | environment, stderr=subprocess.STDOUT
+    )
 
 
 def finish(process: Program, expected_code: int = 0) -> str:

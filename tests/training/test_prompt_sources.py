@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-import train_rlr_lora
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import ConfigError
 from rlr_peft.figures import save_image_grid
@@ -22,7 +20,7 @@ from rlr_peft.prompts.sources import builtin_texts
 from rlr_peft.training.validation import evaluate_base, save_validation_images
 from tests.prompts.chat_server import chat_server, completion
 from tests.prompts.test_language_models import small_language_model
-from tests.training.runs import WEIGHTS, build, run_on_two_processes, train_here
+from tests.training.runs import WEIGHTS, build, run_on_two_processes, run_script, train_here
 
 REWARD = """
 import json
@@ -81,13 +79,6 @@ def config_of(workplace: Path, place: Path, **values: Any) -> Path:
     path = place / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def run_script(monkeypatch: pytest.MonkeyPatch, config: Path, *flags: str) -> None:
-    """The script's own ``main``, without paying its imports again."""
-    monkeypatch.setattr(sys, "argv", ["train_rlr_lora.py", "--config", str(config), *flags])
-    with torch.random.fork_rng(devices=[]):
-        assert train_rlr_lora.main() == 0
 
 
 def seen(place: Path) -> list[tuple[str, dict[str, Any]]]:
