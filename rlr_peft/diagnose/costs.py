@@ -1,5 +1,6 @@
 """What an estimator costs, by really running it on one micro-batch and measuring."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -115,10 +116,14 @@ def run_on_single_samples(
     estimator: Estimator,
     rollouts: Sequence[Rollout],
     sketch: GradientSketch,
-    generator: torch.Generator,
+    seed: int,
     max_samples: int | None = None,
+    shares_draws: bool = True,
 ) -> SampleEstimates:
     """Estimates of a method that the sketches of single steps cannot tell, by running it on one sample at a time.
+
+    Samples i and i + n / 2 get the same draw where a micro-batch has one draw for all: their likeness shows how much of
+    the noise more samples would not average out.
 
     Args:
         chain: the chain.
@@ -126,18 +131,20 @@ def run_on_single_samples(
         estimator: what to run.
         rollouts: N samples in all.
         sketch: projects the gradients.
-        generator: of the estimator's own draws.
+        seed: of the estimator's own draws.
         max_samples: take only so many of the samples, evenly spread; None takes all.
+        shares_draws: whether the samples of a micro-batch share what the estimator draws.
     """
     samples = [rollout.select([i]) for rollout in rollouts for i in range(len(rollout.rewards))]
     chosen = evenly_spread(len(samples), len(samples) if max_samples is None else max_samples)
+    draws = torch.arange(len(chosen)) % (math.ceil(len(chosen) / 2) if shares_draws else len(chosen))
     vectors = []
-    for i in chosen:
+    for i, draw in zip(chosen, draws.tolist(), strict=True):
         clear_gradients(chain)
-        estimator.accumulate(chain, objective, samples[i], generator)
+        estimator.accumulate(chain, objective, samples[i], torch.Generator().manual_seed(seed + draw))
         vectors.append(sketch([torch.zeros_like(p) if p.grad is None else p.grad for p in chain.parameters]).float())
     clear_gradients(chain)
-    return sample_estimates(torch.stack(vectors), chosen)
+    return sample_estimates(torch.stack(vectors), chosen, draws)
 
 
 def evenly_spread(total: int, count: int) -> list[int]:

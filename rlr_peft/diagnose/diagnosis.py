@@ -20,6 +20,7 @@ from rlr_peft.diagnose.estimates import (
 )
 from rlr_peft.diagnose.evidence import Evidence, gather_evidence
 from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
+from rlr_peft.diagnose.worth import improvement_per_cost, length_along, update_size
 from rlr_peft.estimators.base import Coverage, Rollout, hot_steps
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
@@ -159,6 +160,8 @@ class MethodResult:
         cost: of one sample.
         estimates: of single samples.
         cosine: to the reference.
+        length: of its expectation along the reference's, relative to it; not a number where there is no signal.
+        improvement: that an update promises per cost, relative to the best method; likewise.
     """
 
     method: Method
@@ -166,6 +169,8 @@ class MethodResult:
     cost: Cost
     estimates: SampleEstimates
     cosine: Cosine
+    length: float
+    improvement: float
 
     @property
     def variance_times_cost(self) -> float:
@@ -229,7 +234,7 @@ def diagnose(
     seed = config.training.seed
     sketch = GradientSketch(chain.parameters)
     evidence = gather_evidence(chain, objective, rollouts, sketch, group_size, show_progress)
-    compared = methods_to_compare(evidence, config.estimator, seed)
+    compared = methods_to_compare(chain, evidence, config)
     batch = cost_batch(rollouts)
     generator = torch.Generator().manual_seed(seed)
     # The first run with a new size of batch is slower than all others.
@@ -241,14 +246,25 @@ def diagnose(
             cost, coverage = measure_cost(chain, objective, estimator, batch, generator, sampling_seconds)
             if estimates is None:
                 estimates = run_on_single_samples(
-                    chain, objective, estimator, rollouts, sketch, generator, method.max_samples
+                    chain, objective, estimator, rollouts, sketch, seed, method.max_samples, method.shares_draws
                 )
             measured.append((method, cost, coverage, estimates))
     reference = min(measured, key=lambda row: _rank_as_reference(row[2], row[3], evidence))[3]
     is_first = first_half(evidence.num_samples, group_size)
+    update = update_size(config)
+    promised = [improvement_per_cost(estimates, reference, cost.work, update) for _, cost, _, estimates in measured]
+    best = max(promised)
     results = [
-        MethodResult(method, coverage, cost, estimates, cosine_to_reference(estimates, reference, is_first, seed))
-        for method, cost, coverage, estimates in measured
+        MethodResult(
+            method,
+            coverage,
+            cost,
+            estimates,
+            cosine_to_reference(estimates, reference, is_first, seed),
+            length_along(estimates, reference),
+            improvement / best,
+        )
+        for (method, cost, coverage, estimates), improvement in zip(measured, promised, strict=True)
     ]
     return Diagnosis(
         facts=facts,
@@ -271,13 +287,18 @@ def cost_batch(rollouts: Sequence[Rollout]) -> Rollout:
     return rollouts[0].select(list(range(size - size % 2 if size > 1 else size)))
 
 
-def _rank_as_reference(coverage: Coverage, estimates: SampleEstimates, evidence: Evidence) -> tuple[int, int, float]:
-    """Smaller is better: measured on all samples and bent in the fewest ways, then nothing left out, then least noise.
+def bias_rank(coverage: Coverage) -> tuple[int, int]:
+    """Smaller is less biased: bent in the fewest ways, then the fewest steps left out.
 
-    A reward without gradient on a chain whose last step has no noise has no unbiased method; the reference then is one
-    that leaves out nothing else.
+    A reward without gradient on a chain whose last step has no noise has no unbiased method: the least biased one then
+    leaves out nothing else.
     """
     bends = len(coverage.departures) + (coverage.smoothing is not None)
-    uncovered = int((coverage.weights < 1 - 1e-9).sum())
+    return bends, int((coverage.weights < 1 - 1e-9).sum())
+
+
+def _rank_as_reference(coverage: Coverage, estimates: SampleEstimates, evidence: Evidence) -> tuple[int, int, float]:
+    """Smaller is better: measured on all samples and least bent, then nothing left out, then least noise."""
+    bends, uncovered = bias_rank(coverage)
     is_partial = len(estimates.samples) < evidence.num_samples
     return bends + is_partial, uncovered, estimates.variance

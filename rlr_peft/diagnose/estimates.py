@@ -4,12 +4,14 @@ They are put together from the sketches of the steps: estimates of different met
 methods alone.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rlr_peft.estimators.variance import StepGradients
+from rlr_peft.estimators.auto import Weights, rows_of
+from rlr_peft.estimators.variance import GradientMoments, StepGradients
 from rlr_peft.intervals import direction
 
 
@@ -18,15 +20,19 @@ class SampleEstimates:
     """What n samples, each on its own, estimate the gradient to be.
 
     Attributes:
-        vectors: sketches of the estimates, (n, d).
+        vectors: sketches of the estimates, (n, d); of a method that draws steps, of one draw or averaged over all.
         squares: squared distances from their mean, times n / (n - 1), (n,), float64: their mean is the variance. Where
             a method draws steps at random, the variance over all possible draws is inside.
         samples: which of all samples these are.
+        draws: which draw of the method each vector is of, (n,); those of one draw are not independent.
+        shared: the part of the variance that comes from draws which all samples of a micro-batch share.
     """
 
     vectors: torch.Tensor
     squares: torch.Tensor
     samples: list[int]
+    draws: torch.Tensor
+    shared: float = 0.0
 
     @property
     def variance(self) -> float:
@@ -39,10 +45,53 @@ class SampleEstimates:
         return float(self.squares.std()) / len(self.squares) ** 0.5
 
 
-def sample_estimates(vectors: torch.Tensor, samples: Sequence[int] | None = None) -> SampleEstimates:
-    """Of estimates (n, d) that hold all randomness already; ``samples`` is 0..n - 1 by default."""
+def sample_estimates(
+    vectors: torch.Tensor, samples: Sequence[int] | None = None, draws: torch.Tensor | None = None
+) -> SampleEstimates:
+    """Of estimates (n, d) that hold all randomness already.
+
+    Args:
+        vectors: the estimates.
+        samples: which of all samples they are of; 0..n - 1 by default.
+        draws: which draw each is of, (n,), from 0 on; all different by default.
+    """
+    chosen = list(range(len(vectors)) if samples is None else samples)
+    own = torch.arange(len(vectors)) if draws is None else draws
+    together, apart = _mean_products(vectors, own)
+    return SampleEstimates(vectors, squared_deviations(vectors), chosen, own, max(together - apart, 0.0))
+
+
+def _mean_products(vectors: torch.Tensor, draws: torch.Tensor) -> tuple[float, float]:
+    """Mean inner products of two different samples of one draw, and of two draws; the former is the latter without."""
+    exact, count = vectors.double(), len(vectors)
+    sums = torch.zeros(int(draws.max()) + 1, exact.shape[1], dtype=torch.float64).index_add_(0, draws, exact)
+    pairs = float(torch.bincount(draws).square().sum())
+    within, own = float(sums.square().sum()), float(exact.square().sum())
+    apart = (float(exact.sum(0).square().sum()) - within) / (count**2 - pairs)
+    return (within - own) / (pairs - count) if pairs > count else apart, apart
+
+
+def weighted_rows(gradients: StepGradients, weights: Weights, factors: torch.Tensor | None = None) -> SampleEstimates:
+    """``sum_r w_r v_r`` with drawn weights of the rows of ``auto``, averaged over all draws.
+
+    Args:
+        gradients: must hold the pathwise gradients and those with the velocity held fixed.
+        weights: of the rows.
+        factors: of the samples' estimates, (N,); None for 1.
+    """
+    rows = rows_of(gradients).double()
+    rows = rows if factors is None else factors.double()[:, None] * rows
+    covariance = weights.square - torch.outer(weights.mean, weights.mean)
+    used = covariance.diagonal() > 0
+    drawn, covariance = rows[used], covariance[used][:, used]
+    vectors = torch.einsum("r,rnd->nd", weights.mean, rows).float()
+    means = GradientMoments.of(drawn).means
     return SampleEstimates(
-        vectors, squared_deviations(vectors), list(range(len(vectors)) if samples is None else samples)
+        vectors,
+        squared_deviations(vectors) + (torch.einsum("rs,snd->rnd", covariance, drawn) * drawn).sum((0, 2)),
+        list(range(len(vectors))),
+        torch.arange(len(vectors)),
+        max(float((covariance * means).sum()), 0.0) if weights.shared else 0.0,
     )
 
 
@@ -116,13 +165,17 @@ def drawn_score_terms(
     count = len(beyond)
     tail = pathwise_tail(gradients, first_order_steps) if first_order_steps else torch.zeros_like(beyond[0])
     spread = (beyond.double() - beyond.double().mean(0)).square().sum((0, 2)) / (count - 1)
-    draw_variance = count**2 * (1 / num_draws - 1 / count) * spread
+    factor = count**2 * (1 / num_draws - 1 / count)
+    means = GradientMoments.of(beyond).means
+    spread_of_means = float(means.trace() - means.sum() / count) / (count - 1)
     drawn = torch.stack([torch.randperm(count, generator=generator)[:num_draws] for _ in range(beyond.shape[1])])
     chosen = torch.stack([beyond[steps, i].sum(0) for i, steps in enumerate(drawn)])
     return SampleEstimates(
         vectors=tail + count / num_draws * chosen,
-        squares=squared_deviations(first_and_half_order(gradients, first_order_steps)) + draw_variance,
+        squares=squared_deviations(first_and_half_order(gradients, first_order_steps)) + factor * spread,
         samples=list(range(beyond.shape[1])),
+        draws=torch.arange(beyond.shape[1]),
+        shared=max(factor * spread_of_means, 0.0),
     )
 
 
@@ -150,14 +203,26 @@ def gradient_norm(estimates: SampleEstimates) -> float:
     return float(estimates.vectors.double().mean(0).norm())
 
 
-def signal_to_noise(estimates: SampleEstimates) -> float:
-    """``|E g|^2 / variance`` of a single sample's estimate; its inverse is the number of samples for a ratio of 1.
+def mean_square(estimates: SampleEstimates) -> float:
+    """``|E g|^2`` without the noise: the mean product of independent estimates, below 0 at times where it is small."""
+    return _mean_products(estimates.vectors, estimates.draws)[1]
 
-    The squared norm of a mean over n samples holds variance / n of noise, which is taken off; at least 0.
+
+def mean_product(estimates: SampleEstimates, reference: SampleEstimates) -> float:
+    """``<E g, E r>`` without the noise: the mean product of the method on one sample and the reference on another."""
+    own, other = estimates.vectors.double(), reference.vectors.double()
+    place = {sample: i for i, sample in enumerate(reference.samples)}
+    same = float((own * other[[place[sample] for sample in estimates.samples]]).sum())
+    return (float(own.sum(0) @ other.sum(0)) - same) / (len(own) * (len(other) - 1))
+
+
+def noise_scale(estimates: SampleEstimates) -> float:
+    """tr(covariance) / ``|E g|^2`` of a single sample's estimate: a batch of this size is half noise.
+
+    Infinite where the samples show no signal (McCandlish et al. 1812.06162).
     """
-    variance = estimates.variance
-    signal = gradient_norm(estimates) ** 2 - variance / len(estimates.vectors)
-    return max(signal, 0.0) / variance if variance > 0 else 0.0
+    signal = mean_square(estimates)
+    return estimates.variance / signal if signal > 0 else math.inf
 
 
 def paired_difference(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:

@@ -99,11 +99,12 @@ def gather_evidence(
     _check(rewards, group_size)
     samples = [rollout.select([i]) for rollout in rollouts for i in range(len(rollout.rewards))]
     parts, mirrored = [], []
+    is_differentiable = samples[0].reward_gradient is not None
     with tqdm(total=len(samples), desc="Gradients of single samples", unit="sample", disable=not show_progress) as bar:
         # A measurement needs two samples, so an odd one joins the pair before it.
         starts = list(range(0, len(samples) - 1, 2))
         for start, stop in zip(starts, [*starts[1:], len(samples)], strict=True):
-            parts.append(measure_step_gradients(chain, samples[start:stop], sketch))
+            parts.append(measure_step_gradients(chain, samples[start:stop], sketch, with_held=is_differentiable))
             for sample in samples[start:stop]:
                 mirrored.append(_mirrored(chain, objective, sample))
             bar.update(stop - start)
@@ -148,10 +149,12 @@ def _mirrored(chain: Chain, objective: Objective, sample: Rollout) -> torch.Tens
 def _joined(parts: Sequence[StepGradients]) -> StepGradients:
     pathwise = [part.pathwise for part in parts if part.pathwise is not None]
     squares = [part.cotangent_squares for part in parts if part.cotangent_squares is not None]
+    held = [part.held for part in parts if part.held is not None]
     return StepGradients(
         pathwise=torch.cat(pathwise, dim=1) if pathwise else None,
         scores=torch.cat([part.scores for part in parts], dim=1),
         advantages=torch.cat([part.advantages for part in parts]),
         has_noise=parts[0].has_noise,
         cotangent_squares=torch.cat(squares, dim=1) if squares else None,
+        held=torch.cat(held, dim=1) if held else None,
     )

@@ -6,17 +6,21 @@ from typing import Any
 
 import torch
 
-from rlr_peft.config import EstimatorArguments
+from rlr_peft.chain.interface import Chain
+from rlr_peft.config import Config, EstimatorArguments
 from rlr_peft.config.estimator import ReusedSamplesArguments
-from rlr_peft.config.methods import METHODS, D3POArguments, RLRPaperArguments
+from rlr_peft.config.methods import METHODS, D3POArguments, DrawnStepsArguments, RLRPaperArguments
 from rlr_peft.diagnose import estimates as estimates_of
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence
+from rlr_peft.diagnose.worth import update_size
+from rlr_peft.estimators.auto import weights_of
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.layout import RLRSettings
+from rlr_peft.estimators.pathwise import CLIP_QUANTILE
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.variance import best_first_order_steps, inverse_variance_weights
+from rlr_peft.estimators.variance import GradientMoments, best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 NUM_DRAWN_STEPS = 4
@@ -24,10 +28,14 @@ NUM_DRAWN_STEPS = 4
 MAX_ZEROTH_ORDER_SAMPLES = 8
 
 # What a method sets, by the name of the flag.
-Changes = dict[str, str | int]
+Changes = dict[str, str | int | float]
 
 NO_GRADIENT = "the reward has no gradient"
 NO_NOISE = "the chain has no noise, so it has no score terms"
+OF_A_GRADIENT = (
+    *("full-bp", "truncated-bp", "draft-lv", "drtune", "leap", "flowbp-sparse", "flowbp-bridge", "rsm"),
+    *("adjoint-matching", "refl", "rlr with measured K"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Method:
         estimator: what is run to measure its cost.
         estimates: those of single samples; None where only running it can tell.
         max_samples: how many samples to run it on at the most; None for all.
+        shares_draws: whether the samples of a micro-batch share what it draws, where it is run.
         own_units: whether its gradient is in other units than the reward's, so that variances cannot be compared.
     """
 
@@ -48,6 +57,7 @@ class Method:
     estimator: Estimator
     estimates: SampleEstimates | None = None
     max_samples: int | None = None
+    shares_draws: bool = True
     own_units: bool = False
 
 
@@ -73,19 +83,20 @@ class ComparedMethods:
         return max(self.first_order_steps, self.black_box_steps)
 
 
-def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: int) -> ComparedMethods:
+def methods_to_compare(chain: Chain, evidence: Evidence, config: Config) -> ComparedMethods:
     """Every method that exists for the chain and the reward, with its estimates on the same samples.
 
     Args:
+        chain: the chain.
         evidence: what was measured.
-        arguments: lend the numbers that do not make a method another one, such as clips and scales.
-        seed: of random draws of steps.
+        config: lends the numbers that do not make a method another one, such as clips and scales, and the batch.
     """
-    builder = _Builder(evidence, arguments, seed)
+    builder = _Builder(chain, evidence, config)
     if evidence.differentiable:
         builder.pathwise()
+        builder.velocity_held()
     else:
-        builder.left_out |= dict.fromkeys(("full-bp", "truncated-bp", "refl", "rlr with measured K"), NO_GRADIENT)
+        builder.left_out |= dict.fromkeys(OF_A_GRADIENT, NO_GRADIENT)
         builder.black_box()
     if evidence.noisy_steps:
         builder.score_function()
@@ -98,13 +109,15 @@ def methods_to_compare(evidence: Evidence, arguments: EstimatorArguments, seed: 
 class _Builder:
     """Collects methods."""
 
-    def __init__(self, evidence: Evidence, arguments: EstimatorArguments, seed: int) -> None:
+    def __init__(self, chain: Chain, evidence: Evidence, config: Config) -> None:
+        self.chain = chain
         self.evidence = evidence
-        self.arguments = arguments
-        self.generator = torch.Generator().manual_seed(seed)
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.training.seed)
         self.methods: list[Method] = []
         self.left_out: dict[str, str] = {}
-        variances = evidence.variances
+        pathwise, variances = evidence.gradients.pathwise, evidence.variances
+        self.moments = None if pathwise is None else GradientMoments.of(pathwise)
         self.first_order_steps = (
             best_first_order_steps(variances.first_order, variances.half_order) if evidence.differentiable else 0
         )
@@ -118,14 +131,40 @@ class _Builder:
             tail = estimates_of.pathwise_tail(gradients, k)
             self._add(f"truncated-bp, K = {k}", tail, {"estimator": "truncated-bp", "fo_steps": k})
         crossing = estimates_of.first_and_half_order(gradients, best)
-        self._add(f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr"})
+        self._add(f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr", "fo_steps": best})
         weights = inverse_variance_weights(self.evidence.variances.first_order, self.evidence.variances.half_order)
+        if self.config.lora.lora_dropout > 0:
+            self.left_out["rlr, roulette"] = "dropout's masks depend on the samples that are left"
+        elif best > 1:
+            roulette: Changes = {"estimator": "rlr", "fo_steps": best, "fo_roulette": "true"}
+            self._add_weighted(f"rlr, K = {best}, roulette", roulette)
         mixed = estimates_of.mixed_orders(gradients, weights)
         self._add("rlr, mixed orders", mixed, {"estimator": "rlr", "step_choice": "inverse-variance"})
         if self.evidence.noisy_steps:
             single = estimates_of.first_and_half_order(gradients, 1)
             self._add("rlr, K = 1", single, {"estimator": "rlr", "fo_steps": 1})
             self._drawn_steps(f"rlr, K = {best}", best, {"fo_steps": best})
+
+    def velocity_held(self) -> None:
+        """Drawn steps with the velocity held fixed between them."""
+        gradients = self.evidence.gradients
+        self._add_weighted("flowbp-sparse", self._drawn("flowbp-sparse"))
+        self._add_weighted("flowbp-sparse, drawn evenly", self._drawn("flowbp-sparse") | {"step_density": 0})
+        if self.evidence.noisy_steps:
+            assert gradients.cotangent_squares is not None
+            norms = gradients.cotangent_squares[0].sqrt()
+            self._add_weighted("rsm", self._drawn("rsm"), (norms.quantile(CLIP_QUANTILE) / norms).clamp(max=1))
+        else:
+            self.left_out |= dict.fromkeys(
+                ("rsm", "adjoint-matching"), "it weighs steps by their noise, and there is none"
+            )
+
+    def _drawn(self, name: str) -> Changes:
+        """A method of drawn steps, no more of them than there are."""
+        method = METHODS[name]
+        assert issubclass(method, DrawnStepsArguments)
+        num_steps = self.evidence.num_steps
+        return {"estimator": name} | ({"fo_steps": num_steps} if num_steps < method().fo_steps else {})
 
     def black_box(self) -> None:
         """Methods of a reward without gradient."""
@@ -162,7 +201,7 @@ class _Builder:
                 f"{evidence.micro_batch_size}"
             )
             return
-        dpo_beta = D3POArguments(**self.arguments.fine_knobs(of=D3POArguments)).dpo_beta
+        dpo_beta = D3POArguments(**self.config.estimator.fine_knobs(of=D3POArguments)).dpo_beta
         # At the reference every pair's slope is beta / 2, whatever the margin of its rewards.
         first, second = evidence.rewards.reshape(-1, 2).T
         slope = torch.sign(first - second) * dpo_beta / 2
@@ -178,12 +217,20 @@ class _Builder:
             if self.evidence.num_steps > 1:
                 self._add(name, None, {"estimator": "rlr", **tail, "ho_length": 2})
             self._add("rlr-paper", None, {"estimator": "rlr-paper"}, max_samples=MAX_ZEROTH_ORDER_SAMPLES)
-        paper = RLRPaperArguments(**self.arguments.fine_knobs(of=RLRPaperArguments))
+        paper = RLRPaperArguments(**self.config.estimator.fine_knobs(of=RLRPaperArguments))
         perturbed = ZerothOrder("two-point", paper.zo_scale)
         alone = RLREstimator(RLRSettings(first_order_steps=0, half_order=None, zeroth_order=perturbed))
         self.methods.append(Method("zeroth order on all steps", "", alone, max_samples=MAX_ZEROTH_ORDER_SAMPLES))
-        if differentiable:
-            self._add("refl", None, {"estimator": "refl"})
+        if not differentiable:
+            return
+        self._add("refl", None, {"estimator": "refl"})
+        # What it draws, noises, is of every sample by itself.
+        self._add("draft-lv", None, {"estimator": "draft-lv"}, shares_draws=False)
+        if self.evidence.num_steps > 1:
+            self._add("leap", None, {"estimator": "leap"})
+        drawn = ["drtune", "flowbp-bridge", *(["adjoint-matching"] if self.evidence.noisy_steps else [])]
+        for name in drawn:
+            self._add(name, None, self._drawn(name))
 
     def _add(
         self,
@@ -192,23 +239,38 @@ class _Builder:
         changes: Changes,
         *,
         max_samples: int | None = None,
+        shares_draws: bool = True,
         own_units: bool = False,
     ) -> None:
-        estimator = build_estimator(self._arguments(changes), self.evidence.num_steps)
-        if isinstance(estimator, RLREstimator):
-            estimator.statistics.variances = self.evidence.variances
         if isinstance(estimates, torch.Tensor):
             estimates = sample_estimates(estimates)
         flags = " ".join(f"--{knob} {value}" for knob, value in changes.items())
-        self.methods.append(Method(name, flags, estimator, estimates, max_samples, own_units))
+        estimator = self._estimator(changes)
+        self.methods.append(Method(name, flags, estimator, estimates, max_samples, shares_draws, own_units))
+
+    def _add_weighted(self, name: str, changes: Changes, factors: torch.Tensor | None = None) -> None:
+        """A method that weights the measured gradients, times factors of the samples."""
+        weights = weights_of(self._estimator(changes), self.chain)
+        self._add(name, estimates_of.weighted_rows(self.evidence.gradients, weights, factors), changes)
+
+    def _estimator(self, changes: Changes) -> Estimator:
+        estimator = build_estimator(
+            self._arguments(changes), self.evidence.num_steps, samples=update_size(self.config).samples
+        )
+        if isinstance(estimator, RLREstimator):
+            estimator.statistics.variances = self.evidence.variances
+            estimator.statistics.moments = self.moments
+        return estimator
 
     def _arguments(self, changes: Changes) -> EstimatorArguments:
         """The method's own defaults, and what does not make it another method from the user's config."""
         method = METHODS[str(changes["estimator"])]
         own: dict[str, Any] = {knob: value for knob, value in changes.items() if knob != "estimator"}
+        if "fo_roulette" in own:
+            own["fo_roulette"] = True
         if issubclass(method, ReusedSamplesArguments):
             own["inner_epochs"] = 1
-        return method(**self.arguments.fine_knobs(of=method) | own)
+        return method(**self.config.estimator.fine_knobs(of=method) | own)
 
 
 def best_black_box_steps(evidence: Evidence) -> int:

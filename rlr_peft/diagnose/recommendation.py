@@ -1,13 +1,14 @@
 """What to set, in plain sentences, and how sure that is."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from rlr_peft.config.estimator import ThreeOrdersArguments
+from rlr_peft.diagnose.answer import answer_of
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, squares_by_first_order_steps
-from rlr_peft.diagnose.estimates import is_clearly_larger, paired_difference, signal_to_noise
+from rlr_peft.diagnose.estimates import is_clearly_larger, noise_scale, paired_difference
+from rlr_peft.diagnose.words import quoted, steps_in_words
 from rlr_peft.estimators.base import step_ranges
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
@@ -20,10 +21,12 @@ class Recommendation:
 
     Attributes:
         flags: what to set; empty where no estimator fits.
+        answer: which method to take, why, and how sure and biased that is: three sentences at the most.
         advice: sentences by topic.
     """
 
     flags: str
+    answer: list[str]
     advice: dict[str, str] = field(default_factory=dict)
 
 
@@ -31,21 +34,12 @@ def recommend(diagnosis: Diagnosis) -> Recommendation:
     """Every sentence follows from numbers of the diagnosis; where they do not decide, it says so."""
     advice: dict[str, str] = {}
     if diagnosis.evidence.differentiable:
-        flags = f"--estimator rlr --fo_steps {diagnosis.compared.first_order_steps}"
         advice["First order"] = " ".join(_first_order(diagnosis))
-        sentences, pays = _mixed_orders(diagnosis)
-        if pays:
-            flags = "--estimator rlr --step_choice inverse-variance"
     else:
-        flags = f"--estimator rlr --black_box_steps {diagnosis.compared.black_box_steps}"
         advice["Black-box tail"] = " ".join(_black_box(diagnosis))
-        sentences = []
-        if not diagnosis.evidence.noisy_steps:
-            flags = ""
     advice["Score terms"] = " ".join(_score_terms(diagnosis))
-    if sentences:
-        advice["Mixed orders"] = " ".join(sentences)
-    advice["Price of precision"] = " ".join(_price(diagnosis))
+    if diagnosis.evidence.differentiable:
+        advice["Mixed orders"] = " ".join(_mixed_orders(diagnosis))
     optional = {
         "One stage only": window_advice(diagnosis),
         "Budgets": budget_advice(diagnosis),
@@ -57,17 +51,18 @@ def recommend(diagnosis: Diagnosis) -> Recommendation:
         text = " ".join(found)
         if text:
             advice[topic] = text
-    return Recommendation(flags, advice)
+    return Recommendation(*answer_of(diagnosis), advice)
 
 
 def _first_order(diagnosis: Diagnosis) -> Iterator[str]:
     best, num_steps = diagnosis.compared.first_order_steps, diagnosis.evidence.num_steps
     if best == num_steps:
-        yield f"Take the pathwise gradient through all {num_steps} steps: `--fo_steps {best}`, full backpropagation."
+        yield f"`rlr` takes the pathwise gradient through all {num_steps} steps: `--fo_steps {best}`, full"
+        yield "backpropagation."
     elif best == 0:
-        yield "Take no pathwise gradient at all: `--fo_steps 0`, score terms everywhere."
+        yield "`rlr` takes no pathwise gradient at all: `--fo_steps 0`, score terms everywhere."
     else:
-        yield f"Take the pathwise gradient through the last {best} of {num_steps} steps: `--fo_steps {best}`."
+        yield f"`rlr` takes the pathwise gradient through the last {best} of {num_steps} steps: `--fo_steps {best}`."
     yield "`--fo_steps auto`, the default, measures this again while training."
     chosen = _named(diagnosis, f"rlr, K = {best} (measured)")
     others = ("reinforce", "rlr, K = 1") if best == num_steps else ("full-bp", "reinforce")
@@ -122,7 +117,7 @@ def _score_terms(diagnosis: Diagnosis) -> Iterator[str]:
     evidence, tail = diagnosis.evidence, diagnosis.compared.covered_tail
     beyond = [t for t in range(tail + 1, evidence.num_steps + 1) if t in evidence.noisy_steps]
     if beyond:
-        yield f"Single-step score terms go on {steps_in_words(beyond)}, which is the default (`--ho_length 1`)."
+        yield f"Its single-step score terms go on {steps_in_words(beyond)}, which is the default (`--ho_length 1`)."
     else:
         yield "No step needs a score term."
     if not evidence.differentiable:
@@ -131,7 +126,7 @@ def _score_terms(diagnosis: Diagnosis) -> Iterator[str]:
             yield f"Nothing can cover {steps_in_words(silent)}, where there is no noise: the gradient leaves that out."
 
 
-def _mixed_orders(diagnosis: Diagnosis) -> tuple[list[str], bool]:
+def _mixed_orders(diagnosis: Diagnosis) -> Iterator[str]:
     crossing = _named(diagnosis, f"rlr, K = {diagnosis.compared.first_order_steps} (measured)")
     mixed = _named(diagnosis, "rlr, mixed orders")
     before, after = crossing.estimates.squares * crossing.cost.work, mixed.estimates.squares * mixed.cost.work
@@ -141,53 +136,25 @@ def _mixed_orders(diagnosis: Diagnosis) -> tuple[list[str], bool]:
         f"{short_number(crossing.variance_times_cost)} with one K"
     )
     if gain <= error:
-        return [f"Mixing both orders at every step does not pay: {numbers}."], False
-    sentence = f"Mixing both orders at every step pays: {numbers}. Set `--step_choice inverse-variance`."
-    if is_clearly_larger(before, after):
-        return [sentence], True
-    return [sentence, "The evidence is weak: the gain is hardly more than its error."], True
-
-
-def _price(diagnosis: Diagnosis) -> Iterator[str]:
-    fair = [
-        r
-        for r in diagnosis.results
-        if r.coverage.unbiased and len(r.estimates.samples) == diagnosis.evidence.num_samples
-    ]
-    if not fair:
-        yield "No method is unbiased for this chain and reward."
+        yield f"Mixing both orders of `rlr` at every step does not pay: {numbers}."
         return
-    ranked = sorted(fair, key=lambda result: result.variance_times_cost)
-    best = ranked[0]
-    yield (
-        f"Of the unbiased methods, {quoted(best.method.name)} buys a given precision for the least compute: variance "
-        f"times cost is {short_number(best.variance_times_cost)}."
-    )
-    work = best.estimates.squares * best.cost.work
-    tied = [
-        quoted(r.method.name)
-        for r in ranked[1:]
-        # The measured K may be T, or 0, which makes it another method's twin.
-        if not torch.equal(r.estimates.vectors, best.estimates.vectors)
-        and not is_clearly_larger(r.estimates.squares * r.cost.work, work)
-    ]
-    if tied:
-        yield f"On these samples, {listed(tied)} cannot be told from it."
+    yield f"Mixing both orders of `rlr` at every step pays: {numbers}. `--step_choice inverse-variance` does it."
+    if not is_clearly_larger(before, after):
+        yield "The evidence is weak: the gain is hardly more than its error."
 
 
 def _evidence(diagnosis: Diagnosis) -> Iterator[str]:
     count, reference = diagnosis.evidence.num_samples, diagnosis.reference
-    name, ratio = quoted(reference.method.name), signal_to_noise(reference.estimates)
-    if ratio == 0:
+    name, scale = quoted(reference.method.name), noise_scale(reference.estimates)
+    if math.isinf(scale):
         yield (
             f"{count} samples do not show a gradient above the noise, even with {name}: compare variances, not "
             "directions, or raise `--samples`."
         )
     else:
-        enough = max(1, round(1 / ratio))
         yield (
-            f"With {name}, the reference, a mean over about {enough:,} samples holds as much gradient as noise; here "
-            f"were {count}."
+            f"With {name}, the reference, a mean over about {max(1, round(scale)):,} samples holds as much gradient as "
+            f"noise; here were {count}."
         )
     if reference.cosine.low <= 0:
         yield "Cosines say little here: even the reference's own halves do not agree beyond doubt."
@@ -316,13 +283,3 @@ def last_step_advice(diagnosis: Diagnosis) -> Iterator[str]:
             "denoiser output there, so truncated backpropagation with K = 1 hardly trains. Use a larger K, or another "
             "grid (`--timestep_spacing trailing`, unless this is one)."
         )
-
-
-def quoted(name: str) -> str:
-    """Names of methods hold commas, so they are quoted inside sentences."""
-    return f'"{name}"'
-
-
-def steps_in_words(steps: Sequence[int]) -> str:
-    """``step 2`` or ``steps 2-4, 7``."""
-    return f"{'step' if len(steps) == 1 else 'steps'} {step_ranges(list(steps))}"

@@ -12,9 +12,11 @@ from markupsafe import Markup, escape
 
 from rlr_peft.config import config_to_dict
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, StepProfile
-from rlr_peft.diagnose.estimates import gradient_norm, signal_to_noise
+from rlr_peft.diagnose.estimates import gradient_norm, noise_scale
 from rlr_peft.diagnose.figure import save_step_profile
-from rlr_peft.diagnose.recommendation import Recommendation, quoted
+from rlr_peft.diagnose.recommendation import Recommendation
+from rlr_peft.diagnose.words import cosine_in_words, quoted
+from rlr_peft.diagnose.worth import update_size
 from rlr_peft.foreign_text import listed, page_environment, printable
 from rlr_peft.intervals import short_number, with_error
 from rlr_peft.reports import aligned, write_numbers, write_text
@@ -36,17 +38,17 @@ def column_titles(diagnosis: Diagnosis) -> list[str]:
         "backwards",
         f"MB ({samples} samples)" if samples > 1 else "MB (1 sample)",
         "s/sample",
-        "norm",
         "variance",
-        "variance x cost",
-        "signal/noise",
+        "noise scale",
+        "length",
         "cosine [95 %]",
+        "gain/cost",
     ]
 
 
 def row_of(result: MethodResult) -> list[str]:
     """One method in words and numbers, in the order of ``column_titles``."""
-    cost, estimates, cosine = result.cost, result.estimates, result.cosine
+    cost, estimates = result.cost, result.estimates
     mark = OWN_UNITS if result.method.own_units else ""
     return [
         result.method.name,
@@ -55,34 +57,34 @@ def row_of(result: MethodResult) -> list[str]:
         f"{cost.backward_passes:g}",
         f"{cost.peak_bytes / 2**20:,.1f}",
         short_number(cost.seconds),
-        short_number(gradient_norm(estimates)) + mark,
         with_error(estimates.variance, estimates.variance_error) + mark,
-        short_number(result.variance_times_cost) + mark,
-        short_number(signal_to_noise(estimates)),
-        f"{_cosine(cosine.value)} [{_cosine(cosine.low)}, {_cosine(cosine.high)}]",
+        short_number(noise_scale(estimates)),
+        short_number(result.length) + mark,
+        cosine_in_words(result.cosine),
+        short_number(result.improvement),
     ]
-
-
-def _cosine(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}"  # the sum turns -0 into 0
 
 
 def notes(diagnosis: Diagnosis) -> list[str]:
     """What the columns are, one sentence each."""
     evidence, reference = diagnosis.evidence, quoted(diagnosis.reference.method.name)
+    update = update_size(diagnosis.config)
     few = sorted({len(r.estimates.samples) for r in diagnosis.results} - {evidence.num_samples})
     found = [
         "NFE are denoiser evaluations per sample, sampling included; a guided pair counts once. Backwards are backward "
         "passes through a denoiser step, per sample.",
         f"MB is the {diagnosis.memory}, for a micro-batch of {diagnosis.cost_samples}.",
-        "Norm is that of the mean gradient. Variance is that of a single sample's estimate (trace of the covariance), "
-        "with its standard error; divide it by the number of samples of an update. (Drawn steps and perturbations are "
-        "drawn once for a micro-batch, so their noise averages out less.) Cost is NFE plus twice the backwards.",
-        "Signal/noise is the squared norm of the expected gradient over the variance: its inverse is the number of "
-        "samples whose mean has as much signal as noise. 0 means that no signal was found.",
+        "Variance is that of a single sample's estimate (trace of the covariance), with its standard error.",
+        "Noise scale is the variance over the squared norm of the expected gradient, noise taken out: a batch of this "
+        "size is half noise. Infinite means that no signal was found.",
+        f"Length is that of the expected gradient along that of {reference}, which is 1; noise is taken out.",
         f"Cosine is that between the method's mean over one half of the {evidence.num_samples} samples and the mean of "
         f"{reference} over the other half, with a bootstrap interval. Noise lowers it: the row of {reference} shows "
-        "what can be reached with so many samples.",
+        "what can be reached with so many samples. (The answer at the top has the noise taken out.)",
+        f"Gain/cost is the improvement per cost: by what an update of {update.samples} samples is expected to raise "
+        "the reward along that reference, for what it costs (NFE plus twice the backwards), relative to the best "
+        "method; undefined without signal. What a micro-batch draws once for all its samples averages out less, and is "
+        "counted so.",
     ]
     if any(result.method.own_units for result in diagnosis.results):
         found.append(
@@ -103,15 +105,15 @@ def notes(diagnosis: Diagnosis) -> list[str]:
 
 
 def console_text(diagnosis: Diagnosis, recommendation: Recommendation) -> str:
-    """Facts, table, notes and recommendation, for a terminal."""
-    lines = [f"{name}: {fact}" for name, fact in diagnosis.facts.items()]
+    """The answer first, then facts, tables, notes and details, for a terminal."""
+    lines = ["Recommendation", *([f"  {recommendation.flags}"] if recommendation.flags else [])]
+    lines += [*_wrapped(recommendation.answer), ""]
+    lines += [f"{name}: {fact}" for name, fact in diagnosis.facts.items()]
     rows = [column_titles(diagnosis), *(row_of(result) for result in diagnosis.results)]
     for title, columns in PARTS.items():
         lines += ["", title, *aligned([[row[column] for column in columns] for row in rows])]
     texts = [f"Left out: {quoted(name)}, because {reason}." for name, reason in diagnosis.compared.left_out.items()]
-    lines += ["", *_wrapped([*texts, *notes(diagnosis)]), "", "Recommendation"]
-    if recommendation.flags:
-        lines.append(f"  {recommendation.flags}")
+    lines += ["", *_wrapped([*texts, *notes(diagnosis)]), "", "Details"]
     lines += _wrapped([f"{topic}: {text}" for topic, text in recommendation.advice.items()])
     return "\n".join(lines)
 
@@ -151,6 +153,7 @@ def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -
     return environment.get_template(TEMPLATE).render(
         facts=diagnosis.facts,
         flags=recommendation.flags,
+        answer=recommendation.answer,
         advice=recommendation.advice,
         parts=PARTS,
         titles=column_titles(diagnosis),
@@ -190,7 +193,11 @@ def plain_numbers(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[
         "methods": [_plain_method(result) for result in diagnosis.results],
         "left_out": dict(compared.left_out),
         "profile": _plain_profile(diagnosis.profile),
-        "recommendation": {"flags": recommendation.flags, "advice": dict(recommendation.advice)},
+        "recommendation": {
+            "flags": recommendation.flags,
+            "answer": recommendation.answer,
+            "advice": dict(recommendation.advice),
+        },
     }
 
 
@@ -216,10 +223,13 @@ def _plain_method(result: MethodResult) -> dict[str, Any]:
         "variance_se": estimates.variance_error,
         "variance_times_cost": result.variance_times_cost,
         "variance_times_cost_se": estimates.variance_error * cost.work,
-        "signal_to_noise": signal_to_noise(estimates),
+        "shared_variance": estimates.shared,
+        "noise_scale": noise_scale(estimates),
+        "length": result.length,
         "cosine": result.cosine.value,
         "cosine_low": result.cosine.low,
         "cosine_high": result.cosine.high,
+        "improvement_per_cost": result.improvement,
     }
 
 

@@ -213,7 +213,7 @@ class AutoEstimator(Estimator):
         assert self._moments is not None  # as calibrate has just measured
         full = torch.zeros(len(self._moments.means), dtype=torch.float64)
         full[: chain.num_steps] = 1
-        weights = {name: self._weights(chain, member) for name, member in self._members.items()}
+        weights = {name: weights_of(member, chain) for name, member in self._members.items()}
         self._promises = {
             name: promise(self._moments, own, full, self.samples, chain.num_steps) for name, own in weights.items()
         }
@@ -221,19 +221,23 @@ class AutoEstimator(Estimator):
         clearly = self._promises[best].improvement > WORTH_A_BIAS * self._promises[UNBIASED].improvement
         self._chosen = best if clearly else UNBIASED
 
-    def _weights(self, chain: Chain, member: Estimator) -> Weights:
-        """Of the rows: T exact pathwise gradients, T with the velocity held fixed, T score terms."""
-        num_steps = chain.num_steps
-        if isinstance(member, RLREstimator):
-            return rlr_weights(member, chain)
-        assert isinstance(member, PathwiseEstimator)
-        generator = torch.Generator().manual_seed(0)
-        is_drawn, is_held = member.settings.steps == "drawn", member.settings.carry is not None
-        draws = torch.zeros(WEIGHT_DRAWS if is_drawn else 1, 3 * num_steps, dtype=torch.float64)
-        for row in draws:
-            chosen = member.choose(chain, generator)
-            row[[num_steps * is_held + t - 1 for t in chosen.steps]] = torch.tensor(chosen.weights, dtype=torch.float64)
-        return Weights.drawn(draws) if is_drawn else Weights.fixed(draws[0])
+
+def weights_of(member: Estimator, chain: Chain) -> Weights:
+    """Of the rows: T exact pathwise gradients, T with the velocity held fixed, T score terms.
+
+    The member is ``rlr`` without a mixture, or a pathwise one that carries all or nothing between its steps.
+    """
+    num_steps = chain.num_steps
+    if isinstance(member, RLREstimator):
+        return rlr_weights(member, chain)
+    assert isinstance(member, PathwiseEstimator)
+    generator = torch.Generator().manual_seed(0)
+    is_drawn, is_held = member.settings.steps == "drawn", member.settings.carry is not None
+    draws = torch.zeros(WEIGHT_DRAWS if is_drawn else 1, 3 * num_steps, dtype=torch.float64)
+    for row in draws:
+        chosen = member.choose(chain, generator)
+        row[[num_steps * is_held + t - 1 for t in chosen.steps]] = torch.tensor(chosen.weights, dtype=torch.float64)
+    return Weights.drawn(draws) if is_drawn else Weights.fixed(draws[0])
 
 
 def rows_of(gradients: StepGradients) -> torch.Tensor:
