@@ -201,7 +201,9 @@ class CheckpointManager:
             )
         with understanding(checkpoint):
             state = {
-                name.removesuffix(".pt"): load_tensors(checkpoint / name) for name in manifest["files"] if name.endswith(".pt")
+                name.removesuffix(".pt"): load_tensors(checkpoint / name)
+                for name in manifest["files"]
+                if name.endswith(".pt")
             }
             process_states = state.pop(_PROCESS_STATES)
             return LoadedCheckpoint(checkpoint, manifest["step"], state, process_states[self.process_index])

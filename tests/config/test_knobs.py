@@ -117,4 +117,6 @@ def test_a_whole_number_is_digits(value: str) -> None:
 
 
 def test_a_number_of_thousands_of_digits_is_refused_where_no_number_belongs_too() -> None:
-    assert refusal(f"--reward_minimum={'9' * 6000}").startswith("reward_minimum: expected a mapping of names to numbers")
+    assert refusal(f"--reward_minimum={'9' * 6000}").startswith(
+        "reward_minimum: expected a mapping of names to numbers"
+    )
