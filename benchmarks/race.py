@@ -34,11 +34,13 @@ from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.training.update import calibrate, calibration_due, take_update
 from rlr_peft.training.validation import evaluate_adapter, evaluate_base
 
+# The methods' own defaults instead of the demo's.
+MEASURED = ("--calibration_interval", "auto", "--fo_roulette")
 # What selects each method, and how many images it makes of a prompt: pathwise gradients need no group.
 METHODS: dict[str, tuple[list[str], int]] = {
-    "rlr, K measured": (["--estimator", "rlr", "--fo_roulette", "false"], 2),
-    "rlr": (["--estimator", "rlr", "--fo_roulette", "true"], 2),
-    "auto": (["--estimator", "auto", "--fo_roulette", "true"], 2),
+    "rlr": (["--estimator", "rlr", *MEASURED, "true"], 2),
+    "rlr without roulette": (["--estimator", "rlr", *MEASURED, "false"], 2),
+    "auto": (["--estimator", "auto", *MEASURED, "true"], 2),
     "full-bp": (["--estimator", "full-bp"], 1),
     "truncated-bp, K = 1": (["--estimator", "truncated-bp"], 1),
     "refl": (["--estimator", "refl"], 1),
