@@ -142,6 +142,11 @@ class DenoisingChain:
             self.latents_shape = self._scheduler.latents_shape = tuple(latents.shape[1:])
 
     @property
+    def mixes_samples(self) -> bool:
+        """Whether a sample's step depends on the others of its batch: the masks of LoRA dropout."""
+        return self.denoiser.training
+
+    @property
     def reward_decoder(self) -> torch.nn.Module | None:
         """What decodes in place of the VAE; None for the VAE."""
         return self._driver.reward_decoder if self._decodes_for_rewards else None

@@ -23,6 +23,10 @@ class Chain(Protocol):
     denoiser_evaluations: int
 
     @property
+    def mixes_samples(self) -> bool:
+        """Whether a sample's step depends on the others of its batch, as masks of LoRA dropout do."""
+
+    @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """The trainable parameters, in a fixed order."""
 

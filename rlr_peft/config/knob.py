@@ -353,7 +353,7 @@ def _scalar(text: str) -> Any:
     match tag:
         case "bool":
             return text.lower() == "true"
-        case "int":
+        case "int" if len(text) <= MAX_DIGITS:  # a longer one stays a text, which no knob takes for a number
             return int(text)
         case "float":
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))

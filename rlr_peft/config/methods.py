@@ -37,31 +37,19 @@ class RLRArguments(ThreeOrdersArguments):
     )
     black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
     fo_roulette: bool = knob(
-        False,
+        True,
         "Take the first-order term through a random number of its steps, drawn for every sample with measured chances "
-        "and weighted to stay unbiased.",
+        "and weighted to stay unbiased; a mixture goes through all of them.",
     )
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the terms; in a mixture, every step is to hold both: none drawn or perturbed."""
         yield from super().check(config)
-        if self.fo_roulette and config.lora.lora_dropout > 0:
-            yield (
-                f"fo_roulette: expected lora_dropout 0, whose masks depend on the samples that are left, got "
-                f"{config.lora.lora_dropout:g}; drop one of the two."
-            )
-        plain = (
-            not self.fo_roulette
-            and self.ho_length == 1
-            and self.ho_blocks == "all"
-            and self.zo == "none"
-            and not self.state_baseline
-        )
+        plain = self.ho_length == 1 and self.ho_blocks == "all" and self.zo == "none" and not self.state_baseline
         if self.step_choice == "inverse-variance" and not (plain and self.fo_steps == "auto"):
             yield (
                 "step_choice: expected crossing where K is given or the half order is not plain single steps, got "
-                "inverse-variance; drop fo_steps, fo_roulette, ho_length, ho_blocks, zo and state_baseline, or the "
-                "step_choice."
+                "inverse-variance; drop fo_steps, ho_length, ho_blocks, zo and state_baseline, or the step_choice."
             )
 
 

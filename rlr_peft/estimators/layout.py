@@ -72,7 +72,7 @@ class RLRSettings:
     @property
     def measures_steps(self) -> bool:
         """Whether K, the mixture or the roulette's chances are chosen by measurement."""
-        return self.first_order_steps == "auto" or self.roulette
+        return self.first_order_steps == "auto" or (self.roulette and self.first_order_steps > 1)
 
     @property
     def measures_window(self) -> bool:

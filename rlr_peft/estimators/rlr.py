@@ -112,7 +112,7 @@ class RLREstimator(Estimator):
             yield mixed_segment(rollout, layout.mixture, c.first_order, c.half_order)
         elif layout.first_order_steps:
             length, walked = layout.first_order_steps, None
-            if self.settings.roulette:
+            if self.settings.roulette and length > 1:
                 walked = roulette_weights(self.roulette(chain, length), len(rollout.rewards), generator)
             yield first_order_segment(rollout, length, c.first_order, walked)
         for t in layout.black_box_steps:

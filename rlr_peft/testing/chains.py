@@ -30,10 +30,13 @@ class ReplicatedChain(ABC):
         replicates: R.
         parameters: each (R, ...).
         denoiser_evaluations: number of single-sample evaluations so far.
+        mixes_samples: False, no sample's step depends on the others.
         departures: none, as its derivatives are those of its samples.
     """
 
     departures: tuple[str, ...] = ()
+
+    mixes_samples = False
 
     def __init__(self, stds: Sequence[float], dimension: int, parameters: Sequence[torch.Tensor], replicates: int):
         self.num_steps, self.dimension, self.replicates = len(stds), dimension, replicates

@@ -125,7 +125,7 @@ class CheckpointManager:
             adapter_writer(aside)
             for name, value in {**state, _PROCESS_STATES: process_states}.items():
                 torch.save(value, aside / f"{name}.pt")
-                _load(aside / f"{name}.pt")
+                load_tensors(aside / f"{name}.pt")
             write_manifest(aside, step=step, num_processes=self.num_processes)
             replaced = self.output_dir / f".checkpoint-{step}.replaced-{os.getpid()}"
             if target.exists():
@@ -201,7 +201,9 @@ class CheckpointManager:
             )
         with understanding(checkpoint):
             state = {
-                name.removesuffix(".pt"): _load(checkpoint / name) for name in manifest["files"] if name.endswith(".pt")
+                name.removesuffix(".pt"): load_tensors(checkpoint / name)
+                for name in manifest["files"]
+                if name.endswith(".pt")
             }
             process_states = state.pop(_PROCESS_STATES)
             return LoadedCheckpoint(checkpoint, manifest["step"], state, process_states[self.process_index])
@@ -278,9 +280,16 @@ def checkpoint_folders(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda item: (item[0], not item[1].name.startswith(".")))
 
 
-def _load(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):  # torch says of an empty one that the disk's answer was wrong
-        raise ValueError(f"{path.name} holds no tensors")
+def load_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote.
+
+    Raises:
+        ValueError: the file is no whole archive.
+    """
+    try:
+        zipfile.ZipFile(path).close()  # torch says of an empty one that the disk's answer was wrong
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path.name} holds no tensors") from error
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

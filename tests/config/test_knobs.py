@@ -114,3 +114,9 @@ def test_zero_is_taken_where_it_has_a_meaning() -> None:
 def test_a_whole_number_is_digits(value: str) -> None:
     assert refusal(f"--rank={value}").startswith("rank: expected a whole number, got ")
     assert refusal(f"--max_train_steps={value}").startswith("max_train_steps: expected a whole number or null, got ")
+
+
+def test_a_number_of_thousands_of_digits_is_refused_where_no_number_belongs_too() -> None:
+    assert refusal(f"--reward_minimum={'9' * 6000}").startswith(
+        "reward_minimum: expected a mapping of names to numbers"
+    )

@@ -76,7 +76,7 @@ def test_truncation_is_left_where_it_leads_astray() -> None:
 def test_the_choice_is_restored_and_its_segments_are_the_members() -> None:
     chain = LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05))
     rollout = rollout_of(chain, 32, 4)
-    estimator, restored = auto(), auto()
+    estimator, restored = auto(fo_roulette=False), auto(fo_roulette=False)
     estimator.calibrate(chain, [rollout], decay=0.0)
     restored.load_state_dict(estimator.state_dict())
     assert restored.describe(True) == estimator.describe(True)

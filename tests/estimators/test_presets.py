@@ -23,11 +23,11 @@ def method(estimator: str = "rlr", **knobs: Any) -> EstimatorArguments:
 
 
 def test_presets_of_the_rlr_family() -> None:
-    assert settings_from_arguments(method(), 50) == RLRSettings("auto", SINGLE, None, black_box_steps=17)
+    assert settings_from_arguments(method(), 50) == RLRSettings("auto", SINGLE, None, black_box_steps=17, roulette=True)
     paper = settings_from_arguments(method(estimator="rlr-paper"), 50)
     assert paper == RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01))
     assert settings_from_arguments(method(estimator="reinforce"), 50) == RLRSettings(0, SINGLE)
-    assert settings_from_arguments(method(fo_roulette=True), 50).roulette
+    assert not settings_from_arguments(method(fo_roulette=False), 50).roulette
 
 
 def test_the_other_methods_are_built_from_their_knobs() -> None:
@@ -86,14 +86,17 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
     ("arguments", "words"),
     [
         (
-            {},
+            {"fo_roulette": False},
             "first order on steps 1..K, K measured, or mirrored noises on the last 17 step(s) if the reward has no "
             "gradient; half order in blocks of h = 1 on all steps beyond",
         ),
-        ({"black_box_steps": 0}, "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps"),
+        (
+            {"black_box_steps": 0, "fo_roulette": False},
+            "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps",
+        ),
         ({"step_choice": "inverse-variance"}, "first and half order mixed at every step by their measured variances"),
         ({"estimator": "truncated-bp", "fo_steps": "random"}, "K drawn from 1..T"),
-        ({"fo_roulette": True}, "every sample through a random number of them, weighted by measured chances"),
+        ({}, "every sample through a random number of them, weighted by measured chances"),
         ({"state_baseline": True, "antithetic": True}, "and a state baseline; antithetic noises"),
         ({"fo_coefficient": 0.5}, "coefficients 0.5, 1, 1 of the three orders"),
         ({"estimator": "rlr-paper"}, "two-point zeroth order with s = 0.01 on the rest"),
@@ -113,7 +116,7 @@ def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:
 
 
 def test_a_description_follows_the_reward_once_that_is_known() -> None:
-    estimator = build_estimator(method(), 50)
+    estimator = build_estimator(method(fo_roulette=False), 50)
     beyond = "; half order in blocks of h = 1 on all steps beyond"
     assert estimator.describe(has_gradient=True) == "first order on steps 1..K, K measured" + beyond
     assert estimator.describe(has_gradient=False) == "mirrored noises on the last 17 step(s)" + beyond

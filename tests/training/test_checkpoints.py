@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlr_peft.training.checkpoints import CheckpointError, CheckpointManager, read_manifest
+from rlr_peft.training.checkpoints import CheckpointError, CheckpointManager, load_tensors, read_manifest
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
@@ -153,6 +154,15 @@ def test_latest_passes_over_a_damaged_checkpoint_and_a_named_one_is_an_error(
     save(manager, 2)
     assert manager.resolve("latest") == tmp_path / "checkpoint-2"
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_tensor_files_that_are_no_archive_or_part_of_one_on_several_disks_hold_no_tensors(tmp_path: Path) -> None:
+    """The second with the end record of ZIP64 archives that span disks, at which Python's own check raises."""
+    spanning = b"PK\x06\x07" + struct.pack("<LQL", 1, 0, 2) + b"PK\x05\x06" + bytes(18)
+    for content in (b"", b"nothing", spanning):
+        (tmp_path / "optimizer.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"optimizer\.pt holds no tensors"):
+            load_tensors(tmp_path / "optimizer.pt")
 
 
 def test_other_versions_of_the_format_and_of_packages_are_said(
