@@ -38,12 +38,12 @@ def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
             break
         cosine = _agreement(diagnosis, rival)
         if cosine is not None and cosine.low > 0:
-            how_biased = (
-                f"It is biased: its cosine with the full gradient is {cosine_in_words(cosine)}, noise taken out."
+            target = (
+                "full gradient" if safe.coverage.unbiased else f"gradient of {quoted(diagnosis.reference.method.name)}"
             )
             return rival.method.flags, [
                 _why(diagnosis, rival, candidates, "it"),
-                how_biased,
+                f"It is biased: its cosine with the {target} is {cosine_in_words(cosine)}, noise taken out.",
                 _batch(diagnosis, rival),
             ]
     least = "unbiased" if safe.coverage.unbiased else "least biased"
@@ -81,7 +81,8 @@ def _why(diagnosis: Diagnosis, chosen: MethodResult, rivals: Sequence[MethodResu
 
 def _why_not(diagnosis: Diagnosis, safe: MethodResult, best: MethodResult) -> str:
     if best is safe:
-        return "No biased method promises more."
+        biased = "unbiased" if safe.coverage.unbiased else "as little biased as can be here"
+        return f"It is {biased}, and no biased method promises more."
     promised = f"{quoted(best.method.name)} promises {short_number(best.improvement / safe.improvement)} times as much"
     if best.improvement < WORTH_A_BIAS * safe.improvement:
         return f"{promised}, but is biased, which is worth it from {WORTH_A_BIAS:g} times on."

@@ -266,12 +266,15 @@ def cosine_to_reference(
     generator = torch.Generator().manual_seed(seed)
     mine = [estimates.vectors[is_first[estimates.samples] == half].double() for half in (True, False)]
     theirs = [reference.vectors[is_first[reference.samples] == half].double() for half in (True, False)]
-    value = float(_cosine_across(*_means(mine), *_means(theirs)))
+    evenly = [
+        [torch.full((1, len(half)), 1 / len(half), dtype=torch.float64) for half in one] for one in (mine, theirs)
+    ]
+    value = float(_cosine_across(mine, evenly[0], theirs, evenly[1]))
     drawn = [_resampling(len(vectors), generator) for vectors in theirs]
     # The same draws for both where they have the same samples, because their errors are not independent.
     together = estimates.samples == reference.samples
     own = drawn if together else [_resampling(len(vectors), generator) for vectors in mine]
-    spread = _cosine_across(*_means(mine, own), *_means(theirs, drawn))
+    spread = _cosine_across(mine, own, theirs, drawn)
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(spread, torch.tensor([tail, 1 - tail], dtype=torch.float64)) - spread.mean()
     return Cosine(value, max(-1.0, value + float(low)), min(1.0, value + float(high)))
@@ -284,21 +287,29 @@ def _resampling(count: int, generator: torch.Generator) -> torch.Tensor:
     return weights.scatter_add_(1, drawn, torch.full_like(weights, 1 / count))
 
 
-def _means(halves: list[torch.Tensor], weights: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Mean, or weighted means, of the rows of every half, (..., d)."""
-    if weights is None:
-        return [half.mean(0) for half in halves]
-    return [weight @ half for weight, half in zip(weights, halves, strict=True)]
-
-
 def _cosine_across(
-    first: torch.Tensor, second: torch.Tensor, reference_first: torch.Tensor, reference_second: torch.Tensor
+    halves: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    reference: list[torch.Tensor],
+    reference_weights: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Cosines of each half with the other half of the reference, averaged."""
-    return (_cosine(first, reference_second) + _cosine(second, reference_first)) / 2
+    """Cosines of weighted means, weights (R, n), of each half with the other half of the reference, averaged, (R,)."""
+    pairs = [_cosine(halves[i], weights[i], reference[1 - i], reference_weights[1 - i]) for i in (0, 1)]
+    return (pairs[0] + pairs[1]) / 2
 
 
-def _cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Of the last dimension; 0 where a vector is."""
-    norms = first.norm(dim=-1) * second.norm(dim=-1)
-    return (first * second).sum(-1) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+def _cosine(
+    first: torch.Tensor, first_weights: torch.Tensor, second: torch.Tensor, second_weights: torch.Tensor
+) -> torch.Tensor:
+    """From the inner products of the samples, which are fewer than their numbers; 0 where a mean is."""
+    along = _products(first, first_weights, second, second_weights)
+    squares = [_products(*one, *one).clamp(min=0) for one in ((first, first_weights), (second, second_weights))]
+    norms = (squares[0] * squares[1]).sqrt()
+    return along / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+def _products(
+    first: torch.Tensor, first_weights: torch.Tensor, second: torch.Tensor, second_weights: torch.Tensor
+) -> torch.Tensor:
+    """Inner products of weighted means of rows, (R,)."""
+    return (first_weights @ (first @ second.T) * second_weights).sum(1)

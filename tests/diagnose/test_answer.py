@@ -70,7 +70,10 @@ def test_a_bias_must_be_worth_it(short: Diagnosis) -> None:
         assert advice.flags.startswith(f"--estimator {named}")
     assert "worth it from 1.25 times on" in recommend(with_improvements(short, rlr=1.0, refl=1.2)).answer[1]
     alone = recommend(with_improvements(short, rlr=1.0))
-    assert alone.answer[1] == "No biased method promises more." and alone.flags == "--estimator rlr --fo_steps 6"
+    assert (
+        alone.answer[1] == "It is unbiased, and no biased method promises more."
+        and alone.flags == "--estimator rlr --fo_steps 6"
+    )
 
 
 def test_a_biased_method_that_may_point_elsewhere_is_not_named(short: Diagnosis) -> None:

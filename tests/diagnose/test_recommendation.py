@@ -50,6 +50,12 @@ def test_costs_are_what_running_costs(calm: Diagnosis) -> None:
         "zeroth order on all steps": (18, 0),
         "rlr-paper": (6 + 1 + 2 + 12, 3),
         "refl": (7, 1),
+        "draft-lv": (11, 3),
+        "leap": (8, 2),
+        "drtune": (9, 3),
+        "flowbp-sparse": (9, 3),
+        "flowbp-bridge": (11, 5),
+        "rsm": (9, 3),
     }
     for name, (evaluations, backwards) in expected.items():
         cost = result_of(calm, name).cost

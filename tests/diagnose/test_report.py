@@ -34,7 +34,11 @@ def test_the_report_is_one_page_with_numbers_and_figure_beside_it(chaotic: Diagn
     assert data["profile"]["steps"] == [1, 2, 3, 4, 5, 6] and len(data["profile"]["energy"]) == 6
     with Image.open(picture) as figure:
         assert figure.format == "PNG" and figure.width == 1000
+    row = data["methods"][0]
+    assert {"cosine", "length", "variance", "noise_scale", "improvement_per_cost"} <= set(row)
     text = console_text(chaotic, advice)
+    for shown in (text, html):
+        assert shown.index("Take ") < shown.index("What a sample costs") < shown.index("gain/cost")
     assert advice.flags in text and max(len(line) for line in text.splitlines()) <= 120
 
 
