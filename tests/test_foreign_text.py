@@ -119,10 +119,9 @@ def test_a_comparison_shows_it_written_out() -> None:
 
 @pytest.mark.parametrize("command", ["card", "push"])
 def test_commands_show_it_written_out(command: str, tmp_path: Path) -> None:
-    """The name of a folder, and the record in it."""
+    """The name of a folder, which is refused."""
     folder = tmp_path / "\x1b[31m\u202e"
     folder.mkdir()
-    (folder / "run_record.json").write_text('{"record": {"images": [], "pairs": [], "\\u001b[31m\\u202e": 1}}')
     done = completed(["-m", "rlr_peft.cli", command, folder])
-    assert done.returncode == 1 and is_clean(done.stderr)
-    assert done.stderr.startswith("error: ") and r"\x1b[31m\u202e" in done.stderr
+    assert done.returncode == 2 and is_clean(done.stderr)
+    assert done.stderr.startswith("error: ") and r"\x1b[3" in done.stderr

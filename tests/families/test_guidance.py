@@ -33,9 +33,9 @@ def chains(pipeline: DiffusionPipeline, name: str, **options: Any) -> tuple[Deno
 def gradients(chain: DenoisingChain, trajectory: Any, t: int) -> tuple[Tensor, list[Tensor]]:
     """A step's mean, and the gradients of a fixed cotangent there by the weights and the latents."""
     step = ReplayedStep(chain, trajectory, t)
-    noise = torch.randn(step.mean.shape, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(step.output.shape, generator=torch.Generator().manual_seed(5))
     by_weights, by_latents = step.into_both(noise)
-    return step.mean.detach(), [*by_weights, by_latents]
+    return step.output.detach(), [*by_weights, by_latents]
 
 
 @contextmanager
