@@ -131,11 +131,11 @@ class _Builder:
             tail = estimates_of.pathwise_tail(gradients, k)
             self._add(f"truncated-bp, K = {k}", tail, {"estimator": "truncated-bp", "fo_steps": k})
         crossing = estimates_of.first_and_half_order(gradients, best)
-        self._add(f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr", "fo_steps": best})
+        self._add(
+            f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr", "fo_steps": best, "fo_roulette": "false"}
+        )
         weights = inverse_variance_weights(self.evidence.variances.first_order, self.evidence.variances.half_order)
-        if self.config.lora.lora_dropout > 0:
-            self.left_out["rlr, roulette"] = "dropout's masks depend on the samples that are left"
-        elif best > 1:
+        if best > 1:
             roulette: Changes = {"estimator": "rlr", "fo_steps": best, "fo_roulette": "true"}
             self._add_weighted(f"rlr, K = {best}, roulette", roulette)
         mixed = estimates_of.mixed_orders(gradients, weights)
@@ -143,7 +143,7 @@ class _Builder:
         if self.evidence.noisy_steps:
             single = estimates_of.first_and_half_order(gradients, 1)
             self._add("rlr, K = 1", single, {"estimator": "rlr", "fo_steps": 1})
-            self._drawn_steps(f"rlr, K = {best}", best, {"fo_steps": best})
+            self._drawn_steps(f"rlr, K = {best}", best, {"fo_steps": best, "fo_roulette": "false"})
 
     def velocity_held(self) -> None:
         """Drawn steps with the velocity held fixed between them."""
@@ -267,7 +267,7 @@ class _Builder:
         method = METHODS[str(changes["estimator"])]
         own: dict[str, Any] = {knob: value for knob, value in changes.items() if knob != "estimator"}
         if "fo_roulette" in own:
-            own["fo_roulette"] = True
+            own["fo_roulette"] = own["fo_roulette"] == "true"
         if issubclass(method, ReusedSamplesArguments):
             own["inner_epochs"] = 1
         return method(**self.config.estimator.fine_knobs(of=method) | own)

@@ -49,7 +49,7 @@ def test_a_biased_method_is_named_where_it_is_better(short: Diagnosis) -> None:
         "--estimator rlr" not in advice.flags
         and "It is biased: its cosine with the full gradient is 0.9" in " ".join(advice.answer)
     )
-    assert 'times that of "rlr, K = 6 (measured)"' in advice.answer[0] and len(advice.answer) == 3
+    assert 'times that of "rlr, K = 6, roulette"' in advice.answer[0] and len(advice.answer) == 3
     load_config([*REQUIRED, "--num_inference_steps", "6", *advice.flags.split()])
 
 
@@ -72,7 +72,7 @@ def test_a_bias_must_be_worth_it(short: Diagnosis) -> None:
     alone = recommend(with_improvements(short, rlr=1.0))
     assert (
         alone.answer[1] == "It is unbiased, and no biased method promises more."
-        and alone.flags == "--estimator rlr --fo_steps 6"
+        and alone.flags == "--estimator rlr --fo_steps 6 --fo_roulette false"
     )
 
 
@@ -101,7 +101,7 @@ def test_without_signal_the_least_noisy_unbiased_method_is_named(short: Diagnosi
     reference = next(r for r in results if r.method.name == short.reference.method.name)
     silent = replace(short, results=results, reference=reference)
     advice = recommend(silent)
-    assert advice.flags == "--estimator rlr --fo_steps 6"
+    assert advice.flags == "--estimator rlr --fo_steps 6 --fo_roulette false"
     assert "show no gradient above the noise" in advice.answer[1]
     rows = plain_numbers(silent, advice)["methods"]
     assert all(row["noise_scale"] == float("inf") for row in rows)
