@@ -69,8 +69,10 @@ def _agreement(diagnosis: Diagnosis, result: MethodResult) -> Cosine | None:
 
 def _why(diagnosis: Diagnosis, chosen: MethodResult, rivals: Sequence[MethodResult], it: str) -> str:
     others = [r for r in rivals if r.improvement > 0 and not math.isclose(r.improvement, chosen.improvement)]
-    # `rlr` as it comes is the row whose K, or tail, was measured.
-    compared = [*([_best(others)] if others else []), *(r for r in others if r.method.name.endswith("(measured)"))]
+    # `rlr` as it comes has a roulette where it has a choice of steps.
+    plain = [r for r in others if r.method.name.endswith("roulette")]
+    plain = plain or [r for r in others if r.method.name.endswith("(measured)")]
+    compared = [*([_best(others)] if others else []), *plain]
     times = {r.method.name: short_number(chosen.improvement / r.improvement) for r in compared}
     against = [f"{factor} times that of {quoted(name)}" for name, factor in times.items()]
     return (

@@ -131,19 +131,19 @@ class _Builder:
             tail = estimates_of.pathwise_tail(gradients, k)
             self._add(f"truncated-bp, K = {k}", tail, {"estimator": "truncated-bp", "fo_steps": k})
         crossing = estimates_of.first_and_half_order(gradients, best)
-        whole: Changes = {"fo_steps": best, "fo_roulette": "false"}
-        self._add(f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr", **whole})
+        self._add(
+            f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr", "fo_steps": best, "fo_roulette": "false"}
+        )
         weights = inverse_variance_weights(self.evidence.variances.first_order, self.evidence.variances.half_order)
-        if self.config.lora.lora_dropout > 0:
-            self.left_out["rlr, roulette"] = "it saves nothing beside dropout, whose masks depend on the whole batch"
-        elif best > 1:
-            self._add_weighted(f"rlr, K = {best}, roulette", {"estimator": "rlr", "fo_steps": best})
+        if best > 1:
+            roulette: Changes = {"estimator": "rlr", "fo_steps": best, "fo_roulette": "true"}
+            self._add_weighted(f"rlr, K = {best}, roulette", roulette)
         mixed = estimates_of.mixed_orders(gradients, weights)
         self._add("rlr, mixed orders", mixed, {"estimator": "rlr", "step_choice": "inverse-variance"})
         if self.evidence.noisy_steps:
             single = estimates_of.first_and_half_order(gradients, 1)
             self._add("rlr, K = 1", single, {"estimator": "rlr", "fo_steps": 1})
-            self._drawn_steps(f"rlr, K = {best}", best, whole)
+            self._drawn_steps(f"rlr, K = {best}", best, {"fo_steps": best, "fo_roulette": "false"})
 
     def velocity_held(self) -> None:
         """Drawn steps with the velocity held fixed between them."""

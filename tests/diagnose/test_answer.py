@@ -49,7 +49,7 @@ def test_a_biased_method_is_named_where_it_is_better(short: Diagnosis) -> None:
         "--estimator rlr" not in advice.flags
         and "It is biased: its cosine with the full gradient is 0.9" in " ".join(advice.answer)
     )
-    assert 'times that of "rlr, K = 6 (measured)"' in advice.answer[0] and len(advice.answer) == 3
+    assert 'times that of "rlr, K = 6, roulette"' in advice.answer[0] and len(advice.answer) == 3
     load_config([*REQUIRED, "--num_inference_steps", "6", *advice.flags.split()])
 
 

@@ -42,6 +42,7 @@ def test_costs_are_what_running_costs(calm: Diagnosis) -> None:
         "truncated-bp, K = 1": (7, 1),
         "truncated-bp, K = 2": (8, 2),
         "rlr, K = 1": (12, 6),
+        "rlr, K = 6 (measured)": (12, 6),
         "reinforce": (12, 6),
         "ddpo": (12, 6),
         "grpo": (12, 6),
