@@ -27,7 +27,7 @@ def report(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     rows.sort(key=lambda row: -row["reward_gain"])
     _print(rows)
     _draw({row["method"]: best[row["method"]] for row in rows[:DRAWN]}, Path("docs/images") / f"{name}.png")
-    return rows
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN is no JSON
 
 
 def interval(values: numpy.ndarray) -> float:
@@ -77,10 +77,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
         print(
             f"| {row['method']} | {row['batch']} | {row['learning_rate']:g} | {row['seeds']} | {row['updates']:.0f} | "
             f"{row['cpu_seconds']:.0f} | {', '.join(f'{mark:+.3f}' for mark in row['marks'][:-1])} | "
-            f"{row['reward_gain']:+.3f} ± {row['reward_interval']:.3f} | "
-            f"{row['heldout_gain']:+.3f} ± {row['heldout_interval']:.3f} | "
-            f"{row['behind_best']:.3f} ± {row['interval']:.3f} |"
+            f"{row['reward_gain']:+.3f}{_width(row['reward_interval'])} | "
+            f"{row['heldout_gain']:+.3f}{_width(row['heldout_interval'])} | "
+            f"{row['behind_best']:.3f}{_width(row['interval'])} |"
         )
+
+
+def _width(interval: float) -> str:
+    return "" if interval != interval else f" ± {interval:.3f}"
 
 
 def _draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -94,7 +98,8 @@ def _draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
         gains = [0.0, *(float(_gains(group, "reward", j).mean()) for j in marks)]
         widths = numpy.nan_to_num([0.0, *(interval(_gains(group, "reward", j)) for j in marks)])
         axes.plot(cost, gains, marker="o", markersize=3, color=f"C{i}")
-        axes.fill_between(cost, gains - widths, gains + widths, color=f"C{i}", alpha=0.08, linewidth=0)
+        if len(group) > 2:  # the interval of two seeds says nothing and hides all else
+            axes.fill_between(cost, gains - widths, gains + widths, color=f"C{i}", alpha=0.08, linewidth=0)
         ends.append((gains[-1], method, f"C{i}", cost[-1]))
     _label(axes, ends)
     axes.axhline(0, color="#cccccc", linewidth=1, zorder=0)
