@@ -24,15 +24,8 @@ from rlr_peft.diagnose.estimates import first_and_half_order, sample_estimates
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.sampling import sample_batch
-from rlr_peft.estimators.variance import (
-    GradientSketch,
-    SignalSizes,
-    StepGains,
-    StepGradients,
-    best_first_order_steps,
-    measure_step_gradients,
-    step_variances,
-)
+from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
+from rlr_peft.estimators.variance import SignalSizes, StepGains, best_first_order_steps, step_variances
 
 GROUP = 4
 CALIBRATION_SAMPLES = 16

@@ -13,7 +13,7 @@ from rlr_peft.chain.interface import Chain
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.estimators.base import Coverage, Estimator, Rollout, coverage_of
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.variance import GradientSketch
+from rlr_peft.estimators.step_gradients import GradientSketch
 
 GPU_MEMORY = "peak of all memory allocated on the GPU while the gradient is estimated, model included"
 TAPE_MEMORY = "peak of the bytes that autograd's tape holds while the gradient is estimated, weights not counted"

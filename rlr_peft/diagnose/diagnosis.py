@@ -23,7 +23,8 @@ from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compar
 from rlr_peft.diagnose.worth import improvement_per_cost, length_along, update_size
 from rlr_peft.estimators.base import Coverage, Rollout, hot_steps
 from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
+from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients
+from rlr_peft.estimators.variance import variance_and_error
 
 # Without a GPU the cost of a method is measured on this many samples at the most: seconds per sample and bytes grow
 # with the batch as they should, and time is short.

@@ -23,7 +23,7 @@ from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.roulette import STEP_COST
-from rlr_peft.estimators.variance import (
+from rlr_peft.estimators.step_gradients import (
     GradientMoments,
     GradientSketch,
     StepGradients,

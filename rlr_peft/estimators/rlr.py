@@ -24,14 +24,8 @@ from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.estimators.roulette import roulette_probabilities, roulette_weights
-from rlr_peft.estimators.variance import (
-    GradientSketch,
-    StepStatistics,
-    best_first_order_steps,
-    check_gradient,
-    inverse_variance_weights,
-    measure_step_gradients,
-)
+from rlr_peft.estimators.step_gradients import GradientSketch, check_gradient, measure_step_gradients
+from rlr_peft.estimators.variance import StepStatistics, best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.zeroth_order import Perturbation
 
 

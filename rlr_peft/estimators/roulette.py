@@ -12,7 +12,7 @@ so that measured gradients tell the best q.
 import torch
 from scipy.optimize import isotonic_regression
 
-from rlr_peft.estimators.variance import GradientMoments
+from rlr_peft.estimators.step_gradients import GradientMoments
 
 # No step is walked more rarely: weights stay below 1 / this where few measured samples showed nothing.
 SMALLEST_PROBABILITY = 0.05

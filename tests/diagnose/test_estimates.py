@@ -24,7 +24,8 @@ from rlr_peft.diagnose.methods import methods_to_compare
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.variance import GradientSketch, StepGradients, variance_and_error
+from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients
+from rlr_peft.estimators.variance import variance_and_error
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.diagnose.diagnoses import GROUP, SAMPLES, config_with, evidence_of, rollout_of, sketch_of
 

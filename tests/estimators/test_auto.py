@@ -6,7 +6,7 @@ import torch
 from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators.auto import AutoEstimator, Weights, promise
 from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.variance import GradientMoments
+from rlr_peft.estimators.step_gradients import GradientMoments
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 

@@ -12,13 +12,11 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.objective import Objective
 from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
 from rlr_peft.estimators.variance import (
-    GradientSketch,
     StepGains,
-    StepGradients,
     StepVariances,
     best_first_order_steps,
-    measure_step_gradients,
     step_variances,
     variance_and_error,
 )
