@@ -51,7 +51,7 @@ class Segment:
             of one step whose ``into_parameters`` makes it of the step's present mean.
         weight: factor of the whole segment, such as 1 / q for a segment drawn with probability q.
         sample_weights: w_t of every sample, (steps, B); None for 1. A sample is walked as far as its last weight that
-            is not 0, unless the chain mixes samples.
+            is not 0, so that the batch narrows: not for a chain that mixes samples.
         carry: a_t in [0, 1], (steps,); None for 1. Where it is 0 no gradient is taken by the step's input, and a step
             without weight is not replayed.
         into_parameters: makes the cotangent that goes into the parameters, before the weights, where it is another than
@@ -223,14 +223,14 @@ def walk(
             walked = weights[i:].any(0).nonzero().flatten().tolist()
             if not walked:
                 return
-            if len(walked) < trajectory.batch_size and not chain.mixes_samples:
+            if len(walked) < trajectory.batch_size:
                 trajectory, weights = trajectory.select(walked), weights[:, walked]
                 cotangent = None if cotangent is None else cotangent[walked]
         carry = 0.0 if i == len(steps) - 1 else 1.0 if segment.carry is None else segment.carry[i]
         part, own, own_weights = trajectory, cotangent, None if weights is None else weights[i]
         if carry == 0 and own_weights is not None:
             weighted = own_weights.nonzero().flatten().tolist()
-            if 0 < len(weighted) < trajectory.batch_size and not chain.mixes_samples:
+            if 0 < len(weighted) < trajectory.batch_size:
                 part, own_weights = trajectory.select(weighted), own_weights[weighted]
                 own = None if cotangent is None else cotangent[weighted]
         carried = None
@@ -309,7 +309,7 @@ def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> Booking:
     squares = dict.fromkeys(segment.steps, 0.0)
     numbers: defaultdict[str, list[float]] = defaultdict(list)
     for step in walk(chain, segment.trajectory or trajectory, segment):
-        for summed, gradient in zip(total, step.gradients, strict=False):
+        for summed, gradient in zip(total, step.gradients, strict=False):  # none of a step without weight
             summed.add_(gradient, alpha=segment.weight)
         replays += step.samples
         passes += step.samples * step.backward_passes

@@ -39,7 +39,7 @@ class RLRArguments(ThreeOrdersArguments):
     fo_roulette: bool = knob(
         True,
         "Take the first-order term through a random number of its steps, drawn for every sample with measured chances "
-        "and weighted to stay unbiased; a mixture goes through all of them.",
+        "and weighted to stay unbiased; a mixture, and LoRA dropout, go through all of them.",
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -58,6 +58,17 @@ class AutoArguments(RLRArguments):
     """The member of the family, `rlr` among them, that promises the most improvement per cost, by measurement."""
 
     estimator = "auto"
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what is wrong with the terms of `rlr`, whose promise is known for plain single steps only."""
+        yield from super().check(config)
+        plain = {"step_choice": "crossing", "ho_length": 1, "ho_blocks": "all", "zo": "none", "state_baseline": False}
+        for name, value in plain.items():
+            if (got := getattr(self, name)) != value:
+                yield (
+                    f"{name}: expected {str(value).lower()} with auto, which compares plain single steps, got {got}; "
+                    "drop it, or use --estimator rlr."
+                )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, bias_rank
 from rlr_peft.diagnose.estimates import Cosine, noise_scale
-from rlr_peft.diagnose.words import cosine_in_words, quoted
+from rlr_peft.diagnose.methods import quoted
 from rlr_peft.diagnose.worth import agreement, update_size
 from rlr_peft.estimators.auto import WORTH_A_BIAS
 from rlr_peft.foreign_text import listed
@@ -43,7 +43,7 @@ def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
             )
             return rival.method.flags, [
                 _why(diagnosis, rival, candidates, "it"),
-                f"It is biased: its cosine with the {target} is {cosine_in_words(cosine)}, noise taken out.",
+                f"It is biased: its cosine with the {target} is {cosine}, noise taken out.",
                 _batch(diagnosis, rival),
             ]
     least = "unbiased" if safe.coverage.unbiased else "least biased"
@@ -89,9 +89,7 @@ def _why_not(diagnosis: Diagnosis, safe: MethodResult, best: MethodResult) -> st
     if best.improvement < WORTH_A_BIAS * safe.improvement:
         return f"{promised}, but is biased, which is worth it from {WORTH_A_BIAS:g} times on."
     cosine = _agreement(diagnosis, best)
-    unsure = (
-        "shows no signal of its own" if cosine is None else f"may point elsewhere (cosine {cosine_in_words(cosine)})"
-    )
+    unsure = "shows no signal of its own" if cosine is None else f"may point elsewhere (cosine {cosine})"
     return f"{promised}, but is biased and {unsure}: raise `--samples`."
 
 

@@ -197,6 +197,10 @@ class Cosine:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        value, low, high = (f"{round(number, 2) + 0.0:.2f}" for number in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"  # the sum turns -0 into 0
+
 
 def gradient_norm(estimates: SampleEstimates) -> float:
     """Euclidean norm of the mean estimate."""

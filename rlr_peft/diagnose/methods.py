@@ -39,6 +39,11 @@ OF_A_GRADIENT = (
 )
 
 
+def quoted(name: str) -> str:
+    """Names of methods hold commas, so they are quoted inside sentences."""
+    return f'"{name}"'
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to estimate the gradient.

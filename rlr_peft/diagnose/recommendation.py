@@ -1,14 +1,14 @@
 """What to set, in plain sentences, and how sure that is."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rlr_peft.config.estimator import ThreeOrdersArguments
 from rlr_peft.diagnose.answer import answer_of
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, squares_by_first_order_steps
 from rlr_peft.diagnose.estimates import is_clearly_larger, noise_scale, paired_difference
-from rlr_peft.diagnose.words import quoted, steps_in_words
+from rlr_peft.diagnose.methods import quoted
 from rlr_peft.estimators.base import step_ranges
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
@@ -283,3 +283,8 @@ def last_step_advice(diagnosis: Diagnosis) -> Iterator[str]:
             "denoiser output there, so truncated backpropagation with K = 1 hardly trains. Use a larger K, or another "
             "grid (`--timestep_spacing trailing`, unless this is one)."
         )
+
+
+def steps_in_words(steps: Sequence[int]) -> str:
+    """``step 2`` or ``steps 2-4, 7``."""
+    return f"{'step' if len(steps) == 1 else 'steps'} {step_ranges(list(steps))}"

@@ -14,8 +14,8 @@ from rlr_peft.config import config_to_dict
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, StepProfile
 from rlr_peft.diagnose.estimates import gradient_norm, noise_scale
 from rlr_peft.diagnose.figure import save_step_profile
+from rlr_peft.diagnose.methods import quoted
 from rlr_peft.diagnose.recommendation import Recommendation
-from rlr_peft.diagnose.words import cosine_in_words, quoted
 from rlr_peft.diagnose.worth import update_size
 from rlr_peft.foreign_text import listed, page_environment, printable
 from rlr_peft.intervals import short_number, with_error
@@ -60,7 +60,7 @@ def row_of(result: MethodResult) -> list[str]:
         with_error(estimates.variance, estimates.variance_error) + mark,
         short_number(noise_scale(estimates)),
         short_number(result.length) + mark,
-        cosine_in_words(result.cosine),
+        str(result.cosine),
         short_number(result.improvement),
     ]
 

@@ -253,7 +253,7 @@ def rlr_weights(rlr: RLREstimator, chain: Chain) -> Weights:
     fixed[:length] = 1
     fixed[[2 * num_steps + t - 1 for t in range(length + 1, num_steps + 1) if chain.std(t) > 0]] = 1
     weights = Weights.fixed(fixed)
-    if not rlr.settings.roulette or length < 2:
+    if not rlr.walks_by_roulette(chain, length):
         return weights
     probabilities = rlr.roulette(chain, length)
     square = weights.square.clone()

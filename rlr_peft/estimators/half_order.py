@@ -193,7 +193,7 @@ def choose_stage(stages: Sequence[StageWindow], energies: torch.Tensor, covered_
 
     Args:
         stages: of the chain; only those count that reach beyond the covered tail.
-        energies: of the steps, at index t - 1, as ``variance.step_energies`` gives them.
+        energies: of the steps, at index t - 1, as ``step_energies`` gives them.
         covered_tail: these last steps need no half order: K, or the black-box tail of a reward without gradient.
     """
     possible = [stage for stage in stages if stage.last > covered_tail]

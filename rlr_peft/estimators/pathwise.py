@@ -36,6 +36,8 @@ from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, C
 from rlr_peft.estimators.objective import Objective
 
 TRUNCATED = "left out because the gradient is truncated"
+CUT_AT_RANDOM = "left out at times because the gradient is truncated at a random step"
+REWEIGHTED = "given another weight than 1 on purpose"
 # Draws over which the expected weights of drawn steps are averaged, for the words of the coverage.
 COVERAGE_DRAWS = 2000
 # An error of a leap below this counts as this (LeapAlign).
@@ -211,13 +213,17 @@ class PathwiseEstimator(Estimator):
                 chosen = self.choose(chain, generator)
                 weights[[t - 1 for t in chosen.steps]] += torch.tensor(chosen.weights, dtype=torch.float64)
             weights *= settings.coefficient / (COVERAGE_DRAWS if is_drawn else 1)
-        reason = {
-            "last": "given another weight than 1 on purpose" if settings.num_steps is None else TRUNCATED,
-            "random": "left out at times because the gradient is truncated at a random step",
-        }.get(settings.steps, "given another weight than 1 on purpose")
-        gaps = dict.fromkeys(range(1, chain.num_steps + 1), reason)
         departures = tuple(self._departures())
-        return Coverage(weights, {} if settings.sees_prediction or settings.steps == "leap" else gaps, None, departures)
+        if settings.sees_prediction or settings.steps == "leap":
+            return Coverage(weights, {}, None, departures)
+        gaps = {t: self._gap(weight) for t, weight in enumerate(weights.tolist(), start=1)}
+        return Coverage(weights, gaps, None, departures)
+
+    def _gap(self, weight: float) -> str:
+        """Why a step has this expected weight, where it is not 1."""
+        if self.settings.steps == "random":
+            return CUT_AT_RANDOM
+        return TRUNCATED if self.settings.steps == "last" and weight == 0 else REWEIGHTED
 
     def _departures(self) -> Iterator[str]:
         settings = self.settings

@@ -89,6 +89,13 @@ class RLREstimator(Estimator):
         steps, mixture = self._tail(chain.num_steps) if has_gradient else (0, None)
         return self._layout(chain, has_gradient, steps, mixture)
 
+    def walks_by_roulette(self, chain: Chain, length: int) -> bool:
+        """Whether samples are walked through a random number of steps 1..K, for K = ``length``.
+
+        Not where a sample's step depends on its batch: none could be left out of it, so that nothing would be saved.
+        """
+        return self.settings.roulette and length > 1 and not chain.mixes_samples
+
     def roulette(self, chain: Chain, length: int) -> torch.Tensor:
         """The chances q_t of steps 1..K, (K,), for K = ``length``."""
         if self.statistics.moments is None:
@@ -106,7 +113,7 @@ class RLREstimator(Estimator):
             yield mixed_segment(rollout, layout.mixture, c.first_order, c.half_order)
         elif layout.first_order_steps:
             length, walked = layout.first_order_steps, None
-            if self.settings.roulette and length > 1:
+            if self.walks_by_roulette(chain, length):
                 walked = roulette_weights(self.roulette(chain, length), len(rollout.rewards), generator)
             yield first_order_segment(rollout, length, c.first_order, walked)
         for t in layout.black_box_steps:

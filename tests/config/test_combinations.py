@@ -98,6 +98,7 @@ REFUSED = [
         "ho_blocks: expected none with refl, got 1; use --estimator rlr, auto, rlr-paper, reinforce, ddpo, grpo or "
         "d3po.",
     ),
+    ("--estimator auto --state_baseline", "state_baseline: expected false with auto, which compares plain single"),
     ("--estimator ddpo --ho_length 2", "ho_length: expected none with ddpo, got 2"),
     (
         "--estimator grpo --ho_blocks 2 --ho_start gradient-norm",

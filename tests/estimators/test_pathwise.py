@@ -277,3 +277,10 @@ def test_a_random_tail_is_drawn_evenly() -> None:
     assert counts[0] == 0 and all(abs(int(count) - 100) < 5 * 8.7 for count in counts[1:])
     weights = estimator.coverage(chain, True).weights
     torch.testing.assert_close(weights, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64), atol=0.05, rtol=0)
+
+
+def test_what_is_left_out_and_what_is_weighted_otherwise_is_told_apart() -> None:
+    chain = LinearGaussianChain(num_steps=4)
+    words = member("truncated-bp", fo_steps=2, fo_coefficient=0.5).coverage(chain, True).describe()
+    assert "steps 1-2 of 4 are given another weight than 1 on purpose" in words
+    assert "steps 3-4 of 4 are left out because the gradient is truncated" in words

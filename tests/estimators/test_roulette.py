@@ -84,3 +84,13 @@ def test_what_was_measured_is_restored() -> None:
     both = gradient_of(chain)
     restored.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
     torch.testing.assert_close(both, 2 * gradient_of(chain))
+
+
+def test_a_chain_whose_samples_depend_on_their_batch_is_walked_in_full() -> None:
+    """As with LoRA dropout, whose masks differ in a narrower batch."""
+    chain = LinearGaussianChain(num_steps=4)
+    chain.mixes_samples = True
+    rollout = rollout_of(chain, 16, 4)
+    estimator = RLREstimator(RLRSettings(4, HalfOrder(1, "all"), roulette=True))
+    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    assert book.first_order_steps == 4
