@@ -40,6 +40,7 @@ class RLRArguments(ThreeOrdersArguments):
         True,
         "Take the first-order term through a random number of its steps, drawn for every sample with measured chances "
         "and weighted to stay unbiased; a mixture, and LoRA dropout, go through all of them.",
+        fine=True,
     )
 
     def check(self, config: "Config") -> Iterator[str]:

@@ -9,7 +9,7 @@ from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, save_
 from rlr_peft.config import load_config as load
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.methods import METHODS, DDPOArguments, GRPOArguments, RLRArguments, RLRPaperArguments
-from tests.config.loading import REQUIRED, refusal, write
+from tests.config.loading import DEMO, REQUIRED, refusal, write
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,6 +119,11 @@ def test_a_file_that_an_earlier_version_saved_still_loads(method: str, tmp_path:
     changed = {"zo_scale": 0.02, "clip_range": 0.1, "dpo_beta": 0.3, "calibration_interval": 50}
     own = {name: value for name, value in changed.items() if name in METHODS[method].knobs()}
     assert estimator == METHODS[method](**own)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demos_recipe_serves_every_method(method: str) -> None:
+    assert load(["--config", str(DEMO), "--estimator", method]).estimator.estimator == method
 
 
 @pytest.mark.parametrize(
