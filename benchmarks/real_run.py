@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.machine import describe_machine, read_results, write_results
@@ -55,6 +55,7 @@ BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --gradient_accumulation_
 # Hub id of the architecture, recipe and flags of each case.
 CASES = {
     "tiny": (PIPELINE_NAME, "configs/tiny_shapes.yaml", "--mixed_precision no"),
+    "tiny-deterministic": (PIPELINE_NAME, "configs/tiny_shapes.yaml", "--mixed_precision no --full_determinism true"),
     "stable-diffusion-1.5-512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "configs/sd14.yaml", ""),
     "stable-diffusion-1.5-512-fp16": (
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -85,7 +86,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = parsed.folder or Path(temporary)
-        for case in parsed.case or [name for name in CASES if name != "tiny"]:
+        for case in parsed.case or [name for name in CASES if not name.startswith("tiny")]:
             for part in parsed.part or ["updates", "run"]:
                 print(json.dumps({case: {part: measure(case, part, folder)}}, indent=2), flush=True)
 
@@ -182,7 +183,16 @@ def measure_run(case: str, folder: Path) -> dict[str, Any]:
         "metrics": {name: metrics[name] for name in ("denoiser_evaluations", "peak_memory_mb")},
         "second_equals_first": adapters[1] == adapters[0],
         "resumed_equals_first": adapters[2] == adapters[0],
+        "second_differs_by": _distance(adapters[1], adapters[0]),
+        "resumed_differs_by": _distance(adapters[2], adapters[0]),
     }
+
+
+def _distance(file: bytes, other: bytes) -> float:
+    """|a - b| / |b| over all weights of two adapter files."""
+    weights = (sorted(load(data).items()) for data in (file, other))
+    a, b = (torch.cat([tensor.double().flatten() for _, tensor in tensors]) for tensors in weights)
+    return float((a - b).norm() / b.norm())
 
 
 def _train(flags: Sequence[str], output: Path, updates: int) -> str | None:

@@ -55,15 +55,19 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def check_machine(arguments: ModelArguments, device: torch.device) -> None:
-    """Refuses, before any download, what this machine cannot do.
+def prepare_machine(arguments: ModelArguments, device: torch.device) -> None:
+    """Refuses, before any download, what this machine cannot do, and chooses the kernels of the whole process.
 
     Raises:
         ConfigError: an option that needs a GPU on a machine without.
     """
-    if device.type != "cpu":
-        return
-    if arguments.bnb_quantization_config_path is not None:
-        raise ConfigError(WITHOUT_GPU)
-    if arguments.offload:
-        raise ConfigError(OFFLOAD_WITHOUT_GPU)
+    if device.type == "cpu":
+        if arguments.bnb_quantization_config_path is not None:
+            raise ConfigError(WITHOUT_GPU)
+        if arguments.offload:
+            raise ConfigError(OFFLOAD_WITHOUT_GPU)
+    if arguments.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if arguments.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when the process first uses it
+        torch.use_deterministic_algorithms(True)

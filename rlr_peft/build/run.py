@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlr_peft.build.chain import attach_adapters, build_training_chain, check_trajectory, denoiser_names
-from rlr_peft.build.machine import check_machine
+from rlr_peft.build.machine import prepare_machine
 from rlr_peft.build.optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
     compile_denoisers,
@@ -193,9 +193,7 @@ def build_run(
     run_prompts = read_prompts(config, training_prompts)
     accelerator = _accelerator(config)
     processes = Processes(accelerator)
-    check_machine(config.model, accelerator.device)
-    if config.model.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    prepare_machine(config.model, accelerator.device)
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
     if estimator is None:
         samples = _samples_per_process(config) * accelerator.num_processes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlr_peft.build.chain import build_chain, denoiser_names
 from rlr_peft.build.drawing import render
-from rlr_peft.build.machine import check_machine, describe_hardware, package_versions
+from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
 from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
@@ -81,9 +81,7 @@ def compare_adapters(config: Config, options: CompareOptions) -> Comparison:
         PromptError, RewardError: prompts or rewards that cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_machine(config.model, device)
-    if config.model.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    prepare_machine(config.model, device)
     labels = unique_labels(options.adapters)
     prompts = comparison_prompts(config, device)
     adapters = [
@@ -263,7 +261,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
         "class": type(pipeline).__name__,
         "variant": model.variant,
         "precision": [model.mixed_precision, file_identity(model.bnb_quantization_config_path)],
-        "kernels": [model.attention_backend, model.allow_tf32],
+        "kernels": [model.attention_backend, model.allow_tf32, model.full_determinism],
         "chain": {name: value for name, value in asdict(config.chain).items() if name != "eta"},
         "stages": None if stages is None else asdict(stages),
         "eta": config.validation.evaluation_eta,

@@ -68,6 +68,11 @@ class ModelArguments(Group):
         False, "Compile the denoiser's repeated blocks with torch.compile: slow to start, then faster."
     )
     allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
+    full_determinism: bool = knob(
+        False,
+        "Use only kernels whose result is the same every time: on a GPU, two runs are equal byte for byte only with it, "
+        "and slower. CPUs need none.",
+    )
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with names, and with options that save memory."""
