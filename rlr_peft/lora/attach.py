@@ -1,5 +1,6 @@
 """Puts trainable LoRA weights on a frozen denoiser, finds them again, and switches them off for the reference model."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,8 +103,9 @@ def lora_size(denoiser: nn.Module, target_modules: Sequence[str], rank: int) -> 
     size = 0
     for name, module in denoiser.named_modules():
         if isinstance(module, ADAPTABLE) and any(f".{name}".endswith(f".{target}") for target in target_modules):
-            inputs = module.weight[0].numel()
-            size += rank * (inputs + module.weight.shape[0])
+            # A linear layer says its sizes itself: in 4 bits its weight is one packed column.
+            shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else module.weight.shape
+            size += rank * (math.prod(shape[1:]) + shape[0])
     return size
 
 

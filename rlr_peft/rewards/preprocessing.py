@@ -42,9 +42,7 @@ def padded_clip_pixels(images: Tensor, size: int) -> Tensor:
     """
     scale = size / max(images.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
-    resized = images.float()
-    if (height, width) != tuple(images.shape[-2:]):
-        resized = F.interpolate(resized, size=(height, width), mode="bicubic", antialias=True)
+    resized = resize(images.float(), height, width)
     top, left = (size - height) // 2, (size - width) // 2
     padded = F.pad(resized, (left, size - width - left, top, size - height - top))
     return normalize(padded, CLIP_MEAN, CLIP_STD)
@@ -81,19 +79,43 @@ def vbench_pixels(frames: Tensor, size: int) -> Tensor:
     Returns:
         (B, 3, h, w) float32; nothing is cut off.
     """
-    shape = _shortest_side_to(frames, size)
-    return normalize(F.interpolate(frames.float(), size=shape, mode="bilinear"), IMAGENET_MEAN, IMAGENET_STD)
+    resized = resize(frames.float(), *_shortest_side_to(frames, size), mode="bilinear", antialias=False)
+    return normalize(resized, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def resize_like_pil(images: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialiasing, first in width, then in height, clamped to [0, 1] after each, in float32."""
     resized = images.float()
     if width != images.shape[-1]:
-        size = (images.shape[-2], width)
-        resized = F.interpolate(resized, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        resized = resize(resized, images.shape[-2], width).clamp(0, 1)
     if height != images.shape[-2]:
-        resized = F.interpolate(resized, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        resized = resize(resized, height, width).clamp(0, 1)
     return resized
+
+
+def resize(images: Tensor, height: int, width: int, mode: str = "bicubic", antialias: bool = True) -> Tensor:
+    """torch's `interpolate`, as matrix products: on a GPU, its own backward pass adds in random order.
+
+    Args:
+        images: (B, 3, H, W).
+        height, width: of the result, in pixels.
+        mode, antialias: as `interpolate`'s.
+
+    Returns:
+        (B, 3, height, width), equal to `interpolate`'s result up to rounding.
+    """
+    resized = images
+    if width != images.shape[-1]:
+        resized = resized @ _resizing(images, images.shape[-1], width, mode, antialias)
+    if height != images.shape[-2]:
+        resized = _resizing(images, images.shape[-2], height, mode, antialias).T @ resized
+    return resized
+
+
+def _resizing(like: Tensor, length: int, size: int, mode: str, antialias: bool) -> Tensor:
+    """What every one of `length` pixels gives to every one of `size`."""
+    rows = torch.eye(length, device=like.device, dtype=like.dtype)[None, None]
+    return F.interpolate(rows, size=(length, size), mode=mode, antialias=antialias)[0, 0]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -1,6 +1,7 @@
 """The options that save memory: the same numbers from other places, and refusals before anything is loaded."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_dispatch import attention_backend
 
-from rlr_peft.build.machine import WITHOUT_GPU
+from rlr_peft.build.machine import WITHOUT_GPU, prepare_machine
 from rlr_peft.build.pipeline import compile_denoisers, load_pipeline, set_attention_backend
 from rlr_peft.build.run import build_run
 from rlr_peft.chain.adjoint import Segment, run
@@ -235,3 +236,17 @@ def test_compilation_marks_the_repeated_blocks_and_can_be_switched_off() -> None
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
     with torch.compiler.set_stance("force_eager"):  # as the check of the saved adapter does
         assert torch.equal(chain.sample(PROMPTS, [0, 1]).latents[0], before)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def test_full_determinism_leaves_only_kernels_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU two runs are then equal: `benchmarks/real_run.py --case tiny-deterministic`."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        prepare_machine(ModelArguments("tiny-shapes", full_determinism=True), CPU)
+        assert torch.get_deterministic_debug_mode() == 2  # an operation without such a kernel is an error
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -11,6 +11,7 @@ from rlr_peft.rewards.preprocessing import (
     clip_pixels,
     imagenet_pixels,
     padded_clip_pixels,
+    resize,
     resize_like_pil,
 )
 
@@ -33,6 +34,15 @@ def test_without_clamping_in_between_the_same_comparison_would_fail() -> None:
     images = mixed_images((300, 500), 2)
     single = torch.nn.functional.interpolate(to_tensor(images), size=(224, 373), mode="bicubic", antialias=True)
     assert (single - resize_like_pil(to_tensor(images), 224, 373)).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(("mode", "antialias"), [("bicubic", True), ("bilinear", False)])
+@pytest.mark.parametrize("size", [(7, 5), (31, 64), (20, 50)])
+def test_matrix_products_resize_as_torch_does(size: tuple[int, int], mode: str, antialias: bool) -> None:
+    images = torch.rand(2, 3, 20, 33, generator=torch.Generator().manual_seed(1))
+    expected = torch.nn.functional.interpolate(images, size=size, mode=mode, antialias=antialias)
+    got = resize(images, *size, mode, antialias)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
