@@ -70,8 +70,8 @@ class ModelArguments(Group):
     allow_tf32: bool = knob(False, "Allow TF32 matrix products on Ampere and newer GPUs: faster, a little less exact.")
     full_determinism: bool = knob(
         False,
-        "Use only kernels whose result is the same every time. On a GPU, two runs are equal byte for byte only with it; "
-        "on a CPU they always are.",
+        "Use only kernels whose result is the same every time. On a GPU, two runs are equal byte for byte only "
+        "with it; on a CPU they always are.",
     )
 
     def check(self, config: "Config") -> Iterator[str]:
