@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
+from rlr_peft.config.chain import AUTO
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.model import check_revision
 from rlr_peft.durable_files import stays_inside, why_no_place
@@ -247,8 +248,12 @@ class TrainingArguments(Group):
 class OptimizerArguments(Group):
     """Optimiser: how gradients become updates"""
 
-    learning_rate: float = knob(
-        1e-4, "Peak learning rate of the optimiser.", unit="weight units per step", above=0, at_most=10
+    learning_rate: float | Literal["auto"] = knob(
+        1e-4,
+        "Peak learning rate of AdamW; `auto` takes Prodigy, which finds the rate while it trains.",
+        unit="weight units per step",
+        above=0,
+        at_most=10,
     )
     scale_lr: bool = knob(
         False, "Multiply the learning rate by the number of samples of an update (batch, accumulation, processes)."
@@ -286,7 +291,11 @@ class OptimizerArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the schedule."""
+        """Yields what is wrong with the rate and its schedule."""
+        if self.learning_rate == AUTO:
+            for name in ("scale_lr", "use_8bit_adam"):
+                if getattr(self, name):
+                    yield f"{name}: expected none with learning_rate auto (Prodigy), got true; drop one of the two."
         warmup, length = self.lr_warmup_steps, config.training.max_train_steps
         if warmup and self.lr_scheduler == "constant":
             yield f"lr_warmup_steps: expected 0 with lr_scheduler constant, got {warmup}; use constant_with_warmup."

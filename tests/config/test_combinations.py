@@ -159,6 +159,8 @@ REFUSED = [
     ),
     ("--early_stopping_steps 20", "early_stopping_steps: expected a heldout_reward_fn to watch, got none"),
     ("--early_stopping_steps 4", "early_stopping_steps: expected at least 5 and at most 1000000000, got 4"),
+    ("--learning_rate auto --scale_lr", "scale_lr: expected none with learning_rate auto (Prodigy), got true"),
+    ("--learning_rate auto --use_8bit_adam", "use_8bit_adam: expected none with learning_rate auto (Prodigy)"),
     ("--lr_warmup_steps 5", "lr_warmup_steps: expected 0 with lr_scheduler constant, got 5"),
     ("--lr_scheduler cosine --lr_warmup_steps 5 --max_train_steps 4", "expected at most max_train_steps (4), got 5"),
     ("--heldout_reward_fn tiny-shapes", "heldout_reward_fn: expected another reward than reward_fn"),

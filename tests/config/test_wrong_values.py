@@ -34,7 +34,7 @@ def test_unknown_name_like_nothing_points_to_help() -> None:
         ("--rank four", "rank: expected a whole number, got four; write --rank VALUE."),
         ("--rank 4.5", "rank: expected a whole number, got 4.5; write --rank VALUE."),
         ("--rank null", "rank: expected a whole number, got null; write --rank VALUE."),
-        ("--learning_rate fast", "learning_rate: expected a number, got fast; write --learning_rate VALUE."),
+        ("--learning_rate fast", "learning_rate: expected a number or auto, got fast; write --learning_rate VALUE."),
         ("--mixed_precision fp8", "mixed_precision: expected no or fp16 or bf16, got fp8"),
         ("--use_dora maybe", "use_dora: expected true or false, got maybe"),
         ("--fo_steps most", "fo_steps: expected a whole number or auto or random or null, got most"),

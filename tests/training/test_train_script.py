@@ -110,7 +110,7 @@ RANDOM_BLOCKS = {
     "lr_warmup_steps": 2,
 }
 MEASURED_TAIL = {"fo_steps": "auto", "calibration_interval": 3, "use_8bit_adam": True}
-NO_GRADIENT = {"reward": "slow_blind_redness", "fo_steps": "auto", "calibration_interval": 2}
+NO_GRADIENT = {"reward": "slow_blind_redness", "fo_steps": "auto", "calibration_interval": 2, "learning_rate": "auto"}
 
 
 @pytest.mark.parametrize("estimator", [RANDOM_BLOCKS, MEASURED_TAIL, NO_GRADIENT], ids=["blocks", "measured", "blind"])
