@@ -7,24 +7,17 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from prodigyopt import Prodigy
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlr_peft.config import OptimizerArguments
 from rlr_peft.config.chain import AUTO
 
-# What the config says of an optimiser; all else in its groups it has learnt.
-_SETTINGS = ("lr", "betas", "eps", "weight_decay")
-
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], arguments: OptimizerArguments, *, samples_per_step: int = 1
 ) -> torch.optim.Optimizer:
     """AdamW, with its state in float32 or, with `use_8bit_adam`, in 8 bits (tensors of 4096 elements or more).
-
-    With `learning_rate: auto` it is Prodigy (Mishchenko and Defazio, 2023): Adam whose rate is a running estimate of
-    how far the weights have to go. Gradients that keep pointing away from the start raise it.
 
     Args:
         parameters: the trainable ones, in an order that is the same in every run: a resumed state is matched by it.
@@ -35,14 +28,11 @@ def build_optimizer(
     Raises:
         ValueError: 8 bits without bitsandbytes.
     """
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
     if arguments.learning_rate == AUTO:
-        prodigy = Prodigy(
-            parameters, betas=betas, eps=arguments.adam_epsilon, use_bias_correction=True, safeguard_warmup=True
-        )
-        prodigy.param_groups[0]["weight_decay"] = arguments.adam_weight_decay  # the constructor would print a line
-        return prodigy
-    learning_rate = float(arguments.learning_rate) * (samples_per_step if arguments.scale_lr else 1)
+        learning_rate = 0.0  # not known before the first update, see training/learning_rate.py
+    else:
+        learning_rate = float(arguments.learning_rate) * (samples_per_step if arguments.scale_lr else 1)
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
     if not arguments.use_8bit_adam:
         return torch.optim.AdamW(
             parameters,
@@ -92,9 +82,10 @@ def restore_optimizer(
     """Puts both where a checkpoint left them, but with the learning rate, betas and so on that this run asks for.
 
     Their own `load_state_dict` would bring back those of the checkpoint, whatever the config of the resumed run says.
+    With `learning_rate: auto` the rate is the checkpoint's.
     """
-    asked = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
-    base_rates = list(lr_scheduler.base_lrs)
+    asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    base_rates = [ours or theirs for ours, theirs in zip(lr_scheduler.base_lrs, lr_scheduler_state["base_lrs"])]
     optimizer.load_state_dict(dict(optimizer_state))
     lr_scheduler.load_state_dict(dict(lr_scheduler_state))
     lr_scheduler.base_lrs = base_rates
@@ -102,12 +93,6 @@ def restore_optimizer(
     for group, settings, rate in zip(optimizer.param_groups, asked, rates, strict=True):
         group.update(settings | {"lr": rate})
     lr_scheduler._last_lr = rates
-
-
-def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """What the next step multiplies the direction with: for Prodigy, the schedule's factor times its estimate."""
-    group = optimizer.param_groups[0]
-    return float(group["lr"] * group.get("d", 1))
 
 
 def build_ema(parameters: Iterable[nn.Parameter], arguments: OptimizerArguments) -> EMAModel | None:

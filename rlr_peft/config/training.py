@@ -250,7 +250,8 @@ class OptimizerArguments(Group):
 
     learning_rate: float | Literal["auto"] = knob(
         1e-4,
-        "Peak learning rate of AdamW; `auto` takes Prodigy, which finds the rate while it trains.",
+        "Peak learning rate of the optimiser; `auto` finds the one at which the first update changes the images by a "
+        "set amount.",
         unit="weight units per step",
         above=0,
         at_most=10,
@@ -292,10 +293,8 @@ class OptimizerArguments(Group):
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the rate and its schedule."""
-        if self.learning_rate == AUTO:
-            for name in ("scale_lr", "use_8bit_adam"):
-                if getattr(self, name):
-                    yield f"{name}: expected none with learning_rate auto (Prodigy), got true; drop one of the two."
+        if self.learning_rate == AUTO and self.scale_lr:
+            yield "scale_lr: expected none with learning_rate auto, got true; drop one of the two."
         warmup, length = self.lr_warmup_steps, config.training.max_train_steps
         if warmup and self.lr_scheduler == "constant":
             yield f"lr_warmup_steps: expected 0 with lr_scheduler constant, got {warmup}; use constant_with_warmup."

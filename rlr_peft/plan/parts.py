@@ -46,7 +46,7 @@ class Facts:
         quantized: of the denoisers if bitsandbytes holds them.
         dequantized: the largest matrix in full width, which is there while it multiplies.
         lora: weights of the adapter in float32.
-        optimizer: its state, in float32 (False) and, unless it is Prodigy, with 8-bit Adam (True).
+        optimizer: its state, in float32 (False) and with 8-bit Adam (True).
         rewards: weights of the rewards' networks.
         rewards_at_once: of those that score together: all that are trained on, or one that is held out.
         scoring: the rewards' peak besides, by the number of images scored at once.

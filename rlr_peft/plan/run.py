@@ -15,7 +15,6 @@ from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
-from rlr_peft.config.chain import AUTO
 from rlr_peft.config.model import read_quantization
 from rlr_peft.errors import UserError
 from rlr_peft.plan.blueprint import build_model, build_pipeline, find_architecture, find_component
@@ -63,8 +62,6 @@ def plan_memory(
         models[TINY_VAE] = chain.reward_decoder
     denoisers = {name: models[name] for name in chain.family.denoisers}
     held = quantization or NF4
-    prodigy = config.optimizer.learning_rate == AUTO
-    eight_bits = (False,) if prodigy else (False, True)
     trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
     names = list(dict.fromkeys((*trained, *heldout)))
     dtype = REWARD_DTYPES[config.reward.reward_dtype]
@@ -80,7 +77,7 @@ def plan_memory(
         quantized={name: weight_bytes(model, parameters, held) for name, model in denoisers.items()},
         dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
         lora=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        optimizer={in_8_bits: optimizer_bytes(parameters, in_8_bits, prodigy) for in_8_bits in eight_bits},
+        optimizer={choice: optimizer_bytes(parameters, choice) for choice in (False, True)},
         rewards=sum(weights.values()),
         rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
         scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},

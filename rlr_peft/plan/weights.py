@@ -56,16 +56,13 @@ def largest_quantized(model: nn.Module, quantization: Mapping[str, Any] | None, 
     return max((sizes[key] for key in quantized), default=0)
 
 
-def optimizer_bytes(parameters: Iterable[nn.Parameter], use_8bit_adam: bool, prodigy: bool = False) -> int:
-    """Bytes of Adam's two moments, in float32 or in 8 bits with a scale for each block.
-
-    Prodigy adds two more tensors: its sum of gradients and the weights of the start.
-    """
+def optimizer_bytes(parameters: Iterable[nn.Parameter], use_8bit_adam: bool) -> int:
+    """Bytes of Adam's two moments, in float32 or in 8 bits with a scale for each block."""
     total = 0.0
     for parameter in parameters:
         size = parameter.numel()
         is_8bit = use_8bit_adam and size >= MIN_8BIT_SIZE
-        total += 2 * size * (1 + 4 / BLOCK_8BIT_ADAM) if is_8bit else (16 if prodigy else 8) * size
+        total += 2 * size * (1 + 4 / BLOCK_8BIT_ADAM) if is_8bit else 8 * size
     return round(total)
 
 

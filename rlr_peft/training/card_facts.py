@@ -13,7 +13,6 @@ from typing import Any
 
 import rlr_peft
 from rlr_peft.build.machine import describe_hardware, package_versions
-from rlr_peft.build.optimizer import learning_rate
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.run import Run
@@ -141,7 +140,6 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
     # Where K is measured or drawn, the settings alone do not tell which the updates used (means of an update's).
     used = [row["first_order_steps"] for row in logged_metrics(run)]
     decoder = run.config.model.pretrained_tiny_vae_name_or_path
-    measures_rate = run.config.optimizer.learning_rate == "auto"
     return {
         "method": run.method,
         "objects": dict(run.given),
@@ -150,7 +148,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "guidance_scale": run.chain.guidance_scale,
         "samples": run.arithmetic.samples_per_update,
         "processes": run.accelerator.num_processes,
-        "learning_rate": learning_rate(run.optimizer) if measures_rate else run.lr_scheduler.base_lrs[0],
+        "learning_rate": run.lr_scheduler.base_lrs[0],
         "weights": sum(parameter.numel() for parameter in run.chain.parameters),
         "first_order": (min(used), max(used)) if any(used) else None,
         "chain_of_thought": describe_chain_of_thought(run.config),

@@ -17,7 +17,6 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.build.optimizer import learning_rate
 from rlr_peft.build.run import Run
 from rlr_peft.config import Config, config_to_dict, stages_from_config
 from rlr_peft.durable_files import flush_to_disk, replacing_file
@@ -191,7 +190,7 @@ class RunLog:
             MetricsError: a number of it is not finite.
         """
         self._say_coverage(progress, update)
-        rate = learning_rate(self._run.optimizer)
+        rate = self._run.lr_scheduler.get_last_lr()[0]
         metrics: dict[str, Any] = update.metrics() | {"lr": rate, "denoiser_evaluations": progress.denoiser_evaluations}
         if self._lines is not None:
             self._lines.log(metrics, progress.step)

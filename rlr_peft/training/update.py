@@ -19,6 +19,7 @@ from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.sampling import Batch, sample_batch
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
+from rlr_peft.training.learning_rate import is_unknown, take_first_step
 from rlr_peft.training.progress import is_due_after
 
 # Squares of entries much below this vanish in float32, and with them the norm.
@@ -101,7 +102,10 @@ def take_update(run: Run, step: int) -> Update:
             divergences += [] if divergence is None else [divergence]
         all_reduce_mean_descent(run.chain.parameters, run.arithmetic.samples_per_update, run.processes)
         gradient_norm = _clip(run, step)
-        run.optimizer.step()
+        if is_unknown(run):
+            take_first_step(run, [rollout.trajectory for rollout in rollouts])
+        else:
+            run.optimizer.step()
         if run.ema is not None:
             run.ema.step(run.chain.parameters)
         run.optimizer.zero_grad(set_to_none=True)

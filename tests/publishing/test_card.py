@@ -317,10 +317,6 @@ def test_what_chose_the_weights(folder: Path, config: dict[str, float], stopped:
             "DoRA of rank 4, alpha 8 (rsLoRA)",
         ),
         ({"config": CONFIG | {"use_8bit_adam": True}}, "| optimiser | AdamW in 8 bits, learning rate 0.002"),
-        (
-            {"config": CONFIG | {"learning_rate": "auto"}},
-            "| optimiser | Prodigy, learning rate 0.002 (at the end, by its own measure; constant)",
-        ),
         ({"config": CONFIG | {"mixed_precision": "bf16"}}, "| base weights | bf16 |"),
         ({"config": CONFIG | {"kl_beta": 0.01}}, "| penalty | 0.01 per nat of divergence from the base |"),
         ({"metrics": METRICS | {"kl": 0.79, "kl_se": 0.14, "kl_n": 2}}, "0.79 ± 0.14 nats (KL of 2 sampled paths) |"),

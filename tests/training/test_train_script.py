@@ -203,7 +203,7 @@ def test_an_error_inside_the_users_reward_shows_where(workplace: Path, tmp_path:
     assert "Traceback" not in before and "in mistaken" in after
 
 
-DRAWN_BLOCKS = {"fo_steps": 1, "ho_blocks": 2, "use_ema": True}
+DRAWN_BLOCKS = {"fo_steps": 1, "ho_blocks": 2, "use_ema": True, "learning_rate": "auto"}
 # From the second update on, prompts are compared with what both processes saw of them before.
 PROMPT_STATISTICS = {"estimator": "ddpo", "per_prompt_stat_tracking_min_count": 4, "max_train_samples": 2}
 

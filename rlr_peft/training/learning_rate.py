@@ -1,0 +1,85 @@
+"""`learning_rate: auto`: the images say how far one update goes.
+
+Adam's first step moves every weight by the learning rate, whatever the gradient's size. What that does to the images
+depends on the base, on rank and alpha and on the chain, so that good rates lie a hundred times apart; how much a good
+first step changes the images does not. So the samples of the first update are drawn again, with the same noises, and
+the rate is the one at which their clean latents change by `CHANGE` of their standard deviation. The schedule starts
+from it.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from rlr_peft.build.run import Run
+from rlr_peft.chain.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+# `benchmarks/first_step.py`: best rates of the races on tiny-shapes, 0.004 and 0.008, change the latents by 3 to 9 %.
+CHANGE = 0.05
+# The first try, which moves the latents of no model far; how many more there are; what is near enough.
+FIRST, TRIES, NEAR = 1e-4, 4, 1.15
+# One try raises or lowers the rate by no more: a change below the rounding of 16 bits says little.
+LARGEST_FACTOR = 30.0
+
+
+def is_unknown(run: Run) -> bool:
+    """Whether the rate is still to be found."""
+    return float(run.lr_scheduler.base_lrs[0]) == 0
+
+
+def take_first_step(run: Run, trajectories: Sequence[Trajectory]) -> None:
+    """Finds the rate and takes the optimiser's step with it; if nothing moves the images, the next update tries again.
+
+    Args:
+        run: its gradients are those of the first update.
+        trajectories: this process's samples of that update, drawn with the weights as they are.
+    """
+    parameters = run.chain.parameters
+    start = [parameter.detach().clone() for parameter in parameters]
+    _set_rate(run, FIRST)
+    run.optimizer.step()
+    direction = [(parameter.detach() - before) / FIRST for parameter, before in zip(parameters, start, strict=True)]
+    rate, change = FIRST, _relative_change(run, trajectories)
+    for _ in range(TRIES):
+        if change == 0 or 1 / NEAR < change / CHANGE < NEAR:
+            break
+        rate *= min(max(CHANGE / change, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+        _move(parameters, start, direction, rate)
+        change = _relative_change(run, trajectories)
+    if change == 0:  # no gradient in this update, such as a group of equal rewards
+        _set_rate(run, 0.0)
+        return
+    run.lr_scheduler.base_lrs = [rate] * len(run.optimizer.param_groups)
+    warmed = rate * run.lr_scheduler.lr_lambdas[0](run.lr_scheduler.last_epoch)
+    _set_rate(run, warmed)
+    _move(parameters, start, direction, warmed)
+    logger.info("learning_rate auto: %.2g, at which the first step changes the latents by %.1f %%.", rate, 100 * change)
+
+
+def _set_rate(run: Run, rate: float) -> None:
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def _move(
+    parameters: Sequence[torch.nn.Parameter], start: list[torch.Tensor], direction: list[torch.Tensor], rate: float
+) -> None:
+    """Adam's step, its decay too, is linear in the rate."""
+    for parameter, before, along in zip(parameters, start, direction, strict=True):
+        parameter.copy_(before + rate * along)
+
+
+def _relative_change(run: Run, trajectories: Sequence[Trajectory]) -> float:
+    """Root mean square of what changed in x_0 over its standard deviation, of the samples of all processes."""
+    squares = []
+    for trajectory in trajectories:
+        clean = trajectory.latents[0].float()
+        again = run.chain.rollout(trajectory, trajectory.num_steps, trajectory.latents[trajectory.num_steps]).float()
+        squares.append(torch.stack([(again - clean).flatten(1).pow(2).mean(1), clean.flatten(1).var(1)], dim=1))
+    all_squares = run.processes.gather(torch.cat(squares), "the change of the first step")
+    changed, spread = all_squares.double().mean(0).tolist()
+    return float((changed / spread) ** 0.5)

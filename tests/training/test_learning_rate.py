@@ -1,0 +1,79 @@
+"""`learning_rate: auto`: the first update changes the images by the set amount, whatever stands between."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.run import Run
+from rlr_peft.training.learning_rate import CHANGE, is_unknown
+from rlr_peft.training.update import take_update
+from tests.training.runs import build, config_file
+
+VALUES = {"estimator": "full-bp", "learning_rate": "auto", "max_train_steps": 4, "num_inference_steps": 3}
+LATE = """
+class Late:
+    differentiable = False
+    calls = 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        return images[:, 0].mean((1, 2)) * (self.calls > 2)  # two micro-batches make an update
+"""
+
+
+def rate_of(run: Run) -> float:
+    return float(run.lr_scheduler.base_lrs[0])
+
+
+def test_the_first_update_changes_the_images_by_the_set_amount(workplace: Path, tmp_path: Path) -> None:
+    run = build(config_file(workplace, tmp_path / "run", gradient_accumulation_steps=1, **VALUES))
+    prompts = [prompt for prompt in run.sampler.sample(0, 1) for _ in range(2)]
+    seeds = [derive_seed(run.config.training.seed, "samples", 0, i) for i in range(2)]
+    before = run.chain.sample(prompts, seeds).latents[0]
+    take_update(run, 0)
+    after = run.chain.sample(prompts, seeds).latents[0]
+    change = ((after - before).pow(2).mean() / before.flatten(1).var(1).mean()) ** 0.5
+    assert float(change) == pytest.approx(CHANGE, rel=0.15)
+    assert run.lr_scheduler.get_last_lr() == [rate_of(run)]
+
+
+def test_the_rate_makes_up_for_what_scales_the_adapter(workplace: Path, tmp_path: Path) -> None:
+    rates = []
+    for alpha in (4, 32):
+        run = build(config_file(workplace, tmp_path / str(alpha), rank=4, lora_alpha=alpha, **VALUES))
+        take_update(run, 0)
+        rates.append(rate_of(run))
+    assert rates[0] / rates[1] == pytest.approx(8, rel=0.3)  # each is found to within 15 %
+
+
+def test_a_schedule_starts_from_the_rate(workplace: Path, tmp_path: Path) -> None:
+    """With a warm-up the first step is none, and its rate is known all the same."""
+    values = VALUES | {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}
+    run = build(config_file(workplace, tmp_path / "run", **values))
+    start = [parameter.detach().clone() for parameter in run.chain.parameters]
+    take_update(run, 0)
+    assert all(torch.equal(parameter, before) for parameter, before in zip(run.chain.parameters, start, strict=True))
+    assert rate_of(run) > 0
+    factors = [run.lr_scheduler.get_last_lr()[0] / rate_of(run)]
+    for step in (1, 2):
+        take_update(run, step)
+        factors.append(run.lr_scheduler.get_last_lr()[0] / rate_of(run))
+    assert factors == pytest.approx([0.5, 1, 1])
+
+
+def test_an_update_that_moves_nothing_leaves_the_rate_to_the_next(workplace: Path, tmp_path: Path) -> None:
+    """Equal rewards have no advantages."""
+    (tmp_path / "late.py").write_text(LATE)
+    values = VALUES | {"estimator": "grpo", "reward_fn": f"{tmp_path / 'late.py'}:Late"}
+    run = build(config_file(workplace, tmp_path / "run", **values))
+    start = [parameter.detach().clone() for parameter in run.chain.parameters]
+    take_update(run, 0)
+    assert is_unknown(run)
+    assert all(torch.equal(parameter, before) for parameter, before in zip(run.chain.parameters, start, strict=True))
+    take_update(run, 1)
+    assert not is_unknown(run)
+    assert not all(
+        torch.equal(parameter, before) for parameter, before in zip(run.chain.parameters, start, strict=True)
+    )
