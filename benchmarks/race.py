@@ -64,12 +64,12 @@ REWARDS = {
     "fine": ("tiny-shapes/texture", "tiny-shapes-heldout/texture"),
     "all": ("tiny-shapes", "tiny-shapes-heldout"),
 }
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = ("0.002", "0.004", "0.008", "auto")
 BATCHES = (4, 16)
 MARKS = 4
 
-# A method with its batch and its learning rate.
-Setting = tuple[str, int, float]
+# A method with its batch and its learning rate: a number, or `auto`.
+Setting = tuple[str, int, str]
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--reward", choices=tuple(REWARDS), required=True)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B")
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, metavar="RATE")
+    parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, metavar="RATE", help="a number or `auto`")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2), metavar="SEED")
     parser.add_argument("--best", type=int, default=None, metavar="N", help="only the N best settings of each method")
     parser.add_argument("--budget", type=float, default=12_000, help="of a run, in denoiser forwards of one image")
@@ -95,7 +95,7 @@ def main() -> None:
         return
     for seed in arguments.seeds:
         for setting in settings(folder, arguments):
-            path = folder / ("{} batch {} rate {:g}".format(*setting) + f" seed {seed}.json")
+            path = folder / ("{} batch {} rate {}".format(*setting) + f" seed {seed}.json")
             with claimed(path) as is_ours:
                 if is_ours:
                     result = race(folder, arguments.reward, setting, seed, arguments)
@@ -130,7 +130,7 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]
     words += ["--num_inference_steps", str(arguments.steps)]
     words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
-    words += ["--learning_rate", str(rate), "--seed", str(seed)]
+    words += ["--learning_rate", rate, "--seed", str(seed)]
     run = build_run(load_config(words))
     scoring = cost_of_scoring(run, folder / "unit.json")
     base = base_evaluation(run, folder / "base" / f"seed {seed}, {arguments.images} images.pt")
@@ -157,7 +157,8 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
             comparison = flat_metrics(paired_gains(base, after))
             numbers = {"updates": step, "cost": cost, "cpu_seconds": seconds}
             points.append(comparison | numbers | {"K": fmean(book.first_order_steps for book in update.books)})
-    return {"method": method, "batch": batch, "learning_rate": rate, "seed": seed, "points": points}
+    taken = float(run.lr_scheduler.base_lrs[0])
+    return {"method": method, "batch": batch, "learning_rate": rate, "taken": taken, "seed": seed, "points": points}
 
 
 def cost_of_scoring(run: Run, path: Path) -> float:

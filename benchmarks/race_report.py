@@ -18,7 +18,7 @@ def report(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
     The best setting is that with the highest mean gain, among those with the most seeds.
     """
-    settings: defaultdict[str, dict[tuple[int, float], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    settings: defaultdict[str, dict[tuple[int, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         settings[run["method"]][run["batch"], run["learning_rate"]].append(run)
     best = {method: max(groups.values(), key=_seeds_and_gain) for method, groups in settings.items()}
@@ -75,7 +75,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['method']} | {row['batch']} | {row['learning_rate']:g} | {row['seeds']} | {row['updates']:.0f} | "
+            f"| {row['method']} | {row['batch']} | {row['learning_rate']} | {row['seeds']} | {row['updates']:.0f} | "
             f"{row['cpu_seconds']:.0f} | {', '.join(f'{mark:+.3f}' for mark in row['marks'][:-1])} | "
             f"{row['reward_gain']:+.3f}{_width(row['reward_interval'])} | "
             f"{row['heldout_gain']:+.3f}{_width(row['heldout_interval'])} | "
