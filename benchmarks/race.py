@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--reward", choices=tuple(REWARDS), required=True)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B")
-    parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, metavar="RATE", help="a number or `auto`")
+    parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, metavar="RATE")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2), metavar="SEED")
     parser.add_argument("--best", type=int, default=None, metavar="N", help="only the N best settings of each method")
     parser.add_argument("--budget", type=float, default=12_000, help="of a run, in denoiser forwards of one image")

@@ -103,8 +103,9 @@ class TinyShapesJudgeReward(Reward):
             metadata: not looked at.
 
         Returns:
-            (B,) float32 in (0, 1] on the images' device, differentiable with respect to the images; and the scores of
-            the single attributes, NaN where the prompt does not name it, as info if several are asked for.
+            (B,) float32 in (0, 1] on the images' device, differentiable with respect to the images; and as info, if
+            several attributes are asked for, their single scores, NaN where the prompt does not name it, and
+            `all_right`: 1 where the judge reads every one of them as the prompt says, else 0.
 
         Raises:
             RewardError: a prompt is not in the words of tiny-shapes, or does not name what is asked.
@@ -113,6 +114,7 @@ class TinyShapesJudgeReward(Reward):
         log_probabilities = self._judge(images.to(self.device, torch.float32))
         total = torch.zeros(len(prompts), device=self.device)
         info: Info = {}
+        right = torch.ones(len(prompts), dtype=torch.bool)
         for attribute, words in ATTRIBUTES.items():
             rows = [index for index, values in enumerate(asked) if attribute in values]
             columns = [words.index(asked[index][attribute]) for index in rows]
@@ -123,6 +125,8 @@ class TinyShapesJudgeReward(Reward):
                 info[attribute] = torch.full((len(prompts),), math.nan).index_copy_(
                     0, torch.tensor(rows), scores.detach().float().cpu()
                 )
+                right[rows] &= log_probabilities[attribute][rows].argmax(1).cpu() == torch.tensor(columns)
+        info["all_right"] = right.float()
         counts = torch.tensor([len(values) for values in asked], device=self.device)
         return Scored((total / counts).to(images.device), info={} if self.attribute else info)
 

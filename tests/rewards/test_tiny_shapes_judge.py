@@ -52,13 +52,23 @@ def test_the_score_is_the_mean_over_the_named_values(untrained: torch.nn.Module)
 def test_info_tells_every_attribute_apart(untrained: torch.nn.Module) -> None:
     """Their mean over what a prompt names is the score; what it does not name has no number."""
     scored = measure_images(load_reward("tiny-shapes"), random_images(2), [PROMPT, "a blue ring"])
-    assert list(scored.info) == list(ATTRIBUTES)
-    table = torch.stack(list(scored.info.values()))
+    assert list(scored.info) == [*ATTRIBUTES, "all_right"]
+    table = torch.stack([scored.info[name] for name in ATTRIBUTES])
     torch.testing.assert_close(table.nanmean(0), scored.scores)
     assert [name for name in ATTRIBUTES if scored.info[name][1].isnan()] == [
         name for name in ATTRIBUTES if name not in ("shape", "color")
     ]
     assert measure_images(load_reward("tiny-shapes/color"), random_images(1), [PROMPT]).info == {}
+
+
+def test_all_right_is_one_where_every_named_attribute_is_read_as_asked(untrained: torch.nn.Module) -> None:
+    images = random_images(1)
+    read = {name: ATTRIBUTES[name][int(values.argmax())] for name, values in untrained(images).items()}
+    as_read = f"a {read['color']} {read['shape']}"
+    other = next(value for value in ATTRIBUTES["color"] if value != read["color"])
+    prompts = [as_read, f"a {other} {read['shape']}", f"a {read['shape']}"]
+    scored = measure_images(load_reward("tiny-shapes"), images.expand(3, -1, -1, -1), prompts)
+    assert scored.info["all_right"].tolist() == [1, 0, 1]
 
 
 def test_one_attribute_alone(untrained: torch.nn.Module) -> None:
