@@ -77,8 +77,8 @@ def first_step(method: str, reward: str, flags: str, learning_rate: str) -> tupl
     before = run.chain.sample(prompts, range(16)).latents[0]
     take_update(run, 0)
     after = run.chain.sample(prompts, range(16)).latents[0]
-    change = ((after - before).pow(2).mean() / before.flatten(1).var(1).mean()).sqrt()
-    return float(run.lr_scheduler.base_lrs[0]), float(change)
+    changes = (after - before).flatten(1).pow(2).mean(1).sqrt() / before.flatten(1).std(1)
+    return float(run.lr_scheduler.base_lrs[0]), float(changes.log().mean().exp())
 
 
 if __name__ == "__main__":

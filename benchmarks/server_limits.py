@@ -92,7 +92,7 @@ def slow_clients(url: str, number: int = 800) -> float:
 
 def main() -> None:
     """Every case in turn, since the peak of memory only grows."""
-    command = [sys.executable, "-m", "rlr_peft.cli", "serve-reward", "--reward", "jpeg-compressibility", "--port", "0"]
+    command = [sys.executable, "-m", "rlr_peft", "serve-reward", "--reward", "jpeg-compressibility", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     url = process.stdout.readline().strip().rpartition(" ")[2]

@@ -12,20 +12,20 @@ import yaml
 from rlr_peft import __version__
 from rlr_peft.cli.main import main
 from rlr_peft.config.arguments import knobs
-from tests.programs import completed
+from tests.programs import ROOT, completed
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "rlr_peft.cli", *words], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "rlr_peft", *words], capture_output=True, text=True, timeout=60, check=False
     )
 
 
 def run_with_imports_made(*words: str) -> subprocess.CompletedProcess[str]:
     """For commands that come to import torch."""
-    return completed(["-m", "rlr_peft.cli", *words])
+    return completed(["-m", "rlr_peft", *words])
 
 
 def test_version() -> None:
@@ -48,6 +48,22 @@ def test_config_prints_yaml_that_it_accepts_again(tmp_path: Path) -> None:
     path.write_text(first.stdout, encoding="utf-8")
     again = run("config", "--config", str(path))
     assert (again.returncode, again.stdout) == (0, first.stdout)
+
+
+def test_recipes_are_known_by_name_wherever_one_is() -> None:
+    listed = run("config", "--list")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    lines = listed.stdout.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert any(line.split(maxsplit=1) == ["sdxl", "Stable Diffusion XL at 1024x1024."] for line in lines)
+    by_name = run("config", "--config", "sdxl")
+    assert by_name.returncode == 0 and by_name.stdout == run("config", "--config", "configs/sdxl.yaml").stdout
+    unknown = run("config", "--config", "sdx")
+    assert unknown.returncode == 2
+    assert unknown.stderr == (
+        f"error: --config: expected a YAML file, or one of {', '.join(names)}, got sdx; correct it.\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,6 @@ def test_commands_show_it_written_out(command: str, tmp_path: Path) -> None:
     """The name of a folder, which is refused."""
     folder = tmp_path / "\x1b[31m\u202e"
     folder.mkdir()
-    done = completed(["-m", "rlr_peft.cli", command, folder])
+    done = completed(["-m", "rlr_peft", command, folder])
     assert done.returncode == 2 and is_clean(done.stderr)
     assert done.stderr.startswith("error: ") and r"\x1b[3" in done.stderr

@@ -195,7 +195,7 @@ def test_what_cannot_be_read_is_not_quoted_with_its_secret(tmp_path, text: str, 
 def test_a_command_line_that_cannot_be_read_is_not_quoted_with_its_secret(command: str) -> None:
     words = ["--hub_token", "x", SECRET, f"--hub_tokn={SECRET}", "--nonsense", f"http://me:{SECRET}@host/"]
     done = subprocess.run(
-        [sys.executable, "-m", "rlr_peft.cli", command, *words], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "rlr_peft", command, *words], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert SECRET not in done.stdout + done.stderr

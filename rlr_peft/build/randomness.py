@@ -13,7 +13,16 @@ from numpy.random import SeedSequence
 from rlr_peft.errors import UserError
 
 Purpose = Literal[
-    "lora", "samples", "calibration", "estimator", "validation", "evaluation", "process", "divergence", "reward_scale"
+    "lora",
+    "samples",
+    "calibration",
+    "estimator",
+    "validation",
+    "evaluation",
+    "process",
+    "divergence",
+    "reward_scale",
+    "learning_rate",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

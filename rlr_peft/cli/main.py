@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rlr_peft import __version__
-from rlr_peft.foreign_text import guard_terminal, say
+from rlr_peft.foreign_text import guard_terminal
 
 # name -> (one line for --help, module, its function of the remaining words that returns the exit code)
 COMMANDS = {
@@ -22,7 +22,7 @@ COMMANDS = {
     ),
     "config": (
         "check a configuration and print it in full as YAML",
-        "rlr_peft.cli.main",
+        "rlr_peft.cli.config_command",
         "config_command",
     ),
     "diagnose": (
@@ -50,15 +50,12 @@ COMMANDS = {
         "rlr_peft.cli.serve_reward_command",
         "serve_reward_command",
     ),
+    "train": (
+        "train an adapter on a reward, in one process (several: accelerate launch -m rlr_peft.train)",
+        "rlr_peft.train",
+        "train_command",
+    ),
 }
-
-
-def config_command(words: Sequence[str]) -> int:
-    """Prints the resolved YAML of `--config FILE` and flags."""
-    from rlr_peft.config import config_to_yaml, load_config
-
-    say(config_to_yaml(load_config(words, prog="rlr-peft config")).rstrip("\n"))
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="rlr-peft",
-        description="Reward fine-tuning of LoRA adapters of diffusers pipelines. Training: train_rlr_lora.py.",
+        description="Reward fine-tuning of LoRA adapters of diffusers pipelines.",
         epilog="commands:\n" + "\n".join(f"  {name:<13} {line}" for name, (line, _, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -63,9 +63,9 @@ def model_identity(name: str | None, revision: str | None = None, cache_dir: str
     return [name, revision]
 
 
-def file_identity(path: str | None) -> str | None:
+def file_identity(path: Path) -> str:
     """SHA-256 of a small file."""
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def reward_identity(spec: str) -> Any:
@@ -74,13 +74,13 @@ def reward_identity(spec: str) -> Any:
     if not source or spec.startswith(("http://", "https://")):
         return [spec]
     if source.endswith(".py"):
-        return [spec, file_identity(source)]
+        return [spec, file_identity(Path(source))]
     try:
         found = importlib.util.find_spec(source)
     except (ImportError, ValueError):
         return [spec]
     origin = None if found is None else found.origin
-    return [spec, file_identity(origin) if origin is not None and Path(origin).is_file() else None]
+    return [spec, file_identity(Path(origin)) if origin is not None and Path(origin).is_file() else None]
 
 
 logger = logging.getLogger(__name__)

@@ -38,6 +38,7 @@ from rlr_peft.compare.kept import (
     reward_identity,
 )
 from rlr_peft.config import Config, stages_from_config
+from rlr_peft.config.model import quantization_file
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.prompt import Prompt, texts_of
@@ -251,6 +252,8 @@ def prompt_source(config: Config) -> str:
 def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """All but adapter, prompt and seed that an image depends on, in plain values."""
     model, stages = config.model, stages_from_config(config)
+    settings = model.bnb_quantization_config_path
+    quantization = None if settings is None else file_identity(quantization_file(settings))
     names = (
         model.pretrained_model_name_or_path,
         model.pretrained_vae_model_name_or_path,
@@ -260,7 +263,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
         "models": [model_identity(name, model.revision, model.cache_dir) for name in names],
         "class": type(pipeline).__name__,
         "variant": model.variant,
-        "precision": [model.mixed_precision, file_identity(model.bnb_quantization_config_path)],
+        "precision": [model.mixed_precision, quantization],
         "kernels": [model.attention_backend, model.allow_tf32, model.full_determinism],
         "chain": {name: value for name, value in asdict(config.chain).items() if name != "eta"},
         "stages": None if stages is None else asdict(stages),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlr_peft.config.knob import Group, knob
+from rlr_peft.recipes import prompt_sets
 from rlr_peft.stages import Stages, make_stages
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
 BUILTIN_SETS = (
     *("simple-animals", "simple-animals/train", "simple-animals/test"),
     *("tiny-shapes/train", "tiny-shapes/test"),
+    *prompt_sets(),
 )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlr_peft.config.knob import ConfigError, Group, knob
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
+from rlr_peft.recipes import quantizations
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -59,7 +60,8 @@ class ModelArguments(Group):
     )
     bnb_quantization_config_path: str | None = knob(
         None,
-        "JSON file of the arguments of BitsAndBytesConfig: the frozen denoiser is held in 4 or 8 bits. Needs a GPU.",
+        "JSON file of the arguments of BitsAndBytesConfig, or `nf4`: the frozen denoiser is held in 4 or 8 bits. "
+        "Needs a GPU.",
     )
     attention_backend: str | None = knob(
         None, "Attention kernel of the denoiser by diffusers' names, for example `flash`; null leaves it to torch."
@@ -149,23 +151,28 @@ class LoraArguments(Group):
 _WIDTHS = ("load_in_4bit", "load_in_8bit")
 
 
-def read_quantization(path: str) -> dict[str, Any]:
+def quantization_file(place: str) -> Path:
+    """The file itself, or the shipped one of that name."""
+    return quantizations().get(place, Path(place))
+
+
+def read_quantization(place: str) -> dict[str, Any]:
     """The arguments of BitsAndBytesConfig in a JSON file.
 
     Raises:
         ConfigError: no such file, no JSON object, or not exactly one of 4 and 8 bits.
     """
     try:
-        arguments = parse_json(read_plain_text(Path(path)))
+        arguments = parse_json(read_plain_text(quantization_file(place)))
     except PlainFileError as error:
         raise ConfigError(
-            f"bnb_quantization_config_path: expected a JSON file, got {path} ({error}); check the path and its text."
+            f"bnb_quantization_config_path: expected a JSON file, got {place} ({error}); check the path and its text."
         ) from error
     chosen = [name for name in _WIDTHS if isinstance(arguments, dict) and arguments.get(name) is True]
     if len(chosen) != 1:
         raise ConfigError(
             f"bnb_quantization_config_path: expected an object with {' or '.join(_WIDTHS)} true, got "
-            f"{' and '.join(chosen) or 'neither'} in {path}; see diffusers' BitsAndBytesConfig."
+            f"{' and '.join(chosen) or 'neither'} in {place}; see diffusers' BitsAndBytesConfig."
         )
     return arguments
 

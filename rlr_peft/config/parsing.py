@@ -27,10 +27,14 @@ from rlr_peft.config.yaml_files import read_yaml
 from rlr_peft.durable_files import why_no_place
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
+from rlr_peft.recipes import recipes
 from rlr_peft.redaction import redacted, secrets_of_command
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
-_CONFIG_HELP = "YAML file with the same flat names as the flags below; flags win over it wherever they stand."
+_CONFIG_HELP = (
+    "YAML file with the same flat names as the flags below, or the name of a recipe (`rlr-peft config --list`); flags "
+    "win over it wherever they stand."
+)
 G = TypeVar("G", bound=Group)
 
 
@@ -164,7 +168,17 @@ def read_words(
     refuse_missing(knobs_of(own), own_values)
     group = own(**own_values)
     check_group(group)
-    return Words(group, typed, names, Path(files[0]) if files else None)
+    return Words(group, typed, names, _config_file(files[0]) if files else None)
+
+
+def _config_file(place: str) -> Path:
+    """The file itself, or the recipe of that name."""
+    path = Path(place).expanduser()
+    if path.suffix or path.name != place or path.exists():
+        return path
+    if place not in recipes():
+        raise ConfigError(f"--config: expected a YAML file, or one of {', '.join(recipes())}, got {place}; correct it.")
+    return recipes()[place]
 
 
 def _refuse_empty(words: Sequence[str]) -> None:

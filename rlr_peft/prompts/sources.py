@@ -13,6 +13,7 @@ from rlr_peft.config.chain import BUILTIN_SETS
 from rlr_peft.prompt import Prompt, PromptError, as_prompts
 from rlr_peft.prompts.files import Columns, Row, RowReader, prompt_lines
 from rlr_peft.prompts.tables import FORMATS, DatasetSpec, dataset_rows, file_rows
+from rlr_peft.recipes import prompt_sets
 from rlr_peft.tiny_shapes import scenes
 
 # The 45 common animals of DDPO's aesthetic experiment (arXiv:2305.13301), a prompt each.
@@ -26,7 +27,7 @@ HELD_BACK_ANIMALS = ("zebra", "raccoon", "beetle", "dolphin", "goose", "hedgehog
 
 
 def builtin_texts(name: str) -> list[str] | None:
-    """The texts of a built-in set in a fixed order; None for a name that is none."""
+    """The texts of a built-in set in a fixed order; None for a name that is none, or that of a file."""
     if name == "tiny-shapes/train":
         return scenes.prompts("train")
     if name == "tiny-shapes/test":
@@ -96,7 +97,7 @@ def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | N
     columns = Columns() if columns is None else columns
     texts = builtin_texts(spec)
     if texts is None:
-        path = _existing_file(spec)
+        path = prompt_sets().get(spec) or _existing_file(spec)
         if path.suffix.lower() != ".txt":
             return list(_read(RowReader(spec, columns), file_rows(path, columns), max_samples))
         texts = _read_text_file(path, spec)

@@ -160,13 +160,21 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _machine(run: Run) -> dict[str, Any]:
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     return {
-        "command": shlex.join([*launcher, *redacted_command(sys.argv)]),
+        "command": shlex.join([*_program(), *redacted_command(sys.argv[1:])]),
         "hardware": describe_hardware(run.accelerator.device, run.accelerator.num_processes),
         "versions": package_versions(),
         "commit": _commit(),
     }
+
+
+def _program() -> list[str]:
+    """How this one is started, for people to start it again: not by the path of an installed file."""
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    spec = sys.modules["__main__"].__spec__
+    if Path(sys.argv[0]).name == "rlr-peft":
+        return ["rlr-peft"]
+    return [*launcher, "-m", spec.name.removesuffix(".__main__")] if spec is not None else [*launcher, sys.argv[0]]
 
 
 def _commit() -> str | None:

@@ -2,9 +2,9 @@
 
 Adam's first step moves every weight by the learning rate, whatever the gradient's size. What that does to the images
 depends on the base, on rank and alpha and on the chain, so that good rates lie a hundred times apart; how much a good
-first step changes the images does not. So the samples of the first update are drawn again, with the same noises, and
-the rate is the one at which their clean latents change by `CHANGE` of their standard deviation. The schedule starts
-from it.
+first step changes the images does not. So some samples are drawn before and after the first update, with the same
+noises, and the rate is the one at which their clean latents change by `CHANGE` of their standard deviation. They are
+not the update's own, which may answer to it far more than others. The schedule starts from that rate.
 """
 
 import logging
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.trajectory import Trajectory
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 CHANGE = 0.05
 # The first try, which moves the latents of no model far; how many more there are; what is near enough.
 FIRST, TRIES, NEAR = 1e-4, 4, 1.15
+# Drawn for every try, and what a sample that rounds to none of the change counts as.
+SAMPLES, TINIEST = 8, 1e-9
 # One try raises or lowers the rate by no more: a change below the rounding of 16 bits says little.
 LARGEST_FACTOR = 30.0
 
@@ -30,14 +33,14 @@ def is_unknown(run: Run) -> bool:
     return float(run.lr_scheduler.base_lrs[0]) == 0
 
 
-def take_first_step(run: Run, trajectories: Sequence[Trajectory]) -> None:
+def take_first_step(run: Run, step: int) -> None:
     """Finds the rate and takes the optimiser's step with it; if nothing moves the images, the next update tries again.
 
     Args:
         run: its gradients are those of the first update.
-        trajectories: this process's samples of that update, drawn with the weights as they are.
+        step: number of the update.
     """
-    parameters = run.chain.parameters
+    parameters, trajectories = run.chain.parameters, _sample(run, step)
     start = [parameter.detach().clone() for parameter in parameters]
     _set_rate(run, FIRST)
     run.optimizer.step()
@@ -73,13 +76,21 @@ def _move(
         parameter.copy_(before + rate * along)
 
 
+def _sample(run: Run, step: int) -> list[Trajectory]:
+    """The same in every process."""
+    prompts = run.sampler.sample(step, SAMPLES)
+    seeds = [derive_seed(run.config.training.seed, "learning_rate", step, i) for i in range(SAMPLES)]
+    size = run.config.training.train_batch_size
+    return [run.chain.sample(prompts[i : i + size], seeds[i : i + size]) for i in range(0, SAMPLES, size)]
+
+
 def _relative_change(run: Run, trajectories: Sequence[Trajectory]) -> float:
-    """Root mean square of what changed in x_0 over its standard deviation, of the samples of all processes."""
-    squares = []
+    """Root mean square of what changed in a sample's x_0 over its standard deviation: the samples' geometric mean."""
+    changes = []
     for trajectory in trajectories:
         clean = trajectory.latents[0].float()
         again = run.chain.rollout(trajectory, trajectory.num_steps, trajectory.latents[trajectory.num_steps]).float()
-        squares.append(torch.stack([(again - clean).flatten(1).pow(2).mean(1), clean.flatten(1).var(1)], dim=1))
-    all_squares = run.processes.gather(torch.cat(squares), "the change of the first step")
-    changed, spread = all_squares.double().mean(0).tolist()
-    return float((changed / spread) ** 0.5)
+        changes.append((again - clean).flatten(1).pow(2).mean(1).sqrt() / clean.flatten(1).std(1))
+    all_changes = torch.cat(changes).double()
+    change = float(all_changes.clamp(min=TINIEST).log().mean().exp()) if all_changes.any() else 0.0
+    return run.processes.broadcast(change, "the change of the first step")

@@ -103,7 +103,7 @@ def take_update(run: Run, step: int) -> Update:
         all_reduce_mean_descent(run.chain.parameters, run.arithmetic.samples_per_update, run.processes)
         gradient_norm = _clip(run, step)
         if is_unknown(run):
-            take_first_step(run, [rollout.trajectory for rollout in rollouts])
+            take_first_step(run, step)
         else:
             run.optimizer.step()
         if run.ema is not None:

@@ -78,7 +78,7 @@ def words(workplace: Path, output: Path, *adapters: str) -> list[str]:
 
 
 def start(*command: str, **environment: str) -> Program:
-    return Program(["-m", "rlr_peft.cli", *command], os.environ | environment, LIBRARIES, stderr=subprocess.STDOUT)
+    return Program(["-m", "rlr_peft", *command], os.environ | environment, LIBRARIES, stderr=subprocess.STDOUT)
 
 
 def scores_of(output: Path) -> list[dict[str, str]]:

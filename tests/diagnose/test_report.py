@@ -59,7 +59,7 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("".join(f"{name}: {value}\n" for name, value in config.items()))
     words = ["--config", str(path), "--samples", "3", "--output", str(tmp_path / "out" / "report.html"), "--rank", "2"]
-    done = completed(["-m", "rlr_peft.cli", "diagnose", *words, "--samples", "5"])
+    done = completed(["-m", "rlr_peft", "diagnose", *words, "--samples", "5"])
     assert done.returncode == 0, done.stderr
     assert "Recommendation" in done.stdout and "full-bp" in done.stdout
     data = json.loads((tmp_path / "out" / "report.json").read_text())

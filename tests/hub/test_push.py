@@ -23,7 +23,7 @@ UPLOADED = {
     "images/validation_0.png",
     "metrics.json",
 }
-PUSH = ["tests/hub/impatient.py", "-m", "rlr_peft.cli", "push"]
+PUSH = ["tests/hub/impatient.py", "-m", "rlr_peft", "push"]
 
 
 def push(
@@ -245,7 +245,7 @@ def test_an_adapter_is_merged_from_the_hub(hub: LoopbackHub, folder: Path, tmp_p
     """What is on the Hub here is no real adapter: that it is looked for and fetched is what shows."""
     push(hub, folder, "--hub_model_id", "owner/to-merge")
     words = ["--base", "tiny-shapes", "--output", tmp_path / "merged", "--adapter", "owner/to-merge"]
-    done = run(["-m", "rlr_peft.cli", "merge", *words], hub.environment(folder.parent / "fresh"), 1)
+    done = run(["-m", "rlr_peft", "merge", *words], hub.environment(folder.parent / "fresh"), 1)
     assert "The adapter owner/to-merge: expected LoRA weights, got unet.x.lora_A.weight in int32" in done.stderr
 
 
@@ -255,7 +255,7 @@ def test_a_hub_that_does_not_answer_is_given_up(hub: LoopbackHub, folder: Path) 
     impatient.write_text(
         "import httpx2, runpy, sys\nimport rlr_peft.publishing.hub_client as client\n"
         "client.TIMEOUT, client.BACKOFF_SECONDS = httpx2.Timeout(0.3), 0.01\n"
-        "runpy.run_module('rlr_peft.cli', run_name='__main__')\n"
+        "runpy.run_module('rlr_peft', run_name='__main__')\n"
     )
     words = [impatient, "push", folder, "--hub_model_id", "owner/silent"]
     hub.fail({"request": WHOAMI, "kind": "slow", "seconds": 20})
@@ -270,7 +270,7 @@ def test_a_full_disk_here(hub: LoopbackHub, folder: Path) -> None:
         "import resource, runpy, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "runpy.run_module('rlr_peft.cli', run_name='__main__')\n"
+        "runpy.run_module('rlr_peft', run_name='__main__')\n"
     )
     environment = hub.environment(folder.parent / "home")
     done = run([limited, "push", folder, "--hub_model_id", "owner/full"], environment, 1)

@@ -63,6 +63,6 @@ def _run_and_look(endpoint: str, hub: LoopbackHub, workplace: Path, tmp_path: Pa
     assert json.loads((out / "run_record.json").read_text())["record"]["config"]["hub_token"] is None
 
     # The saved config says itself that it is not whole.
-    words = [sys.executable, "-m", "rlr_peft.cli", "config", "--config", str(out / "config.yaml")]
+    words = [sys.executable, "-m", "rlr_peft", "config", "--config", str(out / "config.yaml")]
     refused = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert refused.returncode == 2 and "reward_fn: expected a whole address" in refused.stderr

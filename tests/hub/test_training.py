@@ -125,10 +125,10 @@ def test_a_failing_hub_stops_no_training_and_loses_nothing(
 
     hub.fail()
     environment = hub.environment(home)
-    pushed = run(["-m", "rlr_peft.cli", "push", out], environment)  # the name is in config.yaml
+    pushed = run(["-m", "rlr_peft", "push", out], environment)  # the name is in config.yaml
     assert pushed.stdout.startswith(f"Publishing on owner/failing, as {out}/config.yaml says.\nPublished on ")
     flags = ["--hub_model_id", "owner/failing", "--hub_revision", "checkpoint-1"]
-    run(["-m", "rlr_peft.cli", "push", out / "checkpoint-1", *flags], environment)
+    run(["-m", "rlr_peft", "push", out / "checkpoint-1", *flags], environment)
     for name, revision in ((out, "main"), (out / "checkpoint-1", "checkpoint-1")):
         assert hub.repository("owner/failing").read(WEIGHTS, revision) == (name / WEIGHTS).read_bytes()
 

@@ -1,37 +1,77 @@
-"""The card's template is one file, and a built package holds all templates."""
+"""The card's template is one file, and an installed wheel trains, compares and writes cards without a checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
+
+import pytest
 
 from rlr_peft.publishing.card import default_template_path
 
 REPOSITORY = Path(__file__).parents[2]
+BUILD = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+SHORT = "--max_train_steps 1 --train_batch_size 2 --num_inference_steps 3 --num_evaluation_images 2 --fo_steps 1"
 
 
 def test_the_packages_template_is_the_file_at_the_top() -> None:
     assert default_template_path().resolve() == (REPOSITORY / "model_card_template.md").resolve()
 
 
-def test_a_wheel_holds_the_templates(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    # Without the heavy weights, and in a copy because setuptools writes into the folder that it builds.
-    heavy = shutil.ignore_patterns("*.safetensors", "__pycache__")
-    shutil.copytree(REPOSITORY / "rlr_peft", source / "rlr_peft", symlinks=True, ignore=heavy)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in a copy, because setuptools writes into the folder that it builds."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("rlr_peft", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE", "model_card_template.md"):
-        if (REPOSITORY / name).is_file():
-            shutil.copy(REPOSITORY / name, source / name)
-    subprocess.run(
-        [sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('.')"],
-        cwd=source,
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = source.glob("*.whl")
+        shutil.copy(REPOSITORY / name, source / name)
+    subprocess.run([sys.executable, "-c", BUILD], cwd=source, check=True, capture_output=True)
+    (built,) = source.glob("*.whl")
+    return built
+
+
+def test_a_wheel_holds_what_is_read_at_run_time(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read("rlr_peft/publishing/model_card_template.md").decode()
         names = archive.namelist()
     assert content == (REPOSITORY / "model_card_template.md").read_text()
-    assert "rlr_peft/diagnose/report.html.j2" in names
+    shipped = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*") if path.is_file()]
+    assert {"rlr_peft/diagnose/report.html.j2", *(f"rlr_peft/{path}" for path in shipped)} <= set(names)
+
+
+def test_an_installed_wheel_trains_compares_and_writes_cards(wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own, which borrows the dependencies alone, and in a folder that is no checkout."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python, script = (tmp_path / "venv" / "bin" / name for name in ("python", "rlr-peft"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = ["--python", str(python), "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True, env=environment)
+    (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    # Read last, and without its own .pth files: what is installed here of rlr-peft is not seen.
+    (packages / "zz_dependencies.pth").write_text(sysconfig.get_path("purelib"))
+
+    def run(*command: object) -> str:
+        done = subprocess.run(
+            [str(word) for word in command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    where = run(python, "-c", "import rlr_peft; print(rlr_peft.__file__)")
+    assert where.startswith(str(packages))
+    printed = run(script, "train", "--config", "tiny_shapes", *SHORT.split(), "--output_dir", "run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "rlr-peft train --config tiny_shapes" in card and str(tmp_path) not in card
+    assert "compare.html" in printed
+    run(script, "compare", "--adapter", "run", "--config", "tiny_shapes", "--num_images", "2", "--output", "compared")
+    assert (tmp_path / "compared" / "compare.html").is_file()
+    (tmp_path / "run" / "README.md").unlink()
+    run(python, "-m", "rlr_peft", "card", "run")
+    assert (tmp_path / "run" / "README.md").read_text() == card
+    assert "usage:" in run(python, "-m", "rlr_peft.train", "--help")

@@ -110,7 +110,7 @@ def faulty() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     """The reference server with a real reward."""
-    process, line = start("-m", "rlr_peft.cli", "serve-reward", "--reward", "jpeg-compressibility", "--port", "0")
+    process, line = start("-m", "rlr_peft", "serve-reward", "--reward", "jpeg-compressibility", "--port", "0")
     assert line.startswith("Serving jpeg-compressibility at http://127.0.0.1:")
     yield line.rpartition(" ")[2]
     stop(process)
@@ -296,7 +296,7 @@ def test_a_reward_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
         "    scores = images.mean((1, 2, 3)) / (0 if prompts[0] == 'bad' else 1)\n"
         "    return scores, {'seen': [entry.get('n', None) for entry in metadata], 'endless': float('inf')}\n"
     )
-    process, line = start("-m", "rlr_peft.cli", "serve-reward", "--reward", f"{path}:mine", "--port", "0")
+    process, line = start("-m", "rlr_peft", "serve-reward", "--reward", f"{path}:mine", "--port", "0")
     try:
         reward = RemoteReward(line.rpartition(" ")[2], SETTINGS)
         scored = measure_images(reward, images(2), ["a", "b"], [{"n": 7}, {}])
@@ -309,7 +309,7 @@ def test_a_reward_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
 
 
 def test_a_reward_of_whole_videos_is_not_served() -> None:
-    done = completed(["-m", "rlr_peft.cli", "serve-reward", "--reward", "temporal-flicker", "--port", "0"])
+    done = completed(["-m", "rlr_peft", "serve-reward", "--reward", "temporal-flicker", "--port", "0"])
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "reward 'temporal-flicker' judges whole videos, but only images travel" in done.stderr
 

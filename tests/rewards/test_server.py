@@ -55,7 +55,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with narrow limits: 0.01 megapixels, bodies of 3 MB in all, and a second and a half to send one."""
     log = tmp_path_factory.mktemp("served") / "log.txt"
     limits = ("--max_megapixels", "0.01", "--max_waiting_megabytes", "3", "--request_timeout", str(REQUEST_TIMEOUT))
-    command = ("-m", "rlr_peft.cli", "serve-reward", "--reward", "jpeg-compressibility", "--port", "0", *limits)
+    command = ("-m", "rlr_peft", "serve-reward", "--reward", "jpeg-compressibility", "--port", "0", *limits)
     with log.open("w") as file:
         process, line = start(*command, stderr=file)
         yield Served(line.rpartition(" ")[2], psutil.Process(process.pid), log)

@@ -1,4 +1,4 @@
-"""`python -m rlr_peft.cli` is `rlr-peft`."""
+"""`python -m rlr_peft` is `rlr-peft`."""
 
 from rlr_peft.cli.main import main
 
