@@ -2,7 +2,7 @@
 
     python -m benchmarks.unbiasedness
 
-Writes ``benchmarks/results/unbiasedness.json`` and prints the table of ``docs/estimators.md``.
+Writes ``benchmarks/results/unbiasedness.json`` and prints the table of ``docs/estimators_measured.md``.
 """
 
 import argparse

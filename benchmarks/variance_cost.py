@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.variance_cost --steps 50 --samples 8
 
 Each case is a run of ``rlr-peft diagnose``; its report stays in ``--folder``, and cases that are there already are not
-measured again. Prints the tables of ``docs/estimators.md`` and writes ``benchmarks/results/variance_cost.json``, where
-cases of other lengths stay as they are.
+measured again. Prints the tables of ``docs/estimators_measured.md`` and writes
+``benchmarks/results/variance_cost.json``, where cases of other lengths stay as they are.
 """
 
 import argparse

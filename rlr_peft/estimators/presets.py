@@ -198,7 +198,7 @@ def _half_order(
 def _black_box_steps(arguments: CalibratedArguments, num_inference_steps: int) -> int:
     """Mirroring steps 1..n costs n (n - 1) / 2 evaluations; n = sqrt(6 T) spends 3 T, as much as the rest about.
 
-    Measured on tiny-shapes (docs/estimators.md): variance x cost is flat around this n.
+    Measured on tiny-shapes (docs/estimators_measured.md): variance x cost is flat around this n.
     """
     if arguments.black_box_steps == "auto":
         return min(num_inference_steps, round(math.sqrt(6 * num_inference_steps)))
