@@ -9,6 +9,10 @@
 # its first five cases and `demo` three; processes take most of that to start.
 #
 # Needs the run-time dependencies of pyproject.toml and, for the part `tests`, pytest. PYTHON names another interpreter.
+# A machine with Python 3.12, torch 2.11 for CUDA 13 and the usual scientific packages lacked these, as wheels for cp312:
+# accelerate 1.15.0, bitsandbytes 0.50.2, datasets 5.2.0, diffusers 0.42.1, dill 0.4.1, hf-xet 1.8.0, httpcore2 2.16.2,
+# httpx2 2.16.2, huggingface_hub 2.4.0, importlib_metadata 10.2.0, multiprocess 0.70.19, peft 0.21.2, tokenizers 0.23.3,
+# transformers 5.23.0, truststore 0.10.5, xxhash 4.1.0, zipp 4.1.2. Other busy processes slow the start of each part.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg

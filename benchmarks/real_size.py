@@ -227,7 +227,7 @@ def _in_process(name: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.real_size", "--case", name, "--here", str(path)]
         finished = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
         if finished.returncode != 0:
-            return {"error": finished.stderr.strip().splitlines()[-1:]}
+            return {"error": finished.stderr.strip().splitlines()[-8:]}
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return result
 
