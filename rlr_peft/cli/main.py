@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -83,9 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rlr_peft.build.reporting import reporting_errors, set_up_logging
 
     set_up_logging()
-    # A reward `my_module:score` is found in the folder where one works, as `python -m rlr_peft` finds it.
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     _, module, function = COMMANDS[parsed.command]
     with reporting_errors():
         run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
