@@ -8,6 +8,7 @@ not the update's own, which may answer to it far more than others. The schedule 
 """
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -94,4 +95,5 @@ def _relative_change(run: Run, trajectories: Sequence[Trajectory]) -> float:
         changes.append((again - clean).flatten(1).pow(2).mean(1).sqrt() / clean.flatten(1).std(1))
     all_changes = torch.cat(changes).double()
     change = float(all_changes.clamp(min=TINIEST).log().mean().exp()) if all_changes.any() else 0.0
-    return run.processes.broadcast(change, "the change of the first step")
+    # Latents that a step has broken have gone too far.
+    return run.processes.broadcast(change if math.isfinite(change) else math.inf, "the change of the first step")
