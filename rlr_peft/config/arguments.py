@@ -47,6 +47,35 @@ GONE: dict[str, tuple[Any, str]] = {
 """Knobs of earlier versions: the value that still means nothing in a saved file, and what to do about another."""
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "adam_lr", "unet_lr"), "learning_rate"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank", "network_dim"), "rank"),
+    **dict.fromkeys(("alpha", "network_alpha"), "lora_alpha"),
+    **dict.fromkeys(("target_modules", "lora_target_modules"), "lora_layers"),
+    **dict.fromkeys(("model", "model_id", "base_model", "model_name_or_path"), "pretrained_model_name_or_path"),
+    **dict.fromkeys(("prompt", "prompts", "prompt_file", "prompt_fn"), "prompt_path"),
+    **dict.fromkeys(("reward", "reward_function", "reward_model", "reward_funcs"), "reward_fn"),
+    **dict.fromkeys(("batch_size", "sample_batch_size", "per_device_train_batch_size"), "train_batch_size"),
+    **dict.fromkeys(("group_size", "num_generations", "num_image_per_prompt"), "num_images_per_prompt"),
+    **dict.fromkeys(("steps", "num_steps", "sample_num_steps", "sampling_steps"), "num_inference_steps"),
+    **dict.fromkeys(("max_steps", "num_train_steps", "iterations"), "max_train_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance"), "guidance_scale"),
+    **dict.fromkeys(("method", "algorithm", "algo", "loss_type"), "estimator"),
+    **dict.fromkeys(("beta", "kl_coef", "kl_weight"), "kl_beta"),
+    **dict.fromkeys(("bf16", "fp16", "dtype", "precision"), "mixed_precision"),
+    **dict.fromkeys(("ema",), "use_ema"),
+    **dict.fromkeys(("dora",), "use_dora"),
+    **dict.fromkeys(("save_steps", "save_every", "save_freq"), "checkpointing_steps"),
+    **dict.fromkeys(("eval_steps", "eval_every"), "validation_steps"),
+    **dict.fromkeys(("resume", "resume_from"), "resume_from_checkpoint"),
+    **dict.fromkeys(("output", "save_dir", "logdir"), "output_dir"),
+    **dict.fromkeys(("log_with", "tracker"), "report_to"),
+    **dict.fromkeys(("token", "hf_token"), "hub_token"),
+    **dict.fromkeys(("repo_id", "hub_repo_id"), "hub_model_id"),
+}
+"""Names of other trainers, and what they are called here."""
+
+
 @dataclass(frozen=True)
 class Config:
     """One run, fully resolved: hashable, immutable, checked by `load_config`.
@@ -121,6 +150,8 @@ def check_names(names: Iterable[str], where: str, known: Collection[str] | None 
         if name in (known or (*knobs(), *GONE)):
             continue
         nearest = difflib.get_close_matches(name.replace("-", "_"), known or knobs(), n=1, cutoff=0.5)
+        if (ours := ELSEWHERE.get(name.replace("-", "_"))) in (known or knobs()):
+            raise ConfigError(f"{where}: unknown name {name}; here it is {ours}.")
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all names."
         raise ConfigError(f"{where}: unknown name {name}; {hint}")
 

@@ -145,6 +145,7 @@ def read_words(
         ConfigError: unknown or missing name, wrong type, number out of range.
     """
     known = {**knobs_of(own), **{name: knobs()[name] for name in names}}
+    argv = [_with_underscores(word) for word in argv]
     _refuse_empty(argv)
     flags = [word[2:].split("=")[0] for word in argv if word.startswith("--") and word not in ("--", "--help")]
     _check_flags(flags, known, with_file=bool(names))
@@ -179,6 +180,12 @@ def _config_file(place: str) -> Path:
     if place not in recipes():
         raise ConfigError(f"--config: expected a YAML file, or one of {', '.join(recipes())}, got {place}; correct it.")
     return recipes()[place]
+
+
+def _with_underscores(word: str) -> str:
+    """`--learning-rate=1e-3` is `--learning_rate=1e-3`."""
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _refuse_empty(words: Sequence[str]) -> None:

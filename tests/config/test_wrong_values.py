@@ -7,15 +7,29 @@ import pytest
 from rlr_peft.cli.main import main
 from rlr_peft.config import ConfigError
 from rlr_peft.config import load_config as load
+from rlr_peft.config.arguments import ELSEWHERE, knobs
 from tests.config.loading import REQUIRED, refusal, write
 
 
 @pytest.mark.parametrize(
     ("flag", "nearest"),
-    [("--rnk", "rank"), ("--learning-rate", "learning_rate"), ("--lr_schedular=cosine", "lr_scheduler")],
+    [("--rnk", "rank"), ("--learnin-rate", "learning_rate"), ("--lr_schedular=cosine", "lr_scheduler")],
 )
 def test_unknown_flag_suggests_the_nearest(flag: str, nearest: str) -> None:
     assert f"did you mean {nearest}?" in refusal(flag, "1")
+
+
+@pytest.mark.parametrize("theirs", ELSEWHERE)
+def test_names_of_other_trainers_lead_to_ours(theirs: str, tmp_path: Path) -> None:
+    assert theirs not in knobs() and ELSEWHERE[theirs] in knobs()
+    expected = f"unknown name {theirs}; here it is {ELSEWHERE[theirs]}."
+    assert refusal(f"--{theirs}", "1") == f"command line: {expected}"
+    assert refusal("--config", write(tmp_path, f"{theirs}: 1\n")).endswith(expected)
+
+
+def test_dashes_are_underscores() -> None:
+    config = load([*REQUIRED, "--learning-rate", "0.5", "--fo-steps=3", "--negative-prompt=a-b"])
+    assert (config.optimizer.learning_rate, config.chain.negative_prompt) == (0.5, "a-b")
 
 
 def test_unknown_yaml_name_suggests_the_nearest_and_names_the_file(tmp_path: Path) -> None:
