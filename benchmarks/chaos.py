@@ -175,7 +175,8 @@ def bad_server(chaos: Chaos, chance: random.Random, aim: str) -> Event:
     must_explain(training, event)
     if event.finding or training.code:
         chaos.server.behave()
-        if not lasting and not event.finding:
+        # An answer that is cut to its stated length is no JSON, which is not asked for again.
+        if not lasting and fault != "length too short" and not event.finding:
             event.finding, event.output = "one bad answer ended the run", tail(training.output)
         return chaos.go_on(chaos.remote, event)
     return chaos.judge(chaos.remote, event)

@@ -44,7 +44,7 @@ from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.lora import check_adapter_saves, check_kohya
-from rlr_peft.prompt import Prompt
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 
@@ -202,6 +202,8 @@ def build_run(
                 config.estimator, config.chain.num_inference_steps, stages_from_config(config), samples
             )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
+    for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):
+        part.check_prompts(texts_of([*run_prompts.training, *(run_prompts.evaluation or ())]))
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
     arithmetic = _arithmetic(config, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():

@@ -10,10 +10,12 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError as JinjaError
 from jinja2 import nodes
 from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from yaml import YAMLError
 
 from rlr_peft.config.yaml_files import yaml_text
@@ -45,6 +47,7 @@ from rlr_peft.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
+RENDERING_SECONDS = 10.0  # a template may be somebody else's; the shipped one takes milliseconds
 EDITED = "README.edited.md"
 COMMON_TAGS = ("diffusers", "diffusers-training", "lora", "template:sd-lora", "reward-fine-tuning")
 KEYS = ("before", "before_se", "after", "after_se", "gain", "gain_se")
@@ -281,19 +284,47 @@ def render_template(template: str, metadata: ModelCardData, variables: Mapping[s
     """
     given = {**metadata.to_dict(), **variables, "card_data": metadata.to_yaml()}
     try:
-        sandbox = ImmutableSandboxedEnvironment()
+        sandbox = _Sandbox()
         sandbox.filters |= FILTERS
         parsed = sandbox.parse(template)
         own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}  # those of `set` in an `if`
         unknown = sorted(find_undeclared_variables(parsed) - given.keys() - own)
         if not unknown:
-            card = ModelCard(sandbox.from_string(template).render(given))
+            card = ModelCard(_in_time(lambda: sandbox.from_string(template).render(given)))
             return printable(redacted(f"{str(card).rstrip()}\n"))
     except (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, YAMLError) as error:
         raise TemplateError(f"The template of the card cannot be rendered ({error}); correct it.") from error
+    except (TimeoutError, RecursionError) as error:
+        why = f"it takes longer than {RENDERING_SECONDS:g} s" if isinstance(error, TimeoutError) else error
+        raise TemplateError(f"The template of the card cannot be rendered ({why}); correct it.") from error
     near = [match for name in unknown for match in get_close_matches(name, given, 1)]
     meant = f" Did you mean {in_a_row(near)}?" if near else f" Its variables are {', '.join(sorted(variables))}."
     raise TemplateError(f"The template of the card names what is not there: {in_a_row(unknown)}.{meant}")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses also the arithmetic of which one operation, which nothing interrupts, could take hours."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or any(isinstance(value, int) and abs(value) >= 2**64 for value in (left, right)):
+            raise SecurityError(f"a template's {operator} of such numbers may take too long")
+        return super().call_binop(context, operator, left, right)
+
+
+def _in_time(render: Callable[[], str]) -> str:
+    """What it returns or raises; a TimeoutError after `RENDERING_SECONDS`, and its thread ends with the program."""
+    rendered: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            rendered.set_result(render())
+        except BaseException as error:
+            rendered.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return rendered.result(RENDERING_SECONDS)
 
 
 def in_a_row(names: Sequence[str]) -> str:

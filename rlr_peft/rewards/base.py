@@ -72,6 +72,13 @@ class Reward(ABC):
         """
         return bool(self.differentiable)
 
+    def check_prompts(self, prompts: list[str]) -> None:  # noqa: B027
+        """Refuses, before anything is trained, prompts that no image of theirs could be scored for.
+
+        Raises:
+            RewardError: there is one.
+        """
+
     @property
     def parts(self) -> list[Reward]:
         """The rewards that it is made of; a plain one is its own only part."""

@@ -130,6 +130,10 @@ class TinyShapesJudgeReward(Reward):
         counts = torch.tensor([len(values) for values in asked], device=self.device)
         return Scored((total / counts).to(images.device), info={} if self.attribute else info)
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        for index in range(len(prompts)):
+            self._asked_values(index, prompts)
+
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 128) float32 on the images' device: what the judge's classifiers see of images (B, 3, H, W) in [0, 1]."""
         with torch.no_grad():

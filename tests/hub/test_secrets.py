@@ -1,13 +1,17 @@
 """A whole run against reward servers whose addresses hold secrets: no file, upload, log or message shows one."""
 
+import html
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
+from tests.hub.folders import output_folder
 from tests.hub.processes import OWNER, LoopbackHub, run
 from tests.programs import ROOT
-from tests.secret_spellings import SECRET, addresses_of
+from tests.secret_spellings import ADDRESSES, SECRET, addresses_of
 from tests.training.runs import WEIGHTS, config_file
 
 SCRIPT = ["tests/hub/impatient.py", "train_rlr_lora.py", "--config"]
@@ -24,6 +28,24 @@ def test_a_published_run_shows_no_secret_of_any_address(
             _run_and_look(endpoint, hub, workplace, tmp_path, home)
         finally:
             server.kill()
+
+
+def test_no_spelling_of_an_address_is_published_with_its_secret(hub: LoopbackHub, tmp_path: Path, home: Path) -> None:
+    """Files of a folder from anywhere: raw, as a run of ours never writes them."""
+    out = output_folder(tmp_path / "out")
+    assert len(ADDRESSES) > 50
+    (out / "config.yaml").write_text(yaml.safe_dump({"reward_fn": dict.fromkeys(ADDRESSES, 1.0)}))
+    (out / "metrics.json").write_text(json.dumps(ADDRESSES))
+    (out / "metrics.jsonl").write_text("".join(json.dumps({text: 1}) + "\n" for text in ADDRESSES))
+    (out / "README.md").write_text("".join(f"- got `{text}`, and\n" for text in ADDRESSES))
+    (out / "compare.html").write_text("".join(f"<td>{html.escape(text)}</td>\n" for text in ADDRESSES))
+    words = ["tests/hub/impatient.py", "-m", "rlr_peft.cli", "push", out, "--hub_model_id", "owner/spellings"]
+    done = run(words, hub.environment(home))
+    published = [path.read_bytes() for path in hub.root.rglob("*") if path.is_file()]
+    assert not [content for content in published if SECRET.encode() in content]
+    assert SECRET not in done.stdout + done.stderr
+    for name in ("config.yaml", "metrics.json", "metrics.jsonl", "README.md", "compare.html"):
+        assert hub.repository("owner/spellings").read(name).count(b"***") > 50, name
 
 
 def _run_and_look(endpoint: str, hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path) -> None:

@@ -1,6 +1,7 @@
 """A card is written again from its record, which may be damaged, or come with somebody else's adapter."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,6 +57,23 @@ def test_a_template_that_came_with_a_run_reaches_no_python(
     assert left.value.code == 1
     assert capsys.readouterr().err.startswith("error: The template of the card cannot be rendered (")
     assert (folder / "README.md").read_bytes() == before and not (tmp_path / "reached").exists()
+
+
+@pytest.mark.parametrize(
+    ("waste", "why"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(200) %}{% endfor %}{% endfor %}", "it takes longer than 0.2 s"),
+        ("{{ 10 ** 10 ** 10 }}", "a template's ** of such numbers may take too long"),
+        ("{% set n = namespace(x=10) %}{% for i in range(50) %}{% set n.x = n.x * n.x %}{% endfor %}", "'s * of such"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth exceeded"),
+    ],
+)
+def test_a_template_that_came_with_a_run_takes_no_time(
+    folder: Path, waste: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlr_peft.publishing.card.RENDERING_SECONDS", 0.2)
+    with pytest.raises(TemplateError, match=f"cannot be rendered .*{re.escape(why)}"):
+        write(folder, FULL, f"---\n{{{{ card_data }}}}\n---\n{waste}")
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,16 @@ def test_evaluation_prompts_that_the_reward_refuses_show_before_training(workpla
     assert "error: reward 'tiny-shapes' cannot read the prompt" in output and "Steps" not in output
 
 
+def test_a_training_prompt_that_no_image_can_be_judged_by_shows_before_training(
+    workplace: Path, tmp_path: Path
+) -> None:
+    """Somewhere in the file it would end the run after hours."""
+    (tmp_path / "prompts.txt").write_text("a small red star\n" * 50 + "a cat\n")
+    words = ["--heldout_reward_fn", "tiny-shapes", "--prompt_path", str(tmp_path / "prompts.txt")]
+    output = finish(start(config_file(workplace, tmp_path / "out"), *words), 1)
+    assert 'cannot read the prompt of sample 50 "a cat"' in output and "Steps" not in output
+
+
 def test_an_error_inside_the_users_reward_shows_where(workplace: Path, tmp_path: Path) -> None:
     output = finish(start(config_file(workplace, tmp_path / "out", "mistaken")), expected_code=1)
     before, _, after = output.partition("error: reward 'rewards.py:mistaken' raised ZeroDivisionError")
