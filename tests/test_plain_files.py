@@ -27,7 +27,7 @@ REFUSED_YAML = [
     ("rank: 1:30\n", "got 1:30; write it in plain decimal digits."),
     ("rank: 1_000\n", "got 1_000; write it in plain decimal digits."),
     ("rank: '0x10'\n", "rank: expected a whole number, got 0x10; write it in plain decimal digits."),
-    ("learning_rate: 1_0e-4\n", "learning_rate: expected a number, got 1_0e-4; write it in plain decimal digits."),
+    ("learning_rate: 1_0e-4\n", "learning_rate: expected a number or auto, got 1_0e-4; write it in plain decimal"),
     ("reward_fn: {a: 0x10}\n", "line 1: reward_fn: expected a mapping of names to numbers or a text, got 0x10"),
     ("ho_window: [0x1, 0x5]\n", "ho_window: expected steps or names or null, got 0x1; write it in plain decimal"),
     ("rank: ٤\n", "rank: expected a whole number, got ٤; write it in plain decimal digits."),

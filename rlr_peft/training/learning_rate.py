@@ -10,6 +10,7 @@ not the update's own, which may answer to it far more than others. The schedule 
 import logging
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
@@ -79,21 +80,27 @@ def _move(
 
 
 def _sample(run: Run, step: int) -> list[Trajectory]:
-    """The same in every process."""
-    prompts = run.sampler.sample(step, SAMPLES)
-    seeds = [derive_seed(run.config.training.seed, "learning_rate", step, i) for i in range(SAMPLES)]
+    """This process's share of the samples, which are the same for every number of processes."""
+    prompts, accelerator = run.sampler.sample(step, SAMPLES), run.accelerator
+    own = range(accelerator.process_index, SAMPLES, accelerator.num_processes)
     size = run.config.training.train_batch_size
-    return [run.chain.sample(prompts[i : i + size], seeds[i : i + size]) for i in range(0, SAMPLES, size)]
+    parts = [own[i : i + size] for i in range(0, len(own), size)]
+    seed = run.config.training.seed
+    return [
+        run.chain.sample([prompts[i] for i in part], [derive_seed(seed, "learning_rate", step, i) for i in part])
+        for part in parts
+    ]
 
 
 def _relative_change(run: Run, trajectories: Sequence[Trajectory]) -> float:
     """Root mean square of what changed in a sample's x_0 over its standard deviation: the samples' geometric mean."""
-    changes = []
+    own: list[float] = []
     for trajectory in trajectories:
         clean = trajectory.latents[0].float()
         again = run.chain.rollout(trajectory, trajectory.num_steps, trajectory.latents[trajectory.num_steps]).float()
-        changes.append((again - clean).flatten(1).pow(2).mean(1).sqrt() / clean.flatten(1).std(1))
-    all_changes = torch.cat(changes).double()
-    change = float(all_changes.clamp(min=TINIEST).log().mean().exp()) if all_changes.any() else 0.0
-    # Latents that a step has broken have gone too far.
-    return run.processes.broadcast(change if math.isfinite(change) else math.inf, "the change of the first step")
+        own += ((again - clean).flatten(1).pow(2).mean(1).sqrt() / clean.flatten(1).std(1)).tolist()
+    changes = run.processes.gather_objects(own, "the change of the first step")
+    if not any(changes):
+        return 0.0
+    change = fmean(math.log(max(change, TINIEST)) for change in changes)
+    return math.exp(change) if math.isfinite(change) else math.inf  # latents that a step has broken have gone too far

@@ -1,6 +1,7 @@
 """Every damage a checkpoint can suffer, done to real folders; kills and full disks in real child processes."""
 
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -252,7 +253,9 @@ def test_whenever_a_saving_process_is_killed_the_latest_checkpoint_is_complete(t
     save(manager, 2)
     one_save = time.monotonic() - started
     rounds, newest = 12, 2
-    for index in range(rounds):
+    for index in itertools.count():
+        if index >= rounds and newest > 2:  # on a busy machine a child needs longer for its first save
+            break
 
         def run(first: int = newest) -> None:
             for step in range(first, first + 1000):  # the first save replaces a folder that is already there
@@ -272,7 +275,6 @@ def test_whenever_a_saving_process_is_killed_the_latest_checkpoint_is_complete(t
         for folder in tmp_path.glob("checkpoint-*"):
             read_manifest(folder)  # nothing unfinished ever carries a checkpoint's name
         newest = loaded.step
-    assert newest > 2
 
 
 Change = Callable[[dict[str, Any]], object]
