@@ -26,6 +26,7 @@ def report(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     rows = [_row(group, winner) | {"settings": len(settings[method])} for method, group in best.items()]
     rows.sort(key=lambda row: -row["reward_gain"])
     _print(rows)
+    _print_rates(settings)
     _draw({row["method"]: best[row["method"]] for row in rows[:DRAWN]}, Path("docs/images") / f"{name}.png")
     return [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN is no JSON
 
@@ -81,6 +82,23 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{row['heldout_gain']:+.3f}{_width(row['heldout_interval'])} | "
             f"{row['behind_best']:.3f}{_width(row['interval'])} |"
         )
+
+
+def _print_rates(settings: dict[str, dict[tuple[int, str], list[dict[str, Any]]]]) -> None:
+    """Every setting: the gain of each seed at the end, at every rate."""
+    rates = sorted({rate for groups in settings.values() for _, rate in groups})
+    print(f"\n| method | batch | {' | '.join(rates)} |\n|---|---|{'---|' * len(rates)}")
+    for method, groups in settings.items():
+        for batch in sorted({batch for batch, _ in groups}):
+            cells = [
+                ", ".join(
+                    f"{run['points'][-1]['reward_gain']:+.3f} (seed {run['seed']})" for run in groups[batch, rate]
+                )
+                if (batch, rate) in groups
+                else ""
+                for rate in rates
+            ]
+            print(f"| {method} | {batch} | {' | '.join(cells)} |")
 
 
 def _width(interval: float) -> str:
