@@ -175,7 +175,7 @@ def read_words(
 def _config_file(place: str) -> Path:
     """The file itself, or the recipe of that name."""
     path = Path(place).expanduser()
-    if path.suffix or path.name != place or path.exists():
+    if path.suffix or path.name != place or path.is_file():
         return path
     if place not in recipes():
         raise ConfigError(f"--config: expected a YAML file, or one of {', '.join(recipes())}, got {place}; correct it.")
