@@ -39,7 +39,7 @@ def test_no_spelling_of_an_address_is_published_with_its_secret(hub: LoopbackHub
     (out / "metrics.jsonl").write_text("".join(json.dumps({text: 1}) + "\n" for text in ADDRESSES))
     (out / "README.md").write_text("".join(f"- got `{text}`, and\n" for text in ADDRESSES))
     (out / "compare.html").write_text("".join(f"<td>{html.escape(text)}</td>\n" for text in ADDRESSES))
-    words = ["tests/hub/impatient.py", "-m", "rlr_peft.cli", "push", out, "--hub_model_id", "owner/spellings"]
+    words = ["tests/hub/impatient.py", "-m", "rlr_peft", "push", out, "--hub_model_id", "owner/spellings"]
     done = run(words, hub.environment(home))
     published = [path.read_bytes() for path in hub.root.rglob("*") if path.is_file()]
     assert not [content for content in published if SECRET.encode() in content]
