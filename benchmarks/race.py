@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--reward", choices=tuple(REWARDS), required=True)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B")
-    parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, metavar="RATE")
+    parser.add_argument("--learning_rates", nargs="+", type=learning_rate, default=LEARNING_RATES, metavar="RATE")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2), metavar="SEED")
     parser.add_argument("--best", type=int, default=None, metavar="N", help="only the N best settings of each method")
     parser.add_argument("--budget", type=float, default=12_000, help="of a run, in denoiser forwards of one image")
@@ -102,6 +102,11 @@ def main() -> None:
                     path.write_text(json.dumps(result, indent=2) + "\n")
                     gains = [f"{p['reward_gain']:+.3f} ({p['heldout_gain']:+.3f})" for p in result["points"]]
                     print(f"{path.stem}: {', '.join(gains)}; {result['points'][-1]['updates']} updates", flush=True)
+
+
+def learning_rate(text: str) -> str:
+    """One spelling of a learning rate, `4e-3` or `0.004`, since it names files; or `auto`."""
+    return text if text == "auto" else f"{float(text):g}"
 
 
 def settings(folder: Path, arguments: argparse.Namespace) -> list[Setting]:

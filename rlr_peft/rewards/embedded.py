@@ -131,6 +131,7 @@ class TinyShapesJudgeReward(Reward):
         return Scored((total / counts).to(images.device), info={} if self.attribute else info)
 
     def check_prompts(self, prompts: list[str]) -> None:
+        """Refuses those that are not in the words of tiny-shapes, or do not name what is asked."""
         for index in range(len(prompts)):
             self._asked_values(index, prompts)
 
