@@ -302,7 +302,7 @@ def _build_parser(
         elif bool in knob.options:
             options.update(nargs="?", const="true", metavar="true|false")
         if name == place:
-            options["metavar"] = place.upper()
+            options["metavar"] = name.upper()
         groups[title].add_argument(name if name == place else f"--{name}", **options)
     if example:
         parser.epilog = f"example:\n  {parser.prog} {example}"
