@@ -78,7 +78,7 @@ def evaluate_base(run: Run) -> Evaluation | None:
         return None
     arithmetic = run.arithmetic
     logger.info(
-        "Evaluating the base on %d images, %.0f %% of those that training draws; the adapter's evaluation takes as many.",
+        "Evaluating the base on %d images, %.0f %% of those that training draws; the adapter follows on as many.",
         arithmetic.evaluation_images,
         100 * arithmetic.evaluation_share,
     )
