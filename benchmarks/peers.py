@@ -123,8 +123,6 @@ def main() -> None:
                 if is_ours:
                     result = race(arguments, *setting)
                     path.write_text(json.dumps(result, indent=2) + "\n")
-                    gains = [f"{p['reward_gain']:+.3f} ({p['heldout_gain']:+.3f})" for p in result["points"]]
-                    print(f"{path.stem}: {', '.join(gains)}", flush=True)
 
 
 def our_run(reward: str, seed: int, images: int, *words: str) -> Run:
