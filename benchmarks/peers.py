@@ -308,10 +308,9 @@ def collect(raced: Path, folder: Path, seed: int) -> None:
     results = read_results("peers")
     print("\n| theirs | ours | CPU s an update | peak MB | of these by the update |\n|---|---|---|---|---|")
     for row in results.get("speed", []):
-        numbers = [
-            f"{row[f'{n}_theirs']:.2f} / {row[f'{n}_ours']:.2f}" for n in ("cpu_seconds", "peak_mb", "update_mb")
-        ]
-        print(f"| {row['theirs']} | {row['ours']} | {' | '.join(numbers)} |")
+        seconds = f"{row['cpu_seconds_theirs']:.2f} / {row['cpu_seconds_ours']:.2f}"
+        memory = [f"{row[f'{name}_theirs']:.0f} / {row[f'{name}_ours']:.0f}" for name in ("peak_mb", "update_mb")]
+        print(f"| {row['theirs']} | {row['ours']} | {seconds} | {' | '.join(memory)} |")
     write_results("peers", results | {"runs": [{"whose": whose, **run} for whose, run in rows]})
 
 
