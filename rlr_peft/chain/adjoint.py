@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.chain.path import PathPoint, leap
-from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.errors import UserError
 
 

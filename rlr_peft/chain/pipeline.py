@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.families import DENOISERS, Family, trained_module
-from rlr_peft.chain.guidance import DetachedNegative
+from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, trained_module
 from rlr_peft.chain.memory import OffloadedTextEncoders, PromptMemory, cast_inputs_to_weights, working_device
 from rlr_peft.chain.scheduler import RecordingScheduler
 from rlr_peft.config import ChainArguments

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy
 import torch
@@ -14,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, measure_images
@@ -24,6 +24,20 @@ from rlr_peft.rewards.scores import Info, join_info
 # Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).
 Render = Callable[[list[Prompt], list[int]], Tensor]
+
+
+class FeatureExtractor(Protocol):
+    """Turns images into features.
+
+    Attributes:
+        name: what it is, in words for the page.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, D) float32 on the CPU, of images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]."""
 
 
 @dataclass(frozen=True)

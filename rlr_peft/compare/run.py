@@ -23,9 +23,8 @@ from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model, file_name, unique_labels
-from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
-from rlr_peft.compare.evaluation import Evaluation, Render, evaluate, prompts_and_seeds
-from rlr_peft.compare.features import FeatureExtractor, find_features
+from rlr_peft.compare.distances import find_features, has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.evaluation import Evaluation, FeatureExtractor, Render, evaluate, prompts_and_seeds
 from rlr_peft.compare.kept import (
     KeptFeatures,
     KeptImages,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlr_peft.config.knob import Group, knob
+from rlr_peft.prompt import Stages, make_stages
 from rlr_peft.recipes import prompt_sets
-from rlr_peft.stages import Stages, make_stages
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config

@@ -10,8 +10,7 @@ import torch
 
 from rlr_peft.chain import adjoint
 from rlr_peft.chain.adjoint import Booking, Segment, per_sample
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import Objective

@@ -6,8 +6,7 @@ from functools import cached_property
 
 import torch
 
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.objective import DecodedReward, Measurement
 from rlr_peft.prompt import Prompt, texts_of

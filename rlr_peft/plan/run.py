@@ -17,11 +17,16 @@ from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.errors import UserError
-from rlr_peft.plan.blueprint import build_model, build_pipeline, find_architecture, find_component
-from rlr_peft.plan.measurements import measure
-from rlr_peft.plan.meta_device import KnownValues
+from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
+from rlr_peft.plan.measurements import (
+    largest_quantized,
+    measure,
+    optimizer_bytes,
+    reward_memory,
+    reward_names,
+    weight_bytes,
+)
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
-from rlr_peft.plan.weights import largest_quantized, optimizer_bytes, reward_memory, reward_names, weight_bytes
 from rlr_peft.rewards.model_reward import DTYPES as REWARD_DTYPES
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
+from rlr_peft.chain.interface import Trajectory
 from rlr_peft.chain.path import GaussianStep, PathPoint, step_std
-from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.prompt import PromptLike, as_prompts
 
 

@@ -9,8 +9,8 @@ from rlr_peft.build.drawing import ImagesError, render
 from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
+from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
 from rlr_peft.compare.evaluation import Evaluation, evaluate, prompts_and_seeds
-from rlr_peft.compare.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
