@@ -15,11 +15,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, first_frames
-from rlr_peft.chain.grid import base_scheduler
+from rlr_peft.chain.grid import InferenceScheduler, base_scheduler
 from rlr_peft.chain.interface import Trajectory
 from rlr_peft.chain.path import GaussianStep, PathPoint
 from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
-from rlr_peft.chain.scheduler import InferenceScheduler, RecordedSteps, RecordingScheduler
+from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.config import ChainArguments
 from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
 

@@ -12,8 +12,8 @@ from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.interface import Chain
 from rlr_peft.config import Config
 from rlr_peft.diagnose.estimates import Cosine, SampleEstimates, mean_product, mean_square, sample_estimates
-from rlr_peft.estimators.base import Coverage, Estimator, Rollout, coverage_of
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import Coverage, Estimator, coverage_of
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch
 from rlr_peft.intervals import half_width
 

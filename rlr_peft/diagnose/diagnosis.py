@@ -28,8 +28,8 @@ from rlr_peft.diagnose.estimates import (
 )
 from rlr_peft.diagnose.evidence import Evidence, gather_evidence
 from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
-from rlr_peft.estimators.base import Coverage, Rollout, hot_steps
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import Coverage, hot_steps
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients
 from rlr_peft.estimators.variance import variance_and_error
 

@@ -6,8 +6,8 @@ import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator
+from rlr_peft.estimators.objective import Objective, Rollout
 
 
 class AdjointMatchingEstimator(Estimator):

@@ -23,10 +23,10 @@ import torch
 from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
 from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
-from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
+from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.objective import Objective, Rollout
 
 
 class SingleStepsEstimator(Estimator):

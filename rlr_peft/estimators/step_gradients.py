@@ -7,7 +7,8 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment, walk
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import CoverageError, Rollout
+from rlr_peft.estimators.base import CoverageError
+from rlr_peft.estimators.objective import Rollout
 from rlr_peft.estimators.pathwise import first_order_segment
 
 

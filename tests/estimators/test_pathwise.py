@@ -9,8 +9,8 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators.base import CoverageError, Rollout
-from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.estimators.base import CoverageError
+from rlr_peft.estimators.objective import DecodedReward, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, leap_weights, step_sizes
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.rewards.callables import CallableReward

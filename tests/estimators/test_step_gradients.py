@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.base import CoverageError, Rollout
+from rlr_peft.estimators.base import CoverageError
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
 from rlr_peft.estimators.variance import (

@@ -13,9 +13,10 @@ import torch
 
 from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Estimator, Rollout
+from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.half_order import HalfOrder, StateBaseline
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
+from rlr_peft.estimators.objective import Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.policy import (
     PolicyGradientEstimator,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Rollout
+from rlr_peft.estimators.objective import Rollout
 from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
 
 
