@@ -1,5 +1,6 @@
 """The console script, as a process: what it prints, where, and its exit codes."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 from rlr_peft import __version__
 from rlr_peft.cli.main import main
 from rlr_peft.config.arguments import knobs
+from rlr_peft.config.parsing import MOST_USED
 from tests.programs import ROOT, completed
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
@@ -87,7 +89,7 @@ def test_wrong_command_is_exit_code_2_and_names_the_commands(capsys: pytest.Capt
     with pytest.raises(SystemExit) as left:
         main(["trane"])
     assert left.value.code == 2
-    assert "choose from 'card', 'compare'" in capsys.readouterr().err
+    assert "choose from 'train', 'config'" in capsys.readouterr().err
 
 
 def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,12 +104,22 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in ("card", "compare", "merge", "push"))
-    assert "check a configuration" in printed and "measure every gradient estimator" in printed
+    assert "Check a configuration" in printed and "Measure every gradient estimator" in printed
 
 
-def test_config_help_is_grouped_complete_and_quick() -> None:
+def test_help_is_short_and_names_what_one_needs() -> None:
+    done = run("train", "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    shown = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
+    assert shown[2:] == list(MOST_USED) and len(done.stdout.splitlines()) < 80
+    assert {name for name, knob in knobs().items() if knob.required} <= set(shown)
+    (example,) = re.findall(r"example:\n  rlr-peft train (.*)", done.stdout, re.DOTALL)
+    assert run("config", *example.replace("\\\n", " ").split()).returncode == 0
+
+
+def test_help_all_is_grouped_complete_and_quick() -> None:
     started = time.perf_counter()
-    done = run("config", "--help")
+    done = run("train", "--help-all")
     seconds = time.perf_counter() - started
     assert done.returncode == 0
     text = " ".join(done.stdout.split()).replace("- ", "-")
@@ -119,6 +131,8 @@ def test_config_help_is_grouped_complete_and_quick() -> None:
         assert text.index(f" --{name} ", position) > position, f"{name} is out of order"
         position = text.index(f" --{name} ", position)
         assert sentence in text[position : position + 500], name
+    shown = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
+    assert shown[1:] == list(knobs()), "each once, and none by another tool's name"
     assert seconds < 5, "--help must not load torch (it takes about 0.2 s on a quiet machine)"
 
 
@@ -163,6 +177,7 @@ def test_diagnose_help_shows_its_own_flags_and_those_of_training() -> None:
     done = run("diagnose", "--help")
     assert done.returncode == 0
     assert done.stdout.index("--samples N") < done.stdout.index("--output TEXT") < done.stdout.index("--rank ")
+    assert "--lora_dropout" not in done.stdout and "--lora_dropout" in run("diagnose", "--help-all").stdout
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,14 @@ class ConfigFlags(Group):
 
 def config_command(words: Sequence[str]) -> int:
     """Prints the resolved YAML of `--config FILE` and flags, or the names of the recipes."""
-    asked = read_words(words, ConfigFlags, "rlr-peft config", "Checks a training's configuration.", list(knobs()))
+    asked = read_words(
+        words,
+        ConfigFlags,
+        "rlr-peft config",
+        "Check a configuration of training and print it in full as YAML.",
+        list(knobs()),
+        example="--config sdxl --rank 16",
+    )
     if asked.own.list:
         width = max(map(len, recipes()))
         say("\n".join(f"{name:<{width}}  {first_comment(path)}" for name, path in recipes().items()))

@@ -10,50 +10,50 @@ from rlr_peft.foreign_text import guard_terminal
 
 # name -> (one line for --help, module, its function of the remaining words that returns the exit code)
 COMMANDS = {
-    "card": (
-        "write a run's model card again, with a template or text of your own",
-        "rlr_peft.publishing.commands",
-        "card_command",
-    ),
-    "compare": (
-        "base against adapters: tables, figures and a page of images side by side",
-        "rlr_peft.compare.command",
-        "compare_command",
+    "train": (
+        "Train an adapter on a reward (on several GPUs: accelerate launch -m rlr_peft.train).",
+        "rlr_peft.train",
+        "train_command",
     ),
     "config": (
-        "check a configuration and print it in full as YAML",
+        "Check a configuration and print it in full as YAML; --list names the recipes.",
         "rlr_peft.cli.config_command",
         "config_command",
     ),
-    "diagnose": (
-        "measure every gradient estimator on your pipeline and reward, and say which to use",
-        "rlr_peft.diagnose.command",
-        "diagnose_command",
-    ),
-    "merge": (
-        "fuse an adapter into its base and save a full pipeline",
-        "rlr_peft.publishing.commands",
-        "merge_command",
-    ),
     "plan": (
-        "add up the GPU memory that a training config needs, without weights or a GPU",
+        "Add up the memory that a training needs, without weights or a GPU.",
         "rlr_peft.plan.command",
         "plan_command",
     ),
+    "diagnose": (
+        "Measure every gradient estimator on your pipeline and reward, and say which to use.",
+        "rlr_peft.diagnose.command",
+        "diagnose_command",
+    ),
+    "compare": (
+        "Compare base and adapters: tables, figures and a page of images side by side.",
+        "rlr_peft.compare.command",
+        "compare_command",
+    ),
+    "card": (
+        "Write the model card of an output folder again, with a template or text of your own.",
+        "rlr_peft.publishing.commands",
+        "card_command",
+    ),
     "push": (
-        "publish an output folder, or a checkpoint's adapter, on the Hub",
+        "Publish an output folder, or a checkpoint's adapter, on the Hub.",
         "rlr_peft.publishing.commands",
         "push_command",
     ),
+    "merge": (
+        "Fuse an adapter into its base and save a full pipeline.",
+        "rlr_peft.publishing.commands",
+        "merge_command",
+    ),
     "serve-reward": (
-        "serve a reward over HTTP, for --reward_fn http://HOST:PORT/",
+        "Serve a reward over HTTP, for --reward_fn http://HOST:PORT/.",
         "rlr_peft.cli.serve_reward_command",
         "serve_reward_command",
-    ),
-    "train": (
-        "train an adapter on a reward, in one process (several: accelerate launch -m rlr_peft.train)",
-        "rlr_peft.train",
-        "train_command",
     ),
 }
 
@@ -66,13 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="rlr-peft",
-        description="Reward fine-tuning of LoRA adapters of diffusers pipelines.",
+        usage="%(prog)s COMMAND [--name VALUE ...]",
+        description="Train LoRA adapters of diffusers pipelines on rewards. `rlr-peft COMMAND --help` says more.",
         epilog="commands:\n" + "\n".join(f"  {name:<13} {line}" for name, (line, _, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the command's own flags (try --help)")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     guard_terminal()
     words = sys.argv[1:] if argv is None else argv
     if not words:

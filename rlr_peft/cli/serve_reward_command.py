@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rlr_peft.rewards.server import RewardServer, ServerLimits
 
 PROG = "rlr-peft serve-reward"
+DESCRIPTION = "Serve a reward over HTTP, for --reward_fn http://HOST:PORT/ (the protocol is in docs/rewards.md)."
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ServeFlags(Group):
 
 def serve_reward_command(words: Sequence[str]) -> int:
     """Loads the reward, prints `Serving REWARD at URL`, and answers until it is interrupted."""
-    own = read_words(words, ServeFlags, PROG, "Serves a reward over HTTP (the protocol is in docs/rewards.md).").own
+    own = read_words(words, ServeFlags, PROG, DESCRIPTION, example="--reward pickscore --port 8000").own
 
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.machine import package_versions

@@ -15,8 +15,8 @@ from rlr_peft.foreign_text import say
 
 PROG = "rlr-peft compare"
 DESCRIPTION = (
-    "Draws the same prompts and seeds with the base and with every adapter, and says what changed. The plain settings "
-    "of an adapter that was trained here are found beside it; --config and flags win over them."
+    "Draw the same prompts and seeds with the base and with every adapter, and say what changed. The settings of an "
+    "adapter that was trained here are found beside it; --config and flags win over them."
 )
 # Short words for flags of training.
 ALIASES = {
@@ -80,7 +80,7 @@ class CompareFlags(Group):
 
 def compare_command(words: Sequence[str]) -> int:
     """Draws or finds what is there already, prints the tables and writes the report."""
-    said = read_words(words, CompareFlags, PROG, DESCRIPTION, _names())
+    said = read_words(words, CompareFlags, PROG, DESCRIPTION, _names(), example="--adapter outputs/aesthetic")
     own, output = said.own, Path(said.own.output)
     check_output(output)
     config = _config(said)

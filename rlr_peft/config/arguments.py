@@ -152,7 +152,7 @@ def check_names(names: Iterable[str], where: str, known: Collection[str] | None 
         nearest = difflib.get_close_matches(name.replace("-", "_"), known or knobs(), n=1, cutoff=0.5)
         if (ours := ELSEWHERE.get(name.replace("-", "_"))) in (known or knobs()):
             raise ConfigError(f"{where}: unknown name {name}; here it is {ours}.")
-        hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all names."
+        hint = f"did you mean {nearest[0]}?" if nearest else "see --help-all for all names."
         raise ConfigError(f"{where}: unknown name {name}; {hint}")
 
 

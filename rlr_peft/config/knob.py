@@ -154,20 +154,30 @@ class Knob:
 
     @property
     def placeholder(self) -> str:
-        """What `--help` shows as the value: the choices, or N (whole number), X (number), TEXT."""
+        """What `--help` shows as the value: the choices, NAME for many, or N (whole number), X (number), TEXT."""
         words = {int: "N", float: "X", str: "TEXT"}
         shown = [word for type_, word in words.items() if type_ in (*self.options, *_options(self.element_type))]
-        shown += _choices(self.options)
+        shown += ["NAME"] if self._is_long_choice else _choices(self.options)
         if self.takes_mapping:
             shown.append("{NAME: VALUE, ...}")
         return shown[0] if len(shown) == 1 else "{" + ",".join(shown) + "}"
 
     @property
+    def _is_long_choice(self) -> bool:
+        return len(_choices(self.options)) > 6
+
+    @property
     def help(self) -> str:
         """Sentence, unit and default, as `--help` shows them; once for each way in which methods mean it."""
         if not self.methods or self.shared:
-            default = "(required)" if self.required else f"(default: {said(self.field.default)})"
-            return f"{_sentence(self.field)} {default}".replace("%", "%%")
+            words = [_sentence(self.field)]
+            if self._is_long_choice:
+                words.append(f"One of {join(_choices(self.options), ' or ')}.")
+            if self.required:
+                words.append("(required)")
+            elif self.field.default is not None:
+                words.append(f"(default: {said(self.field.default)})")
+            return " ".join(words).replace("%", "%%")
         meanings: dict[str, dict[str, list[str]]] = {}
         for method, declared in self.methods.items():
             defaults = meanings.setdefault(_sentence(declared), {})

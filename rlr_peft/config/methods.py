@@ -351,5 +351,5 @@ METHODS: dict[str, type[EstimatorArguments]] = {
 }
 """Every method by its name."""
 DEFAULT_METHOD = RLRArguments.estimator
-METHOD_CHOICE: Field[str] = knob(DEFAULT_METHOD, "Method; each has knobs of its own, and its own defaults of them.")
+METHOD_CHOICE: Field[str] = knob(DEFAULT_METHOD, "Method that estimates the gradient; each has options of its own.")
 """The knob that chooses among them."""

@@ -31,9 +31,21 @@ from rlr_peft.recipes import recipes
 from rlr_peft.redaction import redacted, secrets_of_command
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
+EXAMPLE = """--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+    --prompt_path simple-animals/train --evaluation_prompt_path simple-animals/test \\
+    --reward_fn aesthetic --heldout_reward_fn pickscore \\
+    --mixed_precision bf16 --output_dir outputs/aesthetic"""
+MOST_USED = (
+    *("pretrained_model_name_or_path", "prompt_path", "reward_fn", "heldout_reward_fn", "evaluation_prompt_path"),
+    *("output_dir", "resume_from_checkpoint", "estimator", "num_inference_steps", "rank", "learning_rate"),
+    *("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision"),
+    "gradient_checkpointing",
+)
+"""What `--help` shows of training's flags, in this order; `--help-all` shows all."""
+_MOST_USED_TITLE = "Most used options of training"
+_ALL = "--help_all"  # `--help-all`, as it comes here
 _CONFIG_HELP = (
-    "YAML file with the same flat names as the flags below, or the name of a recipe (`rlr-peft config --list`); flags "
-    "win over it wherever they stand."
+    "YAML file with the same names as the flags, or the name of a recipe (`rlr-peft config --list`); flags win over it."
 )
 G = TypeVar("G", bound=Group)
 
@@ -88,7 +100,7 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
     Raises:
         ConfigError: unknown name, wrong type, number out of range, or a combination that cannot be run.
     """
-    return read_words(argv, NoFlags, prog, DESCRIPTION, list(knobs())).config()
+    return read_words(argv, NoFlags, prog, DESCRIPTION, list(knobs()), example=EXAMPLE).config()
 
 
 def check_output(path: Path, is_file: bool = False) -> None:
@@ -130,8 +142,9 @@ def read_words(
     description: str,
     names: Collection[str] = (),
     place: str | None = None,
+    example: str = "",
 ) -> Words[G]:
-    """The command line of a program; `--help` prints and exits.
+    """The command line of a program; `--help` and `--help-all` print and exit.
 
     Args:
         argv: the command line without the program's name.
@@ -140,6 +153,7 @@ def read_words(
         description: of the program in `--help`.
         names: flags of training that it takes besides, and that `--config FILE` may give.
         place: which of its own values stands alone, without a flag.
+        example: the words of a command line, for `--help`.
 
     Raises:
         ConfigError: unknown or missing name, wrong type, number out of range.
@@ -147,11 +161,11 @@ def read_words(
     known = {**knobs_of(own), **{name: knobs()[name] for name in names}}
     argv = [_with_underscores(word) for word in argv]
     _refuse_empty(argv)
-    flags = [word[2:].split("=")[0] for word in argv if word.startswith("--") and word not in ("--", "--help")]
+    flags = [word[2:].split("=")[0] for word in argv if word.startswith("--") and word not in ("--", "--help", _ALL)]
     _check_flags(flags, known, with_file=bool(names))
-    parser = _build_parser(prog, own, known, description, place)
+    parser = _build_parser(prog, own, known, description, place, example, shows_all=_ALL in argv)
     try:
-        found, stray = parser.parse_known_args(list(argv))
+        found, stray = parser.parse_known_args(["--help" if word == _ALL else word for word in argv])
         if stray:
             raise ConfigError(
                 f"expected --name VALUE, got the stray {' '.join(stray)}; put quotes around a value that holds spaces."
@@ -232,6 +246,13 @@ def _nothing_given(name: str, known: Mapping[str, Knob]) -> str:
     )
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Fills all texts but an example, whose lines are kept."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example:") else super()._fill_text(text, width, indent)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What argparse leaves the program for, such as a path that is missing."""
@@ -239,32 +260,50 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(
-    prog: str | None, own: type[Group], known: Mapping[str, Knob], description: str, place: str | None
+    prog: str | None,
+    own: type[Group],
+    known: Mapping[str, Knob],
+    description: str,
+    place: str | None,
+    example: str,
+    shows_all: bool,
 ) -> argparse.ArgumentParser:
     """Reads every value as text; `Knob.read` gives the types."""
-    required = [f"--{knob.name} {knob.placeholder}" for knob in knobs_of(own).values() if knob.required]
-    takes_file = any(name not in knobs_of(own) for name in known)
+    own_names = knobs_of(own)
+    required = [f"--{knob.name} {knob.placeholder}" for knob in own_names.values() if knob.required]
+    most_used = MOST_USED if set(MOST_USED) <= set(known) else ()
+    shown = known if shows_all else {name: known[name] for name in (*own_names, *most_used)}
+    takes_file = len(known) > len(own_names)
     usage = [place.upper()] if place else required
     parser = _Parser(
         prog=prog,
         usage=" ".join(["%(prog)s", *usage, *(["[--config FILE]"] if takes_file else []), "[--name VALUE ...]"]),
         description=description,
+        formatter_class=_Formatter,
         exit_on_error=False,
         allow_abbrev=False,
+        add_help=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+    if hidden := len(known) - len(shown):
+        parser.add_argument("--help-all", action="help", help=f"Show {hidden} more options, by group, and exit.")
     if takes_file:
         parser.add_argument("--config", action="append", metavar="FILE", help=_CONFIG_HELP)
     groups: dict[str, Any] = {}
-    for knob in known.values():
-        if knob.group_title not in groups:
-            groups[knob.group_title] = parser.add_argument_group(knob.group_title)
-        options: dict[str, Any] = {"help": knob.help, "metavar": knob.placeholder}
+    for name, knob in {**shown, **known}.items():
+        title = knob.group_title if shows_all or name in own_names else _MOST_USED_TITLE
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        options: dict[str, Any] = {"help": knob.help if name in shown else argparse.SUPPRESS}
+        options["metavar"] = knob.placeholder
         if knob.element_type is not None:
             options.update(nargs="+", action="extend")
         elif bool in knob.options:
             options.update(nargs="?", const="true", metavar="true|false")
-        if knob.name == place:
-            options["metavar"] = place.upper()
-        groups[knob.group_title].add_argument(knob.name if knob.name == place else f"--{knob.name}", **options)
+        if name == place:
+            options["metavar"] = name.upper()
+        groups[title].add_argument(name if name == place else f"--{name}", **options)
+    if example:
+        parser.epilog = f"example:\n  {parser.prog} {example}"
     return parser

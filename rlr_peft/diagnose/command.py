@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROG = "rlr-peft diagnose"
-DESCRIPTION = "Measures every gradient estimator on the pipeline, prompts and reward of a training config."
+DESCRIPTION = "Measure every gradient estimator on your pipeline, prompts and reward, and say which to use."
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DiagnoseFlags(Group):
 
 def diagnose_command(words: Sequence[str]) -> int:
     """Builds the run as training does, measures, prints and writes the report; the weights are not trained."""
-    said = read_words(words, DiagnoseFlags, PROG, DESCRIPTION, list(knobs()))
+    said = read_words(words, DiagnoseFlags, PROG, DESCRIPTION, list(knobs()), example="--config tiny_shapes")
     samples, output, config = said.own.samples, Path(said.own.output), said.config()
     if output.suffix != ".html":
         raise ConfigError(f"output: expected a file that ends in .html, got {output}; rename it.")

@@ -13,7 +13,7 @@ from rlr_peft.foreign_text import say, shown_name
 from rlr_peft.reports import write_numbers
 
 PROG = "rlr-peft plan"
-DESCRIPTION = "Adds up the GPU and host memory of a training config by parts, without weights and without a GPU."
+DESCRIPTION = "Add up the GPU and host memory that a training needs, without weights or a GPU."
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PlanFlags(Group):
 
 def plan_command(words: Sequence[str]) -> int:
     """Prints the plan; exit code 1 where it does not fit the memory that was given."""
-    said = read_words(words, PlanFlags, PROG, DESCRIPTION, list(knobs()))
+    said = read_words(words, PlanFlags, PROG, DESCRIPTION, list(knobs()), example="--config sdxl --gpu_memory 24")
     own, config = said.own, said.config()
     if own.output is not None:
         check_output(Path(own.output), is_file=True)

@@ -37,8 +37,9 @@ def card_command(words: Sequence[str]) -> int:
         words,
         CardFlags,
         "rlr-peft card",
-        "Writes the model card of an output folder again, from its records.",
+        "Write the model card of an output folder again, from its records.",
         place="folder",
+        example="outputs/aesthetic --extra_text notes.md",
     ).own
     if own.plain and (own.template or own.extra_text):
         raise ConfigError("plain: expected no template and no extra_text with it, got one; drop one of the two.")
@@ -91,8 +92,9 @@ def push_command(words: Sequence[str]) -> int:
         words,
         PushFlags,
         "rlr-peft push",
-        "Publishes an output folder, or a checkpoint's adapter, on the Hub.",
+        "Publish an output folder, or a checkpoint's adapter, on the Hub.",
         place="folder",
+        example="outputs/aesthetic --hub_model_id me/aesthetic",
     ).own
 
     from rlr_peft.publishing.hub_client import open_destination
@@ -150,7 +152,11 @@ class MergeFlags(Group):
 def merge_command(words: Sequence[str]) -> int:
     """Loads both in float32, fuses the adapter into the base, saves the whole pipeline and its card."""
     own = read_words(
-        words, MergeFlags, "rlr-peft merge", "Fuses an adapter into its base and saves a full pipeline."
+        words,
+        MergeFlags,
+        "rlr-peft merge",
+        "Fuse an adapter into its base and save a full pipeline.",
+        example="--base stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter outputs/aesthetic --output merged",
     ).own
     output = Path(own.output)
     check_output(output)

@@ -374,7 +374,7 @@ def test_a_wrong_command_line_is_refused_at_once(
 
 def test_help_shows_its_own_flags_and_those_that_matter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main(["compare", "--help"])
+        main(["compare", "--help-all"])
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert (

@@ -39,7 +39,7 @@ def test_unknown_yaml_name_suggests_the_nearest_and_names_the_file(tmp_path: Pat
 
 
 def test_unknown_name_like_nothing_points_to_help() -> None:
-    assert "see --help" in refusal("--zzzzzzzz")
+    assert "see --help-all" in refusal("--zzzzzzzz")
 
 
 @pytest.mark.parametrize(
