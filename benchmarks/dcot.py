@@ -23,7 +23,7 @@ import torch
 from benchmarks.dcot_report import report
 from benchmarks.machine import write_results
 from benchmarks.race import base_evaluation, claimed
-from rlr_peft.build.drawing import render
+from rlr_peft.build.chain import render
 from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.chain.denoising_chain import DenoisingChain

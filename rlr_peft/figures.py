@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.intervals import decimals_of_scores
+from rlr_peft.reports import decimals_of_scores
 from rlr_peft.rewards.preprocessing import to_8_bit
 
 WIDTH = 1000  # pixels

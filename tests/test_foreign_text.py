@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlr_peft.compare.figures import figures
-from rlr_peft.compare.report import page
-from rlr_peft.compare.tables import markdown
+from rlr_peft.compare.report import markdown, page
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.foreign_text import in_cell, in_code, in_text, printable
 from rlr_peft.rewards.scores import info_of

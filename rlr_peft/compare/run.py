@@ -13,8 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.build.chain import build_chain, denoiser_names
-from rlr_peft.build.drawing import render
+from rlr_peft.build.chain import build_chain, denoiser_names, render
 from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
 from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought

@@ -15,7 +15,7 @@ from rlr_peft.diagnose.estimates import Cosine, SampleEstimates, mean_product, m
 from rlr_peft.estimators.base import Coverage, Estimator, coverage_of
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch
-from rlr_peft.intervals import half_width
+from rlr_peft.reports import half_width
 
 GPU_MEMORY = "peak of all memory allocated on the GPU while the gradient is estimated, model included"
 TAPE_MEMORY = "peak of the bytes that autograd's tape holds while the gradient is estimated, weights not counted"

@@ -16,7 +16,7 @@ from rlr_peft.estimators.auto import WORTH_A_BIAS
 from rlr_peft.estimators.base import step_ranges
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
-from rlr_peft.intervals import short_number
+from rlr_peft.reports import short_number
 
 BYTES_PER_GB = 1e9
 

@@ -19,8 +19,7 @@ from rlr_peft.diagnose.methods import quoted
 from rlr_peft.diagnose.recommendation import Recommendation
 from rlr_peft.figures import ACCENT, INK, QUIET_INK, SECOND_ACCENT, empty_figure, restrain, save_figure
 from rlr_peft.foreign_text import listed, page_environment, printable
-from rlr_peft.intervals import short_number, with_error
-from rlr_peft.reports import aligned, write_numbers, write_text
+from rlr_peft.reports import aligned, short_number, with_error, write_numbers, write_text
 
 TEMPLATE = "report.html.j2"
 OWN_UNITS = "*"

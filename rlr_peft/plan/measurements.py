@@ -25,7 +25,7 @@ from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.interface import Trajectory
-from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.lora.export import VERIFIED_IMAGES
 from rlr_peft.prompt import as_prompts
 
 

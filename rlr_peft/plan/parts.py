@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.lora.export import VERIFIED_IMAGES
 from rlr_peft.plan.measurements import Measurements
 
 PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation", "verification")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rlr_peft.build.drawing import ImagesError, render
+from rlr_peft.build.chain import ImagesError, render
 from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
