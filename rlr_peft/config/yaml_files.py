@@ -87,6 +87,7 @@ def save_config(config: Config, path: str | Path, objects: Mapping[str, str] | N
     text = config_to_yaml(config)
     if objects:
         named = one_line(", ".join(f"{part} ({name})" for part, name in objects.items()))
-        text = f"# Given as objects: {named}.\n# This file alone does not start such a run; the same Python does.\n\n{text}"
+        first = f"# Given as objects: {named}.\n# This file alone does not start such a run; the same Python does.\n"
+        text = f"{first}\n{text}"
     with replacing_file(Path(path)) as aside:
         aside.write_text(text, encoding="utf-8")
