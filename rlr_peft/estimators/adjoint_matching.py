@@ -29,7 +29,6 @@ class AdjointMatchingEstimator(Estimator):
         self.num_steps, self.scale, self.coefficient = num_steps, scale, coefficient
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        """The terms in words, for logs and cards."""
         return (
             f"the base's reward gradient and the pull to the base on {self.num_steps} drawn step(s), "
             f"for {self.scale:g} times the reward minus the divergence"

@@ -108,7 +108,6 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         self._prompt_statistics = PromptStatistics(settings.prompt_buffer_size, settings.prompt_min_count)
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        """The terms in words, for logs and cards."""
         s = self.settings
         normalised = {"prompt-statistics": "per-prompt statistics", "group-normalized": "group-normalised"}[s.advantage]
         return (
@@ -117,7 +116,6 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         )
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        """Normalised and clipped advantages (N,)."""
         if self.settings.advantage == "prompt-statistics":
             advantages = self._prompt_statistics.normalized(rewards, prompts)
         else:
@@ -125,7 +123,6 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
-        """See ``clipped_cotangent``."""
         return partial(clipped_cotangent, rollout, clip_range=self.settings.clip_range)
 
     def learn(self, books: Sequence[Book]) -> None:
@@ -135,11 +132,9 @@ class PolicyGradientEstimator(SingleStepsEstimator):
                 self._prompt_statistics.observe(book.prompts, book.rewards)
 
     def state_dict(self) -> dict[str, Any]:
-        """The prompts' statistics."""
         return self._prompt_statistics.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
         self._prompt_statistics.load_state_dict(state)
 
 
@@ -211,14 +206,12 @@ class PreferenceEstimator(SingleStepsEstimator):
         self.settings = settings
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        """The terms in words, for logs and cards."""
         return (
             f"direct preference optimisation of pairs on {self.steps_in_words()}, beta {self.settings.beta:g}, "
             f"{self.inner_epochs} inner epoch(s), the base as reference"
         )
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
-        """See ``preference_cotangent``."""
         reference_mean = chain.reference_mean(rollout.trajectory, t)
         return partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.settings.beta)
 

@@ -143,7 +143,6 @@ class MemoryPlan(Phased):
         return round(self.tensors(phase) * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
     def as_plain(self) -> dict[str, Any]:
-        """The plan as numbers in bytes, for files."""
         return {
             **super().as_plain(),
             "tensors": {phase: self.tensors(phase) for phase in PHASES},
@@ -305,7 +304,6 @@ class HostPlan(Phased):
         return self.tensors(phase)
 
     def as_plain(self) -> dict[str, Any]:
-        """The plan as numbers in bytes, for files."""
         return {**super().as_plain(), "without GPU": self.without_gpu}
 
 
