@@ -43,6 +43,7 @@ from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.extras import extra
 from rlr_peft.lora import check_adapter_saves, check_kohya
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.prompts.sampler import Sampler
@@ -263,10 +264,12 @@ def _kl_penalty(config: Config) -> KLPenalty | None:
 
 
 def _accelerator(config: Config) -> Accelerator:
-    output_dir = config.training.output_dir
+    output_dir, tracker = config.training.output_dir, config.logging.report_to
+    if tracker != "none":
+        extra(tracker, tracker, f"--report_to {tracker}")
     accelerator = Accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        log_with=None if config.logging.report_to == "none" else config.logging.report_to,
+        log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(output_dir, logging_dir=f"{output_dir}/{config.logging.logging_dir}"),
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -414,7 +414,9 @@ class LoggingArguments(Group):
     """Logging: where the curves go"""
 
     logging_dir: str = knob("logs", "Folder of the tracker's files, inside output_dir.")
-    report_to: Literal["tensorboard", "none"] = knob("tensorboard", "Tracker that receives the curves and images.")
+    report_to: Literal["tensorboard", "none"] = knob(
+        "none", "Tracker that receives the curves and images; it needs the extra of its name."
+    )
     tracker_name: str = knob("rlr-lora", "Name of the run in the tracker.")
 
     def check(self, config: "Config") -> Iterator[str]:
