@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from rlr_peft.build.chain import ImagesError, render
-from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
 from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
@@ -16,6 +16,7 @@ from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.preprocessing import to_8_bit
+from rlr_peft.training.resuming import capture_random_states, restore_random_states
 
 logger = logging.getLogger(__name__)
 
