@@ -7,7 +7,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -166,8 +165,7 @@ class CallArguments:
         self._name, self._parameters = driver.name, driver.parameters
         self.guidance = self._guidance(driver.family.guidance_argument, knobs)
         self.guidance_scale = float(self.guidance.get(driver.family.guidance_argument, 1.0))
-        own = {field.name: getattr(knobs, field.name) for field in fields(knobs)}
-        own = {name: value for name, value in own.items() if name not in STEPPING | TRANSLATED}
+        own = {name: value for name, value in vars(knobs).items() if name not in STEPPING | TRANSLATED}
         own |= {"height": knobs.height or knobs.resolution, "width": knobs.width or knobs.resolution}
         options = self._checked(own)
         frame_rate = self._parameters.get("frame_rate")

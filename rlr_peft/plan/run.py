@@ -107,11 +107,11 @@ def plan_memory(
 
 
 def _check(options: Options, facts: Facts) -> None:
-    for flag, possible in (
-        ("gradient_checkpointing", True in facts.measured.step),
-        ("vae_gradient_checkpointing", (1, True) in facts.measured.decode),
+    for flag, wanted, possible in (
+        ("gradient_checkpointing", options.gradient_checkpointing, True in facts.measured.step),
+        ("vae_gradient_checkpointing", options.vae_gradient_checkpointing, (1, True) in facts.measured.decode),
     ):
-        if getattr(options, flag) and not possible:
+        if wanted and not possible:
             raise ValueError(f"{flag}: the model cannot recompute its activations; leave --{flag} out.")
 
 

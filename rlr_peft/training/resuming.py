@@ -288,7 +288,8 @@ def _new_folder(output_dir: Path) -> Path:
 def capture_random_states(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, and of the CUDA device's if `device` is one.
 
-    They repeat what libraries draw; our own draws have seeds of their own. The result holds only what `torch.load(weights_only=True)` reads.
+    They repeat what libraries draw; our own draws have seeds of their own. The result holds only what
+    `torch.load(weights_only=True)` reads.
     """
     python_version, python_words, python_gauss = random.getstate()
     of_numpy: Any = numpy.random.get_state(legacy=True)
