@@ -21,7 +21,7 @@ from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, join_info
 
-# Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
+# Draws one image per prompt, whose noise depends on its own seed alone: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).
 Render = Callable[[list[Prompt], list[int]], Tensor]
 
@@ -92,12 +92,6 @@ def prompts_and_seeds(
     return chosen, [int(word) for word in words[len(prompts) :]]
 
 
-def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image, as diffusers pipelines take them: an image's noise depends on its own seed only,
-    not on its place in the batch or on the device."""
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-
 def evaluate(
     render: Render,
     prompts: Sequence[Prompt],
@@ -114,7 +108,7 @@ def evaluate(
     """Draw and score one image for every prompt and seed.
 
     Args:
-        render: draws a batch; must use `image_generators(seeds)` for its noise. Called under `no_grad`.
+        render: draws a batch, an image's noise from its own seed alone. Called under `no_grad`.
         prompts: n prompts.
         seeds: n seeds.
         rewards: by the name under which the scores are kept, for example "reward" and "heldout".

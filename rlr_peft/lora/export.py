@@ -135,30 +135,29 @@ def sort_header(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
-def check_kohya(pipeline: Any, adapter_name: str = "default") -> None:
+def check_kohya(pipeline: Any) -> None:
     """Raises:
     ValueError: the format is not defined for this denoiser or adapter, or diffusers cannot convert it.
     """
-    for name in adapted_denoisers(pipeline, adapter_name):
+    for name in adapted_denoisers(pipeline):
         denoiser = getattr(pipeline, name)
         if type(denoiser) is not UNet2DConditionModel or name != "unet":
             raise ValueError(
                 f"output_kohya_format: expected a pipeline with a UNet2DConditionModel, such as Stable Diffusion and "
                 f"SDXL, got {type(denoiser).__name__}, for which diffusers has no conversion; drop the option."
             )
-        if denoiser.peft_config[adapter_name].use_dora:
+        if denoiser.peft_config["default"].use_dora:
             raise ValueError(
                 "output_kohya_format: expected plain LoRA, got use_dora, which diffusers cannot convert; drop one."
             )
 
 
-def save_kohya(pipeline: Any, directory: str | Path, adapter_name: str = "default") -> Path:
+def save_kohya(pipeline: Any, directory: str | Path) -> Path:
     """Writes `kohya/lora_kohya.safetensors` into the folder: float32, the scale folded into the weights.
 
     Args:
         pipeline: with the trained UNet inside.
         directory: the folder of the adapter.
-        adapter_name: peft's name of the adapter inside the UNet.
 
     Returns:
         The path of the file.
@@ -166,9 +165,9 @@ def save_kohya(pipeline: Any, directory: str | Path, adapter_name: str = "defaul
     Raises:
         ValueError: of `check_kohya`.
     """
-    check_kohya(pipeline, adapter_name)
+    check_kohya(pipeline)
     # The conversion says alpha = rank, whatever the adapter's alpha: the scale must be in the weights.
-    tensors, _ = _adapter(pipeline.unet, True, adapter_name)
+    tensors, _ = _adapter(pipeline.unet, True, "default")
     converted = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in tensors.items()})
     path = Path(directory) / KOHYA_NAME
     with replacing_file(path) as aside:
@@ -177,7 +176,7 @@ def save_kohya(pipeline: Any, directory: str | Path, adapter_name: str = "defaul
     return path
 
 
-def check_adapter_saves(pipeline: Any, *, adapter_name: str = "default") -> None:
+def check_adapter_saves(pipeline: Any) -> None:
     """Saves the adapter and loads it again, which costs no second pipeline: what cannot be saved shows before training.
 
     It is loaded, as users load it, into denoisers without weights on the meta device, which keep names and shapes; the
@@ -185,20 +184,19 @@ def check_adapter_saves(pipeline: Any, *, adapter_name: str = "default") -> None
 
     Args:
         pipeline: with the adapter inside; left as it is.
-        adapter_name: peft's name of the adapter.
 
     Raises:
         ValueError: the pipeline cannot save an adapter of this part.
         AdapterMismatchError: what comes back is not what was saved.
     """
-    names = adapted_denoisers(pipeline, adapter_name)
+    names = adapted_denoisers(pipeline)
     trained = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
     # Nothing but the denoisers: loading takes the hooks off offloaded models, and these are the pipeline's own.
     shell = copy.copy(pipeline)
     shell.__dict__.update({name: None for name, part in pipeline.components.items() if isinstance(part, nn.Module)})
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of parameters without weights
-        save_lora(pipeline, folder, adapter_name=adapter_name)
+        save_lora(pipeline, folder)
         # The other expert too: diffusers looks at its config, whichever of the two an adapter is for.
         for name in {*names, SECOND_EXPERT, "transformer"}:
             module = getattr(pipeline, name, None)
@@ -208,7 +206,7 @@ def check_adapter_saves(pipeline: Any, *, adapter_name: str = "default") -> None
         with without_text_encoder_notice():
             _load_as_users_do(shell, Path(folder), names)
         fresh = nn.ModuleDict({name: getattr(shell, name) for name in names})
-        expected, loaded = _same_layers(trained, fresh, folder, adapter_name)
+        expected, loaded = _same_layers(trained, fresh, folder, "default")
         saved = _saved(folder, names)
     differing = [
         key
