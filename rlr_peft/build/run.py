@@ -39,6 +39,7 @@ from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object,
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
+from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
@@ -65,12 +66,21 @@ class Arithmetic:
         samples_per_process: samples of one process in one update.
         samples_per_update: samples of all processes in one update.
         max_train_steps: updates of the whole run.
+        checkpointing_steps: updates between two checkpoints.
+        evaluation_images: images on which base and adapter are compared.
     """
 
     prompts_per_process: int
     samples_per_process: int
     samples_per_update: int
     max_train_steps: int
+    checkpointing_steps: int
+    evaluation_images: int
+
+    @property
+    def evaluation_share(self) -> float:
+        """Images of the base's evaluation over those that the main process, which evaluates alone, trains on."""
+        return self.evaluation_images / (self.max_train_steps * self.samples_per_process)
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ def build_run(
     for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):
         part.check_prompts(texts_of([*run_prompts.training, *(run_prompts.evaluation or ())]))
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
-    arithmetic = _arithmetic(config, len(run_prompts.training), accelerator.num_processes)
+    arithmetic = arithmetic_of(config, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():
         if pipeline is None:
             pipeline = load_pipeline(config.model, accelerator.device)
@@ -285,14 +295,20 @@ def _samples_per_process(config: Config) -> int:
     return config.training.train_batch_size * config.training.gradient_accumulation_steps
 
 
-def _arithmetic(config: Config, num_prompts: int, num_processes: int) -> Arithmetic:
+def arithmetic_of(config: Config, num_prompts: int, num_processes: int = 1) -> Arithmetic:
+    """What follows from the sizes in the config, from the number of prompts and of processes."""
     training = config.training
     samples = _samples_per_process(config)
     prompts = samples // training.num_images_per_prompt
     steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
+    steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
+    # The main process evaluates alone. An image to look at costs less than a sample, which is also differentiated.
+    images = max(2, min(MOST_EVALUATION_IMAGES, steps * samples // SHARE))
     return Arithmetic(
         prompts_per_process=prompts,
         samples_per_process=samples,
         samples_per_update=samples * num_processes,
-        max_train_steps=training.max_train_steps or training.num_train_epochs * steps_per_epoch,
+        max_train_steps=steps,
+        checkpointing_steps=config.checkpointing.checkpointing_steps or max(1, min(LONGEST_UNSAVED, steps // SHARE)),
+        evaluation_images=config.validation.num_evaluation_images or images,
     )

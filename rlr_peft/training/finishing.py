@@ -188,7 +188,7 @@ def divergence_from_base(run: Run) -> Tensor | None:
     if run.evaluation_prompts is None or not has_noise(run.chain):
         return None
     config = run.config
-    count = max(2, min(MOST_KL_IMAGES, config.validation.num_evaluation_images // KL_SHARE))
+    count = max(2, min(MOST_KL_IMAGES, run.arithmetic.evaluation_images // KL_SHARE))
     prompts, seeds = prompts_and_seeds(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
     with in_eval_mode(run.chain):
         return measure_divergence(

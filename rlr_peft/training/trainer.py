@@ -54,9 +54,10 @@ def train(
             is_last = progress.step == last_step or bool(progress.stopped_early)
             # Any process may have got the signal; all must act on it at the same step.
             stop = run.processes.largest(interruption.exit_code, "the signals")
-            if stop or is_last or is_due_after(progress.step, config.checkpointing.checkpointing_steps):
+            publishes = publish_checkpoint is not None and is_due_after(progress.step, config.hub.push_every)
+            if stop or is_last or publishes or is_due_after(progress.step, run.arithmetic.checkpointing_steps):
                 path = _save(run, progress, checkpoints, log)
-                if publish_checkpoint is not None and is_due_after(progress.step, config.hub.push_every):
+                if publish_checkpoint is not None and publishes:
                     publish_checkpoint(path)
             if stop and not is_last:  # after the last one what is left is the result, which a second signal ends
                 progress.interrupted_by = stop

@@ -77,6 +77,12 @@ def evaluate_base(run: Run) -> Evaluation | None:
     """
     if run.evaluation_prompts is None or not run.accelerator.is_main_process:
         return None
+    arithmetic = run.arithmetic
+    logger.info(
+        "Evaluating the base on %d images, %.0f %% of those that training draws; the adapter follows on as many.",
+        arithmetic.evaluation_images,
+        100 * arithmetic.evaluation_share,
+    )
     states = capture_random_states(run.accelerator.device)
     with adapter_disabled(run.chain.denoiser), run.processes.doing("evaluating the base"):
         evaluation = _evaluate(run, run.evaluation_prompts, "Evaluating the base")
@@ -101,7 +107,7 @@ def evaluation_features(run: Run) -> FeatureExtractor:
 def _evaluate(run: Run, evaluation_prompts: list[Prompt], description: str) -> Evaluation:
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
-    prompts, seeds = prompts_and_seeds(evaluation_prompts, arguments.num_evaluation_images, seed)
+    prompts, seeds = prompts_and_seeds(evaluation_prompts, run.arithmetic.evaluation_images, seed)
     chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
     # What is compared before and after must not be measured on scales that move in between.
     rewards = {"reward": run.reward.on_first_scales()} | ({} if run.heldout is None else {"heldout": run.heldout})
