@@ -277,6 +277,13 @@ def _accelerator(config: Config) -> Accelerator:
     output_dir, tracker = config.training.output_dir, config.logging.report_to
     if tracker != "none":
         extra(tracker, tracker, f"--report_to {tracker}")
+    for sharding in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{sharding}", "false").lower() == "true":
+            raise ConfigError(
+                f"Expected processes that each hold the whole base, got {sharding} from accelerate's config, which "
+                "would share out nothing here. Launch with `accelerate launch --multi_gpu`; for a base that is too "
+                "large take --bnb_quantization_config_path nf4 or --offload."
+            )
     accelerator = Accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         log_with=None if tracker == "none" else tracker,
