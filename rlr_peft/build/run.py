@@ -38,7 +38,8 @@ from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object, name_reward
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
-from rlr_peft.config import Config, ConfigError, stages_from_config
+from rlr_peft.config import Config, ConfigError, TrainingArguments, stages_from_config
+from rlr_peft.config.chain import AUTO
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
@@ -53,23 +54,6 @@ logger = logging.getLogger(__name__)
 # How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
 # minutes on GPUs) a thorough evaluation would end the run.
 PATIENCE = timedelta(hours=12)
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """The derived numbers of a run.
-
-    Attributes:
-        prompts_per_process: prompts that one process samples for one update.
-        samples_per_process: samples of one process in one update.
-        samples_per_update: samples of all processes in one update.
-        max_train_steps: updates of the whole run.
-    """
-
-    prompts_per_process: int
-    samples_per_process: int
-    samples_per_update: int
-    max_train_steps: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +79,7 @@ class Run:
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
-        arithmetic: the derived numbers.
+        max_train_steps: updates of the whole run.
         given: names of what came as a Python object, which no config can load: `pipeline`, `reward`, `prompts`,
             `estimator`.
     """
@@ -118,7 +102,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     ema: EMAModel | None
-    arithmetic: Arithmetic
+    max_train_steps: int
     given: Mapping[str, str]
 
     @property
@@ -130,6 +114,27 @@ class Run:
     def method(self) -> str:
         """Name of the estimator: the config's, or that of the object which took its place."""
         return self.given.get("estimator", self.config.estimator.estimator)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of a process in one update: the config's, or as many as the estimator asks for."""
+        asked = self.config.training.gradient_accumulation_steps
+        return asked if isinstance(asked, int) else self.estimator.micro_batches
+
+    @property
+    def samples_per_process(self) -> int:
+        """Samples of one process in one update."""
+        return self.config.training.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_process(self) -> int:
+        """Prompts that one process samples for one update."""
+        return self.samples_per_process // self.config.training.num_images_per_prompt
+
+    @property
+    def samples_per_update(self) -> int:
+        """Samples of all processes in one update."""
+        return self.samples_per_process * self.accelerator.num_processes
 
     @property
     def weights(self) -> list[torch.Tensor]:
@@ -195,17 +200,21 @@ def build_run(
     processes = Processes(accelerator)
     prepare_machine(config.model, accelerator.device)
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
+    samples = _fixed_samples(config.training, accelerator.num_processes)
     if estimator is None:
-        samples = _samples_per_process(config) * accelerator.num_processes
         with as_config_error():
             estimator = build_estimator(
-                config.estimator, config.chain.num_inference_steps, stages_from_config(config), samples
+                config.estimator,
+                config.chain.num_inference_steps,
+                stages_from_config(config),
+                samples,
+                measures_batch=config.training.gradient_accumulation_steps == AUTO,
             )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
     for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):
         part.check_prompts(texts_of([*run_prompts.training, *(run_prompts.evaluation or ())]))
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
-    arithmetic = _arithmetic(config, len(run_prompts.training), accelerator.num_processes)
+    max_train_steps = _max_train_steps(config.training, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():
         if pipeline is None:
             pipeline = load_pipeline(config.model, accelerator.device)
@@ -222,7 +231,7 @@ def build_run(
         check_trajectory(config, chain)
         chain.check_negative_prompts(run_prompts.training[:1])
         check_adapter_saves(pipeline)
-        optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
+        optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=samples)
     warn_of_long_prompts(config, pipeline, run_prompts)
     warning = chain.last_step_warning()
     if warning is not None:
@@ -247,9 +256,9 @@ def build_run(
         evaluation_prompts=run_prompts.evaluation,
         validation_prompts=run_prompts.validation,
         optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
+        lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, max_train_steps),
         ema=build_ema(chain.parameters, config.optimizer),
-        arithmetic=arithmetic,
+        max_train_steps=max_train_steps,
         given=given,
     )
 
@@ -278,18 +287,14 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _samples_per_process(config: Config) -> int:
-    return config.training.train_batch_size * config.training.gradient_accumulation_steps
+def _fixed_samples(training: TrainingArguments, num_processes: int) -> int:
+    """Samples of all processes in one update; of one micro-batch each where the number of those is measured."""
+    steps = training.gradient_accumulation_steps
+    return training.train_batch_size * (steps if isinstance(steps, int) else 1) * num_processes
 
 
-def _arithmetic(config: Config, num_prompts: int, num_processes: int) -> Arithmetic:
-    training = config.training
-    samples = _samples_per_process(config)
-    prompts = samples // training.num_images_per_prompt
-    steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
-    return Arithmetic(
-        prompts_per_process=prompts,
-        samples_per_process=samples,
-        samples_per_update=samples * num_processes,
-        max_train_steps=training.max_train_steps or training.num_train_epochs * steps_per_epoch,
-    )
+def _max_train_steps(training: TrainingArguments, num_prompts: int, num_processes: int) -> int:
+    if training.max_train_steps is not None:
+        return training.max_train_steps
+    prompts = _fixed_samples(training, num_processes) // training.num_images_per_prompt
+    return training.num_train_epochs * math.ceil(num_prompts / prompts)

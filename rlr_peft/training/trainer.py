@@ -36,7 +36,7 @@ def train(
         How far it came; ``interrupted_by`` is not 0 if a signal ended it early, after a checkpoint.
     """
     progress = resume(run) if progress is None else progress
-    config, last_step, checkpoints = run.config, run.arithmetic.max_train_steps, open_checkpoints(run)
+    config, last_step, checkpoints = run.config, run.max_train_steps, open_checkpoints(run)
     _claim_folder(run, progress)
     with GracefulInterruption() as interruption, RunLog(run, progress) as log:
         if progress.step == 0 and config.validation.validation_steps:
