@@ -13,7 +13,7 @@ from rlr_peft.build.pipeline import enable_checkpointing
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.families import DENOISERS, Family, default_lora_targets
+from rlr_peft.chain.families import DENOISERS, Family, lora_targets
 from rlr_peft.chain.memory import working_device
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
@@ -82,11 +82,7 @@ def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family)
 
 def _attach_one(config: Config, denoiser: torch.nn.Module, family: Family, seed: int) -> list[torch.nn.Parameter]:
     lora = config.lora
-    targets = (
-        default_lora_targets(family, denoiser)
-        if lora.lora_layers is None
-        else [name.strip() for name in lora.lora_layers.split(",")]
-    )
+    targets = lora_targets(lora.lora_layers, family, denoiser)
     _check_size(denoiser, targets, lora.rank)
     parameters = attach_lora(
         denoiser,

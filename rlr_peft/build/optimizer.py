@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlr_peft.config import OptimizerArguments
 from rlr_peft.config.chain import AUTO
+from rlr_peft.extras import extra
 
 
 def build_optimizer(
@@ -26,7 +27,7 @@ def build_optimizer(
             `scale_lr` is set.
 
     Raises:
-        ValueError: 8 bits without bitsandbytes.
+        UserError: 8 bits without bitsandbytes.
     """
     if arguments.learning_rate == AUTO:
         learning_rate = 0.0  # not known before the first update, see training/learning_rate.py
@@ -41,13 +42,7 @@ def build_optimizer(
             eps=arguments.adam_epsilon,
             weight_decay=arguments.adam_weight_decay,
         )
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            "use_8bit_adam expects bitsandbytes, which cannot be imported here. Run `pip install bitsandbytes`, "
-            "or train without --use_8bit_adam."
-        ) from error
+    AdamW8bit = extra("bitsandbytes.optim", "quantization", "--use_8bit_adam").AdamW8bit  # noqa: N806
     optimizer: torch.optim.Optimizer = AdamW8bit(
         parameters, lr=learning_rate, betas=betas, eps=arguments.adam_epsilon, weight_decay=arguments.adam_weight_decay
     )

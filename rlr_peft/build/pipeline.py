@@ -26,6 +26,7 @@ from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_cla
 from rlr_peft.chain.memory import offload_models
 from rlr_peft.config import ConfigError, ModelArguments
 from rlr_peft.config.model import read_quantization
+from rlr_peft.extras import extra
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,7 @@ def pipeline_quantization(arguments: ModelArguments, dtype: torch.dtype) -> dict
     """What `from_pretrained` of a pipeline is told so that its denoisers are held in 4 or 8 bits."""
     if arguments.bnb_quantization_config_path is None:
         return {}
+    extra("bitsandbytes", "quantization", "--bnb_quantization_config_path")
     settings = read_quantization(arguments.bnb_quantization_config_path)
     if settings.get("load_in_4bit"):
         settings = {"bnb_4bit_compute_dtype": dtype} | settings

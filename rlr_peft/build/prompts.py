@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from rlr_peft.build.processes import Processes
 from rlr_peft.config import Config, ConfigError, stages_from_config
+from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.prompt import Prompt, as_prompts
 from rlr_peft.prompts.chain_of_thought import (
     STAGE_PROMPTS_FILE,
@@ -198,9 +199,10 @@ def _streamed(
     size = arguments.shuffle_buffer_size
     training = list(itertools.islice(stream(is_trained_on), size))
     if percentage is not None:
+        most = config.validation.num_evaluation_images or MOST_EVALUATION_IMAGES
         # No more than are drawn, since they are rare and the stream is read for them.
         unseen = stream(lambda prompt: not is_trained_on(prompt))
-        evaluation = list(itertools.islice(unseen, min(size, config.validation.num_evaluation_images)))
+        evaluation = list(itertools.islice(unseen, min(size, most)))
     if not training or evaluation == []:
         raise ConfigError(
             f"validation_split_percentage: expected prompts on both sides of the split of {arguments.dataset_name}, "

@@ -17,7 +17,7 @@ from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
-from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
+from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings, weights_dtype
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
 
@@ -87,7 +87,7 @@ def reward_settings(config: Config, device: torch.device) -> RewardSettings:
     return RewardSettings(
         ModelSettings(
             device,
-            DTYPES[arguments.reward_dtype],
+            weights_dtype(arguments.reward_dtype, device),
             arguments.offload_rewards,
             ModelFiles(arguments.reward_model_path, config.model.cache_dir),
         ),

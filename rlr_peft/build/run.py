@@ -40,10 +40,12 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, TrainingArguments, stages_from_config
 from rlr_peft.config.chain import AUTO
+from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.extras import extra
 from rlr_peft.lora import check_adapter_saves, check_kohya
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.prompts.sampler import Sampler
@@ -54,6 +56,28 @@ logger = logging.getLogger(__name__)
 # How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
 # minutes on GPUs) a thorough evaluation would end the run.
 PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The derived numbers of a run.
+
+    Attributes:
+        samples_per_process: samples of one process in one update; of one micro-batch where those are measured.
+        max_train_steps: updates of the whole run.
+        checkpointing_steps: updates between two checkpoints.
+        evaluation_images: images on which base and adapter are compared.
+    """
+
+    samples_per_process: int
+    max_train_steps: int
+    checkpointing_steps: int
+    evaluation_images: int
+
+    @property
+    def evaluation_share(self) -> float:
+        """Images of the base's evaluation over those that the main process, which evaluates alone, trains on."""
+        return self.evaluation_images / (self.max_train_steps * self.samples_per_process)
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,7 @@ class Run:
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
-        max_train_steps: updates of the whole run.
+        arithmetic: the derived numbers.
         given: names of what came as a Python object, which no config can load: `pipeline`, `reward`, `prompts`,
             `estimator`.
     """
@@ -102,7 +126,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     ema: EMAModel | None
-    max_train_steps: int
+    arithmetic: Arithmetic
     given: Mapping[str, str]
 
     @property
@@ -200,7 +224,7 @@ def build_run(
     processes = Processes(accelerator)
     prepare_machine(config.model, accelerator.device)
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
-    samples = _fixed_samples(config.training, accelerator.num_processes)
+    samples = _fixed_samples(config.training) * accelerator.num_processes
     if estimator is None:
         with as_config_error():
             estimator = build_estimator(
@@ -214,7 +238,7 @@ def build_run(
     for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):
         part.check_prompts(texts_of([*run_prompts.training, *(run_prompts.evaluation or ())]))
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
-    max_train_steps = _max_train_steps(config.training, len(run_prompts.training), accelerator.num_processes)
+    arithmetic = arithmetic_of(config, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():
         if pipeline is None:
             pipeline = load_pipeline(config.model, accelerator.device)
@@ -256,9 +280,9 @@ def build_run(
         evaluation_prompts=run_prompts.evaluation,
         validation_prompts=run_prompts.validation,
         optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, max_train_steps),
+        lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
         ema=build_ema(chain.parameters, config.optimizer),
-        max_train_steps=max_train_steps,
+        arithmetic=arithmetic,
         given=given,
     )
 
@@ -272,10 +296,19 @@ def _kl_penalty(config: Config) -> KLPenalty | None:
 
 
 def _accelerator(config: Config) -> Accelerator:
-    output_dir = config.training.output_dir
+    output_dir, tracker = config.training.output_dir, config.logging.report_to
+    if tracker != "none":
+        extra(tracker, tracker, f"--report_to {tracker}")
+    for sharding in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{sharding}", "false").lower() == "true":
+            raise ConfigError(
+                f"Expected processes that each hold the whole base, got {sharding} from accelerate's config, which "
+                "would share out nothing here. Launch with `accelerate launch --multi_gpu`; for a base that is too "
+                "large take --bnb_quantization_config_path nf4 or --offload."
+            )
     accelerator = Accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        log_with=None if config.logging.report_to == "none" else config.logging.report_to,
+        log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(output_dir, logging_dir=f"{output_dir}/{config.logging.logging_dir}"),
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -287,14 +320,24 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _fixed_samples(training: TrainingArguments, num_processes: int) -> int:
-    """Samples of all processes in one update; of one micro-batch each where the number of those is measured."""
+def _fixed_samples(training: TrainingArguments) -> int:
+    """Samples of one process in one update; of one micro-batch where the number of those is measured."""
     steps = training.gradient_accumulation_steps
-    return training.train_batch_size * (steps if isinstance(steps, int) else 1) * num_processes
+    return training.train_batch_size * (steps if isinstance(steps, int) else 1)
 
 
-def _max_train_steps(training: TrainingArguments, num_prompts: int, num_processes: int) -> int:
-    if training.max_train_steps is not None:
-        return training.max_train_steps
-    prompts = _fixed_samples(training, num_processes) // training.num_images_per_prompt
-    return training.num_train_epochs * math.ceil(num_prompts / prompts)
+def arithmetic_of(config: Config, num_prompts: int, num_processes: int = 1) -> Arithmetic:
+    """What follows from the sizes in the config, from the number of prompts and of processes."""
+    training = config.training
+    samples = _fixed_samples(training)
+    prompts = samples // training.num_images_per_prompt
+    steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
+    steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
+    # The main process evaluates alone. An image to look at costs less than a sample, which is also differentiated.
+    images = max(2, min(MOST_EVALUATION_IMAGES, steps * samples // SHARE))
+    return Arithmetic(
+        samples_per_process=samples,
+        max_train_steps=steps,
+        checkpointing_steps=config.checkpointing.checkpointing_steps or max(1, min(LONGEST_UNSAVED, steps // SHARE)),
+        evaluation_images=config.validation.num_evaluation_images or images,
+    )

@@ -245,6 +245,19 @@ def default_lora_targets(family: Family, denoiser: nn.Module) -> tuple[str, ...]
     return found
 
 
+def lora_targets(layers: str | None, family: Family, denoiser: nn.Module) -> tuple[str, ...]:
+    """The modules that `--lora_layers` means: a list of names, `attention`, `all-linear`, or None for the default."""
+    match layers:
+        case None:
+            return default_lora_targets(family, denoiser)
+        case "attention":
+            return default_lora_targets(GENERIC, denoiser)
+        case "all-linear":
+            return tuple(name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear))
+        case _:
+            return tuple(name.strip() for name in layers.split(","))
+
+
 @dataclass(frozen=True)
 class FirstFrames:
     """How to decode the first frames alone.

@@ -30,7 +30,7 @@ class ServeFlags(Group):
     host: str = knob("127.0.0.1", "Address to listen at; there is no authentication, so open it to trusted nets only.")
     port: int = knob(8000, "Port to listen at; 0 takes a free one.", at_least=0, at_most=65535)
     device: str | None = knob(None, "Where the reward runs; null means a GPU if there is one.")
-    reward_dtype: Literal["fp32", "fp16", "bf16"] = preset(RewardArguments, "reward_dtype", "fp32")
+    reward_dtype: Literal["auto", "fp32", "fp16", "bf16"] = preset(RewardArguments, "reward_dtype", "auto")
     reward_model_path: dict[str, str] | None = preset(RewardArguments, "reward_model_path", None)
     max_megapixels: float = knob(
         70.0, "Pixels of all images of a request together.", unit="millions", above=0, at_most=1e6
@@ -50,13 +50,13 @@ def serve_reward_command(words: Sequence[str]) -> int:
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.machine import package_versions
     from rlr_peft.compare.kept import digest, reward_identity
-    from rlr_peft.rewards.model_reward import DTYPES, ModelFiles, ModelSettings
+    from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings, weights_dtype
     from rlr_peft.rewards.registry import RewardSettings, load_reward
     from rlr_peft.rewards.server import ServerLimits
 
     device = _device(own.device)
     files = ModelFiles(own.reward_model_path)
-    model = ModelSettings(device, DTYPES[own.reward_dtype], files=files)
+    model = ModelSettings(device, weights_dtype(own.reward_dtype, device), files=files)
     reward = load_reward(own.reward, RewardSettings(model))
     limits = ServerLimits(
         max_pixels=round(own.max_megapixels * 1e6),

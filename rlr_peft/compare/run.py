@@ -39,6 +39,7 @@ from rlr_peft.compare.kept import (
 )
 from rlr_peft.config import Config, stages_from_config
 from rlr_peft.config.model import quantization_file
+from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.prompt import Prompt, texts_of
@@ -124,7 +125,10 @@ class _Comparer:
         self.batch_size = validation.evaluation_batch_size
         self.all_prompts = prompts
         self.drawn = prompts_and_seeds(
-            prompts, validation.num_evaluation_images, derive_seed(seed, "evaluation"), options.images_per_prompt
+            prompts,
+            validation.num_evaluation_images or MOST_EVALUATION_IMAGES,
+            derive_seed(seed, "evaluation"),
+            options.images_per_prompt,
         )
         self.setup = image_setup(config, pipeline)
         kept = options.output / KEPT

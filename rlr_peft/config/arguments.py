@@ -74,6 +74,11 @@ ELSEWHERE = {
     **dict.fromkeys(("repo_id", "hub_repo_id"), "hub_model_id"),
 }
 """Names of other trainers, and what they are called here."""
+OTHER_ADAPTERS = (
+    *("lokr", "use_lokr", "loha", "use_loha", "oft", "use_oft"),
+    *("adapter_type", "lora_type", "peft_type", "network_module"),
+)
+"""Names of other trainers for what is not trained here."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,11 @@ def check_names(names: Iterable[str], where: str, known: Collection[str] | None 
         if name in (known or (*knobs(), *GONE)):
             continue
         nearest = difflib.get_close_matches(name.replace("-", "_"), known or knobs(), n=1, cutoff=0.5)
+        if name.replace("-", "_") in OTHER_ADAPTERS:
+            raise ConfigError(
+                f"{where}: unknown name {name}; LoRA and DoRA (--use_dora) are trained here, as load_lora_weights of "
+                "most diffusers pipelines loads no LoKr, LoHa or OFT."
+            )
         if (ours := ELSEWHERE.get(name.replace("-", "_"))) in (known or knobs()):
             raise ConfigError(f"{where}: unknown name {name}; here it is {ours}.")
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help-all for all names."

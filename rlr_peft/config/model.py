@@ -121,7 +121,8 @@ class LoraArguments(Group):
     )
     lora_layers: str | None = knob(
         None,
-        "Comma-separated names of the modules that get an adapter; null means the family's default.",
+        "Which layers get an adapter: `attention`, `all-linear`, or names of modules with commas between them; null "
+        "means the family's default.",
         found="words",
     )
     denoiser: str | None = knob(

@@ -210,7 +210,9 @@ class AutoEstimator(Estimator):
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures all rows on rollouts that no update uses, and chooses."""
         has_gradient = rollouts[0].reward_gradient is not None
-        gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters), with_held=has_gradient)
+        gradients = measure_step_gradients(
+            chain, rollouts, GradientSketch(chain.parameters), with_held=has_gradient, description="Calibrating"
+        )
         check_gradient(gradients, rollouts)
         self.rlr.statistics.calibrate(gradients, decay)
         if has_gradient or self._measures_batch:

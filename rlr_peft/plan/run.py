@@ -16,13 +16,14 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
 from rlr_peft.config.model import read_quantization
+from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
 from rlr_peft.plan.blueprint import build_model, build_pipeline, find_architecture, find_component
 from rlr_peft.plan.measurements import measure
 from rlr_peft.plan.meta_device import KnownValues
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
 from rlr_peft.plan.weights import largest_quantized, optimizer_bytes, reward_memory, reward_names, weight_bytes
-from rlr_peft.rewards.model_reward import DTYPES as REWARD_DTYPES
+from rlr_peft.rewards.model_reward import weights_dtype
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 # What is suggested where a base does not fit.
@@ -50,7 +51,7 @@ def plan_memory(
     decode_batch_size = min(config.reward.decode_batch_size or batch_size, batch_size)
     validation = config.validation
     compares = validation.evaluation_prompt_path or config.prompts.validation_split_percentage
-    compared = validation.num_evaluation_images if compares else 0
+    compared = (validation.num_evaluation_images or MOST_EVALUATION_IMAGES) if compares else 0
     validated = validation.num_validation_images * len(validation.validation_prompt or ())
     counts = [min(number, validation.evaluation_batch_size) for number in (compared, validated) if number]
     measured = measure(chain, batch_size, decode_batch_size, evaluation_chain, max(counts, default=None))
@@ -64,7 +65,7 @@ def plan_memory(
     held = quantization or NF4
     trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
     names = list(dict.fromkeys((*trained, *heldout)))
-    dtype = REWARD_DTYPES[config.reward.reward_dtype]
+    dtype = weights_dtype(config.reward.reward_dtype, torch.device("cuda"))
     rewards = {count: {name: reward_memory(name, count, dtype) for name in names} for count in {1, decode_batch_size}}
     known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}
     weights = {name: memory.weights if memory else 0 for name, memory in rewards[1].items()}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
+from rlr_peft.extras import extra
 from rlr_peft.plain_files import MAX_DEPTH, is_nested_too_deep
 from rlr_peft.prompt import Prompt, PromptError
 
@@ -357,7 +358,7 @@ def _decoder(schema: Any, columns: Columns) -> Callable[[dict[str, Any]], dict[s
     """What turns stored cells into those that were meant: `datasets` stores some, such as mixed JSON, in disguise."""
     if b"huggingface" not in (schema.metadata or {}):
         return lambda values: values
-    import datasets  # takes two seconds
+    datasets = extra("datasets", "datasets", "a .parquet file that `datasets` wrote")  # takes two seconds
 
     stored = datasets.Features.from_arrow_schema(schema)
     return datasets.Features({name: stored[name] for name in columns.all}).decode_example

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rlr_peft.errors import UserError
+from rlr_peft.extras import extra
 from rlr_peft.prompt import PromptError
 from rlr_peft.prompts.files import (
     Columns,
@@ -74,8 +76,7 @@ def dataset_rows(spec: DatasetSpec, columns: Columns) -> Iterator[Row]:
             f"prompts '{spec.name}': expected a folder without *, ? and [ in its path, which are read as a pattern of "
             f"other folders, got {folder}; rename it, or give the file in it with --prompt_path"
         )
-    import datasets  # takes two seconds that prompts from a file need not wait for
-
+    datasets = extra("datasets", "datasets", "--dataset_name")  # takes two seconds
     with _explained(spec.name), _quiet_library(datasets):
         builder = _builder(datasets, spec)
         files = _files(builder, spec, columns)
@@ -219,7 +220,7 @@ def _explained(source: str) -> Iterator[None]:
     """Errors of the libraries in one line that names the source and the first cause."""
     try:
         yield
-    except PromptError:
+    except UserError:
         raise
     except Exception as error:
         cause: BaseException = error

@@ -33,7 +33,12 @@ from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 
 MODEL_FILES = ("config.json", ("model.safetensors", "pytorch_model.bin"))
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def weights_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format by its name; `auto` is fp16, but on a CPU, where it is slow, fp32."""
+    return _DTYPES[("fp32" if device.type == "cpu" else "fp16") if name == "auto" else name]
 
 
 _IN_WORDS = {
@@ -284,8 +289,9 @@ class ModelReward(Reward):
         except torch.OutOfMemoryError as error:
             size = sum(p.numel() * p.element_size() for p in self.network.parameters()) / 2**30
             raise RewardError(
-                f"reward '{self.name}': its {size:.1f} GiB of weights do not fit into the memory of {device}; halve "
-                "them with --reward_dtype bf16, or keep rewards on the CPU between uses with --offload_rewards"
+                f"reward '{self.name}': its {size:.1f} GiB of weights do not fit into the memory of {device}; "
+                "keep rewards on the CPU between uses with --offload_rewards, or halve weights in fp32 with "
+                "--reward_dtype fp16"
             ) from error
 
 

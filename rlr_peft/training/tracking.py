@@ -169,7 +169,7 @@ class RunLog:
         _announce(run, progress)
 
     def __enter__(self) -> "RunLog":
-        run, done, last_step = self._run, self._resume_step or 0, self._run.max_train_steps
+        run, done, last_step = self._run, self._resume_step or 0, self._run.arithmetic.max_train_steps
         if run.accelerator.is_main_process:
             self._lines = self._stack.enter_context(MetricsLog(self.path, self._resume_step))
         if done >= last_step:
@@ -243,10 +243,22 @@ def _announce(run: Run, progress: Progress) -> None:
         f"({training.num_images_per_prompt} per prompt)",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
-        f"  Optimization steps = {run.max_train_steps}, {progress.step} done",
+        *(f"    {line}" for line in stage_prompts_in_words(run)),
+        f"  Optimization steps = {run.arithmetic.max_train_steps}, {progress.step} done",
         f"  Estimator = {run.method}: {run.estimator.describe()}",
     ):
         logger.info(line)
+
+
+def stage_prompts_in_words(run: Run, count: int = 3) -> list[str]:
+    """What the Chain-of-Thought makes of the first prompts: `a cat on a beach -> coarse: a beach; fine: a cat`."""
+    stages = stages_from_config(run.config)
+    if stages is None:
+        return []
+    return [
+        f"{prompt.text} -> " + "; ".join(f"{name}: {part}" for name, part in zip(stages.names, prompt.stages))
+        for prompt in run.prompts[:count]
+    ]
 
 
 def _tracker_config(config: Config) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def train(
         How far it came; ``interrupted_by`` is not 0 if a signal ended it early, after a checkpoint.
     """
     progress = resume(run) if progress is None else progress
-    config, last_step, checkpoints = run.config, run.max_train_steps, open_checkpoints(run)
+    config, last_step, checkpoints = run.config, run.arithmetic.max_train_steps, open_checkpoints(run)
     _claim_folder(run, progress)
     with GracefulInterruption() as interruption, RunLog(run, progress) as log:
         if progress.step == 0 and config.validation.validation_steps:
@@ -54,9 +54,10 @@ def train(
             is_last = progress.step == last_step or bool(progress.stopped_early)
             # Any process may have got the signal; all must act on it at the same step.
             stop = run.processes.largest(interruption.exit_code, "the signals")
-            if stop or is_last or is_due_after(progress.step, config.checkpointing.checkpointing_steps):
+            publishes = publish_checkpoint is not None and is_due_after(progress.step, config.hub.push_every)
+            if stop or is_last or publishes or is_due_after(progress.step, run.arithmetic.checkpointing_steps):
                 path = _save(run, progress, checkpoints, log)
-                if publish_checkpoint is not None and is_due_after(progress.step, config.hub.push_every):
+                if publish_checkpoint is not None and publishes:
                     publish_checkpoint(path)
             if stop and not is_last:  # after the last one what is left is the result, which a second signal ends
                 progress.interrupted_by = stop

@@ -37,7 +37,7 @@ def test_demo_config_is_valid() -> None:
     config = load(["--config", str(DEMO)])
     assert config.model.pretrained_model_name_or_path == "tiny-shapes"
     assert config.reward.heldout_reward_fn not in (None, config.reward.reward_fn)
-    assert config.validation.num_evaluation_images >= 256
+    assert config.validation.num_evaluation_images == 256
 
 
 def test_no_model_library_is_imported() -> None:

@@ -22,7 +22,7 @@ def test_defaults_are_those_that_diffusers_users_know() -> None:
     assert config.training.train_batch_size == 4
     assert config.optimizer.learning_rate == 1e-4
     assert config.optimizer.lr_scheduler == "constant"
-    assert config.checkpointing.checkpointing_steps == 500
+    assert config.checkpointing.checkpointing_steps is None
     assert config.chain.num_inference_steps == 50
     assert config.model.mixed_precision == "no"
     assert config.lora.lora_alpha is None

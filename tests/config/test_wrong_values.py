@@ -27,6 +27,12 @@ def test_names_of_other_trainers_lead_to_ours(theirs: str, tmp_path: Path) -> No
     assert refusal("--config", write(tmp_path, f"{theirs}: 1\n")).endswith(expected)
 
 
+def test_kinds_of_adapters_that_are_not_trained_are_told(tmp_path: Path) -> None:
+    expected = "unknown name use_lokr; LoRA and DoRA (--use_dora) are trained here, as load_lora_weights of most "
+    assert refusal("--use-lokr").startswith(f"command line: {expected}")
+    assert expected in refusal("--config", write(tmp_path, "use_lokr: true\n"))
+
+
 def test_dashes_are_underscores() -> None:
     config = load([*REQUIRED, "--learning-rate", "0.5", "--fo-steps=3", "--negative-prompt=a-b"])
     assert (config.optimizer.learning_rate, config.chain.negative_prompt) == (0.5, "a-b")

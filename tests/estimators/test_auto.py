@@ -101,7 +101,10 @@ def test_a_reward_without_gradient_leaves_rlr() -> None:
 def test_the_batch_is_a_quarter_of_the_noise_scale_in_whole_micro_batches() -> None:
     """Against the covariance and the mean of single samples' score terms."""
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
-    rollout, scores = replace(rollout_of(chain, 400, 4), reward_gradient=None), build_estimator(METHODS["reinforce"](), 6)
+    rollout, scores = (
+        replace(rollout_of(chain, 400, 4), reward_gradient=None),
+        build_estimator(METHODS["reinforce"](), 6),
+    )
     gradients = []
     for i in range(400):
         scores.accumulate(chain, QuadraticReward(chain), rollout.select([i]), torch.Generator())

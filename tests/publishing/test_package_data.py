@@ -1,5 +1,6 @@
 """The card's template is one file, and an installed wheel trains, compares and writes cards without a checkout."""
 
+import email
 import os
 import shutil
 import subprocess
@@ -7,9 +8,11 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from rlr_peft.publishing.card import default_template_path
 
@@ -36,6 +39,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def of_a_plain_install(wheel: Path) -> set[Path]:
+    """Folders and files of all that the wheel asks for without an extra, directly or not."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        asked = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
+    to_do, found = [(line, "") for line in asked], set()
+    while to_do:
+        line, extra = to_do.pop()
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+            for name in {(wanted.name, more) for more in ("", *wanted.extras)} - found:
+                found.add(name)
+                to_do += [(line, name[1]) for line in distribution(name[0]).requires or ()]
+    installed = Path(sysconfig.get_path("purelib"))
+    tops = {file.parts[0] for name, _ in found for file in distribution(name).files or ()}
+    return {installed / top for top in tops - {"..", "__pycache__"}}
+
+
 def test_a_wheel_holds_what_is_read_at_run_time(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read("rlr_peft/publishing/model_card_template.md").decode()
@@ -46,15 +67,15 @@ def test_a_wheel_holds_what_is_read_at_run_time(wheel: Path) -> None:
 
 
 def test_an_installed_wheel_trains_compares_and_writes_cards(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which borrows the dependencies alone, and in a folder that is no checkout."""
+    """In an environment of its own, which borrows what the wheel asks for without extras, outside a checkout."""
     venv.create(tmp_path / "venv", with_pip=False)
     python, script = (tmp_path / "venv" / "bin" / name for name in ("python", "rlr-peft"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = ["--python", str(python), "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *words], check=True, env=environment)
     (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
-    # Read last, and without its own .pth files: what is installed here of rlr-peft is not seen.
-    (packages / "zz_dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    for path in of_a_plain_install(wheel):
+        (packages / path.name).symlink_to(path)
 
     def run(*command: object) -> str:
         done = subprocess.run(
@@ -75,3 +96,4 @@ def test_an_installed_wheel_trains_compares_and_writes_cards(wheel: Path, tmp_pa
     run(python, "-m", "rlr_peft", "card", "run")
     assert (tmp_path / "run" / "README.md").read_text() == card
     assert "usage:" in run(python, "-m", "rlr_peft.train", "--help")
+    assert not (packages / "bitsandbytes").exists() and not (packages / "datasets").exists()

@@ -17,7 +17,15 @@ from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import score_images
 from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
 from rlr_peft.rewards.image_reward import IMAGE_REWARD
-from rlr_peft.rewards.model_reward import LinearHead, ModelFiles, ModelReward, ModelSettings, load_weights, loading
+from rlr_peft.rewards.model_reward import (
+    LinearHead,
+    ModelFiles,
+    ModelReward,
+    ModelSettings,
+    load_weights,
+    loading,
+    weights_dtype,
+)
 from rlr_peft.rewards.registry import MODEL_REWARDS, RewardSettings, load_reward
 from tests.programs import LIBRARIES, completed
 
@@ -95,6 +103,25 @@ def test_weights_are_frozen_and_in_evaluation_mode(rewards: dict[str, ModelRewar
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert not any(module.training for module in network.modules())
     assert rewards[name].differentiable
+
+
+@pytest.mark.parametrize("name", IMAGE_REWARDS)
+def test_float16_weights_give_nearly_the_same_gradient(
+    rewards: dict[str, ModelReward], folder: Path, name: str
+) -> None:
+    half: Any = load_reward(name, settings=settings(folder, dtype=weights_dtype("auto", torch.device("cuda"))))
+    assert torch.float16 in {parameter.dtype for parameter in half.network.parameters()}
+    gradients = []
+    for reward in (rewards[name], half):
+        pixels = images().requires_grad_()
+        gradients += torch.autograd.grad(score_images(reward, pixels, PROMPTS).sum(), pixels)
+    assert float(torch.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0)) > 0.999
+
+
+def test_weights_are_in_half_precision_on_a_gpu_alone_unless_told() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [weights_dtype("auto", device) for device in (gpu, cpu)] == [torch.float16, torch.float32]
+    assert [weights_dtype("bf16", device) for device in (gpu, cpu)] == [torch.bfloat16] * 2
 
 
 @pytest.mark.parametrize("name", IMAGE_REWARDS)
