@@ -26,6 +26,17 @@ def write_numbers(path: Path, values: Mapping[str, Any]) -> Path:
     return path
 
 
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`, as people say it; below ten seconds with a decimal."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Lines of a table: the first columns to the left, the others to the right; columns without a text are left out."""
     lines = [[one_line(cell) for cell in row] for row in rows]

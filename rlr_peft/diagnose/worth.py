@@ -20,7 +20,8 @@ class UpdateSize:
 
 def update_size(config: Config) -> UpdateSize:
     """Of one process, as a diagnosis is."""
-    accumulated = config.training.gradient_accumulation_steps
+    steps = config.training.gradient_accumulation_steps
+    accumulated = steps if isinstance(steps, int) else 1
     return UpdateSize(config.training.train_batch_size * accumulated, accumulated)
 
 

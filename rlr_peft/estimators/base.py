@@ -195,11 +195,13 @@ class Estimator(ABC):
         inner_epochs: optimiser steps taken on the same samples.
         uses_reward_gradient: whether a reward's gradient is of use; without, its tape and the decoder's are spared.
         is_calibrated: whether ``calibrate`` has run, in this session or before the checkpoint that was loaded.
+        micro_batches: that an update should have on every process, where the config leaves it to the estimator.
     """
 
     inner_epochs: int = 1
     uses_reward_gradient: bool = False
     is_calibrated: bool = True
+    micro_batches: int = 1
 
     @abstractmethod
     def describe(self, has_gradient: bool | None = None) -> str:

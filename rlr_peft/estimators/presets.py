@@ -43,7 +43,11 @@ from rlr_peft.stages import Stages
 
 
 def build_estimator(
-    arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None, samples: int = 1
+    arguments: EstimatorArguments,
+    num_inference_steps: int,
+    stages: Stages | None = None,
+    samples: int = 1,
+    measures_batch: bool = False,
 ) -> Estimator:
     """The estimator of a method.
 
@@ -52,6 +56,7 @@ def build_estimator(
         num_inference_steps: T.
         stages: those that ``ho_window`` may name.
         samples: of an update, in all processes.
+        measures_batch: whether ``auto`` chooses how many times as many an update has.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
@@ -60,7 +65,7 @@ def build_estimator(
         case AutoArguments():
             settings = settings_from_arguments(arguments, num_inference_steps, stages)
             rlr = RLREstimator(settings, arguments.antithetic, samples)
-            return AutoEstimator(rlr, num_inference_steps, samples)
+            return AutoEstimator(rlr, num_inference_steps, samples, measures_batch)
         case AdjointMatchingArguments():
             return AdjointMatchingEstimator(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
         case PathwiseArguments() | ReFLArguments():

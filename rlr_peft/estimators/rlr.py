@@ -68,7 +68,7 @@ class RLREstimator(Estimator):
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
         """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
-        gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters))
+        gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters), description="Calibrating")
         check_gradient(gradients, rollouts)
         self.statistics.calibrate(gradients, decay)
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm.auto import tqdm
 
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain.adjoint import ReplayedStep
@@ -13,6 +14,8 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.lora.verify import VERIFIED_IMAGES
 from rlr_peft.prompt import as_prompts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,24 @@ def measure(
         evaluation_batch_size: how many it draws at once for an evaluation; None where there is none.
     """
     prompts = [f"prompt {i}" for i in range(batch_size)]
-    with fused_attention():
+    counts = {VERIFIED_IMAGES} if evaluation_batch_size is None else {VERIFIED_IMAGES, 1, evaluation_batch_size}
+    denoisers = [getattr(chain.pipeline, name) for name in chain.family.denoisers]
+    decoder = chain.reward_decoder or getattr(chain.pipeline, "vae", None)
+    with fused_attention(), tqdm(desc="Planning memory", unit="phase", leave=False) as bar:
+
+        def counted(found: T) -> T:
+            bar.update()
+            return found
+
         with LiveMemory() as memory:
             chain.encode(prompts)
         encoding, embeddings = memory.peak, memory.live
         trajectory = blank_trajectory(chain, prompts)
-        sampling = _sampling(chain, trajectory)
-        counts = {VERIFIED_IMAGES} if evaluation_batch_size is None else {VERIFIED_IMAGES, 1, evaluation_batch_size}
-        drawn = {count: _drawing(looking, count) for count in counts}
-        denoisers = [getattr(chain.pipeline, name) for name in chain.family.denoisers]
-        decoder = chain.reward_decoder or getattr(chain.pipeline, "vae", None)
-        step = {checkpointed: differentiated_step(chain, trajectory) for checkpointed in _variants(denoisers)}
+        sampling = counted(_sampling(chain, trajectory))
+        drawn = {count: counted(_drawing(looking, count)) for count in counts}
+        step = {checkpointed: counted(differentiated_step(chain, trajectory)) for checkpointed in _variants(denoisers)}
         decode = {
-            (count, checkpointed): _decode(chain, trajectory, count)
+            (count, checkpointed): counted(_decode(chain, trajectory, count))
             for checkpointed in _variants([decoder])
             for count in sorted({1, decode_batch_size})
         }

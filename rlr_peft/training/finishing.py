@@ -186,10 +186,9 @@ def divergence_from_base(run: Run) -> Tensor | None:
 
     None where the chain has no noise, or there is nothing to sample.
     """
-    if run.evaluation_prompts is None or not has_noise(run.chain):
+    count, config = num_divergence_samples(run), run.config
+    if run.evaluation_prompts is None or not count:
         return None
-    config = run.config
-    count = max(2, min(MOST_KL_IMAGES, run.arithmetic.evaluation_images // KL_SHARE))
     prompts, seeds = prompts_and_seeds(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
     with in_eval_mode(run.chain):
         return measure_divergence(
@@ -198,6 +197,11 @@ def divergence_from_base(run: Run) -> Tensor | None:
             seeds,
             config.validation.evaluation_batch_size,
         )
+
+
+def num_divergence_samples(run: Run) -> int:
+    """Samples on which the divergence from the base is measured; 0 where the chain has no noise."""
+    return max(2, min(MOST_KL_IMAGES, run.arithmetic.evaluation_images // KL_SHARE)) if has_noise(run.chain) else 0
 
 
 def divergence_metrics(comparison: Comparison) -> dict[str, float]:
