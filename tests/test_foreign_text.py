@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from tqdm.auto import tqdm
 
 from rlr_peft.compare.figures import figures
-from rlr_peft.compare.page import page
-from rlr_peft.compare.tables import markdown
+from rlr_peft.compare.report import markdown, page
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.foreign_text import MessageHandler, in_cell, in_code, in_text, printable, say
 from rlr_peft.rewards.scores import info_of

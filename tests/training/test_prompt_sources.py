@@ -16,7 +16,7 @@ from rlr_peft.config import ConfigError
 from rlr_peft.figures import save_image_grid
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt, texts_of
-from rlr_peft.prompts.sources import builtin_texts
+from rlr_peft.prompts.tables import builtin_texts
 from rlr_peft.training.tracking import stage_prompts_in_words
 from rlr_peft.training.validation import evaluate_base, save_validation_images
 from tests.prompts.chat_server import chat_server, completion
