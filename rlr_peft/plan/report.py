@@ -180,7 +180,7 @@ def _alternatives(plan: MemoryPlan) -> Iterator[Suggestion]:
         candidates.append(("--evaluation_batch_size 1", replace(options, evaluation_batch_size=1)))
     if phase == ADJOINT and True in measured.step:
         candidates.append(("--gradient_checkpointing", replace(options, gradient_checkpointing=True)))
-    if phase == ADJOINT:
+    if phase == ADJOINT and plan.facts.optimizer[True] < plan.facts.optimizer[False]:
         candidates.append(("--use_8bit_adam", replace(options, use_8bit_adam=True)))
     candidates.append(("--offload_rewards", replace(options, offload_rewards=True)))
     candidates.append(("--offload", replace(options, offload=True)))

@@ -108,6 +108,7 @@ RANDOM_BLOCKS = {
     "ho_start": "gradient-norm",
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 2,
+    "optimizer": "Muon",
 }
 MEASURED_TAIL = {"fo_steps": "auto", "calibration_interval": 3, "use_8bit_adam": True}
 NO_GRADIENT = {"reward": "slow_blind_redness", "fo_steps": "auto", "calibration_interval": 2, "learning_rate": "auto"}
