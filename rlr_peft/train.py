@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.build.reporting import set_up_logging
 from rlr_peft.config import load_config_or_exit
 from rlr_peft.foreign_text import guard_terminal, say
@@ -23,6 +24,8 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
     config = load_config_or_exit(words, prog)
 
     set_up_logging()
+    if not config.hub.push_to_hub:  # what is published is tried again and again
+        work_offline_without_hub()
 
     from rlr_peft.build.folder_lock import only_writer
     from rlr_peft.build.reporting import AFTER_TRAINING, reporting_errors

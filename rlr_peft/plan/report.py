@@ -64,7 +64,7 @@ def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
     steps = suggestions(plan, gpu_memory)
     lines = [f"Does not fit {gpu_memory:g} GiB: {_gib(plan.peak - round(gpu_memory * UNIT))} GiB too much."]
     if steps:
-        lines.append("Switch on, each with all before it:")
+        lines.append("Switch these on, one after the other, until it fits:")
         lines += [
             f"  {step.flag:<36} -> {_gib(step.plan.peak)} GiB, in {step.plan.peak_phase}"
             f"{': fits' if step.plan.fits(gpu_memory) else ''}"
