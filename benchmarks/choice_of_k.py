@@ -23,7 +23,7 @@ from rlr_peft.config import load_config
 from rlr_peft.diagnose.estimates import first_and_half_order, sample_estimates
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.estimators.objective import sample_batch
 from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
 from rlr_peft.estimators.variance import SignalSizes, StepGains, best_first_order_steps, step_variances
 

@@ -30,7 +30,7 @@ from rlr_peft.build.pipeline import DTYPES, enable_checkpointing, keep_weights_a
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.adjoint import Segment, run
 from rlr_peft.chain.families import family_of
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.interface import Trajectory
 from rlr_peft.config import Config, load_config
 from rlr_peft.config.model import read_quantization
 from rlr_peft.estimators.objective import DecodedReward

@@ -16,7 +16,7 @@ from benchmarks.race import REWARDS
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import build_run
 from rlr_peft.config import load_config
-from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.estimators.objective import sample_batch
 from rlr_peft.estimators.step_gradients import GradientSketch, measure_step_gradients
 
 DIMENSION = 2048

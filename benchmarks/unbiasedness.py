@@ -15,8 +15,12 @@ from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
-from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
+from rlr_peft.estimators.policy import (
+    PolicyGradientEstimator,
+    PolicyGradientSettings,
+    PreferenceEstimator,
+    PreferenceSettings,
+)
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder

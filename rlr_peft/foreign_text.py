@@ -8,7 +8,8 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -50,7 +51,27 @@ def printable_values(value: Any) -> Any:
 
 def say(text: object, to: TextIO | None = None) -> None:
     """Prints for a person, at once; on stdout unless told otherwise. The programs print by nothing else."""
-    print(printable(str(text)), file=to, flush=True)
+    with without_bars(to):
+        print(printable(str(text)), file=to, flush=True)
+
+
+@contextmanager
+def without_bars(to: TextIO | None) -> Iterator[None]:
+    """Inside, no progress bar stands where something is printed to; those that there are come back below it."""
+    bars = sys.modules.get("tqdm")  # who has not imported it has no bar
+    if bars is None:
+        yield
+        return
+    with bars.tqdm.external_write_mode(file=to):
+        yield
+
+
+class MessageHandler(logging.StreamHandler[TextIO]):
+    """Messages of a program on stderr, never in the middle of a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with without_bars(self.stream):
+            super().emit(record)
 
 
 def say_traceback(error: BaseException) -> None:

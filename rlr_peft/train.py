@@ -3,14 +3,30 @@
 These are the calls of `docs/python.md` on a parsed config.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.build.reporting import set_up_logging
-from rlr_peft.config import load_config_or_exit
+from rlr_peft.config import Config, ConfigError
+from rlr_peft.config.arguments import knobs
+from rlr_peft.config.knob import Group, knob
+from rlr_peft.config.parsing import DESCRIPTION, EXAMPLE, exit_with, read_words
 from rlr_peft.foreign_text import guard_terminal, say
+
+
+@dataclass(frozen=True)
+class TrainFlags(Group):
+    """Trying first: a run that leaves nothing"""
+
+    dry_run: bool = knob(
+        False,
+        "Do everything but train: load, plan the memory, take two updates, say what the whole run takes, and stop; no "
+        "output folder is left.",
+    )
 
 
 def main() -> int:
@@ -21,11 +37,17 @@ def main() -> int:
 
 def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> int:
     """Trains, evaluates, saves and publishes what the words ask for; returns the exit code."""
-    config = load_config_or_exit(words, prog)
+    try:
+        said = read_words(words, TrainFlags, prog, DESCRIPTION, list(knobs()), example=EXAMPLE)
+        config = said.config()
+    except ConfigError as error:
+        exit_with(error)
 
     set_up_logging()
     if not config.hub.push_to_hub:  # what is published is tried again and again
         work_offline_without_hub()
+    if said.own.dry_run:
+        return dry_run_command(config)
 
     from rlr_peft.build.folder_lock import only_writer
     from rlr_peft.build.reporting import AFTER_TRAINING, reporting_errors
@@ -52,6 +74,19 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
     if progress.interrupted_by and trainer.is_main_process:
         say(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", sys.stderr)
     return progress.interrupted_by
+
+
+def dry_run_command(config: Config) -> int:
+    """Prints what a dry run finds out."""
+    from rlr_peft.build.reporting import reporting_errors
+
+    with reporting_errors():
+        from rlr_peft.training.dry_run import dry_run
+
+        text = dry_run(config)
+    if os.environ.get("RANK", "0") == "0":
+        say(text)
+    return 0
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_help_is_short_and_names_what_one_needs() -> None:
     done = run("train", "--help")
     assert done.returncode == 0 and done.stderr == ""
     shown = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
-    assert shown[2:] == list(MOST_USED) and len(done.stdout.splitlines()) < 80
+    assert shown[2:] == ["dry_run", *MOST_USED] and len(done.stdout.splitlines()) < 80
     assert {name for name, knob in knobs().items() if knob.required} <= set(shown)
     (example,) = re.findall(r"example:\n  rlr-peft train (.*)", done.stdout, re.DOTALL)
     assert run("config", *example.replace("\\\n", " ").split()).returncode == 0

@@ -1,7 +1,9 @@
 """What others wrote never moves a cursor, hides a word or turns letters around: on a terminal, in a log, on a page."""
 
 import ast
+import io
 import json
+import logging
 import re
 import unicodedata
 from pathlib import Path
@@ -11,12 +13,12 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm.auto import tqdm
 
 from rlr_peft.compare.figures import figures
-from rlr_peft.compare.page import page
-from rlr_peft.compare.tables import markdown
+from rlr_peft.compare.report import markdown, page
 from rlr_peft.config.yaml_files import yaml_text
-from rlr_peft.foreign_text import in_cell, in_code, in_text, printable
+from rlr_peft.foreign_text import MessageHandler, in_cell, in_code, in_text, printable, say
 from rlr_peft.rewards.scores import info_of
 from tests.compare.comparisons import comparison, evaluation
 from tests.programs import completed
@@ -125,3 +127,16 @@ def test_commands_show_it_written_out(command: str, tmp_path: Path) -> None:
     done = completed(["-m", "rlr_peft", command, folder])
     assert done.returncode == 2 and is_clean(done.stderr)
     assert done.stderr.startswith("error: ") and r"\x1b[3" in done.stderr
+
+
+def test_nothing_is_printed_into_a_bar() -> None:
+    """Of every line of a terminal what is left after its last return is seen."""
+    terminal = io.StringIO()
+    with tqdm(desc="Steps", total=3, file=terminal, mininterval=0) as bar:
+        bar.update()
+        say("said", terminal)
+        MessageHandler(terminal).emit(logging.makeLogRecord({"msg": "logged"}))
+        bar.update()
+    seen = [line.split("\r")[-1] for line in terminal.getvalue().split("\n")]
+    assert seen[:2] == ["said", "logged"]
+    assert seen[2].startswith("Steps:  67%")

@@ -11,18 +11,21 @@ from safetensors import SafetensorError
 
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import RewardError, UserError
-from rlr_peft.foreign_text import guard_terminal, say, say_traceback
+from rlr_peft.foreign_text import MessageHandler, guard_terminal, say, say_traceback
 
 
 def set_up_logging() -> None:
-    """Our messages at INFO from the main process, warnings from all, on stderr; to be called before torch is imported.
+    """Our messages at INFO and bars from the main process, warnings from all, on stderr; to be called before torch is
+    imported.
 
     bitsandbytes and transformers report at import what optional accelerations they lack: nothing of it is used here.
     """
     guard_terminal()
     is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[MessageHandler()])
     logging.getLogger("rlr_peft").setLevel(logging.INFO if is_main else logging.WARNING)
+    if not is_main:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

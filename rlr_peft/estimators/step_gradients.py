@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 
 from rlr_peft.chain.adjoint import Segment, walk
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import CoverageError, Rollout
+from rlr_peft.estimators.base import CoverageError
+from rlr_peft.estimators.objective import Rollout
 from rlr_peft.estimators.pathwise import first_order_segment
 
 
@@ -73,6 +75,7 @@ def measure_step_gradients(
     sketch: GradientSketch,
     first_order_only: bool = False,
     with_held: bool = False,
+    description: str | None = None,
 ) -> StepGradients:
     """Replays every step of every sample once, and pulls back the reward's gradient and the noise.
 
@@ -82,6 +85,7 @@ def measure_step_gradients(
         sketch: projects the gradients.
         first_order_only: leave the scores at zero, where only the pathwise gradients are wanted.
         with_held: measure the gradients with the velocity held fixed too, of a reward with a gradient.
+        description: of the progress bar; None for no bar.
 
     Raises:
         ValueError: fewer than two samples.
@@ -97,7 +101,8 @@ def measure_step_gradients(
     scores, held = torch.zeros(shape), torch.zeros(shape)
     scored = [t for t in range(1, num_steps + 1) if has_noise[t - 1] and not first_order_only]
     kept = _kept(chain)
-    for i, sample in enumerate(samples):
+    counted = samples if description is None else tqdm(samples, description, unit="sample", leave=False)
+    for i, sample in enumerate(counted):
         if not differentiable:
             for t in scored:
                 (step,) = walk(chain, sample.trajectory, Segment("score", (t,), _noise_over_std(sample, t)))

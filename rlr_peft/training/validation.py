@@ -4,18 +4,20 @@ import logging
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
-from rlr_peft.build.drawing import ImagesError, render
-from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
+from rlr_peft.build.chain import ImagesError, render
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
+from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
 from rlr_peft.compare.evaluation import Evaluation, evaluate, prompts_and_seeds
-from rlr_peft.compare.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.preprocessing import to_8_bit
+from rlr_peft.training.resuming import capture_random_states, restore_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +46,11 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     prompts = [prompt for prompt in run.validation_prompts for _ in range(arguments.num_validation_images)]
     seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
     size = arguments.evaluation_batch_size
+    parts = []
     try:
         with run.processes.doing("drawing validation images"):
-            parts = [
-                render(chain, prompts[i : i + size], seeds[i : i + size]).cpu() for i in range(0, len(prompts), size)
-            ]
+            for i in tqdm(range(0, len(prompts), size), "Validation images", unit="batch", leave=False):
+                parts.append(render(chain, prompts[i : i + size], seeds[i : i + size]).cpu())
     except ImagesError as error:
         logger.error("No %s images after %d updates: %s", phase, step, error)
         return None
@@ -89,11 +91,16 @@ def evaluate_base(run: Run) -> Evaluation | None:
     return evaluation
 
 
-def evaluate_adapter(run: Run) -> Evaluation | None:
-    """Scores the adapter on the prompts and seeds of ``evaluate_base``; None without evaluation prompts."""
+def evaluate_adapter(run: Run, num_images: int | None = None) -> Evaluation | None:
+    """Scores the adapter on the prompts and seeds of ``evaluate_base``; None without evaluation prompts.
+
+    Args:
+        run: the run.
+        num_images: None for as many as the base has.
+    """
     if run.evaluation_prompts is None:
         return None
-    return _evaluate(run, run.evaluation_prompts, "Evaluating the adapter")
+    return _evaluate(run, run.evaluation_prompts, "Evaluating the adapter", num_images)
 
 
 def evaluation_features(run: Run) -> FeatureExtractor:
@@ -103,10 +110,12 @@ def evaluation_features(run: Run) -> FeatureExtractor:
     return find_features(AUTO, run.config.model.pretrained_model_name_or_path, rewards, settings)
 
 
-def _evaluate(run: Run, evaluation_prompts: list[Prompt], description: str) -> Evaluation:
+def _evaluate(
+    run: Run, evaluation_prompts: list[Prompt], description: str, num_images: int | None = None
+) -> Evaluation:
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
-    prompts, seeds = prompts_and_seeds(evaluation_prompts, run.arithmetic.evaluation_images, seed)
+    prompts, seeds = prompts_and_seeds(evaluation_prompts, num_images or run.arithmetic.evaluation_images, seed)
     chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
     # What is compared before and after must not be measured on scales that move in between.
     rewards = {"reward": run.reward.on_first_scales()} | ({} if run.heldout is None else {"heldout": run.heldout})

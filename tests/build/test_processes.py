@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
+from rlr_peft.build.run import build_run
+from rlr_peft.config import ConfigError, load_config
 from tests.programs import Program
 from tests.training.runs import config_file, of_two_processes
 
@@ -125,3 +129,33 @@ def test_the_others_wait_for_a_long_evaluation_of_the_main_process(workplace: Pa
     words = ["-c", PROGRAM, config_file(workplace, tmp_path / "out")]
     output, errors = Program(words, os.environ | group | {"ACCELERATE_USE_CPU": "1"}).communicate(timeout=60)
     assert float(output.split()[-1]) >= 3600, errors
+
+
+WHO = """
+import os
+print(*(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")), flush=True)
+"""
+
+
+def test_the_launchers_configs_make_a_group_of_one_or_several_machines(tmp_path: Path) -> None:
+    script = tmp_path / "who.py"
+    script.write_text(WHO)
+
+    def launched(config: str, *flags: str) -> Program:
+        words = ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{config}.yaml"]
+        return Program([*words, *flags, script], os.environ | {"ACCELERATE_USE_CPU": "1"})
+
+    with socket.create_server(("127.0.0.1", 0)) as ports:
+        port = str(ports.getsockname()[1])
+    machines = [launched("several_machines", "--machine_rank", rank, "--main_process_port", port) for rank in "01"]
+    one = launched("several_gpus", "--main_process_port", "0")
+    said = [process.communicate(timeout=120)[0].split("\n")[:-1] for process in (*machines, one)]
+    assert said[:2] == [[f"0 0 2 {port}"], [f"1 0 2 {port}"]]
+    assert {line.rsplit(" ", 1)[0] for line in said[2]} == {"0 0 2", "1 1 2"}
+
+
+@pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
+def test_sharding_that_would_do_nothing_is_refused(sharding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{sharding}", "true")
+    with pytest.raises(ConfigError, match=f"got {sharding} from accelerate's config, which would share out nothing"):
+        build_run(load_config(["--config", "tiny_shapes"]))

@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from rlr_peft.compare.features import RewardFeatures, Thumbnails, VisionModelFeatures, find_features
+from rlr_peft.compare.distances import RewardFeatures, Thumbnails, VisionModelFeatures, find_features
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.combination import HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_reward import ModelSettings, SeeingReward

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from rlr_peft.compare.features import Thumbnails
+from rlr_peft.compare.distances import Thumbnails
 from rlr_peft.compare.kept import KeptFeatures, KeptImages, KeptReward, kept_divergence
 from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt

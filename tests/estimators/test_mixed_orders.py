@@ -7,8 +7,7 @@ import torch
 
 from rlr_peft.chain import adjoint
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.estimators.objective import DecodedReward
+from rlr_peft.estimators.objective import DecodedReward, Rollout
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.testing import LinearGaussianChain

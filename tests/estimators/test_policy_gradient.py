@@ -7,9 +7,10 @@ import torch
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import group_normalized
-from rlr_peft.estimators.base import Book, Rollout
+from rlr_peft.estimators.base import Book
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import RLRSettings
+from rlr_peft.estimators.objective import Rollout
 from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings, clipped_cotangent, single_steps
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.base import CoverageError, Rollout
+from benchmarks.guided_mixture import WaveReward
+from rlr_peft.estimators.base import CoverageError
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
 from rlr_peft.estimators.variance import (
@@ -21,7 +22,6 @@ from rlr_peft.estimators.variance import (
     variance_and_error,
 )
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.chains import WaveReward
 from tests.estimators.chains import flat, gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")

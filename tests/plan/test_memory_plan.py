@@ -22,7 +22,7 @@ from rlr_peft.cli.main import main
 from rlr_peft.config import Config, OptimizerArguments
 from rlr_peft.lora import attach_lora
 from rlr_peft.plan.blueprint import ArchitectureError, build_model, build_pipeline, find_architecture, find_component
-from rlr_peft.plan.measurements import blank_trajectory, measure
+from rlr_peft.plan.measurements import blank_trajectory, measure, optimizer_bytes, reward_memory, weight_bytes
 from rlr_peft.plan.parts import (
     ADJOINT,
     DECODE,
@@ -37,7 +37,6 @@ from rlr_peft.plan.parts import (
 )
 from rlr_peft.plan.report import suggestions, verdict
 from rlr_peft.plan.run import plan_run
-from rlr_peft.plan.weights import optimizer_bytes, reward_memory, weight_bytes
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 META = torch.device("meta")

@@ -7,8 +7,8 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Coverage, Estimator, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import Coverage, Estimator
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.testing import assert_unbiased
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.guided_mixture import GuidedMixtureChain, WaveReward
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
+from rlr_peft.estimators.objective import Rollout
 
 
 def test_the_prediction_is_the_posterior_mean() -> None:

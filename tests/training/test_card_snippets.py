@@ -11,8 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
-from rlr_peft.build.chain import build_chain
-from rlr_peft.build.drawing import in_eval_mode
+from rlr_peft.build.chain import build_chain, in_eval_mode
 from rlr_peft.build.run import Run
 from rlr_peft.cli.main import main
 from rlr_peft.config import save_config

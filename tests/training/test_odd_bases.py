@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import train_rlr_lora
-from rlr_peft.build.chain import build_chain
-from rlr_peft.build.drawing import ImagesError, render
+from rlr_peft.build.chain import ImagesError, build_chain, render
 from rlr_peft.cli.main import main
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora

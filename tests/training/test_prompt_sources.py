@@ -16,7 +16,8 @@ from rlr_peft.config import ConfigError
 from rlr_peft.figures import save_image_grid
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt, texts_of
-from rlr_peft.prompts.sources import builtin_texts
+from rlr_peft.prompts.tables import builtin_texts
+from rlr_peft.training.tracking import stage_prompts_in_words
 from rlr_peft.training.validation import evaluate_base, save_validation_images
 from tests.prompts.chat_server import chat_server, completion
 from tests.prompts.test_language_models import small_language_model
@@ -228,6 +229,10 @@ def test_a_stream_can_be_split_too(workplace: Path, place: Path) -> None:
     assert sorted(set(texts_of([*used, *run.evaluation_prompts]))) == sorted(TEXTS)
     assert not set(texts_of(used)) & set(texts_of(run.evaluation_prompts))
     assert all(isinstance(prompt, Prompt) and len(prompt.stages) == 3 for prompt in [*used, *run.evaluation_prompts])
+    first, *others = stage_prompts_in_words(run)
+    assert len(others) == 2 and first == "{} -> coarse: {}; mid: {}; fine: {}".format(
+        run.prompts[0].text, *run.prompts[0].stages
+    )
     with pytest.raises(ConfigError, match="expected prompts on both sides of the split"):
         build(config_of(workplace, place, **SOURCES["streaming"], validation_split_percentage=0.001))
 

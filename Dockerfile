@@ -1,0 +1,8 @@
+# Trains on one GPU: docker build -t rlr-peft . && docker run --init --gpus all -v $PWD/outputs:/outputs rlr-peft \
+#   train --config sd14 --pretrained_model_name_or_path OWNER/NAME --output_dir /outputs/run
+# Never built or run by the project's own checks; torch's wheel brings CUDA's libraries, the host only its driver.
+FROM python:3.11-slim
+WORKDIR /rlr-peft
+COPY . .
+RUN pip install --no-cache-dir --constraint constraints.txt ".[datasets,quantization,tensorboard]"
+ENTRYPOINT ["rlr-peft"]
