@@ -12,18 +12,24 @@ from datasets import load_dataset
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from rlr_peft.compare.comparison import Comparison, Model, notes, unique_labels
-from rlr_peft.compare.figures import figures, inline_svg
-from rlr_peft.compare.report import (
+from rlr_peft.compare import (
+    Comparison,
+    Model,
     chosen_pairs,
     console_text,
+    figures,
+    inline_svg,
     markdown,
+    notes,
     plain_numbers,
     score_columns,
-    tables,
+    unique_labels,
     write_page_and_scores,
     write_report,
     write_scores,
+)
+from rlr_peft.compare import (
+    report as tables,
 )
 from rlr_peft.reports import with_error, write_numbers
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
