@@ -14,7 +14,7 @@ from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from rlr_peft.build.optimizer import build_optimizer
+from rlr_peft.build import build_optimizer
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain import DenoisingChain, ReplayedStep
 from rlr_peft.cli.main import main
