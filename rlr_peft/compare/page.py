@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.evaluation import SMALL_SIDE
 from rlr_peft.compare.figures import inline_svg
 from rlr_peft.compare.tables import tables
-from rlr_peft.foreign_text import listed, page_environment, printable_values
+from rlr_peft.foreign_text import inside_script, listed, page_environment
 from rlr_peft.intervals import decimals_of_scores
 
 TEMPLATE = "page.html.j2"
@@ -83,7 +81,7 @@ def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:
             for name, figure in drawn.items()
         ],
         facts=comparison.facts,
-        data=_inside_script(_data(comparison, chosen)),
+        data=inside_script(_data(comparison, chosen)),
     )
 
 
@@ -177,9 +175,3 @@ def _decimals(comparison: Comparison, key: str) -> int:
     """Three digits for the largest score, or four of those that are no share of one."""
     largest = max(float(model.evaluation.scores[key].abs().max()) for model in comparison.models)
     return decimals_of_scores([largest]) + (1 if 1 <= largest < 100 else 0)
-
-
-def _inside_script(data: dict[str, Any]) -> Markup:
-    """JSON that no prompt can end the script element with."""
-    text = json.dumps(printable_values(data), ensure_ascii=False, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c"))
