@@ -203,9 +203,10 @@ class TrainingArguments(Group):
     train_batch_size: int = knob(
         4, "Samples drawn and held on the tape at once on each process.", unit="samples", at_least=1, at_most=4096
     )
-    gradient_accumulation_steps: int = knob(
+    gradient_accumulation_steps: int | Literal["auto"] = knob(
         1,
-        "Micro-batches whose gradients are summed into one update.",
+        "Micro-batches whose gradients are summed into one update; `auto`, for `--estimator auto`, measures how many "
+        "are worth their cost.",
         unit="micro-batches",
         at_least=1,
         at_most=100_000,
@@ -235,7 +236,9 @@ class TrainingArguments(Group):
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the sizes and the output folder."""
-        samples = self.train_batch_size * self.gradient_accumulation_steps
+        steps = self.gradient_accumulation_steps
+        yield from self._check_measured_batch(config) if steps == AUTO else ()
+        samples = self.train_batch_size * (steps if isinstance(steps, int) else 1)
         if samples % self.num_images_per_prompt:
             yield (
                 f"num_images_per_prompt: expected a divisor of the {samples} samples of an update (train_batch_size "
@@ -247,6 +250,18 @@ class TrainingArguments(Group):
                 f"output_dir: expected a folder or a place for one, got {self.output_dir}, where {reason}; choose "
                 "another."
             )
+
+    def _check_measured_batch(self, config: "Config") -> Iterator[str]:
+        start = "gradient_accumulation_steps: expected a number"
+        if config.estimator.estimator != "auto":
+            yield (
+                f"{start} with {config.estimator.estimator}, got auto, which needs a method that measures the noise of "
+                "all others; use --estimator auto, or look at the noise scales of `rlr-peft diagnose`."
+            )
+        if config.optimizer.scale_lr:
+            yield f"{start} with scale_lr, got auto; drop --scale_lr, and use --learning_rate auto."
+        if self.max_train_steps is None:
+            yield f"{start} or a length in updates, got auto; give --max_train_steps."
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class ProgressPage:
         return {
             "method": f"{run.method}: {run.estimator.describe()}",
             "coverage": progress.coverage,
-            "samples per update": str(run.arithmetic.samples_per_update),
+            "samples per update": str(run.samples_per_update),
             "learning rate": f"{run.lr_scheduler.get_last_lr()[0]:.2g}",
             "time per update": duration(each) if each else "",
             "denoiser evaluations": f"{progress.denoiser_evaluations:,}" if each else "",

@@ -238,7 +238,7 @@ class RunLog:
 
 
 def _announce(run: Run, progress: Progress) -> None:
-    training, arithmetic = run.config.training, run.arithmetic
+    training = run.config.training
     trainable = sum(parameter.numel() for parameter in run.chain.parameters)
     stages = stages_from_config(run.config)
     for line in (
@@ -246,13 +246,13 @@ def _announce(run: Run, progress: Progress) -> None:
         f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",
         f"  Trainable LoRA parameters = {trainable:,}",
         f"  Prompts = {len(run.prompts)}",
-        f"  Samples per update = {training.train_batch_size} on the tape x {training.gradient_accumulation_steps} "
-        f"accumulation steps x {run.accelerator.num_processes} processes = {arithmetic.samples_per_update} "
+        f"  Samples per update = {training.train_batch_size} on the tape x {run.gradient_accumulation_steps} "
+        f"accumulation steps x {run.accelerator.num_processes} processes = {run.samples_per_update} "
         f"({training.num_images_per_prompt} per prompt)",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
         *(f"    {line}" for line in stage_prompts_in_words(run)),
-        f"  Optimization steps = {arithmetic.max_train_steps}, {progress.step} done",
+        f"  Optimization steps = {run.arithmetic.max_train_steps}, {progress.step} done",
         f"  Estimator = {run.method}: {run.estimator.describe()}",
     ):
         logger.info(line)

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from rlr_peft.training.progress import Progress
-from rlr_peft.training.progress_page import PROGRESS_PAGE, ProgressPage, thinned
-from rlr_peft.training.tracking import METRICS_LOG, read_metrics
+from rlr_peft.training import METRICS_LOG, PROGRESS_PAGE, Progress, ProgressPage, read_metrics, thinned
 from tests.training.runs import build, config_file, train_here
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
