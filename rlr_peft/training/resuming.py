@@ -194,7 +194,7 @@ def _check_optimizer(run: Run, path: Path, written_by: str) -> None:
     if here != written_by:
         raise CheckpointError(
             f"Expected the state of {here} in {path}, got that of {written_by}. Resume with the config that it was "
-            f"trained with, use_8bit_adam above all: {path.parent / CONFIG}."
+            f"trained with, optimizer and use_8bit_adam above all: {path.parent / CONFIG}."
         )
 
 
