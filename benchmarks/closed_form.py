@@ -17,11 +17,7 @@ import torch
 
 from benchmarks.guided_mixture import GuidedMixtureChain, WaveReward
 from benchmarks.machine import write_results
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.objective import Rollout
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.estimators import HalfOrder, RLREstimator, RLRSettings, Rollout, ZerothOrder
 from rlr_peft.prompt import texts_of
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from rlr_peft.chain.path import GaussianStep, PathPoint, step_std
+from rlr_peft.chain import GaussianStep, PathPoint, step_std
 from rlr_peft.prompt import PromptLike
 from rlr_peft.testing.chains import ReplicatedChain
 

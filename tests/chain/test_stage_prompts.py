@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain import DenoisingChain
 from rlr_peft.prompt import Prompt, make_stages
 from tests.pipelines import chain_over, tiny_stable_diffusion
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from rlr_peft.compare.evaluation import (
+from rlr_peft.compare import (
     Evaluation,
     evaluate,
     flat_metrics,
@@ -18,8 +18,7 @@ from rlr_peft.compare.evaluation import (
     prompts_and_seeds,
 )
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import Reward, Scored
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards import Reward, Scored, load_reward
 
 
 class Brightness(Reward):

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from benchmarks.guided_mixture import WaveReward
-from rlr_peft.estimators.base import CoverageError
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.objective import Objective, Rollout
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
-from rlr_peft.estimators.variance import (
+from rlr_peft.estimators import (
+    CoverageError,
+    GradientSketch,
+    HalfOrder,
+    Objective,
+    RLREstimator,
+    RLRSettings,
+    Rollout,
     StepGains,
+    StepGradients,
     StepVariances,
     best_first_order_steps,
+    measure_step_gradients,
     step_variances,
     variance_and_error,
 )
