@@ -26,13 +26,13 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race_report import report
-from rlr_peft.build.run import Run, build_run
-from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
+from rlr_peft.build import Run, build_run
+from rlr_peft.compare import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
+from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimators.auto import AutoEstimator
-from rlr_peft.training.update import calibrate, calibration_due, take_update
-from rlr_peft.training.validation import evaluate_adapter, evaluate_base
+from rlr_peft.estimators import AutoEstimator
+from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, evaluate_base, take_update
 
 # The methods' own defaults instead of the demo's.
 MEASURED = ("--calibration_interval", "auto", "--fo_roulette")
@@ -65,11 +65,11 @@ REWARDS = {
     "all": ("tiny-shapes", "tiny-shapes-heldout"),
 }
 LEARNING_RATES = ("0.002", "0.004", "0.008", "auto")
-BATCHES = (4, 16)
+BATCHES = ("4", "16", "auto")
 MARKS = 4
 
-# A method with its batch and its learning rate: a number, or `auto`.
-Setting = tuple[str, int, str]
+# A method with its batch and its learning rate: numbers, or `auto`.
+Setting = tuple[str, str, str]
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", choices=tuple(REWARDS), required=True)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD")
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B")
+    parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="B")
     parser.add_argument("--learning_rates", nargs="+", type=learning_rate, default=LEARNING_RATES, metavar="RATE")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2), metavar="SEED")
     parser.add_argument("--best", type=int, default=None, metavar="N", help="only the N best settings of each method")
@@ -106,17 +106,23 @@ def main() -> None:
 
 def learning_rate(text: str) -> str:
     """One spelling of a learning rate, `4e-3` or `0.004`, since it names files; or `auto`."""
-    return text if text == "auto" else f"{float(text):g}"
+    return text if text == AUTO else f"{float(text):g}"
 
 
 def settings(folder: Path, arguments: argparse.Namespace) -> list[Setting]:
     """What is raced: the grid, or the best settings of every method so far."""
-    grid = [(m, b, rate) for b in arguments.batches for rate in arguments.learning_rates for m in arguments.methods]
+    grid = [
+        (method, batch, rate)
+        for batch in arguments.batches
+        for rate in arguments.learning_rates
+        for method in arguments.methods
+        if batch != AUTO or method == AUTO
+    ]
     if arguments.best is None:
         return grid
     gains: defaultdict[Setting, list[float]] = defaultdict(list)
     for run in finished_runs(folder):
-        gains[run["method"], run["batch"], run["learning_rate"]].append(run["points"][-1]["reward_gain"])
+        gains[run["method"], str(run["batch"]), run["learning_rate"]].append(run["points"][-1]["reward_gain"])
     known = sorted((setting for setting in grid if setting in gains), key=lambda setting: -fmean(gains[setting]))
     return [s for method in arguments.methods for s in [s for s in known if s[0] == method][: arguments.best]]
 
@@ -131,7 +137,8 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     method, batch, rate = setting
     flags, group = METHODS[method]
     words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", *flags]
-    words += ["--train_batch_size", str(batch), "--num_images_per_prompt", str(group)]
+    in_micro_batches = ["4", "--gradient_accumulation_steps", AUTO] if batch == AUTO else [batch]
+    words += ["--num_images_per_prompt", str(group), "--train_batch_size", *in_micro_batches]
     words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]
     words += ["--num_inference_steps", str(arguments.steps)]
     words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
@@ -153,14 +160,14 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
             before = run.chain.denoiser_evaluations
         update = take_update(run, step)
         passes = fmean(book.backward_passes for book in update.books)
-        cost += run.chain.denoiser_evaluations - before + batch * (2 * passes + scoring)
+        cost += run.chain.denoiser_evaluations - before + run.samples_per_update * (2 * passes + scoring)
         seconds += os.times().user - started
         step += 1
         if cost >= arguments.budget * (len(points) + 1) / MARKS:
             after = evaluate_adapter(run)
             assert after is not None
             comparison = flat_metrics(paired_gains(base, after))
-            numbers = {"updates": step, "cost": cost, "cpu_seconds": seconds}
+            numbers = {"updates": step, "samples": run.samples_per_update, "cost": cost, "cpu_seconds": seconds}
             points.append(comparison | numbers | {"K": fmean(book.first_order_steps for book in update.books)})
     taken = float(run.lr_scheduler.base_lrs[0])
     return {"method": method, "batch": batch, "learning_rate": rate, "taken": taken, "seed": seed, "points": points}

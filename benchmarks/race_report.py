@@ -18,9 +18,9 @@ def report(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
     The best setting is that with the highest mean gain, among those with the most seeds.
     """
-    settings: defaultdict[str, dict[tuple[int, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    settings: defaultdict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        settings[run["method"]][run["batch"], run["learning_rate"]].append(run)
+        settings[run["method"]][str(run["batch"]), run["learning_rate"]].append(run)
     best = {method: max(groups.values(), key=_seeds_and_gain) for method, groups in settings.items()}
     winner = max(best.values(), key=lambda group: _gains(group, "reward").mean())
     rows = [_row(group, winner) | {"settings": len(settings[method])} for method, group in best.items()]
@@ -84,12 +84,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def _print_rates(settings: dict[str, dict[tuple[int, str], list[dict[str, Any]]]]) -> None:
+def _print_rates(settings: dict[str, dict[tuple[str, str], list[dict[str, Any]]]]) -> None:
     """Every setting: the gain of each seed at the end, at every rate."""
     rates = sorted({rate for groups in settings.values() for _, rate in groups})
     print(f"\n| method | batch | {' | '.join(rates)} |\n|---|---|{'---|' * len(rates)}")
     for method, groups in settings.items():
-        for batch in sorted({batch for batch, _ in groups}):
+        for batch in sorted({batch for batch, _ in groups}, key=lambda batch: (len(batch), batch)):
             cells = [
                 ", ".join(
                     f"{run['points'][-1]['reward_gain']:+.3f} (seed {run['seed']})" for run in groups[batch, rate]

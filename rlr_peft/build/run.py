@@ -38,7 +38,8 @@ from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object, name_reward
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
-from rlr_peft.config import Config, ConfigError, stages_from_config
+from rlr_peft.config import Config, ConfigError, TrainingArguments, stages_from_config
+from rlr_peft.config.chain import AUTO
 from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.kl import KLPenalty
@@ -62,17 +63,13 @@ class Arithmetic:
     """The derived numbers of a run.
 
     Attributes:
-        prompts_per_process: prompts that one process samples for one update.
-        samples_per_process: samples of one process in one update.
-        samples_per_update: samples of all processes in one update.
+        samples_per_process: samples of one process in one update; of one micro-batch where those are measured.
         max_train_steps: updates of the whole run.
         checkpointing_steps: updates between two checkpoints.
         evaluation_images: images on which base and adapter are compared.
     """
 
-    prompts_per_process: int
     samples_per_process: int
-    samples_per_update: int
     max_train_steps: int
     checkpointing_steps: int
     evaluation_images: int
@@ -143,6 +140,27 @@ class Run:
         return self.given.get("estimator", self.config.estimator.estimator)
 
     @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of a process in one update: the config's, or as many as the estimator asks for."""
+        asked = self.config.training.gradient_accumulation_steps
+        return asked if isinstance(asked, int) else self.estimator.micro_batches
+
+    @property
+    def samples_per_process(self) -> int:
+        """Samples of one process in one update."""
+        return self.config.training.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_process(self) -> int:
+        """Prompts that one process samples for one update."""
+        return self.samples_per_process // self.config.training.num_images_per_prompt
+
+    @property
+    def samples_per_update(self) -> int:
+        """Samples of all processes in one update."""
+        return self.samples_per_process * self.accelerator.num_processes
+
+    @property
     def weights(self) -> list[torch.Tensor]:
         """All that optimiser steps move: the LoRA weights, and their average where there is one."""
         return [*self.chain.parameters, *(self.ema.shadow_params if self.ema is not None else ())]
@@ -206,11 +224,15 @@ def build_run(
     processes = Processes(accelerator)
     prepare_machine(config.model, accelerator.device)
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
+    samples = _fixed_samples(config.training) * accelerator.num_processes
     if estimator is None:
-        samples = _samples_per_process(config) * accelerator.num_processes
         with as_config_error():
             estimator = build_estimator(
-                config.estimator, config.chain.num_inference_steps, stages_from_config(config), samples
+                config.estimator,
+                config.chain.num_inference_steps,
+                stages_from_config(config),
+                samples,
+                measures_batch=config.training.gradient_accumulation_steps == AUTO,
             )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
     for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):
@@ -233,7 +255,7 @@ def build_run(
         check_trajectory(config, chain)
         chain.check_negative_prompts(run_prompts.training[:1])
         check_adapter_saves(pipeline)
-        optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=arithmetic.samples_per_update)
+        optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=samples)
     warn_of_long_prompts(config, pipeline, run_prompts)
     warning = chain.last_step_warning()
     if warning is not None:
@@ -298,23 +320,23 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _samples_per_process(config: Config) -> int:
-    return config.training.train_batch_size * config.training.gradient_accumulation_steps
+def _fixed_samples(training: TrainingArguments) -> int:
+    """Samples of one process in one update; of one micro-batch where the number of those is measured."""
+    steps = training.gradient_accumulation_steps
+    return training.train_batch_size * (steps if isinstance(steps, int) else 1)
 
 
 def arithmetic_of(config: Config, num_prompts: int, num_processes: int = 1) -> Arithmetic:
     """What follows from the sizes in the config, from the number of prompts and of processes."""
     training = config.training
-    samples = _samples_per_process(config)
+    samples = _fixed_samples(training)
     prompts = samples // training.num_images_per_prompt
     steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
     steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
     # The main process evaluates alone. An image to look at costs less than a sample, which is also differentiated.
     images = max(2, min(MOST_EVALUATION_IMAGES, steps * samples // SHARE))
     return Arithmetic(
-        prompts_per_process=prompts,
         samples_per_process=samples,
-        samples_per_update=samples * num_processes,
         max_train_steps=steps,
         checkpointing_steps=config.checkpointing.checkpointing_steps or max(1, min(LONGEST_UNSAVED, steps // SHARE)),
         evaluation_images=config.validation.num_evaluation_images or images,

@@ -13,8 +13,8 @@ from rlr_peft.compare.distances import Estimate, Variety, estimate_of, variety
 from rlr_peft.compare.evaluation import Evaluation, independent_groups, paired_gains
 from rlr_peft.config import ConfigError
 from rlr_peft.foreign_text import listed, one_line
-from rlr_peft.intervals import direction, with_error
 from rlr_peft.prompt import texts_of
+from rlr_peft.reports import direction, with_error
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _of_adapter(comparison: Comparison, index: int) -> list[str]:
     if fallen:
         sentences.append(f"{listed(fallen)} fell.")
     if not rose and not fell:
-        sentences.append("no reward moved clearly: the 95 % intervals hold 0.")
+        sentences.append("no reward changed clearly: every 95 % interval contains 0.")
     return sentences + _variety_notes(comparison, index)
 
 

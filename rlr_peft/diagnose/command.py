@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
@@ -16,7 +17,7 @@ from rlr_peft.foreign_text import say, shown_name
 
 if TYPE_CHECKING:
     from rlr_peft.build.run import Run
-    from rlr_peft.estimators.sampling import Batch
+    from rlr_peft.estimators.objective import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ def diagnose_command(words: Sequence[str]) -> int:
         raise ConfigError(f"output: expected a file that ends in .html, got {output}; rename it.")
     check_output(output, is_file=True)
 
-    # Only now the heavy imports: a wrong flag is refused at once.
+    # Only now the network and the heavy imports: a wrong flag is refused at once.
+    work_offline_without_hub()
+
     from rlr_peft.build.run import build_run
     from rlr_peft.diagnose.diagnosis import diagnose
     from rlr_peft.diagnose.recommendation import recommend
@@ -77,7 +80,7 @@ def diagnose_command(words: Sequence[str]) -> int:
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
     from rlr_peft.build.randomness import derive_seed
-    from rlr_peft.estimators.sampling import sample_batch
+    from rlr_peft.estimators.objective import sample_batch
 
     training = run.config.training
     prompts = [prompt for prompt in run.sampler.sample(0, num_groups) for _ in range(group_size)]

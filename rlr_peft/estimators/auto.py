@@ -7,10 +7,17 @@ same length whatever the estimate, so that an update of B independent samples ra
     <gradient, E g> / sqrt(E |mean of B g|^2),
 
 which is |gradient| for a full gradient without noise and less for one that is biased or noisy. Divided by the cost of B
-samples it is the expected improvement per cost. Everything comes from calibrations: from samples that no update uses.
+samples it is the expected improvement per cost.
+
+The batch may be chosen too. With N the noise scale, tr(covariance) / |mean|^2 of a single sample's estimate, a step of
+the best length improves the reward in proportion to ``B / (B + N)`` (McCandlish et al. 2018, arXiv:1812.06162): per
+cost ``1 / (B + N)``, which is nearly flat below N and halved at N. A quarter of N gives up a fifth, and the share of
+noise in an update is then the same for every model, reward and method, as a learning rate wants it.
+
+Everything comes from calibrations: from samples that no update uses.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +25,8 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import Book, Coverage, Estimator
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.roulette import STEP_COST
@@ -35,6 +42,8 @@ from rlr_peft.estimators.zeroth_order import Perturbation
 # A biased member must promise this many times the improvement of the unbiased one: few samples measure roughly.
 WORTH_A_BIAS = 1.25
 UNBIASED = "rlr"
+# Samples of an update, where they are measured, as a share of the noise scale.
+BATCH_OF_NOISE_SCALE = 0.25
 # Draws that the moments of a member's random weights are averaged over.
 WEIGHT_DRAWS = 500
 
@@ -73,22 +82,30 @@ class Promise:
     Attributes:
         cosine: between its expectation and the full gradient.
         noise_scale: tr(covariance) / |expectation|^2 of a single sample's estimate: a batch of this size is half noise.
+        samples: B, of the update that is judged.
         improvement: in [0, 1], of an update, over the number of evaluations that it costs.
     """
 
     cosine: float
     noise_scale: float
+    samples: int
     improvement: float
 
 
-def promise(moments: GradientMoments, weights: Weights, full: torch.Tensor, samples: int, fixed_cost: float) -> Promise:
+def promise(
+    moments: GradientMoments,
+    weights: Weights,
+    full: torch.Tensor,
+    batch_for: Callable[[float], int],
+    fixed_cost: float,
+) -> Promise:
     """Judges a member.
 
     Args:
         moments: of the rows.
         weights: of the member.
         full: weights of the rows that give the whole gradient, (R,).
-        samples: B, of an update.
+        batch_for: B of an update, for a noise scale.
         fixed_cost: of a sample without replays, in denoiser evaluations.
     """
     along = full @ moments.means @ weights.mean
@@ -96,11 +113,14 @@ def promise(moments: GradientMoments, weights: Weights, full: torch.Tensor, samp
     expected = (weights.mean @ moments.means @ weights.mean).clamp(min=1e-300)
     single = (weights.square * moments.products).sum()
     alike = (weights.square * moments.means).sum() if weights.shared else expected
+    noise_scale = float((single / expected - 1).clamp(min=0))
+    samples = batch_for(noise_scale)
     square = (single + (samples - 1) * alike) / samples
     cost = samples * (fixed_cost + STEP_COST * weights.replays)
     return Promise(
         cosine=float((along / (length * expected).sqrt()).clamp(-1, 1)),
-        noise_scale=float((single / expected - 1).clamp(min=0)),
+        noise_scale=noise_scale,
+        samples=samples,
         improvement=float(along.clamp(min=0) / (length * square.clamp(min=1e-300)).sqrt() / cost),
     )
 
@@ -113,13 +133,15 @@ class AutoEstimator(Estimator):
     Args:
         rlr: the unbiased member, with its roulette.
         num_steps: T.
-        samples: B, of an update.
+        samples: B, of an update; of one micro-batch in every process where B is measured.
+        measures_batch: whether B is measured, as a multiple of ``samples``.
     """
 
     uses_reward_gradient = True
 
-    def __init__(self, rlr: RLREstimator, num_steps: int, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, rlr: RLREstimator, num_steps: int, samples: int, measures_batch: bool = False) -> None:
+        self._samples = samples
+        self._measures_batch = measures_batch
         quarter = -(-num_steps // 4)
         drawn = PathwiseSettings("flowbp-sparse", "drawn", 3, carry=0.0, step_correction=1.0)
         members = [PathwiseSettings("full-bp"), drawn]
@@ -151,6 +173,8 @@ class AutoEstimator(Estimator):
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
         words = f"chosen by measurement: {self.chosen.describe(has_gradient)}"
         words += f"; cosine with the full gradient {best.cosine:.2f}, noise scale {best.noise_scale:.2g} samples"
+        if self._measures_batch:
+            words += f" and so {best.samples} of them an update"
         if self._chosen != UNBIASED:
             words += f", {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
         return words
@@ -171,7 +195,12 @@ class AutoEstimator(Estimator):
 
     def wants_calibration(self, has_gradient: bool) -> bool:
         """Whether there is a choice, or ``rlr`` has one to make."""
-        return has_gradient or self.rlr.wants_calibration(has_gradient)
+        return has_gradient or self._measures_batch or self.rlr.wants_calibration(has_gradient)
+
+    @property
+    def micro_batches(self) -> int:  # type: ignore[override]
+        """As many as make up the batch of the member in use; 1 until that is measured."""
+        return self._promises[self._chosen].samples // self._samples if self._promises else 1
 
     @property
     def is_calibrated(self) -> bool:  # type: ignore[override]
@@ -186,10 +215,10 @@ class AutoEstimator(Estimator):
         )
         check_gradient(gradients, rollouts)
         self.rlr.statistics.calibrate(gradients, decay)
-        if has_gradient:
+        if has_gradient or self._measures_batch:
             newer = GradientMoments.of(rows_of(gradients))
             self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
-            self._choose(chain)
+            self._choose(chain, has_gradient, most=len(gradients.advantages))
 
     def learn(self, books: Sequence[Book]) -> None:
         """What ``rlr`` learns."""
@@ -211,17 +240,30 @@ class AutoEstimator(Estimator):
         self._promises = {name: Promise(**promised) for name, promised in state["promises"].items()}
         self._chosen = state["chosen"]
 
-    def _choose(self, chain: Chain) -> None:
+    def _choose(self, chain: Chain, has_gradient: bool, most: int) -> None:
+        """Judges the members; ``most`` is the largest batch, as a larger noise scale cannot be told from so many."""
         assert self._moments is not None  # as calibrate has just measured
+
+        def batch_for(noise_scale: float) -> int:
+            if not self._measures_batch:
+                return self._samples
+            wanted = min(BATCH_OF_NOISE_SCALE * noise_scale, most)
+            return self._samples * max(1, round(wanted / self._samples))
+
         full = torch.zeros(len(self._moments.means), dtype=torch.float64)
         full[: chain.num_steps] = 1
-        weights = {name: weights_of(member, chain) for name, member in self._members.items()}
+        weights = {UNBIASED: rlr_weights(self.rlr, chain, has_gradient)}
+        if has_gradient:
+            weights |= {name: weights_of(member, chain) for name, member in self._members.items()}
+        else:
+            full = weights[UNBIASED].mean
         self._promises = {
-            name: promise(self._moments, own, full, self.samples, chain.num_steps) for name, own in weights.items()
+            name: promise(self._moments, own, full, batch_for, chain.num_steps) for name, own in weights.items()
         }
         best = max(self._promises, key=lambda name: self._promises[name].improvement)
         clearly = self._promises[best].improvement > WORTH_A_BIAS * self._promises[UNBIASED].improvement
         self._chosen = best if clearly else UNBIASED
+        self.rlr.samples = self._promises[UNBIASED].samples
 
 
 def weights_of(member: Estimator, chain: Chain) -> Weights:
@@ -231,7 +273,7 @@ def weights_of(member: Estimator, chain: Chain) -> Weights:
     """
     num_steps = chain.num_steps
     if isinstance(member, RLREstimator):
-        return rlr_weights(member, chain)
+        return rlr_weights(member, chain, has_gradient=True)
     assert isinstance(member, PathwiseEstimator)
     generator = torch.Generator().manual_seed(0)
     is_drawn, is_held = member.settings.steps == "drawn", member.settings.carry is not None
@@ -243,14 +285,19 @@ def weights_of(member: Estimator, chain: Chain) -> Weights:
 
 
 def rows_of(gradients: StepGradients) -> torch.Tensor:
-    """The rows (3 T, N, d): exact pathwise gradients, those with the velocity held fixed, score terms."""
-    assert gradients.pathwise is not None and gradients.held is not None
-    return torch.cat([gradients.pathwise, gradients.held, gradients.half_order])
+    """The rows (3 T, N, d): exact pathwise gradients, those with the velocity held fixed, score terms.
+
+    Without a gradient of the reward the first two are zeros.
+    """
+    nothing = torch.zeros_like(gradients.scores)
+    pathwise = nothing if gradients.pathwise is None else gradients.pathwise
+    held = nothing if gradients.held is None else gradients.held
+    return torch.cat([pathwise, held, gradients.half_order])
 
 
-def rlr_weights(rlr: RLREstimator, chain: Chain) -> Weights:
+def rlr_weights(rlr: RLREstimator, chain: Chain, has_gradient: bool) -> Weights:
     """Pathwise gradients up to K, by roulette if it has one, and score terms on all noisy steps beyond."""
-    num_steps, length = chain.num_steps, rlr.layout(chain, True).first_order_steps
+    num_steps, length = chain.num_steps, rlr.layout(chain, has_gradient).first_order_steps
     fixed = torch.zeros(3 * num_steps, dtype=torch.float64)
     fixed[:length] = 1
     fixed[[2 * num_steps + t - 1 for t in range(length + 1, num_steps + 1) if chain.std(t) > 0]] = 1

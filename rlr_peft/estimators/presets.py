@@ -35,15 +35,23 @@ from rlr_peft.estimators.block_length import half_order_length_for_compute, half
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
-from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
-from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
+from rlr_peft.estimators.policy import (
+    PolicyGradientEstimator,
+    PolicyGradientSettings,
+    PreferenceEstimator,
+    PreferenceSettings,
+)
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.stages import Stages
+from rlr_peft.prompt import Stages
 
 
 def build_estimator(
-    arguments: EstimatorArguments, num_inference_steps: int, stages: Stages | None = None, samples: int = 1
+    arguments: EstimatorArguments,
+    num_inference_steps: int,
+    stages: Stages | None = None,
+    samples: int = 1,
+    measures_batch: bool = False,
 ) -> Estimator:
     """The estimator of a method.
 
@@ -52,6 +60,7 @@ def build_estimator(
         num_inference_steps: T.
         stages: those that ``ho_window`` may name.
         samples: of an update, in all processes.
+        measures_batch: whether ``auto`` chooses how many times as many an update has.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
@@ -60,7 +69,7 @@ def build_estimator(
         case AutoArguments():
             settings = settings_from_arguments(arguments, num_inference_steps, stages)
             rlr = RLREstimator(settings, arguments.antithetic, samples)
-            return AutoEstimator(rlr, num_inference_steps, samples)
+            return AutoEstimator(rlr, num_inference_steps, samples, measures_batch)
         case AdjointMatchingArguments():
             return AdjointMatchingEstimator(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
         case PathwiseArguments() | ReFLArguments():

@@ -18,11 +18,16 @@ from rlr_peft.config import Config, ModelArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
-from rlr_peft.plan.blueprint import build_model, build_pipeline, find_architecture, find_component
-from rlr_peft.plan.measurements import measure
-from rlr_peft.plan.meta_device import KnownValues
+from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
+from rlr_peft.plan.measurements import (
+    largest_quantized,
+    measure,
+    optimizer_bytes,
+    reward_memory,
+    reward_names,
+    weight_bytes,
+)
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
-from rlr_peft.plan.weights import largest_quantized, optimizer_bytes, reward_memory, reward_names, weight_bytes
 from rlr_peft.rewards.model_reward import weights_dtype
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
@@ -78,7 +83,9 @@ def plan_memory(
         quantized={name: weight_bytes(model, parameters, held) for name, model in denoisers.items()},
         dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
         lora=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        optimizer={choice: optimizer_bytes(parameters, choice) for choice in (False, True)},
+        optimizer={
+            in_8bit: optimizer_bytes(parameters, config.optimizer.optimizer, in_8bit) for in_8bit in (False, True)
+        },
         rewards=sum(weights.values()),
         rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
         scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},
@@ -103,11 +110,11 @@ def plan_memory(
 
 
 def _check(options: Options, facts: Facts) -> None:
-    for flag, possible in (
-        ("gradient_checkpointing", True in facts.measured.step),
-        ("vae_gradient_checkpointing", (1, True) in facts.measured.decode),
+    for flag, wanted, possible in (
+        ("gradient_checkpointing", options.gradient_checkpointing, True in facts.measured.step),
+        ("vae_gradient_checkpointing", options.vae_gradient_checkpointing, (1, True) in facts.measured.decode),
     ):
-        if getattr(options, flag) and not possible:
+        if wanted and not possible:
             raise ValueError(f"{flag}: the model cannot recompute its activations; leave --{flag} out.")
 
 

@@ -146,7 +146,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "terms": run.estimator.describe(run.objective.has_gradient),
         "steps": run.chain.num_steps,
         "guidance_scale": run.chain.guidance_scale,
-        "samples": run.arithmetic.samples_per_update,
+        "samples": run.samples_per_update,
         "processes": run.accelerator.num_processes,
         "learning_rate": run.lr_scheduler.base_lrs[0],
         "weights": sum(parameter.numel() for parameter in run.chain.parameters),

@@ -14,9 +14,9 @@ from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.config.estimator import CalibratedArguments
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate, coverage_of
+from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
-from rlr_peft.estimators.sampling import Batch, sample_batch
+from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.learning_rate import is_unknown, take_first_step
@@ -100,7 +100,7 @@ def take_update(run: Run, step: int) -> Update:
             )
             books.append(book)
             divergences += [] if divergence is None else [divergence]
-        all_reduce_mean_descent(run.chain.parameters, run.arithmetic.samples_per_update, run.processes)
+        all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
         gradient_norm = _clip(run, step)
         if is_unknown(run):
             take_first_step(run, step)
@@ -143,7 +143,7 @@ def calibration_interval(run: Run, knobs: CalibratedArguments) -> int:
     """
     if knobs.calibration_interval != "auto":
         return knobs.calibration_interval
-    share = 8 * knobs.calibration_samples / (2 * run.arithmetic.samples_per_update)
+    share = 8 * knobs.calibration_samples / (2 * run.samples_per_update)
     return math.ceil(share / CALIBRATION_SHARE)
 
 
@@ -167,7 +167,7 @@ def _sample(run: Run, step: int) -> Batch:
     """This process's samples of a step; a pure function of the config's seed, the weights and the step."""
     accelerator = run.accelerator
     index, count = accelerator.process_index, accelerator.num_processes
-    prompts = run.sampler.sample(step, run.arithmetic.prompts_per_process, index, count)
+    prompts = run.sampler.sample(step, run.prompts_per_process, index, count)
     repeated, seeds = _repeat(run, step, "samples", prompts, first=_own_samples(run).start)
     return sample_batch(
         run.chain,
@@ -182,8 +182,8 @@ def _sample(run: Run, step: int) -> Batch:
 
 def _own_samples(run: Run) -> slice:
     """Which of all processes' samples are this process's."""
-    start = run.accelerator.process_index * run.arithmetic.samples_per_process
-    return slice(start, start + run.arithmetic.samples_per_process)
+    start = run.accelerator.process_index * run.samples_per_process
+    return slice(start, start + run.samples_per_process)
 
 
 def _repeat(

@@ -1,12 +1,12 @@
 """Choosing among the members of the family: promises against brute force, and choices where the best is known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators.auto import AutoEstimator, Weights, promise
-from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.step_gradients import GradientMoments
+from rlr_peft.estimators import AutoEstimator, GradientMoments, Weights, build_estimator, promise
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 
@@ -37,15 +37,15 @@ def test_a_promise_is_what_simulated_batches_keep() -> None:
             estimates.append((own[:, None, None] * draw(samples)).sum(0).mean(0))
         simulated = torch.stack(estimates)
         mean = simulated.mean(0)
-        promised = promise(moments, weights, full, samples, fixed_cost=7.0)
+        promised = promise(moments, weights, full, lambda noise_scale: samples, fixed_cost=7.0)
         assert promised.cosine == pytest.approx(float(mean @ truth / (mean.norm() * truth.norm())), abs=0.02)
         improvement = mean @ truth / (truth @ truth * simulated.square().sum(1).mean()).sqrt()
         cost = samples * (7 + 3 * weights.replays)
         assert promised.improvement == pytest.approx(float(improvement / cost), rel=0.05)
 
 
-def auto(samples: int = 16, **knobs: object) -> AutoEstimator:
-    built = build_estimator(METHODS["auto"](**knobs), 6, samples=samples)
+def auto(samples: int = 16, measures_batch: bool = False, **knobs: object) -> AutoEstimator:
+    built = build_estimator(METHODS["auto"](**knobs), 6, samples=samples, measures_batch=measures_batch)
     assert isinstance(built, AutoEstimator)
     return built
 
@@ -94,3 +94,35 @@ def test_a_reward_without_gradient_leaves_rlr() -> None:
     assert not estimator.wants_calibration(False)
     assert estimator.coverage(chain, False).unbiased
     assert "until it is measured rlr" in estimator.describe(False)
+
+
+def test_the_batch_is_a_quarter_of_the_noise_scale_in_whole_micro_batches() -> None:
+    """Against the covariance and the mean of single samples' score terms."""
+    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
+    rollout, scores = (
+        replace(rollout_of(chain, 400, 4), reward_gradient=None),
+        build_estimator(METHODS["reinforce"](), 6),
+    )
+    gradients = []
+    for i in range(400):
+        scores.accumulate(chain, QuadraticReward(chain), rollout.select([i]), torch.Generator())
+        gradients.append(gradient_of(chain))
+    vectors = torch.stack(gradients)
+    variance = vectors.var(0).sum()
+    noise_scale = float(variance / (vectors.mean(0).square().sum() - variance / 400))
+    estimator, restored = (auto(2, measures_batch=True) for _ in range(2))
+    assert estimator.wants_calibration(False) and estimator.micro_batches == 1
+    estimator.calibrate(chain, [rollout], decay=0.0)
+    assert estimator.micro_batches == pytest.approx(noise_scale / 8, rel=0.15) and noise_scale > 40
+    assert f"and so {2 * estimator.micro_batches} of them an update" in estimator.describe(False)
+    restored.load_state_dict(estimator.state_dict())
+    assert restored.micro_batches == estimator.micro_batches
+
+
+def test_the_batch_is_at_most_the_samples_that_measured_it() -> None:
+    """Advantages that have nothing to do with the samples leave noise alone."""
+    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
+    noise = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    estimator = auto(2, measures_batch=True)
+    estimator.calibrate(chain, [replace(rollout_of(chain, 8, 4), reward_gradient=None, advantages=noise)], decay=0.0)
+    assert estimator.micro_batches == 4

@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from rlr_peft.config.methods import RLRArguments
-from rlr_peft.estimators.half_order import StageWindow, choose_stage
-from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.step_gradients import StepGradients, step_energies
-from rlr_peft.stages import make_stages
+from rlr_peft.estimators import RLREstimator, StageWindow, StepGradients, build_estimator, choose_stage, step_energies
+from rlr_peft.prompt import make_stages
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import rollout_of
 
@@ -53,7 +50,7 @@ def test_a_given_window_is_all_that_half_order_covers(
     chain = LinearGaussianChain(num_steps=6)
     layout = estimator_of(*window).layout(chain, True)
     assert {t for t in range(2, 7) if layout.coverage.weights[t - 1] > 0} == steps
-    assert f"Biased by choice: {words}" in layout.coverage.describe()
+    assert f"Biased: {words}" in layout.coverage.describe()
 
 
 def test_the_measured_window_follows_the_gradient() -> None:
