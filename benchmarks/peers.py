@@ -243,6 +243,7 @@ def race(arguments: argparse.Namespace, method: str, batch: int, rate: str) -> d
             points.append(
                 flat_metrics(paired_gains(base, after)) | numbers | {"K": peer.passes.backwards / peer.images}
             )
+            print(f"{method} batch {batch} rate {rate}, cost {cost:.0f}: {points[-1]['reward_gain']:+.3f}", flush=True)
     return {"method": method, "batch": batch, "learning_rate": rate, "seed": arguments.seed, "points": points}
 
 
