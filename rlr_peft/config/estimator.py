@@ -38,7 +38,7 @@ class EstimatorArguments(Group):
         return False
 
     @property
-    def calibration(self) -> "CalibratedArguments | None":
+    def calibration(self) -> "MeasuringArguments | None":
         """How the steps are measured; None for a method that measures nothing."""
         return None
 
@@ -219,7 +219,34 @@ class PolicyGradientArguments(ReusedSamplesArguments):
 
 
 @dataclass(frozen=True)
-class CalibratedArguments(MirroredArguments, ScoreTermArguments):
+class MeasuringArguments(MirroredArguments):
+    """Methods that measure the gradients of every step."""
+
+    calibration_interval: int | Literal["auto"] = knob(
+        "auto",
+        "How often the steps are measured again; `auto` spends about 5 % of the run on it.",
+        unit="optimiser steps",
+        at_least=1,
+        at_most=10**9,
+        fine=True,
+    )
+    calibration_decay: float = knob(
+        0.5,
+        "Weight of the past in the running means of the per-step variances.",
+        unit="fraction",
+        at_least=0,
+        below=1,
+        fine=True,
+    )
+
+    @property
+    def calibration(self) -> "MeasuringArguments":
+        """How the steps are measured."""
+        return self
+
+
+@dataclass(frozen=True)
+class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
     """Methods that may measure the steps, and whose samples serve one optimiser step."""
 
     ho_start: Literal["uniform", "gradient-norm", "window"] = knob(
@@ -240,27 +267,6 @@ class CalibratedArguments(MirroredArguments, ScoreTermArguments):
     ho_coefficient: float = knob(
         1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
     )
-    calibration_interval: int | Literal["auto"] = knob(
-        "auto",
-        "How often the steps are measured again; `auto` spends about 5 % of the run on it.",
-        unit="optimiser steps",
-        at_least=1,
-        at_most=10**9,
-        fine=True,
-    )
-    calibration_decay: float = knob(
-        0.5,
-        "Weight of the past in the running means of the per-step variances.",
-        unit="fraction",
-        at_least=0,
-        below=1,
-        fine=True,
-    )
-
-    @property
-    def calibration(self) -> "CalibratedArguments":
-        """How the steps are measured."""
-        return self
 
     @property
     def mirrors_steps(self) -> bool:

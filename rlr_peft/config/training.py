@@ -269,7 +269,7 @@ class OptimizerArguments(Group):
     """Optimiser: how gradients become updates"""
 
     learning_rate: float | Literal["auto"] = knob(
-        1e-4,
+        "auto",
         "Peak learning rate of the optimiser; `auto` finds the one at which the first update changes the images by a "
         "set amount.",
         unit="weight units per step",
