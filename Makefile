@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-.PHONY: demo test lint format venv clean
+.PHONY: demo test lint docs format venv clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file configs/accelerate/one_process.yaml --num_cpu_threads_per_process $(CORES) \
@@ -29,6 +29,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+# The site in outputs/site; a broken link is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -17,15 +17,21 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
-from rlr_peft.build.randomness import derive_seed
-from rlr_peft.build.run import build_run
+from rlr_peft.build import build_run, derive_seed
 from rlr_peft.config import load_config
-from rlr_peft.diagnose.estimates import first_and_half_order, sample_estimates
+from rlr_peft.diagnose import first_and_half_order, sample_estimates
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.sampling import sample_batch
-from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
-from rlr_peft.estimators.variance import SignalSizes, StepGains, best_first_order_steps, step_variances
+from rlr_peft.estimators import (
+    GradientSketch,
+    SignalSizes,
+    StepGains,
+    StepGradients,
+    best_first_order_steps,
+    leave_one_out,
+    measure_step_gradients,
+    sample_batch,
+    step_variances,
+)
 
 GROUP = 4
 CALIBRATION_SAMPLES = 16

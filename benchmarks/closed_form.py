@@ -15,15 +15,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.guided_mixture import GuidedMixtureChain, WaveReward
 from benchmarks.machine import write_results
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.estimators import HalfOrder, RLREstimator, RLRSettings, Rollout, ZerothOrder
 from rlr_peft.prompt import texts_of
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
 
 GROUP = 4
 DIMENSION = 16

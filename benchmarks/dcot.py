@@ -23,20 +23,16 @@ import torch
 from benchmarks.dcot_report import report
 from benchmarks.machine import write_results
 from benchmarks.race import base_evaluation, claimed
-from rlr_peft.build.drawing import render
-from rlr_peft.build.pipeline import load_pipeline
-from rlr_peft.build.run import Run, build_run
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.compare.evaluation import evaluate, flat_metrics, paired_gains, prompts_and_seeds
+from rlr_peft.build import Run, build_run, load_pipeline, render
+from rlr_peft.chain import DenoisingChain
+from rlr_peft.compare import evaluate, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.config import ChainArguments, load_config
-from rlr_peft.prompt import Prompt, as_prompts, texts_of
-from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
-from rlr_peft.rewards.combination import HeldoutRewards
-from rlr_peft.rewards.embedded import TinyShapesJudgeReward
-from rlr_peft.stages import make_stages
+from rlr_peft.prompt import Prompt, as_prompts, make_stages, texts_of
+from rlr_peft.prompts import decompose_by_rules
+from rlr_peft.prompts.chain_of_thought import SCALES
+from rlr_peft.rewards import HeldoutRewards, TinyShapesJudgeReward
 from rlr_peft.tiny_shapes import scenes
-from rlr_peft.training.update import calibrate, calibration_due, take_update
-from rlr_peft.training.validation import evaluate_adapter
+from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, take_update
 
 ATTRIBUTES = ("shape", "texture")
 DCOT = ["--dcot_rules"]

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race import METHODS, REWARDS
-from rlr_peft.build.run import build_run
+from rlr_peft.build import build_run
 from rlr_peft.config import load_config
+from rlr_peft.training import calibrate, calibration_due, take_update
 from rlr_peft.training.learning_rate import CHANGE, FIRST
-from rlr_peft.training.update import calibrate, calibration_due, take_update
 
 # Method, reward and flags.
 CASES: list[tuple[str, str, str]] = [

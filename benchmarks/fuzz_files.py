@@ -28,9 +28,10 @@ from rlr_peft.lora import (
     save_lora,
     unload_lora,
 )
+from rlr_peft.prompts import load_prompts
 from rlr_peft.prompts.files import Columns
-from rlr_peft.prompts.sources import load_prompts
-from rlr_peft.training.checkpoints import MANIFEST_NAME, CheckpointManager, read_manifest
+from rlr_peft.training import CheckpointManager, read_manifest
+from rlr_peft.training.checkpoints import MANIFEST_NAME
 
 
 class Configs(Target):

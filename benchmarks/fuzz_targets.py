@@ -19,11 +19,16 @@ from torch import Tensor
 
 from benchmarks.fuzz_files import Adapters, Checkpoints, Configs, Prompts
 from benchmarks.fuzz_inputs import TEXTS, FindingError, Target, as_json, bent, damaged, odd
-from rlr_peft.rewards.base import measure_images
-from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.rewards.embedded import JpegReward
-from rlr_peft.rewards.remote import RemoteReward, RemoteSettings, request_body
-from rlr_peft.rewards.server import RewardServer, ServerLimits
+from rlr_peft.rewards import (
+    CallableReward,
+    JpegReward,
+    RemoteReward,
+    RemoteSettings,
+    RewardServer,
+    ServerLimits,
+    measure_images,
+    request_body,
+)
 
 
 class Returned(Target):

@@ -16,15 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
-from rlr_peft.build.chain import attach_adapters, build_training_chain
-from rlr_peft.build.run import Run, build_run
+from rlr_peft.build import Run, attach_adapters, build_run, build_training_chain
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain.adjoint import ReplayedStep, Segment, run
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.families import family_of
+from rlr_peft.chain import DenoisingChain, ReplayedStep, Segment, family_of, run
 from rlr_peft.config import Config, load_config
-from rlr_peft.diagnose.costs import clear_gradients
-from rlr_peft.plan.blueprint import build_pipeline, find_architecture
+from rlr_peft.diagnose import clear_gradients
+from rlr_peft.plan import build_pipeline, find_architecture
 
 REPEATS = 7
 SAMPLES, BATCH = 64, 8

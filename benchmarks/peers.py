@@ -37,14 +37,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from benchmarks.machine import read_results, write_results
 from benchmarks.race import MARKS, REWARDS, base_evaluation, claimed, cost_of_scoring, finished_runs, learning_rate
-from rlr_peft.build.machine import peak_memory_mb
-from rlr_peft.build.run import Run, build_run
-from rlr_peft.compare.evaluation import flat_metrics, paired_gains
+from rlr_peft.build import Run, build_run, peak_memory_mb
+from rlr_peft.compare import flat_metrics, paired_gains
 from rlr_peft.config import load_config
-from rlr_peft.rewards.base import measure_images
+from rlr_peft.rewards import measure_images
 from rlr_peft.tiny_shapes import pipeline_path
-from rlr_peft.training.update import take_update
-from rlr_peft.training.validation import evaluate_adapter
+from rlr_peft.training import evaluate_adapter, take_update
 
 STEPS = 10
 ETA = 0.9999

@@ -27,15 +27,14 @@ import torch
 from benchmarks.machine import write_results
 from benchmarks.race_report import report
 from benchmarks.two_experts import two_expert_pipeline
-from rlr_peft.build.run import Run, build_run
-from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
+from rlr_peft.build import Run, build_run
+from rlr_peft.compare import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimators.auto import AutoEstimator
+from rlr_peft.estimators import AutoEstimator
 from rlr_peft.tiny_shapes import pipeline_path
-from rlr_peft.training.update import calibrate, calibration_due, take_update
-from rlr_peft.training.validation import evaluate_adapter, evaluate_base
+from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, evaluate_base, take_update
 
 # The methods' own defaults instead of the demo's.
 MEASURED = ("--calibration_interval", "auto", "--fo_roulette")

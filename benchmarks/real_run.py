@@ -32,13 +32,12 @@ from safetensors.torch import load, save_file
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.machine import describe_machine, read_results, write_results
-from rlr_peft.build.machine import peak_memory_mb
-from rlr_peft.build.run import Run, build_run
+from rlr_peft.build import Run, build_run, peak_memory_mb
 from rlr_peft.config import load_config
-from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.plan.blueprint import BlankTokenizer, build_pipeline, find_architecture
+from rlr_peft.estimators import build_estimator
+from rlr_peft.plan import BlankTokenizer, build_pipeline, find_architecture
 from rlr_peft.tiny_shapes import PIPELINE_NAME
-from rlr_peft.training.update import calibrate, take_update
+from rlr_peft.training import calibrate, take_update
 
 UPDATES = 4
 STEPS = 10

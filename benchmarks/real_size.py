@@ -24,20 +24,22 @@ import torch
 from torch import nn
 
 from benchmarks.machine import describe_machine, read_results, write_results
-from rlr_peft.build.chain import attach_adapters, build_chain
-from rlr_peft.build.optimizer import build_optimizer
-from rlr_peft.build.pipeline import DTYPES, enable_checkpointing, keep_weights_as_quantized
+from rlr_peft.build import (
+    attach_adapters,
+    build_chain,
+    build_optimizer,
+    enable_checkpointing,
+    keep_weights_as_quantized,
+)
+from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain.adjoint import Segment, run
-from rlr_peft.chain.families import family_of
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain import Segment, Trajectory, family_of, run
 from rlr_peft.config import Config, load_config
 from rlr_peft.config.model import read_quantization
-from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.plan.blueprint import build_pipeline, find_architecture
-from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING, MemoryPlan
-from rlr_peft.plan.run import plan_run
-from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.estimators import DecodedReward
+from rlr_peft.plan import MemoryPlan, build_pipeline, find_architecture, plan_run
+from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING
+from rlr_peft.rewards import CallableReward
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 SEGMENT_STEPS = 3

@@ -23,11 +23,10 @@ from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer
 from benchmarks import reward_checkpoints as checkpoints
 from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
-from rlr_peft.rewards.base import score_images
+from rlr_peft.rewards import ModelFiles, ModelSettings, clip_pixels, padded_clip_pixels, score_images
 from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, LAION_CLIP, OPENAI_CLIP, PICKSCORE
 from rlr_peft.rewards.image_reward import BERT, IMAGE_REWARD
-from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings
-from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD, clip_pixels, padded_clip_pixels
+from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 from rlr_peft.rewards.registry import MODEL_REWARDS
 from rlr_peft.rewards.video import DINO
 

@@ -4,8 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlr_peft.rewards.base import Scored
-from rlr_peft.rewards.embedded import TinyShapesJudgeReward
+from rlr_peft.rewards import Scored, TinyShapesJudgeReward
 from rlr_peft.tiny_shapes.judges import JudgeName
 
 

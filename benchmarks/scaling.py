@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
-from rlr_peft.build.run import build_run
+from rlr_peft.build import build_run
 from rlr_peft.config import load_config
-from rlr_peft.diagnose.costs import measured_memory, memory_in_words
-from rlr_peft.training.update import take_update
+from rlr_peft.diagnose import measured_memory, memory_in_words
+from rlr_peft.training import take_update
 
 # (T, flags of the estimator, what it is)
 CASES: list[tuple[int, list[str], str]] = [

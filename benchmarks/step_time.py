@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
-from rlr_peft.build.run import Run, build_run
+from rlr_peft.build import Run, build_run
 from rlr_peft.config import config_to_dict, load_config_or_exit
-from rlr_peft.training import update
-from rlr_peft.training.update import calibrate, take_update
+from rlr_peft.training import calibrate, take_update, update
 
 STEPS = 5
 

@@ -13,11 +13,9 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race import REWARDS
-from rlr_peft.build.randomness import derive_seed
-from rlr_peft.build.run import build_run
+from rlr_peft.build import build_run, derive_seed
 from rlr_peft.config import load_config
-from rlr_peft.estimators.sampling import sample_batch
-from rlr_peft.estimators.step_gradients import GradientSketch, measure_step_gradients
+from rlr_peft.estimators import GradientSketch, measure_step_gradients, sample_batch
 
 DIMENSION = 2048
 

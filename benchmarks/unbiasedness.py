@@ -12,14 +12,19 @@ from typing import Any
 
 from benchmarks.machine import write_results
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators.base import Estimator
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
-from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.estimators import (
+    Coefficients,
+    Estimator,
+    HalfOrder,
+    PolicyGradientEstimator,
+    PolicyGradientSettings,
+    PreferenceEstimator,
+    PreferenceSettings,
+    RLREstimator,
+    RLRSettings,
+    ZerothOrder,
+    build_estimator,
+)
 from rlr_peft.testing import measure_bias
 from rlr_peft.testing.unbiasedness import critical_z
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import read_results, write_results
-from rlr_peft.diagnose.command import diagnose_command
+from rlr_peft.diagnose import diagnose_command
 
 REWARDS = {
     "coarse (brightness)": "benchmarks.rewards:brightness",

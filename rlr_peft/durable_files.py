@@ -13,6 +13,9 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 SECOND_EXPERT = "transformer_2"
 """The attribute of a second denoiser, and the subfolder of its adapter."""
 
+ADAPTER_FILES = (WEIGHT_NAME, f"{SECOND_EXPERT}/{WEIGHT_NAME}")
+"""Those of the first denoiser and of the second, from the folder of a run on."""
+
 
 def stays_inside(name: str) -> bool:
     r"""Whether a name from a file or a flag, joined to a folder, is a path inside it on any system.

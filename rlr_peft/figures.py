@@ -28,12 +28,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.intervals import decimals_of_scores
+from rlr_peft.reports import decimals_of_scores
 from rlr_peft.rewards.preprocessing import to_8_bit
 
 WIDTH = 1000  # pixels
 DOTS_PER_INCH = 100  # of curves
 MARGIN = 24  # pixels
+PAIRS_PER_ROW = 3
 GAP = 16  # pixels between cells
 FONT_SIZE = 15  # pixels
 LINE_HEIGHT = 20  # pixels
@@ -107,9 +108,6 @@ def save_before_after(
     prompts: Sequence[str],
     scores_before: Sequence[float],
     scores_after: Sequence[float],
-    *,
-    columns: int = 3,
-    labels: tuple[str, str] = ("base", "adapter"),
 ) -> Path:
     """Base and adapter side by side for each prompt, with the score under each image and the prompt below.
 
@@ -120,14 +118,12 @@ def save_before_after(
         prompts: N prompts.
         scores_before: N scores of `before`.
         scores_after: N scores of `after`.
-        columns: pairs per row.
-        labels: what stands with the scores of `before` and `after`.
 
     Returns:
         `path`.
     """
     _check_lengths(before, after=after, prompts=prompts, scores_before=scores_before, scores_after=scores_after)
-    columns = min(columns, len(before))
+    columns = min(PAIRS_PER_ROW, len(before))
     pair_gap = 2 * GAP if columns > 1 else 0
     pair_width = (WIDTH - 2 * MARGIN - (columns - 1) * pair_gap) // columns
     cell = (pair_width - 4) // 2  # the two images of a pair nearly touch: that is what makes them a pair
@@ -145,7 +141,7 @@ def save_before_after(
         for column, index in enumerate(row):
             left = MARGIN + column * (pair_width + pair_gap)
             for side, (tile, label, scores) in enumerate(
-                zip(pairs[index], labels, (scores_before, scores_after), strict=True)
+                zip(pairs[index], ("base", "adapter"), (scores_before, scores_after), strict=True)
             ):
                 x = left + side * (cell + 4)
                 canvas.paste(tile, (x, top))

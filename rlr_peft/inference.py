@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
 from rlr_peft.config.parsing import read_config
-from rlr_peft.prompt import Prompt, PromptError, PromptLike
+from rlr_peft.prompt import Prompt, PromptError, PromptLike, Stages, make_stages
 from rlr_peft.prompts.chain_of_thought import (
     SCALES,
     STAGE_PROMPTS_FILE,
@@ -23,7 +23,6 @@ from rlr_peft.prompts.chain_of_thought import (
     read_stages,
     staged_prompt,
 )
-from rlr_peft.stages import Stages, make_stages
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,19 @@
-"""A prompt, and what belongs to it."""
+"""A prompt, what belongs to it, and the stages of a Diffusive Chain-of-Thought, each with a prompt of its own.
 
-from collections.abc import Iterable, Mapping
+Source of the stages: the section on Diffusive Chain-of-Thought of arXiv:2502.00639. Early steps lay out the image, late
+ones draw its details, so a prompt is told from coarse to fine.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from rlr_peft.errors import UserError
+
+DEFAULT_NAMES = ("coarse", "mid", "fine")
+"""Of stages."""
 
 
 class PromptError(UserError, ValueError):
@@ -56,3 +64,85 @@ def as_prompts(given: Iterable[PromptLike]) -> list[Prompt]:
 def texts_of(prompts: Iterable[PromptLike]) -> list[str]:
     """What is drawn, without the rest."""
     return [str(prompt) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Names and shares of the stages, noise first.
+
+    Attributes:
+        names: one per stage, all different.
+        fractions: share of the T steps that each stage takes; they sum to 1.
+    """
+
+    names: tuple[str, ...]
+    fractions: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        names, fractions = self.names, self.fractions
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"expected different names of the stages, got {', '.join(names) or 'none'}")
+        if len(fractions) != len(names):
+            raise ValueError(f"expected one fraction for each of the stages {', '.join(names)}, got {len(fractions)}")
+        if not all(fraction > 0 for fraction in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-3):
+            raise ValueError(f"expected fractions above 0 that sum to 1, got {' '.join(map(str, fractions))}")
+
+    @property
+    def count(self) -> int:
+        """Number of stages."""
+        return len(self.names)
+
+    def steps(self, num_steps: int) -> tuple[range, ...]:
+        """The steps t of every stage in the order in which the chain takes them, T first and 1 last.
+
+        Args:
+            num_steps: T. The ends of the stages are rounded to whole steps.
+
+        Raises:
+            ValueError: a stage gets no step.
+        """
+        # Halves always up, where `round` would go to the even neighbour and could leave a stage of one step none.
+        ends = [math.floor(num_steps * sum(self.fractions[: i + 1]) + 0.5 + 1e-9) for i in range(self.count)]
+        ends[-1] = num_steps
+        starts = [0, *ends[:-1]]
+        for name, start, end in zip(self.names, starts, ends, strict=True):
+            if start >= end:
+                raise ValueError(
+                    f"expected at least one of the {num_steps} steps for every stage, got none for {name} with "
+                    f"fractions {' '.join(f'{fraction:g}' for fraction in self.fractions)}"
+                )
+        return tuple(range(num_steps - start, num_steps - end, -1) for start, end in zip(starts, ends, strict=True))
+
+    def window(self, name: str, num_steps: int) -> tuple[int, int]:
+        """First and last step t, counted from the clean end, of a stage.
+
+        Raises:
+            ValueError: no such stage.
+        """
+        if name not in self.names:
+            raise ValueError(f"expected a stage of {', '.join(self.names)}, got {name}")
+        steps = self.steps(num_steps)[self.names.index(name)]
+        return steps[-1], steps[0]
+
+    def describe(self, num_steps: int) -> str:
+        """`coarse (steps 50-34), mid (33-18), fine (17-1)`."""
+        spans = [f"{steps[0]}-{steps[-1]}" for steps in self.steps(num_steps)]
+        spans[0] = f"steps {spans[0]}"
+        return ", ".join(f"{name} ({span})" for name, span in zip(self.names, spans, strict=True))
+
+
+def make_stages(names: Sequence[str] | None = None, fractions: Sequence[float] | None = None) -> Stages:
+    """Stages with the usual defaults.
+
+    Args:
+        names: None stands for coarse, mid, fine, or for stage-1, stage-2, ... where the fractions are not three.
+        fractions: None stands for equal parts.
+
+    Raises:
+        ValueError: names and fractions that do not fit each other.
+    """
+    if names is None:
+        count = len(DEFAULT_NAMES) if fractions is None else len(fractions)
+        names = DEFAULT_NAMES if count == len(DEFAULT_NAMES) else tuple(f"stage-{i + 1}" for i in range(count))
+    shares = tuple(1 / len(names) for _ in names) if fractions is None else tuple(fractions)
+    return Stages(tuple(names), shares)

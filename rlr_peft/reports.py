@@ -1,8 +1,8 @@
-"""What the reports of all tools share: files without secrets, numbers as JSON, and tables for a console."""
+"""What the reports of all tools share: files without secrets, tables for a console, and means with their errors."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,54 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def half_width(error: float, count: int) -> float:
+    """Half the width of the 95 % interval of a mean, by Student's distribution.
+
+    Args:
+        error: standard error of the mean.
+        count: independent values that it was taken of, at least 2.
+    """
+    from scipy.special import stdtrit  # a third of a second, for which no `--help` waits
+
+    return float(stdtrit(max(1, count - 1), 0.975)) * error
+
+
+def direction(value: float, error: float, count: int) -> int:
+    """1 or -1 where the 95 % interval of a mean lies above or below 0, else 0, also where the error is not known."""
+    return int(math.copysign(1, value)) if abs(value) > half_width(error, count) else 0
+
+
+def decimals_of(error: float) -> int:
+    """Decimals that show two digits of a standard error; 4 where it is 0 or not known, 6 at the most."""
+    if not math.isfinite(error) or error <= 0:
+        return 4
+    return min(6, max(0, 1 - math.floor(math.log10(error))))
+
+
+def decimals_of_scores(scores: Iterable[float]) -> int:
+    """Decimals that show three digits of the largest score, and of the others as much; 8 at the most."""
+    largest = max(abs(score) for score in scores)
+    return min(8, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 2
+
+
+def with_error(value: float, error: float, *, sign: bool = False) -> str:
+    """`0.613 ± 0.012`: two digits of the standard error, and the value to the same place; the value alone without."""
+    plus = "+" if sign else ""
+    if not math.isfinite(error) or error <= 0:
+        return f"{value:{plus}.4g}"
+    if not 1e-5 < error < 1e6:
+        return f"{value:{plus}.3g} ± {error:.2g}"
+    decimals = decimals_of(error)
+    return f"{value:{plus},.{decimals}f} ± {error:,.{decimals}f}"
+
+
+def short_number(value: float) -> str:
+    """Three digits: ``0.127``, ``4.41``, ``10,370``, ``3.2e-05``."""
+    if not math.isfinite(value):
+        return "infinite" if value > 0 else "undefined"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{digits}f}"

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain import DenoisingChain
 from rlr_peft.config import ChainArguments
 
 PROMPT_LENGTH = 16

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from rlr_peft.build.optimizer import build_optimizer
-from rlr_peft.build.pipeline import pipeline_quantization
-from rlr_peft.build.run import build_run
+from rlr_peft.build import build_optimizer, build_run, pipeline_quantization
 from rlr_peft.config import ModelArguments, OptimizerArguments, load_config
 from rlr_peft.errors import UserError
-from rlr_peft.prompts.tables import Columns, DatasetSpec, dataset_rows
+from rlr_peft.prompts import DatasetSpec, dataset_rows
+from rlr_peft.prompts.tables import Columns
 
 
 def tracked() -> None:

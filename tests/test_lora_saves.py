@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from peft import LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, get_peft_model_state_dict
 from torch import nn
 
-from rlr_peft.build.chain import attach_adapters
-from rlr_peft.chain.families import default_lora_targets, family_of, lora_targets
+from rlr_peft.build import attach_adapters
+from rlr_peft.chain import default_lora_targets, family_of, lora_targets
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.lora import AdapterMismatchError, adapted_denoisers, attach_lora, check_adapter_saves, lora_parameters
 from tests.families.conftest import folder_of, quiet  # noqa: F401

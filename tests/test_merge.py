@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rlr_peft.cli.main import main
 from rlr_peft.lora import WEIGHT_NAME, load_lora, save_lora
-from rlr_peft.publishing.merged_card import Merged, write_merged_card
-from rlr_peft.publishing.record import Base, Rewards, RunRecord, StoredCard, save_stored_card
+from rlr_peft.publishing import Base, Merged, Rewards, RunRecord, StoredCard, save_stored_card, write_merged_card
 from tests.families.image_pipelines import pixart_sigma
 from tests.pipelines import tiny_stable_diffusion
 from tests.test_kohya import ATTENTION, adapt, draw

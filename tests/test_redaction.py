@@ -18,7 +18,7 @@ from rlr_peft.errors import RewardError, UserError
 from rlr_peft.json_server import JsonServer
 from rlr_peft.lora.files import AdapterNotFoundError
 from rlr_peft.prompt import PromptError
-from rlr_peft.prompts.language_models import EndpointModel
+from rlr_peft.prompts import EndpointModel
 from rlr_peft.redaction import (
     is_secret_name,
     redacted,
@@ -27,7 +27,7 @@ from rlr_peft.redaction import (
     redacted_values,
     secrets_of_command,
 )
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards import load_reward
 from tests.secret_spellings import ADDRESSES, OTHERS, SECRET
 
 REQUIRED = {"pretrained_model_name_or_path": "tiny-shapes", "prompt_path": "simple-animals"}

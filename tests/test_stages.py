@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rlr_peft.config import window_steps
-from rlr_peft.stages import Stages, make_stages
+from rlr_peft.prompt import Stages, make_stages
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(30, 200))

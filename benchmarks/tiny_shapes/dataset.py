@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.tiny_shapes.drawing import draw
 from rlr_peft.tiny_shapes import IMAGE_SIZE
-from rlr_peft.tiny_shapes.drawing import draw
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene, scenes
 
 _CHUNK = 500

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from rlr_peft.build.liveness import is_running, repeating
+from rlr_peft.build.processes import is_running, repeating
 from rlr_peft.config import ConfigError
 from rlr_peft.durable_files import replacing_file
 

@@ -10,18 +10,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from rlr_peft.build.liveness import is_running, repeating
 from rlr_peft.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -258,3 +258,32 @@ def _connect() -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     return PrefixStore(f"rlr_peft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextmanager
+def repeating(seconds: float, action: Callable[[], object]) -> Iterator[None]:
+    """Inside, a thread of its own calls `action` again and again; it must not raise, and ends with the program."""
+    stopped = threading.Event()
+
+    def run() -> None:
+        while not stopped.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(seconds + 1)
+
+
+def is_running(process: int, started: float | None = None) -> bool:
+    """Whether a process of this machine lives; with `started`, in seconds since 1970, whether it is still that one."""
+    try:
+        found = psutil.Process(process)
+        # Clocks are set now and then, by which the start of a living process moves a little.
+        is_same = started is None or abs(found.create_time() - started) < 5
+        return bool(is_same and found.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -26,8 +26,7 @@ from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
 from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
 from rlr_peft.prompts.sampler import PromptSampler, Sampler, StreamingPromptSampler
-from rlr_peft.prompts.sources import dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows
-from rlr_peft.prompts.tables import DatasetSpec
+from rlr_peft.prompts.tables import DatasetSpec, dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows
 
 logger = logging.getLogger(__name__)
 

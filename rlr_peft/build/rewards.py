@@ -11,8 +11,7 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config, ConfigError
-from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.estimators.objective import DecodedReward, sample_batch
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import CallableReward

@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.chain.path import PathPoint, leap
-from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.errors import UserError
 
 
@@ -182,9 +181,9 @@ class ReplayedStep:
         """One gradient per parameter; ``keep`` leaves the tape for another call."""
         return self._pull_back(self._parameters, cotangent, keep)
 
-    def into_latents(self, cotangent: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
+    def into_latents(self, cotangent: torch.Tensor) -> torch.Tensor:
         """The cotangent at the step's input x_t, (B, ...)."""
-        return self._pull_back([self.latents], cotangent, keep)[0]
+        return self._pull_back([self.latents], cotangent, keep=False)[0]
 
     def into_both(self, cotangent: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Both of the above in one backward pass."""

@@ -15,14 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, first_frames
-from rlr_peft.chain.grid import base_scheduler
+from rlr_peft.chain.grid import InferenceScheduler, base_scheduler
+from rlr_peft.chain.interface import Trajectory
 from rlr_peft.chain.path import GaussianStep, PathPoint
 from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
-from rlr_peft.chain.scheduler import InferenceScheduler, RecordedSteps, RecordingScheduler
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.config import ChainArguments
-from rlr_peft.prompt import Prompt, PromptLike, as_prompts
-from rlr_peft.stages import Stages
+from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
 
 
 class DenoisingChain:
@@ -143,7 +142,6 @@ class DenoisingChain:
 
     @property
     def mixes_samples(self) -> bool:
-        """Whether a sample's step depends on the others of its batch: the masks of LoRA dropout."""
         return self.denoiser.training
 
     @property
@@ -178,7 +176,6 @@ class DenoisingChain:
 
     @property
     def departures(self) -> tuple[str, ...]:
-        """What makes the derivatives of its steps others than those of the samples, one clause each."""
         return ("no gradient passes through the negative branch of guidance",) if self._detach_negative else ()
 
     def check_negative_prompts(self, prompts: Sequence[PromptLike]) -> None:
@@ -186,19 +183,15 @@ class DenoisingChain:
         self._call.negative_prompts(as_prompts(prompts))
 
     def std(self, t: int) -> float:
-        """Standard deviation of step t."""
         return self._scheduler.std(t)
 
     def output_sensitivity(self, t: int) -> float:
-        """``|d mean / d denoiser output|`` of step t."""
         return self._scheduler.output_sensitivity(t)
 
     def input_sensitivity(self, t: int) -> float:
-        """``d mean / d x_t`` of step t with the flow velocity held fixed."""
         return self._scheduler.input_sensitivity(t)
 
     def path_point(self, t: int) -> PathPoint:
-        """Where on the noising path x_t lies; t = 0 is the clean end."""
         return self._scheduler.path_point(t)
 
     def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
@@ -244,7 +237,6 @@ class DenoisingChain:
         )
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
-        """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""
         latents = trajectory.latents[t] if latents is None else latents
         ((_, prompts),) = self._conditioned(trajectory.prompts, range(t, t - 1, -1))
         self._scheduler.expose(t, t - 1, None)
@@ -267,7 +259,6 @@ class DenoisingChain:
 
     @torch.no_grad()
     def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
-        """The mean of step t, (B, ...), that the reference gives from the same x_t, without a tape."""
         return self.replay_reference(trajectory, t).mean
 
     def rollout(
@@ -278,7 +269,6 @@ class DenoisingChain:
         stop: int = 0,
         noises: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs steps ``start, ..., stop + 1`` without a tape from x_start = ``latents``; returns x_stop, (B, ...)."""
         if start == stop:
             return latents
         noises = trajectory.noises if noises is None else noises

@@ -1,4 +1,4 @@
-"""What keeps a pipeline small while it is driven: models that wait in host memory, casts, remembered embeddings.
+"""What keeps a pipeline small while it is driven: models that wait in host memory, and casts.
 
 The pipelines' own model offload moves everything off at the end of every call, while a tape still needs the weights.
 Here a model leaves only when another one starts: a decode's tape is gone before a denoiser runs, and a denoiser step's
@@ -6,8 +6,6 @@ before the next decode. Text encoders are needed once for every prompt, and are 
 """
 
 import functools
-import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -192,137 +190,3 @@ def _cast_input(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_cast_input(entry, dtype) for entry in value)
     return value
-
-
-Embedding = torch.Tensor | list[torch.Tensor] | None
-Embeddings = tuple[Embedding, ...]
-Key = tuple[tuple[str, str], ...]
-
-# A pipeline with two guidance branches encodes prompts and negative prompts in two calls.
-JOINED_BATCHES = 4
-
-
-class PromptMemory:
-    """Replaces a pipeline's ``encode_prompt``; least recently used prompts are forgotten first.
-
-    Single prompts wait in host memory (hundreds of T5's take a gigabyte); only the latest batches are on the device.
-
-    Args:
-        encode_prompt: the pipeline's bound method; its result is a tuple of (B, ...) tensors, lists of B tensors,
-            tensors that all prompts share, or None.
-        max_prompts: how many prompts are remembered.
-        dtype: floating-point embeddings are handed out in this; None leaves them. Pipelines cast their latents to it.
-    """
-
-    def __init__(
-        self, encode_prompt: Callable[..., Embeddings], max_prompts: int = 256, dtype: torch.dtype | None = None
-    ) -> None:
-        self._encode_prompt = encode_prompt
-        self._signature = inspect.signature(encode_prompt)
-        self._max_prompts = max_prompts
-        self._dtype = dtype
-        self._remembered: OrderedDict[Key, Embeddings] = OrderedDict()
-        self._joined: OrderedDict[Key, Embeddings] = OrderedDict()
-        self._device: torch.device | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Embeddings:
-        """Embeddings of a list of prompts, joined from what is remembered of every prompt."""
-        arguments = self._signature.bind(*args, **kwargs).arguments
-        key = _key(arguments)
-        if key not in self._joined:  # the replays of a trajectory ask for the same batch again and again
-            prompts = arguments["prompt"]
-            count = 1 if isinstance(prompts, str) else len(prompts)
-            rows = [self._encode_one(i, count, dict(arguments)) for i in range(count)]
-            self._joined[key] = tuple(_cast(_moved(embedding, self._device), self._dtype) for embedding in _join(rows))
-            if len(self._joined) > JOINED_BATCHES:
-                self._joined.popitem(last=False)
-        self._joined.move_to_end(key)
-        # fresh lists: pipelines put theirs together with `+`
-        return tuple(list(entry) if isinstance(entry, list) else entry for entry in self._joined[key])
-
-    @torch.no_grad()
-    def _encode_one(self, index: int, batch_size: int, arguments: dict[str, Any]) -> Embeddings:
-        for name, value in arguments.items():
-            if "prompt" in name and isinstance(value, list) and len(value) == batch_size:
-                arguments[name] = [value[index]]
-        key = _key(arguments)
-        if key not in self._remembered:
-            row = self._encode_prompt(**arguments)
-            self._device = next((entry.device for entry in _tensors(row)), None)
-            host = torch.device("cpu") if self._device is not None and self._device.type == "cuda" else None
-            self._remembered[key] = tuple(_moved(embedding, host) for embedding in row)
-            if len(self._remembered) > self._max_prompts:
-                self._remembered.popitem(last=False)
-        self._remembered.move_to_end(key)
-        return self._remembered[key]
-
-
-def _join(rows: list[Embeddings]) -> Embeddings:
-    """One batch of the embeddings of single prompts; shorter ones are padded with zeros, and a mask says so."""
-    lengths = [_length(row[0]) for row in rows]
-    uneven = len(set(lengths)) > 1
-    joined: list[Embedding] = []
-    for place, parts in enumerate(zip(*rows, strict=True)):
-        if place == 1 and uneven and any(part is None for part in parts):  # no mask where nothing was padded
-            parts = tuple(
-                torch.ones(1, length, dtype=torch.long, device=_device(rows[0])) if part is None else part
-                for part, length in zip(parts, lengths, strict=True)
-            )
-        joined.append(_join_parts(parts))
-    return tuple(joined)
-
-
-def _join_parts(parts: tuple[Embedding, ...]) -> Embedding:
-    first = parts[0]
-    if first is None:
-        return None
-    if isinstance(first, list):
-        return [entry for part in parts for entry in part]  # type: ignore[union-attr]
-    tensors = [part for part in parts if torch.is_tensor(part)]
-    longest = max(_length(tensor) for tensor in tensors)
-    if first.shape[0] != 1:  # positions, such as FLUX's, are the same for every prompt
-        return max(tensors, key=len)
-    return torch.cat([_padded(tensor, longest) for tensor in tensors])
-
-
-def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    if tensor.ndim < 2 or tensor.shape[1] == length:
-        return tensor
-    padding = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-    return torch.cat([tensor, padding], dim=1)
-
-
-def _length(embedding: Embedding) -> int:
-    return embedding.shape[1] if torch.is_tensor(embedding) and embedding.ndim > 1 else 0
-
-
-def _device(row: Embeddings) -> torch.device:
-    return next(entry.device for entry in row if torch.is_tensor(entry))
-
-
-def _tensors(row: Embeddings) -> Iterator[torch.Tensor]:
-    for entry in row:
-        yield from [entry] if torch.is_tensor(entry) else entry or ()
-
-
-def _moved(embedding: Embedding, device: torch.device | None) -> Embedding:
-    if device is None or embedding is None:
-        return embedding
-    if isinstance(embedding, list):
-        return [entry.to(device) for entry in embedding]
-    return embedding.to(device)
-
-
-def _cast(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:
-    if dtype is None or embedding is None:
-        return embedding
-    if isinstance(embedding, list):
-        return [entry.to(dtype) for entry in embedding]
-    return embedding.to(dtype) if embedding.is_floating_point() else embedding
-
-
-def _key(arguments: dict[str, Any]) -> Key:
-    for name, value in arguments.items():
-        if torch.is_tensor(value):
-            raise ValueError(f"Expected prompts as text, got a tensor for {name}.")
-    return tuple((name, str(value)) for name, value in sorted(arguments.items()))

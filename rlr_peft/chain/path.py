@@ -36,6 +36,30 @@ class PathPoint:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The points of the noising path that a chain visits, noise first.
+
+    Attributes:
+        timesteps: what the denoiser is told at every step, noise first, (T,).
+        points: where each step starts, noise first, length T.
+        followings: where each step leads, length T.
+    """
+
+    timesteps: torch.Tensor
+    points: tuple[PathPoint, ...]
+    followings: tuple[PathPoint, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.points)
+
+    def step_points(self, t: int) -> tuple[PathPoint, PathPoint]:
+        """Start and end of step t, T first and 1 last."""
+        return self.points[self.num_steps - t], self.followings[self.num_steps - t]
+
+
+@dataclass(frozen=True)
 class GaussianStep:
     """The distribution of the next latents given the current ones.
 

@@ -88,9 +88,8 @@ def compare_command(words: Sequence[str]) -> int:
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.folder_lock import only_writer
     from rlr_peft.build.reporting import reporting_errors
-    from rlr_peft.compare.report import write_report
+    from rlr_peft.compare.report import console_text, write_report
     from rlr_peft.compare.run import CompareOptions, compare_adapters
-    from rlr_peft.compare.tables import console_text
 
     options = CompareOptions(
         adapters=own.adapter,

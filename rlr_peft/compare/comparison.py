@@ -13,8 +13,8 @@ from rlr_peft.compare.distances import Estimate, Variety, estimate_of, variety
 from rlr_peft.compare.evaluation import Evaluation, independent_groups, paired_gains
 from rlr_peft.config import ConfigError
 from rlr_peft.foreign_text import listed, one_line
-from rlr_peft.intervals import direction, with_error
 from rlr_peft.prompt import texts_of
+from rlr_peft.reports import direction, with_error
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy
 import torch
@@ -14,16 +15,29 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rlr_peft.compare.features import FeatureExtractor
 from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, join_info
 
-# Draws one image per prompt from the noise of `image_generators(seeds)`: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
+# Draws one image per prompt, whose noise depends on its own seed alone: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).
 Render = Callable[[list[Prompt], list[int]], Tensor]
+
+
+class FeatureExtractor(Protocol):
+    """Turns images into features.
+
+    Attributes:
+        name: what it is, in words for the page.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, D) float32 on the CPU, of images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,6 @@ def prompts_and_seeds(
     return chosen, [int(word) for word in words[len(prompts) :]]
 
 
-def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image, as diffusers pipelines take them: an image's noise depends on its own seed only,
-    not on its place in the batch or on the device."""
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-
 def evaluate(
     render: Render,
     prompts: Sequence[Prompt],
@@ -100,7 +108,7 @@ def evaluate(
     """Draw and score one image for every prompt and seed.
 
     Args:
-        render: draws a batch; must use `image_generators(seeds)` for its noise. Called under `no_grad`.
+        render: draws a batch, an image's noise from its own seed alone. Called under `no_grad`.
         prompts: n prompts.
         seeds: n seeds.
         rewards: by the name under which the scores are kept, for example "reward" and "heldout".

@@ -27,8 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlr_peft.compare.distances import MeasureDivergence
-from rlr_peft.compare.evaluation import Render
-from rlr_peft.compare.features import FeatureExtractor
+from rlr_peft.compare.evaluation import FeatureExtractor, Render
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, Scored, measure_images

@@ -13,8 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.build.chain import build_chain, denoiser_names
-from rlr_peft.build.drawing import render
+from rlr_peft.build.chain import build_chain, denoiser_names, render
 from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
 from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
@@ -23,9 +22,8 @@ from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model, file_name, unique_labels
-from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
-from rlr_peft.compare.evaluation import Evaluation, Render, evaluate, prompts_and_seeds
-from rlr_peft.compare.features import FeatureExtractor, find_features
+from rlr_peft.compare.distances import find_features, has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.evaluation import Evaluation, FeatureExtractor, Render, evaluate, prompts_and_seeds
 from rlr_peft.compare.kept import (
     KeptFeatures,
     KeptImages,

@@ -106,7 +106,7 @@ class Config:
 
     def groups(self) -> dict[str, Group]:
         """Every group by its name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
 
 @cache

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlr_peft.config.knob import Group, knob
+from rlr_peft.prompt import Stages, make_stages
 from rlr_peft.recipes import prompt_sets
-from rlr_peft.stages import Stages, make_stages
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -110,7 +110,6 @@ class ChainArguments(Group):
         return f"eta {self.eta}" if self.eta == 0 else None
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the noise."""
         if self.step_kind in ("ancestral", "cps"):
             for name, eta in (("eta", self.eta), ("evaluation_eta", config.validation.evaluation_eta)):
                 if eta > 1:
@@ -161,7 +160,6 @@ class PromptArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the sources of prompts."""
         evaluation = config.validation.evaluation_prompt_path
         if (self.prompt_path is None) == (self.dataset_name is None):
             got = "none" if self.prompt_path is None else f"{self.prompt_path} and dataset_name {self.dataset_name}"
@@ -238,7 +236,6 @@ class ChainOfThoughtArguments(Group):
         return make_stages(self.dcot_stages or self.dcot_columns, self.dcot_fractions) if self.sources() else None
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the stages and their prompts."""
         sources, columns = self.sources(), self.dcot_columns
         if len(sources) > 1:
             yield f"{sources[0]}: expected one source of stage prompts, got {' and '.join(sources)}; keep one."

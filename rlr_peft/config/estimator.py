@@ -82,7 +82,6 @@ class MirroredArguments(EstimatorArguments):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with pairs."""
         yield from super().check(config)
         group, batch = config.training.num_images_per_prompt, config.training.train_batch_size
         if self.antithetic and (group % 2 or group < 4 or batch % 2):
@@ -130,7 +129,6 @@ class ScoreTermArguments(EstimatorArguments):
         return self.ho_blocks != 0 and self.covered_tail < num_inference_steps
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the noise, the groups and the window."""
         yield from super().check(config)
         noiseless, score_terms = config.chain.why_noiseless, self.has_score_terms(config.chain.num_inference_steps)
         if noiseless and (score_terms or self.mirrors_steps):
@@ -274,7 +272,6 @@ class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
         return self.black_box_steps not in (0, "auto")
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the noise, the groups, the window and the black-box tail."""
         yield from super().check(config)
         yield from at_most_all_steps(config, "black_box_steps", self.black_box_steps)
 
@@ -365,7 +362,6 @@ class ThreeOrdersArguments(CalibratedArguments):
         return {"none": 0, "one-point": 1, "two-point": 2}[self.zo] * self.zo_samples
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the terms, beside each other and beside the chain's and the batch's knobs."""
         too_many = list(at_most_all_steps(config, "fo_steps", self.fo_steps))
         yield from too_many or super().check(config)
         if self.ho_blocks != 0:

@@ -112,7 +112,6 @@ class TruncatedBPArguments(PathwiseArguments):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with K."""
         yield from super().check(config)
         yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
 
@@ -135,7 +134,6 @@ class DrawnStepsArguments(PathwiseArguments):
     fo_steps: int = knob(3, "Number K of steps that are differentiated.", unit="steps", at_least=1, at_most=1000)
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with K."""
         yield from super().check(config)
         yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
 
@@ -170,7 +168,6 @@ class LeapArguments(PathwiseArguments):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the chain."""
         yield from super().check(config)
         if config.chain.num_inference_steps < 2:
             yield "num_inference_steps: expected 2 or more with leap, got 1; raise it."
@@ -215,7 +212,6 @@ class RSMArguments(DrawnStepsArguments):
     estimator = "rsm"
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the chain."""
         yield from super().check(config)
         yield from needs_noise(self, config)
 
@@ -235,7 +231,6 @@ class AdjointMatchingArguments(DrawnStepsArguments):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the chain."""
         yield from super().check(config)
         yield from needs_noise(self, config)
 
@@ -272,7 +267,6 @@ class DDPOArguments(PolicyGradientArguments):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the steps and the statistics."""
         yield from super().check(config)
         size, count = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
         if count > size:
@@ -304,7 +298,6 @@ class D3POArguments(ReusedSamplesArguments):
     )
 
     def check_groups(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the pairs."""
         group, batch = config.training.num_images_per_prompt, config.training.train_batch_size
         if group % 2 or batch % 2:
             yield (
@@ -328,7 +321,6 @@ class ReFLArguments(MirroredArguments):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with K."""
         yield from super().check(config)
         yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
 

@@ -77,7 +77,6 @@ class ModelArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with names, and with options that save memory."""
         if self.revision is not None:
             yield from check_revision("revision", self.revision)
         if self.variant is not None and not re.fullmatch(r"[\w.-]+", self.variant):
@@ -141,7 +140,6 @@ class LoraArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what cannot be converted."""
         if self.output_kohya_format and self.use_dora:
             yield (
                 "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of "

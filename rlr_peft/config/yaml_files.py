@@ -11,7 +11,7 @@ import yaml
 from rlr_peft.config.arguments import Config, check_names, config_to_dict, knobs
 from rlr_peft.config.knob import ConfigError
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.foreign_text import printable
+from rlr_peft.foreign_text import one_line, printable
 from rlr_peft.plain_files import (
     AMBIGUOUS,
     AMBIGUOUS_TAG,
@@ -76,7 +76,18 @@ def yaml_text(values: Mapping[str, Any]) -> str:
     return printable(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes the full resolved configuration; the file is complete or, after a crash, as it was before."""
+def save_config(config: Config, path: str | Path, objects: Mapping[str, str] | None = None) -> None:
+    """Writes the full resolved configuration; the file is complete or, after a crash, as it was before.
+
+    Args:
+        config: of the run.
+        path: of the file.
+        objects: what came as a Python object, which no file holds, with its name: a comment says so.
+    """
+    text = config_to_yaml(config)
+    if objects:
+        named = one_line(", ".join(f"{part} ({name})" for part, name in objects.items()))
+        first = f"# Given as objects: {named}.\n# This file alone does not start such a run; the same Python does.\n"
+        text = f"{first}\n{text}"
     with replacing_file(Path(path)) as aside:
-        aside.write_text(config_to_yaml(config), encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")

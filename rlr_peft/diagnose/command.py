@@ -16,7 +16,7 @@ from rlr_peft.foreign_text import say, shown_name
 
 if TYPE_CHECKING:
     from rlr_peft.build.run import Run
-    from rlr_peft.estimators.sampling import Batch
+    from rlr_peft.estimators.objective import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def diagnose_command(words: Sequence[str]) -> int:
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
     from rlr_peft.build.randomness import derive_seed
-    from rlr_peft.estimators.sampling import sample_batch
+    from rlr_peft.estimators.objective import sample_batch
 
     training = run.config.training
     prompts = [prompt for prompt in run.sampler.sample(0, num_groups) for _ in range(group_size)]

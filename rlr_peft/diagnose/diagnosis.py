@@ -9,7 +9,15 @@ from tqdm.auto import tqdm
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import DEAD_STEP
 from rlr_peft.config import Config
-from rlr_peft.diagnose.costs import Cost, measure_cost, memory_in_words, run_on_single_samples
+from rlr_peft.diagnose.costs import (
+    Cost,
+    improvement_per_cost,
+    length_along,
+    measure_cost,
+    memory_in_words,
+    run_on_single_samples,
+    update_size,
+)
 from rlr_peft.diagnose.estimates import (
     Cosine,
     SampleEstimates,
@@ -20,9 +28,8 @@ from rlr_peft.diagnose.estimates import (
 )
 from rlr_peft.diagnose.evidence import Evidence, gather_evidence
 from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
-from rlr_peft.diagnose.worth import improvement_per_cost, length_along, update_size
-from rlr_peft.estimators.base import Coverage, Rollout, hot_steps
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import Coverage, hot_steps
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients
 from rlr_peft.estimators.variance import variance_and_error
 

@@ -12,7 +12,7 @@ import torch
 
 from rlr_peft.estimators.auto import Weights, rows_of
 from rlr_peft.estimators.step_gradients import GradientMoments, StepGradients
-from rlr_peft.intervals import direction
+from rlr_peft.reports import direction
 
 
 @dataclass(frozen=True)

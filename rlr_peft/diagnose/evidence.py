@@ -8,9 +8,8 @@ from tqdm.auto import tqdm
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.errors import UserError
-from rlr_peft.estimators.base import Rollout
 from rlr_peft.estimators.half_order import mirrored_advantages
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
 from rlr_peft.estimators.variance import StepVariances, step_variances
 

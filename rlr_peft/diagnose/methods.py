@@ -11,9 +11,9 @@ from rlr_peft.config import Config, EstimatorArguments
 from rlr_peft.config.estimator import ReusedSamplesArguments
 from rlr_peft.config.methods import METHODS, D3POArguments, DrawnStepsArguments, RLRPaperArguments
 from rlr_peft.diagnose import estimates as estimates_of
+from rlr_peft.diagnose.costs import update_size
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence
-from rlr_peft.diagnose.worth import update_size
 from rlr_peft.estimators.auto import weights_of
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.layout import RLRSettings

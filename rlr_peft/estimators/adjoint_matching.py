@@ -6,8 +6,8 @@ import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator
+from rlr_peft.estimators.objective import Objective, Rollout
 
 
 class AdjointMatchingEstimator(Estimator):
@@ -29,7 +29,6 @@ class AdjointMatchingEstimator(Estimator):
         self.num_steps, self.scale, self.coefficient = num_steps, scale, coefficient
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        """The terms in words, for logs and cards."""
         return (
             f"the base's reward gradient and the pull to the base on {self.num_steps} drawn step(s), "
             f"for {self.scale:g} times the reward minus the divergence"

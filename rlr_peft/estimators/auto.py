@@ -25,8 +25,8 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import Book, Coverage, Estimator
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.roulette import STEP_COST

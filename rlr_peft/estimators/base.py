@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from rlr_peft.chain import adjoint
-from rlr_peft.chain.adjoint import Booking, Segment, per_sample
+from rlr_peft.chain.adjoint import Booking, Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.trajectory import Trajectory
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.zeroth_order import Perturbation, perturb
 from rlr_peft.prompt import texts_of
 
@@ -23,48 +22,6 @@ HOT_STEP = 3.0
 
 # Terms that follow the reward's own gradient.
 FIRST_ORDER, MIXED_ORDER = "first_order", "mixed_order"
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One micro-batch of scored samples: all that an estimator gets to see of an update.
-
-    Attributes:
-        trajectory: the samples, batch size B.
-        rewards: R(x_0) of every sample, (B,).
-        advantages: rewards minus a baseline, as the estimator makes them of the rewards of all processes, (B,).
-        reward_gradient: dR/dx_0 of every sample, (B, ...); None for a reward without gradient.
-    """
-
-    trajectory: Trajectory
-    rewards: torch.Tensor
-    advantages: torch.Tensor
-    reward_gradient: torch.Tensor | None
-
-    def select(self, samples: list[int]) -> "Rollout":
-        """The rollout of some of the samples."""
-        return Rollout(
-            trajectory=self.trajectory.select(samples),
-            rewards=self.rewards[samples],
-            advantages=self.advantages[samples],
-            reward_gradient=None if self.reward_gradient is None else self.reward_gradient[samples],
-        )
-
-    def score_cotangent(self, t: int, advantages: torch.Tensor | None = None) -> torch.Tensor:
-        """``A eps_t / sigma_t``, the cotangent at the mean of step t of a score-function term, (B, ...).
-
-        Args:
-            t: the step.
-            advantages: A, (B,); the rollout's own if None.
-
-        Raises:
-            ValueError: step t is deterministic, so that it has no likelihood ratio.
-        """
-        std = self.trajectory.std(t)
-        if std == 0:
-            raise ValueError(f"Expected noise at step {t}, got std = 0: a score-function term is undefined there.")
-        advantages = self.advantages if advantages is None else advantages
-        return per_sample(advantages, self.trajectory.noise(t)) * self.trajectory.noise(t) / std
 
 
 class CoverageError(UserError, ValueError):

@@ -15,8 +15,8 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import CoverageError, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import CoverageError
+from rlr_peft.estimators.objective import Objective, Rollout
 
 StartSampler = Literal["uniform", "gradient-norm", "window"]
 

@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 
 from rlr_peft.chain.adjoint import Segment
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.half_order import Block, HalfOrder, draw, draw_probabilities, expected_draws
 

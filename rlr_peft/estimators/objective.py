@@ -1,18 +1,19 @@
-"""The objective R(x_0): clean latents to rewards, and rewards back to latents.
+"""The objective R(x_0): clean latents to rewards, and rewards back to latents; and the scored samples of an update.
 
 With a limit it is ``min(R(x_0), limit)``, for every gradient, score and advantage alike: they all ask for it here.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from rlr_peft.chain.adjoint import scaled_gradients
-from rlr_peft.chain.interface import Decoder
+from rlr_peft.chain.adjoint import per_sample, scaled_gradients
+from rlr_peft.chain.interface import Chain, Decoder, Trajectory
 from rlr_peft.errors import RewardError
-from rlr_peft.prompt import PromptLike
+from rlr_peft.prompt import Prompt, PromptLike, texts_of
 from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images, score_images
 
 
@@ -157,3 +158,120 @@ class DecodedReward:
     ) -> list[tuple[torch.Tensor, list[PromptLike]]]:
         starts = range(0, len(prompts), self._batch_size)
         return [(latents[i : i + self._batch_size], list(prompts[i : i + self._batch_size])) for i in starts]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One micro-batch of scored samples: all that an estimator gets to see of an update.
+
+    Attributes:
+        trajectory: the samples, batch size B.
+        rewards: R(x_0) of every sample, (B,).
+        advantages: rewards minus a baseline, as the estimator makes them of the rewards of all processes, (B,).
+        reward_gradient: dR/dx_0 of every sample, (B, ...); None for a reward without gradient.
+    """
+
+    trajectory: Trajectory
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    reward_gradient: torch.Tensor | None
+
+    def select(self, samples: list[int]) -> "Rollout":
+        """The rollout of some of the samples."""
+        return Rollout(
+            trajectory=self.trajectory.select(samples),
+            rewards=self.rewards[samples],
+            advantages=self.advantages[samples],
+            reward_gradient=None if self.reward_gradient is None else self.reward_gradient[samples],
+        )
+
+    def score_cotangent(self, t: int, advantages: torch.Tensor | None = None) -> torch.Tensor:
+        """``A eps_t / sigma_t``, the cotangent at the mean of step t of a score-function term, (B, ...).
+
+        Args:
+            t: the step.
+            advantages: A, (B,); the rollout's own if None.
+
+        Raises:
+            ValueError: step t is deterministic, so that it has no likelihood ratio.
+        """
+        std = self.trajectory.std(t)
+        if std == 0:
+            raise ValueError(f"Expected noise at step {t}, got std = 0: a score-function term is undefined there.")
+        advantages = self.advantages if advantages is None else advantages
+        return per_sample(advantages, self.trajectory.noise(t)) * self.trajectory.noise(t) / std
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The scored samples of one process for one update.
+
+    Attributes:
+        micro_batches: the samples and what they scored.
+    """
+
+    micro_batches: list[tuple[Trajectory, Measurement]]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The texts of all samples, (N,)."""
+        return [text for trajectory, _ in self.micro_batches for text in texts_of(trajectory.prompts)]
+
+    @cached_property
+    def scored(self) -> Scored:
+        """All samples, by the reward."""
+        return join_scored([measured.scored for _, measured in self.micro_batches])
+
+    @cached_property
+    def rewards(self) -> torch.Tensor:
+        """What is raised of all samples, (N,)."""
+        return torch.cat([measured.rewards for _, measured in self.micro_batches])
+
+    @cached_property
+    def heldout(self) -> Scored | None:
+        """The same by the held-out reward; None without one."""
+        parts = [measured.heldout for _, measured in self.micro_batches if measured.heldout is not None]
+        return join_scored(parts) if parts else None
+
+    def rollouts(self, advantages: torch.Tensor) -> list[Rollout]:
+        """What an estimator gets to see, given the advantages of all samples, (N,)."""
+        parts = advantages.split([len(measured.rewards) for _, measured in self.micro_batches])
+        return [
+            Rollout(trajectory, measured.rewards, part, measured.reward_gradient)
+            for (trajectory, measured), part in zip(self.micro_batches, parts, strict=True)
+        ]
+
+
+def sample_batch(
+    chain: Chain,
+    objective: DecodedReward,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    micro_batch_size: int,
+    antithetic: bool = False,
+    differentiate: bool = True,
+) -> Batch:
+    """Samples and scores every prompt.
+
+    Args:
+        chain: the chain to sample.
+        objective: scores its clean latents.
+        prompts: one per sample, those of a group side by side.
+        seeds: one per sample.
+        micro_batch_size: samples per trajectory.
+        antithetic: every second sample gets the mirrored noises of the one before.
+        differentiate: whether the rewards' gradients are wanted.
+    """
+    micro_batches = []
+    for start in range(0, len(prompts), micro_batch_size):
+        part = slice(start, start + micro_batch_size)
+        noises = mirrored_pairs(chain.draw_noises(seeds[part][::2])) if antithetic else None
+        trajectory = chain.sample(prompts[part], seeds[part], noises)
+        measured = objective.measure(trajectory.latents[0], trajectory.prompts, differentiate)
+        micro_batches.append((trajectory, measured))
+    return Batch(micro_batches)
+
+
+def mirrored_pairs(noises: torch.Tensor) -> torch.Tensor:
+    """Every sample's noises followed by their negatives: (T + 1, B, ...) becomes (T + 1, 2 B, ...)."""
+    return torch.stack([noises, -noises], dim=2).flatten(1, 2)

@@ -32,8 +32,8 @@ import torch
 from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import leap
-from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, CoverageError, Estimator, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, CoverageError, Estimator
+from rlr_peft.estimators.objective import Objective, Rollout
 
 TRUNCATED = "left out because the gradient is truncated"
 CUT_AT_RANDOM = "left out at times because the gradient is truncated at a random step"

@@ -1,12 +1,18 @@
-"""Clipped policy gradients (PPO) over the chain's steps: DDPO and GRPO.
+"""Methods that train on the likelihood of single steps: clipped policy gradients (DDPO, GRPO) and preferences (D3PO).
 
-Each step is an action with density ``p(x_{t-1} | x_t)``. Several optimiser steps may use the same samples: the density
-ratio ``r`` of the present to the sampling weights corrects for it, and is clipped. With one epoch ``r = 1``, and what
-is left is the score-function gradient with the method's own advantages.
+Each step is an action with density ``p(x_{t-1} | x_t)``. Several optimiser steps may use the same samples.
 
-Log densities SUM over latent dimensions, so ``clip_range`` bounds the ratio of whole steps.
+DDPO and GRPO correct for that by the density ratio ``r`` of the present to the sampling weights, which is clipped. With
+one epoch ``r = 1``, and what is left is the score-function gradient with the method's own advantages. Log densities SUM
+over latent dimensions, so ``clip_range`` bounds the ratio of whole steps.
+
+D3PO prefers of two samples of a prompt the one with the higher reward. Every step then raises
+``log sigmoid(beta (log p / p_ref (preferred) - log p / p_ref (other)))``, the reference being the base model. Only the
+order of the rewards counts (Yang et al., "Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model",
+CVPR 2024).
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,14 +20,55 @@ from typing import Any, Literal
 
 import torch
 
-from rlr_peft.chain.adjoint import Segment, per_sample
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
+from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
-from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
+from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.objective import Objective, Rollout
+
+
+class SingleStepsEstimator(Estimator):
+    """One segment for every step that trains: all with noise, or some that are drawn for every micro-batch.
+
+    Args:
+        steps: which train; single steps.
+        inner_epochs: optimiser steps on the same samples.
+
+    Attributes:
+        term: name of the segments.
+        departures: what makes the estimate another than the gradient of the expected reward, one clause each.
+    """
+
+    term: str
+    departures: tuple[str, ...]
+
+    def __init__(self, steps: HalfOrder, inner_epochs: int) -> None:
+        self.steps = steps
+        self.inner_epochs = inner_epochs
+
+    @abstractmethod
+    def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
+        """What makes the cotangent of step t."""
+
+    def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
+        """All steps with noise, or those that are drawn."""
+        return replace(single_steps(self.steps, chain).coverage, departures=self.departures)
+
+    def segments(
+        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+    ) -> Iterator[Segment]:
+        """The gradient of the method's own objective, summed over samples, step by step."""
+        blocks, _ = single_steps(self.steps, chain).draw(generator)
+        for block, weight in blocks:
+            t = block.first_step
+            pull = self.pull(chain, rollout, t)
+            yield Segment(self.term, (t,), None, weight, into_parameters=pull, score_steps=(t,))
+
+    def steps_in_words(self) -> str:
+        """Which train."""
+        return "all steps" if self.steps.blocks == "all" else f"{self.steps.blocks} drawn step(s)"
 
 
 @dataclass(frozen=True)
@@ -47,48 +94,36 @@ class PolicyGradientSettings:
     prompt_min_count: int = 16
 
 
-class PolicyGradientEstimator(Estimator):
+class PolicyGradientEstimator(SingleStepsEstimator):
     """DDPO (Black et al. 2024) or GRPO (Shao et al. 2024; for flow chains Flow-GRPO, Liu et al. 2025)."""
 
+    term = "policy_gradient"
+
     def __init__(self, settings: PolicyGradientSettings) -> None:
+        super().__init__(settings.steps, settings.inner_epochs)
         self.settings = settings
-        self.inner_epochs = settings.inner_epochs
+        self.departures = ("advantages are divided by a standard deviation that contains the sample's own reward",)
+        if settings.inner_epochs > 1:
+            self.departures += ("later inner epochs use samples of earlier weights, with clipped ratios",)
         self._prompt_statistics = PromptStatistics(settings.prompt_buffer_size, settings.prompt_min_count)
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        """The terms in words, for logs and cards."""
         s = self.settings
-        steps = "all steps" if s.steps.blocks == "all" else f"{s.steps.blocks} drawn step(s)"
         normalised = {"prompt-statistics": "per-prompt statistics", "group-normalized": "group-normalised"}[s.advantage]
         return (
-            f"clipped policy gradient on {steps}, {normalised} advantages, ratios clipped at {s.clip_range:g}, "
-            f"{s.inner_epochs} inner epoch(s)"
+            f"clipped policy gradient on {self.steps_in_words()}, {normalised} advantages, ratios clipped at "
+            f"{s.clip_range:g}, {s.inner_epochs} inner epoch(s)"
         )
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        """Normalised and clipped advantages (N,)."""
         if self.settings.advantage == "prompt-statistics":
             advantages = self._prompt_statistics.normalized(rewards, prompts)
         else:
             advantages = group_normalized(rewards, group_size)
         return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
 
-    def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
-        """All steps with noise, or those that are drawn."""
-        departures = ["advantages are divided by a standard deviation that contains the sample's own reward"]
-        if self.inner_epochs > 1:
-            departures.append("later inner epochs use samples of earlier weights, with clipped ratios")
-        return replace(single_steps(self.settings.steps, chain).coverage, departures=tuple(departures))
-
-    def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
-    ) -> Iterator[Segment]:
-        """The gradient of the clipped surrogate, step by step."""
-        blocks, _ = single_steps(self.settings.steps, chain).draw(generator)
-        for block, weight in blocks:
-            t = block.first_step
-            pull = partial(clipped_cotangent, rollout, clip_range=self.settings.clip_range)
-            yield Segment("policy_gradient", (t,), None, weight, into_parameters=pull, score_steps=(t,))
+    def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
+        return partial(clipped_cotangent, rollout, clip_range=self.settings.clip_range)
 
     def learn(self, books: Sequence[Book]) -> None:
         """Adds the rewards of all processes to the prompts' statistics."""
@@ -97,11 +132,9 @@ class PolicyGradientEstimator(Estimator):
                 self._prompt_statistics.observe(book.prompts, book.rewards)
 
     def state_dict(self) -> dict[str, Any]:
-        """The prompts' statistics."""
         return self._prompt_statistics.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
         self._prompt_statistics.load_state_dict(state)
 
 
@@ -142,3 +175,76 @@ def clipped_cotangent(
 def standardized_noise(trajectory: Trajectory, t: int, mean: torch.Tensor) -> torch.Tensor:
     """``(x_{t-1} - mean) / sigma_t``: the noise that a step with this mean would have needed, (B, ...)."""
     return (trajectory.latents[t - 1] - mean) / trajectory.std(t)
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """How preferences are turned into gradients.
+
+    Attributes:
+        beta: strength of the pull towards the reference; small values follow the preferences further.
+        steps: which steps train, all or some drawn for every micro-batch; single steps.
+        inner_epochs: optimiser steps on the same pairs.
+    """
+
+    beta: float
+    steps: HalfOrder
+    inner_epochs: int = 1
+
+
+class PreferenceEstimator(SingleStepsEstimator):
+    """Trains on neighbouring samples as pairs; a prompt's samples must be an even number, side by side.
+
+    Advantages are for the logs: the gradient needs the order of the rewards alone.
+    """
+
+    term = "preference"
+    departures = ("the likelihood of pairwise preferences is raised, not the expected reward",)
+
+    def __init__(self, settings: PreferenceSettings) -> None:
+        super().__init__(settings.steps, settings.inner_epochs)
+        self.settings = settings
+
+    def describe(self, has_gradient: bool | None = None) -> str:
+        return (
+            f"direct preference optimisation of pairs on {self.steps_in_words()}, beta {self.settings.beta:g}, "
+            f"{self.inner_epochs} inner epoch(s), the base as reference"
+        )
+
+    def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
+        reference_mean = chain.reference_mean(rollout.trajectory, t)
+        return partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.settings.beta)
+
+
+def preference_cotangent(
+    rollout: Rollout,
+    t: int,
+    mean: torch.Tensor,
+    _: torch.Tensor | None = None,
+    *,
+    reference_mean: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, Mapping[str, float]]:
+    """Derivative of the pairs' log likelihood by the present mean of step t.
+
+    Args:
+        rollout: samples 2i and 2i + 1 are a pair; equal rewards prefer neither and give nothing.
+        t: a step with noise.
+        mean: of step t under the present weights, (B, ...).
+        reference_mean: under the reference's, (B, ...).
+        beta: strength of the pull towards the reference.
+
+    Returns:
+        The cotangent (B, ...); and for the logs the share of pairs whose margin ``log p / p_ref (preferred) -
+        log p / p_ref (other)`` is positive.
+    """
+    noise = standardized_noise(rollout.trajectory, t, mean)
+    reference_noise = standardized_noise(rollout.trajectory, t, reference_mean)
+    log_ratio = (reference_noise.square() - noise.square()).flatten(1).sum(1) / 2
+    first, second = rollout.rewards.reshape(-1, 2).to(log_ratio.dtype).T
+    preference = torch.sign(first - second)
+    margin = preference * (log_ratio[0::2] - log_ratio[1::2])
+    slope = preference * beta * torch.sigmoid(-beta * margin)
+    factor = torch.stack([slope, -slope], dim=1).reshape(-1)
+    numbers = {"preference_accuracy": float((margin > 0).double().mean())}
+    return per_sample(factor, noise) * noise / rollout.trajectory.std(t), numbers

@@ -35,11 +35,15 @@ from rlr_peft.estimators.block_length import half_order_length_for_compute, half
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
-from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
-from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
+from rlr_peft.estimators.policy import (
+    PolicyGradientEstimator,
+    PolicyGradientSettings,
+    PreferenceEstimator,
+    PreferenceSettings,
+)
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.zeroth_order import ZerothOrder
-from rlr_peft.stages import Stages
+from rlr_peft.prompt import Stages
 
 
 def build_estimator(

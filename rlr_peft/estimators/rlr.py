@@ -14,14 +14,14 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, Estimator, Rollout
+from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.half_order import (
     black_box_segment,
     choose_stage,
     half_order_segment,
 )
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.estimators.roulette import roulette_probabilities, roulette_weights
 from rlr_peft.estimators.step_gradients import GradientSketch, check_gradient, measure_step_gradients

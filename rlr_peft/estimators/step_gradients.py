@@ -8,7 +8,8 @@ from tqdm.auto import tqdm
 
 from rlr_peft.chain.adjoint import Segment, walk
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import CoverageError, Rollout
+from rlr_peft.estimators.base import CoverageError
+from rlr_peft.estimators.objective import Rollout
 from rlr_peft.estimators.pathwise import first_order_segment
 
 

@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 
 from rlr_peft.chain.adjoint import Booking, add_to_gradients
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.estimators.objective import Objective
 
 

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME, stays_inside
+from rlr_peft.durable_files import ADAPTER_FILES, WEIGHT_NAME, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import printable
 from rlr_peft.plain_files import PlainFileError, parse_json
@@ -76,10 +76,8 @@ class AdapterFiles:
     @property
     def paths(self) -> list[Path]:
         """Its files."""
-        paths = [self.folder / self.weight_name]
-        if self.weight_name == WEIGHT_NAME:
-            paths.append(self.folder / SECOND_EXPERT / WEIGHT_NAME)
-        return [path for path in paths if path.exists()]
+        names = ADAPTER_FILES if self.weight_name == WEIGHT_NAME else (self.weight_name,)
+        return [path for path in (self.folder / name for name in names) if path.exists()]
 
     def settings(self) -> dict[str, Any]:
         """What peft's `save_pretrained` writes beside its file; empty for other files.
@@ -123,9 +121,8 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
     if path.is_file():
         return AdapterFiles(place, path.parent, path.name)
     if path.is_dir():
-        second = f"{SECOND_EXPERT}/{WEIGHT_NAME}"
         names = sorted(file.name for file in path.iterdir() if file.is_file())
-        names += [second] if (path / second).is_file() else []
+        names += [name for name in ADAPTER_FILES[1:] if (path / name).is_file()]
         return AdapterFiles(place, path, _weight_name(place, names))
     if place.startswith(("/", ".", "~")) or place.partition("@")[0].count("/") != 1:
         raise AdapterNotFoundError(
@@ -167,7 +164,7 @@ def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFi
 def _get_second_expert(get: Callable[[str], Path]) -> None:
     """`transformer_2/`, which most repositories do not have."""
     try:
-        get(f"{SECOND_EXPERT}/{WEIGHT_NAME}")
+        get(ADAPTER_FILES[1])
     except EntryNotFoundError as error:
         # Where it could not be asked for, half an adapter must not pass for the whole.
         if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
@@ -176,7 +173,7 @@ def _get_second_expert(get: Callable[[str], Path]) -> None:
 
 def _weight_name(place: str, names: list[str]) -> str:
     """Which of the files, named from the folder on, is the adapter."""
-    if WEIGHT_NAME in names or f"{SECOND_EXPERT}/{WEIGHT_NAME}" in names:
+    if any(name in names for name in ADAPTER_FILES):
         return WEIGHT_NAME
     if "model_index.json" in names:
         raise AdapterNotFoundError(

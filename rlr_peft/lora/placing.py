@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlr_peft.chain.families import DENOISERS
 from rlr_peft.durable_files import SECOND_EXPERT
 from rlr_peft.lora.attach import ADAPTABLE
 from rlr_peft.lora.files import AdapterFormatError, AdapterMismatchError
@@ -45,7 +46,7 @@ class LayerNames:
         self._full_names: dict[str, str] = {}
         parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
         # A name without its model is the denoiser's, if that has such a layer.
-        for part_name, part in sorted(parts, key=lambda item: item[0] not in ("unet", "transformer", SECOND_EXPERT)):
+        for part_name, part in sorted(parts, key=lambda item: item[0] not in DENOISERS):
             label = part_name
             if second_expert and part_name in ("transformer", SECOND_EXPERT):
                 label = "transformer" if part_name == SECOND_EXPERT else ""

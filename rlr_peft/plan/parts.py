@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.lora.export import VERIFIED_IMAGES
 from rlr_peft.plan.measurements import Measurements
 
 PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation", "verification")
@@ -143,7 +143,6 @@ class MemoryPlan(Phased):
         return round(self.tensors(phase) * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
     def as_plain(self) -> dict[str, Any]:
-        """The plan as numbers in bytes, for files."""
         return {
             **super().as_plain(),
             "tensors": {phase: self.tensors(phase) for phase in PHASES},
@@ -305,7 +304,6 @@ class HostPlan(Phased):
         return self.tensors(phase)
 
     def as_plain(self) -> dict[str, Any]:
-        """The plan as numbers in bytes, for files."""
         return {**super().as_plain(), "without GPU": self.without_gpu}
 
 

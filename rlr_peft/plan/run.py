@@ -18,11 +18,16 @@ from rlr_peft.config import Config, ModelArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
-from rlr_peft.plan.blueprint import build_model, build_pipeline, find_architecture, find_component
-from rlr_peft.plan.measurements import measure
-from rlr_peft.plan.meta_device import KnownValues
+from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
+from rlr_peft.plan.measurements import (
+    largest_quantized,
+    measure,
+    optimizer_bytes,
+    reward_memory,
+    reward_names,
+    weight_bytes,
+)
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
-from rlr_peft.plan.weights import largest_quantized, optimizer_bytes, reward_memory, reward_names, weight_bytes
 from rlr_peft.rewards.model_reward import weights_dtype
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
@@ -103,11 +108,11 @@ def plan_memory(
 
 
 def _check(options: Options, facts: Facts) -> None:
-    for flag, possible in (
-        ("gradient_checkpointing", True in facts.measured.step),
-        ("vae_gradient_checkpointing", (1, True) in facts.measured.decode),
+    for flag, wanted, possible in (
+        ("gradient_checkpointing", options.gradient_checkpointing, True in facts.measured.step),
+        ("vae_gradient_checkpointing", options.vae_gradient_checkpointing, (1, True) in facts.measured.decode),
     ):
-        if getattr(options, flag) and not possible:
+        if wanted and not possible:
             raise ValueError(f"{flag}: the model cannot recompute its activations; leave --{flag} out.")
 
 

@@ -1,1 +1,5 @@
 """Prompts: where they come from and in which order they are used."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

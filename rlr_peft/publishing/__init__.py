@@ -1,1 +1,5 @@
 """Publishing: what a run tells the world about itself."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -30,7 +30,6 @@ from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
-from rlr_peft.intervals import decimals_of, decimals_of_scores, direction, half_width, with_error
 from rlr_peft.publishing.bases import License, base_kind, hub_link
 from rlr_peft.publishing.record import (
     RECORD_NAME,
@@ -44,6 +43,7 @@ from rlr_peft.publishing.record import (
 )
 from rlr_peft.publishing.snippet import usage_snippet
 from rlr_peft.redaction import redacted
+from rlr_peft.reports import decimals_of, decimals_of_scores, direction, half_width, with_error
 
 logger = logging.getLogger(__name__)
 

@@ -170,7 +170,7 @@ def merge_command(words: Sequence[str]) -> int:
     from rlr_peft.build.pipeline import DTYPES, load_pipeline
     from rlr_peft.build.reporting import as_config_error
     from rlr_peft.chain.families import GENERIC, family_of_class
-    from rlr_peft.chain.scheduler import build_scheduler
+    from rlr_peft.chain.grid import build_scheduler
     from rlr_peft.config import ModelArguments
     from rlr_peft.durable_files import rename_directory
     from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora

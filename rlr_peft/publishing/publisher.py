@@ -20,8 +20,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from rlr_peft.config import Config
-from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
-from rlr_peft.intervals import with_error
+from rlr_peft.durable_files import ADAPTER_FILES, WEIGHT_NAME
 from rlr_peft.publishing.card import addressed_card, card_text, stored_record, write_card
 from rlr_peft.publishing.hub_client import (
     FAILURES,
@@ -35,10 +34,9 @@ from rlr_peft.publishing.hub_client import (
 )
 from rlr_peft.publishing.uploads import compare_with_hub, is_ours, push_files, push_folder
 from rlr_peft.redaction import redacted, redacted_address
+from rlr_peft.reports import with_error
 
 logger = logging.getLogger(__name__)
-
-ADAPTERS = (WEIGHT_NAME, f"{SECOND_EXPERT}/{WEIGHT_NAME}")
 
 
 @contextmanager
@@ -135,7 +133,7 @@ class Publisher:
                 shutil.rmtree(left, ignore_errors=True)
         copy = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.push-", dir=checkpoint.parent))
         self._copies.add(copy)
-        for name in ADAPTERS:
+        for name in ADAPTER_FILES:
             if (checkpoint / name).exists():
                 (copy / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint / name, copy / name)
@@ -194,7 +192,7 @@ def push_checkpoint(folder: Path, destination: Destination, name: str) -> None:
     Raises:
         HubError: it could not be published.
     """
-    adapters = {file: folder / file for file in ADAPTERS if (folder / file).exists()}
+    adapters = {file: folder / file for file in ADAPTER_FILES if (folder / file).exists()}
     if WEIGHT_NAME not in adapters:
         raise HubError(f"Expected the adapter of {name}, got a folder without {WEIGHT_NAME}; check the path.")
     api, repo_id = destination.api, destination.repo_id

@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
+from rlr_peft.durable_files import ADAPTER_FILES, WEIGHT_NAME
 from rlr_peft.publishing.hub_client import (
     FAILURES,
     Destination,
@@ -146,8 +146,7 @@ def _over_xet_or_http(commit: Callable[[], CommitInfo]) -> CommitInfo:
 
 # Nothing else ever leaves the folder: no checkpoint, no optimiser state, no logs.
 PUBLISHED = (
-    WEIGHT_NAME,
-    f"{SECOND_EXPERT}/{WEIGHT_NAME}",
+    *ADAPTER_FILES,
     "kohya/lora_kohya.safetensors",
     "README.md",
     "before_after.png",

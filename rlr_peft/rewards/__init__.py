@@ -1,1 +1,5 @@
 """Rewards: what an image is worth, given its prompt."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -94,7 +94,6 @@ class _SeveralRewards(Reward):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Of every reward."""
         return {name: reward.state_dict() for name, reward in self._rewards.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -166,7 +165,6 @@ class WeightedRewards(_SeveralRewards):
         return Scored(self._sum(scores), measured.raw, measured.info | below)
 
     def scales(self) -> dict[str, float]:
-        """What every reward is divided by now; empty without scaling."""
         return {} if self._scaling == "none" else {name: self._divisor(term) for name, term in self._terms.items()}
 
     def learn(self, raw: Mapping[str, Tensor]) -> None:
@@ -185,7 +183,6 @@ class WeightedRewards(_SeveralRewards):
         return self.on_first_scales()._sum(raw)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scales, and the rewards' own state."""
         states = super().state_dict()
         return {name: {**term.scale.state_dict(), "reward": states[name]} for name, term in self._terms.items()}
 

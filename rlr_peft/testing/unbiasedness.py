@@ -12,8 +12,8 @@ import torch
 from scipy.stats import norm
 
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Coverage, Estimator, Rollout
-from rlr_peft.estimators.sampling import mirrored_pairs
+from rlr_peft.estimators.base import Coverage, Estimator
+from rlr_peft.estimators.objective import Rollout, mirrored_pairs
 from rlr_peft.prompt import PromptLike, as_prompts
 from rlr_peft.testing.chains import LinearGaussianChain, QuadraticReward
 

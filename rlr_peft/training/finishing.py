@@ -10,8 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.build.chain import build_chain
-from rlr_peft.build.drawing import ImagesError, in_eval_mode, render
+from rlr_peft.build.chain import ImagesError, build_chain, in_eval_mode, render
 from rlr_peft.build.machine import describe_hardware
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import Run
@@ -24,13 +23,13 @@ from rlr_peft.compare.run import prompt_source
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.foreign_text import shown_name
-from rlr_peft.intervals import with_error
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
-from rlr_peft.lora.verify import VERIFIED_IMAGES
+from rlr_peft.lora.export import VERIFIED_IMAGES
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pairs
 from rlr_peft.publishing.record import Images, StoredCard
+from rlr_peft.reports import with_error
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import logged_metrics, run_record
 from rlr_peft.training.learning_signal import LearningSignal

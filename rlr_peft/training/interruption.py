@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from rlr_peft.build.liveness import repeating
+from rlr_peft.build.processes import repeating
 
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
 

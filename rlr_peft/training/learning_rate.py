@@ -16,7 +16,7 @@ import torch
 
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import Run
-from rlr_peft.chain.trajectory import Trajectory
+from rlr_peft.chain.interface import Trajectory
 
 logger = logging.getLogger(__name__)
 

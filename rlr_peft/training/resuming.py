@@ -3,19 +3,21 @@
 import itertools
 import logging
 import os
+import random
 import shutil
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from rlr_peft.build.optimizer import restore_ema, restore_optimizer
-from rlr_peft.build.randomness import capture_random_states, restore_random_states
 from rlr_peft.build.run import Run
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.errors import UserError
 from rlr_peft.lora import lora_parameters, save_lora
 from rlr_peft.plain_files import PlainFileError, parse_yaml, read_plain_text
 from rlr_peft.publishing.record import RECORD_NAME
@@ -37,6 +39,10 @@ FREE_TO_CHANGE = {
     *("resume_from_checkpoint", "output_dir", "max_train_steps", "report_to", "logging_dir", "tracker_name"),
     *(field.name for field in fields(HubArguments)),
 }
+
+
+class RandomStatesError(UserError, RuntimeError):
+    """States of generators that this process does not have."""
 
 
 def open_checkpoints(run: Run) -> CheckpointManager:
@@ -277,3 +283,46 @@ def _new_folder(output_dir: Path) -> Path:
     folder = next(path for path in names if not path.exists())
     folder.mkdir()
     return folder
+
+
+def capture_random_states(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators, and of the CUDA device's if `device` is one.
+
+    They repeat what libraries draw; our own draws have seeds of their own. The result holds only what
+    `torch.load(weights_only=True)` reads.
+    """
+    python_version, python_words, python_gauss = random.getstate()
+    of_numpy: Any = numpy.random.get_state(legacy=True)
+    if of_numpy[0] != "MT19937":
+        raise ValueError(f"NumPy's global generator must be MT19937 to be saved; got {of_numpy[0]}.")
+    _, numpy_words, position, has_gauss, cached_gauss = of_numpy
+    states = {
+        "python": [python_version, list(python_words), python_gauss],
+        "numpy": [numpy_words.tolist(), int(position), int(has_gauss), float(cached_gauss)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.device(device).type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, Any], device: torch.device | str = "cpu") -> None:
+    """Puts the generators where `capture_random_states` found them.
+
+    Raises:
+        RandomStatesError: `device` is a CUDA device, but the states were captured without one.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda and "cuda" not in states:
+        raise RandomStatesError(
+            f"The saved random states have no CUDA generator, but this process runs on {device}: "
+            "resume on the kind of device that the checkpoint was written on, or start a new run."
+        )
+    python_version, python_words, python_gauss = states["python"]
+    random.setstate((python_version, tuple(python_words), python_gauss))
+    numpy_words, position, has_gauss, cached_gauss = states["numpy"]
+    numpy.random.set_state(("MT19937", numpy.array(numpy_words, dtype=numpy.uint32), position, has_gauss, cached_gauss))
+    # clones: torch crashes on a state that is a view into a larger tensor
+    torch.set_rng_state(states["torch"].clone())
+    if on_cuda:
+        torch.cuda.set_rng_state(states["cuda"].clone(), device)

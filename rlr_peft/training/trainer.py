@@ -73,7 +73,7 @@ def _claim_folder(run: Run, progress: Progress) -> None:
     aside = claim_output_dir(run.output_dir, progress.resumed_from, progress.step, is_latest=is_latest)
     if aside is not None:
         logger.warning("What another course of training left in %s was moved to %s.", run.output_dir, aside)
-    save_config(run.config, run.output_dir / CONFIG)
+    save_config(run.config, run.output_dir / CONFIG, run.given)
 
 
 def _validate(run: Run, progress: Progress) -> None:
@@ -117,7 +117,7 @@ def _save(run: Run, progress: Progress, checkpoints: CheckpointManager, log: Run
     with run.processes.doing(f"saving checkpoint-{progress.step}"):
         path = save_checkpoint(run, progress, checkpoints)
     if run.accelerator.is_main_process and not (run.output_dir / CONFIG).exists():
-        save_config(run.config, run.output_dir / CONFIG)
+        save_config(run.config, run.output_dir / CONFIG, run.given)
         logger.warning("%s was removed while the run wrote to it: it is there again.", run.output_dir / CONFIG)
     if unwritten is not None:
         raise MetricsError(

@@ -14,9 +14,9 @@ from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, Rollout, accumulate, coverage_of
+from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
-from rlr_peft.estimators.sampling import Batch, sample_batch
+from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.learning_rate import is_unknown, take_first_step

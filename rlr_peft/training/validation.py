@@ -6,17 +6,18 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.build.drawing import ImagesError, render
-from rlr_peft.build.randomness import capture_random_states, derive_seed, restore_random_states
+from rlr_peft.build.chain import ImagesError, render
+from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
+from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
 from rlr_peft.compare.evaluation import Evaluation, evaluate, prompts_and_seeds
-from rlr_peft.compare.features import AUTO, FeatureExtractor, find_features
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.preprocessing import to_8_bit
+from rlr_peft.training.resuming import capture_random_states, restore_random_states
 
 logger = logging.getLogger(__name__)
 

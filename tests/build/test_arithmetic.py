@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlr_peft.build.run import Arithmetic, arithmetic_of
+from rlr_peft.build import Arithmetic, arithmetic_of
 from rlr_peft.config import load_config
 from tests.config.loading import REQUIRED
 

@@ -10,16 +10,21 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_dispatch import attention_backend
 
-from rlr_peft.build.machine import WITHOUT_GPU, prepare_machine
-from rlr_peft.build.pipeline import compile_denoisers, load_pipeline, set_attention_backend
-from rlr_peft.build.run import build_run
-from rlr_peft.chain.adjoint import Segment, run
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.families import default_lora_targets, family_of
-from rlr_peft.chain.memory import ModelOffload, offload_models, working_device
+from rlr_peft.build import build_run, compile_denoisers, load_pipeline, prepare_machine, set_attention_backend
+from rlr_peft.build.machine import WITHOUT_GPU
+from rlr_peft.chain import (
+    DenoisingChain,
+    ModelOffload,
+    Segment,
+    default_lora_targets,
+    family_of,
+    offload_models,
+    run,
+    working_device,
+)
 from rlr_peft.config import ConfigError, ModelArguments, load_config
 from rlr_peft.lora import attach_lora
-from rlr_peft.training.finishing import finish
+from rlr_peft.training import finish
 from tests.families.image_pipelines import flux
 from tests.pipelines import chain_over, tiny_stable_diffusion
 from tests.training.runs import config_file, start, train_here

@@ -9,15 +9,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.build.run import Run, build_run
+from rlr_peft.build import Run, build_run
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.lora import lora_parameters
 from rlr_peft.prompt import Prompt, PromptError
-from rlr_peft.publishing.record import load_stored_card
-from rlr_peft.training.finishing import finish
-from rlr_peft.training.resuming import resume
-from rlr_peft.training.trainer import train
-from rlr_peft.training.validation import evaluate_base
+from rlr_peft.publishing import load_stored_card
+from rlr_peft.training import evaluate_base, finish, resume, train
 from tests.training.runs import config_file
 
 PROMPTS = ["red ball", {"text": "blue box", "weight": 2}, "sky"]

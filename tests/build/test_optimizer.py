@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rlr_peft.build.optimizer import build_lr_scheduler, build_optimizer, restore_optimizer
+from rlr_peft.build import build_lr_scheduler, build_optimizer, restore_optimizer
 from rlr_peft.config import OptimizerArguments
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_peft.build.run import build_run
+from rlr_peft.build import build_run
 from rlr_peft.config import ConfigError, load_config
 from tests.programs import Program
 from tests.training.runs import config_file, of_two_processes

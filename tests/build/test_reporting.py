@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlr_peft.build import attach_adapters, build_chain, check_trajectory, load_pipeline, reporting_errors
 from rlr_peft.build import chain as chain_building
-from rlr_peft.build.chain import attach_adapters, build_chain, check_trajectory
-from rlr_peft.build.pipeline import load_pipeline
-from rlr_peft.build.reporting import reporting_errors
-from rlr_peft.chain.families import family_of
+from rlr_peft.chain import family_of
 from rlr_peft.config import ConfigError, load_config
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards import load_reward
 from tests.programs import completed
 
 # Real limits of the operating system: a longer file cannot be written, as on a full disk.

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment, run
-from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain import DenoisingChain, IntoParameters, ReplayedStep, Segment, run
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 

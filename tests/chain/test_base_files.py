@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlr_peft.build.pipeline import load_pipeline
-from rlr_peft.chain.base_files import BaseModelError, read_model_index
+from rlr_peft.build import load_pipeline
+from rlr_peft.chain import BaseModelError, read_model_index
 from rlr_peft.config import ModelArguments
-from rlr_peft.plan.blueprint import find_architecture
+from rlr_peft.plan import find_architecture
 from tests.pipelines import tiny_stable_diffusion
 
 UNET = "unet/diffusion_pytorch_model"

@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from rlr_peft.chain.grid import diffusion_grid
-from rlr_peft.chain.path import PathPoint, gaussian_step, output_sensitivity, step_std
+from rlr_peft.chain import PathPoint, diffusion_grid, gaussian_step, output_sensitivity, step_std
 
 KINDS = ("ancestral", "flow-sde", "cps", "ode")
 DIFFUSION = PathPoint(0.6, 0.8), PathPoint(0.8, 0.6)

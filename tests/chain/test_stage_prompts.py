@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.prompt import Prompt
-from rlr_peft.stages import make_stages
+from rlr_peft.chain import DenoisingChain
+from rlr_peft.prompt import Prompt, make_stages
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 STAGES = make_stages(("early", "middle", "late"), (0.4, 0.2, 0.4))  # of 5 steps: 5-4, 3, 2-1

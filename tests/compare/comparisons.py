@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlr_peft.compare.comparison import Comparison, MeasuredReward, Model
-from rlr_peft.compare.evaluation import Evaluation, make_pictures
+from rlr_peft.compare import Comparison, Evaluation, MeasuredReward, Model, make_pictures
 
 TRAINED, HELDOUT = MeasuredReward("reward", "judge"), MeasuredReward("heldout", "other judge", heldout=True)
 

@@ -8,14 +8,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cosine
 
-from rlr_peft.compare.distances import (
-    has_noise,
-    mean_distances,
-    measure_divergence,
-    path_divergence,
-    prompt_distances,
-    variety,
-)
+from rlr_peft.compare import has_noise, mean_distances, measure_divergence, path_divergence, prompt_distances, variety
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import move_parameters
 

@@ -19,11 +19,9 @@ from transformers import (
     ViTModel,
 )
 
-from rlr_peft.compare.features import RewardFeatures, Thumbnails, VisionModelFeatures, find_features
+from rlr_peft.compare import RewardFeatures, Thumbnails, VisionModelFeatures, find_features
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.combination import HeldoutRewards, Term, WeightedRewards
-from rlr_peft.rewards.model_reward import ModelSettings, SeeingReward
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards import HeldoutRewards, ModelSettings, SeeingReward, Term, WeightedRewards, load_reward
 from rlr_peft.tiny_shapes.judges import load_judge
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -13,13 +13,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from rlr_peft.compare.features import Thumbnails
-from rlr_peft.compare.kept import KeptFeatures, KeptImages, KeptReward, kept_divergence
+from rlr_peft.compare import KeptFeatures, KeptImages, KeptReward, Thumbnails, kept_divergence
 from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt
-from rlr_peft.rewards.base import Reward, Scored, measure_images
-from rlr_peft.rewards.remote import RemoteReward
-from rlr_peft.rewards.server import RewardServer
+from rlr_peft.rewards import RemoteReward, Reward, RewardServer, Scored, measure_images
 
 PROMPTS, SEEDS = [Prompt("a cat"), Prompt("a dog, “quoted” 日本")], [7, 4294967295]
 

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from rlr_peft.compare.comparison import Comparison, Model
-from rlr_peft.compare.report import write_page_and_scores
+from rlr_peft.compare import Comparison, Model, write_page_and_scores
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

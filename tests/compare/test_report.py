@@ -12,13 +12,26 @@ from datasets import load_dataset
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from rlr_peft.compare.comparison import Comparison, Model, notes, unique_labels
-from rlr_peft.compare.figures import figures, inline_svg
-from rlr_peft.compare.page import chosen_pairs
-from rlr_peft.compare.report import plain_numbers, score_columns, write_page_and_scores, write_report, write_scores
-from rlr_peft.compare.tables import console_text, markdown, tables
-from rlr_peft.intervals import with_error
-from rlr_peft.reports import write_numbers
+from rlr_peft.compare import (
+    Comparison,
+    Model,
+    chosen_pairs,
+    console_text,
+    figures,
+    inline_svg,
+    markdown,
+    notes,
+    plain_numbers,
+    score_columns,
+    unique_labels,
+    write_page_and_scores,
+    write_report,
+    write_scores,
+)
+from rlr_peft.compare import (
+    report as tables,
+)
+from rlr_peft.reports import with_error, write_numbers
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
 BASE = {"reward": [0.1, 0.2, 0.3, 0.4], "heldout": [1.0, 2.0, 3.0, 4.0]}

@@ -7,12 +7,12 @@ import pytest
 
 from rlr_peft.cli.main import main
 from rlr_peft.cli.serve_reward_command import ServeFlags
-from rlr_peft.compare.command import CompareFlags
+from rlr_peft.compare import CompareFlags
 from rlr_peft.config.knob import Group
 from rlr_peft.config.parsing import read_words
-from rlr_peft.diagnose.command import DiagnoseFlags
-from rlr_peft.plan.command import PlanFlags
-from rlr_peft.publishing.commands import CardFlags, MergeFlags, PushFlags
+from rlr_peft.diagnose import DiagnoseFlags
+from rlr_peft.plan import PlanFlags
+from rlr_peft.publishing import CardFlags, MergeFlags, PushFlags
 
 
 def read(flags: type[Group], *words: str, place: str | None = None) -> Any:

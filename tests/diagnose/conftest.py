@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlr_peft.diagnose.diagnosis import Diagnosis
+from rlr_peft.diagnose import Diagnosis
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.diagnose.diagnoses import WavyReward, chaotic_chain, diagnosis_of
 

@@ -5,12 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from rlr_peft.config import Config, load_config
-from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, diagnose
-from rlr_peft.diagnose.evidence import Evidence, gather_evidence
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.step_gradients import GradientSketch
+from rlr_peft.diagnose import Diagnosis, Evidence, MethodResult, diagnose, gather_evidence
+from rlr_peft.estimators import GradientSketch, Objective, Rollout, leave_one_out
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 
 GROUP = 4

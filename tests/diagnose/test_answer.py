@@ -6,13 +6,20 @@ import pytest
 import torch
 
 from rlr_peft.config import load_config
-from rlr_peft.diagnose.costs import clear_gradients
-from rlr_peft.diagnose.diagnosis import Diagnosis
-from rlr_peft.diagnose.estimates import SampleEstimates, noise_scale, sample_estimates
-from rlr_peft.diagnose.methods import methods_to_compare
-from rlr_peft.diagnose.recommendation import recommend
-from rlr_peft.diagnose.report import plain_numbers
-from rlr_peft.diagnose.worth import UpdateSize, agreement, improvement_per_cost, length_along
+from rlr_peft.diagnose import (
+    Diagnosis,
+    SampleEstimates,
+    UpdateSize,
+    agreement,
+    clear_gradients,
+    improvement_per_cost,
+    length_along,
+    methods_to_compare,
+    noise_scale,
+    plain_numbers,
+    recommend,
+    sample_estimates,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.diagnose.diagnoses import (
     REQUIRED,

@@ -5,27 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.diagnose.costs import evenly_spread
-from rlr_peft.diagnose.estimates import (
+from rlr_peft.diagnose import (
+    DiagnosisError,
+    Evidence,
     SampleEstimates,
     black_box_tail,
     cosine_to_reference,
     drawn_score_terms,
+    evenly_spread,
     first_and_half_order,
     first_half,
+    gather_evidence,
+    methods_to_compare,
     mixed_orders,
     noise_scale,
     pathwise_tail,
     sample_estimates,
     score_terms,
 )
-from rlr_peft.diagnose.evidence import DiagnosisError, Evidence, gather_evidence
-from rlr_peft.diagnose.methods import methods_to_compare
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients
-from rlr_peft.estimators.variance import variance_and_error
+from rlr_peft.estimators import GradientSketch, HalfOrder, RLREstimator, RLRSettings, StepGradients, variance_and_error
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.diagnose.diagnoses import GROUP, SAMPLES, config_with, evidence_of, rollout_of, sketch_of
 

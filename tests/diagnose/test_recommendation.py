@@ -7,14 +7,10 @@ import pytest
 import torch
 
 from rlr_peft.config import load_config
-from rlr_peft.diagnose.diagnosis import Diagnosis, diagnose, stages_of
-from rlr_peft.diagnose.recommendation import recommend
-from rlr_peft.diagnose.report import plain_numbers
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.sampling import sample_batch
+from rlr_peft.diagnose import Diagnosis, diagnose, plain_numbers, recommend, stages_of
+from rlr_peft.estimators import DecodedReward, leave_one_out, sample_batch
 from rlr_peft.lora import adapter_disabled, attach_lora
-from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.rewards import CallableReward
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.diagnose.diagnoses import (
     REQUIRED,

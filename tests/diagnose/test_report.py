@@ -7,9 +7,7 @@ from pathlib import Path
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from rlr_peft.diagnose.diagnosis import Diagnosis
-from rlr_peft.diagnose.recommendation import recommend
-from rlr_peft.diagnose.report import console_text, write_report
+from rlr_peft.diagnose import Diagnosis, console_text, recommend, write_report
 from tests.pipelines import tiny_stable_diffusion
 from tests.programs import completed
 

@@ -4,12 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from rlr_peft.chain.adjoint import Booking
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.chain import Booking, Chain, DenoisingChain
+from rlr_peft.estimators import Book, Objective, Rollout, leave_one_out
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.pipelines import chain_over, tiny_stable_diffusion

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators.auto import AutoEstimator, Weights, promise
-from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.step_gradients import GradientMoments
+from rlr_peft.estimators import AutoEstimator, GradientMoments, Weights, build_estimator, promise
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 

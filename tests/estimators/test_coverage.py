@@ -6,12 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.base import Coverage, CoverageError
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import Coefficients, Layout, RLRSettings, lay_out
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.variance import StepVariances
-from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.estimators import (
+    Coefficients,
+    Coverage,
+    CoverageError,
+    HalfOrder,
+    Layout,
+    RLREstimator,
+    RLRSettings,
+    StepVariances,
+    ZerothOrder,
+    lay_out,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import book_of_blocks, rollout_of
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from rlr_peft.estimators.step_gradients import GradientSketch
+from rlr_peft.estimators import GradientSketch
 
 SHAPES = [(3, 4), (7,), (2, 2, 5)]
 

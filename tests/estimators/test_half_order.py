@@ -8,15 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlr_peft.estimators.half_order import (
-    Block,
-    HalfOrder,
-    draw,
-    draw_probabilities,
-    expected_draws,
-    free_blocks,
-    tiles,
-)
+from rlr_peft.estimators import Block, HalfOrder, draw, draw_probabilities, expected_draws, free_blocks, tiles
 
 
 @given(first=st.integers(1, 5), extent=st.integers(1, 30), length=st.integers(1, 8))

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from rlr_peft.chain import adjoint
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.estimators.kl import KLPenalty, NoDivergenceError, kl_segments, path_kl, reference_steps, step_kl
+from rlr_peft.estimators import KLPenalty, NoDivergenceError, Rollout, kl_segments, path_kl, reference_steps, step_kl
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 from tests.pipelines import chain_over, tiny_stable_diffusion

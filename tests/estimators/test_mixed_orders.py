@@ -5,12 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlr_peft.chain import adjoint
-from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
-from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.chain import Chain, adjoint
+from rlr_peft.estimators import DecodedReward, Rollout, first_order_segment, mixed_segment
+from rlr_peft.rewards import CallableReward
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 

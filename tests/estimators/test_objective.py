@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain import DenoisingChain
 from rlr_peft.errors import RewardError
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.estimators import DecodedReward, leave_one_out
+from rlr_peft.rewards import CallableReward, load_reward
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red", "blue b", "c"]

@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from rlr_peft.chain.adjoint import Segment
+from benchmarks.guided_mixture import GuidedMixtureChain
+from rlr_peft.chain import Segment
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators.base import CoverageError, Rollout
-from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.pathwise import PathwiseEstimator, leap_weights, step_sizes
-from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.estimators import (
+    CoverageError,
+    DecodedReward,
+    PathwiseEstimator,
+    Rollout,
+    build_estimator,
+    leap_weights,
+    step_sizes,
+)
+from rlr_peft.rewards import CallableReward
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.chains import GuidedMixtureChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
-from rlr_peft.estimators.variance import best_first_order_steps, inverse_variance_weights
+from rlr_peft.estimators import (
+    best_first_order_steps,
+    half_order_length_for_compute,
+    half_order_length_for_memory,
+    inverse_variance_weights,
+)
 
 
 def test_the_best_k_has_the_smallest_sum_of_variances() -> None:

@@ -5,13 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.advantages import group_normalized
-from rlr_peft.estimators.base import Book, Rollout
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings, clipped_cotangent, single_steps
-from rlr_peft.estimators.rlr import RLREstimator
+from rlr_peft.chain import Chain
+from rlr_peft.estimators import (
+    Book,
+    HalfOrder,
+    PolicyGradientEstimator,
+    PolicyGradientSettings,
+    RLREstimator,
+    RLRSettings,
+    Rollout,
+    clipped_cotangent,
+    group_normalized,
+    single_steps,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 

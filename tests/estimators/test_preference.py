@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.policy import single_steps
-from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings, preference_cotangent
+from rlr_peft.estimators import (
+    HalfOrder,
+    PreferenceEstimator,
+    PreferenceSettings,
+    Rollout,
+    preference_cotangent,
+    single_steps,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 

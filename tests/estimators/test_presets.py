@@ -6,14 +6,21 @@ import pytest
 
 from rlr_peft.config import EstimatorArguments
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
-from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
-from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.presets import build_estimator, settings_from_arguments
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.estimators import (
+    Coefficients,
+    HalfOrder,
+    PathwiseEstimator,
+    PathwiseSettings,
+    PolicyGradientEstimator,
+    PolicyGradientSettings,
+    PreferenceEstimator,
+    PreferenceSettings,
+    RLREstimator,
+    RLRSettings,
+    ZerothOrder,
+    build_estimator,
+    settings_from_arguments,
+)
 
 SINGLE = HalfOrder(1, "all")
 

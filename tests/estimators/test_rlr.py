@@ -6,11 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.base import Book
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.variance import NORM_DECAY, StepGains, StepVariances
+from rlr_peft.estimators import Book, Coefficients, HalfOrder, RLREstimator, RLRSettings, StepGains, StepVariances
+from rlr_peft.estimators.variance import NORM_DECAY
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import book_of_blocks, gradient_of, rollout_of
 

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.roulette import SMALLEST_PROBABILITY, roulette_probabilities, roulette_weights
-from rlr_peft.estimators.step_gradients import GradientMoments
+from rlr_peft.estimators import (
+    GradientMoments,
+    HalfOrder,
+    RLREstimator,
+    RLRSettings,
+    roulette_probabilities,
+    roulette_weights,
+)
+from rlr_peft.estimators.roulette import SMALLEST_PROBABILITY
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.sampling import Batch, mirrored_pairs, sample_batch
-from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.chain import DenoisingChain
+from rlr_peft.estimators import Batch, DecodedReward, leave_one_out, mirrored_pairs, sample_batch
+from rlr_peft.rewards import CallableReward
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 PROMPTS = ["red"] * 4 + ["blue"] * 4

@@ -3,14 +3,19 @@
 import pytest
 import torch
 
+from benchmarks.guided_mixture import GuidedMixtureChain, WaveReward
 from rlr_peft.chain import adjoint
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.variance import SignalSizes, StepGains, StepVariances
+from rlr_peft.estimators import (
+    HalfOrder,
+    RLREstimator,
+    RLRSettings,
+    SignalSizes,
+    StepGains,
+    StepVariances,
+    first_order_segment,
+    mixed_segment,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
 from tests.estimators.chains import gradient_of, rollout_of
 
 

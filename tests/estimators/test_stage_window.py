@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from rlr_peft.config.methods import RLRArguments
-from rlr_peft.estimators.half_order import StageWindow, choose_stage
-from rlr_peft.estimators.presets import build_estimator
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.step_gradients import StepGradients, step_energies
-from rlr_peft.stages import make_stages
+from rlr_peft.estimators import RLREstimator, StageWindow, StepGradients, build_estimator, choose_stage, step_energies
+from rlr_peft.prompt import make_stages
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import rollout_of
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.half_order import BaselineObservation, StateBaseline
+from rlr_peft.estimators import BaselineObservation, StateBaseline
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import rollout_of
 

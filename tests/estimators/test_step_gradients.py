@@ -7,21 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators.base import CoverageError, Rollout
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import RLRSettings
-from rlr_peft.estimators.objective import Objective
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
-from rlr_peft.estimators.variance import (
+from benchmarks.guided_mixture import WaveReward
+from rlr_peft.estimators import (
+    CoverageError,
+    GradientSketch,
+    HalfOrder,
+    Objective,
+    RLREstimator,
+    RLRSettings,
+    Rollout,
     StepGains,
+    StepGradients,
     StepVariances,
     best_first_order_steps,
+    measure_step_gradients,
     step_variances,
     variance_and_error,
 )
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.chains import WaveReward
 from tests.estimators.chains import flat, gradient_of, rollout_of
 
 SINGLE = HalfOrder(1, "all")

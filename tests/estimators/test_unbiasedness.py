@@ -11,18 +11,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.trajectory import Trajectory
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Estimator, Rollout
-from rlr_peft.estimators.half_order import HalfOrder, StateBaseline
-from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
-from rlr_peft.estimators.policy import PolicyGradientEstimator, PolicyGradientSettings
-from rlr_peft.estimators.preference import PreferenceEstimator, PreferenceSettings
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.variance import StepVariances
-from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.chain import Chain, Trajectory
+from rlr_peft.estimators import (
+    Coefficients,
+    Estimator,
+    HalfOrder,
+    PathwiseEstimator,
+    PathwiseSettings,
+    PolicyGradientEstimator,
+    PolicyGradientSettings,
+    PreferenceEstimator,
+    PreferenceSettings,
+    RLREstimator,
+    RLRSettings,
+    Rollout,
+    StateBaseline,
+    StepVariances,
+    ZerothOrder,
+    leave_one_out,
+)
 from rlr_peft.testing import EstimatorBias, LinearGaussianChain, measure_bias
 from rlr_peft.testing.unbiasedness import critical_z
 

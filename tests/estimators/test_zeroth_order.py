@@ -2,10 +2,7 @@
 
 import torch
 
-from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.layout import Coefficients, RLRSettings
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.estimators import Coefficients, HalfOrder, RLREstimator, RLRSettings, ZerothOrder
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 

@@ -8,10 +8,10 @@ import diffusers
 import pytest
 import yaml
 
-from rlr_peft.chain.families import family_of_class
+from rlr_peft.chain import family_of_class
 from rlr_peft.config import Config, load_config
-from rlr_peft.plan.run import plan_run
-from rlr_peft.rewards.registry import available_rewards
+from rlr_peft.plan import plan_run
+from rlr_peft.rewards import available_rewards
 from tests.programs import ROOT
 
 # What a checkpoint is, as its `model_index.json` and the configs of its parts say: pipeline, denoiser, VAE.

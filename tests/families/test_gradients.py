@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlr_peft.chain.adjoint import Segment, run
+from rlr_peft.chain import Segment, run
 from tests.families.table import CASES, NUM_STEPS, load
 from tests.pipelines import chain_over
 

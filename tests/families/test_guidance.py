@@ -10,8 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain.adjoint import ReplayedStep
-from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain import DenoisingChain, ReplayedStep
 from tests.families.table import CASES, PROMPTS, load
 from tests.pipelines import chain_over
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AnimateDiffPipeline, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 
-from rlr_peft.build.pipeline import load_pipeline
+from rlr_peft.build import load_pipeline
 from rlr_peft.config import ModelArguments
 from tests.families.table import load
 from tests.families.video_pipelines import animatediff_unet

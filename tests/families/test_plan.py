@@ -8,14 +8,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from rlr_peft.build.chain import attach_adapters, build_chain
+from rlr_peft.build import attach_adapters, build_chain
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain.adjoint import ReplayedStep
-from rlr_peft.chain.families import family_of
+from rlr_peft.chain import ReplayedStep, family_of
 from rlr_peft.config import Config, load_config
-from rlr_peft.plan.blueprint import build_pipeline, find_architecture
+from rlr_peft.plan import PlanError, build_pipeline, find_architecture, plan_run
 from rlr_peft.plan.parts import PHASES
-from rlr_peft.plan.run import PlanError, plan_run
 from tests.families.table import CASES
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlr_peft.chain.scheduler import build_scheduler
+from rlr_peft.chain import build_scheduler
 from tests.families.table import CASES, NUM_STEPS, PROMPTS, VIDEOS, load
 from tests.pipelines import chain_over
 

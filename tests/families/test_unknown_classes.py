@@ -15,7 +15,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from rlr_peft.chain.families import default_lora_targets, family_of
+from rlr_peft.chain import default_lora_targets, family_of
 from rlr_peft.lora import attach_lora, save_lora, verify_lora_reloads
 from tests.families.image_pipelines import flow_vae
 from tests.families.table import CASES, PROMPTS, load

@@ -8,9 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rlr_peft.publishing.bases import License
-from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.record import Base, Images, Rewards, RunRecord, StoredCard
+from rlr_peft.publishing import Base, Images, License, Rewards, RunRecord, StoredCard, write_card
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METRICS = {

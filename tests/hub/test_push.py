@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_peft.publishing.hub_client import HubError
-from rlr_peft.publishing.uploads import published_files
+from rlr_peft.publishing import HubError, published_files
 from tests.hub.cases import DOCUMENT, INCOMPLETE, LASTING, PASSING, REFUSED, WHOAMI, name_of, with_table
 from tests.hub.folders import PRIVATE, WEIGHTS, output_folder
 from tests.hub.processes import OWNER, LoopbackHub, run

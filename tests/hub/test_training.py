@@ -144,7 +144,7 @@ READ_PROMPTS = """
 import json, sys
 from rlr_peft.prompt import PromptError, texts_of
 from rlr_peft.prompts.files import Columns
-from rlr_peft.prompts.sources import dataset_prompts
+from rlr_peft.prompts.tables import dataset_prompts
 from rlr_peft.prompts.tables import DatasetSpec
 for name, streaming in json.loads(sys.argv[1]):
     try:

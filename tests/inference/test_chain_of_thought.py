@@ -13,11 +13,11 @@ import torch
 import yaml
 
 import train_rlr_lora
-from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build import derive_seed
 from rlr_peft.config import ConfigError
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt, PromptError
-from rlr_peft.prompts.chain_of_thought import decompose_by_rules
+from rlr_peft.prompts import decompose_by_rules
 from tests.families.table import CASES, VIDEOS, load
 from tests.pipelines import tiny_stable_diffusion
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlr_peft.byte_counters import LiveMemory
-from rlr_peft.plan.meta_device import KnownValues
+from rlr_peft.plan import KnownValues
 
 MASK = [[1, 1, 0, 0], [1, 0, 1, 1]]
 

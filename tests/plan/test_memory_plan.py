@@ -16,28 +16,30 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
-from rlr_peft.chain.adjoint import ReplayedStep
-from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain import DenoisingChain, ReplayedStep
 from rlr_peft.cli.main import main
 from rlr_peft.config import Config
 from rlr_peft.lora import attach_lora
-from rlr_peft.plan.blueprint import ArchitectureError, build_model, build_pipeline, find_architecture, find_component
-from rlr_peft.plan.measurements import blank_trajectory, measure
-from rlr_peft.plan.parts import (
-    ADJOINT,
-    DECODE,
-    ENCODING,
-    PHASES,
-    SAMPLING,
-    VERIFICATION,
+from rlr_peft.plan import (
+    ArchitectureError,
     Facts,
     MemoryPlan,
     Options,
     add_up,
+    blank_trajectory,
+    build_model,
+    build_pipeline,
+    find_architecture,
+    find_component,
+    measure,
+    optimizer_bytes,
+    plan_run,
+    reward_memory,
+    suggestions,
+    verdict,
+    weight_bytes,
 )
-from rlr_peft.plan.report import suggestions, verdict
-from rlr_peft.plan.run import plan_run
-from rlr_peft.plan.weights import optimizer_bytes, reward_memory, weight_bytes
+from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, VERIFICATION
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 META = torch.device("meta")
@@ -289,7 +291,7 @@ def test_rewards_of_known_size_and_of_the_users_own() -> None:
 @pytest.fixture(scope="module")
 def facts(pipeline_of: Callable[[str], Any]) -> Facts:
     """SD1.5's decode and step at made-up sizes that make each phase easy to tell."""
-    from rlr_peft.plan.measurements import Differentiated, Measurements
+    from rlr_peft.plan import Differentiated, Measurements
 
     return Facts(
         measured=Measurements(

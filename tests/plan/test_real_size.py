@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.real_size import CASES, TINY, main, measure_case, quantize
-from rlr_peft.plan.blueprint import shipped_ids
+from rlr_peft.plan import shipped_ids
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels' workspaces count too")

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 
 from rlr_peft.prompt import Prompt, PromptError, texts_of
-from rlr_peft.prompts.chain_of_thought import (
+from rlr_peft.prompts import (
     MalformedStagesError,
     RememberedStages,
     decompose_prompts,

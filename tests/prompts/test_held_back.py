@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlr_peft.prompt import PromptError, as_prompts
-from rlr_peft.prompts.sources import hold_back, is_held_back
+from rlr_peft.prompts import hold_back, is_held_back
 
 
 @given(st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=40), st.floats(0.1, 99.9))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlr_peft.prompt import PromptError
-from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel, instructions
+from rlr_peft.prompts import EndpointModel, LanguageModelDecomposer, TransformersModel, instructions
 from tests.prompts.chat_server import chat_server, completion
 from tests.rewards.faulty_server import running
 

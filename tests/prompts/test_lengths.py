@@ -5,7 +5,8 @@ from diffusers import CogVideoXPipeline, FluxPipeline, LTXPipeline, StableDiffus
 from transformers import T5Tokenizer
 
 from rlr_peft.prompt import Prompt, as_prompts
-from rlr_peft.prompts.lengths import MAX_CHECKED, default_sequence_length, find_over_long
+from rlr_peft.prompts import default_sequence_length, find_over_long
+from rlr_peft.prompts.lengths import MAX_CHECKED
 from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
 
 

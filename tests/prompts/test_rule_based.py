@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlr_peft.prompts.chain_of_thought import SCALES, decompose_by_rules
+from rlr_peft.prompts import decompose_by_rules
+from rlr_peft.prompts.chain_of_thought import SCALES
 from rlr_peft.tiny_shapes import scenes
 
 

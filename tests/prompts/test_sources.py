@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlr_peft.prompt import PromptError, texts_of
-from rlr_peft.prompts.sampler import PromptSampler
-from rlr_peft.prompts.sources import load_prompts
+from rlr_peft.prompts import PromptSampler, load_prompts
 from rlr_peft.tiny_shapes import scenes
 
 

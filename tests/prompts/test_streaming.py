@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlr_peft.prompt import PromptError
-from rlr_peft.prompts.sampler import CURSORS, StreamingPromptSampler
+from rlr_peft.prompts import StreamingPromptSampler
+from rlr_peft.prompts.sampler import CURSORS
 
 
 class Stream:

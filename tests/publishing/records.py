@@ -5,9 +5,18 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.publishing.bases import License
-from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.record import Base, ImagePair, Images, Prompts, Rewards, RunRecord, Sampling, StoredCard
+from rlr_peft.publishing import (
+    Base,
+    ImagePair,
+    Images,
+    License,
+    Prompts,
+    Rewards,
+    RunRecord,
+    Sampling,
+    StoredCard,
+    write_card,
+)
 
 METRICS = {
     "reward_before": 0.6123,

@@ -12,13 +12,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rlr_peft.foreign_text import fenced
-from rlr_peft.intervals import with_error
 from rlr_peft.lora import WEIGHT_NAME
 from rlr_peft.lora.export import KOHYA_NAME
-from rlr_peft.publishing.bases import License
-from rlr_peft.publishing.record import ImagePair, Rewards, RunRecord
-from rlr_peft.publishing.uploads import is_ours
+from rlr_peft.publishing import ImagePair, License, Rewards, RunRecord, is_ours
 from rlr_peft.redaction import redacted, redacted_command
+from rlr_peft.reports import with_error
 from tests.publishing.records import CONFIG, FULL, METRICS, MINIMAL, changed, write
 
 KNOWN = [("machine", name) for name in ("command", "hardware", "versions", "commit")]

@@ -6,8 +6,7 @@ import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from rlr_peft.publishing import hub_client
-from rlr_peft.publishing.hub_client import HubError, open_destination, patiently
+from rlr_peft.publishing import HubError, hub_client, open_destination, patiently
 
 
 def answers(headers: dict[str, str], status: int = 429) -> HfHubHTTPError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from rlr_peft.publishing.card import default_template_path
+from rlr_peft.publishing import default_template_path
 
 REPOSITORY = Path(__file__).parents[2]
 BUILD = "from setuptools.build_meta import build_wheel; build_wheel('.')"

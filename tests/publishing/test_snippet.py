@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from rlr_peft.lora import attach_lora, save_lora
-from rlr_peft.publishing.bases import License, base_kind, base_license
+from rlr_peft.publishing import License, base_kind, base_license
 from rlr_peft.tiny_shapes import pipeline_path
 from tests.pipelines import tiny_stable_diffusion
 from tests.programs import completed

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlr_peft.cli.main import main
-from rlr_peft.publishing.card import TemplateError, addressed_card, write_card
-from rlr_peft.publishing.record import StoredCard, load_stored_card
+from rlr_peft.publishing import StoredCard, TemplateError, addressed_card, load_stored_card, write_card
 from tests.publishing.records import FULL, write
 from tests.publishing.test_card import check_sections
 

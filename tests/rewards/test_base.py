@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import Reward, Scored, score_images
-from rlr_peft.rewards.scores import check_scores, info_of, is_attached
+from rlr_peft.rewards import Reward, Scored, check_scores, info_of, is_attached, score_images
 
 PROMPTS = ["a red star", "a blue ring", "a green moon"]
 

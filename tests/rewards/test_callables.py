@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import score_images
-from rlr_peft.rewards.callables import CallableReward
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards import CallableReward, load_reward, score_images
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
 PROMPTS = ["one", "two", "three", "four"]

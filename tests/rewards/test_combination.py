@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import Reward, Scored, measure_images, score_images
-from rlr_peft.rewards.combination import (
-    DECAY,
+from rlr_peft.rewards import (
     HeldoutRewards,
+    Reward,
     RunningScale,
+    Scored,
     Term,
     WeightedRewards,
-    _variance,
+    load_reward,
+    measure_images,
+    score_images,
 )
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards.combination import DECAY, _variance
 
 PROMPTS = ["a", "b", "c"]
 

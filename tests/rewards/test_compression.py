@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import score_images
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards import load_reward, score_images
 
 PROMPTS = ["flat", "noise"]
 

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlr_peft.rewards.base import measure_images
-from rlr_peft.rewards.registry import load_reward
-from rlr_peft.rewards.scores import info_means, info_of, join_info
+from rlr_peft.rewards import info_means, info_of, join_info, load_reward, measure_images
 
 SCORES = torch.zeros(3)
 

@@ -14,19 +14,21 @@ from transformers.utils import logging
 from benchmarks.reward_checkpoints import Sizes
 from benchmarks.reward_parity import PROMPTS, local_files, markdown, mixed_images, network_parity, to_tensor
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import score_images
-from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
-from rlr_peft.rewards.image_reward import IMAGE_REWARD
-from rlr_peft.rewards.model_reward import (
+from rlr_peft.rewards import (
     LinearHead,
     ModelFiles,
     ModelReward,
     ModelSettings,
+    RewardSettings,
+    load_reward,
     load_weights,
     loading,
+    score_images,
     weights_dtype,
 )
-from rlr_peft.rewards.registry import MODEL_REWARDS, RewardSettings, load_reward
+from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
+from rlr_peft.rewards.image_reward import IMAGE_REWARD
+from rlr_peft.rewards.registry import MODEL_REWARDS
 from tests.programs import LIBRARIES, completed
 
 IMAGE_REWARDS = ["aesthetic", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.registry import available_rewards, load_reward
+from rlr_peft.rewards import available_rewards, load_reward
 
 
 def test_the_list_holds_every_form() -> None:

@@ -17,10 +17,18 @@ import urllib3
 
 from rlr_peft import json_server
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import measure_images, score_images
-from rlr_peft.rewards.embedded import JpegReward
-from rlr_peft.rewards.registry import RewardSettings, load_reward
-from rlr_peft.rewards.remote import RemoteReward, RemoteSettings, WireError, read_request, request_body
+from rlr_peft.rewards import (
+    JpegReward,
+    RemoteReward,
+    RemoteSettings,
+    RewardSettings,
+    WireError,
+    load_reward,
+    measure_images,
+    read_request,
+    request_body,
+    score_images,
+)
 from tests.programs import Program, completed
 from tests.rewards.faulty_server import running
 

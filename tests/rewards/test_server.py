@@ -19,10 +19,8 @@ import torch
 import urllib3
 from PIL import Image
 
+from rlr_peft.rewards import JpegReward, ServerLimits, TooLargeError, WireError, read_request, request_body
 from rlr_peft.rewards import server as server_module
-from rlr_peft.rewards.embedded import JpegReward
-from rlr_peft.rewards.remote import TooLargeError, WireError, read_request, request_body
-from rlr_peft.rewards.server import ServerLimits
 from tests.rewards.test_remote import start, stop
 
 REQUEST_TIMEOUT = 1.5

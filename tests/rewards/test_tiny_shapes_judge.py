@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.tiny_shapes.drawing import draw
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import Reward, measure_images, score_images
+from rlr_peft.rewards import Reward, load_reward, measure_images, score_images
 from rlr_peft.rewards.embedded import HALF_SCORE_SURPRISE
-from rlr_peft.rewards.registry import load_reward
-from rlr_peft.tiny_shapes.drawing import draw
 from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, scenes
 

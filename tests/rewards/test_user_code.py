@@ -16,8 +16,7 @@ import torch
 
 from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt
-from rlr_peft.rewards.base import Reward, measure_images, score_images
-from rlr_peft.rewards.registry import load_reward
+from rlr_peft.rewards import Reward, load_reward, measure_images, score_images
 from tests.programs import completed
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)

@@ -9,11 +9,20 @@ from torch.nn import functional as F
 
 from benchmarks.reward_checkpoints import Sizes, write_dino
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import Reward, Scored, measure_images, score_images
-from rlr_peft.rewards.combination import Term, WeightedRewards
-from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings
-from rlr_peft.rewards.preprocessing import imagenet_pixels, vbench_pixels
-from rlr_peft.rewards.registry import RewardSettings, load_reward
+from rlr_peft.rewards import (
+    ModelFiles,
+    ModelSettings,
+    Reward,
+    RewardSettings,
+    Scored,
+    Term,
+    WeightedRewards,
+    imagenet_pixels,
+    load_reward,
+    measure_images,
+    score_images,
+    vbench_pixels,
+)
 from rlr_peft.rewards.video import DINO
 
 VIDEOS = torch.rand(2, 3, 3, 24, 40, generator=torch.Generator().manual_seed(0))

@@ -5,10 +5,8 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from rlr_peft.chain.adjoint import Segment
-from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Coverage, Estimator, Rollout
-from rlr_peft.estimators.objective import Objective
+from rlr_peft.chain import Chain, Segment
+from rlr_peft.estimators import Coverage, Estimator, Objective, Rollout
 from rlr_peft.testing import assert_unbiased
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Rollout
-from rlr_peft.testing.chains import GuidedMixtureChain, WaveReward
+from benchmarks.guided_mixture import GuidedMixtureChain, WaveReward
+from rlr_peft.estimators import Rollout, leave_one_out
 
 
 def test_the_prediction_is_the_posterior_mean() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlr_peft.tiny_shapes.drawing import draw
+from benchmarks.tiny_shapes.drawing import draw
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene
 
 SCENE = Scene("sky", "center", "large", "circle", "red", "plain", "none")

@@ -12,10 +12,9 @@ import torch
 import yaml
 
 import train_rlr_lora
-from rlr_peft.build.run import Run, build_run
+from rlr_peft.build import Run, build_run
 from rlr_peft.config import load_config
-from rlr_peft.training.progress import Progress
-from rlr_peft.training.trainer import train
+from rlr_peft.training import Progress, train
 from tests.programs import Program
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

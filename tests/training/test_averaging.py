@@ -8,12 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlr_peft.build.optimizer import averaged, build_ema
+from rlr_peft.build import averaged, build_ema
 from rlr_peft.config import OptimizerArguments
 from rlr_peft.lora import lora_parameters
-from rlr_peft.training.checkpoints import CheckpointError
-from rlr_peft.training.finishing import finish
-from rlr_peft.training.resuming import resume
+from rlr_peft.training import CheckpointError, finish, resume
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 VALUES = {"estimator": "full-bp", "checkpointing_steps": 1, "max_train_steps": 2, "num_inference_steps": 2}

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlr_peft.build.randomness import derive_seed
-from rlr_peft.compare.evaluation import prompts_and_seeds
+from rlr_peft.build import derive_seed
+from rlr_peft.compare import prompts_and_seeds
 from rlr_peft.compare.run import _images_of_each
-from rlr_peft.estimators.kl import step_kl
-from rlr_peft.training.finishing import _source, divergence_from_base
+from rlr_peft.estimators import step_kl
+from rlr_peft.training import divergence_from_base
+from rlr_peft.training.finishing import _source
 from tests.training.runs import build, config_file
 
 

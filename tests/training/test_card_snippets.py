@@ -11,22 +11,14 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
-from rlr_peft.build.chain import build_chain
-from rlr_peft.build.drawing import in_eval_mode
-from rlr_peft.build.run import Run
+from rlr_peft.build import Run, build_chain, in_eval_mode
 from rlr_peft.cli.main import main
 from rlr_peft.config import save_config
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import save_lora
 from rlr_peft.prompt import Prompt
-from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.record import Images, StoredCard
-from rlr_peft.training.card_facts import run_record
-from rlr_peft.training.finishing import finish
-from rlr_peft.training.progress import Progress
-from rlr_peft.training.resuming import resume
-from rlr_peft.training.trainer import train
-from rlr_peft.training.validation import evaluate_base
+from rlr_peft.publishing import Images, StoredCard, write_card
+from rlr_peft.training import Progress, evaluate_base, finish, resume, run_record, train
 from tests.families.image_pipelines import sd3
 from tests.pipelines import chain_over, tiny_stable_diffusion
 from tests.training.runs import build, config_file

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlr_peft.training.checkpoints import CheckpointError, CheckpointManager, load_tensors, read_manifest
+from rlr_peft.training import CheckpointError, CheckpointManager, load_tensors, read_manifest
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 

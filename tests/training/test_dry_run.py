@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlr_peft.reports import duration
-from rlr_peft.training.dry_run import Seconds
+from rlr_peft.training import Seconds
 from tests.training.runs import config_file, run_script
 
 

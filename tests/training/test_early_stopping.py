@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlr_peft.training.progress import KL_WINDOW, EarlyStopping, Stop
+from rlr_peft.training import EarlyStopping, Stop
+from rlr_peft.training.progress import KL_WINDOW
 
 
 def heard(stopping: EarlyStopping, heldout: list[float], first_step: int = 1) -> Stop | None:

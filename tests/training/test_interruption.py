@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlr_peft.training.interruption import GracefulInterruption
+from rlr_peft.training import GracefulInterruption
 
 LOOP = """
 import signal, sys, time

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlr_peft.build.run import Run
-from rlr_peft.training.learning_rate import CHANGE, SAMPLES, is_unknown
-from rlr_peft.training.update import take_update
+from rlr_peft.build import Run
+from rlr_peft.training import is_unknown, take_update
+from rlr_peft.training.learning_rate import CHANGE, SAMPLES
 from tests.training.runs import build, config_file
 
 VALUES = {"estimator": "full-bp", "learning_rate": "auto", "max_train_steps": 4, "num_inference_steps": 3}

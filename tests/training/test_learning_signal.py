@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlr_peft.training.finishing import finish, summary
-from rlr_peft.training.learning_signal import LearningSignal
-from rlr_peft.training.tracking import METRICS_LOG, read_metrics
+from rlr_peft.training import LearningSignal, finish, read_metrics, summary
+from rlr_peft.training.tracking import METRICS_LOG
 from tests.training.runs import config_file, train_here
 
 REWARDS = """

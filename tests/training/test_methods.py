@@ -7,11 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlr_peft.training.checkpoints import CheckpointError
-from rlr_peft.training.finishing import finish
-from rlr_peft.training.learning_signal import LearningSignal
-from rlr_peft.training.tracking import read_metrics
-from rlr_peft.training.update import take_update
+from rlr_peft.training import CheckpointError, LearningSignal, finish, read_metrics, take_update
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 MIXED = {

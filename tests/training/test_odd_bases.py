@@ -12,15 +12,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import train_rlr_lora
-from rlr_peft.build.chain import build_chain
-from rlr_peft.build.drawing import ImagesError, render
+from rlr_peft.build import ImagesError, build_chain, render
 from rlr_peft.cli.main import main
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora
 from rlr_peft.prompt import as_prompts
-from rlr_peft.training.finishing import finish
-from rlr_peft.training.progress import Progress
-from rlr_peft.training.validation import evaluate_base, save_validation_images
+from rlr_peft.training import Progress, evaluate_base, finish, save_validation_images
 from tests.pipelines import tiny_stable_diffusion
 from tests.training.runs import build, config_file
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_peft.training.checkpoints import CheckpointManager
-from rlr_peft.training.resuming import claim_output_dir
+from rlr_peft.training import CheckpointManager, claim_output_dir
 
 FINISHED = ("README.md", "config.yaml", "metrics.jsonl", "pytorch_lora_weights.safetensors", "images/base_0.png")
 

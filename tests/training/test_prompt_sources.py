@@ -11,14 +11,13 @@ import pytest
 import torch
 import yaml
 
-from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build import derive_seed
 from rlr_peft.config import ConfigError
 from rlr_peft.figures import save_image_grid
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt, texts_of
-from rlr_peft.prompts.sources import builtin_texts
-from rlr_peft.training.tracking import stage_prompts_in_words
-from rlr_peft.training.validation import evaluate_base, save_validation_images
+from rlr_peft.prompts import builtin_texts
+from rlr_peft.training import evaluate_base, save_validation_images, stage_prompts_in_words
 from tests.prompts.chat_server import chat_server, completion
 from tests.prompts.test_language_models import small_language_model
 from tests.training.runs import WEIGHTS, build, run_on_two_processes, run_script, train_here

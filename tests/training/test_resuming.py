@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from rlr_peft.config import ConfigError
-from rlr_peft.rewards.base import score_images
-from rlr_peft.rewards.embedded import JpegReward
-from rlr_peft.rewards.server import RewardServer
-from rlr_peft.training.checkpoints import CheckpointError, write_manifest
-from rlr_peft.training.finishing import finish
-from rlr_peft.training.resuming import resume
-from rlr_peft.training.tracking import MetricsError, read_metrics
-from rlr_peft.training.validation import evaluate_base
+from rlr_peft.rewards import JpegReward, RewardServer, score_images
+from rlr_peft.training import CheckpointError, MetricsError, evaluate_base, finish, read_metrics, resume, write_manifest
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 FAST = {"estimator": "full-bp", "checkpointing_steps": 1}

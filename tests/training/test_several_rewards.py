@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 from benchmarks.two_rewards import markdown
 from rlr_peft.rewards.combination import DECAY
-from rlr_peft.training.tracking import read_metrics
-from rlr_peft.training.update import take_update
+from rlr_peft.training import read_metrics, take_update
 from tests.programs import ROOT
 from tests.training.runs import WEIGHTS, build, config_file, finish, run_on_two_processes, start, train_here
 

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from rlr_peft.training.tracking import MetricsLog, read_metrics
+from rlr_peft.training import MetricsLog, read_metrics
 
 
 def write_steps(log: MetricsLog, first: int, last: int) -> None:

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
-from rlr_peft.training.tracking import read_metrics
+from rlr_peft.training import read_metrics
 from tests.training.runs import WEIGHTS, config_file, finish, run_on_two_processes, start, train_here, wait_for
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from rlr_peft.intervals import decimals_of, decimals_of_scores, direction, half_width, short_number, with_error
+from rlr_peft.reports import decimals_of, decimals_of_scores, direction, half_width, short_number, with_error
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 10, 11, 12, 16, 30, 64, 1000])

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from rlr_peft.build.randomness import RandomStatesError, capture_random_states, restore_random_states
+from rlr_peft.training import RandomStatesError, capture_random_states, restore_random_states
 
 
 def through_a_file(states: dict[str, Any]) -> dict[str, Any]:
