@@ -33,7 +33,8 @@ def test_flags_reach_their_groups_with_their_types() -> None:
         [
             *REQUIRED,
             *"--rank 8 --learning_rate 3e-3 --gradient_checkpointing --allow_tf32 false --fo_steps auto".split(),
-            *"--estimator rlr --ho_start window --ho_window 30 40 --ho_blocks 1 --zo none --mixed_precision bf16".split(),
+            *"--estimator rlr --ho_start window --ho_window 30 40 --ho_blocks 1 --zo none".split(),
+            *("--mixed_precision", "bf16"),
             *("--validation_prompt", "a cat: asleep, grey", "a dog", "--negative_prompt", ""),
         ]
     )
