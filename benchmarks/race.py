@@ -141,7 +141,7 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     """One run: trains until the budget is spent, and evaluates at equal shares of it."""
     method, batch, rate = setting
     flags, group = METHODS[method]
-    words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", *flags]
+    words = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", *flags]
     in_micro_batches = ["4", "--gradient_accumulation_steps", AUTO] if batch == AUTO else [batch]
     words += ["--num_images_per_prompt", str(group), "--train_batch_size", *in_micro_batches]
     words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]

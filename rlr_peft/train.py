@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.build.reporting import set_up_logging
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.config.arguments import knobs
@@ -43,6 +44,8 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
         exit_with(error)
 
     set_up_logging()
+    if not config.hub.push_to_hub:  # what is published is tried again and again
+        work_offline_without_hub()
     if said.own.dry_run:
         return dry_run_command(config)
 

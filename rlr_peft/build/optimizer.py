@@ -1,7 +1,8 @@
 """The optimiser of the LoRA weights, the course of its learning rate, and the average of the weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -14,11 +15,23 @@ from rlr_peft.config import OptimizerArguments
 from rlr_peft.config.chain import AUTO
 from rlr_peft.extras import extra
 
+EXTRAS = {
+    "AdamW8bit": ("bitsandbytes.optim", "quantization", "--use_8bit_adam"),
+    "Lion": ("bitsandbytes.optim", "quantization", "--optimizer Lion"),
+    "Prodigy": ("prodigyopt", "prodigy", "--optimizer Prodigy"),
+}
+"""Where optimisers are that are not torch's own: module, our extra that has it, and what asks for it."""
+SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
+"""What this run's config says of an optimiser's group; the rest, such as Prodigy's estimate, is its state."""
+
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], arguments: OptimizerArguments, *, samples_per_step: int = 1
 ) -> torch.optim.Optimizer:
-    """AdamW, with its state in float32 or, with `use_8bit_adam`, in 8 bits (tensors of 4096 elements or more).
+    """The optimiser of that name; AdamW with `use_8bit_adam` keeps its state in 8 bits (of 4096 elements or more).
+
+    What has no knob is the class's own default, but Muon's steps are scaled to the size of AdamW's
+    (https://arxiv.org/abs/2502.16982), so that learning rates of AdamW are of use.
 
     Args:
         parameters: the trainable ones, in an order that is the same in every run: a resumed state is matched by it.
@@ -27,26 +40,31 @@ def build_optimizer(
             `scale_lr` is set.
 
     Raises:
-        UserError: 8 bits without bitsandbytes.
+        UserError: the optimiser's package is missing.
+        ValueError: Muon beside weights of convolutions, which are no matrices, or with a torch that has none.
     """
     if arguments.learning_rate == AUTO:
         learning_rate = 0.0  # not known before the first update, see training/learning_rate.py
     else:
         learning_rate = float(arguments.learning_rate) * (samples_per_step if arguments.scale_lr else 1)
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    if not arguments.use_8bit_adam:
-        return torch.optim.AdamW(
-            parameters,
-            lr=learning_rate,
-            betas=betas,
-            eps=arguments.adam_epsilon,
-            weight_decay=arguments.adam_weight_decay,
-        )
-    AdamW8bit = extra("bitsandbytes.optim", "quantization", "--use_8bit_adam").AdamW8bit  # noqa: N806
-    optimizer: torch.optim.Optimizer = AdamW8bit(
-        parameters, lr=learning_rate, betas=betas, eps=arguments.adam_epsilon, weight_decay=arguments.adam_weight_decay
-    )
+    name = arguments.optimizer + ("8bit" if arguments.use_8bit_adam else "")
+    optimizer_class = _optimizer_class(name)
+    options: dict[str, Any] = {"lr": learning_rate, "weight_decay": arguments.adam_weight_decay}
+    if name in ("AdamW", "AdamW8bit", "Prodigy"):
+        options |= {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
+    elif name == "Muon":
+        options["adjust_lr_fn"] = "match_rms_adamw"
+    with redirect_stdout(StringIO()):  # Prodigy prints that it decays weights
+        optimizer: torch.optim.Optimizer = optimizer_class(parameters, **options)
     return optimizer
+
+
+def _optimizer_class(name: str) -> Any:
+    if name in EXTRAS:
+        return getattr(extra(*EXTRAS[name]), name)
+    if not hasattr(torch.optim, name):
+        raise ValueError(f"optimizer: {name} expects torch 2.9 or newer, got {torch.__version__}; take another.")
+    return getattr(torch.optim, name)
 
 
 def build_lr_scheduler(
@@ -79,7 +97,7 @@ def restore_optimizer(
     Their own `load_state_dict` would bring back those of the checkpoint, whatever the config of the resumed run says.
     With `learning_rate: auto` the rate is the checkpoint's.
     """
-    asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    asked = [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
     base_rates = [ours or theirs for ours, theirs in zip(lr_scheduler.base_lrs, lr_scheduler_state["base_lrs"])]
     optimizer.load_state_dict(dict(optimizer_state))
     lr_scheduler.load_state_dict(dict(lr_scheduler_state))

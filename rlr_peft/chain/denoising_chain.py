@@ -38,7 +38,7 @@ class DenoisingChain:
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
         stages: splits the chain, so that every step is conditioned on the prompt of its stage; None for one prompt.
-        offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
+        offload_text_encoders: keep the text encoders on the CPU, except while new prompts are encoded.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         detach_negative: take no gradient through the negative branch of guidance.
         reference: from the denoiser to a context in which it is the reference model.

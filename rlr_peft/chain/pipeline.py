@@ -43,7 +43,7 @@ class PipelineDriver:
         pipeline: a loaded pipeline without safety checker.
         family: its row.
         reward_decoder: decodes in place of the pipeline's VAE where asked to; None leaves the VAE.
-        offload_text_encoders: keep the text encoders on the CPU but while new prompts are encoded.
+        offload_text_encoders: keep the text encoders on the CPU, except while new prompts are encoded.
 
     Attributes:
         pipeline: as given.

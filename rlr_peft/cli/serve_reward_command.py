@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
+from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.config import ConfigError, RewardArguments
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.parsing import read_words
@@ -47,7 +48,9 @@ def serve_reward_command(words: Sequence[str]) -> int:
     """Loads the reward, prints `Serving REWARD at URL`, and answers until it is interrupted."""
     own = read_words(words, ServeFlags, PROG, DESCRIPTION, example="--reward pickscore --port 8000").own
 
-    # Only now the heavy imports: a wrong flag is refused at once.
+    # Only now the network and the heavy imports: a wrong flag is refused at once.
+    work_offline_without_hub()
+
     from rlr_peft.build.machine import package_versions
     from rlr_peft.compare.kept import digest, reward_identity
     from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings, weights_dtype

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.config import Config, ConfigError, HubArguments, config_from_dict
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.chain import SOURCES
@@ -85,7 +86,9 @@ def compare_command(words: Sequence[str]) -> int:
     check_output(output)
     config = _config(said)
 
-    # Only now the heavy imports: a wrong flag is refused at once.
+    # Only now the network and the heavy imports: a wrong flag is refused at once.
+    work_offline_without_hub()
+
     from rlr_peft.build.folder_lock import only_writer
     from rlr_peft.build.reporting import reporting_errors
     from rlr_peft.compare.report import console_text, write_report

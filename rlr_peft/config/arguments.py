@@ -42,13 +42,13 @@ GONE: dict[str, tuple[Any, str]] = {
         False,
         "write `reward_fn: {NAME: 1}`, a mapping with one reward, which divides it by its running standard deviation",
     ),
-    "optimizer": ("AdamW", "drop it, as AdamW is what there is"),
 }
 """Knobs of earlier versions: the value that still means nothing in a saved file, and what to do about another."""
 
 
 ELSEWHERE = {
     **dict.fromkeys(("lr", "adam_lr", "unet_lr"), "learning_rate"),
+    **dict.fromkeys(("optim", "optimizer_type"), "optimizer"),
     **dict.fromkeys(("r", "lora_r", "lora_rank", "network_dim"), "rank"),
     **dict.fromkeys(("alpha", "network_alpha"), "lora_alpha"),
     **dict.fromkeys(("target_modules", "lora_target_modules"), "lora_layers"),

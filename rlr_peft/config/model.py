@@ -42,7 +42,7 @@ class ModelArguments(Group):
         False, "Recompute the denoiser's activations in the backward pass: less memory, more time."
     )
     offload_text_encoders: bool = knob(
-        False, "Keep the text encoders on the CPU but while new prompts are encoded: less memory, a pause per prompt."
+        False, "Move the text encoders to the GPU only to encode new prompts: less memory, a pause for each new prompt."
     )
     vae_gradient_checkpointing: bool = knob(
         False, "Recompute the VAE decoder's activations in the backward pass: less memory, more time."

@@ -264,10 +264,19 @@ class TrainingArguments(Group):
             yield f"{start} or a length in updates, got auto; give --max_train_steps."
 
 
+ADAM_KNOBS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+LEAST_PRODIGY_RATE = 0.1
+
+
 @dataclass(frozen=True)
 class OptimizerArguments(Group):
     """Optimiser: how gradients become updates"""
 
+    optimizer: Literal["AdamW", "Adafactor", "Lion", "Muon", "Prodigy"] = knob(
+        "AdamW",
+        "Optimiser. Learning rates differ: Muon's are those of AdamW, Lion's 3 to 10 times lower, Adafactor's are "
+        "relative to the size of the weights, and Prodigy's is 1.",
+    )
     learning_rate: float | Literal["auto"] = knob(
         "auto",
         "Peak learning rate of the optimiser; `auto` finds the one at which the first update changes the images by a "
@@ -287,9 +296,13 @@ class OptimizerArguments(Group):
         1, "Hard restarts of the cosine_with_restarts schedule.", unit="cycles", at_least=1, at_most=10**6
     )
     lr_power: float = knob(1.0, "Power of the polynomial schedule.", unit="exponent", above=0, at_most=100)
-    use_8bit_adam: bool = knob(False, "Keep the optimiser's state in 8 bits (bitsandbytes): less memory.")
-    adam_beta1: float = knob(0.9, "Decay of Adam's mean of gradients.", unit="fraction", at_least=0, below=1)
-    adam_beta2: float = knob(0.999, "Decay of Adam's mean of squared gradients.", unit="fraction", at_least=0, below=1)
+    use_8bit_adam: bool = knob(False, "Keep AdamW's state in 8 bits (bitsandbytes): less memory.")
+    adam_beta1: float = knob(
+        0.9, "Decay of the mean of gradients (AdamW, Prodigy).", unit="fraction", at_least=0, below=1
+    )
+    adam_beta2: float = knob(
+        0.999, "Decay of the mean of squared gradients (AdamW, Prodigy).", unit="fraction", at_least=0, below=1
+    )
     adam_weight_decay: float = knob(
         1e-4,
         "Decoupled weight decay of the LoRA weights.",
@@ -298,7 +311,11 @@ class OptimizerArguments(Group):
         at_most=1000,
     )
     adam_epsilon: float = knob(
-        1e-8, "Term that keeps Adam's division finite.", unit="gradient units", above=0, at_most=1
+        1e-8,
+        "Added to the divisor, which keeps it above 0 (AdamW, Prodigy).",
+        unit="gradient units",
+        above=0,
+        at_most=1,
     )
     use_ema: bool = knob(
         False, "Evaluate and save an exponential moving average of the LoRA weights; training goes on from themselves."
@@ -315,6 +332,8 @@ class OptimizerArguments(Group):
         """Yields what is wrong with the rate and its schedule."""
         if self.learning_rate == AUTO and self.scale_lr:
             yield "scale_lr: expected none with learning_rate auto, got true; drop one of the two."
+        if self.optimizer != "AdamW":
+            yield from self._check_other(config)
         warmup, length = self.lr_warmup_steps, config.training.max_train_steps
         if warmup and self.lr_scheduler == "constant":
             yield f"lr_warmup_steps: expected 0 with lr_scheduler constant, got {warmup}; use constant_with_warmup."
@@ -322,6 +341,25 @@ class OptimizerArguments(Group):
             yield (
                 f"lr_warmup_steps: expected at most max_train_steps ({length}), got {warmup}; lower --lr_warmup_steps."
             )
+
+    def _check_other(self, config: "Config") -> Iterator[str]:
+        """Yields what another optimiser than AdamW does not have."""
+        name = self.optimizer
+        if self.learning_rate == AUTO:
+            yield f"learning_rate: expected a number with {name}, got auto, which is measured for AdamW; give a number."
+        elif name == "Prodigy" and float(self.learning_rate) < LEAST_PRODIGY_RATE:
+            yield (
+                f"learning_rate: expected about 1 with Prodigy, which finds the rate and multiplies it by this, got "
+                f"{self.learning_rate:g}; give --learning_rate 1."
+            )
+        if self.use_8bit_adam:
+            yield f"use_8bit_adam: expected optimizer AdamW with it, got {name}; drop one of the two."
+        if name == "Muon" and config.lora.use_dora:
+            yield "use_dora: expected none with Muon, which takes matrices alone, got true; drop one of the two."
+        for knob_name in () if name == "Prodigy" else ADAM_KNOBS:
+            value, default = getattr(self, knob_name), getattr(OptimizerArguments, knob_name)
+            if value != default:
+                yield f"{knob_name}: expected none with {name}, got {value:g}; use --optimizer AdamW or Prodigy."
 
 
 @dataclass(frozen=True)

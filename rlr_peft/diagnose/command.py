@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
@@ -42,7 +43,9 @@ def diagnose_command(words: Sequence[str]) -> int:
         raise ConfigError(f"output: expected a file that ends in .html, got {output}; rename it.")
     check_output(output, is_file=True)
 
-    # Only now the heavy imports: a wrong flag is refused at once.
+    # Only now the network and the heavy imports: a wrong flag is refused at once.
+    work_offline_without_hub()
+
     from rlr_peft.build.run import build_run
     from rlr_peft.diagnose.diagnosis import diagnose
     from rlr_peft.diagnose.recommendation import recommend

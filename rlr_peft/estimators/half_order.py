@@ -57,13 +57,14 @@ class HalfOrder:
     window: tuple[int, int] | None = None
     stage_windows: tuple[StageWindow, ...] = ()
 
-    def describe(self) -> str:
-        """In words, for logs and cards."""
+    def describe(self, alone: bool) -> str:
+        """In words, for logs and cards; `alone` says that no other term covers steps."""
         if self.blocks == "all":
-            return f"half order in blocks of h = {self.length} on all steps beyond"
+            blocks = f" in blocks of {self.length}" if self.length > 1 else ""
+            return f"score terms on all {'' if alone else 'other '}steps{blocks}"
         window = "the stage with the largest measured gradient energy" if self.stage_windows else f"steps {self.window}"
         how = {"uniform": "uniformly", "gradient-norm": "by gradient norm", "window": f"from {window}"}
-        return f"half order on {self.blocks} block(s) of h = {self.length}, drawn {how[self.start]}"
+        return f"score terms on {self.blocks} block(s) of {self.length} step(s), drawn {how[self.start]}"
 
     def draws_beyond(self, covered_tail: int) -> bool:
         """Whether anything is left to draw when steps 1..covered_tail are covered by other terms.

@@ -81,16 +81,15 @@ class RLRSettings:
 
     def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
-        tail = []
+        terms = []
         if has_gradient is not False and self.first_order_steps != 0:
-            tail.append(self._describe_first_order())
+            terms.append(self._describe_first_order())
         if not has_gradient and self.black_box_steps > 0:
-            condition = " if the reward has no gradient" if has_gradient is None else ""
-            tail.append(f"mirrored noises on the last {self.black_box_steps} step(s){condition}")
-        terms = [", or ".join(tail)] if tail else []
+            mirrored = f"mirrored noises on the last {self.black_box_steps} step(s)"
+            terms = [f"{terms[0]} ({mirrored} if the reward has no gradient)" if terms else mirrored]
         if self.half_order is not None:
             baseline = " and a state baseline" if self.state_baseline else ""
-            terms.append(self.half_order.describe() + baseline)
+            terms.append(self.half_order.describe(alone=not terms) + baseline)
         if self.zeroth_order is not None:
             terms.append(f"{self.zeroth_order.form} zeroth order with s = {self.zeroth_order.scale:g} on the rest")
         if self.coefficients != Coefficients():
@@ -100,10 +99,10 @@ class RLRSettings:
 
     def _describe_first_order(self) -> str:
         if self.step_choice == "inverse-variance":
-            return "first and half order mixed at every step by their measured variances"
-        k = "K measured" if self.first_order_steps == "auto" else f"K = {self.first_order_steps}"
-        walked = ", every sample through a random number of them, weighted by measured chances" if self.roulette else ""
-        return f"first order on steps 1..K, {k}{walked}"
+            return "backpropagation and score terms mixed at every step by their measured variances"
+        number = "K steps, K measured" if self.first_order_steps == "auto" else f"{self.first_order_steps} step(s)"
+        walked = ", of each sample through a random number of them, weighted to stay unbiased" if self.roulette else ""
+        return f"backpropagation through the last {number}{walked}"
 
 
 @dataclass(frozen=True)

@@ -247,13 +247,21 @@ def largest_quantized(model: nn.Module, quantization: Mapping[str, Any] | None, 
     return max((sizes[key] for key in quantized), default=0)
 
 
-def optimizer_bytes(parameters: Iterable[nn.Parameter], use_8bit_adam: bool) -> int:
-    """Bytes of Adam's two moments, in float32 or in 8 bits with a scale for each block."""
+# Float32 numbers that an optimiser keeps of every weight; Adafactor keeps those of rows and columns alone.
+STATES = {"AdamW": 2, "Adafactor": 0, "Lion": 1, "Muon": 1, "Prodigy": 4}
+
+
+def optimizer_bytes(parameters: Iterable[nn.Parameter], optimizer: str, use_8bit_adam: bool) -> int:
+    """Bytes of an optimiser's state in float32, or of AdamW's in 8 bits with a scale for each block."""
     total = 0.0
     for parameter in parameters:
         size = parameter.numel()
-        is_8bit = use_8bit_adam and size >= MIN_8BIT_SIZE
-        total += 2 * size * (1 + 4 / BLOCK_8BIT_ADAM) if is_8bit else 8 * size
+        if optimizer == "AdamW" and use_8bit_adam and size >= MIN_8BIT_SIZE:
+            total += 2 * size * (1 + 4 / BLOCK_8BIT_ADAM)
+        elif optimizer == "Adafactor" and parameter.ndim > 1:
+            total += 4 * (size // parameter.shape[-1] + size // parameter.shape[-2])
+        else:
+            total += 4 * size * max(STATES[optimizer], 1)
     return round(total)
 
 

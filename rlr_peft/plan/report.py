@@ -64,7 +64,7 @@ def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
     steps = suggestions(plan, gpu_memory)
     lines = [f"Does not fit {gpu_memory:g} GiB: {_gib(plan.peak - round(gpu_memory * UNIT))} GiB too much."]
     if steps:
-        lines.append("Switch on, each with all before it:")
+        lines.append("Switch these on, one after the other, until it fits:")
         lines += [
             f"  {step.flag:<36} -> {_gib(step.plan.peak)} GiB, in {step.plan.peak_phase}"
             f"{': fits' if step.plan.fits(gpu_memory) else ''}"
@@ -180,7 +180,7 @@ def _alternatives(plan: MemoryPlan) -> Iterator[Suggestion]:
         candidates.append(("--evaluation_batch_size 1", replace(options, evaluation_batch_size=1)))
     if phase == ADJOINT and True in measured.step:
         candidates.append(("--gradient_checkpointing", replace(options, gradient_checkpointing=True)))
-    if phase == ADJOINT:
+    if phase == ADJOINT and plan.facts.optimizer[True] < plan.facts.optimizer[False]:
         candidates.append(("--use_8bit_adam", replace(options, use_8bit_adam=True)))
     candidates.append(("--offload_rewards", replace(options, offload_rewards=True)))
     candidates.append(("--offload", replace(options, offload=True)))

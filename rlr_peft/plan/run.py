@@ -83,7 +83,9 @@ def plan_memory(
         quantized={name: weight_bytes(model, parameters, held) for name, model in denoisers.items()},
         dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
         lora=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        optimizer={choice: optimizer_bytes(parameters, choice) for choice in (False, True)},
+        optimizer={
+            in_8bit: optimizer_bytes(parameters, config.optimizer.optimizer, in_8bit) for in_8bit in (False, True)
+        },
         rewards=sum(weights.values()),
         rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
         scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},

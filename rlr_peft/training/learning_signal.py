@@ -22,7 +22,7 @@ class LearningSignal:
     Args:
         reward_name: of what is trained on.
         num_parameters: trainable ones.
-        adam_epsilon: of the optimiser.
+        adam_epsilon: of the optimiser; 0 for one whose step does not depend on the gradient's size.
     """
 
     def __init__(self, reward_name: str, num_parameters: int, adam_epsilon: float) -> None:
@@ -35,7 +35,9 @@ class LearningSignal:
     def of(cls, run: Run) -> "LearningSignal":
         """That of a run."""
         parameters = sum(parameter.numel() for parameter in run.chain.parameters)
-        return cls(run.reward.name, parameters, run.config.optimizer.adam_epsilon)
+        optimizer = run.config.optimizer
+        has_epsilon = optimizer.optimizer in ("AdamW", "Prodigy")
+        return cls(run.reward.name, parameters, optimizer.adam_epsilon if has_epsilon else 0.0)
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Warns, the first time, if the update that ended with this step taught nothing.

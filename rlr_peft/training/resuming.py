@@ -30,6 +30,7 @@ from rlr_peft.training.checkpoints import (
     understanding,
 )
 from rlr_peft.training.progress import EarlyStopping, Progress
+from rlr_peft.training.progress_page import PROGRESS_PAGE, VALIDATION
 from rlr_peft.training.tracking import METRICS_LOG
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ def _check_optimizer(run: Run, path: Path, written_by: str) -> None:
     if here != written_by:
         raise CheckpointError(
             f"Expected the state of {here} in {path}, got that of {written_by}. Resume with the config that it was "
-            f"trained with, use_8bit_adam above all: {path.parent / CONFIG}."
+            f"trained with, optimizer and use_8bit_adam above all: {path.parent / CONFIG}."
         )
 
 
@@ -225,10 +226,10 @@ def _warn_of_changes(run: Run, saved: Path) -> None:
 
 CONFIG = "config.yaml"
 # What a run leaves besides checkpoints and the tracker's files.
-RESULTS = (*PUBLISHED, RECORD_NAME, "scores.csv", "validation")
+RESULTS = (*PUBLISHED, RECORD_NAME, "scores.csv", VALIDATION, PROGRESS_PAGE)
 
 # What a start leaves that ended before its first checkpoint: the next one writes all of it again.
-BEGINNINGS = (CONFIG, METRICS_LOG, "validation")
+BEGINNINGS = (CONFIG, METRICS_LOG, VALIDATION, PROGRESS_PAGE)
 
 
 def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, is_latest: bool) -> Path | None:

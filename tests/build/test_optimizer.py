@@ -69,15 +69,38 @@ def test_the_8_bit_step_is_near_the_full_one_and_its_state_is_in_8_bits() -> Non
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("use_8bit_adam", [False, True])
-def test_a_resumed_optimizer_repeats_the_uninterrupted_one_bit_for_bit(use_8bit_adam: bool) -> None:
+def test_one_step_of_lion_is_the_sign_and_one_of_muon_is_orthogonal() -> None:
+    """https://arxiv.org/abs/2302.06675; https://arxiv.org/abs/2502.16982, whose root mean square is that of AdamW."""
+    for name in ("Lion", "Muon"):
+        arguments = OptimizerArguments(optimizer=name, learning_rate=0.01, adam_weight_decay=0.1)
+        parameters = new_parameters()
+        before, gradient = parameters[0].detach().clone(), gradients(parameters, 0)[0]
+        optimizer = build_optimizer(parameters, arguments)
+        take_steps(parameters, optimizer, build_lr_scheduler(optimizer, arguments, 10), 0, 1)
+        step = (before * (1 - 0.01 * 0.1) - parameters[0].detach()) / 0.01
+        if name == "Lion":
+            torch.testing.assert_close(step, gradient.sign(), rtol=0, atol=1e-3)
+        else:
+            values = torch.linalg.svdvals(step) / (0.2 * 64**0.5)
+            assert values.min() > 0.3 and values.max() < 1.3, "the gradient's differ by a factor of about 100"
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Adafactor", "Lion", "Muon", "Prodigy"])
+def test_a_resumed_optimizer_repeats_the_uninterrupted_one_bit_for_bit(name: str) -> None:
+    if name == "Prodigy":
+        pytest.importorskip("prodigyopt", reason="an extra")
     arguments = OptimizerArguments(
-        learning_rate=0.01, use_8bit_adam=use_8bit_adam, lr_scheduler="cosine", lr_warmup_steps=2
+        optimizer=name.removesuffix("8bit"),
+        use_8bit_adam=name.endswith("8bit"),
+        learning_rate=1 if name == "Prodigy" else 0.01,
+        lr_scheduler="cosine",
+        lr_warmup_steps=2,
     )
     whole = new_parameters()
     optimizer = build_optimizer(whole, arguments)
     scheduler = build_lr_scheduler(optimizer, arguments, 8)
     take_steps(whole, optimizer, scheduler, 0, 4)
+    assert all(not torch.equal(one, start) for one, start in zip(whole, new_parameters(), strict=True))
     saved = through_a_file(
         {
             "parameters": [parameter.detach() for parameter in whole],

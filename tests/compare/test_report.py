@@ -17,20 +17,18 @@ from rlr_peft.compare import (
     Model,
     chosen_pairs,
     console_text,
-    figures,
     inline_svg,
     markdown,
     notes,
     plain_numbers,
     score_columns,
+    tables,
     unique_labels,
     write_page_and_scores,
     write_report,
     write_scores,
 )
-from rlr_peft.compare import (
-    report as tables,
-)
+from rlr_peft.compare.figures import figures
 from rlr_peft.reports import with_error, write_numbers
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
@@ -177,7 +175,7 @@ def jittered(values: list[float]) -> list[float]:
         (-0.2, -0.1, "judge and other judge fell"),
         (0.0, -0.1, "other judge fell"),
         (0.0, 0.1, "other judge rose, which is held out"),
-        (0.0, 0.0, "no reward moved clearly: the 95 % intervals hold 0"),
+        (0.0, 0.0, "no reward changed clearly: every 95 % interval contains 0"),
     ],
 )
 def test_gains_are_put_into_words(reward: float, heldout: float, sentence: str) -> None:

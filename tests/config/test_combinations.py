@@ -29,6 +29,11 @@ REFUSED = [
     ("--step_kind ode --estimator reinforce", "score terms of reinforce, got step_kind ode"),
     ("--step_kind ode --black_box_steps 50", "expected noise in the chain"),
     ("--eta 1.5", "eta: expected 0 to 1 with step_kind ancestral, got 1.5"),
+    ("--optimizer Lion --learning_rate auto", "learning_rate: expected a number with Lion, got auto"),
+    ("--optimizer Prodigy", "learning_rate: expected about 1 with Prodigy"),
+    ("--optimizer Muon --use_8bit_adam", "use_8bit_adam: expected optimizer AdamW with it, got Muon"),
+    ("--optimizer Muon --use_dora", "use_dora: expected none with Muon"),
+    ("--optimizer Adafactor --adam_beta1 0.8", "adam_beta1: expected none with Adafactor, got 0.8; use --optimizer"),
     ("--fo_steps 51", "fo_steps: expected at most num_inference_steps (50), got 51"),
     ("--black_box_steps 51", "black_box_steps: expected at most num_inference_steps (50), got 51"),
     (

@@ -138,7 +138,7 @@ def test_the_demos_recipe_serves_every_method(method: str) -> None:
             "normalize_rewards: true",
             "normalize_rewards: expected no such knob any more, got true; write `reward_fn: {NA",
         ),
-        ("optimizer: SGD", "optimizer: expected no such knob any more, got SGD; drop it, as AdamW is what there is."),
+        ("optimizer: SGD", "optimizer: expected AdamW or Adafactor or Lion or Muon or Prodigy, got 'SGD'; write "),
         (
             "estimator: dpo",
             "estimator: expected auto or rlr or rlr-paper or full-bp or truncated-bp or draft-lv or drtune or",

@@ -59,7 +59,7 @@ def test_unknown_name_like_nothing_points_to_help() -> None:
         ("--use_dora maybe", "use_dora: expected true or false, got maybe"),
         ("--fo_steps most", "fo_steps: expected a whole number or auto or random or null, got most"),
         ("--lr_scheduler sawtooth", "lr_scheduler: expected linear or cosine or"),
-        ("--optimizer AdamW", "optimizer: expected no such knob any more"),
+        ("--optimizer adam", "optimizer: expected AdamW or Adafactor or Lion or Muon or Prodigy, got adam"),
         ("--seed", "seed: expected a whole number, got nothing"),
         ("--dcot_fractions 1 b", "dcot_fractions: expected numbers or null, got b"),
         ("--validation_prompt", "validation_prompt: expected one or more texts or null, got nothing"),

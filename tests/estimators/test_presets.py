@@ -94,16 +94,16 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
     [
         (
             {"fo_roulette": False},
-            "first order on steps 1..K, K measured, or mirrored noises on the last 17 step(s) if the reward has no "
-            "gradient; half order in blocks of h = 1 on all steps beyond",
+            "backpropagation through the last K steps, K measured (mirrored noises on the last 17 step(s) if the "
+            "reward has no gradient); score terms on all other steps",
         ),
         (
             {"black_box_steps": 0, "fo_roulette": False},
-            "first order on steps 1..K, K measured; half order in blocks of h = 1 on all steps",
+            "backpropagation through the last K steps, K measured; score terms on all other steps",
         ),
-        ({"step_choice": "inverse-variance"}, "first and half order mixed at every step by their measured variances"),
+        ({"step_choice": "inverse-variance"}, "backpropagation and score terms mixed at every step by their measured"),
         ({"estimator": "truncated-bp", "fo_steps": "random"}, "K drawn from 1..T"),
-        ({}, "every sample through a random number of them, weighted by measured chances"),
+        ({}, "of each sample through a random number of them, weighted to stay unbiased"),
         ({"state_baseline": True, "antithetic": True}, "and a state baseline; antithetic noises"),
         ({"fo_coefficient": 0.5}, "coefficients 0.5, 1, 1 of the three orders"),
         ({"estimator": "rlr-paper"}, "two-point zeroth order with s = 0.01 on the rest"),
@@ -124,11 +124,11 @@ def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:
 
 def test_a_description_follows_the_reward_once_that_is_known() -> None:
     estimator = build_estimator(method(fo_roulette=False), 50)
-    beyond = "; half order in blocks of h = 1 on all steps beyond"
-    assert estimator.describe(has_gradient=True) == "first order on steps 1..K, K measured" + beyond
+    beyond = "; score terms on all other steps"
+    assert estimator.describe(has_gradient=True) == "backpropagation through the last K steps, K measured" + beyond
     assert estimator.describe(has_gradient=False) == "mirrored noises on the last 17 step(s)" + beyond
     plain = build_estimator(method(estimator="reinforce"), 50)
-    assert plain.describe(has_gradient=False) == "half order in blocks of h = 1 on all steps beyond"
+    assert plain.describe(has_gradient=False) == "score terms on all steps"
 
 
 @pytest.mark.parametrize(

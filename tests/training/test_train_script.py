@@ -61,7 +61,9 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     for name in files:
         assert (out / name).stat().st_size > 0, name
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert sorted(path.name for path in (out / "validation").iterdir()) == [f"step-00000{i}.png" for i in range(3)]
+    drawn = [name for i in range(3) for name in (f"step-00000{i}", f"step-00000{i}.png")]
+    assert sorted(path.name for path in (out / "validation").iterdir()) == drawn
+    assert ">Finished.<" in (out / "progress.html").read_text()
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     assert yaml.safe_load((out / "config.yaml").read_text())["rank"] == 2
 
@@ -108,6 +110,7 @@ RANDOM_BLOCKS = {
     "ho_start": "gradient-norm",
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 2,
+    "optimizer": "Muon",
 }
 MEASURED_TAIL = {"fo_steps": "auto", "calibration_interval": 3, "use_8bit_adam": True}
 NO_GRADIENT = {"reward": "slow_blind_redness", "fo_steps": "auto", "calibration_interval": 2, "learning_rate": "auto"}
@@ -170,7 +173,7 @@ def test_a_reward_without_gradient_trains(workplace: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     values = {"max_train_steps": 1, "num_inference_steps": 5, "black_box_steps": 3}
     output = finish(start(config_file(workplace, out, "blind_redness", **values)))
-    assert "Biased by choice: step 1 of 5 is left out because a score term needs noise there" in output
+    assert "Biased: step 1 of 5 is left out because a score term needs noise there" in output
     (line,) = read_metrics(out / "metrics.jsonl")
     assert line["first_order_steps"] == 0
     assert line["gradient_norm/black_box"] > 0 and line["gradient_norm/half_order"] > 0
