@@ -471,10 +471,12 @@ class LoggingArguments(Group):
     """Logging: where the curves go"""
 
     logging_dir: str = knob("logs", "Folder of the tracker's files, inside output_dir.")
-    report_to: Literal["tensorboard", "none"] = knob(
-        "none", "Tracker that receives the curves and images; it needs the extra of its name."
+    report_to: Literal["tensorboard", "wandb", "trackio", "swanlab", "all", "none"] = knob(
+        "none",
+        "Tracker that receives config, curves and images; it needs the extra of its name. `all` takes every one of "
+        "accelerate's trackers that is installed.",
     )
-    tracker_name: str = knob("rlr-lora", "Name of the run in the tracker.")
+    tracker_name: str = knob("rlr-lora", "Name of the run's project in the tracker.")
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what would be written elsewhere."""
