@@ -4,6 +4,7 @@ What `printable` makes visible could otherwise move a terminal's cursor, rewrite
 turn the order of the letters around, so that people read another text than programs do.
 """
 
+import json
 import logging
 import re
 import sys
@@ -18,6 +19,7 @@ from rlr_peft.redaction import redacted
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 LONGEST = 300  # characters of a text inside a table
 # Control characters but tab and line feed; marks and overrides of the writing direction; what has no width; other line
@@ -148,15 +150,26 @@ def fenced(text: str, language: str) -> str:
 
 
 def page_environment(folder: Path) -> "Environment":
-    """The Jinja templates of HTML pages in this folder: texts are printable and no markup, a missing value an error."""
+    """The Jinja templates of HTML pages in this folder: texts are printable and no markup, a missing value an error.
+
+    Pages include `house.css`, which they share.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     return Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else printable_values(value),
     )
+
+
+def inside_script(data: dict[str, Any]) -> "Markup":
+    """JSON that no text can end a page's script element with."""
+    from markupsafe import Markup
+
+    text = json.dumps(printable_values(data), ensure_ascii=False, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm.auto import tqdm
 
-from rlr_peft.compare import figures, markdown
-from rlr_peft.compare import report as page
+from rlr_peft.compare import markdown, page
+from rlr_peft.compare.figures import figures
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.foreign_text import MessageHandler, in_cell, in_code, in_text, printable, say
 from rlr_peft.rewards import info_of

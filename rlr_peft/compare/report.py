@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from pyarrow.csv import write_csv
 from pyarrow.parquet import write_table
@@ -21,7 +19,7 @@ from rlr_peft.compare.evaluation import SMALL_SIDE
 from rlr_peft.compare.figures import figures, inline_svg
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import save_figure
-from rlr_peft.foreign_text import in_text, listed, page_environment, printable_values
+from rlr_peft.foreign_text import in_text, inside_script, listed, page_environment
 from rlr_peft.reports import aligned, decimals_of_scores, with_error, write_numbers, write_text
 
 PAGE, NUMBERS, MARKDOWN = "compare.html", "compare.json", "compare.md"
@@ -183,7 +181,7 @@ def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:
             for name, figure in drawn.items()
         ],
         facts=comparison.facts,
-        data=_inside_script(_data(comparison, chosen)),
+        data=inside_script(_data(comparison, chosen)),
     )
 
 
@@ -277,12 +275,6 @@ def _decimals(comparison: Comparison, key: str) -> int:
     """Three digits for the largest score, or four of those that are no share of one."""
     largest = max(float(model.evaluation.scores[key].abs().max()) for model in comparison.models)
     return decimals_of_scores([largest]) + (1 if 1 <= largest < 100 else 0)
-
-
-def _inside_script(data: dict[str, Any]) -> Markup:
-    """JSON that no prompt can end the script element with."""
-    text = json.dumps(printable_values(data), ensure_ascii=False, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c"))
 
 
 def estimate_text(estimate: Estimate | None, *, sign: bool = False) -> str:

@@ -14,11 +14,15 @@ from .learning_signal import LearningSignal as LearningSignal
 from .progress import EarlyStopping as EarlyStopping
 from .progress import Progress as Progress
 from .progress import Stop as Stop
+from .progress_page import PROGRESS_PAGE as PROGRESS_PAGE
+from .progress_page import ProgressPage as ProgressPage
+from .progress_page import thinned as thinned
 from .resuming import RandomStatesError as RandomStatesError
 from .resuming import capture_random_states as capture_random_states
 from .resuming import claim_output_dir as claim_output_dir
 from .resuming import restore_random_states as restore_random_states
 from .resuming import resume as resume
+from .tracking import METRICS_LOG as METRICS_LOG
 from .tracking import MetricsError as MetricsError
 from .tracking import MetricsLog as MetricsLog
 from .tracking import read_metrics as read_metrics

@@ -1,6 +1,7 @@
 """Training from Python: with a pipeline object, a function and a list of prompts, or with what a config names."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -113,7 +114,9 @@ class Trainer:
         """
         with self._only_writer():
             progress = resume(self.run)
+            started = time.monotonic()
             self._base = evaluate_base(self.run)
+            progress.evaluation_seconds = time.monotonic() - started
             self.progress = train(self.run, progress, publish_checkpoint)
         return self.progress
 

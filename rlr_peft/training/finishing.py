@@ -34,6 +34,7 @@ from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import logged_metrics, run_record
 from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
+from rlr_peft.training.progress_page import ProgressPage
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def _finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str
     with replacing_file(run.output_dir / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     write_card(run.output_dir, StoredCard(run_record(run, progress, metrics, images, compared)))
+    ProgressPage(run, logged_metrics(run)).write(progress, "finished")
     return metrics
 
 

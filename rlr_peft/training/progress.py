@@ -122,6 +122,7 @@ class Progress:
         stopped_early: why training was stopped before its last step, in one sentence; empty if it was not.
         interrupted_by: exit code of the signal that ended this session early; 0 for none.
         resumed_from: the checkpoint that this session goes on from; None for a start from scratch.
+        evaluation_seconds: what the base's evaluation took in this session.
         early_stopping: watches for reward hacking.
     """
 
@@ -133,6 +134,7 @@ class Progress:
     stopped_early: str = ""
     interrupted_by: int = 0
     resumed_from: Path | None = None
+    evaluation_seconds: float = 0.0
     early_stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(None, None))
 
 

@@ -30,6 +30,7 @@ from rlr_peft.training.checkpoints import (
     understanding,
 )
 from rlr_peft.training.progress import EarlyStopping, Progress
+from rlr_peft.training.progress_page import PROGRESS_PAGE, VALIDATION
 from rlr_peft.training.tracking import METRICS_LOG
 
 logger = logging.getLogger(__name__)
@@ -225,10 +226,10 @@ def _warn_of_changes(run: Run, saved: Path) -> None:
 
 CONFIG = "config.yaml"
 # What a run leaves besides checkpoints and the tracker's files.
-RESULTS = (*PUBLISHED, RECORD_NAME, "scores.csv", "validation")
+RESULTS = (*PUBLISHED, RECORD_NAME, "scores.csv", VALIDATION, PROGRESS_PAGE)
 
 # What a start leaves that ended before its first checkpoint: the next one writes all of it again.
-BEGINNINGS = (CONFIG, METRICS_LOG, "validation")
+BEGINNINGS = (CONFIG, METRICS_LOG, VALIDATION, PROGRESS_PAGE)
 
 
 def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, is_latest: bool) -> Path | None:

@@ -24,6 +24,7 @@ from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import printable
 from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
+from rlr_peft.training.progress_page import ProgressPage
 from rlr_peft.training.update import Update
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,9 @@ class RunLog:
         self._resume_step = progress.step or None
         self._learning_signal = LearningSignal.of(run)
         self._stack = ExitStack()
+        self._progress = progress
         self._lines: MetricsLog | None = None
+        self._page: ProgressPage | None = None
         self.path = run.output_dir / METRICS_LOG
         run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run.config))
         _announce(run, progress)
@@ -172,6 +175,8 @@ class RunLog:
         run, done, last_step = self._run, self._resume_step or 0, self._run.arithmetic.max_train_steps
         if run.accelerator.is_main_process:
             self._lines = self._stack.enter_context(MetricsLog(self.path, self._resume_step))
+            self._page = ProgressPage(run, read_metrics(self.path))
+            self._page.write(self._progress)
         if done >= last_step:
             logger.warning("Nothing is left to train: %d of %d updates are done.", done, last_step)
         is_hidden = not run.accelerator.is_local_main_process
@@ -182,6 +187,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
+        if self._page is not None:
+            self._page.write(self._progress, "stopped" if error is not None else "trained")
 
     def record(self, progress: Progress, update: Update) -> None:
         """Takes down a finished update.
@@ -192,9 +199,10 @@ class RunLog:
         self._say_coverage(progress, update)
         rate = self._run.lr_scheduler.get_last_lr()[0]
         metrics: dict[str, Any] = update.metrics() | {"lr": rate, "denoiser_evaluations": progress.denoiser_evaluations}
-        if self._lines is not None:
+        if self._lines is not None and self._page is not None:
             self._lines.log(metrics, progress.step)
             self._learning_signal.check(progress.step, metrics)
+            self._page.record(progress, metrics)
         self._track(metrics | {"seconds": progress.seconds}, progress.step)
         self._bar.update()
         self._bar.set_postfix(reward=f"{metrics['reward']:.4f}", lr=f"{rate:.2e}")

@@ -11,12 +11,13 @@ from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
 from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
-from rlr_peft.compare.evaluation import Evaluation, evaluate, prompts_and_seeds
+from rlr_peft.compare.evaluation import Evaluation, evaluate, make_pictures, prompts_and_seeds
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.preprocessing import to_8_bit
+from rlr_peft.training.progress_page import VALIDATION
 from rlr_peft.training.resuming import capture_random_states, restore_random_states
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,14 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     images = torch.cat(parts)
     if phase == "test":
         save_gallery(run.output_dir, images, texts_of(prompts), chain.fps)
-    path = run.output_dir / "validation" / f"step-{step:06d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = run.output_dir / VALIDATION / f"step-{step:06d}.png"
+    single = path.with_suffix("")  # each alone, for the page of the run's progress
+    single.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(make_pictures(images)):
+        (single / f"{i:03d}.{picture.mime_type.removeprefix('image/')}").write_bytes(picture.data)
     if images.ndim == 5:
         for i, video in enumerate(images):
-            save_video(path.with_suffix("") / f"{i:03d}", video, chain.fps)
+            save_video(single / f"{i:03d}", video, chain.fps)
         images = as_images(images)
     save_image_grid(path, images, texts_of(prompts), columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:

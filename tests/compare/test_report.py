@@ -17,20 +17,18 @@ from rlr_peft.compare import (
     Model,
     chosen_pairs,
     console_text,
-    figures,
     inline_svg,
     markdown,
     notes,
     plain_numbers,
     score_columns,
+    tables,
     unique_labels,
     write_page_and_scores,
     write_report,
     write_scores,
 )
-from rlr_peft.compare import (
-    report as tables,
-)
+from rlr_peft.compare.figures import figures
 from rlr_peft.reports import with_error, write_numbers
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 

@@ -47,6 +47,9 @@ def test_ten_lines_train_measure_and_save(workplace: Path, tmp_path: Path) -> No
     assert rlr_peft.load_lora(load(workplace), tmp_path / "sharp") > 0
     card = (tmp_path / "sharp" / "README.md").read_text()
     assert "sharpness" in card and (tmp_path / "sharp" / "metrics.json").is_file()
+    first, *_ = (tmp_path / "sharp" / "config.yaml").read_text().splitlines()
+    assert first.startswith("# Given as objects: pipeline (") and "prompts (a list of 2 prompts)" in first
+    assert "reward (" in first and "sharpness" in first
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlr_peft.training import LearningSignal, finish, read_metrics, summary
-from rlr_peft.training.tracking import METRICS_LOG
+from rlr_peft.training import METRICS_LOG, LearningSignal, finish, read_metrics, summary
 from tests.training.runs import config_file, train_here
 
 REWARDS = """
