@@ -231,9 +231,7 @@ class RunLog:
         if coverage != progress.coverage:
             logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
             for t, ratio in update.books[0].hot_steps.items():
-                logger.warning(
-                    "Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio
-                )
+                logger.warning("The score term of step %d is noisy: |d mean / d output| / std is %.1f there.", t, ratio)
         progress.coverage = coverage
 
 
