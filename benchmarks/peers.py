@@ -121,8 +121,6 @@ def main() -> None:
                 if is_ours:
                     result = race(arguments, *setting)
                     path.write_text(json.dumps(result, indent=2) + "\n")
-                    gains = [f"{p['reward_gain']:+.3f} ({p['heldout_gain']:+.3f})" for p in result["points"]]
-                    print(f"{path.stem}: {', '.join(gains)}", flush=True)
 
 
 def our_run(reward: str, seed: int, images: int, *words: str) -> Run:
@@ -287,10 +285,14 @@ def timed(name: str, side: str) -> dict[str, float]:
 
 
 def collect(raced: Path, folder: Path, seed: int) -> None:
-    """Prints their rows and ours of the same reward and seed, and keeps them beside the measured seconds."""
-    ours = [run for run in finished_runs(raced) if run["seed"] == seed and run["method"] in OURS]
-    rows = [("trl 0.23.1", run) for run in finished_runs(folder) if run["seed"] == seed]
-    rows += [("ours", run) for run in ours if run["points"][-1]["n"] == rows[0][1]["points"][-1]["n"]]
+    """Prints their rows, and ours of the same reward and seed at rate auto and at the best; keeps them in one file."""
+    theirs = [run for run in finished_runs(folder) if run["seed"] == seed]
+    rows = [("trl 0.23.1", run) for run in theirs]
+    for method in OURS:
+        runs = [run for run in finished_runs(raced) if run["method"] == method and run["seed"] == seed]
+        # The best first, so that it comes once where it is the one with rate auto.
+        runs.sort(key=lambda run: -run["points"][-1]["reward_gain"])
+        rows += [("ours", run) for i, run in enumerate(runs) if i == 0 or run["learning_rate"] == "auto"]
     rows.sort(key=lambda row: -row[1]["points"][-1]["reward_gain"])
     print("| | method | batch | rate | updates | K | CPU s | gain at 1/4, 2/4, 3/4 | end | held out |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -304,10 +306,9 @@ def collect(raced: Path, folder: Path, seed: int) -> None:
     results = read_results("peers")
     print("\n| theirs | ours | CPU s an update | peak MB | of these by the update |\n|---|---|---|---|---|")
     for row in results.get("speed", []):
-        numbers = [
-            f"{row[f'{n}_theirs']:.2f} / {row[f'{n}_ours']:.2f}" for n in ("cpu_seconds", "peak_mb", "update_mb")
-        ]
-        print(f"| {row['theirs']} | {row['ours']} | {' | '.join(numbers)} |")
+        seconds = f"{row['cpu_seconds_theirs']:.2f} / {row['cpu_seconds_ours']:.2f}"
+        memory = [f"{row[f'{name}_theirs']:.0f} / {row[f'{name}_ours']:.0f}" for name in ("peak_mb", "update_mb")]
+        print(f"| {row['theirs']} | {row['ours']} | {seconds} | {' | '.join(memory)} |")
     write_results("peers", results | {"runs": [{"whose": whose, **run} for whose, run in rows]})
 
 

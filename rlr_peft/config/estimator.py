@@ -253,14 +253,15 @@ class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
     )
     black_box_steps: int | Literal["auto"] = knob(
         0,
-        "Number of last steps covered by reward differences where the reward has no gradient; 0 is off, `auto` as many "
-        "as about double the cost.",
+        "For a reward without gradient: how many last steps are covered by differences of rewards; 0 is off, `auto` as "
+        "many as about double the cost.",
         unit="steps",
         at_least=0,
         at_most=1000,
     )
     state_baseline: bool = knob(
-        False, "Take the reward of the predicted image off the score terms' advantages: one reward call per step used."
+        False,
+        "Subtract the reward of the predicted image from the advantages of score terms: one reward call more per step.",
     )
     ho_coefficient: float = knob(
         1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6

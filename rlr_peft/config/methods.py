@@ -39,8 +39,8 @@ class RLRArguments(ThreeOrdersArguments):
     black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
     fo_roulette: bool = knob(
         True,
-        "Take the first-order term through a random number of its steps, drawn for every sample with measured chances "
-        "and weighted to stay unbiased; a mixture, and LoRA dropout, go through all of them.",
+        "Backpropagate each sample through a random number of the K steps, weighted to stay unbiased; with "
+        "`step_choice inverse-variance` or LoRA dropout, through all of them.",
         fine=True,
     )
 
