@@ -33,7 +33,7 @@ lint: $(INSTALLED)
 
 # The site in outputs/site; a broken link is an error.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # with --quiet it would not count its warnings, and pass
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -72,7 +72,7 @@ def step_gradients(name: str, flags: list[str], folder: Path, samples: int) -> S
     path = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{samples}.pt"
     if path.exists():
         return StepGradients(**torch.load(path, weights_only=True))
-    words = ["--config", "configs/tiny_shapes.yaml", "--heldout_reward_fn", "null", "--report_to", "none"]
+    words = ["--config", "benchmarks/laboratory.yaml", "--heldout_reward_fn", "null", "--report_to", "none"]
     run = build_run(load_config([*words, *flags]))
     prompts = [prompt for prompt in run.sampler.sample(0, samples // GROUP) for _ in range(GROUP)]
     seeds = [derive_seed(1, "calibration", 0, i) for i in range(samples)]

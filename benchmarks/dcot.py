@@ -122,7 +122,7 @@ def train_one(
     folder: Path, arm: str, flags: list[str], rate: float, seed: int, budget: int, images: int
 ) -> dict[str, Any]:
     """Trains until the budget is spent; base and adapter are measured with the prompts that the arm trains with."""
-    words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none"]
+    words = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none"]
     words += ["--num_images_per_prompt", "4", "--num_evaluation_images", str(images), "--evaluation_batch_size", "32"]
     words += ["--reward_fn", "{" + ", ".join(f"tiny-shapes/{name}: 1" for name in ATTRIBUTES) + "}"]
     words += ["--reward_scaling", "none"]
@@ -167,7 +167,7 @@ def spend(run: Run, budget: int) -> tuple[int, int, float, str]:
 
 def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
     """The held-out judge's opinion of all attributes on images of the base, for every way to split a caption."""
-    config = load_config(["--config", "configs/tiny_shapes.yaml"])
+    config = load_config(["--config", "benchmarks/laboratory.yaml"])
     pipeline = load_pipeline(config.model, torch.device("cpu"))
     chain = DenoisingChain(
         pipeline, ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), stages=make_stages()

@@ -61,7 +61,7 @@ def measure(method: str, reward: str, flags: str) -> dict[str, object]:
 def first_step(method: str, reward: str, flags: str, learning_rate: str) -> tuple[float, float]:
     """The rate, and the change of the clean latents of other samples than those of the update."""
     own, group = METHODS[method]
-    words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", "--heldout_reward_fn", "null", *own]
+    words = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", "--heldout_reward_fn", "null", *own]
     words += ["--train_batch_size", "4", "--num_images_per_prompt", str(group), "--reward_fn", REWARDS[reward][0]]
     words += ["--learning_rate", learning_rate, "--seed", "1"]
     # Later words would be refused beside the same flag: they take its place.

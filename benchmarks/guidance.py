@@ -25,7 +25,7 @@ from rlr_peft.plan import build_pipeline, find_architecture
 
 REPEATS = 7
 SAMPLES, BATCH = 64, 8
-TINY = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", "--heldout_reward_fn", "null"]
+TINY = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", "--heldout_reward_fn", "null"]
 MIDDLE = [
     *("--pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--resolution", "256"),
     *("--prompt_path", "simple-animals", "--reward_fn", "jpeg-compressibility", "--num_inference_steps", "2"),

@@ -126,7 +126,7 @@ def main() -> None:
 def our_run(reward: str, seed: int, images: int, *words: str) -> Run:
     """What the races build, with the rank of trl's adapter."""
     trained, heldout = REWARDS[reward]
-    fixed = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", "--rank", "4", "--seed", str(seed)]
+    fixed = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", "--rank", "4", "--seed", str(seed)]
     fixed += ["--num_inference_steps", str(STEPS), "--reward_fn", trained, "--heldout_reward_fn", heldout]
     fixed += ["--num_evaluation_images", str(images), "--evaluation_batch_size", "32"]
     return build_run(load_config([*fixed, *words]))

@@ -26,12 +26,14 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race_report import report
+from benchmarks.two_experts import two_expert_pipeline
 from rlr_peft.build import Run, build_run
 from rlr_peft.compare import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators import AutoEstimator
+from rlr_peft.tiny_shapes import pipeline_path
 from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, evaluate_base, take_update
 
 # The methods' own defaults instead of the demo's.
@@ -85,9 +87,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="T of the chain")
     parser.add_argument("--images", type=int, default=128, help="of an evaluation")
     parser.add_argument("--folder", type=Path, default=Path("outputs/race"), help="a folder per reward goes below")
+    parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="adapters, each for a part of the steps")
     parser.add_argument("--collect", action="store_true", help="tables and figure of what has run")
     arguments = parser.parse_args()
-    folder = arguments.folder / (arguments.reward if arguments.steps == 10 else f"{arguments.reward}_{arguments.steps}")
+    steps = "" if arguments.steps == 10 else f"_{arguments.steps}"
+    experts = "" if arguments.experts == 1 else "_two_experts"
+    folder = arguments.folder / f"{arguments.reward}{steps}{experts}"
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.collect:
         runs = finished_runs(folder)
@@ -136,14 +141,14 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     """One run: trains until the budget is spent, and evaluates at equal shares of it."""
     method, batch, rate = setting
     flags, group = METHODS[method]
-    words = ["--config", "configs/tiny_shapes.yaml", "--report_to", "none", *flags]
+    words = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", *flags]
     in_micro_batches = ["4", "--gradient_accumulation_steps", AUTO] if batch == AUTO else [batch]
     words += ["--num_images_per_prompt", str(group), "--train_batch_size", *in_micro_batches]
     words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]
     words += ["--num_inference_steps", str(arguments.steps)]
     words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
     words += ["--learning_rate", rate, "--seed", str(seed)]
-    run = build_run(load_config(words))
+    run = build_run(load_config(words), two_expert_pipeline(pipeline_path()) if arguments.experts == 2 else None)
     scoring = cost_of_scoring(run, folder / "unit.json")
     base = base_evaluation(run, folder / "base" / f"seed {seed}, {arguments.images} images.pt")
     points: list[dict[str, float]] = []

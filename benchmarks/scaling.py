@@ -52,7 +52,7 @@ def main() -> None:
 
 def measure(num_steps: int, flags: list[str], batch: int, updates: int) -> dict[str, float]:
     """Seconds, evaluations and backward steps (per sample), and the tape's peak of an update of one micro-batch."""
-    words = ["--config", "configs/tiny_shapes.yaml", "--num_inference_steps", str(num_steps), *flags]
+    words = ["--config", "benchmarks/laboratory.yaml", "--num_inference_steps", str(num_steps), *flags]
     words += ["--train_batch_size", str(batch), "--report_to", "none", "--heldout_reward_fn", "null"]
     run = build_run(load_config(words))
     with measured_memory(run.accelerator.device) as memory:

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: sampling, reward, adjoint, and what we add to the models' own work.
 
-    python -m benchmarks.step_time --config configs/tiny_shapes.yaml
+    python -m benchmarks.step_time --config benchmarks/laboratory.yaml
 
 Takes any config and its flags. Writes ``benchmarks/results/step_time.json``.
 """

@@ -47,7 +47,7 @@ def main() -> None:
 
 def pathwise_gradients(num_steps: int, reward: str, samples: int) -> torch.Tensor:
     """Sketches of every sample's gradient through every step, (T, N, d), float64."""
-    words = ["--config", "configs/tiny_shapes.yaml", "--num_inference_steps", str(num_steps), "--reward_fn", reward]
+    words = ["--config", "benchmarks/laboratory.yaml", "--num_inference_steps", str(num_steps), "--reward_fn", reward]
     run = build_run(load_config([*words, "--heldout_reward_fn", "null", "--report_to", "none"]))
     seeds = [derive_seed(run.config.training.seed, "calibration", 0, i) for i in range(samples)]
     prompts = run.sampler.sample(0, samples)

@@ -50,7 +50,7 @@ def main() -> None:
     for name, flags in cases(arguments.steps).items():
         report = arguments.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.html"
         if not report.with_suffix(".json").exists():
-            words = ["--config", "configs/tiny_shapes.yaml", "--heldout_reward_fn", "null", "--report_to", "none"]
+            words = ["--config", "benchmarks/laboratory.yaml", "--heldout_reward_fn", "null", "--report_to", "none"]
             words += ["--num_images_per_prompt", "4", "--samples", str(arguments.samples), "--output", str(report)]
             diagnose_command([*words, *flags])
         numbers = json.loads(report.with_suffix(".json").read_text())

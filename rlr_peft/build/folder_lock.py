@@ -106,7 +106,7 @@ def _lock(folder: Path) -> FileLock | None:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        logger.warning("%s has no file locks (%s): two runs in it can be told apart less surely.", folder, error)
+        logger.warning("%s has no file locks (%s): a second run that writes there may go unnoticed.", folder, error)
         return None
     return lock
 
@@ -127,7 +127,7 @@ def _refuse_living_owner(folder: Path, is_locked: bool) -> None:
                 f"sign of life is {silent:.0f} s old, and no more can be seen from this machine. If it has ended, "
                 f"start in {PATIENCE / 60:.0f} minutes, or remove {folder / OWNER} now. Else choose another folder."
             )
-    logger.warning("%s did not leave %s in order, as after a kill: this run takes it over.", owner, folder)
+    logger.warning("%s ended without leaving %s in order (it was killed?): this run takes it over.", owner, folder)
 
 
 def _in_use(folder: Path, owner: Owner | None) -> FolderInUseError:

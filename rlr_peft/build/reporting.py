@@ -13,12 +13,19 @@ from rlr_peft.config import ConfigError
 from rlr_peft.errors import RewardError, UserError
 from rlr_peft.foreign_text import MessageHandler, guard_terminal, say, say_traceback
 
+SILENT = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel
+    "diffusers.models.modeling_utils": "should be kept in float32: []",  # said of an empty list
+}
+"""Warnings that nobody can act on: the logger, and words of the message."""
+
 
 def set_up_logging() -> None:
     """Our messages at INFO and bars from the main process, warnings from all, on stderr; to be called before torch is
     imported.
 
-    bitsandbytes and transformers report at import what optional accelerations they lack: nothing of it is used here.
+    Not shown is what a user can do nothing about: `SILENT`, and transformers' warnings, which say at import that
+    torchvision is missing, and of every long prompt what `build/prompts.py` says once.
     """
     guard_terminal()
     is_main = os.environ.get("RANK", "0") == "0"
@@ -26,8 +33,13 @@ def set_up_logging() -> None:
     logging.getLogger("rlr_peft").setLevel(logging.INFO if is_main else logging.WARNING)
     if not is_main:
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in SILENT:
+        logging.getLogger(name).addFilter(_can_be_acted_on)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _can_be_acted_on(record: logging.LogRecord) -> bool:
+    return SILENT[record.name] not in record.getMessage()
 
 
 def hide_loading_bars() -> None:

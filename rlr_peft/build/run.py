@@ -297,7 +297,7 @@ def _kl_penalty(config: Config) -> KLPenalty | None:
 
 def _accelerator(config: Config) -> Accelerator:
     output_dir, tracker = config.training.output_dir, config.logging.report_to
-    if tracker != "none":
+    if tracker not in ("none", "all"):
         extra(tracker, tracker, f"--report_to {tracker}")
     for sharding in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{sharding}", "false").lower() == "true":

@@ -52,7 +52,7 @@ class CompareFlags(Group):
         "Folder of the report, the images and what is kept to go on after an interruption.",
     )
     base: str | None = knob(None, "Hub id or folder of the base, or tiny-shapes.")
-    prompts: str | None = knob(None, "File of prompts to draw, best such that were never trained on.")
+    prompts: str | None = knob(None, "File of prompts to draw, best ones that were never trained on.")
     reward: dict[str, float] | str | None = knob(None, "Reward that the adapter was trained on.")
     heldout: tuple[str, ...] | None = knob(None, "Rewards that it was not trained on.")
     num_images: int | None = knob(None, "Images drawn by the base and by each adapter.", unit="images", at_least=2)
@@ -133,7 +133,7 @@ def _config(said: Words[CompareFlags]) -> Config:
     values = {name: knobs()[name].default for name in said.names} | said.values(plain)
     source = values["prompt_path"] or values["dataset_name"]
     if source and values["evaluation_prompt_path"] is None and values["validation_split_percentage"] is None:
-        say("Drawing training's own prompts: --prompts FILE names others, best such that it has never seen.")
+        say("Drawing training's own prompts: --prompts FILE names others, best ones that it has never seen.")
     for alias, name in ALIASES.items():
         needed = alias in ("base", "reward") or (alias == "prompts" and not source)
         if values[name] is None and needed:

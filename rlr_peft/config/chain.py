@@ -44,7 +44,7 @@ class ChainArguments(Group):
         None, "Where the steps lie; null means the family's choice. `trailing` keeps the last step from being dead."
     )
     scheduler_type: Literal["diffusion", "flow"] | None = knob(
-        None, "Kind of noising path the model was trained on; null reads it off the pipeline's scheduler."
+        None, "Kind of noising path the model was trained on; null takes it from the pipeline's scheduler."
     )
     guidance_scale: float | None = knob(
         None,
@@ -86,7 +86,7 @@ class ChainArguments(Group):
     )
     fps: int | None = knob(
         None,
-        "Speed of the videos, told to models that ask for it; null means the pipeline's default, or 8.",
+        "Frame rate of the videos, for models that take it as input; null means the pipeline's default, or 8.",
         unit="frames per second",
         at_least=1,
         at_most=1000,

@@ -38,7 +38,7 @@ class EstimatorArguments(Group):
         return False
 
     @property
-    def calibration(self) -> "CalibratedArguments | None":
+    def calibration(self) -> "MeasuringArguments | None":
         """How the steps are measured; None for a method that measures nothing."""
         return None
 
@@ -217,27 +217,9 @@ class PolicyGradientArguments(ReusedSamplesArguments):
 
 
 @dataclass(frozen=True)
-class CalibratedArguments(MirroredArguments, ScoreTermArguments):
-    """Methods that may measure the steps, and whose samples serve one optimiser step."""
+class MeasuringArguments(MirroredArguments):
+    """Methods that measure the gradients of every step."""
 
-    ho_start: Literal["uniform", "gradient-norm", "window"] = knob(
-        "uniform",
-        "How the start of a half-order block is drawn: evenly, by running gradient norms, or from ho_window.",
-    )
-    black_box_steps: int | Literal["auto"] = knob(
-        0,
-        "Number of last steps covered by reward differences where the reward has no gradient; 0 is off, `auto` as many "
-        "as about double the cost.",
-        unit="steps",
-        at_least=0,
-        at_most=1000,
-    )
-    state_baseline: bool = knob(
-        False, "Take the reward of the predicted image off the score terms' advantages: one reward call per step used."
-    )
-    ho_coefficient: float = knob(
-        1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
-    )
     calibration_interval: int | Literal["auto"] = knob(
         "auto",
         "How often the steps are measured again; `auto` spends about 5 % of the run on it.",
@@ -256,8 +238,34 @@ class CalibratedArguments(MirroredArguments, ScoreTermArguments):
     )
 
     @property
-    def calibration(self) -> "CalibratedArguments":
+    def calibration(self) -> "MeasuringArguments":
+        """How the steps are measured."""
         return self
+
+
+@dataclass(frozen=True)
+class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
+    """Methods that may measure the steps, and whose samples serve one optimiser step."""
+
+    ho_start: Literal["uniform", "gradient-norm", "window"] = knob(
+        "uniform",
+        "How the start of a half-order block is drawn: evenly, by running gradient norms, or from ho_window.",
+    )
+    black_box_steps: int | Literal["auto"] = knob(
+        0,
+        "For a reward without gradient: how many last steps are covered by differences of rewards; 0 is off, `auto` as "
+        "many as about double the cost.",
+        unit="steps",
+        at_least=0,
+        at_most=1000,
+    )
+    state_baseline: bool = knob(
+        False,
+        "Subtract the reward of the predicted image from the advantages of score terms: one reward call more per step.",
+    )
+    ho_coefficient: float = knob(
+        1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
+    )
 
     @property
     def mirrors_steps(self) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from rlr_peft.config.estimator import (
     CalibratedArguments,
     EstimatorArguments,
+    MeasuringArguments,
     MirroredArguments,
     PathwiseArguments,
     PolicyGradientArguments,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RLRArguments(ThreeOrdersArguments):
-    """Our default: the measured crossing of the per-step variances, single-step score terms beyond it."""
+    """Unbiased: pathwise up to a measured step, single-step score terms beyond it."""
 
     estimator = "rlr"
 
@@ -38,8 +39,8 @@ class RLRArguments(ThreeOrdersArguments):
     black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
     fo_roulette: bool = knob(
         True,
-        "Take the first-order term through a random number of its steps, drawn for every sample with measured chances "
-        "and weighted to stay unbiased; a mixture, and LoRA dropout, go through all of them.",
+        "Backpropagate each sample through a random number of the K steps, weighted to stay unbiased; with "
+        "`step_choice inverse-variance` or LoRA dropout, through all of them.",
         fine=True,
     )
 
@@ -55,21 +56,26 @@ class RLRArguments(ThreeOrdersArguments):
 
 
 @dataclass(frozen=True)
-class AutoArguments(RLRArguments):
-    """The member of the family, `rlr` among them, that promises the most improvement per cost, by measurement."""
+class AutoArguments(MeasuringArguments):
+    """The default: the member of the family, `rlr` among them, that promises the most improvement per cost."""
 
     estimator = "auto"
 
+    black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
+    fo_roulette: bool = preset(RLRArguments, "fo_roulette", True)
+
+    @property
+    def rlr(self) -> RLRArguments:
+        """The unbiased member."""
+        return RLRArguments(**{name: getattr(self, name) for name in self.knobs()})
+
+    def has_score_terms(self, num_inference_steps: int) -> bool:
+        """Those of `rlr`."""
+        return self.rlr.has_score_terms(num_inference_steps)
+
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the terms of `rlr`, whose promise is known for plain single steps only."""
-        yield from super().check(config)
-        plain = {"step_choice": "crossing", "ho_length": 1, "ho_blocks": "all", "zo": "none", "state_baseline": False}
-        for name, value in plain.items():
-            if (got := getattr(self, name)) != value:
-                yield (
-                    f"{name}: expected {str(value).lower()} with auto, which compares plain single steps, got {got}; "
-                    "drop it, or use --estimator rlr."
-                )
+        """Yields what is wrong with `rlr`, which is used until another member is known to be better."""
+        yield from self.rlr.check(config)
 
 
 @dataclass(frozen=True)
@@ -322,8 +328,8 @@ class ReFLArguments(MirroredArguments):
 METHODS: dict[str, type[EstimatorArguments]] = {
     method.estimator: method
     for method in (
-        RLRArguments,
         AutoArguments,
+        RLRArguments,
         RLRPaperArguments,
         FullBPArguments,
         TruncatedBPArguments,
@@ -342,6 +348,6 @@ METHODS: dict[str, type[EstimatorArguments]] = {
     )
 }
 """Every method by its name."""
-DEFAULT_METHOD = RLRArguments.estimator
+DEFAULT_METHOD = AutoArguments.estimator
 METHOD_CHOICE: Field[str] = knob(DEFAULT_METHOD, "Method that estimates the gradient; each has options of its own.")
 """The knob that chooses among them."""

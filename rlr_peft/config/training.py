@@ -49,15 +49,15 @@ class RewardArguments(Group):
     )
     reward_minimum_penalty: float = knob(
         10.0,
-        "What a reward below its minimum costs for every standard deviation that it lacks.",
+        "Penalty for each standard deviation by which a reward is below its minimum.",
         unit="standard deviations of reward",
         above=0,
         at_most=1e6,
     )
     reward_limit: float | None = knob(
         None,
-        "Samples whose reward, or weighted sum of rewards, is this or more give no gradient: `min(reward, limit)` is "
-        "raised; null means no limit.",
+        "Highest reward (of several, their weighted sum) that is worth training for: images at or above it give no "
+        "gradient; null means no limit.",
         unit="reward",
         at_least=-1e9,
         at_most=1e9,
@@ -74,7 +74,7 @@ class RewardArguments(Group):
     )
     reward_server_timeout: float = knob(
         120.0,
-        "How long one try with a reward server may take, up to its answer's last byte, before it is asked again.",
+        "Time limit of one request to a reward server, answer included; after it the server is asked again.",
         unit="seconds",
         above=0,
         at_most=86400,
@@ -91,7 +91,7 @@ class RewardArguments(Group):
     )
     decode_batch_size: int | None = knob(
         None,
-        "Images decoded and scored on the tape at once; null means train_batch_size.",
+        "Images decoded and scored at once while gradients are kept; null means train_batch_size.",
         unit="images",
         at_least=1,
         at_most=4096,
@@ -159,15 +159,15 @@ class RegularizationArguments(Group):
     )
     kl_limit: float | None = knob(
         None,
-        "Training stops where the divergence from the base, averaged over ten updates, passes this.",
+        "Stop once the divergence from the base, averaged over ten updates, is above this; null means never.",
         unit="nats",
         above=0,
         at_most=1e9,
     )
     early_stopping_steps: int | None = knob(
         None,
-        "Training stops, and goes back to its best weights, where the held-out reward of so many updates is "
-        "significantly below the best so far; null means never.",
+        "Stop, and go back to the best weights, once the held-out reward of this many updates is significantly below "
+        "the best so far; null means never.",
         unit="optimiser steps",
         at_least=5,
         at_most=10**9,
@@ -201,7 +201,7 @@ class TrainingArguments(Group):
     output_dir: str = knob("outputs/rlr-lora", "Folder that receives the adapter, checkpoints, logs and the card.")
     seed: int = knob(0, "Seed of every random number; the same seed gives the same run.", at_least=0, at_most=2**63 - 1)
     train_batch_size: int = knob(
-        4, "Samples drawn and held on the tape at once on each process.", unit="samples", at_least=1, at_most=4096
+        4, "Images that each process samples and differentiates at once.", unit="samples", at_least=1, at_most=4096
     )
     gradient_accumulation_steps: int | Literal["auto"] = knob(
         1,
@@ -278,7 +278,7 @@ class OptimizerArguments(Group):
         "relative to the size of the weights, and Prodigy's is 1.",
     )
     learning_rate: float | Literal["auto"] = knob(
-        1e-4,
+        "auto",
         "Peak learning rate of the optimiser; `auto` finds the one at which the first update changes the images by a "
         "set amount.",
         unit="weight units per step",
@@ -318,7 +318,7 @@ class OptimizerArguments(Group):
         at_most=1,
     )
     use_ema: bool = knob(
-        False, "Evaluate and save an exponential moving average of the LoRA weights; training goes on from themselves."
+        False, "Evaluate and save a moving average of the LoRA weights; training goes on with the weights themselves."
     )
     ema_decay: float = knob(
         0.995,
@@ -471,10 +471,12 @@ class LoggingArguments(Group):
     """Logging: where the curves go"""
 
     logging_dir: str = knob("logs", "Folder of the tracker's files, inside output_dir.")
-    report_to: Literal["tensorboard", "none"] = knob(
-        "none", "Tracker that receives the curves and images; it needs the extra of its name."
+    report_to: Literal["tensorboard", "wandb", "trackio", "swanlab", "all", "none"] = knob(
+        "none",
+        "Tracker that receives config, curves and images; it needs the extra of its name. `all` takes every one of "
+        "accelerate's trackers that is installed.",
     )
-    tracker_name: str = knob("rlr-lora", "Name of the run in the tracker.")
+    tracker_name: str = knob("rlr-lora", "Name of the run's project in the tracker.")
 
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what would be written elsewhere."""

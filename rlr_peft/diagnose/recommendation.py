@@ -62,14 +62,14 @@ def recommend(diagnosis: Diagnosis) -> Recommendation:
 
 def _first_order(diagnosis: Diagnosis) -> Iterator[str]:
     best, num_steps = diagnosis.compared.first_order_steps, diagnosis.evidence.num_steps
+    flags = f"`--estimator rlr --fo_steps {best}`"
     if best == num_steps:
-        yield f"`rlr` takes the pathwise gradient through all {num_steps} steps: `--fo_steps {best}`, full"
-        yield "backpropagation."
+        yield f"`rlr` takes the pathwise gradient through all {num_steps} steps, full backpropagation: {flags}."
     elif best == 0:
-        yield "`rlr` takes no pathwise gradient at all: `--fo_steps 0`, score terms everywhere."
+        yield f"`rlr` takes no pathwise gradient at all, but score terms everywhere: {flags}."
     else:
-        yield f"`rlr` takes the pathwise gradient through the last {best} of {num_steps} steps: `--fo_steps {best}`."
-    yield "`--fo_steps auto`, the default, measures this again while training."
+        yield f"`rlr` takes the pathwise gradient through the last {best} of {num_steps} steps: {flags}."
+    yield "`--fo_steps auto`, its default, measures this again while training."
     chosen = _named(diagnosis, f"rlr, K = {best} (measured)")
     others = ("reinforce", "rlr, K = 1") if best == num_steps else ("full-bp", "reinforce")
     compared = [
@@ -144,7 +144,8 @@ def _mixed_orders(diagnosis: Diagnosis) -> Iterator[str]:
     if gain <= error:
         yield f"Mixing both orders of `rlr` at every step does not pay: {numbers}."
         return
-    yield f"Mixing both orders of `rlr` at every step pays: {numbers}. `--step_choice inverse-variance` does it."
+    yield f"Mixing both orders of `rlr` at every step pays: {numbers}."
+    yield "`--estimator rlr --step_choice inverse-variance` does it."
     if not is_clearly_larger(before, after):
         yield "The evidence is weak: the gain is hardly more than its error."
 
@@ -262,9 +263,9 @@ def window_advice(diagnosis: Diagnosis) -> Iterator[str]:
         yield f"The pathwise gradient covers all of it with K = {tail}, so a window for score terms gains nothing."
         return
     yield (
-        f"To train this scale alone, draw score terms from it: `--fo_steps {tail} --ho_blocks 1 --ho_start window "
-        f"--ho_window {low} {stage.last_step}`. That is biased by choice: steps outside the window and beyond "
-        f"K = {tail} get nothing."
+        f"To train this scale alone, draw score terms from it: `--estimator rlr --fo_steps {tail} --ho_blocks 1 "
+        f"--ho_start window --ho_window {low} {stage.last_step}`. That is biased by choice: steps outside the window "
+        f"and beyond K = {tail} get nothing."
     )
 
 

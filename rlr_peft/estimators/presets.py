@@ -67,7 +67,7 @@ def build_estimator(
     """
     match arguments:
         case AutoArguments():
-            settings = settings_from_arguments(arguments, num_inference_steps, stages)
+            settings = settings_from_arguments(arguments.rlr, num_inference_steps, stages)
             rlr = RLREstimator(settings, arguments.antithetic, samples)
             return AutoEstimator(rlr, num_inference_steps, samples, measures_batch)
         case AdjointMatchingArguments():

@@ -20,8 +20,10 @@ DESCRIPTION = "Add up the GPU and host memory that a training needs, without wei
 class PlanFlags(Group):
     """The plan"""
 
-    gpu_memory: float | None = knob(None, "Say whether it fits so much, and what helps.", unit="GiB", above=0)
-    host_memory: float | None = knob(None, "Say whether so much host memory is enough.", unit="GiB", above=0)
+    gpu_memory: float | None = knob(
+        None, "Your GPU's memory: say whether the training fits, and what helps if not.", unit="GiB", above=0
+    )
+    host_memory: float | None = knob(None, "Your machine's memory: say whether it is enough.", unit="GiB", above=0)
     output: str | None = knob(None, "JSON file that gets the numbers, in bytes.")
 
 

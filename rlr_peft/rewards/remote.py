@@ -108,8 +108,8 @@ class RemoteReward(Reward):
         version = _version_in(answer)
         if self.version is not None and version != self.version:
             logger.warning(
-                "Reward server '%s' has changed: it is of version %s now and was of %s. Its scores before and after "
-                "that do not compare.",
+                "Reward server '%s' has changed: it is of version %s now and was of %s. Scores from before and "
+                "after the change cannot be compared.",
                 *(self.name, version or "an unknown one", self.version),
             )
         self.version = version

@@ -22,6 +22,7 @@ from rlr_peft.publishing.uploads import published_files
 from rlr_peft.training.finishing import finish, summary
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.resuming import resume
+from rlr_peft.training.trackers import start_trackers
 from rlr_peft.training.trainer import train
 from rlr_peft.training.validation import evaluate_adapter, evaluate_base
 
@@ -114,6 +115,7 @@ class Trainer:
         """
         with self._only_writer():
             progress = resume(self.run)
+            start_trackers(self.run)
             started = time.monotonic()
             self._base = evaluate_base(self.run)
             progress.evaluation_seconds = time.monotonic() - started

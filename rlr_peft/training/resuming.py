@@ -217,7 +217,7 @@ def _warn_of_changes(run: Run, saved: Path) -> None:
     try:
         before: dict[str, Any] = parse_yaml(read_plain_text(saved)) or {}
     except PlainFileError as error:
-        logger.warning("Whether the config has changed cannot be told: %s is damaged (%s).", saved, error)
+        logger.warning("%s is damaged (%s): nothing says whether the config has changed.", saved, error)
         return
     changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_TO_CHANGE]
     for name in changed:

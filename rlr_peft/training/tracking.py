@@ -18,13 +18,13 @@ import torch
 from tqdm.auto import tqdm
 
 from rlr_peft.build.run import Run
-from rlr_peft.config import Config, config_to_dict, stages_from_config
+from rlr_peft.config import stages_from_config
 from rlr_peft.durable_files import flush_to_disk, replacing_file
 from rlr_peft.errors import UserError
-from rlr_peft.foreign_text import printable
 from rlr_peft.training.learning_signal import LearningSignal
 from rlr_peft.training.progress import Progress
 from rlr_peft.training.progress_page import ProgressPage
+from rlr_peft.training.trackers import start_trackers
 from rlr_peft.training.update import Update
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class RunLog:
         self._lines: MetricsLog | None = None
         self._page: ProgressPage | None = None
         self.path = run.output_dir / METRICS_LOG
-        run.accelerator.init_trackers(run.config.logging.tracker_name, config=_tracker_config(run.config))
+        start_trackers(run)
         _announce(run, progress)
 
     def __enter__(self) -> "RunLog":
@@ -220,7 +220,7 @@ class RunLog:
         """Hands the numbers to the trackers, whose files may be removed by somebody: the run does not need them."""
         run = self._run
         folder = run.output_dir / run.config.logging.logging_dir / run.config.logging.tracker_name
-        if run.accelerator.trackers and not folder.exists():
+        if run.config.logging.report_to == "tensorboard" and not folder.exists() and run.accelerator.trackers:
             folder.mkdir(parents=True)
             logger.warning("%s was removed while the run wrote to it: its curves begin anew.", folder)
         run.accelerator.log(dict(metrics), step=step)
@@ -231,9 +231,7 @@ class RunLog:
         if coverage != progress.coverage:
             logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
             for t, ratio in update.books[0].hot_steps.items():
-                logger.warning(
-                    "Step %d has a score term although |d mean / d output| / std = %.1f there: noisy.", t, ratio
-                )
+                logger.warning("The score term of step %d is noisy: |d mean / d output| / std is %.1f there.", t, ratio)
         progress.coverage = coverage
 
 
@@ -267,9 +265,3 @@ def stage_prompts_in_words(run: Run, count: int = 3) -> list[str]:
         f"{prompt.text} -> " + "; ".join(f"{name}: {part}" for name, part in zip(stages.names, prompt.stages))
         for prompt in run.prompts[:count]
     ]
-
-
-def _tracker_config(config: Config) -> dict[str, Any]:
-    """Plain numbers and texts, without secrets: trackers may be public."""
-    values = config_to_dict(config).items()
-    return {name: value if isinstance(value, (bool, int, float)) else printable(str(value)) for name, value in values}

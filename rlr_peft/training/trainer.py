@@ -72,7 +72,7 @@ def _claim_folder(run: Run, progress: Progress) -> None:
     is_latest = run.config.checkpointing.resume_from_checkpoint == "latest"
     aside = claim_output_dir(run.output_dir, progress.resumed_from, progress.step, is_latest=is_latest)
     if aside is not None:
-        logger.warning("What another course of training left in %s was moved to %s.", run.output_dir, aside)
+        logger.warning("The files of an earlier run in %s were moved to %s.", run.output_dir, aside)
     save_config(run.config, run.output_dir / CONFIG, run.given)
 
 

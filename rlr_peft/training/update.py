@@ -12,7 +12,7 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
-from rlr_peft.config.estimator import CalibratedArguments
+from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
@@ -135,7 +135,7 @@ def calibration_due(run: Run, step: int) -> bool:
     return bool(run.processes.largest(int(wanted), "the need of a calibration"))
 
 
-def calibration_interval(run: Run, knobs: CalibratedArguments) -> int:
+def calibration_interval(run: Run, knobs: MeasuringArguments) -> int:
     """Updates between two calibrations.
 
     A measured sample costs its chain and T replays with up to three backward passes each, 8 T; a trained one with a

@@ -19,6 +19,7 @@ from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.training.progress_page import VALIDATION
 from rlr_peft.training.resuming import capture_random_states, restore_random_states
+from rlr_peft.training.trackers import track_images
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,7 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
         images = as_images(images)
     save_image_grid(path, images, texts_of(prompts), columns=arguments.num_validation_images)
     for tracker in run.accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({phase: to_8_bit(images)}, step=step, dataformats="NHWC")
+        track_images(tracker, phase, to_8_bit(images), step)
     return path
 
 

@@ -33,6 +33,24 @@ WRITES = {
 }
 
 
+def test_a_warning_of_an_empty_list_is_not_shown() -> None:
+    program = """
+import sys, torch
+from rlr_peft.build.reporting import set_up_logging
+from tests.pipelines import tiny_stable_diffusion
+vae = tiny_stable_diffusion().vae
+vae.to(torch.float32)
+print("SILENT FROM HERE", file=sys.stderr, flush=True)
+set_up_logging()
+vae.to(torch.float32)
+vae._keep_in_fp32_modules = ["encoder"]
+vae.to(torch.float16)
+"""
+    before, after = completed(["-c", program]).stderr.split("SILENT FROM HERE\n")
+    assert "should be kept in float32: []" in before, "diffusers says it no more: nothing is left to silence"
+    assert after.count("\n") == 1 and "kept in float32: ['encoder']" in after
+
+
 @pytest.mark.parametrize("kind", WRITES)
 def test_a_full_disk_is_one_message(kind: str, tmp_path: Path) -> None:
     done = completed(["-c", PROGRAM.replace("{write}", WRITES[kind]), tmp_path / "file"])

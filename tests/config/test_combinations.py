@@ -9,6 +9,12 @@ from rlr_peft.config import Config, ConfigError
 from rlr_peft.config import load_config as load
 from tests.config.loading import REQUIRED, refusal
 
+
+def with_rlr(argv: str) -> list[str]:
+    """The flags, of `rlr` where they name no method."""
+    return argv.split() if "--estimator" in argv else ["--estimator", "rlr", *argv.split()]
+
+
 REFUSED = [
     ("--train_batch_size 3", "num_images_per_prompt: expected a divisor of the 3 samples"),
     ("--train_batch_size 0", "train_batch_size: expected at least 1 and at most 4096, got 0"),
@@ -32,7 +38,7 @@ REFUSED = [
     ("--black_box_steps 51", "black_box_steps: expected at most num_inference_steps (50), got 51"),
     (
         "--estimator full-bp --fo_steps 3",
-        "fo_steps: expected none with full-bp, got 3; use --estimator rlr, auto, rlr-paper, ",
+        "fo_steps: expected none with full-bp, got 3; use --estimator rlr, rlr-paper, ",
     ),
     ("--estimator truncated-bp --fo_steps auto", "fo_steps: expected a whole number or random with truncated-bp"),
     ("--estimator truncated-bp --fo_steps 0", "fo_steps: expected at least 1 and at most 1000, got 0"),
@@ -50,7 +56,7 @@ REFUSED = [
     ("--estimator truncated-bp --ho_length 2", "ho_length: expected none with truncated-bp"),
     (
         "--estimator reinforce --ho_length 2",
-        "ho_length: expected none with reinforce, got 2; use --estimator rlr, auto or rlr-paper.",
+        "ho_length: expected none with reinforce, got 2; use --estimator rlr or rlr-paper.",
     ),
     ("--ho_start window --ho_blocks 1", "ho_window: expected together with ho_start window, got ho_start window and"),
     ("--ho_window 1 2", "ho_window: expected together with ho_start window"),
@@ -75,7 +81,7 @@ REFUSED = [
     ("--estimator grpo --fo_steps 2", "fo_steps: expected none with grpo, got 2"),
     (
         "--estimator refl --fo_steps auto",
-        "fo_steps: expected a whole number or null with refl, got auto; use --estimator rlr, auto or rlr-paper.",
+        "fo_steps: expected a whole number or null with refl, got auto; use --estimator rlr or rlr-paper.",
     ),
     ("--estimator refl --fo_steps 0", "fo_steps: expected at least 1 and at most 1000, got 0"),
     (
@@ -100,10 +106,16 @@ REFUSED = [
     ("--step_choice inverse-variance --estimator reinforce", "step_choice: expected none with reinforce"),
     (
         "--estimator refl --ho_blocks 1",
-        "ho_blocks: expected none with refl, got 1; use --estimator rlr, auto, rlr-paper, reinforce, ddpo, grpo or "
-        "d3po.",
+        "ho_blocks: expected none with refl, got 1; use --estimator rlr, rlr-paper, reinforce, ddpo, grpo or d3po.",
     ),
-    ("--estimator auto --state_baseline", "state_baseline: expected false with auto, which compares plain single"),
+    ("--estimator auto --state_baseline", "state_baseline: expected none with auto, got true; use --estimator rlr"),
+    ("--estimator auto --eta 0", "estimator: expected noise in the chain for the score terms of rlr, got eta 0.0"),
+    ("--gradient_accumulation_steps auto --max_train_steps 9", "expected a number with rlr, got auto, which needs a"),
+    ("--estimator auto --gradient_accumulation_steps auto", "expected a number or a length in updates, got auto"),
+    (
+        "--estimator auto --gradient_accumulation_steps auto --max_train_steps 9 --scale_lr --learning_rate 1e-4",
+        "gradient_accumulation_steps: expected a number with scale_lr, got auto",
+    ),
     ("--estimator ddpo --ho_length 2", "ho_length: expected none with ddpo, got 2"),
     (
         "--estimator grpo --ho_blocks 2 --ho_start gradient-norm",
@@ -206,13 +218,14 @@ def test_impossible_combination_says_expected_got_and_what_to_do(
     monkeypatch: pytest.MonkeyPatch, argv: str, message: str
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    got = refusal(*argv.split())
+    got = refusal(*with_rlr(argv))
     assert message in got
     assert "\n" not in got, "one problem must be one line"
     assert re.fullmatch(r"\w+: expected .*, got .*; .+\.", got)
 
 
 ALLOWED = [
+    "--estimator auto --gradient_accumulation_steps auto --max_train_steps 9",
     "--estimator full-bp --eta 0 --num_images_per_prompt 1",
     "--estimator truncated-bp --step_kind ode --fo_steps 4",
     "--fo_steps 50 --step_kind ode --num_images_per_prompt 1",
@@ -264,11 +277,11 @@ def test_a_quantised_base_takes_one_width_and_no_dora(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("argv", ALLOWED)
 def test_possible_combination_is_accepted(argv: str) -> None:
-    assert isinstance(load([*REQUIRED, *argv.split()]), Config)
+    assert isinstance(load([*REQUIRED, *with_rlr(argv)]), Config)
 
 
 def test_several_problems_are_told_in_one_error() -> None:
-    got = refusal(*"--train_batch_size 3 --eta 0 --ho_length 99".split())
+    got = refusal(*with_rlr("--train_batch_size 3 --eta 0 --ho_length 99"))
     assert got.splitlines()[0] == "3 problems in the configuration:"
     assert len(got.splitlines()) == 4
 

@@ -16,11 +16,11 @@ from rlr_peft.config.methods import RLRArguments
 from tests.config.loading import REQUIRED, refusal, write
 
 
-def test_defaults_are_those_that_diffusers_users_know() -> None:
+def test_defaults_are_those_that_diffusers_users_know_or_measured() -> None:
     config = load(REQUIRED)
     assert config.lora.rank == 4
     assert config.training.train_batch_size == 4
-    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.learning_rate == "auto"
     assert config.optimizer.lr_scheduler == "constant"
     assert config.checkpointing.checkpointing_steps is None
     assert config.chain.num_inference_steps == 50
@@ -33,7 +33,8 @@ def test_flags_reach_their_groups_with_their_types() -> None:
         [
             *REQUIRED,
             *"--rank 8 --learning_rate 3e-3 --gradient_checkpointing --allow_tf32 false --fo_steps auto".split(),
-            *"--ho_start window --ho_window 30 40 --ho_blocks 1 --zo none --mixed_precision bf16".split(),
+            *"--estimator rlr --ho_start window --ho_window 30 40 --ho_blocks 1 --zo none".split(),
+            *("--mixed_precision", "bf16"),
             *("--validation_prompt", "a cat: asleep, grey", "a dog", "--negative_prompt", ""),
         ]
     )
@@ -54,7 +55,7 @@ def test_flags_reach_their_groups_with_their_types() -> None:
 def test_yaml_values_have_the_same_names_and_types(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        "mixed_precision: no\nlearning_rate: 1e-3\nuse_dora: true\nho_blocks: all\nnegative_prompt: ~\n"
+        "mixed_precision: no\nestimator: rlr\nlearning_rate: 1e-3\nuse_dora: true\nho_blocks: all\nnegative_prompt: ~\n"
         "adam_weight_decay: 0\nvalidation_prompt:\n  - 'a: b'\n  - c\nrevision: '12e4'\n",
     )
     config = load([*REQUIRED, "--config", path])
@@ -77,7 +78,9 @@ def test_one_validation_prompt_needs_no_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file_first", [True, False])
 @pytest.mark.parametrize("joined", [True, False])
 def test_flags_win_over_yaml_wherever_they_stand(tmp_path: Path, file_first: bool, joined: bool) -> None:
-    path = write(tmp_path, "rank: 16\nlearning_rate: 0.5\nho_window: [1, 2]\nuse_dora: true\nfo_steps: 3\n")
+    path = write(
+        tmp_path, "rank: 16\nestimator: rlr\nlearning_rate: 0.5\nho_window: [1, 2]\nuse_dora: true\nfo_steps: 3\n"
+    )
     file = [f"--config={path}"] if joined else ["--config", path]
     flags = ["--rank", "2", "--ho_window", "null", "--use_dora", "false", "--fo_steps", "null"]
     config = load([*REQUIRED, *(file + flags if file_first else flags + file)])
@@ -143,7 +146,9 @@ def test_a_wrong_mapping_is_one_clear_line(tmp_path: Path, text: str, message: s
 
 
 def test_saved_file_holds_every_knob_and_loads_equal(tmp_path: Path) -> None:
-    config = load([*REQUIRED, *"--ho_start window --ho_blocks 1 --ho_window 3 9 --adam_epsilon 1e-11".split()])
+    config = load(
+        [*REQUIRED, *"--estimator rlr --ho_start window --ho_blocks 1 --ho_window 3 9 --adam_epsilon 1e-11".split()]
+    )
     path = tmp_path / "run" / "config.yaml"
     save_config(config, path)
     assert load(["--config", str(path)]) == config
@@ -154,7 +159,9 @@ def test_saved_file_holds_every_knob_and_loads_equal(tmp_path: Path) -> None:
 
 
 def test_saved_file_means_the_same_to_a_yaml_1_1_reader(tmp_path: Path) -> None:
-    config = load([*REQUIRED, "--zo", "none", "--revision", "12e4", "--negative_prompt", "off"])
+    config = load(
+        [*REQUIRED, "--ho_blocks", "all", "--estimator", "rlr", "--revision", "12e4", "--negative_prompt", "off"]
+    )
     assert yaml.safe_load(config_to_yaml(config)) == config_to_dict(config)
 
 

@@ -34,7 +34,7 @@ def test_kinds_of_adapters_that_are_not_trained_are_told(tmp_path: Path) -> None
 
 
 def test_dashes_are_underscores() -> None:
-    config = load([*REQUIRED, "--learning-rate", "0.5", "--fo-steps=3", "--negative-prompt=a-b"])
+    config = load([*REQUIRED, "--learning-rate", "0.5", "--train-batch-size=8", "--negative-prompt=a-b"])
     assert (config.optimizer.learning_rate, config.chain.negative_prompt) == (0.5, "a-b")
 
 

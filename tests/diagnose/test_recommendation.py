@@ -109,7 +109,7 @@ def test_the_reference_is_the_least_noisy_unbiased_method(calm: Diagnosis, blind
 
 def test_the_whole_chain_is_differentiated_where_pathwise_gradients_are_calm(calm: Diagnosis) -> None:
     advice = recommend(calm)
-    assert "`--fo_steps 6`" in advice.advice["First order"]
+    assert "`--estimator rlr --fo_steps 6`" in advice.advice["First order"]
     assert "full backpropagation" in advice.advice["First order"]
     assert advice.advice["Score terms"] == "No step needs a score term."
     assert result_of(calm, "rlr, K = 6 (measured)").estimates.variance < result_of(calm, "reinforce").estimates.variance
@@ -146,7 +146,7 @@ def test_mixed_orders_are_recommended_only_beyond_their_error(chaotic: Diagnosis
         return recommend(replace(chaotic, results=results)).advice["Mixed orders"]
 
     squares = crossing.estimates.squares
-    assert "`--step_choice inverse-variance`" in with_squares(squares * 0.5)
+    assert "`--estimator rlr --step_choice inverse-variance`" in with_squares(squares * 0.5)
     assert "does not pay" in with_squares(squares)
     assert "does not pay" in with_squares(0.99 * squares.roll(1))  # better on average, but within the error
 
@@ -160,7 +160,8 @@ def test_weak_evidence_is_called_weak(chaotic: Diagnosis) -> None:
 def test_recommended_flags_can_be_trained_with(calm: Diagnosis, chaotic: Diagnosis, blind: Diagnosis) -> None:
     for diagnosis in (calm, chaotic, blind):
         advice = recommend(diagnosis)
-        texts = [advice.flags, *re.findall(r"`(--fo_steps \d+ --ho_blocks[^`]*)`", " ".join(advice.advice.values()))]
+        told = " ".join(advice.advice.values())
+        texts = [advice.flags, *re.findall(r"`(--estimator rlr --fo_steps \d+ --ho_blocks[^`]*)`", told)]
         for flags in texts:
             load_config([*REQUIRED, "--num_inference_steps", "6", *flags.split()])
 

@@ -18,7 +18,9 @@ from rlr_peft.publishing import default_template_path
 
 REPOSITORY = Path(__file__).parents[2]
 BUILD = "from setuptools.build_meta import build_wheel; build_wheel('.')"
-SHORT = "--max_train_steps 1 --train_batch_size 2 --num_inference_steps 3 --num_evaluation_images 2 --fo_steps 1"
+SHORT = (
+    "--max_train_steps 1 --train_batch_size 2 --num_inference_steps 3 --num_evaluation_images 2 --calibration_samples 2"
+)
 
 
 def test_the_packages_template_is_the_file_at_the_top() -> None:

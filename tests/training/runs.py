@@ -28,6 +28,7 @@ def config_file(workplace: Path, output_dir: Path, reward: str = "redness", **va
         "reward_fn": f"{workplace / 'rewards.py'}:{reward}",
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
+        "estimator": "rlr",
         "train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "num_images_per_prompt": 2,
