@@ -66,7 +66,9 @@ def test_a_second_writer_is_told_of_the_first_until_that_is_killed(
         first.send_signal(signal.SIGKILL)
         first.wait()
         with only_writer(out):
-            assert f"process {first.pid} on" in caplog.text and "as after a kill: this run takes it over" in caplog.text
+            assert (
+                f"process {first.pid} on" in caplog.text and "(it was killed?): this run takes it over" in caplog.text
+            )
             assert not (out / ".writing-1").exists()
     assert not (out / OWNER).exists()
 

@@ -189,7 +189,7 @@ def test_a_server_that_changes_between_two_answers_is_noticed(caplog: pytest.Log
         del server.stated["version"]
         measure_images(reward, images, PROMPTS)
     changed = (
-        f"Reward server '{reward.name}' has changed: it is of version %s now and was of %s. Its scores before and "
+        f"Reward server '{reward.name}' has changed: it is of version %s now and was of %s. Scores from before and "
     )
     assert [message.partition("after")[0] for message in caplog.messages] == [
         changed % ("v2", "v1"),

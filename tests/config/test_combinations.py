@@ -30,10 +30,16 @@ REFUSED = [
     ("--step_kind ode --black_box_steps 50", "expected noise in the chain"),
     ("--eta 1.5", "eta: expected 0 to 1 with step_kind ancestral, got 1.5"),
     ("--optimizer Lion --learning_rate auto", "learning_rate: expected a number with Lion, got auto"),
-    ("--optimizer Prodigy", "learning_rate: expected about 1 with Prodigy"),
-    ("--optimizer Muon --use_8bit_adam", "use_8bit_adam: expected optimizer AdamW with it, got Muon"),
-    ("--optimizer Muon --use_dora", "use_dora: expected none with Muon"),
-    ("--optimizer Adafactor --adam_beta1 0.8", "adam_beta1: expected none with Adafactor, got 0.8; use --optimizer"),
+    ("--optimizer Prodigy --learning_rate 1e-4", "learning_rate: expected about 1 with Prodigy"),
+    (
+        "--optimizer Muon --learning_rate 1e-3 --use_8bit_adam",
+        "use_8bit_adam: expected optimizer AdamW with it, got Muon",
+    ),
+    ("--optimizer Muon --learning_rate 1e-3 --use_dora", "use_dora: expected none with Muon"),
+    (
+        "--optimizer Adafactor --learning_rate 1e-3 --adam_beta1 0.8",
+        "adam_beta1: expected none with Adafactor, got 0.8; use --optimizer",
+    ),
     ("--fo_steps 51", "fo_steps: expected at most num_inference_steps (50), got 51"),
     ("--black_box_steps 51", "black_box_steps: expected at most num_inference_steps (50), got 51"),
     (
