@@ -27,7 +27,7 @@ def main() -> None:
     for figure in FIGURES if arguments.name == "demo" else ():
         shutil.copy(arguments.output_dir / figure, images / f"demo_{figure}")
     path = write_results(arguments.name, {"metrics": metrics})
-    for name in ("reward", "heldout"):
+    for name in ("reward", "heldout", "reward/all_right", "heldout/all_right"):
         before, after, gain = (metrics[f"{name}_{part}"] for part in ("before", "after", "gain"))
         ratio = gain / metrics[f"{name}_gain_se"]
         print(f"{name}: {before:.4f} -> {after:.4f}, gain {gain:+.4f} = {ratio:+.1f} paired standard errors")
