@@ -61,13 +61,12 @@ def draw_changed_most(output_dir: Path, path: Path) -> None:
     config = load_config([*words, "--output_dir", str(output_dir)])
     run = build_run(config)
     chain = run.chain.at(eta=config.validation.evaluation_eta, whole=True)
-    images = []
     with torch.no_grad():
-        images.append(render(chain, [Prompt(prompt) for prompt in prompts], seeds))  # a fresh adapter changes nothing
+        by_base = render(chain, [Prompt(prompt) for prompt in prompts], seeds)  # a fresh adapter changes nothing
         resume(run)
-        images.append(render(chain, [Prompt(prompt) for prompt in prompts], seeds))
-    scores = ([float(rows_of_model[i][reward]) for i in chosen] for rows_of_model in (before, after))
-    save_before_after(path, *images, prompts, *scores)
+        by_adapter = render(chain, [Prompt(prompt) for prompt in prompts], seeds)
+    of_base, of_adapter = ([float(rows_of_model[i][reward]) for i in chosen] for rows_of_model in (before, after))
+    save_before_after(path, by_base, by_adapter, prompts, of_base, of_adapter)
 
 
 if __name__ == "__main__":
