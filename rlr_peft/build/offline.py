@@ -1,9 +1,12 @@
 """Without a connection to the Hub, a missing file is told at once."""
 
+import logging
 import os
 import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 3.0
 
@@ -21,4 +24,5 @@ def work_offline_without_hub() -> None:
         port = endpoint.port or {"http": 80}.get(endpoint.scheme, 443)
         socket.create_connection((endpoint.hostname, port), timeout=SECONDS).close()
     except OSError:
+        logger.warning("%s does not answer: only files in the cache are used.", endpoint.hostname)
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -21,13 +21,12 @@ from rlr_peft.config.estimator import EstimatorArguments
 from rlr_peft.config.knob import ConfigError, Group, Knob, fits, join, match, out_of_range, said, type_in_words
 from rlr_peft.config.methods import DEFAULT_METHOD, METHOD_CHOICE, METHODS
 from rlr_peft.config.model import LoraArguments, ModelArguments
+from rlr_peft.config.reward import RegularizationArguments, RewardArguments
 from rlr_peft.config.training import (
     CheckpointingArguments,
     HubArguments,
     LoggingArguments,
     OptimizerArguments,
-    RegularizationArguments,
-    RewardArguments,
     TrainingArguments,
     ValidationArguments,
 )

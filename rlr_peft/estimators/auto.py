@@ -239,6 +239,7 @@ class AutoEstimator(Estimator):
         self._moments = None if state["moments"] is None else GradientMoments(**state["moments"])
         self._promises = {name: Promise(**promised) for name, promised in state["promises"].items()}
         self._chosen = state["chosen"]
+        self._share_batch()
 
     def _choose(self, chain: Chain, has_gradient: bool, most: int) -> None:
         """Judges the members; ``most`` is the largest batch, as a larger noise scale cannot be told from so many."""
@@ -250,20 +251,25 @@ class AutoEstimator(Estimator):
             wanted = min(BATCH_OF_NOISE_SCALE * noise_scale, most)
             return self._samples * max(1, round(wanted / self._samples))
 
-        full = torch.zeros(len(self._moments.means), dtype=torch.float64)
-        full[: chain.num_steps] = 1
         weights = {UNBIASED: rlr_weights(self.rlr, chain, has_gradient)}
+        full = weights[UNBIASED].mean
         if has_gradient:
-            weights |= {name: weights_of(member, chain) for name, member in self._members.items()}
-        else:
-            full = weights[UNBIASED].mean
+            full = torch.zeros_like(full)
+            full[: chain.num_steps] = 1
+            biased = {name: member for name, member in self._members.items() if name != UNBIASED}
+            weights |= {name: weights_of(member, chain) for name, member in biased.items()}
         self._promises = {
             name: promise(self._moments, own, full, batch_for, chain.num_steps) for name, own in weights.items()
         }
         best = max(self._promises, key=lambda name: self._promises[name].improvement)
         clearly = self._promises[best].improvement > WORTH_A_BIAS * self._promises[UNBIASED].improvement
         self._chosen = best if clearly else UNBIASED
-        self.rlr.samples = self._promises[UNBIASED].samples
+        self._share_batch()
+
+    def _share_batch(self) -> None:
+        """The roulette's chances depend on B."""
+        if self._promises:
+            self.rlr.samples = self._promises[UNBIASED].samples
 
 
 def weights_of(member: Estimator, chain: Chain) -> Weights:

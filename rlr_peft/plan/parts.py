@@ -50,6 +50,7 @@ class Facts:
         rewards: weights of the rewards' networks.
         rewards_at_once: of those that score together: all that are trained on, or one that is held out.
         scoring: the rewards' peak besides, by the number of images scored at once.
+        rewards_on_cpu: how many times as much the rewards take without a GPU, where `auto` keeps them in float32.
         compared: images of the evaluation; 0 without one.
         validated: validation images that are drawn together; 0 without them.
         prompt: embeddings of one prompt.
@@ -65,6 +66,7 @@ class Facts:
     rewards: int
     rewards_at_once: int
     scoring: Mapping[int, int]
+    rewards_on_cpu: int = 1
     compared: int = 0
     validated: int = 0
     prompt: int = 0
@@ -344,7 +346,9 @@ def _kept_on_host(plan: MemoryPlan) -> tuple[Part, ...]:
 def _without_gpu(plan: MemoryPlan) -> int:
     """Bytes where both halves are in host memory, so that what only moves between them is there once."""
     here = replace(plan.options, offload_text_encoders=False, offload_rewards=False)
-    plan = add_up(plan.facts, here)
+    factor, facts = plan.facts.rewards_on_cpu, plan.facts
+    scoring = {count: factor * size for count, size in facts.scoring.items()}
+    plan = add_up(replace(facts, rewards=factor * facts.rewards, scoring=scoring), here)
     kept = _kept_on_host(plan)
 
     def beside(phase: str) -> int:

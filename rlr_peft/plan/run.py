@@ -70,7 +70,7 @@ def plan_memory(
     held = quantization or NF4
     trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
     names = list(dict.fromkeys((*trained, *heldout)))
-    dtype = weights_dtype(config.reward.reward_dtype, torch.device("cuda"))
+    dtype, on_cpu = (weights_dtype(config.reward.reward_dtype, torch.device(kind)) for kind in ("cuda", "cpu"))
     rewards = {count: {name: reward_memory(name, count, dtype) for name in names} for count in {1, decode_batch_size}}
     known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}
     weights = {name: memory.weights if memory else 0 for name, memory in rewards[1].items()}
@@ -89,6 +89,7 @@ def plan_memory(
         rewards=sum(weights.values()),
         rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
         scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},
+        rewards_on_cpu=on_cpu.itemsize // dtype.itemsize,
         compared=compared,
         validated=validated,
         prompt=measured.embeddings // (2 * batch_size),  # each is held alone and in its batch

@@ -208,7 +208,7 @@ def _metadata(
 ) -> ModelCardData:
     """What the Hub reads: licence, base, tags, gallery and measured rewards."""
     base = record.base
-    is_rlr = str(record.config.get("estimator", "")).startswith(("rlr", "auto"))
+    is_rlr = str(record.config.get("estimator", "")).startswith("rlr")
     own = [*(["rlr"] if is_rlr else []), *(["diffusive-chain-of-thought"] if record.prompts.stages else [])]
     optional: dict[str, Any] = {"inference": True, "datasets": list(record.prompts.datasets) or None}
     if base_kind(base.model) == "hub":

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from rlr_peft.build.run import Run
 from rlr_peft.config import stages_from_config
+from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import flush_to_disk, replacing_file
 from rlr_peft.errors import UserError
 from rlr_peft.training.learning_signal import LearningSignal
@@ -239,6 +240,7 @@ def _announce(run: Run, progress: Progress) -> None:
     training = run.config.training
     trainable = sum(parameter.numel() for parameter in run.chain.parameters)
     stages = stages_from_config(run.config)
+    is_measured = "; the accumulation steps are measured" if training.gradient_accumulation_steps == AUTO else ""
     for line in (
         "***** Running training *****",
         f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",
@@ -246,7 +248,7 @@ def _announce(run: Run, progress: Progress) -> None:
         f"  Prompts = {len(run.prompts)}",
         f"  Samples per update = {training.train_batch_size} on the tape x {run.gradient_accumulation_steps} "
         f"accumulation steps x {run.accelerator.num_processes} processes = {run.samples_per_update} "
-        f"({training.num_images_per_prompt} per prompt)",
+        f"({training.num_images_per_prompt} per prompt{is_measured})",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
         *(f"    {line}" for line in stage_prompts_in_words(run)),

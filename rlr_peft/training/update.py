@@ -1,6 +1,7 @@
 """One update: sample, score, gather, advantages, segments, all-reduce once, clip, step, learn."""
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.learning_rate import is_unknown, take_first_step
 from rlr_peft.training.progress import is_due_after
+
+logger = logging.getLogger(__name__)
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15
@@ -158,9 +161,13 @@ def calibrate(run: Run, step: int) -> None:
     repeated, seeds = _repeat(run, step, "calibration", prompts)
     batch = sample_batch(run.chain, run.objective, repeated, seeds, micro_batch_size)
     rollouts = batch.rollouts(leave_one_out(batch.rewards, group_size))
+    before = run.estimator.describe(run.objective.has_gradient)
     run.estimator.calibrate(run.chain, rollouts, arguments.calibration_decay)
     # Sums on GPUs differ in their last digits, which may tip the choice of K: all go by the main process's numbers.
     run.estimator.load_state_dict(run.processes.broadcast(run.estimator.state_dict(), "the calibration"))
+    after = run.estimator.describe(run.objective.has_gradient)
+    if after != before:
+        logger.info("Estimator = %s: %s.", run.method, after)
 
 
 def _sample(run: Run, step: int) -> Batch:

@@ -15,7 +15,9 @@ def _open_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_open_environment")
-def test_an_address_at_which_nothing_listens_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_at_which_nothing_listens_is_offline(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hub:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
         work_offline_without_hub()
@@ -26,6 +28,7 @@ def test_an_address_at_which_nothing_listens_is_offline(monkeypatch: pytest.Monk
     monkeypatch.delenv("HF_HUB_OFFLINE")
     work_offline_without_hub()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert caplog.messages == ["127.0.0.1 does not answer: only files in the cache are used."]
     monkeypatch.delenv("HF_HUB_OFFLINE")
 
 

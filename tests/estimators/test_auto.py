@@ -117,6 +117,7 @@ def test_the_batch_is_a_quarter_of_the_noise_scale_in_whole_micro_batches() -> N
     assert f"and so {2 * estimator.micro_batches} of them an update" in estimator.describe(False)
     restored.load_state_dict(estimator.state_dict())
     assert restored.micro_batches == estimator.micro_batches
+    assert restored.rlr.samples == estimator.rlr.samples == 2 * estimator.micro_batches, "its roulette goes by it"
 
 
 def test_the_batch_is_at_most_the_samples_that_measured_it() -> None:

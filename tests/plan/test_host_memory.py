@@ -157,3 +157,14 @@ def test_the_command_says_whether_host_memory_is_enough(
     with pytest.raises(SystemExit) as left:
         main([*command, "--host_memory", "0"])
     assert left.value.code == 2 and "host_memory: expected above 0, got 0.0" in capsys.readouterr().err
+
+
+def test_without_gpu_rewards_are_counted_in_float32(tmp_path: Path) -> None:
+    """`reward_dtype: auto` means half precision on a GPU alone."""
+    tiny_stable_diffusion(sample_size=32).save_pretrained(tmp_path)
+    half, single = (
+        plan_run(load_config(words(tmp_path, "--heldout_reward_fn", "clipscore", "--reward_dtype", name)))
+        for name in ("auto", "fp32")
+    )
+    assert 2 * half.facts.rewards == pytest.approx(single.facts.rewards, rel=1e-4) and half.facts.rewards > 0
+    assert host_plan(half).without_gpu == pytest.approx(host_plan(single).without_gpu, rel=0.01)
