@@ -45,8 +45,8 @@ class ReadByProcessor:
         except ImportError as error:
             wanted = " ".join(str(error).split())
             raise RewardError(
-                f"reward '{name}': the processor of its model needs more than is installed: {wanted:.200}; take a model "
-                f"of another family, such as {' or '.join((*QWEN[1:3], SMOL[0]))}, or one behind --vlm_endpoint"
+                f"reward '{name}': the processor of its model needs more than is installed: {wanted:.200}; take a "
+                f"model of another family, such as {' or '.join((*QWEN[1:3], SMOL[0]))}, or one behind --vlm_endpoint"
             ) from None
         _check_template(name, folder, self._processor)
         self.tokenizer = self._processor.tokenizer
