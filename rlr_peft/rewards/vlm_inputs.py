@@ -131,19 +131,20 @@ class SmolInputs(ReadInTorch):
     def pixels(self, images: Tensor) -> tuple[dict[str, Tensor], str]:
         """`pixel_values` (B, tiles, 3, side, side)."""
         side = self.processor.max_image_size["longest_edge"]
-        enlarged = self._resized(images, *_rescaled(*images.shape[-2:], self.processor.size["longest_edge"]))
+        height, width = _rescaled(images.shape[-2], images.shape[-1], self.processor.size["longest_edge"])
+        enlarged = self._resized(images, height, width)
         tiles, rows, columns = [], 0, 0
         if self.processor.do_image_splitting:
-            enlarged = self._resized(enlarged, *_whole_tiles(*enlarged.shape[-2:], side))
-            if max(enlarged.shape[-2:]) > side:
-                rows, columns = enlarged.shape[-2] // side, enlarged.shape[-1] // side
+            height, width = _whole_tiles(height, width, side)
+            enlarged = self._resized(enlarged, height, width)
+            if max(height, width) > side:
+                rows, columns = height // side, width // side
                 tiles = [part for row in enlarged.split(side, -2) for part in row.split(side, -1)]
         tiles.append(self._resized(enlarged, side, side))
+        values = self._normalized(torch.stack(tiles, 1).flatten(0, 1)).unflatten(0, (len(images), -1))
         vision = self.config.vision_config
         length = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
-        return {
-            "pixel_values": self._normalized(torch.stack(tiles, 1).flatten(0, 1)).unflatten(0, (len(images), -1))
-        }, (self._in_text(rows, columns, self.image_token * length))
+        return {"pixel_values": values}, self._in_text(rows, columns, self.image_token * length)
 
     def _in_text(self, rows: int, columns: int, tile: str) -> str:
         around, text = "<fake_token_around_image>", ""

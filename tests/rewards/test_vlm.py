@@ -163,7 +163,7 @@ def test_offline_the_repository_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ) as at:
         load_reward("vlm:owner/judge")
     assert "`hf download owner/judge`" in str(at.value)
-    with pytest.raises(RewardError, match="expected a folder or a Hub id, got ./none"):
+    with pytest.raises(RewardError, match=r"expected a folder or a Hub id, got \./none"):
         load_reward("vlm:./none")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RewardError, match="cannot be loaded"):
