@@ -14,6 +14,7 @@ from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import load_callable_reward
 from rlr_peft.rewards.embedded import SPEC_OF_JUDGE, JpegReward, TinyShapesJudgeReward
 from rlr_peft.rewards.model_reward import ModelSettings
+from rlr_peft.rewards.ocr import OcrReward
 from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
 from rlr_peft.rewards.video import TemporalFlicker
@@ -64,6 +65,7 @@ MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
 }
 BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
     **MODEL_REWARDS,
+    "ocr": lambda settings: OcrReward(),
     "jpeg-compressibility": lambda settings: JpegReward(compressible=True),
     "jpeg-incompressibility": lambda settings: JpegReward(compressible=False),
     "temporal-flicker": lambda settings: TemporalFlicker(),

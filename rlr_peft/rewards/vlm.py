@@ -44,6 +44,10 @@ class VlmJudge(ModelReward):
         self._judge = judge
         self._good, self._bad = self._first_tokens()
 
+    def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:
+        """Refuses questions of another form."""
+        questions_of(self.name, self._judge.question, prompts, metadata)
+
     def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, any real number."""
         asked = questions_of(self.name, self._judge.question, prompts, metadata)

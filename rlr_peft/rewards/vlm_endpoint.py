@@ -111,6 +111,10 @@ class VlmEndpoint(Reward):
         self._judge = judge
         self._endpoint = Endpoint(self.name, judge.endpoint or "", model, settings)
 
+    def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:
+        """Refuses questions of another form."""
+        questions_of(self.name, self._judge.question, prompts, metadata)
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         """One request for every question.
 
