@@ -15,8 +15,10 @@ from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import describe_samples
 
 TEXT = "text"  # in the metadata
-# Single quotes that are straight only at the edges of words: elsewhere they are apostrophes.
-_QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|‘([^’]+)’|«([^»]+)»|(?<!\w)'([^']+)'(?!\w)")
+# Straight, curly and pointed ones. Single ones count only at the edges of words: elsewhere they are apostrophes.
+_QUOTED = re.compile(
+    "\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|\u2018([^\u2019]+)\u2019|\u00ab([^\u00bb]+)\u00bb|(?<!\\w)'([^']+)'(?!\\w)"
+)
 
 
 class OcrReward(Reward):

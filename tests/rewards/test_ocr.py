@@ -48,7 +48,7 @@ def test_quotes_of_all_kinds_say_what_is_asked(reward: Reward, prompt: str, aske
 
 
 def test_a_prompt_without_text_is_refused_before_training(reward: Reward) -> None:
-    with pytest.raises(RewardError, match="expected the text to be written in quotes.*got neither for sample 1"):
+    with pytest.raises(RewardError, match=r"expected the text to be written in quotes.*got neither for sample 1"):
         reward.check_prompts(['"a"', "the cats' and the dogs' house"], [{}, {}])
 
 
