@@ -45,6 +45,7 @@ WARM_UPS, TIMED = 1, 3
 METHODS = {
     "truncated-bp, K = 1": "--estimator truncated-bp --fo_steps 1",
     "full-bp, K = T": "--estimator full-bp",
+    "auto": "--estimator auto --calibration_samples 4",
     "rlr, K = 1": "--estimator rlr --fo_steps 1",
     "rlr, K measured": "--estimator rlr --calibration_samples 4",
     "refl": "--estimator refl",
@@ -56,6 +57,21 @@ CASES = {
     "tiny": (PIPELINE_NAME, "configs/tiny_shapes.yaml", "--mixed_precision no"),
     "tiny-deterministic": (PIPELINE_NAME, "configs/tiny_shapes.yaml", "--mixed_precision no --full_determinism true"),
     "stable-diffusion-1.5-512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "configs/sd14.yaml", ""),
+    "stable-diffusion-1.5-512-deterministic": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "configs/sd14.yaml",
+        "--full_determinism true",
+    ),
+    "stable-diffusion-1.5-512-8bit-adam": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "configs/sd14.yaml",
+        "--use_8bit_adam true",
+    ),
+    "stable-diffusion-1.5-512-compiled": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "configs/sd14.yaml",
+        "--torch_compile true",
+    ),
     "stable-diffusion-1.5-512-fp16": (
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "configs/sd14.yaml",
@@ -68,8 +84,8 @@ CASES = {
     ),
     "stable-diffusion-xl-1024": ("stabilityai/stable-diffusion-xl-base-1.0", "configs/sdxl.yaml", ""),
 }
-# Precisions change an update, not the rest of a run.
-UPDATES_ONLY = ("stable-diffusion-1.5-512-fp16", "stable-diffusion-1.5-512-tf32")
+# These flags change an update, not the rest of a run.
+UPDATES_ONLY = tuple(f"stable-diffusion-1.5-512-{flag}" for flag in ("fp16", "tf32", "8bit-adam", "compiled"))
 
 
 def main() -> None:

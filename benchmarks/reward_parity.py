@@ -23,6 +23,7 @@ from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer
 from benchmarks import reward_checkpoints as checkpoints
 from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
+from benchmarks.vlm_parity import KINDS, judge_parity
 from rlr_peft.rewards import ModelFiles, ModelSettings, clip_pixels, padded_clip_pixels, score_images
 from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, LAION_CLIP, OPENAI_CLIP, PICKSCORE
 from rlr_peft.rewards.image_reward import BERT, IMAGE_REWARD
@@ -191,6 +192,16 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*head, *rows, "", *pixel_head, *pixels])
 
 
+def judge_table(results: dict[str, Any]) -> str:
+    """The table of `docs/rewards.md` of vision-language models."""
+    rows = [
+        f"| `{name}` | {row['network']:.1g} | {row['whole']:.1g} | {row['spread']:.2g} |"
+        for name, row in results["judges"].items()
+    ]
+    head = ["| tiny random model | unchanged images | resized images | spread of the scores |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows])
+
+
 def main() -> None:
     """Measures and writes."""
     torch.set_num_threads(1)
@@ -198,7 +209,9 @@ def main() -> None:
     for name, sizes in (("tiny", Sizes()), ("large", LARGE)):
         with tempfile.TemporaryDirectory() as folder:
             results[name] = network_parity(Path(folder), sizes)
-    print(f"{markdown(results)}\n\n{write_results('reward_parity', results)}")
+    with tempfile.TemporaryDirectory() as folder:
+        results["judges"] = {kind: judge_parity(Path(folder) / kind, kind) for kind in KINDS}
+    print(f"{markdown(results)}\n\n{judge_table(results)}\n\n{write_results('reward_parity', results)}")
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def reward_memory(name: str, batch_size: int, dtype: torch.dtype = torch.float32
         dtype: of the network's weights.
     """
     base, _, _ = name.partition("/")
-    if base.startswith(("jpeg-", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):
+    if base.startswith(("jpeg-", "ocr", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):
         return RewardMemory(0, 0)  # small, on the CPU, or elsewhere
     with torch.device("meta"):
         model = _network(base)

@@ -20,6 +20,8 @@ REFUSED = [
     ("--train_batch_size 0", "train_batch_size: expected at least 1 and at most 4096, got 0"),
     ("--gradient_accumulation_steps=-1", "gradient_accumulation_steps: expected at least 1 and at most 100000, got -1"),
     ("--zo_scale 0", "zo_scale: expected above 0 and at most 1000, got 0.0"),
+    ("--vlm_answers yes YES", "vlm_answers: expected two different answers, the good one first, got yes YES"),
+    ("--vlm_answers yes", "vlm_answers: expected two different answers, the good one first, got yes"),
     ("--learning_rate .nan", "learning_rate: expected a finite number"),
     ("--max_grad_norm .inf", "max_grad_norm: expected a finite number"),
     ("--lora_dropout 1", "lora_dropout: expected at least 0 and below 1, got 1.0"),

@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from benchmarks.reward_checkpoints import Sizes
-from benchmarks.reward_parity import PROMPTS, local_files, markdown, mixed_images, network_parity, to_tensor
+from benchmarks.reward_parity import (
+    PROMPTS,
+    judge_table,
+    local_files,
+    markdown,
+    mixed_images,
+    network_parity,
+    to_tensor,
+)
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import (
     LinearHead,
@@ -26,6 +34,7 @@ from rlr_peft.rewards import (
     score_images,
     weights_dtype,
 )
+from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
 from rlr_peft.rewards.image_reward import IMAGE_REWARD
 from rlr_peft.rewards.registry import MODEL_REWARDS
@@ -170,7 +179,7 @@ class PlaceLog(ModelReward):
         self.log: list[str] = []
         super().__init__("noted", ModelSettings(torch.device("cpu:0"), offload=offload), torch.nn.Linear(3, 1))
 
-    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Metadata) -> torch.Tensor:
         self.log.append("scored")
         scores: torch.Tensor = self.network(images.mean((2, 3))).squeeze(1)
         if scores.requires_grad:
@@ -398,7 +407,8 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_the_documentation_holds_the_measured_parity() -> None:
     root = Path(__file__).parents[2]
     results = json.loads((root / "benchmarks" / "results" / "reward_parity.json").read_text())
-    assert markdown(results) in (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert markdown(results) in page and judge_table(results) in page
 
 
 def test_full_depth_imagereward_has_the_published_621_names() -> None:
