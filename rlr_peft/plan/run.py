@@ -15,6 +15,7 @@ from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
+from rlr_peft.config.methods import ForwardArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
@@ -109,6 +110,7 @@ def plan_memory(
         quantized=quantization is not None,
         use_8bit_adam=config.optimizer.use_8bit_adam,
         use_ema=config.optimizer.use_ema,
+        keeps_old_weights=isinstance(config.estimator, ForwardArguments),
         evaluation_batch_size=max(counts, default=1),
     )
     _check(options, facts)
