@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -39,7 +41,7 @@ WORDS = ["Yes", "yes", "No", "no"]
 IMAGE_SEQ_LEN = 4  # of SmolVLM: tokens of a tile of 16 x 16 pixels, in patches of 4, two by two together
 
 
-def write_vlm(folder: Path, kind: Kind) -> Any:
+def write_vlm(folder: Path, kind: Kind, patch: int | None = None) -> Any:
     """Files as a repository of this kind holds them, but small; returns the network."""
     tokenizer = _tokenizer(SMOL_TOKENS if kind == "smolvlm" else QWEN_TOKENS)
     tokenizer.chat_template = SMOL_TEMPLATE if kind == "smolvlm" else QWEN_TEMPLATE
@@ -49,18 +51,23 @@ def write_vlm(folder: Path, kind: Kind) -> Any:
         processor.image_mean = processor.image_std = [0.5, 0.5, 0.5]
         model = _smol(tokenizer)
     else:
-        patch = 8 if kind == "qwen3_vl" else 4
+        patch = patch or (8 if kind == "qwen3_vl" else 4)
         processor = Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=16 * 16, max_pixels=48 * 48)
         model = _qwen(kind, tokenizer, patch)
     transformers_logging.disable_progress_bar()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # far from zero, where a wrong picture would hardly show
-                parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
+    _spread(model)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model
+
+
+def _spread(model: nn.Module) -> None:
+    """Weights far from zero, where a wrong picture would hardly show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
 
 
 def _tokenizer(special: list[str]) -> PreTrainedTokenizerFast:
@@ -120,3 +127,30 @@ def _smol(tokenizer: PreTrainedTokenizerFast) -> Any:
         pad_token_id=tokenizer.pad_token_id,
     )
     return SmolVLMForConditionalGeneration(config)
+
+
+def write_hpsv3(base: Path, checkpoint: Path, code: Path) -> tuple[Any, nn.Module]:
+    """HPSv3's three files: its base, the checkpoint under its own names, and the code that holds its question.
+
+    Returns:
+        The Qwen2-VL with its words and one more, and the head.
+    """
+    model = write_vlm(base, "qwen2_vl", patch=14)
+    # Its tokenizer has one token more than the base's.
+    model.resize_token_embeddings(model.config.text_config.vocab_size + 1, mean_resizing=False)
+    width = model.config.text_config.hidden_size
+    head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU())
+    head.append(nn.Linear(16, 2)).eval()
+    _spread(head)
+    names = {"model.visual.": "visual.", "model.language_model.": "model."}
+    weights = {}
+    for name, value in model.state_dict().items():
+        prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
+        weights[names.get(prefix, "") + name.removeprefix(prefix)] = value.contiguous()
+    weights |= {f"rm_head.{name}": value for name, value in head.state_dict().items()}
+    save_file(weights, checkpoint)
+    code.write_text(
+        'import nowhere\n\nINSTRUCTION = """\nHow good is it?  \nIts text: {text_prompt}\n"""\n\n'
+        'prompt_with_special_token = """\nThe score: <|Reward|>\n\nEND\n"""\nprompt_without_special_token = "none"\n'
+    )
+    return model, head

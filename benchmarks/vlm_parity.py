@@ -18,8 +18,10 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from benchmarks.vlm_checkpoints import IMAGE_SEQ_LEN, Kind, write_vlm
-from rlr_peft.rewards import ModelSettings, RewardSettings, load_reward, score_images
+from benchmarks.vlm_checkpoints import IMAGE_SEQ_LEN, Kind, write_hpsv3, write_vlm
+from rlr_peft.rewards import ModelFiles, ModelSettings, RewardSettings, load_reward, score_images
+from rlr_peft.rewards.hpsv3 import HPSV3, HPSV3_FILE, QWEN2_VL
+from rlr_peft.rewards.hpsv3 import QUESTION as HPSV3_CODE
 
 KINDS: dict[Kind, Any] = {
     "qwen2_vl": Qwen2VLProcessor,
@@ -80,4 +82,35 @@ def judge_parity(folder: Path, kind: Kind) -> dict[str, float]:
         got = score_images(reward, to_tensor(images), PROMPTS)
         results[name] = float((got - expected).abs().max())
         results["spread"] = float(expected.std())
+    return results
+
+
+@torch.no_grad()
+def hpsv3_parity(folder: Path) -> dict[str, float]:
+    """The same of HPSv3: one image after the other, without padding, through all words of the published classes."""
+    from benchmarks.reward_parity import PROMPTS, mixed_images, to_tensor
+
+    torch.manual_seed(0)
+    model, head = write_hpsv3(folder / "qwen", folder / HPSV3_FILE, folder / "code.py")
+    files = ModelFiles({QWEN2_VL: str(folder / "qwen"), HPSV3: str(folder), HPSV3_CODE: str(folder / "code.py")})
+    reward = load_reward("hpsv3", RewardSettings(ModelSettings(files=files)))
+    processor = published_processor(folder / "qwen", "qwen2_vl")
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    processor.image_processor.size = {"shortest_edge": 256 * 28 * 28, "longest_edge": 256 * 28 * 28}
+    results = {}
+    # The first size is that to which every image is brought.
+    for name, shape in (("network", (448, 448)), ("whole", (70, 90))):
+        images, expected = mixed_images(shape, len(PROMPTS)), []
+        for image, prompt in zip(images, PROMPTS, strict=True):
+            question = f"\nHow good is it?  \nIts text: {prompt}\n\nThe score: <|Reward|>\n\nEND\n"
+            inputs = published_inputs(processor, [image], [question])
+            embeddings = model.model.language_model.embed_tokens(inputs["input_ids"])
+            seen = torch.cat(list(model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])[1]))
+            embeddings[inputs["input_ids"] == model.config.image_token_id] = seen
+            states = model.model.language_model(inputs_embeds=embeddings).last_hidden_state
+            place = inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|Reward|>")
+            expected.append(head(states[place])[0, 0])
+        got = score_images(reward, to_tensor(images), PROMPTS)
+        results[name] = float((got - torch.stack(expected)).abs().max())
+        results["spread"] = float(torch.stack(expected).std())
     return results

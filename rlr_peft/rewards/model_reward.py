@@ -32,7 +32,10 @@ from torch import Tensor, nn
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 
+GITHUB = "github:"  # of repositories that are not on the Hub: `github:owner/name`
 SNAPSHOT = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+# Of a tokenizer and its chat template, which has its own file or not.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json")
 MODEL_FILES = ("config.json", ("model.safetensors", "pytorch_model.bin"))
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -93,6 +96,13 @@ class ModelFiles:
             raise RewardError(
                 f"reward '{reward_name}': expected {' or '.join(alternatives)} in {path}, which stands for {repo}; "
                 f"get it with `hf download {repo} {names} --local-dir {path}`"
+            )
+        if place.startswith(GITHUB):
+            code = place.removeprefix(GITHUB)
+            raise RewardError(
+                f"reward '{reward_name}' needs the file {alternatives[-1]} of github.com/{code}, which is not on the "
+                f"Hub. Get it with `curl -LO https://github.com/{code}/raw/main/{alternatives[-1]}`, and name it with "
+                f"--reward_model_path '{{{repo}: /path/to/{Path(alternatives[-1]).name}}}'"
             )
         if place != repo:
             _check_hub_id(reward_name, f"a folder, a file or a Hub id in the place of {repo}", place)

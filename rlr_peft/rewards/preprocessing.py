@@ -48,6 +48,14 @@ def padded_clip_pixels(images: Tensor, size: int) -> Tensor:
     return normalize(padded, CLIP_MEAN, CLIP_STD)
 
 
+def squared_pixels(images: Tensor, size: int) -> Tensor:
+    """As SiglipImageProcessor: both sides to `size`, whatever the shape, bicubic, to [-1, 1].
+
+    Args, returns: as `clip_pixels`.
+    """
+    return 2 * resize_like_pil(images, size, size) - 1
+
+
 def imagenet_pixels(images: Tensor, size: int, multiple_of: int) -> Tensor:
     """For DINO: shortest side to `size`, bicubic, ImageNet's mean and deviation; nothing but odd borders is cut off.
 

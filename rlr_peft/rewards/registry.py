@@ -55,6 +55,7 @@ def _judge(judge: JudgeName, attribute: str | None) -> Callable[[ModelSettings],
 
 MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
     "aesthetic": _from("clip_rewards", "Aesthetic"),
+    "aesthetic-v2.5": _from("siglip_rewards", "AestheticV25"),
     "clipscore": _from("clip_rewards", "ClipScore"),
     "hpsv2": _from("clip_rewards", "HPSv2", "v2.1"),
     "hpsv2/v2.0": _from("clip_rewards", "HPSv2", "v2.0"),
@@ -63,8 +64,12 @@ MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
     "pickscore": _from("clip_rewards", "PickScore"),
     "subject-consistency": _from("video", "SubjectConsistency"),
 }
+LARGE_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
+    "hpsv3": _from("hpsv3", "HPSv3"),
+}
 BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
     **MODEL_REWARDS,
+    **LARGE_REWARDS,
     "ocr": lambda settings: OcrReward(),
     "jpeg-compressibility": lambda settings: JpegReward(compressible=True),
     "jpeg-incompressibility": lambda settings: JpegReward(compressible=False),

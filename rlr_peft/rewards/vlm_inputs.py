@@ -62,18 +62,28 @@ class ReadByProcessor:
 
 
 class ReadInTorch:
-    """What the two families share: a chat template, in which a text stands for the image."""
+    """What the two families share: a chat template, in which a text stands for the image.
+
+    Args:
+        name: of the reward, for errors.
+        folder: of the model.
+        config: of the model.
+        options: of the image processor, in place of its own.
+
+    Raises:
+        RewardError: it has no chat template.
+    """
 
     differentiable = True
     image_token: str
 
-    def __init__(self, name: str, folder: Path, config: Any) -> None:
+    def __init__(self, name: str, folder: Path, config: Any, **options: Any) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         older = folder / "chat_template.json"  # where processors kept it until `chat_template.jinja`
         if older.is_file():
             self.tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
         _check_template(name, folder, self.tokenizer)
-        self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **options)
         self.config = config
 
     def __call__(self, images: Tensor, questions: list[str]) -> dict[str, Any]:
