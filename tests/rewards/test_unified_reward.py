@@ -31,8 +31,6 @@ prompt = ''
 problem = ('Look.\\n' 'Rate it.\\n' f'Caption: [{prompt}]')
 print(f'{output}')
 """
-    "raise SystemExit\nprompt = ''\nproblem = ('Look.\\n' 'Rate it.\\n' f'Caption: [{prompt}]')\nprint(f'{output}')\n"
-)
 ANSWER = "Alignment Score (1-5): {}\nCoherence Score (1-5): {}\nStyle Score (1-5): {}\n"
 
 
