@@ -64,6 +64,9 @@ class GuidedMixtureChain(ReplicatedChain):
         current, following = self._points[t], self._points[t - 1]
         return (following.alpha + self._noise_kept(t)) / (current.alpha + current.sigma)
 
+    def prediction_sensitivity(self, t: int) -> float:
+        return 1.0  # it outputs the prediction itself
+
     def path_point(self, t: int) -> PathPoint:
         return self._points[t]
 

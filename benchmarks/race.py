@@ -4,9 +4,10 @@
     python -m benchmarks.race --reward coarse --seeds 3 4 5 --best 2  # more seeds for the best two of each row
     python -m benchmarks.race --reward coarse --collect               # tables, figure, results/race_coarse.json
 
-Cost is counted in denoiser forwards of one image: a backward pass counts as two, decoding and scoring an image as many
-as they take on this machine (measured once, `unit.json`), calibrations as what they evaluate. A run is evaluated at
-four marks of its budget, with common prompts and noises for all methods of a seed, by the reward and a held-out judge.
+Cost is counted in denoiser forwards of one image, a guided pair being one and half of it one half: a backward pass
+counts as two, decoding and scoring an image as many as they take on this machine (measured once, `unit.json`),
+calibrations as what they evaluate. A run is evaluated at four marks of its budget, with common prompts and noises for
+all methods of a seed, by the reward and a held-out judge.
 Each run leaves one JSON file below ``--folder``; runs that are there already are skipped, so a race that was
 interrupted goes on, and several processes may share the work. Use one thread for each (``OMP_NUM_THREADS=1``).
 """
@@ -32,7 +33,7 @@ from rlr_peft.compare import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import load_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.estimators import AutoEstimator
+from rlr_peft.estimators import AutoEstimator, ForwardEstimator
 from rlr_peft.tiny_shapes import pipeline_path
 from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, evaluate_base, take_update
 
@@ -59,12 +60,19 @@ METHODS: dict[str, tuple[list[str], int]] = {
     "ddpo": (["--estimator", "ddpo"], 4),
     "grpo": (["--estimator", "grpo"], 4),
     "d3po": (["--estimator", "d3po"], 4),
+    "ram": (["--estimator", "ram", "--step_kind", "ode"], 4),
+    "nft": (["--estimator", "nft", "--step_kind", "ode"], 4),
+    "awm": (["--estimator", "awm", "--step_kind", "ode"], 4),
 }
 # Reward and held-out reward.
 REWARDS = {
     "coarse": ("benchmarks.rewards:Centered", "benchmarks.rewards:CenteredHeldout"),
     "fine": ("tiny-shapes/texture", "tiny-shapes-heldout/texture"),
     "all": ("tiny-shapes", "tiny-shapes-heldout"),
+    # Three without gradient.
+    "black_box": ("benchmarks.rewards:CenteredBlackBox", "benchmarks.rewards:CenteredHeldout"),
+    "yes_no": ("benchmarks.rewards:AllRight", "benchmarks.rewards:AllRightHeldout"),
+    "jpeg": ("jpeg-compressibility", "tiny-shapes-heldout"),
 }
 LEARNING_RATES = ("0.002", "0.004", "0.008", "auto")
 BATCHES = ("4", "16", "auto")
@@ -164,8 +172,11 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
             cost += run.chain.denoiser_evaluations - before + 2 * pulled * replays + samples * scoring
             before = run.chain.denoiser_evaluations
         update = take_update(run, step)
-        passes = fmean(book.backward_passes for book in update.books)
-        cost += run.chain.denoiser_evaluations - before + run.samples_per_update * (2 * passes + scoring)
+        samples = run.samples_per_update
+        sampled, passes = samples * run.chain.num_steps, fmean(book.backward_passes for book in update.books)
+        replayed = run.chain.denoiser_evaluations - before - sampled + 2 * samples * passes
+        # A guided pair counts once, and one alone half.
+        cost += sampled + replayed * (0.5 if isinstance(run.estimator, ForwardEstimator) else 1) + samples * scoring
         seconds += os.times().user - started
         step += 1
         if cost >= arguments.budget * (len(points) + 1) / MARKS:

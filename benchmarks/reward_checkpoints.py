@@ -1,12 +1,13 @@
 """Random weights in the real files of reward models: what `hf download` would bring, but small (or of full size)."""
 
 import json
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, ViTConfig, ViTModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.reward_references import OpenClip
@@ -66,6 +67,23 @@ def write_aesthetic_head(folder: Path, width: int) -> dict[str, torch.Tensor]:
         weights[f"layers.{number}.bias"] = torch.randn(outputs) * 0.1
     torch.save(weights, folder / "aesthetic-model.pth")
     return weights
+
+
+def write_siglip(folder: Path, head: Path, sizes: Sizes) -> tuple[SiglipModel, dict[str, torch.Tensor]]:
+    """A SiglipModel, and the head of Aesthetic Predictor V2.5 with its weights as its authors name them."""
+    vision: dict[str, Any] = {"hidden_size": sizes.vision_width, "intermediate_size": 4 * sizes.vision_width}
+    vision |= {"num_attention_heads": 4, "num_hidden_layers": sizes.depth, "image_size": sizes.image}
+    text: dict[str, Any] = {"hidden_size": sizes.vision_width, "intermediate_size": 64, "num_attention_heads": 4}
+    text |= {"num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision | {"patch_size": sizes.patch})).eval()
+    _save(model, folder)
+    widths = [sizes.vision_width, 1024, 128, 64, 16, 1]
+    weights = {}
+    for number, inputs, outputs in zip((0, 2, 4, 6, 8), widths, widths[1:], strict=False):
+        weights[f"scoring_head.{number}.weight"] = torch.randn(outputs, inputs) * inputs**-0.5
+        weights[f"scoring_head.{number}.bias"] = torch.randn(outputs) * 0.1
+    torch.save(OrderedDict(weights), head)
+    return model, weights
 
 
 def write_hpsv2(folder: Path, sizes: Sizes, file: str = "HPS_v2.1_compressed.pt") -> OpenClip:

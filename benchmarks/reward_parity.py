@@ -18,16 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer
+from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer, SiglipImageProcessorPil
 
 from benchmarks import reward_checkpoints as checkpoints
 from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
-from rlr_peft.rewards import ModelFiles, ModelSettings, clip_pixels, padded_clip_pixels, score_images
+from benchmarks.vlm_parity import KINDS, hpsv3_parity, judge_parity
+from rlr_peft.rewards import ModelFiles, ModelSettings, clip_pixels, padded_clip_pixels, score_images, squared_pixels
 from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, LAION_CLIP, OPENAI_CLIP, PICKSCORE
 from rlr_peft.rewards.image_reward import BERT, IMAGE_REWARD
 from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 from rlr_peft.rewards.registry import MODEL_REWARDS
+from rlr_peft.rewards.siglip_rewards import HEAD_V2_5, SIGLIP
 from rlr_peft.rewards.video import DINO
 
 PROMPTS = ["a red fox", "two boats at sea, oil on canvas", "x", "an Owl  reading a very long book " * 9]
@@ -61,6 +63,13 @@ def published_clip_pixels(images: list[Image.Image], size: int) -> Tensor:
     return pixels
 
 
+def published_siglip_pixels(images: list[Image.Image], size: int) -> Tensor:
+    """Through SiglipImageProcessor: PIL's resize without regard to the shape, normalisation."""
+    processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    pixels: Tensor = processor(images, return_tensors="pt").pixel_values
+    return pixels
+
+
 def published_hps_pixels(images: list[Image.Image], size: int) -> Tensor:
     """Floats resized to the longest side by PIL (its "F" images know no clamping), centred on black, normalised."""
     batch = []
@@ -78,15 +87,23 @@ def published_hps_pixels(images: list[Image.Image], size: int) -> Tensor:
     return torch.from_numpy(numpy.stack(batch)).permute(0, 3, 1, 2)
 
 
+# What takes the place of the published preprocessing, by the same 8-bit images as tensors.
+OURS: dict[Callable[..., Tensor], Callable[[Tensor, int], Tensor]] = {
+    published_clip_pixels: clip_pixels,
+    published_hps_pixels: padded_clip_pixels,
+    published_siglip_pixels: squared_pixels,
+}
+
+
 def preprocessing_parity() -> dict[str, dict[str, float]]:
     """Largest and mean difference of normalised pixels, over sizes from small to large, at 224."""
-    routes = {"clip": (published_clip_pixels, clip_pixels), "hpsv2": (published_hps_pixels, padded_clip_pixels)}
+    routes = {"clip": published_clip_pixels, "hpsv2": published_hps_pixels, "siglip": published_siglip_pixels}
     results = {}
-    for name, (published, ours) in routes.items():
+    for name, published in routes.items():
         parts = []
         for shape in SHAPES:
             images = mixed_images(shape, 2)
-            parts.append((published(images, 224) - ours(to_tensor(images), 224)).abs().flatten())
+            parts.append((published(images, 224) - OURS[published](to_tensor(images), 224)).abs().flatten())
         differences = torch.cat(parts)
         results[name] = {"largest": float(differences.max()), "mean": float(differences.mean())}
     return results
@@ -111,6 +128,7 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     }
     blip = checkpoints.write_image_reward(folder / "blip", folder / "bert", sizes)
     checkpoints.write_dino(folder / "dino", sizes)
+    siglip, siglip_head = checkpoints.write_siglip(folder / "siglip", folder / "aesthetic_predictor_v2_5.pth", sizes)
 
     def clip_ids(tokenizer: Path, padding: int | None = None) -> Tensor:
         tokens = CLIPTokenizer.from_pretrained(tokenizer)(
@@ -130,6 +148,12 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
             x = F.linear(x, head[f"layers.{number}.weight"], head[f"layers.{number}.bias"])
         return x[:, 0]
 
+    def aesthetic_v2_5(pixels: Tensor) -> Tensor:
+        x = F.normalize(siglip.vision_model(pixel_values=pixels).pooler_output)
+        for number in (0, 2, 4, 6, 8):
+            x = F.linear(x, siglip_head[f"scoring_head.{number}.weight"], siglip_head[f"scoring_head.{number}.bias"])
+        return x[:, 0]
+
     def image_reward(pixels: Tensor) -> Tensor:
         tokens = BertTokenizer.from_pretrained(folder / "bert", do_lower_case=True)(
             PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
@@ -140,6 +164,7 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     # open_clip pads with zeros, which must not matter.
     published: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
         "aesthetic": (published_clip_pixels, aesthetic),
+        "aesthetic-v2.5": (published_siglip_pixels, aesthetic_v2_5),
         "clipscore": (published_clip_pixels, lambda p: 100 * cosine(openai, folder / "openai")(p)),
         "pickscore": (
             published_clip_pixels,
@@ -155,7 +180,7 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     for name, (preprocess, score) in published.items():
         reward = MODEL_REWARDS[name](settings)
         expected = score(preprocess(images, sizes.image))
-        ours = padded_clip_pixels if name.startswith("hpsv2") else clip_pixels
+        ours = OURS[preprocess]
         got = score_images(reward, to_tensor(images), PROMPTS)
         results[name] = {
             "network": float((got - score(ours(to_tensor(images), sizes.image))).abs().max()),
@@ -168,6 +193,7 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
 def local_files(folder: Path) -> ModelFiles:
     """The repositories that `network_parity` wrote."""
     names = {OPENAI_CLIP: "openai", PICKSCORE: "pickscore", LAION_CLIP: "laion", HEAD: "head", HPSV2: "hps"}
+    names |= {SIGLIP: "siglip", HEAD_V2_5: "aesthetic_predictor_v2_5.pth"}
     names |= {IMAGE_REWARD: "blip", BERT: "bert", DINO: "dino"}
     return ModelFiles({repo: str(folder / name) for repo, name in names.items()})
 
@@ -191,6 +217,16 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*head, *rows, "", *pixel_head, *pixels])
 
 
+def judge_table(results: dict[str, Any]) -> str:
+    """The table of `docs/rewards.md` of vision-language models."""
+    rows = [
+        f"| `{name}` | {row['network']:.1g} | {row['whole']:.1g} | {row['spread']:.2g} |"
+        for name, row in results["judges"].items()
+    ]
+    head = ["| tiny random model | unchanged images | resized images | spread of the scores |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows])
+
+
 def main() -> None:
     """Measures and writes."""
     torch.set_num_threads(1)
@@ -198,7 +234,11 @@ def main() -> None:
     for name, sizes in (("tiny", Sizes()), ("large", LARGE)):
         with tempfile.TemporaryDirectory() as folder:
             results[name] = network_parity(Path(folder), sizes)
-    print(f"{markdown(results)}\n\n{write_results('reward_parity', results)}")
+    with tempfile.TemporaryDirectory() as folder:
+        results["judges"] = {f"vlm:{kind}": judge_parity(Path(folder) / kind, kind) for kind in KINDS}
+        (Path(folder) / "hpsv3").mkdir()
+        results["judges"]["hpsv3"] = hpsv3_parity(Path(folder) / "hpsv3")
+    print(f"{markdown(results)}\n\n{judge_table(results)}\n\n{write_results('reward_parity', results)}")
 
 
 if __name__ == "__main__":

@@ -58,3 +58,39 @@ class StarHeldout(Star):
     """The same, asked of the judge that is never trained against."""
 
     judge = "heldout"
+
+
+class CenteredBlackBox(Centered):
+    """The same without its gradient."""
+
+    differentiable = False
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+        """Scores (B,) in (0, 1]."""
+        return super().__call__(images, prompts, metadata)
+
+
+class AllRight(TinyShapesJudgeReward):
+    """1 where the judge reads every attribute as the prompt says, else 0: no slope, as of a detector or a person.
+
+    Attributes:
+        judge: which judge.
+    """
+
+    judge: ClassVar[JudgeName] = "reward"
+    differentiable = False
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        super().__init__(self.judge, device=device)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+        """Scores (B,), 0 or 1."""
+        return Scored(super().__call__(images, prompts, metadata).info["all_right"].to(images.device))
+
+
+class AllRightHeldout(AllRight):
+    """The same, asked of the judge that is never trained against."""
+
+    judge = "heldout"

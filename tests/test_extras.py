@@ -12,6 +12,7 @@ from rlr_peft.config import ModelArguments, OptimizerArguments, load_config
 from rlr_peft.errors import UserError
 from rlr_peft.prompts import DatasetSpec, dataset_rows
 from rlr_peft.prompts.tables import Columns
+from rlr_peft.rewards import load_reward
 
 
 def tracked() -> None:
@@ -38,6 +39,7 @@ def from_a_dataset() -> None:
         ("bitsandbytes", "quantization", "--bnb_quantization_config_path", quantized),
         ("bitsandbytes.optim", "quantization", "--use_8bit_adam", with_8bit_adam),
         ("datasets", "datasets", "--dataset_name", from_a_dataset),
+        ("rapidocr", "ocr", "--reward_fn ocr", lambda: load_reward("ocr")),
     ],
 )
 def test_the_sentence(

@@ -17,6 +17,7 @@ from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings, weights_dtype
+from rlr_peft.rewards.questions import JudgeSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
 
@@ -95,6 +96,7 @@ def reward_settings(config: Config, device: torch.device) -> RewardSettings:
             retries=arguments.reward_server_retries,
             batch_size=arguments.reward_server_batch_size,
         ),
+        JudgeSettings(arguments.vlm_question, arguments.vlm_answers, arguments.vlm_endpoint),
     )
 
 

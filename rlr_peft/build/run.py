@@ -47,7 +47,7 @@ from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.extras import extra
 from rlr_peft.lora import check_adapter_saves, check_kohya
-from rlr_peft.prompt import Prompt, texts_of
+from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 
@@ -235,8 +235,9 @@ def build_run(
                 measures_batch=config.training.gradient_accumulation_steps == AUTO,
             )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
+    known = [*run_prompts.training, *(run_prompts.evaluation or ())]
     for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):
-        part.check_prompts(texts_of([*run_prompts.training, *(run_prompts.evaluation or ())]))
+        part.check_prompts(texts_of(known), [dict(prompt.metadata) for prompt in as_prompts(known)])
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
     arithmetic = arithmetic_of(config, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():

@@ -21,4 +21,5 @@ from .path import GaussianStep as GaussianStep
 from .path import PathPoint as PathPoint
 from .path import gaussian_step as gaussian_step
 from .path import output_sensitivity as output_sensitivity
+from .path import prediction_sensitivity as prediction_sensitivity
 from .path import step_std as step_std

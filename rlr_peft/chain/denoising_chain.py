@@ -191,6 +191,9 @@ class DenoisingChain:
     def input_sensitivity(self, t: int) -> float:
         return self._scheduler.input_sensitivity(t)
 
+    def prediction_sensitivity(self, t: int) -> float:
+        return self._scheduler.prediction_sensitivity(t)
+
     def path_point(self, t: int) -> PathPoint:
         return self._scheduler.path_point(t)
 
@@ -245,6 +248,15 @@ class DenoisingChain:
         self.denoiser_evaluations += trajectory.batch_size
         (step,), self._scheduler.recorded = self._scheduler.recorded.steps, RecordedSteps()
         return step
+
+    @contextmanager
+    def without_guidance(self) -> Iterator[None]:
+        """Inside, steps are of the conditional prediction alone; guidance that is built into the model stays."""
+        guided, self._call = self._call, self._call.without_guidance()
+        try:
+            yield
+        finally:
+            self._call = guided
 
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more by the reference, on the tape if gradients are enabled.

@@ -39,6 +39,7 @@ class Family:
         pipeline_tag: the Hub's task name.
         timestep_spacing: where the T steps lie if the config does not say so; None keeps what the pipeline asks for.
         guidance_argument: argument of the pipeline's call that holds the scale of guidance.
+        no_guidance: the scale at which it is off.
         frame_axis: axis of the latents (B, ...) along which the first latent frames alone decode to exactly the first
             frames of the video; None where the decoder looks ahead.
         negative_branch: where the pipeline's call runs the negative branch of guidance; None where that is not known.
@@ -52,6 +53,7 @@ class Family:
     pipeline_tag: str = "text-to-image"
     timestep_spacing: TimestepSpacing | None = None
     guidance_argument: str = "guidance_scale"
+    no_guidance: float = 1.0
     frame_axis: int | None = None
     negative_branch: NegativeBranch | None = "first half"
 
@@ -107,6 +109,7 @@ FAMILIES = (
         name="z-image",
         pipeline_classes=("ZImagePipeline",),
         tags=("z-image", "z-image-diffusers"),
+        no_guidance=0.0,
         negative_branch="second half",
     ),
     Family(

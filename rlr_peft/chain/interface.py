@@ -4,6 +4,7 @@ Estimators never see a pipeline: a closed-form chain proves them unbiased.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -95,6 +96,9 @@ class Chain(Protocol):
     def input_sensitivity(self, t: int) -> float:
         """``d mean / d x_t`` of step t with the flow velocity held fixed."""
 
+    def prediction_sensitivity(self, t: int) -> float:
+        """``|d prediction of x_0 / d denoiser output|`` of step t."""
+
     def path_point(self, t: int) -> PathPoint:
         """Where on the noising path x_t lies; t = 0 is the clean end."""
 
@@ -108,6 +112,9 @@ class Chain(Protocol):
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more, on the tape if gradients are enabled; from ``latents`` if given, else the stored x_t."""
+
+    def without_guidance(self) -> AbstractContextManager[None]:
+        """Inside, replays are of the conditional prediction alone."""
 
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more by the reference, the base without adapter."""

@@ -181,6 +181,12 @@ def output_sensitivity(
     return abs(float(gaussian_step(kind, prediction_type, zero, one, current, following, eta).mean))
 
 
+def prediction_sensitivity(prediction_type: PredictionType, point: PathPoint) -> float:
+    """``|d prediction of x_0 / d model_output|`` at a point: a number."""
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    return abs(float(predict_original_and_noise(prediction_type, zero, one, point)[0]))
+
+
 def input_sensitivity(kind: StepKind, current: PathPoint, following: PathPoint, eta: float) -> float:
     """``d mean / d x_t`` of a step with the flow velocity ``u = eps - x_0`` held fixed: a number.
 

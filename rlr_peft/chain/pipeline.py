@@ -3,6 +3,7 @@
 Which arguments the call takes is read off its signature, so that no argument of a family is written down here.
 """
 
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,6 +164,7 @@ class CallArguments:
 
     def __init__(self, driver: PipelineDriver, knobs: ChainArguments) -> None:
         self._name, self._parameters = driver.name, driver.parameters
+        self._guidance_argument, self._no_guidance = driver.family.guidance_argument, driver.family.no_guidance
         self.guidance = self._guidance(driver.family.guidance_argument, knobs)
         self.guidance_scale = float(self.guidance.get(driver.family.guidance_argument, 1.0))
         own = {name: value for name, value in vars(knobs).items() if name not in STEPPING | TRANSLATED}
@@ -186,6 +188,14 @@ class CallArguments:
         negative = self.negative_prompts(prompts)
         given = {} if negative is None else {"negative_prompt": negative}
         return {**self._fixed, **options, **given, "output_type": output_type}
+
+    def without_guidance(self) -> "CallArguments":
+        """The same call with guidance off; a scale that is built into the model stays."""
+        name = "true_cfg_scale" if "true_cfg_scale" in self._parameters else self._guidance_argument
+        unguided = copy.copy(self)
+        if name in self._parameters:
+            unguided._fixed, unguided._negative_prompt = {**self._fixed, name: self._no_guidance}, None
+        return unguided
 
     def negative_prompts(self, prompts: Sequence[Prompt]) -> list[str] | None:
         """What guidance steers away from, one text per prompt: the prompt's own, else the chain's; None for nothing.

@@ -28,6 +28,7 @@ from rlr_peft.chain.path import (
     gaussian_step,
     input_sensitivity,
     output_sensitivity,
+    prediction_sensitivity,
     step_std,
 )
 
@@ -159,6 +160,10 @@ class RecordingScheduler:
         """``d mean / d x_t`` of step t with the flow velocity held fixed."""
         current, following = self.grid.step_points(t)
         return input_sensitivity(self._kind(t, following), current, following, self.eta)
+
+    def prediction_sensitivity(self, t: int) -> float:
+        """``|d prediction of x_0 / d denoiser output|`` of step t."""
+        return prediction_sensitivity(self.prediction_type, self.path_point(t))
 
     def path_point(self, t: int) -> PathPoint:
         """Where on the noising path x_t lies."""

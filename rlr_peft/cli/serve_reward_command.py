@@ -11,6 +11,7 @@ from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.config import ConfigError, RewardArguments
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.parsing import read_words
+from rlr_peft.config.reward import VLM_ANSWERS, VLM_QUESTION
 from rlr_peft.foreign_text import say
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class ServeFlags(Group):
     device: str | None = knob(None, "Where the reward runs; null means a GPU if there is one.")
     reward_dtype: Literal["auto", "fp32", "fp16", "bf16"] = preset(RewardArguments, "reward_dtype", "auto")
     reward_model_path: dict[str, str] | None = preset(RewardArguments, "reward_model_path", None)
+    vlm_question: str = preset(RewardArguments, "vlm_question", VLM_QUESTION)
+    vlm_answers: tuple[str, ...] = preset(RewardArguments, "vlm_answers", VLM_ANSWERS)
     max_megapixels: float = knob(
         70.0, "Pixels of all images of a request together.", unit="millions", above=0, at_most=1e6
     )
@@ -54,20 +57,22 @@ def serve_reward_command(words: Sequence[str]) -> int:
     from rlr_peft.build.machine import package_versions
     from rlr_peft.compare.kept import digest, reward_identity
     from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings, weights_dtype
+    from rlr_peft.rewards.questions import JudgeSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward
     from rlr_peft.rewards.server import ServerLimits
 
     device = _device(own.device)
     files = ModelFiles(own.reward_model_path)
     model = ModelSettings(device, weights_dtype(own.reward_dtype, device), files=files)
-    reward = load_reward(own.reward, RewardSettings(model))
+    judge = JudgeSettings(own.vlm_question, own.vlm_answers)
+    reward = load_reward(own.reward, RewardSettings(model, judge=judge))
     limits = ServerLimits(
         max_pixels=round(own.max_megapixels * 1e6),
         max_waiting_bytes=round(own.max_waiting_megabytes * 1e6),
         request_timeout=own.request_timeout,
     )
     version = digest(
-        *(reward_identity(own.reward), files.identity(), own.reward_dtype, device.type), package_versions()
+        *(reward_identity(own.reward), files.identity(), own.reward_dtype, device.type, judge), package_versions()
     )
     with _listening(reward, own.host, own.port, device, version, limits) as server:
         signal.signal(signal.SIGTERM, _leave)

@@ -32,6 +32,7 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
+from rlr_peft.rewards.questions import VLM_PREFIX
 from rlr_peft.rewards.remote import RemoteReward
 
 KEY_LENGTH = 16  # hexadecimal digits
@@ -68,7 +69,11 @@ def file_identity(path: Path) -> str:
 
 
 def reward_identity(spec: str) -> Any:
-    """Of a reward: its spec, and the source of a user's callable; a server is asked for its version besides."""
+    """Of a reward: its spec, and the files of a judge or the source of a user's callable. A server is asked for its
+    version besides.
+    """
+    if spec.startswith(VLM_PREFIX):
+        return [spec, model_identity(spec.removeprefix(VLM_PREFIX))]
     source, _, _ = spec.rpartition(":")
     if not source or spec.startswith(("http://", "https://")):
         return [spec]

@@ -133,6 +133,7 @@ class _Comparer:
         held = [
             config.reward.reward_dtype,
             config.reward.reward_model_path,
+            *(config.reward.vlm_question, config.reward.vlm_answers, config.reward.vlm_endpoint),
             self.setup["versions"],
             self.setup["device"],
         ]

@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
 
 
+VLM_QUESTION = 'Does this image show "{prompt}"? Answer with one word, yes or no.'
+VLM_ANSWERS = ("yes", "no")
+
+
 @dataclass(frozen=True)
 class RewardArguments(Group):
     """Reward: what the adapter is trained to raise"""
 
     reward_fn: dict[str, float] | str = knob(
         MISSING,
-        "Reward: a registered name, `package.module:callable`, `file.py:callable` or http(s) URL; or several and their "
-        "weights, `{NAME: WEIGHT, ...}`.",
+        "Reward: a registered name, `vlm:MODEL` (a vision-language model that is asked), `package.module:callable`, "
+        "`file.py:callable` or http(s) URL; or several and their weights, `{NAME: WEIGHT, ...}`.",
         found="reward",
     )
     heldout_reward_fn: tuple[str, ...] | None = knob(
@@ -61,6 +65,17 @@ class RewardArguments(Group):
     reward_model_path: dict[str, str] | None = knob(
         None,
         "Local copies of reward models, `{REPOSITORY: PATH, ...}`: a folder or file that stands for a Hub repository.",
+    )
+    vlm_question: str = knob(
+        VLM_QUESTION,
+        "What `vlm:MODEL` is asked, with `{prompt}` in the place of the prompt; `question` or `questions` in its "
+        "metadata win over it.",
+    )
+    vlm_answers: tuple[str, ...] = knob(VLM_ANSWERS, "The good and the bad answer of `vlm:MODEL`.")
+    vlm_endpoint: str | None = knob(
+        None,
+        "Ask the model of `vlm:MODEL` behind this OpenAI-compatible URL, `http://localhost:8000/v1`, in place of "
+        "loading it; the key is read from the environment variable OPENAI_API_KEY.",
     )
     reward_server_timeout: float = knob(
         120.0,
@@ -115,6 +130,12 @@ class RewardArguments(Group):
                 yield f"reward_minimum: expected a name of reward_fn ({', '.join(trained)}), got {name}; correct it."
             if not math.isfinite(minimum):
                 yield f"reward_minimum: expected a finite number for {name}, got {minimum}; correct it."
+
+        if len({answer.casefold() for answer in self.vlm_answers}) != 2 or len(self.vlm_answers) != 2:
+            yield (
+                f"vlm_answers: expected two different answers, the good one first, got {' '.join(self.vlm_answers)}; "
+                "write for example `yes no`."
+            )
 
     @property
     def weights(self) -> dict[str, float]:

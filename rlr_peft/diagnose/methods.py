@@ -227,6 +227,8 @@ class _Builder:
         perturbed = ZerothOrder("two-point", paper.zo_scale)
         alone = RLREstimator(RLRSettings(first_order_steps=0, half_order=None, zeroth_order=perturbed))
         self.methods.append(Method("zeroth order on all steps", "", alone, max_samples=MAX_ZEROTH_ORDER_SAMPLES))
+        # Of the three losses one: they share their direction. What it draws, noises, is of every sample by itself.
+        self._add("awm", None, {"estimator": "awm"}, shares_draws=False, own_units=True)
         if not differentiable:
             return
         self._add("refl", None, {"estimator": "refl"})

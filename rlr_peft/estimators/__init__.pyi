@@ -10,6 +10,12 @@ from .base import CoverageError as CoverageError
 from .base import Estimator as Estimator
 from .block_length import half_order_length_for_compute as half_order_length_for_compute
 from .block_length import half_order_length_for_memory as half_order_length_for_memory
+from .forward import ForwardEstimator as ForwardEstimator
+from .forward import ForwardSettings as ForwardSettings
+from .forward import awm_pull as awm_pull
+from .forward import nft_pull as nft_pull
+from .forward import noise_share as noise_share
+from .forward import ram_pull as ram_pull
 from .half_order import BaselineObservation as BaselineObservation
 from .half_order import Block as Block
 from .half_order import HalfOrder as HalfOrder

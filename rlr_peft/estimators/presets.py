@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from rlr_peft.config import window_steps
 from rlr_peft.config.chain import AUTO
@@ -16,14 +18,19 @@ from rlr_peft.config.estimator import (
 from rlr_peft.config.methods import (
     AdjointMatchingArguments,
     AutoArguments,
+    AWMArguments,
+    BasePulledArguments,
     D3POArguments,
     DDPOArguments,
     DRaFTLVArguments,
     DRTuneArguments,
     FlowBPBridgeArguments,
     FlowBPSparseArguments,
+    ForwardArguments,
     FullBPArguments,
     LeapArguments,
+    NFTArguments,
+    RAMArguments,
     ReFLArguments,
     RSMArguments,
     TruncatedBPArguments,
@@ -32,6 +39,7 @@ from rlr_peft.estimators.adjoint_matching import AdjointMatchingEstimator
 from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.estimators.base import Estimator
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.estimators.forward import ForwardEstimator, ForwardSettings, awm_pull, nft_pull, ram_pull
 from rlr_peft.estimators.half_order import HalfOrder, StageWindow
 from rlr_peft.estimators.layout import Coefficients, RLRSettings
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
@@ -78,6 +86,8 @@ def build_estimator(
         case D3POArguments():
             steps = _half_order(arguments, 1, num_inference_steps, stages)
             return PreferenceEstimator(PreferenceSettings(arguments.dpo_beta, steps, arguments.inner_epochs))
+        case ForwardArguments():
+            return ForwardEstimator(_forward(arguments))
         case PolicyGradientArguments():
             return PolicyGradientEstimator(_policy_gradient(arguments, num_inference_steps, stages))
         case _:
@@ -191,6 +201,38 @@ def _policy_gradient(
         clip_range=arguments.clip_range,
         advantage_clip=arguments.advantage_clip,
         **past,
+    )
+
+
+def _forward(arguments: ForwardArguments) -> ForwardSettings:
+    own: dict[str, Any]
+    match arguments:
+        case RAMArguments():
+            scale = arguments.reward_scale
+            own = {"name": f"RAM with scale {scale:g}", "pull": partial(ram_pull, scale=scale), "needs_base": True}
+        case NFTArguments():
+            own = {
+                "name": f"DiffusionNFT with beta {arguments.nft_beta:g}",
+                "pull": partial(nft_pull, beta=arguments.nft_beta, clip=arguments.advantage_clip),
+            }
+        case AWMArguments():
+            own = {
+                "name": f"AWM with ratios clipped at {arguments.clip_range:g}, pull to the old {arguments.old_pull:g}",
+                "pull": partial(awm_pull, clip=arguments.clip_range, old_pull=arguments.old_pull),
+            }
+        case _:
+            raise TypeError(f"expected a forward-process method, got {arguments.estimator}")
+    return ForwardSettings(
+        **own,
+        levels=arguments.noise_levels,
+        level_density=arguments.level_density,
+        advantage_clip=arguments.advantage_clip,
+        old_decay=arguments.old_decay,
+        old_decay_growth=arguments.old_decay_growth,
+        base_pull=arguments.base_pull if isinstance(arguments, BasePulledArguments) else 0.0,
+        norm_penalty=arguments.norm_penalty,
+        norm_margin=arguments.norm_margin,
+        inner_epochs=arguments.inner_epochs,
     )
 
 

@@ -12,7 +12,6 @@ from .measurements import Measurements as Measurements
 from .measurements import blank_trajectory as blank_trajectory
 from .measurements import measure as measure
 from .measurements import optimizer_bytes as optimizer_bytes
-from .measurements import reward_memory as reward_memory
 from .measurements import weight_bytes as weight_bytes
 from .parts import Facts as Facts
 from .parts import HostPlan as HostPlan
@@ -23,5 +22,6 @@ from .parts import host_plan as host_plan
 from .report import host_verdict as host_verdict
 from .report import suggestions as suggestions
 from .report import verdict as verdict
+from .reward_memory import reward_memory as reward_memory
 from .run import PlanError as PlanError
 from .run import plan_run as plan_run

@@ -32,6 +32,7 @@ class Options:
     quantized: bool = False
     use_8bit_adam: bool = False
     use_ema: bool = False
+    keeps_old_weights: bool = False
     evaluation_batch_size: int = 1
 
 
@@ -183,6 +184,7 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
             facts.optimizer[options.use_8bit_adam],
         ),
         Part("average of the LoRA weights (fp32)", facts.lora if options.use_ema else 0),
+        Part("old copy of the LoRA weights (fp32)", facts.lora if options.keeps_old_weights else 0),
         Part("trajectory", measured.trajectory, (SAMPLING, DECODE, ADJOINT)),
         Part("prompt embeddings", KEPT_BATCHES * measured.embeddings),
         Part("encoding prompts", measured.encoding, (ENCODING,)),

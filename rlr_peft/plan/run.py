@@ -15,6 +15,7 @@ from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
+from rlr_peft.config.methods import ForwardArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
@@ -23,12 +24,12 @@ from rlr_peft.plan.measurements import (
     largest_quantized,
     measure,
     optimizer_bytes,
-    reward_memory,
-    reward_names,
     weight_bytes,
 )
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
-from rlr_peft.rewards.model_reward import weights_dtype
+from rlr_peft.plan.reward_memory import RewardMemory, reward_memory, reward_names
+from rlr_peft.rewards.model_reward import ModelFiles, weights_dtype
+from rlr_peft.rewards.questions import VLM_PREFIX
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 # What is suggested where a base does not fit.
@@ -71,7 +72,12 @@ def plan_memory(
     trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
     names = list(dict.fromkeys((*trained, *heldout)))
     dtype, on_cpu = (weights_dtype(config.reward.reward_dtype, torch.device(kind)) for kind in ("cuda", "cpu"))
-    rewards = {count: {name: reward_memory(name, count, dtype) for name in names} for count in {1, decode_batch_size}}
+    files = ModelFiles(config.reward.reward_model_path, config.model.cache_dir)
+    pixels = measured.images // PIXEL_BYTES
+    rewards = {
+        count: {name: _reward_memory(config, name, count, dtype, pixels, files) for name in names}
+        for count in {1, decode_batch_size}
+    }
     known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}
     weights = {name: memory.weights if memory else 0 for name, memory in rewards[1].items()}
     # The matrix in full width is made in the compute dtype, which is that of the latents' cast.
@@ -104,6 +110,7 @@ def plan_memory(
         quantized=quantization is not None,
         use_8bit_adam=config.optimizer.use_8bit_adam,
         use_ema=config.optimizer.use_ema,
+        keeps_old_weights=isinstance(config.estimator, ForwardArguments),
         evaluation_batch_size=max(counts, default=1),
     )
     _check(options, facts)
@@ -120,6 +127,7 @@ def _check(options: Options, facts: Facts) -> None:
 
 
 META = torch.device("meta")
+PIXEL_BYTES = 3 * 4  # three channels in float32
 
 
 class PlanError(UserError, RuntimeError):
@@ -158,6 +166,13 @@ def plan_run(config: Config) -> MemoryPlan:
                 f"its tokenizer ({reason}). Start it with a small --max_train_steps and read the peak memory in its "
                 "metrics instead."
             ) from error
+
+
+def _reward_memory(
+    config: Config, name: str, count: int, dtype: torch.dtype, pixels: int, files: ModelFiles
+) -> RewardMemory | None:
+    is_elsewhere = name.startswith(VLM_PREFIX) and config.reward.vlm_endpoint is not None
+    return RewardMemory(0, 0) if is_elsewhere else reward_memory(name, count, dtype, pixels, files)
 
 
 def _without_moves(config: Config) -> Config:

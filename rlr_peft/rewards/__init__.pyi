@@ -22,7 +22,9 @@ from .preprocessing import imagenet_pixels as imagenet_pixels
 from .preprocessing import padded_clip_pixels as padded_clip_pixels
 from .preprocessing import resize as resize
 from .preprocessing import resize_like_pil as resize_like_pil
+from .preprocessing import squared_pixels as squared_pixels
 from .preprocessing import vbench_pixels as vbench_pixels
+from .questions import JudgeSettings as JudgeSettings
 from .registry import RewardSettings as RewardSettings
 from .registry import available_rewards as available_rewards
 from .registry import load_reward as load_reward

@@ -72,7 +72,7 @@ class Reward(ABC):
         """
         return bool(self.differentiable)
 
-    def check_prompts(self, prompts: list[str]) -> None:  # noqa: B027
+    def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:  # noqa: B027
         """Refuses, before anything is trained, prompts that no image of theirs could be scored for.
 
         Raises:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_reward import (
     MODEL_FILES,
     LinearHead,
@@ -89,7 +90,7 @@ class ClipScore(ClipReward):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__("clipscore", settings, _load_clip("clipscore", settings, OPENAI_CLIP), OPENAI_CLIP)
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about 15 to 35."""
         return 100 * self.cosine(images, prompts)
 
@@ -100,7 +101,7 @@ class PickScore(ClipReward):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__("pickscore", settings, _load_clip("pickscore", settings, PICKSCORE), LAION_CLIP)
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about 17 to 24."""
         return self.network.logit_scale.float().exp() * self.cosine(images, prompts)
 
@@ -124,7 +125,7 @@ class HPSv2(ClipReward):
         """(B, 3, size, size), preprocessed as HPSv2 does it."""
         return padded_clip_pixels(images, self.network.config.vision_config.image_size)
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about 0.2 to 0.35."""
         return self.cosine(images, prompts)
 
@@ -141,7 +142,7 @@ class Aesthetic(SeeingReward):
         head = LinearHead("aesthetic", path, load_weights("aesthetic", path), vision.config.projection_dim)
         super().__init__("aesthetic", settings, nn.ModuleDict({"vision": vision, "head": head}))
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, on a scale of 1 to 10; photographs and paintings lie at 4 to 7."""
         scores: Tensor = self.network["head"](unit(self.features(images)))
         return scores

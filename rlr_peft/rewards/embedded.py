@@ -130,7 +130,7 @@ class TinyShapesJudgeReward(Reward):
         counts = torch.tensor([len(values) for values in asked], device=self.device)
         return Scored((total / counts).to(images.device), info={} if self.attribute else info)
 
-    def check_prompts(self, prompts: list[str]) -> None:
+    def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:
         """Refuses those that are not in the words of tiny-shapes, or do not name what is asked."""
         for index in range(len(prompts)):
             self._asked_values(index, prompts)

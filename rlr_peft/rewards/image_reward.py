@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_reward import (
     LinearHead,
     ModelReward,
@@ -42,7 +43,7 @@ class ImageReward(ModelReward):
         with loading("imagereward", folder):
             self._tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=True)
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about -2 to 2."""
         vision, text, head = (self.network[name] for name in ("vision", "text", "head"))
         tokens = self._tokenizer(

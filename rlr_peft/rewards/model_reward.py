@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -32,6 +32,10 @@ from torch import Tensor, nn
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 
+GITHUB = "github:"  # of repositories that are not on the Hub: `github:owner/name`
+SNAPSHOT = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+# Of a tokenizer and its chat template, which has its own file or not.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json")
 MODEL_FILES = ("config.json", ("model.safetensors", "pytorch_model.bin"))
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -93,11 +97,15 @@ class ModelFiles:
                 f"reward '{reward_name}': expected {' or '.join(alternatives)} in {path}, which stands for {repo}; "
                 f"get it with `hf download {repo} {names} --local-dir {path}`"
             )
-        if place != repo and not _is_hub_id(place):
+        if place.startswith(GITHUB):
+            code = place.removeprefix(GITHUB)
             raise RewardError(
-                f"reward '{reward_name}': expected a folder, a file or a Hub id in the place of {repo}, got {place}, "
-                f"which does not exist (looked for it from {Path.cwd()})"
+                f"reward '{reward_name}' needs the file {alternatives[-1]} of github.com/{code}, which is not on the "
+                f"Hub. Get it with `curl -LO https://github.com/{code}/raw/main/{alternatives[-1]}`, and name it with "
+                f"--reward_model_path '{{{repo}: /path/to/{Path(alternatives[-1]).name}}}'"
             )
+        if place != repo:
+            _check_hub_id(reward_name, f"a folder, a file or a Hub id in the place of {repo}", place)
         problem: Exception | None = None
         for name in alternatives:
             found = self._download(place, name)
@@ -106,13 +114,38 @@ class ModelFiles:
             problem = found
             if not isinstance(problem, EntryNotFoundError):
                 break
-        reason = "cannot be read: " + next(iter(str(problem).splitlines()), "")
-        words = next((text.format(repo=place) for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), reason)
         raise RewardError(
             f"reward '{reward_name}' needs the file {alternatives[-1]} of the Hub repository {place}, which "
-            f"{words}. Get it with `hf download {place} {names}`, or name a local copy with "
+            f"{_in_words(problem, place)}. Get it with `hf download {place} {names}`, or name a local copy with "
             f"--reward_model_path '{{{repo}: /path/to/folder}}' ({type(problem).__name__})"
         )
+
+    def snapshot(self, reward_name: str, repo: str) -> Path:
+        """The folder of a whole model of `transformers`: its weights as safetensors, which may be many, and all texts.
+
+        Args:
+            reward_name: named in the error.
+            repo: the repository, or a local folder.
+
+        Raises:
+            RewardError: as `find`.
+        """
+        place = self._replacements.get(repo, repo)
+        folder = Path(place).expanduser()
+        if not folder.is_dir():
+            _check_hub_id(reward_name, "a folder or a Hub id", place)
+            try:
+                folder = Path(snapshot_download(place, cache_dir=self._cache_dir, allow_patterns=SNAPSHOT))
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                raise RewardError(
+                    f"reward '{reward_name}' needs the Hub repository {place}, which {_in_words(error, place)}. Get it "
+                    f"with `hf download {place}`, or name a local copy with --reward_model_path "
+                    f"'{{{repo}: /path/to/folder}}' ({type(error).__name__})"
+                ) from None
+        for file in folder.iterdir():
+            if file.is_file():
+                self._note(file)
+        return folder
 
     def folder(self, reward_name: str, repo: str, *files: str | tuple[str, ...]) -> Path:
         """The folder that holds all these files of a repository; a tuple is of alternatives, as for `find`.
@@ -175,8 +208,17 @@ def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max(numbers, default=0)
 
 
-def _is_hub_id(place: str) -> bool:
-    return not place.startswith(("/", ".", "~")) and place.count("/") == 1
+def _check_hub_id(reward_name: str, expected: str, place: str) -> None:
+    if place.startswith(("/", ".", "~")) or place.count("/") != 1:
+        raise RewardError(
+            f"reward '{reward_name}': expected {expected}, got {place}, which does not exist (looked for it from "
+            f"{Path.cwd()})"
+        )
+
+
+def _in_words(problem: Exception | None, place: str) -> str:
+    reason = "cannot be read: " + next(iter(str(problem).splitlines()), "")
+    return next((text.format(repo=place) for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), reason)
 
 
 _LAYER = re.compile(r"layers\.(\d+)\.weight")
@@ -274,14 +316,14 @@ class ModelReward(Reward):
         if settings.offload and is_differentiated:
             pixels.register_hook(lambda gradient: self._place(torch.device("cpu")))
         self._place(settings.device)
-        scores = self.score(pixels, prompts).float()
+        scores = self.score(pixels, prompts, metadata).float()
         if settings.offload and not is_differentiated:
             self._place(torch.device("cpu"))
         return Scored(scores.to(images.device))
 
     @abstractmethod
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(B,) scores of (B, 3, H, W) float32 images on the network's device."""
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        """(B,) scores of (B, 3, H, W) float32 images on the network's device, of B prompts and their metadata."""
 
     def _place(self, device: torch.device) -> None:
         try:

@@ -48,6 +48,14 @@ def padded_clip_pixels(images: Tensor, size: int) -> Tensor:
     return normalize(padded, CLIP_MEAN, CLIP_STD)
 
 
+def squared_pixels(images: Tensor, size: int) -> Tensor:
+    """As SiglipImageProcessor: both sides to `size`, whatever the shape, bicubic, to [-1, 1].
+
+    Args, returns: as `clip_pixels`.
+    """
+    return 2 * resize_like_pil(images, size, size) - 1
+
+
 def imagenet_pixels(images: Tensor, size: int, multiple_of: int) -> Tensor:
     """For DINO: shortest side to `size`, bicubic, ImageNet's mean and deviation; nothing but odd borders is cut off.
 
@@ -83,13 +91,21 @@ def vbench_pixels(frames: Tensor, size: int) -> Tensor:
     return normalize(resized, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def resize_like_pil(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, first in width, then in height, clamped to [0, 1] after each, in float32."""
+def resize_like_pil(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """With antialiasing, first in width, then in height, clamped to [0, 1] after each, in float32.
+
+    So did Pillow until version 13, with which the models were trained; that takes the height first if it shrinks more.
+
+    Args:
+        images: (B, 3, H, W).
+        height, width: of the result, in pixels.
+        mode: `bilinear`, `bicubic` or `lanczos`.
+    """
     resized = images.float()
     if width != images.shape[-1]:
-        resized = resize(resized, images.shape[-2], width).clamp(0, 1)
+        resized = resize(resized, images.shape[-2], width, mode).clamp(0, 1)
     if height != images.shape[-2]:
-        resized = resize(resized, height, width).clamp(0, 1)
+        resized = resize(resized, height, width, mode).clamp(0, 1)
     return resized
 
 
@@ -99,7 +115,7 @@ def resize(images: Tensor, height: int, width: int, mode: str = "bicubic", antia
     Args:
         images: (B, 3, H, W).
         height, width: of the result, in pixels.
-        mode, antialias: as `interpolate`'s.
+        mode, antialias: as `interpolate`'s; or `lanczos`, which it has not, always with antialiasing.
 
     Returns:
         (B, 3, height, width), equal to `interpolate`'s result up to rounding.
@@ -114,8 +130,20 @@ def resize(images: Tensor, height: int, width: int, mode: str = "bicubic", antia
 
 def _resizing(like: Tensor, length: int, size: int, mode: str, antialias: bool) -> Tensor:
     """What every one of `length` pixels gives to every one of `size`."""
+    if mode == "lanczos":
+        return _lanczos(length, size).to(like)
     rows = torch.eye(length, device=like.device, dtype=like.dtype)[None, None]
     return F.interpolate(rows, size=(length, size), mode=mode, antialias=antialias)[0, 0]
+
+
+def _lanczos(length: int, size: int) -> Tensor:
+    """PIL's Lanczos window of three lobes, (length, size) float64: widened where pixels become fewer."""
+    scale = length / size
+    widened = max(scale, 1.0)
+    centres = (torch.arange(size, dtype=torch.float64) + 0.5) * scale
+    distances = (torch.arange(length, dtype=torch.float64)[:, None] + 0.5 - centres) / widened
+    weights = torch.where(distances.abs() < 3, torch.sinc(distances) * torch.sinc(distances / 3), 0.0)
+    return weights / weights.sum(0)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

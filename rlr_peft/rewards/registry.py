@@ -14,12 +14,15 @@ from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import load_callable_reward
 from rlr_peft.rewards.embedded import SPEC_OF_JUDGE, JpegReward, TinyShapesJudgeReward
 from rlr_peft.rewards.model_reward import ModelSettings
+from rlr_peft.rewards.ocr import OcrReward
+from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
 from rlr_peft.rewards.video import TemporalFlicker
+from rlr_peft.rewards.vlm_endpoint import VlmEndpoint
 from rlr_peft.tiny_shapes.judges import JudgeName
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
 
-OWN_FORMS = "`package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
+OWN_FORMS = "`vlm:MODEL`, `package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,12 @@ class RewardSettings:
     Attributes:
         model: how the networks of the built-in rewards are held, and where they run.
         remote: how reward servers are asked.
+        judge: what vision-language models are asked, and where they are.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
     remote: RemoteSettings = field(default_factory=RemoteSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
 
 
 def _from(module: str, name: str, *arguments: Any) -> Callable[[ModelSettings], Reward]:
@@ -50,6 +55,7 @@ def _judge(judge: JudgeName, attribute: str | None) -> Callable[[ModelSettings],
 
 MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
     "aesthetic": _from("clip_rewards", "Aesthetic"),
+    "aesthetic-v2.5": _from("siglip_rewards", "AestheticV25"),
     "clipscore": _from("clip_rewards", "ClipScore"),
     "hpsv2": _from("clip_rewards", "HPSv2", "v2.1"),
     "hpsv2/v2.0": _from("clip_rewards", "HPSv2", "v2.0"),
@@ -58,8 +64,13 @@ MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
     "pickscore": _from("clip_rewards", "PickScore"),
     "subject-consistency": _from("video", "SubjectConsistency"),
 }
+LARGE_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
+    "hpsv3": _from("hpsv3", "HPSv3"),
+}
 BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
     **MODEL_REWARDS,
+    **LARGE_REWARDS,
+    "ocr": lambda settings: OcrReward(),
     "jpeg-compressibility": lambda settings: JpegReward(compressible=True),
     "jpeg-incompressibility": lambda settings: JpegReward(compressible=False),
     "temporal-flicker": lambda settings: TemporalFlicker(),
@@ -72,7 +83,7 @@ JUDGES = {
 
 
 def available_rewards() -> list[str]:
-    """Every registered name; besides these, `load_reward` takes user callables and servers."""
+    """Every registered name; besides these, `load_reward` takes judges, user callables and servers."""
     return [*sorted(BUILT_IN), *JUDGES]
 
 
@@ -80,7 +91,8 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
     """Load a reward.
 
     Args:
-        spec: one of `available_rewards()`, `package.module:callable`, `path/to/file.py:callable`, or an http(s) URL.
+        spec: one of `available_rewards()`, `vlm:MODEL`, `package.module:callable`, `path/to/file.py:callable`, or an
+            http(s) URL.
         settings: how networks are held and where they run (a user's module too), and how servers are asked.
 
     Raises:
@@ -92,9 +104,18 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
         return built_in(settings.model)
     if is_address(spec):
         return RemoteReward(spec, settings.remote)
+    if spec.startswith(VLM_PREFIX):
+        return _vlm(spec.removeprefix(VLM_PREFIX), settings)
     if ":" in spec:
         return load_callable_reward(spec, settings.model.device)
     raise RewardError(_unknown(spec))
+
+
+def _vlm(model: str, settings: RewardSettings) -> Reward:
+    if settings.judge.endpoint is not None:
+        return VlmEndpoint(model, settings.judge, settings.remote)
+    judge: Callable[..., Reward] = import_module("rlr_peft.rewards.vlm").VlmJudge
+    return judge(model, settings.judge, settings.model)
 
 
 def _unknown(spec: str) -> str:

@@ -45,7 +45,7 @@ class SubjectConsistency(ModelReward):
             network = ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=settings.dtype)
         super().__init__("subject-consistency", settings, network)
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32 in [0, 1] of videos (B, F, 3, H, W), F >= 2; prompts are not looked at."""
         _check_length(self.name, images)
         # What is left of a side beyond whole patches is cut off by the network itself, as in the original.

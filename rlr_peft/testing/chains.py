@@ -7,6 +7,7 @@ samples, so one pass of an estimator over R * n samples yields R independent gra
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -57,6 +58,10 @@ class ReplicatedChain(ABC):
         """``d mean / d x_t`` of step t with the denoiser's velocity, or output, held fixed."""
 
     @abstractmethod
+    def prediction_sensitivity(self, t: int) -> float:
+        """``|d prediction of x_0 / d denoiser output|`` of step t."""
+
+    @abstractmethod
     def path_point(self, t: int) -> PathPoint:
         """Where on the noising path x_t lies; t = 0 is the clean end."""
 
@@ -93,6 +98,10 @@ class ReplicatedChain(ABC):
         latents = trajectory.latents[t] if latents is None else latents
         self.denoiser_evaluations += len(latents)
         return self.step(latents, t, self.parameters)
+
+    def without_guidance(self) -> AbstractContextManager[None]:
+        """There is none."""
+        return nullcontext()
 
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more with the parameters that the chain was built with."""
@@ -172,6 +181,9 @@ class LinearGaussianChain(ReplicatedChain):
 
     def input_sensitivity(self, t: int) -> float:
         return float(self._decay[t - 1])
+
+    def prediction_sensitivity(self, t: int) -> float:
+        return abs(self._prediction[t - 1][1])
 
     def path_point(self, t: int) -> PathPoint:
         """The flow path: it matters to leaps and to fresh noise alone, which no closed form knows."""

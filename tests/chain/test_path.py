@@ -6,7 +6,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from rlr_peft.chain import PathPoint, diffusion_grid, gaussian_step, output_sensitivity, step_std
+from rlr_peft.chain import (
+    PathPoint,
+    diffusion_grid,
+    gaussian_step,
+    output_sensitivity,
+    prediction_sensitivity,
+    step_std,
+)
 
 KINDS = ("ancestral", "flow-sde", "cps", "ode")
 DIFFUSION = PathPoint(0.6, 0.8), PathPoint(0.8, 0.6)
@@ -149,3 +156,14 @@ def test_equals_ddim_step_with_the_same_noise(
         expected = scheduler.step(output, int(grid.timesteps[7 - t]), sample, eta=eta, variance_noise=noise)
         torch.testing.assert_close(step.next_latents(noise), expected.prev_sample, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(step.pred_original_sample, expected.pred_original_sample, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
+def test_prediction_sensitivity_is_the_derivative(prediction_type: str) -> None:
+    sample = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    one, other = (
+        gaussian_step("ode", prediction_type, sample, torch.full_like(sample, output), *DIFFUSION, 0.0)
+        for output in (0.5, 1.5)
+    )
+    change = (other.pred_original_sample - one.pred_original_sample).abs()
+    torch.testing.assert_close(change, torch.full_like(sample, prediction_sensitivity(prediction_type, DIFFUSION[0])))

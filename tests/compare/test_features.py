@@ -22,6 +22,7 @@ from transformers import (
 from rlr_peft.compare import RewardFeatures, Thumbnails, VisionModelFeatures, find_features
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import HeldoutRewards, ModelSettings, SeeingReward, Term, WeightedRewards, load_reward
+from rlr_peft.rewards.base import Metadata
 from rlr_peft.tiny_shapes.judges import load_judge
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -35,7 +36,7 @@ class Seeing(SeeingReward):
         super().__init__(name, ModelSettings(), torch.nn.Identity())
         self.channel = channel
 
-    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Metadata) -> torch.Tensor:
         return self.features(images)[:, 0]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:

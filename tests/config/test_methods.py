@@ -116,7 +116,7 @@ def test_a_file_that_an_earlier_version_saved_still_loads(method: str, tmp_path:
     """It held every knob, whatever the method; numbers that tune a part which the method lacks are passed over."""
     path = write(tmp_path, EARLIER.format(method=method))
     estimator = load([*REQUIRED, "--config", path]).estimator
-    changed = {"zo_scale": 0.02, "clip_range": 0.1, "dpo_beta": 0.3, "calibration_interval": 50}
+    changed = {"zo_scale": 0.02, "clip_range": 0.1, "dpo_beta": 0.3, "calibration_interval": 50, "advantage_clip": 5.0}
     own = {name: value for name, value in changed.items() if name in METHODS[method].knobs()}
     assert estimator == METHODS[method](**own)
 

@@ -114,6 +114,12 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
         ),
         ({"estimator": "grpo"}, "clipped policy gradient on all steps, group-normalised advantages"),
         ({"estimator": "d3po"}, "direct preference optimisation of pairs on all steps, beta 0.1"),
+        (
+            {"estimator": "nft", "norm_penalty": 2.0},
+            "DiffusionNFT with beta 1 on 9 fresh noising(s) of every image, group-normalised advantages clipped at 5, "
+            "old weights with decay up to 0.5, pull to the base 0.0001, norm penalty 2",
+        ),
+        ({"estimator": "awm", "inner_epochs": 2}, "clipped at 1, pull to the old 1 on 6 fresh noising(s)"),
         ({"estimator": "refl"}, "predicted image's reward through a random one of the last quarter of the steps"),
         ({"estimator": "refl", "fo_steps": 3}, "through a random one of the last 3 step(s)"),
     ],
@@ -143,6 +149,7 @@ def test_a_description_follows_the_reward_once_that_is_known() -> None:
         ({"estimator": "ddpo"}, False),
         ({"estimator": "grpo"}, False),
         ({"estimator": "d3po"}, False),
+        ({"estimator": "ram"}, False),
     ],
 )
 def test_only_estimators_that_use_a_rewards_gradient_ask_for_it(arguments: dict, expected: bool) -> None:

@@ -96,6 +96,28 @@ def test_it_is_the_scale_times_the_gradient_of_the_prompts_own_branch(
         assert (here - 3.0 * there).norm() <= 1e-4 * here.norm()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_without_guidance_a_step_is_of_the_conditional_prediction(name: str, folder_of: Callable[[str], str]) -> None:
+    """Guided outputs are linear in the scale: two of them give the one at which guidance is off."""
+    pipeline = load(folder_of(name))
+    scale = "true_cfg_scale" if name == "flux-true-cfg" else "guidance_scale"
+    low, high = (chains(pipeline, name, **{scale: value})[0] for value in (2.0, 5.0))
+    trajectory = low.sample(PROMPTS, [3, 4])
+    with low.without_guidance():
+        got = low.replay(trajectory, 2).mean.detach()
+    guided, more = (chain.replay(trajectory, 2).mean.detach() for chain in (low, high))
+    assert torch.equal(guided + low.std(2) * trajectory.noise(2), trajectory.latents[1]), "guidance is back"
+    expected = guided + (low.family.no_guidance - 2.0) / 3.0 * (more - guided)
+    assert (got - expected).norm() < 0.02 * (got - guided).norm()
+
+
+def test_guidance_that_is_built_into_the_model_stays(folder_of: Callable[[str], str]) -> None:
+    chain = chain_over(load(folder_of("flux")), num_inference_steps=2, **CASES["flux"].options)
+    trajectory = chain.sample(PROMPTS, [3, 4])
+    with chain.without_guidance():
+        assert torch.equal(chain.replay(trajectory, 2).next_latents(trajectory.noise(2)), trajectory.latents[1])
+
+
 def test_half_of_the_tape_is_spared_and_the_pipeline_is_left_alone(folder_of: Callable[[str], str]) -> None:
     pipeline = load(folder_of("sd-epsilon"))
     held = []

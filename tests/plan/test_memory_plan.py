@@ -14,6 +14,7 @@ from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.vlm_checkpoints import write_vlm
 from rlr_peft.build import build_optimizer
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain import DenoisingChain, ReplayedStep
@@ -284,6 +285,19 @@ def test_rewards_of_known_size_and_of_the_users_own() -> None:
     assert half is not None and half.weights == pytest.approx(preference.weights / 2, rel=1e-3)
     assert preference.scoring > aesthetic.scoring > 0
     assert reward_memory("mine.py:reward", 1) is None
+
+
+def test_a_judge_of_7_billion_weights_and_one_whose_config_is_at_hand(tmp_path: Path) -> None:
+    judge = reward_memory("hpsv3", 1, torch.float16)
+    # 7.6 billion of the language model, less the words' second matrix, and the image tower; in bf16.
+    assert judge is not None and judge.weights / 2e9 == pytest.approx(7.75, rel=0.01)
+    assert 2 * judge.scoring > judge.weights > judge.scoring
+    written = write_vlm(tmp_path, "qwen2_5_vl")
+    small = reward_memory(f"vlm:{tmp_path}", 2, torch.float32, 64 * 64)
+    assert small is not None and small.weights == pytest.approx(4 * written.num_parameters(), rel=0.01)
+    larger = reward_memory(f"vlm:{tmp_path}", 2, torch.float32, 128 * 128)
+    assert larger is not None and larger.scoring > small.scoring > 0
+    assert reward_memory(f"vlm:{tmp_path}/none", 1) is None
 
 
 @pytest.fixture(scope="module")

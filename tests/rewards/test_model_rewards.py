@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from benchmarks.reward_checkpoints import Sizes
-from benchmarks.reward_parity import PROMPTS, local_files, markdown, mixed_images, network_parity, to_tensor
+from benchmarks.reward_parity import (
+    PROMPTS,
+    judge_table,
+    local_files,
+    markdown,
+    mixed_images,
+    network_parity,
+    to_tensor,
+)
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import (
     LinearHead,
@@ -26,13 +34,15 @@ from rlr_peft.rewards import (
     score_images,
     weights_dtype,
 )
+from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
 from rlr_peft.rewards.image_reward import IMAGE_REWARD
 from rlr_peft.rewards.registry import MODEL_REWARDS
+from rlr_peft.rewards.siglip_rewards import HEAD_V2_5, SIGLIP
 from tests.programs import LIBRARIES, completed
 
-IMAGE_REWARDS = ["aesthetic", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]
-NEEDS_NO_PROMPT = ["aesthetic"]
+IMAGE_REWARDS = ["aesthetic", "aesthetic-v2.5", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]
+NEEDS_NO_PROMPT = ["aesthetic", "aesthetic-v2.5"]
 REAL_HEAD = Path(__file__).parents[2].parent / "shared" / "data" / "sac+logos+ava1-l14-linearMSE.pth"
 
 
@@ -62,7 +72,7 @@ def images(count: int = 4) -> torch.Tensor:
     return to_tensor(mixed_images((70, 90), count))
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "clipscore", "pickscore", "hpsv2/v2.0", "hpsv2/v2.1", "imagereward"])
+@pytest.mark.parametrize("name", [*IMAGE_REWARDS[:3], "pickscore", "hpsv2/v2.0", "hpsv2/v2.1", "imagereward"])
 def test_scores_are_those_of_the_published_model(parity: dict[str, dict[str, float]], name: str) -> None:
     measured = parity[name]
     assert measured["spread"] > 1e-3, "scores that are all alike would prove nothing"
@@ -144,13 +154,13 @@ def test_hpsv2_means_its_newest_version(rewards: dict[str, ModelReward]) -> None
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "clipscore", "hpsv2", "pickscore"])
+@pytest.mark.parametrize("name", ["aesthetic", "aesthetic-v2.5", "clipscore", "hpsv2", "pickscore"])
 def test_image_features_are_those_that_are_scored(rewards: dict[str, ModelReward], name: str) -> None:
     reward: Any = rewards[name]
     features = reward.image_features(images().requires_grad_(True))
     assert features.dtype == torch.float32 and features.ndim == 2 and not features.requires_grad
     network, directions = reward.network, torch.nn.functional.normalize(features, dim=1)
-    if name == "aesthetic":
+    if name in NEEDS_NO_PROMPT:
         expected = network["head"](directions)
     else:
         length = network.config.text_config.max_position_embeddings
@@ -170,7 +180,7 @@ class PlaceLog(ModelReward):
         self.log: list[str] = []
         super().__init__("noted", ModelSettings(torch.device("cpu:0"), offload=offload), torch.nn.Linear(3, 1))
 
-    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Metadata) -> torch.Tensor:
         self.log.append("scored")
         scores: torch.Tensor = self.network(images.mean((2, 3))).squeeze(1)
         if scores.requires_grad:
@@ -214,6 +224,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModelFiles:
     ("name", "repository", "files"),
     [
         ("aesthetic", "openai/clip-vit-large-patch14", "config.json model.safetensors"),
+        ("aesthetic-v2.5", "google/siglip-so400m-patch14-384", "config.json model.safetensors"),
         ("pickscore", "yuvalkirstain/PickScore_v1", "config.json model.safetensors"),
         ("hpsv2/v2.0", "xswu/HPSv2", "HPS_v2_compressed.pt"),
         ("hpsv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
@@ -229,6 +240,15 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(
     message = str(caught.value)
     assert f"`hf download {repository} {files}`" in message
     assert "not in the local cache" in message and f"--reward_model_path '{{{repository}: /path" in message
+
+
+def test_a_file_that_is_not_on_the_hub_is_named_with_its_address(folder: Path, parity: Any) -> None:
+    files = ModelFiles({SIGLIP: str(folder / "siglip")})
+    with pytest.raises(RewardError) as caught:
+        load_reward("aesthetic-v2.5", settings=RewardSettings(ModelSettings(files=files)))
+    address = "github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth"
+    assert f"`curl -LO https://{address}`" in str(caught.value)
+    assert f"'{{{HEAD_V2_5}: /path/to/aesthetic_predictor_v2_5.pth}}'" in str(caught.value)
 
 
 HUB = """
@@ -398,7 +418,8 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_the_documentation_holds_the_measured_parity() -> None:
     root = Path(__file__).parents[2]
     results = json.loads((root / "benchmarks" / "results" / "reward_parity.json").read_text())
-    assert markdown(results) in (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert markdown(results) in page and judge_table(results) in page
 
 
 def test_full_depth_imagereward_has_the_published_621_names() -> None:

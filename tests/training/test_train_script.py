@@ -221,7 +221,10 @@ DRAWN_BLOCKS = {"fo_steps": 1, "ho_blocks": 2, "use_ema": True, "learning_rate":
 PROMPT_STATISTICS = {"estimator": "ddpo", "per_prompt_stat_tracking_min_count": 4, "max_train_samples": 2}
 
 
-@pytest.mark.parametrize("estimator", [DRAWN_BLOCKS, PROMPT_STATISTICS], ids=["rlr", "ddpo"])
+LAGGING = {"estimator": "awm", "step_kind": "ode", "old_decay_growth": 0.2, "noise_levels": 2}
+
+
+@pytest.mark.parametrize("estimator", [DRAWN_BLOCKS, PROMPT_STATISTICS, LAGGING], ids=["rlr", "ddpo", "awm"])
 def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path, estimator: dict[str, object]) -> None:
     """The same seed and global batch: one process with two micro-batches against two processes with one each."""
     # A large epsilon keeps Adam's steps proportional to the gradient, so that rounding is not blown up to a sign.
@@ -240,6 +243,8 @@ def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path, e
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
     state, expected = torch.load(folder / "estimator.pt", weights_only=True), run.estimator.state_dict()
     assert state.keys() == expected.keys()
+    for here, there in zip(state.get("old", ()), expected.get("old", ()), strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-5)
     for prompt, values_of_prompt in expected.get("rewards", {}).items():
         assert len(values_of_prompt) == 4
         assert state["rewards"][prompt] == pytest.approx(values_of_prompt, abs=1e-5)

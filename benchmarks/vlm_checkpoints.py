@@ -1,0 +1,156 @@
+"""Random weights in the real files of vision-language models: tokenizer, chat template, image processor and network."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
+)
+from transformers.utils import logging as transformers_logging
+
+Kind = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+QWEN_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SMOL_TOKENS = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"]
+SMOL_TOKENS += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+WORDS = ["Yes", "yes", "No", "no"]
+IMAGE_SEQ_LEN = 4  # of SmolVLM: tokens of a tile of 16 x 16 pixels, in patches of 4, two by two together
+
+
+def write_vlm(folder: Path, kind: Kind, patch: int | None = None) -> Any:
+    """Files as a repository of this kind holds them, but small; returns the network."""
+    tokenizer = _tokenizer(SMOL_TOKENS if kind == "smolvlm" else QWEN_TOKENS)
+    tokenizer.chat_template = SMOL_TEMPLATE if kind == "smolvlm" else QWEN_TEMPLATE
+    processor: Any
+    if kind == "smolvlm":
+        processor = SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+        processor.image_mean = processor.image_std = [0.5, 0.5, 0.5]
+        model = _smol(tokenizer)
+    else:
+        patch = patch or (8 if kind == "qwen3_vl" else 4)
+        processor = Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=16 * 16, max_pixels=48 * 48)
+        model = _qwen(kind, tokenizer, patch)
+    transformers_logging.disable_progress_bar()
+    _spread(model)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+def _spread(model: nn.Module) -> None:
+    """Weights far from zero, where a wrong picture would hardly show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
+
+
+def _tokenizer(special: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level, as those of Qwen and SmolLM are, with a few whole words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(alphabet)}
+    merges = []
+    for word in (space + word for word in WORDS for space in ("", "Ġ")):
+        for end in range(2, len(word) + 1):
+            pair = (word[: end - 1], word[end - 1])
+            if "".join(pair) not in vocabulary:
+                vocabulary["".join(pair)] = len(vocabulary)
+                merges.append(pair)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    whole.add_special_tokens({"additional_special_tokens": special})
+    return whole
+
+
+def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    config: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+    return config | {"tie_word_embeddings": False, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+
+
+def _qwen(kind: Kind, tokenizer: PreTrainedTokenizerFast, patch: int) -> Any:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
+    vision: dict[str, Any] = {"patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2}
+    tokens = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in zip(
+            ("image", "video", "vision_start", "vision_end"), ("image_pad", "video_pad", "vision_start", "vision_end")
+        )
+    }
+    text = _text(tokenizer) | {"rope_parameters": rope, "head_dim": 16}
+    if kind == "qwen2_vl":
+        vision |= {"embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
+    vision |= {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    if kind == "qwen2_5_vl":
+        vision |= {"window_size": 4 * patch, "fullatt_block_indexes": [1]}
+        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    text["rope_parameters"] = rope | {"mrope_interleaved": True}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
+
+
+def _smol(tokenizer: PreTrainedTokenizerFast) -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = SmolVLMConfig(
+        text_config=_text(tokenizer) | {"model_type": "llama"},
+        vision_config=vision | {"image_size": 16, "patch_size": 4},
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return SmolVLMForConditionalGeneration(config)
+
+
+def write_hpsv3(base: Path, checkpoint: Path, code: Path) -> tuple[Any, nn.Module]:
+    """HPSv3's three files: its base, the checkpoint under its own names, and the code that holds its question.
+
+    Returns:
+        The Qwen2-VL with its words and one more, and the head.
+    """
+    model = write_vlm(base, "qwen2_vl", patch=14)
+    # Its tokenizer has one token more than the base's.
+    model.resize_token_embeddings(model.config.text_config.vocab_size + 1, mean_resizing=False)
+    width = model.config.text_config.hidden_size
+    head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU())
+    head.append(nn.Linear(16, 2)).eval()
+    _spread(head)
+    names = {"model.visual.": "visual.", "model.language_model.": "model."}
+    weights = {}
+    for name, value in model.state_dict().items():
+        prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
+        weights[names.get(prefix, "") + name.removeprefix(prefix)] = value.contiguous()
+    weights |= {f"rm_head.{name}": value for name, value in head.state_dict().items()}
+    save_file(weights, checkpoint)
+    code.write_text(
+        'import nowhere\n\nINSTRUCTION = """\nHow good is it?  \nIts text: {text_prompt}\n"""\n\n'
+        'prompt_with_special_token = """\nThe score: <|Reward|>\n\nEND\n"""\nprompt_without_special_token = "none"\n'
+    )
+    return model, head

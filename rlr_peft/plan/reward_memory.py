@@ -1,0 +1,188 @@
+"""Bytes of rewards' networks, which are known architectures, so that their memory is known before a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from rlr_peft.byte_counters import LiveMemory, fused_attention
+from rlr_peft.errors import RewardError
+from rlr_peft.plan.measurements import weight_bytes
+from rlr_peft.rewards.model_reward import ModelFiles
+from rlr_peft.rewards.questions import VLM_PREFIX
+
+VIT_L_14 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 768,
+}
+VIT_H_14 = VIT_L_14 | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "projection_dim": 1024,
+}
+TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+TEXT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SIGLIP_SO400M = VIT_L_14 | {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
+QWEN2_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 151658,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+}
+QWEN2_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "patch_size": 14}
+# ImageReward: BLIP's ViT-L/16 and a BERT with cross-attention.
+BLIP_VISION = VIT_L_14 | {"patch_size": 16}
+BLIP_TEXT = TEXT_L | {"vocab_size": 30524, "encoder_hidden_size": 1024, "is_decoder": True}
+
+
+@dataclass(frozen=True)
+class RewardMemory:
+    """What a reward's network holds, in bytes.
+
+    Attributes:
+        weights: all the time.
+        scoring: the most, besides, while images are scored and differentiated.
+    """
+
+    weights: int
+    scoring: int
+
+
+def reward_memory(
+    name: str,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    pixels: int = 512 * 512,
+    files: ModelFiles | None = None,
+) -> RewardMemory | None:
+    """The memory of a registered reward or a judge; None where nothing is known about it.
+
+    Args:
+        name: of a reward.
+        batch_size: images scored at once.
+        dtype: of the network's weights; of judges, bf16 where it is fp16.
+        pixels: of an image, for judges; all others bring it to a size of their own.
+        files: where the configs of judges come from.
+    """
+    base, _, _ = name.partition("/")
+    if base.startswith(("jpeg-", "ocr", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):
+        return RewardMemory(0, 0)  # small, on the CPU, or elsewhere
+    if name.startswith(VLM_PREFIX) or name == "hpsv3":
+        with torch.device("meta"):
+            judge = _judge(name, files or ModelFiles())
+        if judge is None:
+            return None
+        judge.to(torch.bfloat16 if dtype == torch.float16 else dtype).requires_grad_(False).eval()
+        seen = HPSV3_PIXELS if name == "hpsv3" else min(pixels, MOST_PIXELS)
+        return RewardMemory(weight_bytes(judge), _asking(judge, batch_size, seen))
+    with torch.device("meta"):
+        model = _network(base)
+    if model is None:
+        return None
+    model.to(dtype).requires_grad_(False).eval()
+    vision: Any = getattr(model, "vision_model", model)
+    side = vision.config.image_size
+    images = torch.zeros(batch_size, 3, side, side, device="meta", dtype=dtype, requires_grad=True)
+    with fused_attention(), LiveMemory() as memory:
+        states = vision(pixel_values=images)[0]
+        torch.autograd.grad(states, images, torch.zeros_like(states))
+    return RewardMemory(weight_bytes(model), memory.peak)
+
+
+HPSV3_PIXELS = 256 * 28 * 28
+MOST_PIXELS = 1280 * 28 * 28  # that the Qwen-VL processors take by default
+QUESTION_TOKENS = {True: 700, False: 60}  # of HPSv3, and of a question of one sentence
+
+
+def _judge(name: str, files: ModelFiles) -> Any:
+    """A vision-language model; None if its config cannot be had."""
+    if name == "hpsv3":
+        return Qwen2VLModel(Qwen2VLConfig(text_config=QWEN2_7B, vision_config=QWEN2_VISION))
+    try:
+        folder = files.find(name, name.removeprefix(VLM_PREFIX), "config.json").parent
+    except RewardError:
+        return None  # the plan says that it is not known
+    return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def _asking(judge: Any, batch_size: int, pixels: int) -> int:
+    """The most bytes while questions are answered and differentiated; 0 for families that are not differentiable.
+
+    The parts are called one by one: on the meta device the whole model would look at values.
+    """
+    model = getattr(judge, "model", judge)
+    is_qwen = hasattr(model, "visual")
+    if not is_qwen:
+        return 0
+    vision, text = model.visual, model.language_model
+    config = vision.config
+    each = 4 * round(pixels / config.patch_size**2 / 4)
+    values = 3 * config.temporal_patch_size * config.patch_size**2
+    patches = torch.zeros(batch_size * each, values, device="meta", dtype=text.dtype, requires_grad=True)
+    with fused_attention(), LiveMemory() as memory:
+        states = vision.patch_embed(patches)
+        places = torch.zeros(len(states), states.shape[-1] // config.num_heads, device="meta")
+        for block in vision.blocks:
+            states = block(states, cu_seqlens=each * torch.arange(batch_size + 1), position_embeddings=(places, places))
+        seen = vision.merger(states).unflatten(0, (batch_size, -1))
+        words = torch.zeros(
+            batch_size, QUESTION_TOKENS[judge is model], seen.shape[-1], device="meta", dtype=seen.dtype
+        )
+        tokens = torch.cat([seen, words], 1)
+        order = torch.arange(tokens.shape[1], device="meta").expand(3, batch_size, -1)
+        answers: Tensor = text(inputs_embeds=tokens, position_ids=order).last_hidden_state
+        torch.autograd.grad(answers, patches, torch.zeros_like(answers))
+    return memory.peak
+
+
+def reward_names(spec: Any) -> list[str]:
+    """The names in `reward_fn` or `heldout_reward_fn`, which may be none, one, several, or weighted."""
+    return [spec] if isinstance(spec, str) else list(spec or ())
+
+
+def _network(name: str) -> nn.Module | None:
+    if name == "aesthetic":
+        return CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_L_14))
+    if name == "aesthetic-v2.5":
+        return SiglipVisionModel(SiglipVisionConfig(**SIGLIP_SO400M))
+    if name == "subject-consistency":
+        return ViTModel(ViTConfig(), add_pooling_layer=False)  # the defaults are ViT-B/16
+    if name == "clipscore":
+        return CLIPModel(CLIPConfig(text_config=TEXT_L, vision_config=VIT_L_14, projection_dim=768))
+    if name in ("pickscore", "hpsv2"):
+        return CLIPModel(CLIPConfig(text_config=TEXT_H, vision_config=VIT_H_14, projection_dim=1024))
+    if name == "imagereward":
+        vision = BlipVisionModel(BlipVisionConfig(**BLIP_VISION))
+        vision.text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)
+        return vision
+    return None

@@ -1,0 +1,107 @@
+"""HPSv3 (Ma et al., 2025): human preference, as a Qwen2-VL-7B with a head reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, Qwen2VLModel
+
+from rlr_peft.rewards.base import Metadata
+from rlr_peft.rewards.model_reward import (
+    GITHUB,
+    TEXT_FILES,
+    ModelReward,
+    ModelSettings,
+    check_keys,
+    load_weights,
+    loading,
+)
+from rlr_peft.rewards.published_texts import constant_in
+from rlr_peft.rewards.vlm_inputs import QwenInputs
+
+HPSV3, HPSV3_FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
+QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct"
+QUESTION, QUESTION_FILE = f"{GITHUB}MizzenAI/HPSv3", "hpsv3/dataset/data_collator_qwen.py"
+REWARD_TOKEN = "<|Reward|>"
+PIXELS = 256 * 28 * 28  # of every image, whatever its shape
+# The published names of the modules, and those of `Qwen2VLModel`.
+_PREFIXES = {"model.": "language_model."}
+
+
+class HPSv3(ModelReward):
+    """The mean of the preference that the head predicts; its second output, the spread, is left alone.
+
+    The head is kept in float32, and the rest in bf16 where others would be in fp16. The question that the model was
+    trained with is read out of its authors' file.
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        name, files = "hpsv3", settings.files
+        folder = files.folder(name, QWEN2_VL, "config.json", "preprocessor_config.json", *TEXT_FILES)
+        path = files.find(name, HPSV3, HPSV3_FILE)
+        code = files.find(name, QUESTION, QUESTION_FILE)
+        self._question = constant_in(name, code, "INSTRUCTION")
+        self._ending = constant_in(name, code, "prompt_with_special_token")
+        with loading(name, folder):
+            config = AutoConfig.from_pretrained(folder)
+            size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
+            self._inputs = QwenInputs(name, folder, config, size=size)
+        self._inputs.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
+        self._reward_token = self._inputs.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        super().__init__(name, settings, hpsv3_network(name, path, load_weights(name, path), config, settings.dtype))
+
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        """(B,) float32, about -5 to 15."""
+        questions = [self._question.format(text_prompt=prompt) + self._ending for prompt in prompts]
+        inputs = self._inputs(images, questions)
+        model, ids = self.network["model"], inputs["input_ids"]
+        embeddings = model.get_input_embeddings()(ids)
+        seen = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        is_image = (ids == model.config.image_token_id)[..., None].expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(is_image, torch.cat(list(seen)).to(embeddings))
+        # It was trained with the places of a plain text, not with those of the image's rows and columns.
+        places = torch.arange(ids.shape[1], device=ids.device).expand(3, len(ids), -1)
+        states = model.language_model(
+            inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], position_ids=places
+        ).last_hidden_state
+        # The prompt may name the token too: the question's own is the last one.
+        last = ids.shape[1] - 1 - (ids == self._reward_token).flip(1).int().argmax(1)
+        scores: Tensor = self.network["head"](states[torch.arange(len(ids)), last].float())[:, 0]
+        return scores
+
+
+def hpsv3_network(
+    reward_name: str, path: Path, checkpoint: Mapping[str, Tensor], config: Any, dtype: torch.dtype
+) -> nn.ModuleDict:
+    """`model` and `head`, filled.
+
+    Raises:
+        RewardError: weights are missing or unknown.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, value in checkpoint.items():
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+        weights[_PREFIXES.get(prefix, "") + name.removeprefix(prefix)] = value
+    weights.pop("lm_head.weight", None)  # it writes no word
+    head_weights = {name: weights.pop(name).float() for name in list(weights) if name.startswith("rm_head.")}
+    config.text_config.vocab_size = len(weights["language_model.embed_tokens.weight"])
+    head = nn.ModuleDict({"rm_head": _head(config.text_config.hidden_size)})
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    with loading(reward_name, path):
+        model, info = Qwen2VLModel.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+        loaded = head.load_state_dict(head_weights, strict=False)
+    missing = [*info["missing_keys"], *loaded.missing_keys]
+    check_keys(reward_name, path, missing, [*info["unexpected_keys"], *loaded.unexpected_keys])
+    return nn.ModuleDict({"model": model, "head": head["rm_head"]})
+
+
+def _head(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )

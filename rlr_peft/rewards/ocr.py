@@ -1,0 +1,92 @@
+"""How well a text recogniser reads in the image what the prompt asks to be written there."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlr_peft.errors import RewardError
+from rlr_peft.extras import extra
+from rlr_peft.rewards.base import Metadata, Reward, Scored
+from rlr_peft.rewards.preprocessing import to_8_bit
+from rlr_peft.rewards.scores import describe_samples
+
+TEXT = "text"  # in the metadata
+# Straight, curly and pointed ones. Single ones count only at the edges of words: elsewhere they are apostrophes.
+_QUOTED = re.compile(
+    "\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|\u2018([^\u2019]+)\u2019|\u00ab([^\u00bb]+)\u00bb|(?<!\\w)'([^']+)'(?!\\w)"
+)
+
+
+class OcrReward(Reward):
+    """1 - edit distance / length of the longer text, in [0, 1], between what is asked and what is read.
+
+    Letters count whatever their case, spaces do not. All text in the image counts, so that what nobody asked for costs.
+    The recogniser is PP-OCRv6 (small) in the package rapidocr, which brings its weights; it runs on the CPU.
+
+    Raises:
+        UserError: rapidocr is not installed.
+    """
+
+    name = "ocr"
+
+    def __init__(self) -> None:
+        rapidocr = extra("rapidocr", "ocr", "--reward_fn ocr")
+        self._recognizer: Any = rapidocr.RapidOCR(params={"Global.log_level": "critical"})
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """Score a batch.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; rounded to 8 bits.
+            prompts: B prompts, of which the quoted parts are asked for.
+            metadata: `text`, if it is there, is asked for instead.
+
+        Returns:
+            (B,) float32 on the CPU, and as info `exact`: 1 where nothing but what is asked is read, else 0.
+        """
+        asked = self._asked(prompts, metadata)
+        read = [plain(self._read(pixels)) for pixels in to_8_bit(images)]
+        scores = [1 - edit_distance(a, b) / max(len(a), len(b)) for a, b in zip(asked, read)]
+        exact = torch.tensor([float(a == b) for a, b in zip(asked, read)])
+        return Scored(torch.tensor(scores, dtype=torch.float32), info={"exact": exact})
+
+    def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:
+        """Refuses those that ask for no text."""
+        self._asked(prompts, metadata)
+
+    def _asked(self, prompts: list[str], metadata: Metadata) -> list[str]:
+        texts = [
+            plain(str(entry.get(TEXT) or " ".join(map("".join, _QUOTED.findall(prompt)))))
+            for prompt, entry in zip(prompts, metadata, strict=True)
+        ]
+        missing = [index for index, text in enumerate(texts) if not text]
+        if missing:
+            raise RewardError(
+                f"reward 'ocr': expected the text to be written in quotes (\"OPEN\"), or as `{TEXT}` in the metadata "
+                f"(--metadata_columns {TEXT}), got neither for {describe_samples(missing, prompts)}"
+            )
+        return texts
+
+    def _read(self, pixels: Any) -> str:
+        """All text of an image (H, W, 3) uint8, from top to bottom."""
+        found = self._recognizer(pixels[..., ::-1].copy())  # it wants blue first
+        return "".join(found.txts or ())
+
+
+def plain(text: str) -> str:
+    """Without spaces and case, which tell little of how well a text is drawn."""
+    return "".join(text.casefold().split())
+
+
+def edit_distance(one: str, other: str) -> int:
+    """The least number of letters to insert, delete or replace."""
+    row = list(range(len(other) + 1))
+    for number, letter in enumerate(one, 1):
+        corner, row[0] = row[0], number
+        for column, wanted in enumerate(other, 1):
+            corner, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, corner + (letter != wanted))
+    return row[-1]

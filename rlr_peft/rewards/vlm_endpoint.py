@@ -1,0 +1,163 @@
+"""A vision-language model behind an OpenAI-compatible endpoint as a judge, by the log-probabilities that it answers."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlr_peft.errors import RewardError
+from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError, read_address
+from rlr_peft.redaction import redacted_address
+from rlr_peft.rewards.base import Metadata, Reward, Scored
+from rlr_peft.rewards.preprocessing import to_8_bit
+from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings, questions_of
+from rlr_peft.rewards.remote import RemoteSettings, encode_png
+
+TOP_LOGPROBS = 20  # as many as the API gives
+
+
+class Endpoint:
+    """Asks about images, several questions at once.
+
+    Args:
+        name: of the reward, for errors.
+        url: up to and without ``/chat/completions``. The key is read from the environment variable OPENAI_API_KEY.
+        model: the name that the server knows it by.
+        settings: how to ask; as many questions at once as `batch_size`.
+
+    Raises:
+        RewardError: no URL.
+    """
+
+    def __init__(self, name: str, url: str, model: str, settings: RemoteSettings) -> None:
+        try:
+            parts = read_address(url)
+        except ValueError as error:
+            raise RewardError(f"reward '{name}': --vlm_endpoint '{redacted_address(url)}': {error}") from None
+        # A query, such as the version of the API that some servers ask for, stays at the end.
+        self._url = parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions").geturl()
+        self._name, self._model, self._settings = name, model, settings
+        self._connections = threading.local()  # one asks one question at a time
+
+    def ask(self, images: Tensor, questions: list[str], **options: Any) -> list[dict[str, Any]]:
+        """The first choice of every answer.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; rounded to 8 bits.
+            questions: B texts.
+            options: of the API.
+
+        Raises:
+            RewardError: the server cannot be reached, refuses, or answers in another form.
+        """
+        pictures = [encode_png(pixels) for pixels in to_8_bit(images)]
+        with ThreadPoolExecutor(min(self._settings.batch_size, len(questions))) as pool:
+            return list(pool.map(lambda picture, question: self._ask(picture, question, options), pictures, questions))
+
+    def _ask(self, picture: str, question: str, options: dict[str, Any]) -> dict[str, Any]:
+        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+        message = {"role": "user", "content": [image, {"type": "text", "text": question}]}
+        body = {"model": self._model, "messages": [message], "temperature": 0, **options}
+        server = self._server()
+        where = f"reward '{self._name}': the endpoint {server.name}"
+        try:
+            answer = server.ask(body)
+        except NoAnswerError as error:
+            raise RewardError(
+                f"{where} {error}; check that it runs and is reachable, or raise --reward_server_timeout"
+            ) from None
+        except ServerError as error:
+            raise RewardError(f"{where} {error}") from None
+        try:
+            choice: dict[str, Any] = answer["choices"][0]
+            choice["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise RewardError(f"{where}: expected an OpenAI chat completion, got {server.shown(answer)}") from None
+        return choice
+
+    def _server(self) -> JsonServer:
+        if not hasattr(self._connections, "server"):
+            key, settings = os.environ.get("OPENAI_API_KEY"), self._settings
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            self._connections.server = JsonServer(
+                self._url, settings.timeout, settings.retries, settings.backoff, headers
+            )
+        server: JsonServer = self._connections.server
+        return server
+
+
+class VlmEndpoint(Reward):
+    """log P(yes) - log P(no), in nats, averaged over the questions about an image, among the 20 likeliest first tokens.
+
+    An answer that is not among them counts as the least likely of them, so that its distance is a lower bound.
+
+    Args:
+        model: the name that the server knows it by.
+        judge: what is asked, and where.
+        settings: how to ask.
+
+    Raises:
+        RewardError: no URL.
+    """
+
+    def __init__(self, model: str, judge: JudgeSettings, settings: RemoteSettings) -> None:
+        self.name = f"{VLM_PREFIX}{model}"
+        self._judge = judge
+        self._endpoint = Endpoint(self.name, judge.endpoint or "", model, settings)
+
+    def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:
+        """Refuses questions of another form."""
+        questions_of(self.name, self._judge.question, prompts, metadata)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        """One request for every question.
+
+        Raises:
+            RewardError: the server fails, gives no log-probabilities, or its model gives neither answer.
+        """
+        asked = questions_of(self.name, self._judge.question, prompts, metadata)
+        rows = [row for row, questions in enumerate(asked) for _ in questions]
+        choices = self._endpoint.ask(
+            images[rows],
+            [question for questions in asked for question in questions],
+            max_tokens=1,
+            logprobs=True,
+            top_logprobs=TOP_LOGPROBS,
+        )
+        odds = torch.tensor([self._odds(choice) for choice in choices])
+        counts = torch.tensor([len(questions) for questions in asked])
+        return Scored(torch.zeros(len(prompts)).index_add(0, torch.tensor(rows), odds) / counts)
+
+    def _odds(self, choice: dict[str, Any]) -> float:
+        try:
+            likeliest = [
+                (str(one["token"]), float(one["logprob"])) for one in choice["logprobs"]["content"][0]["top_logprobs"]
+            ]
+            floor = min(value for _, value in likeliest)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise RewardError(
+                f"reward '{self.name}': expected `logprobs` with `top_logprobs` of the first token, got none in "
+                f"{choice!r:.200}; the server must give log-probabilities"
+            ) from None
+        good, bad = (
+            [value for token, value in likeliest if token.strip().casefold() == answer.casefold()]
+            for answer in self._judge.answers
+        )
+        if not good and not bad:
+            raise RewardError(
+                f"reward '{self.name}': expected {' or '.join(self._judge.answers)} among the likeliest answers, got "
+                f"{', '.join(repr(token) for token, _ in likeliest[:5])}; ask another --vlm_question, or take other "
+                "--vlm_answers"
+            )
+        return _logsumexp(good or [floor]) - _logsumexp(bad or [floor])
+
+
+def _logsumexp(values: list[float]) -> float:
+    largest = max(values)
+    return largest + math.log(sum(math.exp(value - largest) for value in values))

@@ -1,0 +1,213 @@
+"""From images in [0, 1] and questions to what a vision-language model of `transformers` reads.
+
+The image processors of the Qwen-VL and SmolVLM families are written out in torch, so that gradients pass; they agree
+with the models' own to within the 8-bit rounding of those. Any other model is read through its own processor, which
+works on 8-bit images and has no gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+from rlr_peft.errors import RewardError
+from rlr_peft.rewards.preprocessing import normalize, resize_like_pil, to_8_bit
+
+FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+SMOL = ("smolvlm", "idefics3")
+
+
+class ReadByProcessor:
+    """Through the model's own processor.
+
+    Args:
+        name: of the reward, for errors.
+        folder: of the model.
+        config: of the model.
+
+    Raises:
+        RewardError: it has no chat template, or needs a package that is not there.
+    """
+
+    differentiable = False
+
+    def __init__(self, name: str, folder: Path, config: Any) -> None:
+        try:
+            self._processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:
+            wanted = " ".join(str(error).split())
+            raise RewardError(
+                f"reward '{name}': the processor of its model needs more than is installed: {wanted:.200}; take a "
+                f"model of another family, such as {' or '.join((*QWEN[1:3], SMOL[0]))}, or one behind --vlm_endpoint"
+            ) from None
+        _check_template(name, folder, self._processor)
+        self.tokenizer = self._processor.tokenizer
+
+    def __call__(self, images: Tensor, questions: list[str]) -> dict[str, Any]:
+        """The model's arguments, for as many images (B, 3, H, W) as questions; padded on the left."""
+        text = [_ask(self._processor, question) for question in questions]
+        pictures = [[Image.fromarray(pixels)] for pixels in to_8_bit(images)]
+        read = self._processor(
+            text=text, images=pictures, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+        )
+        return dict(read.to(images.device))
+
+
+class ReadInTorch:
+    """What the two families share: a chat template, in which a text stands for the image.
+
+    Args:
+        name: of the reward, for errors.
+        folder: of the model.
+        config: of the model.
+        options: of the image processor, in place of its own.
+
+    Raises:
+        RewardError: it has no chat template.
+    """
+
+    differentiable = True
+    image_token: str
+
+    def __init__(self, name: str, folder: Path, config: Any, **options: Any) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        older = folder / "chat_template.json"  # where processors kept it until `chat_template.jinja`
+        if older.is_file():
+            self.tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+        _check_template(name, folder, self.tokenizer)
+        self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **options)
+        self.config = config
+
+    def __call__(self, images: Tensor, questions: list[str]) -> dict[str, Any]:
+        """The model's arguments, for as many images (B, 3, H, W) as questions; padded on the left."""
+        pixels, placeholder = self.pixels(images)
+        text = [_ask(self.tokenizer, question).replace(self.image_token, placeholder, 1) for question in questions]
+        tokens = self.tokenizer(
+            text, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+        ).to(images.device)
+        return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, **pixels}
+
+    def pixels(self, images: Tensor) -> tuple[dict[str, Tensor], str]:
+        """The image processor's part of the arguments, and what stands in the text for one image."""
+        raise NotImplementedError
+
+    def _resized(self, images: Tensor, height: int, width: int) -> Tensor:
+        return resize_like_pil(images, height, width, FILTERS[int(self.processor.resample)])
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalize(images, tuple(self.processor.image_mean), tuple(self.processor.image_std))
+
+
+class QwenInputs(ReadInTorch):
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: whole images of a flexible size, cut into patches."""
+
+    image_token = "<|image_pad|>"
+
+    def __call__(self, images: Tensor, questions: list[str]) -> dict[str, Any]:
+        """As the base's; and where the image is in the text."""
+        inputs = super().__call__(images, questions)
+        return inputs | {"mm_token_type_ids": (inputs["input_ids"] == self.config.image_token_id).int()}
+
+    def pixels(self, images: Tensor) -> tuple[dict[str, Tensor], str]:
+        """`pixel_values` (B * patches, values of a patch) and `image_grid_thw` (B, 3)."""
+        # The size that it becomes is asked of the processor itself.
+        blank = Image.new("RGB", (images.shape[-1], images.shape[-2]))
+        grid = torch.as_tensor(self.processor(images=blank, return_tensors="pt")["image_grid_thw"])
+        _, rows, columns = grid[0].tolist()
+        patch, merge = self.processor.patch_size, self.processor.merge_size
+        resized = self._normalized(self._resized(images, rows * patch, columns * patch))
+        blocks = resized.reshape(
+            *(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
+        ).permute(0, 2, 5, 3, 6, 1, 4, 7)  # neighbours that are merged stand together
+        still = blocks.unsqueeze(6).expand(*(-1,) * 6, self.processor.temporal_patch_size, -1, -1)
+        grids = grid.expand(len(images), -1).to(images.device)
+        values = {"pixel_values": still.reshape(len(images) * rows * columns, -1), "image_grid_thw": grids}
+        return values, self.image_token * (rows * columns // merge**2)
+
+
+class SmolInputs(ReadInTorch):
+    """SmolVLM and Idefics3: an image enlarged to whole tiles, and once more as a single tile."""
+
+    image_token = "<image>"
+
+    def pixels(self, images: Tensor) -> tuple[dict[str, Tensor], str]:
+        """`pixel_values` (B, tiles, 3, side, side)."""
+        side = self.processor.max_image_size["longest_edge"]
+        height, width = _rescaled(images.shape[-2], images.shape[-1], self.processor.size["longest_edge"])
+        enlarged = self._resized(images, height, width)
+        tiles, rows, columns = [], 0, 0
+        if self.processor.do_image_splitting:
+            height, width = _whole_tiles(height, width, side)
+            enlarged = self._resized(enlarged, height, width)
+            if max(height, width) > side:
+                rows, columns = height // side, width // side
+                tiles = [part for row in enlarged.split(side, -2) for part in row.split(side, -1)]
+        tiles.append(self._resized(enlarged, side, side))
+        values = self._normalized(torch.stack(tiles, 1).flatten(0, 1)).unflatten(0, (len(images), -1))
+        vision = self.config.vision_config
+        length = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
+        return {"pixel_values": values}, self._in_text(rows, columns, self.image_token * length)
+
+    def _in_text(self, rows: int, columns: int, tile: str) -> str:
+        around, text = "<fake_token_around_image>", ""
+        for row in range(1, rows + 1):
+            text += "".join(f"{around}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
+        return f"{text}{chr(10) if rows else ''}{around}<global-img>{tile}{around}"
+
+
+def read_inputs(name: str, folder: Path, config: Any) -> ReadByProcessor | ReadInTorch:
+    """How a model reads images and questions.
+
+    Args:
+        name: of the reward, for errors.
+        folder: of the model.
+        config: of the model.
+
+    Raises:
+        RewardError: it has no chat template, or its processor needs a package that is not there.
+    """
+    kind = QwenInputs if config.model_type in QWEN else SmolInputs if config.model_type in SMOL else ReadByProcessor
+    return kind(name, folder, config)
+
+
+def _ask(templated: Any, question: str) -> str:
+    """The text of one turn, image first, up to where the answer begins."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return str(templated.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _check_template(name: str, folder: Path, templated: Any) -> None:
+    if templated.chat_template is None:
+        raise RewardError(
+            f"reward '{name}': expected a chat template beside the model, got none in {folder}; take a model that was "
+            "tuned to answer questions (its name often ends in Instruct)"
+        )
+
+
+def _rescaled(height: int, width: int, longest: int) -> tuple[int, int]:
+    """SmolVLM's first size: the longest side of a given length, the other one even."""
+    shape = width / height
+    if width >= height:
+        height = int(longest / shape)
+        return height + height % 2, longest
+    width = int(longest * shape)
+    return longest, width + width % 2
+
+
+def _whole_tiles(height: int, width: int, side: int) -> tuple[int, int]:
+    """The longest side up to whole tiles, and then the other one."""
+    shape = width / height
+    if width >= height:
+        width = math.ceil(width / side) * side
+        return math.ceil(int(width / shape) / side) * side, width
+    height = math.ceil(height / side) * side
+    return height, math.ceil(int(height * shape) / side) * side

@@ -1,0 +1,259 @@
+"""Forward-process RL: its losses by plain autograd, its direction, and how far that is the score function's."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from rlr_peft.chain import GaussianStep, PathPoint, step_std
+from rlr_peft.config.methods import AWMArguments, NFTArguments, RAMArguments
+from rlr_peft.estimators import (
+    ForwardEstimator,
+    ForwardSettings,
+    HalfOrder,
+    RLREstimator,
+    RLRSettings,
+    Rollout,
+    awm_pull,
+    build_estimator,
+    leave_one_out,
+    nft_pull,
+    noise_share,
+    ram_pull,
+)
+from rlr_peft.estimators.forward import Comparison
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward
+from rlr_peft.testing.chains import ReplicatedChain
+from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
+
+SHAPE = (6, 2, 3)
+SIZE = 6
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.25, 0.0, 0.75], dtype=torch.float64)
+METHODS = {"ram": RAMArguments, "nft": NFTArguments, "awm": AWMArguments}
+
+
+def mean_square(values: torch.Tensor) -> torch.Tensor:
+    return values.square().mean((1, 2))
+
+
+def loss_of(name: str, output, old, base, target, share: float) -> torch.Tensor:
+    """The table of the docstring, sample by sample, for the settings of the test below."""
+    if name == "ram":
+        aim = (base + 30 * ADVANTAGES[:, None, None] * (target - old)).detach()
+        return mean_square(output - aim)
+    if name == "nft":  # as published for flow models: in x_0, whose error is the share of noise times the velocity's
+        beta, clip = 0.4, 2.0
+        chance = ADVANTAGES / (2 * clip) + 0.5
+        good, bad = ((1 - beta) * old + beta * output, (1 + beta) * old - beta * output)
+        errors = [share * (velocity - target) for velocity in (good, bad)]
+        sizes = [error.abs().mean((1, 2)).detach() for error in errors]
+        good, bad = (mean_square(error) / size for error, size in zip(errors, sizes, strict=True))
+        return clip / beta * (chance * good + (1 - chance) * bad)
+    ratio = (-mean_square(output - target) + mean_square(old - target)).exp()
+    policy = torch.minimum(ADVANTAGES * ratio, ADVANTAGES * ratio.clamp(1 - 0.05, 1 + 0.05))
+    return -policy + 0.7 * mean_square(output - old)
+
+
+@pytest.mark.parametrize(
+    ("name", "pull"),
+    [
+        ("ram", lambda compared: ram_pull(compared, scale=30)),
+        ("nft", lambda compared: nft_pull(compared, beta=0.4, clip=2.0)),
+        ("awm", lambda compared: awm_pull(compared, clip=0.05, old_pull=0.7)),
+    ],
+)
+def test_a_pull_is_minus_the_losss_derivative(name: str, pull) -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, base, target, step = (torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(4))
+    output = (old + 0.2 * step).requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of(name, output, old, base, target, 0.3).sum(), output)
+    now = output.detach()
+    got, numbers = pull(Comparison(now - old, target - old, now - base, ADVANTAGES, 0.3))
+    torch.testing.assert_close(got / SIZE, -expected, rtol=1e-9, atol=1e-12)
+    if name == "awm":
+        assert numbers["policy_ratio_deviation"] > 0.05
+        pulled_only = [bool(torch.allclose(row, -1.4 * moved)) for row, moved in zip(got, now - old, strict=True)]
+        assert sum(pulled_only) in (2, 3, 4), "ratios of some samples are clipped, beside the one without advantage"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_on_policy_all_three_follow_the_same_direction(name: str) -> None:
+    """``sum_i c_i A_i J^T (u - o_old)``, with c = 2 m / D, 2 s / (D w) and 2 / D of RAM, NFT and AWM."""
+    chain = LinearGaussianChain(num_steps=3)
+    rollout = rollout_of(chain, 8, 4)
+    rollout = replace(rollout, advantages=rollout.advantages.clamp(-1, 1))
+    estimator = build_estimator(METHODS[name](noise_levels=3), 3)
+    estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(1))
+    got = gradient_of(chain)
+    generator, expected = torch.Generator().manual_seed(1), torch.zeros_like(got)
+    assert estimator._draw(chain, generator) == [1, 2, 3]
+    clean = rollout.trajectory.latents[0]
+    for t in (1, 2, 3):
+        point = chain.path_point(t)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        noised = point.alpha * clean + point.sigma * noise
+        slope = 1 / chain.prediction_sensitivity(t)
+        output = -slope * chain.step(noised, t, chain.parameters).pred_original_sample
+        residual = -slope * clean - output.detach()
+        factors = {
+            "ram": torch.full((8,), 2 * 100.0),
+            "nft": 2 * noise_share(point) / residual.abs().mean(1),
+            "awm": torch.full((8,), 2.0),
+        }[name]
+        weighted = (factors * rollout.advantages)[:, None] * residual / chain.dimension / 3
+        expected += flat(torch.autograd.grad((weighted * output).sum(), chain.parameters))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+class GaussianDataChain(ReplicatedChain):
+    """Ancestral steps on the flow path over data ``N(0, diag(s^2))``, with the exact posterior mean ``G_t x + b_t``.
+
+    Every step has parameters of its own, (T, d, d) and (T, d), so that steps can be compared. The score-function term
+    of a step is exact for whatever the chain samples; a forward-process direction assumes that noised images are
+    distributed as the chain's own latents.
+    """
+
+    def __init__(self, num_steps: int, scales: Sequence[float]) -> None:
+        variances = torch.tensor(scales, dtype=torch.float64) ** 2
+        self.points = [PathPoint(1 - t / num_steps, t / num_steps) for t in range(num_steps + 1)]
+        gains = [p.alpha * variances / (p.alpha**2 * variances + p.sigma**2) for p in self.points[1:]]
+        stds = [
+            step_std("ancestral", current, following, 1.0)
+            for following, current in zip(self.points, self.points[1:], strict=False)
+        ]
+        matrices = torch.stack([torch.diag(gain) for gain in gains])
+        super().__init__(stds, len(scales), [matrices, torch.zeros(num_steps, len(scales), dtype=torch.float64)], 1)
+
+    def output_sensitivity(self, t: int) -> float:
+        return 0.0  # for a warning alone
+
+    def input_sensitivity(self, t: int) -> float:
+        return 0.0  # no cotangent travels
+
+    def prediction_sensitivity(self, t: int) -> float:
+        return self.points[t].sigma
+
+    def path_point(self, t: int) -> PathPoint:
+        return self.points[t]
+
+    def step(self, latents: torch.Tensor, t: int, parameters: Sequence[torch.Tensor]) -> GaussianStep:
+        matrices, shifts = parameters
+        current, following = self.points[t], self.points[t - 1]
+        prediction = latents @ matrices[0, t - 1].T + shifts[0, t - 1]
+        noise = (latents - current.alpha * prediction) / current.sigma
+        kept = max(0.0, following.sigma**2 - self.std(t) ** 2) ** 0.5
+        return GaussianStep(following.alpha * prediction + kept * noise, self.std(t), prediction)
+
+
+def directions(chain: GaussianDataChain, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score-function gradient and AWM's on-policy direction of steps 2..T, (T - 1, parameters of a step)."""
+    slope = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+    trajectory = chain.sample([""] * samples, [0] * samples)
+    rewards = trajectory.latents[0] @ slope - 0.2 * trajectory.latents[0].square().sum(1)
+    rollout = Rollout(trajectory, rewards, leave_one_out(rewards, samples), None)
+    score = RLREstimator(RLRSettings(0, HalfOrder(1, "all")))
+    forward = ForwardEstimator(
+        ForwardSettings("AWM", lambda compared: awm_pull(compared, clip=1, old_pull=0), chain.num_steps)
+    )
+    gradients = []
+    for estimator in (score, forward):
+        estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(1))
+        matrices, shifts = (parameter.grad[0] for parameter in chain.parameters)
+        gradients.append(torch.cat([matrices.flatten(1), shifts], dim=1)[1:])
+        for parameter in chain.parameters:
+            parameter.grad = None
+    return gradients[0], gradients[1]
+
+
+def test_where_the_model_is_exact_every_step_points_along_the_score_function_and_levels_count_otherwise() -> None:
+    score, forward = directions(GaussianDataChain(10, [1.0, 0.5, 0.2]), 50_000)
+    cosines = torch.cosine_similarity(score, forward, dim=1)
+    assert cosines.min() > 0.96, "0.991 to 0.9997 with 200,000 samples"
+    lengths = forward.norm(dim=1) / score.norm(dim=1)
+    assert torch.all(lengths[1:] > lengths[:-1]) and lengths[-1] > 30 * lengths[0], "noisy levels count more"
+    whole = torch.cosine_similarity(score.flatten(), forward.flatten(), dim=0)
+    assert 0.75 < whole < 0.88, "0.82, for that reason alone"
+
+
+def test_where_the_model_is_not_exact_it_estimates_something_else() -> None:
+    """Noised images are not distributed as the chain's own latents, nor are rewards given them."""
+    chain = GaussianDataChain(10, [1.0, 0.5, 0.2])
+    move_parameters(chain, 0.3)
+    score, forward = directions(chain, 50_000)
+    assert torch.cosine_similarity(score.flatten(), forward.flatten(), dim=0) < 0.6
+
+
+def trained(settings: ForwardSettings, updates: int, rate: float = 0.02) -> dict[str, float]:
+    """The last numbers of a run by plain ascent on a linear reward; the base is what it started from."""
+    chain, estimator = GaussianDataChain(5, [1.0, 0.5, 0.2]), ForwardEstimator(settings)
+    slope = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+    for update in range(updates):
+        trajectory = chain.sample([""] * 64, [update] * 64)
+        rewards = trajectory.latents[0] @ slope
+        rollout = Rollout(trajectory, rewards, estimator.advantages(rewards, [""] * 64, 64), None)
+        book = estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(update))
+        estimator.learn([book])
+        with torch.no_grad():
+            for parameter in chain.parameters:
+                parameter.add_(parameter.grad, alpha=rate / 64)
+                parameter.grad = None
+    return book.numbers() | {"reward": float(rewards.mean())}
+
+
+FREE = ForwardSettings("AWM", partial(awm_pull, clip=1.0, old_pull=0.0), 5, needs_base=True)
+
+
+def test_each_guard_prevents_what_it_is_for() -> None:
+    free = trained(FREE, 60)
+    assert free["velocity_growth"] > 0.3 and free["base_distance"] > 0.08, "without any the velocity grows and grows"
+    short = trained(replace(FREE, norm_penalty=0.1), 60)
+    assert short["velocity_growth"] < 0.1 and short["reward"] > 0.25
+    near = trained(replace(FREE, base_pull=1.0), 60)
+    assert near["base_distance"] < 0.03 and near["reward"] > 0.2
+    clipping = replace(FREE, pull=partial(awm_pull, clip=0.01, old_pull=0.0), old_decay=0.9, old_decay_growth=0.9)
+    clipped, lagging = trained(clipping, 60), trained(replace(clipping, pull=FREE.pull), 60)
+    assert clipped["policy_ratio_deviation"] < 0.01 < 0.02 < lagging["policy_ratio_deviation"]
+
+
+def test_old_weights_lag_behind_and_are_restored() -> None:
+    """``old <- a old + (1 - a) present`` with ``a = min(limit, N growth)`` after N updates, once an update."""
+    chain, settings = LinearGaussianChain(num_steps=3), replace(FREE, old_decay=0.5, old_decay_growth=0.2)
+    estimator, rollout = ForwardEstimator(settings), rollout_of(chain, 8, 4)
+    expected = [parameter.detach().clone() for parameter in chain.parameters]
+    for update in range(1, 5):
+        for _ in range(2):  # micro-batches
+            estimator.accumulate(chain, None, rollout, torch.Generator())
+        torch.testing.assert_close(estimator.state_dict()["old"], expected)
+        move_parameters(chain, 0.1, seed=update)
+        estimator.learn([])
+        decay = min(0.5, 0.2 * update)
+        expected = [decay * old + (1 - decay) * now.detach() for old, now in zip(expected, chain.parameters)]
+    gradient_of(chain)
+    again = ForwardEstimator(settings)
+    again.load_state_dict(estimator.state_dict())
+    for each in (estimator, again):
+        each.accumulate(chain, None, rollout, torch.Generator())
+    twice = gradient_of(chain)
+    estimator.accumulate(chain, None, rollout, torch.Generator())
+    torch.testing.assert_close(twice, 2 * gradient_of(chain))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_of_a_pipeline_the_conditional_prediction_is_trained(name: str) -> None:
+    """Guided sampling, unguided training; two or three evaluations and one backward pass for every level."""
+    chain = adapted_chain(3, step_kind="ode")
+    move_parameters(chain, 0.05)
+    trajectory = chain.sample(["red", "red", "blue b", "blue b"], [0, 1, 2, 3])
+    rollout = Rollout(trajectory, torch.zeros(4), torch.tensor([1.0, -1.0, 0.5, -0.5]), None)
+    estimator = build_estimator(METHODS[name](noise_levels=2), 3)
+    before = chain.denoiser_evaluations
+    book = estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(0))
+    gradient = gradient_of(chain)
+    assert book.backward_passes == 2 and gradient.norm() > 0
+    assert chain.denoiser_evaluations - before == 4 * 2 * 3  # present, old and base
+    unguided = build_estimator(METHODS[name](noise_levels=2), 3)
+    unguided.accumulate(chain.at(guidance=1.0), None, rollout, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gradient_of(chain), gradient)
+    assert torch.equal(chain.sample(trajectory.prompts, [0, 1, 2, 3]).latents, trajectory.latents), "all is put back"
