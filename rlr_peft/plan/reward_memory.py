@@ -18,6 +18,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -108,6 +110,11 @@ def reward_memory(
         seen = HPSV3_PIXELS if name == "hpsv3" else min(pixels, MOST_PIXELS)
         asking = 0 if name == "unifiedreward" else _asking(judge, batch_size, seen)  # the former has no gradient
         return RewardMemory(weight_bytes(judge), asking)
+    if name == "detector":  # it has no gradient
+        with torch.device("meta"):
+            boxes = Owlv2ForObjectDetection(Owlv2Config(vision_config={"image_size": 960, "patch_size": 16}))
+            both = nn.ModuleList([boxes, _network("clipscore")])
+        return RewardMemory(weight_bytes(both.to(dtype)), 0)
     with torch.device("meta"):
         model = _network(base)
     if model is None:

@@ -65,6 +65,7 @@ MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
     "subject-consistency": _from("video", "SubjectConsistency"),
 }
 LARGE_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
+    "detector": _from("detector", "Detector"),
     "hpsv3": _from("hpsv3", "HPSv3"),
 }
 BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
