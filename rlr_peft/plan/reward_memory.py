@@ -113,8 +113,8 @@ def reward_memory(
     if name == "detector":  # it has no gradient
         with torch.device("meta"):
             boxes = Owlv2ForObjectDetection(Owlv2Config(vision_config={"image_size": 960, "patch_size": 16}))
-            both = nn.ModuleList([boxes, _network("clipscore")])
-        return RewardMemory(weight_bytes(both.to(dtype)), 0)
+            colors = CLIPModel(CLIPConfig(text_config=TEXT_L, vision_config=VIT_L_14, projection_dim=768))
+        return RewardMemory(weight_bytes(boxes.to(dtype)) + weight_bytes(colors.to(dtype)), 0)
     with torch.device("meta"):
         model = _network(base)
     if model is None:
