@@ -30,6 +30,7 @@ from rlr_peft.build import (
     build_optimizer,
     enable_checkpointing,
     keep_weights_as_quantized,
+    prepare_machine,
 )
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.byte_counters import counted_tape
@@ -110,6 +111,7 @@ def _config(base: str, resolution: int, flags: Sequence[str], folder: Path) -> C
 def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[str, Any]]:
     """The run as training builds it, on random weights; returns the function that measures its phases."""
     model = config.model
+    prepare_machine(model, device)
     name = model.pretrained_model_name_or_path
     architecture = find_architecture(str(pipeline_path()) if name == PIPELINE_NAME else name)
     pipeline = build_pipeline(architecture, device, DTYPES[model.mixed_precision])

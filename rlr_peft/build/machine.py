@@ -66,6 +66,10 @@ def prepare_machine(arguments: ModelArguments, device: torch.device) -> None:
             raise ConfigError(WITHOUT_GPU)
         if arguments.offload:
             raise ConfigError(OFFLOAD_WITHOUT_GPU)
+    if device.type == "cuda":
+        # cuDNN's attention fails in the backward pass of FLUX in bf16 (torch 2.11, H200); flash attention does not.
+        # Who names it as attention_backend gets it all the same.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if arguments.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if arguments.full_determinism:

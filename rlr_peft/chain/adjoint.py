@@ -111,7 +111,9 @@ class WalkedStep:
         if self.cotangent is None:
             return 0.0
         squares = self.cotangent.double().square().flatten(1).sum(1)
-        return float(squares.sum() if self.sample_weights is None else squares @ self.sample_weights.double())
+        if self.sample_weights is None:
+            return float(squares.sum())
+        return float(squares @ self.sample_weights.to(squares))
 
 
 @dataclass(frozen=True)

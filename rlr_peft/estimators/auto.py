@@ -14,10 +14,12 @@ the best length improves the reward in proportion to ``B / (B + N)`` (McCandlish
 cost ``1 / (B + N)``, which is nearly flat below N and halved at N. A quarter of N gives up a fifth, and the share of
 noise in an update is then the same for every model, reward and method, as a learning rate wants it.
 
-Everything comes from calibrations: from samples that no update uses.
+The member is chosen by calibrations, on samples that no update uses; N, which so few samples cannot tell, comes from
+the gradients of past updates.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.base import Book, Coverage, Estimator
+from rlr_peft.estimators.noise_scale import FIRST_PAIRS, NoiseScale
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.rlr import RLREstimator
@@ -39,11 +42,14 @@ from rlr_peft.estimators.step_gradients import (
 )
 from rlr_peft.estimators.zeroth_order import Perturbation
 
+logger = logging.getLogger(__name__)
+
 # A biased member must promise this many times the improvement of the unbiased one: few samples measure roughly.
 WORTH_A_BIAS = 1.25
 UNBIASED = "rlr"
-# Samples of an update, where they are measured, as a share of the noise scale.
+# Samples of an update, where they are measured, as a share of the noise scale; and how fast they may grow or shrink.
 BATCH_OF_NOISE_SCALE = 0.25
+FASTEST_GROWTH = 2.0
 # Draws that the moments of a member's random weights are averaged over.
 WEIGHT_DRAWS = 500
 
@@ -82,13 +88,11 @@ class Promise:
     Attributes:
         cosine: between its expectation and the full gradient.
         noise_scale: tr(covariance) / |expectation|^2 of a single sample's estimate: a batch of this size is half noise.
-        samples: B, of the update that is judged.
         improvement: in [0, 1], of an update, over the number of evaluations that it costs.
     """
 
     cosine: float
     noise_scale: float
-    samples: int
     improvement: float
 
 
@@ -96,7 +100,7 @@ def promise(
     moments: GradientMoments,
     weights: Weights,
     full: torch.Tensor,
-    batch_for: Callable[[float], int],
+    samples: int,
     fixed_cost: float,
 ) -> Promise:
     """Judges a member.
@@ -105,7 +109,7 @@ def promise(
         moments: of the rows.
         weights: of the member.
         full: weights of the rows that give the whole gradient, (R,).
-        batch_for: B of an update, for a noise scale.
+        samples: B, of an update.
         fixed_cost: of a sample without replays, in denoiser evaluations.
     """
     along = full @ moments.means @ weights.mean
@@ -113,14 +117,11 @@ def promise(
     expected = (weights.mean @ moments.means @ weights.mean).clamp(min=1e-300)
     single = (weights.square * moments.products).sum()
     alike = (weights.square * moments.means).sum() if weights.shared else expected
-    noise_scale = float((single / expected - 1).clamp(min=0))
-    samples = batch_for(noise_scale)
     square = (single + (samples - 1) * alike) / samples
     cost = samples * (fixed_cost + STEP_COST * weights.replays)
     return Promise(
         cosine=float((along / (length * expected).sqrt()).clamp(-1, 1)),
-        noise_scale=noise_scale,
-        samples=samples,
+        noise_scale=float((single / expected - 1).clamp(min=0)),
         improvement=float(along.clamp(min=0) / (length * square.clamp(min=1e-300)).sqrt() / cost),
     )
 
@@ -134,14 +135,21 @@ class AutoEstimator(Estimator):
         rlr: the unbiased member, with its roulette.
         num_steps: T.
         samples: B, of an update; of one micro-batch in every process where B is measured.
-        measures_batch: whether B is measured, as a multiple of ``samples``.
+        most_samples: up to which B is measured, in micro-batches; None for a B that is given.
+
+    Attributes:
+        micro_batches: as many as make up B; one until enough updates have shown how noisy they are.
     """
 
     uses_reward_gradient = True
 
-    def __init__(self, rlr: RLREstimator, num_steps: int, samples: int, measures_batch: bool = False) -> None:
+    def __init__(self, rlr: RLREstimator, num_steps: int, samples: int, most_samples: int | None = None) -> None:
+        self.micro_batches = 1
         self._samples = samples
-        self._measures_batch = measures_batch
+        self._most_samples = most_samples
+        self._noise_scale = NoiseScale()
+        self._unchanged_since = 0
+        self._sketch: GradientSketch | None = None
         quarter = -(-num_steps // 4)
         drawn = PathwiseSettings("flowbp-sparse", "drawn", 3, carry=0.0, step_correction=1.0)
         members = [PathwiseSettings("full-bp"), drawn]
@@ -173,11 +181,11 @@ class AutoEstimator(Estimator):
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
         words = f"chosen by measurement: {self.chosen.describe(has_gradient)}"
         words += f"; cosine with the full gradient {best.cosine:.2f}, noise scale {best.noise_scale:.2g} samples"
-        if self._measures_batch:
-            words += f" and so {best.samples} of them an update"
-        if self._chosen != UNBIASED:
-            words += f", {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
-        return words
+        if self._chosen == UNBIASED:
+            return words
+        if unbiased.improvement == 0:
+            return f"{words}; {UNBIASED} promises nothing by the samples that were measured"
+        return f"{words}, {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
         """That of the member in use."""
@@ -195,12 +203,7 @@ class AutoEstimator(Estimator):
 
     def wants_calibration(self, has_gradient: bool) -> bool:
         """Whether there is a choice, or ``rlr`` has one to make."""
-        return has_gradient or self._measures_batch or self.rlr.wants_calibration(has_gradient)
-
-    @property
-    def micro_batches(self) -> int:  # type: ignore[override]
-        """As many as make up the batch of the member in use; 1 until that is measured."""
-        return self._promises[self._chosen].samples // self._samples if self._promises else 1
+        return has_gradient or self.rlr.wants_calibration(has_gradient)
 
     @property
     def is_calibrated(self) -> bool:  # type: ignore[override]
@@ -215,10 +218,34 @@ class AutoEstimator(Estimator):
         )
         check_gradient(gradients, rollouts)
         self.rlr.statistics.calibrate(gradients, decay)
-        if has_gradient or self._measures_batch:
+        if has_gradient:
             newer = GradientMoments.of(rows_of(gradients))
             self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
-            self._choose(chain, has_gradient, most=len(gradients.advantages))
+            self._choose(chain)
+
+    def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:
+        """Measures the noise scale, and B by it."""
+        if self._most_samples is None:
+            return
+        if self._sketch is None:
+            self._sketch = GradientSketch(parameters)
+        self._noise_scale.see(self._sketch([p.grad for p in parameters if p.grad is not None]), samples)
+        noise_scale = self._noise_scale.value()
+        if noise_scale is None or self._noise_scale.pairs - self._unchanged_since < FIRST_PAIRS:
+            return
+        per_micro_batch = samples / self.micro_batches
+        wanted = min(BATCH_OF_NOISE_SCALE * noise_scale, self._most_samples) / per_micro_batch
+        slowest, fastest = self.micro_batches / FASTEST_GROWTH, self.micro_batches * FASTEST_GROWTH
+        chosen = max(1, round(min(max(wanted, slowest), fastest)))
+        if chosen != self.micro_batches:
+            logger.info(
+                "An update has %d samples from now on, by a noise scale of %.2g samples.",
+                round(chosen * per_micro_batch),
+                noise_scale,
+            )
+            self.micro_batches = chosen
+            self._unchanged_since = self._noise_scale.pairs
+            self._share_batch()
 
     def learn(self, books: Sequence[Book]) -> None:
         """What ``rlr`` learns."""
@@ -231,6 +258,9 @@ class AutoEstimator(Estimator):
             "moments": None if self._moments is None else dict(vars(self._moments)),
             "promises": {name: dict(vars(promised)) for name, promised in self._promises.items()},
             "chosen": self._chosen,
+            "micro_batches": self.micro_batches,
+            "unchanged_since": self._unchanged_since,
+            "noise_scale": self._noise_scale.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -239,37 +269,26 @@ class AutoEstimator(Estimator):
         self._moments = None if state["moments"] is None else GradientMoments(**state["moments"])
         self._promises = {name: Promise(**promised) for name, promised in state["promises"].items()}
         self._chosen = state["chosen"]
+        self.micro_batches, self._unchanged_since = state["micro_batches"], state["unchanged_since"]
+        self._noise_scale.load_state_dict(state["noise_scale"])
         self._share_batch()
 
-    def _choose(self, chain: Chain, has_gradient: bool, most: int) -> None:
-        """Judges the members; ``most`` is the largest batch, as a larger noise scale cannot be told from so many."""
+    def _choose(self, chain: Chain) -> None:
+        """Judges the members."""
         assert self._moments is not None  # as calibrate has just measured
-
-        def batch_for(noise_scale: float) -> int:
-            if not self._measures_batch:
-                return self._samples
-            wanted = min(BATCH_OF_NOISE_SCALE * noise_scale, most)
-            return self._samples * max(1, round(wanted / self._samples))
-
-        weights = {UNBIASED: rlr_weights(self.rlr, chain, has_gradient)}
-        full = weights[UNBIASED].mean
-        if has_gradient:
-            full = torch.zeros_like(full)
-            full[: chain.num_steps] = 1
-            biased = {name: member for name, member in self._members.items() if name != UNBIASED}
-            weights |= {name: weights_of(member, chain) for name, member in biased.items()}
+        full = torch.zeros(3 * chain.num_steps, dtype=torch.float64)
+        full[: chain.num_steps] = 1
         self._promises = {
-            name: promise(self._moments, own, full, batch_for, chain.num_steps) for name, own in weights.items()
+            name: promise(self._moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps)
+            for name, member in self._members.items()
         }
         best = max(self._promises, key=lambda name: self._promises[name].improvement)
         clearly = self._promises[best].improvement > WORTH_A_BIAS * self._promises[UNBIASED].improvement
         self._chosen = best if clearly else UNBIASED
-        self._share_batch()
 
     def _share_batch(self) -> None:
         """The roulette's chances depend on B."""
-        if self._promises:
-            self.rlr.samples = self._promises[UNBIASED].samples
+        self.rlr.samples = self._samples * self.micro_batches
 
 
 def weights_of(member: Estimator, chain: Chain) -> Weights:
@@ -279,7 +298,7 @@ def weights_of(member: Estimator, chain: Chain) -> Weights:
     """
     num_steps = chain.num_steps
     if isinstance(member, RLREstimator):
-        return rlr_weights(member, chain, has_gradient=True)
+        return _rlr_weights(member, chain)
     assert isinstance(member, PathwiseEstimator)
     generator = torch.Generator().manual_seed(0)
     is_drawn, is_held = member.settings.steps == "drawn", member.settings.carry is not None
@@ -291,19 +310,14 @@ def weights_of(member: Estimator, chain: Chain) -> Weights:
 
 
 def rows_of(gradients: StepGradients) -> torch.Tensor:
-    """The rows (3 T, N, d): exact pathwise gradients, those with the velocity held fixed, score terms.
-
-    Without a gradient of the reward the first two are zeros.
-    """
-    nothing = torch.zeros_like(gradients.scores)
-    pathwise = nothing if gradients.pathwise is None else gradients.pathwise
-    held = nothing if gradients.held is None else gradients.held
-    return torch.cat([pathwise, held, gradients.half_order])
+    """The rows (3 T, N, d): exact pathwise gradients, those with the velocity held fixed, score terms."""
+    assert gradients.pathwise is not None and gradients.held is not None, "of a reward with a gradient"
+    return torch.cat([gradients.pathwise, gradients.held, gradients.half_order])
 
 
-def rlr_weights(rlr: RLREstimator, chain: Chain, has_gradient: bool) -> Weights:
+def _rlr_weights(rlr: RLREstimator, chain: Chain) -> Weights:
     """Pathwise gradients up to K, by roulette if it has one, and score terms on all noisy steps beyond."""
-    num_steps, length = chain.num_steps, rlr.layout(chain, has_gradient).first_order_steps
+    num_steps, length = chain.num_steps, rlr.layout(chain, has_gradient=True).first_order_steps
     fixed = torch.zeros(3 * num_steps, dtype=torch.float64)
     fixed[:length] = 1
     fixed[[2 * num_steps + t - 1 for t in range(length + 1, num_steps + 1) if chain.std(t) > 0]] = 1

@@ -200,6 +200,14 @@ class Estimator(ABC):
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:  # noqa: B027
         """Measures on rollouts that no update uses; ``decay`` is the weight of the past."""
 
+    def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:  # noqa: B027
+        """Looks at what an update is about to follow, before it is clipped.
+
+        Args:
+            parameters: with, as ``.grad``, the gradient of minus the mean reward over the samples of all processes.
+            samples: how many those are.
+        """
+
     def learn(self, books: Sequence[Book]) -> None:  # noqa: B027
         """Learns from a finished update: the books of all micro-batches and processes, in their order."""
 

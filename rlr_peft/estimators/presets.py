@@ -68,7 +68,7 @@ def build_estimator(
         num_inference_steps: T.
         stages: those that ``ho_window`` may name.
         samples: of an update, in all processes.
-        measures_batch: whether ``auto`` chooses how many times as many an update has.
+        measures_batch: whether ``auto`` chooses how many times as many an update has, up to its calibration's samples.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
@@ -77,7 +77,8 @@ def build_estimator(
         case AutoArguments():
             settings = settings_from_arguments(arguments.rlr, num_inference_steps, stages)
             rlr = RLREstimator(settings, arguments.antithetic, samples)
-            return AutoEstimator(rlr, num_inference_steps, samples, measures_batch)
+            most = arguments.calibration_samples if measures_batch else None
+            return AutoEstimator(rlr, num_inference_steps, samples, most)
         case AdjointMatchingArguments():
             return AdjointMatchingEstimator(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
         case PathwiseArguments() | ReFLArguments():

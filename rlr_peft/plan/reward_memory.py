@@ -18,6 +18,10 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLModel,
     SiglipVisionConfig,
@@ -97,14 +101,20 @@ def reward_memory(
     base, _, _ = name.partition("/")
     if base.startswith(("jpeg-", "ocr", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):
         return RewardMemory(0, 0)  # small, on the CPU, or elsewhere
-    if name.startswith(VLM_PREFIX) or name == "hpsv3":
+    if name.startswith(VLM_PREFIX) or name in ("hpsv3", "unifiedreward"):
         with torch.device("meta"):
             judge = _judge(name, files or ModelFiles())
         if judge is None:
             return None
         judge.to(torch.bfloat16 if dtype == torch.float16 else dtype).requires_grad_(False).eval()
         seen = HPSV3_PIXELS if name == "hpsv3" else min(pixels, MOST_PIXELS)
-        return RewardMemory(weight_bytes(judge), _asking(judge, batch_size, seen))
+        asking = 0 if name == "unifiedreward" else _asking(judge, batch_size, seen)  # the former has no gradient
+        return RewardMemory(weight_bytes(judge), asking)
+    if name == "detector":  # it has no gradient
+        with torch.device("meta"):
+            boxes = Owlv2ForObjectDetection(Owlv2Config(vision_config={"image_size": 960, "patch_size": 16}))
+            colors = CLIPModel(CLIPConfig(text_config=TEXT_L, vision_config=VIT_L_14, projection_dim=768))
+        return RewardMemory(weight_bytes(boxes.to(dtype)) + weight_bytes(colors.to(dtype)), 0)
     with torch.device("meta"):
         model = _network(base)
     if model is None:
@@ -128,6 +138,10 @@ def _judge(name: str, files: ModelFiles) -> Any:
     """A vision-language model; None if its config cannot be had."""
     if name == "hpsv3":
         return Qwen2VLModel(Qwen2VLConfig(text_config=QWEN2_7B, vision_config=QWEN2_VISION))
+    if name == "unifiedreward":
+        vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+        text = QWEN2_7B | {"vocab_size": 152064}
+        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     try:
         folder = files.find(name, name.removeprefix(VLM_PREFIX), "config.json").parent
     except RewardError:

@@ -177,7 +177,7 @@ def plan_run(config: Config) -> MemoryPlan:
 def _reward_memory(
     config: Config, name: str, count: int, dtype: torch.dtype, pixels: int, files: ModelFiles
 ) -> RewardMemory | None:
-    is_elsewhere = name.startswith(VLM_PREFIX) and config.reward.vlm_endpoint is not None
+    is_elsewhere = name.startswith((VLM_PREFIX, "unifiedreward")) and config.reward.vlm_endpoint is not None
     return RewardMemory(0, 0) if is_elsewhere else reward_memory(name, count, dtype, pixels, files)
 
 

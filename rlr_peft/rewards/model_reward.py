@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
+from rlr_peft.rewards.scores import Info
 
 GITHUB = "github:"  # of repositories that are not on the Hub: `github:owner/name`
 SNAPSHOT = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
@@ -316,14 +317,18 @@ class ModelReward(Reward):
         if settings.offload and is_differentiated:
             pixels.register_hook(lambda gradient: self._place(torch.device("cpu")))
         self._place(settings.device)
-        scores = self.score(pixels, prompts, metadata).float()
+        returned = self.score(pixels, prompts, metadata)
+        scores, info = (returned, {}) if isinstance(returned, Tensor) else returned
         if settings.offload and not is_differentiated:
             self._place(torch.device("cpu"))
-        return Scored(scores.to(images.device))
+        return Scored(scores.float().to(images.device), info={name: values.cpu() for name, values in info.items()})
 
     @abstractmethod
-    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
-        """(B,) scores of (B, 3, H, W) float32 images on the network's device, of B prompts and their metadata."""
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor | tuple[Tensor, Info]:
+        """(B,) scores of (B, 3, H, W) float32 images on the network's device, of B prompts and their metadata.
+
+        With them, if there are any, numbers that are only logged.
+        """
 
     def _place(self, device: torch.device) -> None:
         try:

@@ -65,6 +65,7 @@ MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
     "subject-consistency": _from("video", "SubjectConsistency"),
 }
 LARGE_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
+    "detector": _from("detector", "Detector"),
     "hpsv3": _from("hpsv3", "HPSv3"),
 }
 BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
@@ -75,6 +76,7 @@ BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
     "jpeg-incompressibility": lambda settings: JpegReward(compressible=False),
     "temporal-flicker": lambda settings: TemporalFlicker(),
 }
+WRITING_REWARDS = {"unifiedreward": lambda settings: _unified(settings)}
 JUDGES = {
     spec + (f"/{attribute}" if attribute else ""): _judge(judge, attribute)
     for judge, spec in SPEC_OF_JUDGE.items()
@@ -84,7 +86,7 @@ JUDGES = {
 
 def available_rewards() -> list[str]:
     """Every registered name; besides these, `load_reward` takes judges, user callables and servers."""
-    return [*sorted(BUILT_IN), *JUDGES]
+    return [*sorted(BUILT_IN | WRITING_REWARDS), *JUDGES]
 
 
 def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
@@ -102,6 +104,8 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
     built_in = (BUILT_IN | JUDGES).get(spec)
     if built_in is not None:
         return built_in(settings.model)
+    if spec in WRITING_REWARDS:
+        return WRITING_REWARDS[spec](settings)
     if is_address(spec):
         return RemoteReward(spec, settings.remote)
     if spec.startswith(VLM_PREFIX):
@@ -116,6 +120,15 @@ def _vlm(model: str, settings: RewardSettings) -> Reward:
         return VlmEndpoint(model, settings.judge, settings.remote)
     judge: Callable[..., Reward] = import_module("rlr_peft.rewards.vlm").VlmJudge
     return judge(model, settings.judge, settings.model)
+
+
+def _unified(settings: RewardSettings) -> Reward:
+    module = import_module("rlr_peft.rewards.unified_reward")
+    if settings.judge.endpoint is not None:
+        reward: Reward = module.UnifiedRewardEndpoint(settings.judge.endpoint, settings.model.files, settings.remote)
+    else:
+        reward = module.UnifiedReward(settings.model)
+    return reward
 
 
 def _unknown(spec: str) -> str:

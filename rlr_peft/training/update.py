@@ -104,6 +104,7 @@ def take_update(run: Run, step: int) -> Update:
             books.append(book)
             divergences += [] if divergence is None else [divergence]
         all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
+        run.estimator.see_gradient(run.chain.parameters, run.samples_per_update)
         gradient_norm = _clip(run, step)
         if is_unknown(run):
             take_first_step(run, step)

@@ -246,6 +246,19 @@ def test_compilation_marks_the_repeated_blocks_and_can_be_switched_off() -> None
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_gpu_gets_no_attention_of_cudnn() -> None:
+    """The backward pass of FLUX in bf16 fails with it."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        prepare_machine(ModelArguments("tiny-shapes"), CPU)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        prepare_machine(ModelArguments("tiny-shapes"), torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_full_determinism_leaves_only_kernels_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU two runs are then equal: `benchmarks/real_run.py --case tiny-deterministic`."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

@@ -1,6 +1,8 @@
 """Choosing among the members of the family: promises against brute force, and choices where the best is known."""
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_a_promise_is_what_simulated_batches_keep() -> None:
             estimates.append((own[:, None, None] * draw(samples)).sum(0).mean(0))
         simulated = torch.stack(estimates)
         mean = simulated.mean(0)
-        promised = promise(moments, weights, full, lambda noise_scale: samples, fixed_cost=7.0)
+        promised = promise(moments, weights, full, samples, fixed_cost=7.0)
         assert promised.cosine == pytest.approx(float(mean @ truth / (mean.norm() * truth.norm())), abs=0.02)
         improvement = mean @ truth / (truth @ truth * simulated.square().sum(1).mean()).sqrt()
         cost = samples * (7 + 3 * weights.replays)
@@ -96,34 +98,67 @@ def test_a_reward_without_gradient_leaves_rlr() -> None:
     assert "until it is measured rlr" in estimator.describe(False)
 
 
-def test_the_batch_is_a_quarter_of_the_noise_scale_in_whole_micro_batches() -> None:
-    """Against the covariance and the mean of single samples' score terms."""
-    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
-    rollout, scores = (
-        replace(rollout_of(chain, 400, 4), reward_gradient=None),
-        build_estimator(METHODS["reinforce"](), 6),
-    )
-    gradients = []
-    for i in range(400):
-        scores.accumulate(chain, QuadraticReward(chain), rollout.select([i]), torch.Generator())
-        gradients.append(gradient_of(chain))
-    vectors = torch.stack(gradients)
-    variance = vectors.var(0).sum()
-    noise_scale = float(variance / (vectors.mean(0).square().sum() - variance / 400))
-    estimator, restored = (auto(2, measures_batch=True) for _ in range(2))
-    assert estimator.wants_calibration(False) and estimator.micro_batches == 1
-    estimator.calibrate(chain, [rollout], decay=0.0)
-    assert estimator.micro_batches == pytest.approx(noise_scale / 8, rel=0.15) and noise_scale > 40
-    assert f"and so {2 * estimator.micro_batches} of them an update" in estimator.describe(False)
+def test_a_member_is_described_where_rlr_promises_nothing() -> None:
+    """As where the samples' gradients point, on average, against each other."""
+    estimator = calibrated(LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05)), fo_roulette=False)
+    state = estimator.state_dict()
+    state["promises"]["rlr"] |= {"cosine": -0.1, "improvement": 0.0}
+    estimator.load_state_dict(state)
+    assert "rlr promises nothing" in estimator.describe(True)
+
+
+def means_of_gradients(signal: float, seed: int = 0) -> Callable[[int], torch.nn.Parameter]:
+    """Makes a parameter with the mean of B samples' gradients, of expectation |g| = signal and unit noise per entry."""
+    generator, size = torch.Generator().manual_seed(seed), 5000
+    direction = torch.randn(size, generator=generator)
+    direction *= signal / direction.norm()
+
+    def draw(samples: int) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(torch.zeros(size))
+        parameter.grad = direction + torch.randn(size, generator=generator) / samples**0.5
+        return parameter
+
+    return draw
+
+
+def test_the_batch_grows_to_a_quarter_of_the_noise_scale_and_shrinks_with_it() -> None:
+    """Unit noise in 5,000 entries: N = 5000 / |g|^2."""
+    estimator = auto(samples=2, measures_batch=True, calibration_samples=64)
+    draw = means_of_gradients(signal=math.sqrt(5000 / 80))
+    seen = []
+    for _ in range(60):
+        samples = 2 * estimator.micro_batches
+        estimator.see_gradient([draw(samples)], samples)
+        seen.append(2 * estimator.micro_batches)
+    assert seen[:8] == [2] * 8, "eight pairs of neighbours, nine updates, come before an answer"
+    assert all(later <= 2 * earlier for earlier, later in pairwise(seen))
+    assert seen[-1] == pytest.approx(80 / 4, rel=0.25)
+    assert estimator.rlr.samples == seen[-1], "its roulette goes by it"
+    draw = means_of_gradients(signal=math.sqrt(5000 / 20))
+    for _ in range(60):
+        samples = 2 * estimator.micro_batches
+        estimator.see_gradient([draw(samples)], samples)
+    assert 2 * estimator.micro_batches == pytest.approx(20 / 4, abs=2)
+
+
+def test_the_batch_grows_to_its_limit_without_signal_and_is_restored() -> None:
+    estimator, restored = (auto(samples=2, measures_batch=True) for _ in range(2))
+    draw = means_of_gradients(signal=0.0)
+    for _ in range(60):
+        samples = 2 * estimator.micro_batches
+        estimator.see_gradient([draw(samples)], samples)
+    assert 2 * estimator.micro_batches == 16, "of the calibration's samples"
     restored.load_state_dict(estimator.state_dict())
     assert restored.micro_batches == estimator.micro_batches
-    assert restored.rlr.samples == estimator.rlr.samples == 2 * estimator.micro_batches, "its roulette goes by it"
+    again = means_of_gradients(signal=0.0, seed=1)(16)
+    for one in (estimator, restored):
+        one.see_gradient([again], 16)
+    assert restored.state_dict()["noise_scale"]["signal"] == estimator.state_dict()["noise_scale"]["signal"]
 
 
-def test_the_batch_is_at_most_the_samples_that_measured_it() -> None:
-    """Advantages that have nothing to do with the samples leave noise alone."""
-    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
-    noise = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    estimator = auto(2, measures_batch=True)
-    estimator.calibrate(chain, [replace(rollout_of(chain, 8, 4), reward_gradient=None, advantages=noise)], decay=0.0)
-    assert estimator.micro_batches == 4
+def test_a_given_batch_is_kept() -> None:
+    estimator = auto(samples=2)
+    draw = means_of_gradients(signal=0.0)
+    for _ in range(20):
+        estimator.see_gradient([draw(2)], 2)
+    assert estimator.micro_batches == 1

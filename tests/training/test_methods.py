@@ -217,14 +217,15 @@ def test_a_run_with_a_measured_batch_says_so_and_resumes_with_it(
 ) -> None:
     values = {"estimator": "auto", "gradient_accumulation_steps": "auto", "calibration_samples": 8}
     values |= {"reward": "blind_redness"}  # score terms are noisy enough for more than one micro-batch
+    values |= {"max_train_steps": 10, "checkpointing_steps": 5}
     with caplog.at_level("INFO"):
-        whole, _ = train_here(config_file(workplace, tmp_path / "whole", max_train_steps=2, **values))
+        whole, _ = train_here(config_file(workplace, tmp_path / "whole", **values))
     assert whole.samples_per_update == 2 * whole.gradient_accumulation_steps > 2
-    assert f"and so {whole.samples_per_update} of them an update" in caplog.text
+    assert f"An update has {whole.samples_per_update} samples from now on" in caplog.text
     assert "the accumulation steps are measured" in caplog.text
-    parts = config_file(workplace, tmp_path / "parts", max_train_steps=2, **values)
-    train_here(parts, "--max_train_steps", "1")
+    parts = config_file(workplace, tmp_path / "parts", **values)
+    train_here(parts, "--max_train_steps", "5")
     resumed, _ = train_here(parts, "--resume_from_checkpoint", "latest")
     assert resumed.gradient_accumulation_steps == whole.gradient_accumulation_steps
-    for file in (f"checkpoint-2/{WEIGHTS}", "metrics.jsonl"):
+    for file in (f"checkpoint-10/{WEIGHTS}", "metrics.jsonl"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
