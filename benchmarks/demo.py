@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import write_results
-from rlr_peft.build import build_run
+from rlr_peft.build import build_run, evaluation_chain
 from rlr_peft.config import load_config
 from rlr_peft.figures import save_before_after
 from rlr_peft.prompt import Prompt
@@ -60,7 +60,7 @@ def draw_changed_most(output_dir: Path, path: Path) -> None:
     words = ["--config", str(output_dir / "config.yaml"), "--report_to", "none", "--resume_from_checkpoint", "latest"]
     config = load_config([*words, "--output_dir", str(output_dir)])
     run = build_run(config)
-    chain = run.chain.at(eta=config.validation.evaluation_eta, whole=True)
+    chain = evaluation_chain(config, run.chain)
     with torch.no_grad():
         by_base = render(chain, [Prompt(prompt) for prompt in prompts], seeds)  # a fresh adapter changes nothing
         resume(run)

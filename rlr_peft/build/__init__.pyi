@@ -3,6 +3,7 @@ from .chain import attach_adapters as attach_adapters
 from .chain import build_chain as build_chain
 from .chain import build_training_chain as build_training_chain
 from .chain import check_trajectory as check_trajectory
+from .chain import evaluation_chain as evaluation_chain
 from .chain import in_eval_mode as in_eval_mode
 from .chain import render as render
 from .folder_lock import FolderInUseError as FolderInUseError

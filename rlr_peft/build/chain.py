@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,26 +26,42 @@ from rlr_peft.prompt import Prompt
 
 
 @as_config_error()
-def build_chain(
-    config: Config, pipeline: DiffusionPipeline, eta: float | None = None, **of_training: Any
-) -> DenoisingChain:
+def build_chain(config: Config, pipeline: DiffusionPipeline, **of_training: Any) -> DenoisingChain:
     """The config's chain over a pipeline, for drawing.
 
     Args:
         config: of the run.
         pipeline: loaded, with its adapters if it has any.
-        eta: another amount of noise than the config's; see ``DenoisingChain.at`` for a further chain.
         of_training: further arguments of ``DenoisingChain``.
     """
     return DenoisingChain(
         pipeline,
-        config.chain if eta is None else replace(config.chain, eta=eta),
+        config.chain,
         denoisers=denoiser_names(config),
         stages=stages_from_config(config),
         offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
         reference=adapter_disabled,
         **of_training,
     )
+
+
+@as_config_error()
+def evaluation_chain(config: Config, chain: DenoisingChain) -> DenoisingChain:
+    """The chain with which images are drawn that are looked at, in the comparison, in validation and on the card."""
+    looking = config.validation
+    return chain.at(
+        eta=looking.evaluation_eta,
+        steps=looking.evaluation_steps,
+        guidance=looking.evaluation_guidance_scale,
+        resolution=looking.evaluation_resolution,
+        whole=True,
+    )
+
+
+def evaluation_in_words(config: Config, chain: DenoisingChain) -> str:
+    """What images that are looked at are drawn with."""
+    size = config.validation.evaluation_resolution
+    return evaluation_chain(config, chain).sampling_in_words() + (f", at {size} x {size} pixels" if size else "")
 
 
 def build_training_chain(

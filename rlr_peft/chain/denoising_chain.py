@@ -98,6 +98,7 @@ class DenoisingChain:
         eta: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        resolution: int | None = None,
         whole: bool = False,
     ) -> Self:
         """Another chain over the same pipeline, which finds the prompts encoded that this one has encoded.
@@ -106,6 +107,7 @@ class DenoisingChain:
             eta: amount of noise; None keeps it.
             steps: T; None keeps it.
             guidance: the scale of the family's guidance; None keeps it.
+            resolution: height and width in pixels; None keeps both.
             whole: draw and decode as the pipeline alone does, whole videos and with its own VAE: for images that are
                 looked at.
         """
@@ -116,6 +118,8 @@ class DenoisingChain:
             "true_cfg_scale" if two_scales else "guidance_scale": guidance,
         }
         changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if resolution is not None:
+            changed |= {"resolution": resolution, "height": None, "width": None}
         chain = copy.copy(self)
         if whole:
             chain._decodes_for_rewards, chain._first_frames, chain._detach_negative = False, None, False

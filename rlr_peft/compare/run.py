@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.build.chain import build_chain, denoiser_names, render
+from rlr_peft.build.chain import build_chain, denoiser_names, evaluation_chain, evaluation_in_words, render
 from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
 from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
@@ -145,8 +145,7 @@ class _Comparer:
 
     def compare(self, adapters: dict[str, AdapterFiles], measured: list[MeasuredReward]) -> Comparison:
         """The base, then every adapter in turn."""
-        chain = build_chain(self.config, self.pipeline, self.config.validation.evaluation_eta)
-        sampler = chain.sampling_in_words()
+        sampler = evaluation_in_words(self.config, build_chain(self.config, self.pipeline))
         base = self._model(BASE, None)
         models = []
         for label, files in adapters.items():
@@ -164,7 +163,7 @@ class _Comparer:
         output, (prompts, seeds) = self.options.output, self.drawn
         # A chain for every model: its adapter may change the text encoder too, and with it the embeddings.
         chain = build_chain(self.config, self.pipeline)
-        looking = chain.at(eta=self.config.validation.evaluation_eta)
+        looking = evaluation_chain(self.config, chain)
         identity = digest(self.setup, fingerprint)
         images = KeptImages(
             output / IMAGES / f"{file_name(label)}-{identity[:8]}",
@@ -270,7 +269,10 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
         "kernels": [model.attention_backend, model.allow_tf32, model.full_determinism],
         "chain": {name: value for name, value in asdict(config.chain).items() if name != "eta"},
         "stages": None if stages is None else asdict(stages),
-        "eta": config.validation.evaluation_eta,
+        "evaluation": [
+            *(config.validation.evaluation_eta, config.validation.evaluation_steps),
+            *(config.validation.evaluation_guidance_scale, config.validation.evaluation_resolution),
+        ],
         "denoisers": denoiser_names(config),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": package_versions(),

@@ -230,6 +230,28 @@ class ValidationArguments(Group):
         at_least=0,
         at_most=10,
     )
+    evaluation_steps: int | None = knob(
+        None,
+        "Denoising steps of images that are looked at: in the comparison, in validation and on the card; null means "
+        "num_inference_steps.",
+        unit="steps",
+        at_least=1,
+        at_most=1000,
+    )
+    evaluation_guidance_scale: float | None = knob(
+        None,
+        "Guidance of images that are looked at; null means that of training.",
+        unit="factor",
+        at_least=0,
+        at_most=1000,
+    )
+    evaluation_resolution: int | None = knob(
+        None,
+        "Height and width of images that are looked at; null means that of training.",
+        unit="pixels",
+        at_least=1,
+        at_most=16384,
+    )
     skip_final_inference: bool = knob(False, "Draw no validation images after training.")
 
 

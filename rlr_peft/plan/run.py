@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlr_peft.build.chain import attach_adapters, build_chain, build_training_chain, denoiser_names
+from rlr_peft.build.chain import (
+    attach_adapters,
+    build_chain,
+    build_training_chain,
+    denoiser_names,
+    evaluation_chain,
+)
 from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.byte_counters import fused_attention
@@ -155,7 +161,7 @@ def plan_run(config: Config) -> MemoryPlan:
             with KnownValues(), fused_attention():
                 built = _without_moves(config)
                 chain = build_training_chain(built, pipeline, decoder)
-                looking = build_chain(built, pipeline, config.validation.evaluation_eta)
+                looking = evaluation_chain(built, build_chain(built, pipeline))
             path = model.bnb_quantization_config_path
             with KnownValues():
                 return plan_memory(config, chain, looking, None if path is None else read_quantization(path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
+from rlr_peft.build.chain import evaluation_chain, evaluation_in_words
 from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought
@@ -107,11 +108,11 @@ def _rewards(run: Run) -> Rewards:
 
 
 def _sampling(run: Run, compared_prompts: Sequence[Prompt]) -> Sampling:
-    chain = run.chain.at(eta=run.config.validation.evaluation_eta, whole=True)
+    chain = evaluation_chain(run.config, run.chain)
     scheduler = chain.inference_scheduler()
     shown = [*run.prompts[:SHOWN_PROMPTS], *compared_prompts]
     return Sampling(
-        words=chain.sampling_in_words(),
+        words=evaluation_in_words(run.config, run.chain),
         call={"num_inference_steps": chain.num_steps, **chain.call_arguments, **scheduler.call_options()},
         negative_prompts={prompt.text: text for prompt in shown if (text := prompt.negative_prompt) is not None},
         scheduler=scheduler.class_name,

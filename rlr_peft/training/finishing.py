@@ -10,7 +10,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.build.chain import ImagesError, build_chain, in_eval_mode, render
+from rlr_peft.build.chain import (
+    ImagesError,
+    build_chain,
+    evaluation_chain,
+    evaluation_in_words,
+    in_eval_mode,
+    render,
+)
 from rlr_peft.build.machine import describe_hardware
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.run import Run
@@ -149,14 +156,13 @@ def _verify_adapter(run: Run) -> None:
     prompts, seeds = prompts_and_seeds(
         run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation")
     )
-    eta = run.config.validation.evaluation_eta
     fresh = run.fresh_base(torch.device("cpu") if _can_move(run) else run.accelerator.device)
 
     def draw(pipeline: DiffusionPipeline) -> torch.Tensor:
         if _can_move(run):  # never both on the device: what trained just so would not fit
             (fresh if pipeline is run.pipeline else run.pipeline).to("cpu")
             pipeline.to(run.accelerator.device)
-        return render(build_chain(run.config, pipeline, eta), prompts, seeds)
+        return render(evaluation_chain(run.config, build_chain(run.config, pipeline)), prompts, seeds)
 
     with torch.compiler.set_stance("force_eager"):  # the fresh one is not compiled, and compiled code rounds otherwise
         verify_lora_reloads(run.pipeline, fresh, run.output_dir, draw)
@@ -218,7 +224,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
     return {
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {run.method}",
-        "sampler": run.chain.at(eta=config.validation.evaluation_eta).sampling_in_words(),
+        "sampler": evaluation_in_words(config, run.chain),
         "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),

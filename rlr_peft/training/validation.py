@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.build.chain import ImagesError, render
+from rlr_peft.build.chain import ImagesError, evaluation_chain, render
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
@@ -44,7 +44,7 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     arguments = run.config.validation
     if not run.validation_prompts or not run.accelerator.is_main_process:
         return None
-    chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
+    chain = evaluation_chain(run.config, run.chain)
     prompts = [prompt for prompt in run.validation_prompts for _ in range(arguments.num_validation_images)]
     seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
     size = arguments.evaluation_batch_size
@@ -120,7 +120,7 @@ def _evaluate(
     arguments = run.config.validation
     seed = derive_seed(run.config.training.seed, "evaluation")
     prompts, seeds = prompts_and_seeds(evaluation_prompts, num_images or run.arithmetic.evaluation_images, seed)
-    chain = run.chain.at(eta=arguments.evaluation_eta, whole=True)
+    chain = evaluation_chain(run.config, run.chain)
     # What is compared before and after must not be measured on scales that move in between.
     rewards = {"reward": run.reward.on_first_scales()} | ({} if run.heldout is None else {"heldout": run.heldout})
     return evaluate(

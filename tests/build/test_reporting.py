@@ -98,7 +98,7 @@ def test_what_no_memory_holds_is_refused_before_it_is_allocated(monkeypatch: pyt
         config = load_config([*words, *flags.split()])
         pipeline = load_pipeline(config.model, torch.device("cpu"))
         attach_adapters(config, pipeline, family_of(pipeline))
-        check_trajectory(config, build_chain(config, pipeline, 1.0))
+        check_trajectory(config, build_chain(config, pipeline))
 
     build("")
     with pytest.raises(ConfigError) as caught:  # 3 PiB, which no machine has

@@ -65,7 +65,8 @@ ZERO_HAS_A_MEANING = {  # it turns something off, or is one end of the range
     *(
         "lora_dropout guidance_scale true_cfg_scale reward_server_retries fo_steps black_box_steps fo_coefficient"
     ).split(),
-    *("fo_carry step_density step_correction").split(),
+    *("fo_carry step_density step_correction evaluation_guidance_scale").split(),
+    *("level_density old_decay old_decay_growth norm_penalty norm_margin base_pull old_pull").split(),
     *("ho_coefficient zo_coefficient calibration_decay zo_step_memory kl_beta seed lr_warmup_steps").split(),
     *("adam_beta1 adam_beta2 adam_weight_decay ema_decay reward_limit eta evaluation_eta ho_blocks").split(),
 }

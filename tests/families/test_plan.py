@@ -44,7 +44,7 @@ def test_a_pipeline_that_looks_at_values_is_planned_as_it_runs(name: str, folder
     measured = plan_run(config).facts.measured
     pipeline = build_pipeline(find_architecture(folder_of(name)), torch.device("cpu"), torch.float32)
     attach_adapters(config, pipeline, family_of(pipeline))
-    chain = build_chain(config, pipeline, config.chain.eta)
+    chain = build_chain(config, pipeline)
     prompts = [f"prompt {index}" for index in range(config.training.train_batch_size)]
     trajectory = chain.sample(prompts, list(range(len(prompts))))
     with counted_tape() as tape:

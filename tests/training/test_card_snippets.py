@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
-from rlr_peft.build import Run, build_chain, in_eval_mode
+from rlr_peft.build import Run, build_chain, evaluation_chain, in_eval_mode
 from rlr_peft.cli.main import main
 from rlr_peft.config import save_config
 from rlr_peft.inference import DiffusiveChainOfThought
@@ -39,9 +39,15 @@ def pndm() -> DiffusionPipeline:
 
 
 CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "leading base, trailing steps": (
+    "leading base, trailing steps": (  # looked at otherwise than trained
         leading,
-        {"timestep_spacing": "trailing"},
+        {
+            "timestep_spacing": "trailing",
+            "resolution": 16,
+            "evaluation_steps": 6,
+            "evaluation_guidance_scale": 2.0,
+            "evaluation_resolution": 32,
+        },
         'DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")',
     ),
     "trailing base, leading steps": (
@@ -117,7 +123,7 @@ def latents_of(snippet: str) -> torch.Tensor:
 
 def measured_latents(run: Run, prompt: str, noises: torch.Tensor | None = None) -> torch.Tensor:
     """What the run's evaluation draws of this prompt with the snippet's seed."""
-    chain = build_chain(run.config, run.pipeline, run.config.validation.evaluation_eta)
+    chain = evaluation_chain(run.config, build_chain(run.config, run.pipeline))
     with in_eval_mode(chain), torch.no_grad():
         return chain.sample([prompt], [0], noises).latents[0][0]
 
@@ -133,7 +139,13 @@ def test_the_snippet_draws_what_was_measured(
     assert line in text
     assert "draws without noise" not in text and "other noise" not in text
     if is_trained:
-        assert "4 DDIM steps (DDIMScheduler, timestep_spacing trailing), eta 0 and guidance scale 3." in text
+        words = (
+            "6 DDIM steps (DDIMScheduler, timestep_spacing trailing), eta 0 and guidance scale 2, at 32 x 32 pixels."
+        )
+        assert words in text
+        assert "over a chain of 4 ancestral steps with eta 1 and guidance scale 3, at 16 x 16 pixels." in text
+        images = Image.open(run.output_dir / "before_after.png")
+        assert all(side > 0 for side in images.size)
     snippet = snippet_of(run.output_dir)
     prompt = re.findall(r'pipe\(\n    "(.*)",', snippet)[0]
     monkeypatch.chdir(run.output_dir)
@@ -158,7 +170,7 @@ def test_noise_that_diffusers_knows_is_drawn_from_the_same_chain(
     text, snippet = (run.output_dir / "README.md").read_text(), snippet_of(run.output_dir)
     assert '    "a cat",\n' in snippet and '    negative_prompt="fur",\n' in snippet
     assert "    eta=0.6,\n" in snippet and "draws their noise in another order" in text
-    chain = build_chain(run.config, run.pipeline, run.config.validation.evaluation_eta)
+    chain = evaluation_chain(run.config, build_chain(run.config, run.pipeline))
     words = "4 ancestral steps (DDIMScheduler, timestep_spacing trailing), eta 0.6 and guidance scale 3"
     assert chain.sampling_in_words() == words
     generator = torch.Generator().manual_seed(0)

@@ -106,7 +106,7 @@ def test_images_that_are_not_finite_name_the_step_and_lose_nothing(
         finish(run, Progress(), None)
     assert (run.output_dir / WEIGHT_NAME).exists() and not (run.output_dir / "README.md").exists()
 
-    chain = build_chain(run.config, run.pipeline, 0.0)
+    chain = build_chain(run.config, run.pipeline).at(eta=0.0)
     calls = iter(range(100))
 
     def spoil(module: object, args: object, output: object) -> None:
