@@ -51,6 +51,7 @@ class DenoisingChain:
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         num_steps: T.
         denoiser_evaluations: of single samples so far; a guided pair counts once.
+        reference: as given.
         latents_shape: shape of one sample's latents.
         latents_dtype: their precision.
 
@@ -79,7 +80,7 @@ class DenoisingChain:
         self.denoiser = self._driver.denoiser
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = trainable if parameters is None else list(parameters)
-        self._reference = reference
+        self.reference = reference
         self._stages = stages
         self._decodes_for_rewards = True
         self._detach_negative = detach_negative
@@ -268,9 +269,9 @@ class DenoisingChain:
         Raises:
             RuntimeError: the chain was built without a reference.
         """
-        if self._reference is None:
+        if self.reference is None:
             raise RuntimeError("Expected a chain with a reference model; pass `reference` when building it.")
-        with self._reference(self.denoiser):
+        with self.reference(self.denoiser):
             return self.replay(trajectory, t, latents)
 
     @torch.no_grad()
