@@ -49,11 +49,13 @@ class Reward(ABC):
             known, see `settle`.
         takes_video: True for a reward that gets videos (B, F, 3, H, W) whole; any other gets their frames as images,
             and the mean over the frames is the video's score.
+        takes_images: of a reward with `takes_video`, whether single images will do as well.
     """
 
     name: str
     differentiable: bool | None = False
     takes_video: bool = False
+    takes_images: bool = False
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
@@ -183,10 +185,11 @@ def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata
 
 
 def _check_inputs(reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata) -> None:
-    fits = images.ndim == 5 or (images.ndim == 4 and not reward.takes_video)
+    only_videos = reward.takes_video and not reward.takes_images
+    fits = images.ndim == 5 or (images.ndim == 4 and not only_videos)
     if not fits or images.shape[-3] != 3 or images.shape[0] != len(prompts):
         expected = f"({len(prompts)}, 3, height, width), or videos ({len(prompts)}, frames, 3, height, width)"
-        if reward.takes_video:
+        if only_videos:
             expected = f"({len(prompts)}, frames, 3, height, width): this reward judges videos"
         raise RewardError(
             f"reward '{reward.name}': expected images of shape {expected}, one per prompt, got {tuple(images.shape)}"

@@ -74,6 +74,7 @@ class _SeveralRewards(Reward):
         self._rewards = dict(zip(unique_names(rewards), rewards, strict=True))
         # Each gets whole videos or their frames as it likes; `measure_images` sees to it.
         self.takes_video = any(reward.takes_video for reward in rewards)
+        self.takes_images = all(reward.takes_images or not reward.takes_video for reward in rewards)
 
     @property
     def parts(self) -> list[Reward]:
