@@ -162,6 +162,12 @@ REFUSED = [
         "--estimator adjoint-matching --reference init_adapter --init_adapter a/b",
         "reference: expected base with adjoint-matching, which differentiates it, got init_adapter",
     ),
+    (
+        "--noise_window 9 51",
+        "noise_window: expected two steps a b with 1 <= a <= b <= num_inference_steps (50), got 9 51",
+    ),
+    ("--noise_window 9", "noise_window: expected two steps a b"),
+    ("--estimator nft --step_kind ode --noise_window 3 4", "noise_window: expected noise in the chain, got step_kind"),
     ("--estimator nft --num_images_per_prompt 1", "num_images_per_prompt: expected 2 or more with nft, which compares"),
     ("--estimator ram --detach_negative", "detach_negative: expected none with ram, which trains without guidance"),
     ("--estimator ram --base_pull 1", "base_pull: expected none with ram, got 1.0; use --estimator nft or awm."),
