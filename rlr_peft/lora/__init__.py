@@ -25,6 +25,7 @@ from rlr_peft.lora.loading import (
     load_fitting_lora,
     load_lora,
     merge_lora,
+    start_from,
     unload_lora,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "merge_lora",
     "save_kohya",
     "save_lora",
+    "start_from",
     "unload_lora",
     "verify_lora_reloads",
 ]
