@@ -178,6 +178,14 @@ def render(chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]) -> to
     Raises:
         ImagesError: the latents of a step or the decoded images are not finite.
     """
+    return render_with_latents(chain, prompts, seeds)[0]
+
+
+@torch.no_grad()
+def render_with_latents(
+    chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of `render`, and the clean latents (B, ...) that they are decoded from."""
     with in_eval_mode(chain):
         trajectory = chain.sample(prompts, seeds)
         images = chain.decode(trajectory.latents[0], prompts).float()
@@ -190,7 +198,7 @@ def render(chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]) -> to
             "overflowed; look at them, and try --mixed_precision bf16 or no.",
             *(len(constant), len(prompts), constant[0].text),
         )
-    return images
+    return images, trajectory.latents[0]
 
 
 def _check_finite(
