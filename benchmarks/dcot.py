@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rlr_peft.compare import evaluate, flat_metrics, paired_gains, prompts_and_s
 from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, make_stages, texts_of
 from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import SCALES
+from rlr_peft.prompts.chain_of_thought import SCALES, without_stage
 from rlr_peft.rewards import HeldoutRewards, TinyShapesJudgeReward
 from rlr_peft.tiny_shapes import scenes
 from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, take_update
@@ -42,8 +43,9 @@ SHARED = "--estimator rlr --fo_steps 3 --ho_length 1 --ho_blocks 1 --ho_coeffici
 LEARNING_RATES = (1e-3, 4e-3)
 TUNING_SEED = 0
 FINAL_SEEDS = (1, 2, 3)
-# Base only: how a caption may be split. "alone" names every attribute in its own stage and nowhere else.
-SPLITS = ("plain", "alone", "growing", "shrinking")
+# Base only: how a caption may be split. "alone" names every attribute in its own stage and nowhere else;
+# "contrast" is the whole caption everywhere, steered away from it without the stage's attributes.
+SPLITS = ("plain", "alone", "growing", "shrinking", "contrast")
 
 
 def main() -> None:
@@ -169,15 +171,18 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
     """The held-out judge's opinion of all attributes on images of the base, for every way to split a caption."""
     config = load_config(["--config", "benchmarks/laboratory.yaml"])
     pipeline = load_pipeline(config.model, torch.device("cpu"))
-    chain = DenoisingChain(
-        pipeline, ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), stages=make_stages()
-    )
+    knobs, stages = ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), make_stages()
+    chains = {
+        split: DenoisingChain(pipeline, knobs, stages=stages, contrast=without_stage if split == "contrast" else None)
+        for split in SPLITS
+    }
     heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
     prompts, seeds = prompts_and_seeds(as_prompts(scenes.prompts("test")), images, TUNING_SEED)
     rows, pictures = [], {}
     for split in SPLITS:
         staged = [split_caption(prompt.text, split) for prompt in prompts]
-        found = evaluate(lambda some, numbers: render(chain, some, numbers), staged, seeds, {"heldout": heldout}, 32)
+        chain = chains[split]
+        found = evaluate(partial(render, chain), staged, seeds, {"heldout": heldout}, 32)
         means = {name.removeprefix("heldout/"): float(values.mean()) for name, values in found.info.items()}
         rows.append({"split": split, "example": staged[0].stages or [staged[0].text], **means})
         pictures[split] = found.images
@@ -200,7 +205,7 @@ def split_caption(caption: str, split: str) -> Prompt:
         return Prompt(caption)
     if split == "alone":
         return Prompt(caption, stages=tuple(naming(scale) for scale in SCALES))
-    if split == "growing":
+    if split in ("growing", "contrast"):
         return Prompt(caption, stages=decompose_by_rules(caption))
     return Prompt(caption, stages=(caption, naming("mid", "fine"), naming("fine")))
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,7 @@ from rlr_peft.prompts.chain_of_thought import (
     decompose_by_rules,
     read_stages,
     staged_prompt,
+    without_stage,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class DiffusiveChainOfThought:
         fractions: share of the steps of every stage; None for equal parts.
         decompose: splits a prompt that comes without stage prompts; None for the built-in rules, which know coarse, mid
             and fine only.
+        form: how stage prompts condition a stage, as ``--dcot_form``.
         options: of the chain: num_inference_steps, step_kind, eta, guidance_scale, negative_prompt and more; and those
             of ``DenoisingChain`` itself.
 
@@ -73,6 +75,7 @@ class DiffusiveChainOfThought:
         stages: Sequence[str] | None = None,
         fractions: Sequence[float] | None = None,
         decompose: Decomposer | None = None,
+        form: Literal["parts", "contrast"] = "parts",
         **options: Any,
     ) -> None:
         self.stages: Stages = make_stages(stages, fractions)
@@ -80,7 +83,8 @@ class DiffusiveChainOfThought:
             decompose = decompose_by_rules
         self._decompose = self._refuse if decompose is None else decompose
         knobs = ChainArguments(**{name: options.pop(name) for name in _CHAIN_NAMES if name in options})
-        self.chain = DenoisingChain(pipeline, knobs, stages=self.stages, **options)
+        contrast = without_stage if form == "contrast" else None
+        self.chain = DenoisingChain(pipeline, knobs, stages=self.stages, contrast=contrast, **options)
 
     @classmethod
     def from_config(
@@ -122,7 +126,12 @@ class DiffusiveChainOfThought:
             "denoisers": None if denoiser is None else [name.strip() for name in denoiser.split(",")],
         }
         return cls(
-            pipeline, stages=stages.names, fractions=stages.fractions, decompose=decompose, **{**trained, **options}
+            pipeline,
+            stages=stages.names,
+            fractions=stages.fractions,
+            decompose=decompose,
+            form=arguments.dcot_form,
+            **{**trained, **options},
         )
 
     @torch.no_grad()

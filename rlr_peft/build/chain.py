@@ -24,6 +24,7 @@ from rlr_peft.errors import UserError
 from rlr_peft.estimators.forward import holding
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
 from rlr_peft.prompt import Prompt
+from rlr_peft.prompts.chain_of_thought import without_stage
 
 
 @as_config_error()
@@ -40,6 +41,7 @@ def build_chain(config: Config, pipeline: DiffusionPipeline, **of_training: Any)
         config.chain,
         denoisers=denoiser_names(config),
         stages=stages_from_config(config),
+        contrast=without_stage if config.chain_of_thought.dcot_form == "contrast" else None,
         offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
         reference=adapter_disabled,
         **of_training,

@@ -178,6 +178,11 @@ def describe_chain_of_thought(config: Config) -> str | None:
     else:
         source = f"the language model `{arguments.dcot_model or arguments.dcot_endpoint_model}`"
     steps = stages.describe(config.chain.num_inference_steps)
+    if arguments.dcot_form == "contrast":
+        return (
+            f"Every step was conditioned on the whole prompt, and steered away from it without the part of its stage: "
+            f"{steps}. The stages' parts came from {source}."
+        )
     return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
 
 

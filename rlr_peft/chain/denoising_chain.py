@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,8 @@ from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.config import ChainArguments
 from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
+
+Contrast: TypeAlias = Callable[[str, Sequence[str], int], str | None]
 
 
 class DenoisingChain:
@@ -38,6 +40,8 @@ class DenoisingChain:
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
         stages: splits the chain, so that every step is conditioned on the prompt of its stage; None for one prompt.
+        contrast: of a whole text, its stage prompts and the number of a stage, what guidance steers away from in that
+            stage, while the whole text conditions all of them; None conditions every stage on its own prompt.
         offload_text_encoders: keep the text encoders on the CPU, except while new prompts are encoded.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         detach_negative: take no gradient through the negative branch of guidance.
@@ -68,6 +72,7 @@ class DenoisingChain:
         denoisers: Sequence[str] | None = None,
         decoded_frames: int | None = None,
         stages: Stages | None = None,
+        contrast: Contrast | None = None,
         offload_text_encoders: bool = False,
         reward_decoder: torch.nn.Module | None = None,
         detach_negative: bool = False,
@@ -81,7 +86,7 @@ class DenoisingChain:
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = trainable if parameters is None else list(parameters)
         self.reference = reference
-        self._stages = stages
+        self._stages, self._contrast = stages, contrast
         self._decodes_for_rewards = True
         self._detach_negative = detach_negative
         self._first_frames = None
@@ -90,6 +95,8 @@ class DenoisingChain:
             self._try_step()
         if detach_negative:
             self._find_negative_branch()
+        if contrast is not None:
+            self.check_negative_prompts([Prompt("", "")])
         if decoded_frames is not None:
             self._first_frames = first_frames(pipeline, self.family, decoded_frames, self.latents_shape)
 
@@ -358,7 +365,10 @@ class DenoisingChain:
             raise ValueError(
                 f"Expected stage prompts for {expected}; got {len(prompt.stages)} with the prompt {prompt.text!r}."
             )
-        return Prompt(prompt.stages[index], prompt.negative_prompt)
+        if self._contrast is None:
+            return Prompt(prompt.stages[index], prompt.negative_prompt)
+        rest = self._contrast(prompt.text, prompt.stages, index)
+        return Prompt(prompt.text, prompt.negative_prompt if rest is None else rest)
 
     @contextmanager
     def _seeded_dropout(self, seed: int) -> Iterator[None]:

@@ -230,6 +230,11 @@ class ChainOfThoughtArguments(Group):
         None,
         "JSONL file of stage prompts, to read and edit; null means `stage_prompts.jsonl` in output_dir.",
     )
+    dcot_form: Literal["parts", "contrast"] = knob(
+        "parts",
+        "How stage prompts condition a stage: as its prompt, or as a contrast, where the whole prompt conditions all "
+        "stages and guidance steers away from it without that stage's part.",
+    )
     dcot_stages: tuple[str, ...] | None = knob(
         None,
         "Names of the stages, noise first; null means those of dcot_columns, else coarse, mid and fine.",
@@ -260,6 +265,7 @@ class ChainOfThoughtArguments(Group):
             "dcot_stages": self.dcot_stages,
             "dcot_fractions": self.dcot_fractions,
             "dcot_cache": self.dcot_cache,
+            "dcot_form": self.dcot_form if self.dcot_form != "parts" else None,
         }
         for name, value in needless.items():
             if value is not None and not sources:
@@ -288,6 +294,12 @@ class ChainOfThoughtArguments(Group):
             got = f"stages {' '.join(names)} and fractions {' '.join(map(str, fractions))}"
             yield f"dcot_fractions: {error}, got {got}; change --dcot_stages or --dcot_fractions."
             return
+        scale = config.chain.true_cfg_scale or config.chain.guidance_scale
+        if self.dcot_form == "contrast" and scale is not None and scale <= 1:
+            yield (
+                f"dcot_form: expected guidance above 1 with contrast, which is guidance away from a text, got {scale}; "
+                "raise --guidance_scale (or --true_cfg_scale), or use --dcot_form parts."
+            )
         if self.dcot_rules and stages.names != ("coarse", "mid", "fine"):
             yield (
                 f"dcot_stages: expected coarse mid fine with dcot_rules, got {' '.join(stages.names)}; drop "

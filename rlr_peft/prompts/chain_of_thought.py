@@ -223,7 +223,7 @@ def decompose_by_rules(prompt: str) -> tuple[str, str, str]:
     try:
         attributes = scenes.parse_caption(prompt)
     except ValueError:
-        subject, *phrases = [phrase for phrase in _PHRASE_STARTS.split(prompt) if phrase]
+        subject, *phrases = _phrases(prompt)
         scales = [_scale(phrase) for phrase in phrases]
         return _growing(prompt, phrases, scales, lambda chosen: ", ".join([subject, *chosen]))
     scales = [scenes.SCALES[name] for name in attributes]
@@ -246,3 +246,39 @@ def _scale(phrase: str) -> str:
     if fine > coarse:
         return "fine"
     return "coarse" if coarse else "mid"
+
+
+def without_stage(prompt: str, stages: Sequence[str], index: int) -> str | None:
+    """A text without what one stage adds to those before it: what guidance steers away from there, in a contrast.
+
+    Args:
+        prompt: the whole text.
+        stages: what every stage tells of it, noise first, as rules, columns or models split it. One that tells all of
+            it before the last adds nothing of its own.
+        index: of the stage.
+
+    Returns:
+        The rest of a caption of tiny-shapes or of a text's phrases; of a stage that was not cut out of the text, what
+        the other stages tell. None for a stage that adds nothing, or without which nothing is left.
+    """
+    if stages[index] == prompt and (index < len(stages) - 1 or set(stages) == {prompt}):
+        return None
+    earlier = [stage for stage in stages[:index] if stage != prompt]
+    try:
+        whole = scenes.parse_caption(prompt)
+        known = {name for stage in earlier for name in scenes.parse_caption(stage)}
+        own = scenes.parse_caption(stages[index]).keys() - known
+        rest = {name: value for name, value in whole.items() if name not in own}
+        return scenes.describe(rest) if own and rest else None
+    except ValueError:
+        subject, *phrases = _phrases(prompt)
+        told = {phrase for stage in earlier for phrase in _phrases(stage)}
+        added = [phrase for phrase in _phrases(stages[index]) if phrase not in told and phrase != subject]
+    if not set(added) <= set(phrases):
+        return ", ".join(stage for number, stage in enumerate(stages) if number != index and stage != prompt) or None
+    left = [phrase for phrase in phrases if phrase not in added]
+    return ", ".join([subject, *left]) if added else None
+
+
+def _phrases(text: str) -> list[str]:
+    return [phrase for phrase in _PHRASE_STARTS.split(text) if phrase]

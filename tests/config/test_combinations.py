@@ -181,6 +181,8 @@ REFUSED = [
     ("--dcot_rules --ho_start window --ho_blocks 1 --ho_window hands", "stages of coarse, mid, fine instead of hands"),
     ("--dcot_rules --ho_start window --ho_blocks 1 --fo_steps 20 --ho_window fine", "expected steps above the 20 last"),
     ("--dcot_rules --estimator grpo --ho_start window --ho_blocks 1 --ho_window auto", "got auto; use --estimator rlr"),
+    ("--dcot_form contrast", "dcot_form: expected only with a source of stage prompts, got none; give --dcot_columns"),
+    ("--dcot_rules --dcot_form contrast --guidance_scale 1", "dcot_form: expected guidance above 1 with contrast"),
     ("--dcot_rules --dcot_columns a b c", "dcot_columns: expected one source of stage prompts, got dcot_columns and"),
     ("--dcot_fractions 0.5 0.5", "dcot_fractions: expected only with a source of stage prompts, got none"),
     ("--dcot_columns a b --dcot_fractions 0.5 0.4", "dcot_fractions: expected fractions above 0 that sum to 1"),

@@ -151,6 +151,20 @@ def test_negative_prompts_and_no_guidance(dcot: DiffusiveChainOfThought) -> None
     assert not torch.equal(images[1.0, None], images[3.0, None])
 
 
+def test_a_contrast_is_the_whole_prompt_against_the_rest_of_it(dcot: DiffusiveChainOfThought, tmp_path: Path) -> None:
+    pipeline, prompt = dcot.chain.pipeline, "a kite, on a beach, intricate silk"
+    chain = DiffusiveChainOfThought(pipeline, num_inference_steps=3, guidance_scale=3.0, form="contrast")
+    conditions = chain.chain._conditioned([Prompt(prompt, stages=decompose_by_rules(prompt))], range(3, 0, -1))
+    steered = [(one.text, one.negative_prompt) for _, (one,) in conditions]
+    assert steered == [(prompt, "a kite, intricate silk"), (prompt, None), (prompt, "a kite, on a beach")]
+    drawn = chain(prompt, output_type="pt").images
+    for other in (prompt, (prompt,) * 3):
+        assert not torch.equal(drawn, dcot(other, output_type="pt").images)
+    (tmp_path / "config.yaml").write_text(f"dcot_rules: true\ndcot_form: contrast\n{CONFIG}")
+    again = DiffusiveChainOfThought.from_config(pipeline, tmp_path / "config.yaml")
+    assert torch.equal(again(prompt, output_type="pt").images, drawn)
+
+
 CONFIG = "num_inference_steps: 3\nguidance_scale: 3.0\n"
 KITE = {"prompt": "a kite, silk", "coarse": "c", "mid": "m", "fine": "f"}
 WHOLE, BY_RULES, KEPT = ("a kite, silk",) * 3, decompose_by_rules("a kite, on a beach"), ("c", "m", "f")
