@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=None, metavar="N", help="only the N best settings of each method")
     parser.add_argument("--budget", type=float, default=12_000, help="of a run, in denoiser forwards of one image")
     parser.add_argument("--steps", type=int, default=10, help="T of the chain")
-    parser.add_argument("--evaluation_steps", type=int, default=None, help="T of the evaluations; default: of the chain")
+    parser.add_argument("--evaluation_steps", type=int, default=None, help="of an evaluation; default: T")
     parser.add_argument("--images", type=int, default=128, help="of an evaluation")
     parser.add_argument("--folder", type=Path, default=Path("outputs/race"), help="a folder per reward goes below")
     parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="adapters, each for a part of the steps")
