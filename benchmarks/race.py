@@ -59,6 +59,7 @@ METHODS: dict[str, tuple[list[str], int]] = {
     "reinforce": (["--estimator", "reinforce"], 4),
     "ddpo": (["--estimator", "ddpo"], 4),
     "grpo": (["--estimator", "grpo"], 4),
+    "grpo, noise in two steps": (["--estimator", "grpo", "--noise_window", "8", "9"], 4),
     "d3po": (["--estimator", "d3po"], 4),
     "ram": (["--estimator", "ram", "--step_kind", "ode"], 4),
     "nft": (["--estimator", "nft", "--step_kind", "ode"], 4),

@@ -31,6 +31,7 @@ CONNECT_TIMEOUT_SECONDS = 10
 LOOK_SECONDS = 10
 MAX_ANSWER_BYTES = 16 * 2**20
 MAX_BODY_IN_MESSAGE = 300
+PICKLE = b"\x80"  # the first byte since protocol 2, and of no UTF-8
 SHORTEST_SECRET = 4  # characters
 BAD_PORT = "a port that is no number from 1 to 65535"
 # Of malformed headers it prints the address, whatever is secret in it, and a traceback; it goes on without them.
@@ -184,6 +185,10 @@ class JsonServer:
         try:
             return json.loads(answer.body, object_pairs_hook=_without_repetition)
         except (ValueError, RecursionError):
+            if answer.body.startswith(PICKLE):
+                raise ServerError(
+                    "answered with a pickle, which is never opened, as it can run any code; let the server answer JSON"
+                ) from None
             raise ServerError(f"answered no JSON but {self._said(answer)}") from None
 
     def shown(self, answer: Any) -> str:

@@ -270,6 +270,6 @@ def test_places_without_an_adapter_are_explained(tmp_path: Path) -> None:
     assert "a path that does not exist" in refused(tmp_path / "nowhere")
     assert "expected user/name@REVISION, got '../../x'; correct it." in refused("some/repo@../../x")
     assert "a path that does not exist" in refused("outputs/deep/inside")
-    assert refused("some/repo").startswith("--adapter some/repo: there is no such folder or file here, and the Hub")
+    assert refused("some/repo").startswith("adapter some/repo: there is no such folder or file here, and the Hub")
     assert "is not in the local cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set" in refused("some/repo")
     assert find_adapter(str(tmp_path / "one.safetensors")).weight_name == "one.safetensors"

@@ -21,6 +21,7 @@ from rlr_peft.chain.families import DENOISERS, Family, lora_targets
 from rlr_peft.chain.memory import working_device
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.errors import UserError
+from rlr_peft.estimators.forward import holding
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
 from rlr_peft.prompt import Prompt
 
@@ -67,14 +68,18 @@ def evaluation_in_words(config: Config, chain: DenoisingChain) -> str:
 def build_training_chain(
     config: Config, pipeline: DiffusionPipeline, reward_decoder: torch.nn.Module | None
 ) -> DenoisingChain:
-    """The chain that is trained; what decodes for its reward is None for the pipeline's own VAE."""
-    return build_chain(
+    """The chain that is trained, before any update; what decodes for its reward is None for the pipeline's own VAE."""
+    chain = build_chain(
         config,
         pipeline,
         decoded_frames=config.reward.decoded_frames,
         reward_decoder=reward_decoder,
         detach_negative=config.training.detach_negative,
     )
+    if config.lora.reference == "init_adapter":
+        start = [parameter.detach().clone() for parameter in chain.parameters]
+        chain.reference = lambda denoiser: holding(chain.parameters, start)
+    return chain
 
 
 def denoiser_names(config: Config) -> list[str] | None:
@@ -173,6 +178,14 @@ def render(chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]) -> to
     Raises:
         ImagesError: the latents of a step or the decoded images are not finite.
     """
+    return render_with_latents(chain, prompts, seeds)[0]
+
+
+@torch.no_grad()
+def render_with_latents(
+    chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of `render`, and the clean latents (B, ...) that they are decoded from."""
     with in_eval_mode(chain):
         trajectory = chain.sample(prompts, seeds)
         images = chain.decode(trajectory.latents[0], prompts).float()
@@ -185,7 +198,7 @@ def render(chain: DenoisingChain, prompts: list[Prompt], seeds: list[int]) -> to
             "overflowed; look at them, and try --mixed_precision bf16 or no.",
             *(len(constant), len(prompts), constant[0].text),
         )
-    return images
+    return images, trajectory.latents[0]
 
 
 def _check_finite(

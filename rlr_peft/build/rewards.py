@@ -13,7 +13,7 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.estimators.objective import DecodedReward, sample_batch
 from rlr_peft.prompts.sampler import Sampler
-from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.base import Reward, refuse_latents
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings, weights_dtype
@@ -51,6 +51,8 @@ def load_rewards(
     """
     arguments, settings = config.reward, reward_settings(config, device)
     heldout = [load_reward(spec, settings) for spec in arguments.heldout_reward_fn or ()]
+    for one in heldout:
+        refuse_latents(one, "a held-out reward gets")
     minimums = arguments.reward_minimum or {}
     weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
     trained = {spec: load_reward(spec, settings) if given is None else _as_reward(given, device) for spec in weights}

@@ -45,7 +45,7 @@ from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.extras import extra
-from rlr_peft.lora import check_adapter_saves, check_kohya
+from rlr_peft.lora import AdapterFiles, check_adapter, check_adapter_saves, check_kohya, find_adapter, start_from
 from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
@@ -213,6 +213,7 @@ def build_run(
             raise ConfigError(f"estimator: expected an rlr_peft.Estimator, got {type(estimator).__name__}.")
         given["estimator"] = name_of_object(estimator)
     run_prompts = read_prompts(config, training_prompts)
+    initial = _initial_adapter(config)
     accelerator = _accelerator(config)
     processes = Processes(accelerator)
     prepare_machine(config.model, accelerator.device)
@@ -240,6 +241,8 @@ def build_run(
             prepare_pipeline(pipeline, config.model, accelerator.device)
         family = family_of(pipeline, denoiser_names(config))
         parameters = attach_adapters(config, pipeline, family)
+        if initial is not None:
+            start_from(pipeline, initial)
         if config.lora.output_kohya_format:
             check_kohya(pipeline)
         if config.model.torch_compile:
@@ -279,6 +282,15 @@ def build_run(
         arithmetic=arithmetic,
         given=given,
     )
+
+
+def _initial_adapter(config: Config) -> AdapterFiles | None:
+    """Found and looked at before a base is loaded."""
+    if config.lora.init_adapter is None:
+        return None
+    files = find_adapter(config.lora.init_adapter, token=config.hub.hub_token, cache_dir=config.model.cache_dir)
+    check_adapter(files)
+    return files
 
 
 def _kl_penalty(config: Config) -> KLPenalty | None:

@@ -51,6 +51,7 @@ class DenoisingChain:
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         num_steps: T.
         denoiser_evaluations: of single samples so far; a guided pair counts once.
+        reference: as given.
         latents_shape: shape of one sample's latents.
         latents_dtype: their precision.
 
@@ -79,7 +80,7 @@ class DenoisingChain:
         self.denoiser = self._driver.denoiser
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = trainable if parameters is None else list(parameters)
-        self._reference = reference
+        self.reference = reference
         self._stages = stages
         self._decodes_for_rewards = True
         self._detach_negative = detach_negative
@@ -108,8 +109,8 @@ class DenoisingChain:
             steps: T; None keeps it.
             guidance: the scale of the family's guidance; None keeps it.
             resolution: height and width in pixels; None keeps both.
-            whole: draw and decode as the pipeline alone does, whole videos and with its own VAE: for images that are
-                looked at.
+            whole: draw and decode as the pipeline alone does, whole videos, with its own VAE and one eta for all steps:
+                for images that are looked at.
         """
         two_scales = self.family.guidance_argument == "true_cfg_scale" and self.arguments.true_cfg_scale is not None
         given = {
@@ -122,6 +123,7 @@ class DenoisingChain:
             changed |= {"resolution": resolution, "height": None, "width": None}
         chain = copy.copy(self)
         if whole:
+            changed["noise_window"] = None
             chain._decodes_for_rewards, chain._first_frames, chain._detach_negative = False, None, False
         chain._arrange(replace(self.arguments, **changed))
         return chain
@@ -136,7 +138,7 @@ class DenoisingChain:
         self._call = CallArguments(self._driver, arguments)
         spacing = arguments.timestep_spacing or self.family.timestep_spacing
         base = base_scheduler(self.pipeline.scheduler, spacing, arguments.scheduler_type)
-        self._scheduler = RecordingScheduler(base, arguments.step_kind, arguments.eta, spacing)
+        self._scheduler = RecordingScheduler(base, arguments.step_kind, arguments.eta, spacing, arguments.noise_window)
         with explaining_unknown_class(self.pipeline, self.family):
             # Asked of the pipeline itself, which thereby settles its grid.
             latents = self._pipeline_latents([Prompt("")])
@@ -268,9 +270,9 @@ class DenoisingChain:
         Raises:
             RuntimeError: the chain was built without a reference.
         """
-        if self._reference is None:
+        if self.reference is None:
             raise RuntimeError("Expected a chain with a reference model; pass `reference` when building it.")
-        with self._reference(self.denoiser):
+        with self.reference(self.denoiser):
             return self.replay(trajectory, t, latents)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +57,19 @@ class RecordingScheduler:
         kind: which Gaussian step to take.
         eta: amount of noise.
         timestep_spacing: of the grid; see ``make_grid``.
+        noise_window: first and last step with noise; None for all.
     """
 
     order = 1
     init_noise_sigma = 1.0
 
     def __init__(
-        self, base: BaseScheduler, kind: StepKind, eta: float, timestep_spacing: TimestepSpacing | None = None
+        self,
+        base: BaseScheduler,
+        kind: StepKind,
+        eta: float,
+        timestep_spacing: TimestepSpacing | None = None,
+        noise_window: Sequence[int] | None = None,
     ) -> None:
         self.config = base.config
         self.kind = kind
@@ -76,6 +82,7 @@ class RecordingScheduler:
         self.latents_shape: tuple[int, ...] | None = None
         self._base = base
         self._timestep_spacing = timestep_spacing
+        self._noise_window = noise_window
         self._settled: Grid | None = None
         self._mu: float | None = None
         self._request: dict[str, Any] = {}
@@ -205,6 +212,9 @@ class RecordingScheduler:
 
     def _kind(self, t: int, following: PathPoint) -> StepKind:
         """A flow-SDE step is noisier than where it leads: at the end, even one just short of clean, that would stay."""
+        window = self._noise_window
+        if window is not None and not window[0] <= t <= window[1]:
+            return "ode"
         return "ode" if self.kind == "flow-sde" and t == 1 and following.sigma > 0 else self.kind
 
     def _sensitivity(self, grid: Grid, t: int) -> float:

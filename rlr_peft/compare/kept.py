@@ -141,7 +141,7 @@ class KeptReward(Reward):
         self._folder = folder
         self._identity = identity
         self.name = reward.name
-        self.takes_video = reward.takes_video
+        self.takes_video, self.takes_images = reward.takes_video, reward.takes_images
         self._said: set[str] = set()
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:

@@ -41,7 +41,7 @@ from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.prompt import Prompt, texts_of
-from rlr_peft.rewards.base import Reward
+from rlr_peft.rewards.base import Reward, refuse_latents
 from rlr_peft.rewards.combination import unique_names
 from rlr_peft.rewards.registry import load_reward
 
@@ -237,6 +237,8 @@ def load_compared_rewards(
     trained = [arguments.reward_fn] if isinstance(arguments.reward_fn, str) else list(arguments.reward_fn)
     heldout = list(arguments.heldout_reward_fn or ())
     rewards = {f"reward{index}": (spec, load_reward(spec, settings)) for index, spec in enumerate([*trained, *heldout])}
+    for _, reward in rewards.values():
+        refuse_latents(reward, "a comparison looks at")
     names = unique_names([reward for _, reward in rewards.values()])
     measured = [
         MeasuredReward(key, name, spec in heldout)

@@ -40,6 +40,12 @@ class ChainArguments(Group):
         at_least=0,
         at_most=10,
     )
+    noise_window: tuple[int, ...] | None = knob(
+        None,
+        "First and last step with noise, counted from 1 (clean) to T (noise); all others are deterministic, and score "
+        "terms train those of the window alone. null means all.",
+        unit="steps",
+    )
     timestep_spacing: TimestepSpacing | None = knob(
         None, "Where the steps lie; null means the family's choice. `trailing` keeps the last step from being dead."
     )
@@ -110,6 +116,16 @@ class ChainArguments(Group):
         return f"eta {self.eta}" if self.eta == 0 else None
 
     def check(self, config: "Config") -> Iterator[str]:
+        if self.noise_window is not None:
+            first, *others = self.noise_window
+            if len(others) != 1 or not 1 <= first <= others[0] <= self.num_inference_steps:
+                got = " ".join(map(str, self.noise_window))
+                yield (
+                    "noise_window: expected two steps a b with 1 <= a <= b <= num_inference_steps "
+                    f"({self.num_inference_steps}), got {got}; write --noise_window a b."
+                )
+            elif self.why_noiseless:
+                yield f"noise_window: expected noise in the chain, got {self.why_noiseless}; drop one of the two."
         if self.step_kind in ("ancestral", "cps"):
             for name, eta in (("eta", self.eta), ("evaluation_eta", config.validation.evaluation_eta)):
                 if eta > 1:

@@ -138,8 +138,23 @@ class LoraArguments(Group):
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = knob(
         "gaussian", "How the LoRA matrices start; every choice starts at the base model's function."
     )
+    init_adapter: str | None = knob(
+        None,
+        "Adapter from which training starts, in the formats that `rlr-peft compare` reads: a folder, a file or a "
+        "repository of the Hub; null means the base.",
+    )
+    reference: Literal["base", "init_adapter"] = knob(
+        "base", "What divergences, preferences and pulls are measured from: the base alone, or with the init_adapter."
+    )
 
     def check(self, config: "Config") -> Iterator[str]:
+        if self.reference == "init_adapter" and self.init_adapter is None:
+            yield "reference: expected base without an init_adapter, got init_adapter; give --init_adapter."
+        if self.reference == "init_adapter" and config.estimator.estimator == "adjoint-matching":
+            yield (
+                "reference: expected base with adjoint-matching, which differentiates it, got init_adapter; drop "
+                "--reference."
+            )
         if self.output_kohya_format and self.use_dora:
             yield (
                 "output_kohya_format: expected plain LoRA, got use_dora, which cannot be converted; drop one of "

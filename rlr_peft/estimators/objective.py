@@ -92,7 +92,7 @@ class DecodedReward:
         """Rewards (B,) of clean latents (B, ...), without a tape."""
         scores = []
         for part, texts in self._parts(latents, prompts):
-            scores.append(score_images(self._reward, self._decoder.decode(part, texts).float(), texts))
+            scores.append(score_images(self._reward, self._judged(part, texts).float(), texts))
         return self.limited(torch.cat(scores))
 
     def measure(self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool = True) -> Measurement:
@@ -142,16 +142,30 @@ class DecodedReward:
         differentiate = differentiate and self.has_gradient
         latents = latents.detach().requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
-            images = self._decoder.decode(latents, prompts)
+            images = self._judged(latents, prompts)
             # Cut here: the reward's tape is gone before the decoder's backward pass, whose cotangent is then scaled.
             pixels = images.detach().float().requires_grad_(differentiate)
             scored = measure_images(self._reward, pixels, prompts)
         rewards, gradient = self.limited(scored.scores), None
         if rewards.requires_grad:
             (pixel_gradient,) = torch.autograd.grad(rewards.sum(), pixels)
-            (gradient,) = scaled_gradients(images, [latents], pixel_gradient, f"the images of {self._reward.name}")
-        heldout_scored = None if heldout is None else measure_images(heldout, pixels.detach(), prompts)
+            if self._reward.takes_latents:
+                gradient = pixel_gradient.to(latents)
+            else:
+                (gradient,) = scaled_gradients(images, [latents], pixel_gradient, f"the images of {self._reward.name}")
+        heldout_scored = None
+        if heldout is not None:
+            seen = self._decode(latents, prompts) if self._reward.takes_latents else pixels.detach()
+            heldout_scored = measure_images(heldout, seen, prompts)
         return Measurement(replace(scored, scores=scored.scores.detach()), rewards.detach(), gradient, heldout_scored)
+
+    def _judged(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
+        """What the reward looks at: the latents themselves, or what is decoded of them."""
+        return latents if self._reward.takes_latents else self._decoder.decode(latents, prompts)
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor, prompts: Sequence[PromptLike]) -> torch.Tensor:
+        return self._decoder.decode(latents.detach(), prompts).float()
 
     def _parts(
         self, latents: torch.Tensor, prompts: Sequence[PromptLike]

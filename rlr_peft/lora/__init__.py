@@ -25,6 +25,7 @@ from rlr_peft.lora.loading import (
     load_fitting_lora,
     load_lora,
     merge_lora,
+    start_from,
     unload_lora,
 )
 from rlr_peft.lora.proof import check_adapter_saves, verify_lora_reloads
@@ -53,6 +54,7 @@ __all__ = [
     "merge_lora",
     "save_kohya",
     "save_lora",
+    "start_from",
     "unload_lora",
     "verify_lora_reloads",
 ]

@@ -126,7 +126,7 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
         return AdapterFiles(place, path, _weight_name(place, names))
     if place.startswith(("/", ".", "~")) or place.partition("@")[0].count("/") != 1:
         raise AdapterNotFoundError(
-            f"--adapter {place}: expected a folder, a .safetensors file or a Hub repository `user/name`, got a path "
+            f"adapter {place}: expected a folder, a .safetensors file or a Hub repository `user/name`, got a path "
             f"that does not exist (looked for it from {Path.cwd()})."
         )
     return _download(place, token, cache_dir)
@@ -135,7 +135,7 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
 def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFiles:
     repo, at, revision = place.partition("@")
     if at and not stays_inside(revision):  # it becomes a path in the Hub's cache
-        raise AdapterNotFoundError(f"--adapter {place}: expected user/name@REVISION, got {revision!r}; correct it.")
+        raise AdapterNotFoundError(f"adapter {place}: expected user/name@REVISION, got {revision!r}; correct it.")
 
     def get(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision or None, token=token, cache_dir=cache_dir))
@@ -156,7 +156,7 @@ def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFi
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         words = next((text for kind, text in _IN_WORDS.items() if isinstance(error, kind)), f"cannot be read: {error}")
         raise AdapterNotFoundError(
-            f"--adapter {place}: there is no such folder or file here, and the Hub repository {repo} {words}."
+            f"adapter {place}: there is no such folder or file here, and the Hub repository {repo} {words}."
         ) from error
     return AdapterFiles(place, file.parent, file.name)
 
@@ -177,7 +177,7 @@ def _weight_name(place: str, names: list[str]) -> str:
         return WEIGHT_NAME
     if "model_index.json" in names:
         raise AdapterNotFoundError(
-            f"--adapter {place}: expected an adapter, got a whole pipeline (it has a model_index.json); give it as the "
+            f"adapter {place}: expected an adapter, got a whole pipeline (it has a model_index.json); give it as the "
             "base."
         )
     top = [name for name in names if "/" not in name]
@@ -187,7 +187,7 @@ def _weight_name(place: str, names: list[str]) -> str:
     if len(found) == 1:
         return found[0]
     got = f"{len(found)} of them ({', '.join(found[:5])}): name the file" if found else "none"
-    raise AdapterNotFoundError(f"--adapter {place}: expected {WEIGHT_NAME} or one .safetensors file, got {got}.")
+    raise AdapterNotFoundError(f"adapter {place}: expected {WEIGHT_NAME} or one .safetensors file, got {got}.")
 
 
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")

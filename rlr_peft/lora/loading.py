@@ -68,6 +68,25 @@ def check_adapter(files: AdapterFiles) -> None:
 
 def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
     """Loads the adapter that `find_adapter` found; the rest as `load_lora`."""
+    loaded = fitting_layers(pipeline, files)
+    if not any(layer.scale for layer in loaded.values()):
+        logger.warning("The adapter %s changes nothing: alpha is 0 in all its layers.", files.place)
+    adapter_name = _free_name(pipeline)
+    for part in dict.fromkeys(name.split(".")[0] for name in loaded):
+        of_part = {
+            name.removeprefix(f"{part}."): layer for name, layer in loaded.items() if name.startswith(f"{part}.")
+        }
+        _inject(pipeline, part, of_part, adapter_name)
+    check_arrived(pipeline, loaded, adapter_name, files.place)
+    return len(loaded)
+
+
+def fitting_layers(pipeline: Any, files: AdapterFiles) -> dict[str, AdapterLayer]:
+    """An adapter's layers by the names of the base's, such as `unet.mid_block.attentions.0.proj_in`.
+
+    Raises:
+        AdapterFormatError, AdapterMismatchError: as `load_lora`.
+    """
     loaded: dict[str, AdapterLayer] = {}
     for path in files.paths:
         tensors, settings = read_tensors(path, files.place)
@@ -84,16 +103,54 @@ def load_fitting_lora(pipeline: Any, files: AdapterFiles) -> int:
                 "The adapter %s, in %s, names no alpha for %d of its %d layers: it is taken as their rank.",
                 *(files.place, form, without, len(found)),
             )
-    if not any(layer.scale for layer in loaded.values()):
-        logger.warning("The adapter %s changes nothing: alpha is 0 in all its layers.", files.place)
-    adapter_name = _free_name(pipeline)
-    for part in dict.fromkeys(name.split(".")[0] for name in loaded):
-        of_part = {
-            name.removeprefix(f"{part}."): layer for name, layer in loaded.items() if name.startswith(f"{part}.")
-        }
-        _inject(pipeline, part, of_part, adapter_name)
-    check_arrived(pipeline, loaded, adapter_name, files.place)
-    return len(loaded)
+    return loaded
+
+
+def start_from(pipeline: Any, files: AdapterFiles, adapter_name: str = "default") -> None:
+    """Gives the adapter that is trained the weights of a saved one; layers that only it has keep their own.
+
+    A smaller rank fits into a larger one, and another scale is multiplied into the weights: the pipeline draws what it
+    draws with the saved adapter.
+
+    Args:
+        pipeline: with the trainable adapter attached.
+        files: the saved one.
+        adapter_name: peft's name of the trainable one.
+
+    Raises:
+        AdapterFormatError: it is damaged or no adapter.
+        AdapterMismatchError: it is of another base, or of a kind, rank or layers that the trainable one cannot hold.
+    """
+    trained = {
+        f"{part}.{name}": module
+        for part, model in pipeline.components.items()
+        if isinstance(model, nn.Module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+    }
+    layers = fitting_layers(pipeline, files)
+    if missing := sorted(layers.keys() - trained.keys()):
+        raise AdapterMismatchError(
+            f"init_adapter: expected layers that are trained here, got {files.place} with {len(missing)} others, such "
+            f"as {missing[0]}; name them in --lora_layers, or train another --denoiser."
+        )
+    for name, layer in layers.items():
+        module = trained[name]
+        down, up = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        if layer.magnitude is not None or layer.bias is not None or module.use_dora[adapter_name]:
+            raise AdapterMismatchError(
+                f"init_adapter: expected plain LoRA here and there, got DoRA or biases at {name} of {files.place}; "
+                "merge it into the base with `rlr-peft merge`, and train on that."
+            )
+        if layer.rank > down.shape[0]:
+            raise AdapterMismatchError(
+                f"init_adapter: expected a rank of {down.shape[0]} or less, got {layer.rank} at {name} of "
+                f"{files.place}; give --rank {layer.rank}."
+            )
+        with torch.no_grad():
+            down[: layer.rank] = layer.down.to(down)
+            up.zero_()
+            up[:, : layer.rank] = layer.up.to(up) * (layer.scale / module.scaling[adapter_name])
 
 
 def is_second_expert(path: Path, folder: Path, pipeline: Any) -> bool:

@@ -49,11 +49,16 @@ class Reward(ABC):
             known, see `settle`.
         takes_video: True for a reward that gets videos (B, F, 3, H, W) whole; any other gets their frames as images,
             and the mean over the frames is the video's score.
+        takes_images: of a reward with `takes_video`, whether single images will do as well.
+        takes_latents: True for a reward that gets, in place of images, the clean latents (B, ...) that they would be
+            decoded from, as the denoiser has them: scaled, and packed where the pipeline packs them.
     """
 
     name: str
     differentiable: bool | None = False
     takes_video: bool = False
+    takes_images: bool = False
+    takes_latents: bool = False
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
@@ -116,6 +121,14 @@ class Reward(ABC):
         """Restores what `state_dict` returned."""
 
 
+def refuse_latents(reward: Reward, where: str) -> None:
+    """Raises RewardError for a reward of latents, where there are images alone: `where` says so."""
+    if reward.takes_latents:
+        raise RewardError(
+            f"reward '{reward.name}' judges latents (takes_latents), but {where} images; take another one"
+        )
+
+
 def join_scored(parts: Sequence[Scored]) -> Scored:
     """One batch of several, of the same reward."""
     return Scored(
@@ -142,6 +155,7 @@ def measure_images(
         images: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1]. When they require grad and the reward is
             differentiable, the scores stay attached to them; otherwise the reward sees detached images and the scores
             carry no gradient. A reward without `takes_video` sees the frames as images; a video's score is their mean.
+            Latents (B, ...) for a reward with `takes_latents`.
         prompts: B prompts.
         metadata: B dictionaries, or None for those that the prompts carry.
 
@@ -154,7 +168,7 @@ def measure_images(
     texts = texts_of(prompts)
     metadata = [dict(prompt.metadata) for prompt in as_prompts(prompts)] if metadata is None else list(metadata)
     _check_inputs(reward, images, texts, metadata)
-    if images.ndim == 5 and not reward.takes_video:
+    if images.ndim == 5 and not reward.takes_video and not reward.takes_latents:
         return _measure_frames(reward, images, texts, metadata)
     if images.requires_grad and torch.is_grad_enabled() and reward.settle(images, texts, metadata):
         scored = reward(images, texts, metadata)
@@ -183,10 +197,12 @@ def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata
 
 
 def _check_inputs(reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata) -> None:
-    fits = images.ndim == 5 or (images.ndim == 4 and not reward.takes_video)
-    if not fits or images.shape[-3] != 3 or images.shape[0] != len(prompts):
+    only_videos = reward.takes_video and not reward.takes_images
+    fits = images.ndim == 5 or (images.ndim == 4 and not only_videos)
+    is_of_images = fits and images.shape[-3] == 3
+    if not (is_of_images or reward.takes_latents) or images.shape[0] != len(prompts):
         expected = f"({len(prompts)}, 3, height, width), or videos ({len(prompts)}, frames, 3, height, width)"
-        if reward.takes_video:
+        if only_videos:
             expected = f"({len(prompts)}, frames, 3, height, width): this reward judges videos"
         raise RewardError(
             f"reward '{reward.name}': expected images of shape {expected}, one per prompt, got {tuple(images.shape)}"

@@ -4,7 +4,7 @@ The callable is a function or an object, or a class that is instantiated without
 takes `(images, prompts)` or `(images, prompts, metadata)` and returns what `scores.check_scores` accepts. A third
 positional argument receives the metadata when it is called `metadata` or has no default value. Beside the scores it may
 return info, `(scores, info)`: numbers that are logged (see `scores.info_of`). Its attribute `takes_video = True` asks
-for whole videos (B, F, 3, H, W); otherwise it gets their frames as images.
+for whole videos (B, F, 3, H, W); otherwise it gets their frames as images; `takes_latents = True` for clean latents.
 
 Whether it is differentiable is read from its attribute `differentiable` when there is one. Otherwise it is found out
 once, by `CallableReward.settle` on the first images of the run.
@@ -78,6 +78,7 @@ class CallableReward(Reward):
             )
         self.differentiable = declared
         self.takes_video = bool(getattr(function, "takes_video", False))
+        self.takes_latents = bool(getattr(function, "takes_latents", False))
         self._set_back: set[str] = set()
 
     def settle(self, images: Tensor, prompts: list[str], metadata: Metadata) -> bool:
@@ -92,7 +93,7 @@ class CallableReward(Reward):
         """
         if self.differentiable is not None:
             return self.differentiable
-        if images.ndim == 5 and not self.takes_video:
+        if images.ndim == 5 and not self.takes_video and not self.takes_latents:
             images = images[:, 0]
         few = images[:PROBE_BATCH_SIZE].detach()
         texts, entries = prompts[:PROBE_BATCH_SIZE], metadata[:PROBE_BATCH_SIZE]

@@ -74,6 +74,13 @@ class _SeveralRewards(Reward):
         self._rewards = dict(zip(unique_names(rewards), rewards, strict=True))
         # Each gets whole videos or their frames as it likes; `measure_images` sees to it.
         self.takes_video = any(reward.takes_video for reward in rewards)
+        self.takes_latents = any(reward.takes_latents for reward in rewards)
+        if self.takes_latents and not all(reward.takes_latents for reward in rewards):
+            raise RewardError(
+                "expected several rewards that all judge images or all judge latents (takes_latents), got "
+                f"{', '.join(f'{r.name} (latents)' if r.takes_latents else r.name for r in rewards)}; train on one kind"
+            )
+        self.takes_images = all(reward.takes_images or not reward.takes_video for reward in rewards)
 
     @property
     def parts(self) -> list[Reward]:

@@ -10,7 +10,8 @@ from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.scores import describe_samples
 
 VLM_PREFIX = "vlm:"
-ONE_QUESTION, CHECKLIST = "question", "questions"
+QUESTIONS = ("questions", "vqa_list", "question")  # in the metadata
+ONE_WORD = " Answer in one word."
 
 
 @dataclass(frozen=True)
@@ -29,31 +30,60 @@ class JudgeSettings:
     endpoint: str | None = None
 
 
-def questions_of(name: str, template: str, prompts: list[str], metadata: Metadata) -> list[list[str]]:
+@dataclass(frozen=True)
+class Question:
+    """What is asked about an image.
+
+    Attributes:
+        text: as it is sent.
+        right: the answer that is wanted.
+        wrong: the one that it is held against; None for all others.
+    """
+
+    text: str
+    right: str
+    wrong: str | None
+
+
+def questions_of(name: str, judge: JudgeSettings, prompts: list[str], metadata: Metadata) -> list[list[Question]]:
     """The questions about every sample, one or more: those of its metadata, else the template's.
 
     Args:
         name: of the reward, for errors.
-        template: as in `JudgeSettings`.
+        judge: the template, and both answers.
         prompts: B texts.
-        metadata: B dictionaries; `question` holds a text and `questions` a list of texts, as a checklist does, to which
-            the good answer is right.
+        metadata: B dictionaries. `question` holds a text and `questions` a list, as a checklist does; so does
+            `vqa_list`, as GenEval 2 calls it. An item is a text to which the good answer is right, or a pair of a text
+            and its right answer, which may be any word.
 
     Raises:
         RewardError: metadata of another form.
     """
     asked = []
     for index, (prompt, entry) in enumerate(zip(prompts, metadata, strict=True)):
-        given = entry.get(CHECKLIST, entry.get(ONE_QUESTION, template.replace("{prompt}", prompt)))
-        questions = [given] if isinstance(given, str) else given
-        if not isinstance(questions, list) or not questions or not all(isinstance(one, str) for one in questions):
+        given = next((entry[key] for key in QUESTIONS if key in entry), judge.question.replace("{prompt}", prompt))
+        items = [given] if isinstance(given, str) else given
+        questions = [_question(item, judge) for item in items] if isinstance(items, list) else []
+        if not questions or None in questions:
             raise RewardError(
-                f"reward '{name}': expected `{CHECKLIST}` to be a list of texts, or `{ONE_QUESTION}` to be a text, got "
-                f"{given!r:.100} for {describe_samples([index], prompts)}; correct the data, or leave the column out "
-                "of --metadata_columns"
+                f"reward '{name}': expected `{QUESTIONS[0]}` in the metadata to be a list of texts, or of pairs of a "
+                f"text and its right answer, got {given!r:.100} for {describe_samples([index], prompts)}; correct the "
+                "data, or leave the column out of --metadata_columns"
             )
-        asked.append(questions)
+        asked.append([question for question in questions if question is not None])
     return asked
+
+
+def _question(item: object, judge: JudgeSettings) -> Question | None:
+    good, bad = judge.answers
+    match item:
+        case str(text):
+            return Question(text, good, bad)
+        case [str(text), str(answer)] if answer.casefold() == bad.casefold():
+            return Question(text + ONE_WORD, bad, good)
+        case [str(text), str(answer)] if answer.strip():
+            return Question(text + ONE_WORD, answer, bad if answer.casefold() == good.casefold() else None)
+    return None
 
 
 def spellings(answer: str) -> list[str]:

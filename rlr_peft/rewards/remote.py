@@ -3,6 +3,9 @@
 Request: `{"prompt": [...], "image": [base64 PNG, ...], "metadata": [{...}, ...]}`, the last one optional.
 Answer: `{"rewards": [...]}` and, optionally, `"info": {name: [...]}` and `"version": "..."`; an error is
 `{"error": "..."}`.
+
+An address that ends in `/compute` is asked as Flow-Factory asks its servers: with whole videos too, condition images,
+and metadata by column.
 """
 
 from __future__ import annotations
@@ -73,6 +76,8 @@ class RemoteReward(Reward):
         except ValueError as error:
             raise RewardError(f"reward server '{redacted_address(url)}': {error}") from None
         self.name = self._server.name
+        self._body = compute_body if self.name.endswith("/compute") else request_body
+        self.takes_video = self.takes_images = self._body is compute_body
         self.version: str | None = None
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
@@ -87,7 +92,7 @@ class RemoteReward(Reward):
         return join_scored([self._score(images[part], prompts[part], metadata[part]) for part in parts])
 
     def _score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        answer = self._ask(request_body(images, prompts, metadata))
+        answer = self._ask(self._body(images, prompts, metadata))
         self._note_version(answer)
         returned = check_scores(self.name, answer["rewards"], prompts), answer.get("info")
         return Scored(returned[0], info=info_of(returned, len(prompts)))
@@ -169,6 +174,33 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
         "prompt": list(prompts),
         "image": [encode_png(image) for image in to_8_bit(images)],
         "metadata": list(metadata),
+    }
+
+
+CONDITION_IMAGES = "condition_images"  # in the metadata: base64 texts
+
+
+def compute_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A request in the form of Flow-Factory's `/compute`.
+
+    Args:
+        images: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1]; rounded to 8 bits.
+        prompts: B prompts.
+        metadata: B dictionaries that JSON can hold. `condition_images`, lists of base64 PNGs, go to their own field;
+            what all others have becomes a column of `kwargs`.
+    """
+    is_video = images.ndim == 5
+    pixels = to_8_bit(images)
+    encoded: list[Any] = [[*map(encode_png, frames)] for frames in pixels] if is_video else [*map(encode_png, pixels)]
+    columns = [name for name in metadata[0] if name != CONDITION_IMAGES and all(name in entry for entry in metadata)]
+    conditions = [entry.get(CONDITION_IMAGES) or [] for entry in metadata]
+    return {
+        "prompt": list(prompts),
+        "image": None if is_video else encoded,
+        "video": encoded if is_video else None,
+        CONDITION_IMAGES: conditions if any(conditions) else None,
+        "condition_videos": None,
+        "kwargs": {name: [entry[name] for entry in metadata] for name in columns} or None,
     }
 
 

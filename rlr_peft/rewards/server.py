@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images
+from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images, refuse_latents
 from rlr_peft.rewards.remote import TooLargeError, WireError, parse_body, read_request
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class RewardServer(ThreadingHTTPServer):
                 f"reward '{reward.name}' judges whole videos, but only images travel to a server: give it to "
                 "--reward_fn itself"
             )
+        refuse_latents(reward, "a server gets")
         super().__init__((host, port), _Handler)
         self.reward = reward
         self.device = device

@@ -16,10 +16,11 @@ from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError, read_ad
 from rlr_peft.redaction import redacted_address
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.preprocessing import to_8_bit
-from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings, questions_of
+from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings, Question, questions_of
 from rlr_peft.rewards.remote import RemoteSettings, encode_png
 
 TOP_LOGPROBS = 20  # as many as the API gives
+LEAST = 1e-6  # probability of all other answers
 
 
 class Endpoint:
@@ -113,7 +114,7 @@ class VlmEndpoint(Reward):
 
     def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:
         """Refuses questions of another form."""
-        questions_of(self.name, self._judge.question, prompts, metadata)
+        questions_of(self.name, self._judge, prompts, metadata)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         """One request for every question.
@@ -121,41 +122,42 @@ class VlmEndpoint(Reward):
         Raises:
             RewardError: the server fails, gives no log-probabilities, or its model gives neither answer.
         """
-        asked = questions_of(self.name, self._judge.question, prompts, metadata)
-        rows = [row for row, questions in enumerate(asked) for _ in questions]
+        asked = questions_of(self.name, self._judge, prompts, metadata)
+        rows = [row for row, of_one in enumerate(asked) for _ in of_one]
+        questions = [question for of_one in asked for question in of_one]
         choices = self._endpoint.ask(
             images[rows],
-            [question for questions in asked for question in questions],
+            [question.text for question in questions],
             max_tokens=1,
             logprobs=True,
             top_logprobs=TOP_LOGPROBS,
         )
-        odds = torch.tensor([self._odds(choice) for choice in choices])
-        counts = torch.tensor([len(questions) for questions in asked])
+        odds = torch.tensor([self._odds(*pair) for pair in zip(choices, questions, strict=True)])
+        counts = torch.tensor([len(of_one) for of_one in asked])
         return Scored(torch.zeros(len(prompts)).index_add(0, torch.tensor(rows), odds) / counts)
 
-    def _odds(self, choice: dict[str, Any]) -> float:
+    def _odds(self, choice: dict[str, Any], question: Question) -> float:
         try:
-            likeliest = [
-                (str(one["token"]), float(one["logprob"])) for one in choice["logprobs"]["content"][0]["top_logprobs"]
-            ]
+            first = choice["logprobs"]["content"][0]["top_logprobs"]
+            likeliest = [(str(one["token"]).strip().casefold(), float(one["logprob"])) for one in first]
             floor = min(value for _, value in likeliest)
         except (KeyError, IndexError, TypeError, ValueError):
             raise RewardError(
                 f"reward '{self.name}': expected `logprobs` with `top_logprobs` of the first token, got none in "
                 f"{choice!r:.200}; the server must give log-probabilities"
             ) from None
-        good, bad = (
-            [value for token, value in likeliest if token.strip().casefold() == answer.casefold()]
-            for answer in self._judge.answers
-        )
-        if not good and not bad:
+        right = [value for token, value in likeliest if token == question.right.casefold()]
+        if question.wrong is None:
+            probability = math.exp(_logsumexp(right or [floor]))
+            return math.log(probability) - math.log(max(1 - probability, LEAST))
+        wrong = [value for token, value in likeliest if token == question.wrong.casefold()]
+        if not right and not wrong:
             raise RewardError(
-                f"reward '{self.name}': expected {' or '.join(self._judge.answers)} among the likeliest answers, got "
+                f"reward '{self.name}': expected {question.right} or {question.wrong} among the likeliest answers, got "
                 f"{', '.join(repr(token) for token, _ in likeliest[:5])}; ask another --vlm_question, or take other "
                 "--vlm_answers"
             )
-        return _logsumexp(good or [floor]) - _logsumexp(bad or [floor])
+        return _logsumexp(right or [floor]) - _logsumexp(wrong or [floor])
 
 
 def _logsumexp(values: list[float]) -> float:

@@ -6,16 +6,18 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.build.chain import ImagesError, evaluation_chain, render
+from rlr_peft.build.chain import ImagesError, evaluation_chain, render, render_with_latents
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
+from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
 from rlr_peft.compare.evaluation import Evaluation, evaluate, make_pictures, prompts_and_seeds
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
+from rlr_peft.rewards.base import Metadata, Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.training.progress_page import VALIDATION
 from rlr_peft.training.resuming import capture_random_states, restore_random_states
@@ -122,9 +124,12 @@ def _evaluate(
     prompts, seeds = prompts_and_seeds(evaluation_prompts, num_images or run.arithmetic.evaluation_images, seed)
     chain = evaluation_chain(run.config, run.chain)
     # What is compared before and after must not be measured on scales that move in between.
-    rewards = {"reward": run.reward.on_first_scales()} | ({} if run.heldout is None else {"heldout": run.heldout})
+    drawn = _Drawn(chain)
+    reward = run.reward.on_first_scales()
+    rewards = {"reward": _OfLatents(reward, drawn) if reward.takes_latents else reward}
+    rewards |= {} if run.heldout is None else {"heldout": run.heldout}
     return evaluate(
-        lambda texts, numbers: render(chain, texts, numbers),
+        drawn.images,
         prompts,
         seeds,
         rewards,
@@ -134,3 +139,26 @@ def _evaluate(
         with_pictures=True,
         description=description,
     )
+
+
+class _Drawn:
+    """Draws images, and keeps the latents of the latest ones."""
+
+    def __init__(self, chain: DenoisingChain) -> None:
+        self._chain = chain
+        self.latents = torch.empty(0)
+
+    def images(self, prompts: list[Prompt], seeds: list[int]) -> torch.Tensor:
+        images, self.latents = render_with_latents(self._chain, prompts, seeds)
+        return images
+
+
+class _OfLatents(Reward):
+    """Scores, in place of images, the latents that they were decoded from."""
+
+    def __init__(self, reward: Reward, drawn: _Drawn) -> None:
+        self.name, self._reward, self._drawn = reward.name, reward, drawn
+        self.takes_video = self.takes_images = True  # it looks at neither
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        return measure_images(self._reward, self._drawn.latents.float(), prompts, metadata)

@@ -256,3 +256,19 @@ def test_clear_errors() -> None:
         chain_over(pipeline)
     with pytest.raises(ValueError, match=r"denoiser of object: expected unet or transformer.*--denoiser"):
         chain_over(object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["ancestral", "cps", "flow-sde"])
+def test_outside_its_window_a_chain_has_no_noise(kind: str) -> None:
+    pipeline = tiny_stable_diffusion("v_prediction")
+    whole = chain_over(pipeline, num_inference_steps=4, step_kind=kind)
+    plain = chain_over(pipeline, num_inference_steps=4, step_kind="ode")
+    windowed = chain_over(pipeline, num_inference_steps=4, step_kind=kind, noise_window=(2, 3))
+    trajectory = windowed.sample(["a cat"], [0])
+    for t in (1, 2, 3, 4):
+        expected = whole if t in (2, 3) else plain
+        step = windowed.replay(trajectory, t)
+        assert torch.equal(step.mean, expected.replay(trajectory, t).mean) and windowed.std(t) == expected.std(t)
+        assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1])
+        assert windowed.output_sensitivity(t) == expected.output_sensitivity(t)
+    assert windowed.at(eta=0.5, whole=True).std(4) > 0, "images that are looked at have one eta"

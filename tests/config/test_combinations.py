@@ -157,6 +157,17 @@ REFUSED = [
         "--estimator d3po --train_batch_size 3 --gradient_accumulation_steps 2 --num_images_per_prompt 2",
         "num_images_per_prompt: expected pairs with d3po, that is an even number beside an even train_batch_size",
     ),
+    ("--reference init_adapter", "reference: expected base without an init_adapter, got init_adapter; give --init_ad"),
+    (
+        "--estimator adjoint-matching --reference init_adapter --init_adapter a/b",
+        "reference: expected base with adjoint-matching, which differentiates it, got init_adapter",
+    ),
+    (
+        "--noise_window 9 51",
+        "noise_window: expected two steps a b with 1 <= a <= b <= num_inference_steps (50), got 9 51",
+    ),
+    ("--noise_window 9", "noise_window: expected two steps a b"),
+    ("--estimator nft --step_kind ode --noise_window 3 4", "noise_window: expected noise in the chain, got step_kind"),
     ("--estimator nft --num_images_per_prompt 1", "num_images_per_prompt: expected 2 or more with nft, which compares"),
     ("--estimator ram --detach_negative", "detach_negative: expected none with ram, which trains without guidance"),
     ("--estimator ram --base_pull 1", "base_pull: expected none with ram, got 1.0; use --estimator nft or awm."),

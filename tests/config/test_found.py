@@ -20,7 +20,15 @@ def test_of_a_found_config_texts_are_taken_only_where_a_knob_says_so(tmp_path: P
     assert set(left_out) == {
         *("attention_backend", "bnb_quantization_config_path", "cache_dir", "dcot_cache", "dcot_endpoint"),
         *("dcot_endpoint_model", "evaluation_prompt_path", "hub_token", "logging_dir", "output_dir", "prompt_path"),
-        *("resume_from_checkpoint", "reward_model_path", "tracker_name", "vlm_answers", "vlm_endpoint", "vlm_question"),
+        *(
+            "init_adapter",
+            "resume_from_checkpoint",
+            "reward_model_path",
+            "tracker_name",
+            "vlm_answers",
+            "vlm_endpoint",
+            "vlm_question",
+        ),
     }
     kept = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
     assert kept == {name: value for name, value in values.items() if name not in left_out}

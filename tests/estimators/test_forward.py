@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from rlr_peft.chain import GaussianStep, PathPoint, step_std
+from rlr_peft.byte_counters import counted_tape
+from rlr_peft.chain import GaussianStep, PathPoint, ReplayedStep, step_std
 from rlr_peft.config.methods import AWMArguments, NFTArguments, RAMArguments
 from rlr_peft.estimators import (
     ForwardEstimator,
@@ -248,8 +249,12 @@ def test_of_a_pipeline_the_conditional_prediction_is_trained(name: str) -> None:
     trajectory = chain.sample(["red", "red", "blue b", "blue b"], [0, 1, 2, 3])
     rollout = Rollout(trajectory, torch.zeros(4), torch.tensor([1.0, -1.0, 0.5, -0.5]), None)
     estimator = build_estimator(METHODS[name](noise_levels=2), 3)
+    with counted_tape() as one_step, chain.without_guidance():
+        ReplayedStep(chain, trajectory, 1, "prediction", with_latents=False)
     before = chain.denoiser_evaluations
-    book = estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(0))
+    with counted_tape() as tape:
+        book = estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(0))
+    assert tape.peak == one_step.peak > 0, "old and base leave nothing on the tape, and levels come one by one"
     gradient = gradient_of(chain)
     assert book.backward_passes == 2 and gradient.norm() > 0
     assert chain.denoiser_evaluations - before == 4 * 2 * 3  # present, old and base

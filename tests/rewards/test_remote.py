@@ -1,19 +1,26 @@
 """Reward servers over loopback, in processes of their own: the protocol, and every fault of the documentation."""
 
+import base64
+import io
 import json
+import pickle
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import urllib3
+from PIL import Image
 
 from rlr_peft import json_server
 from rlr_peft.errors import RewardError
@@ -22,6 +29,8 @@ from rlr_peft.rewards import (
     RemoteReward,
     RemoteSettings,
     RewardSettings,
+    Term,
+    WeightedRewards,
     WireError,
     load_reward,
     measure_images,
@@ -340,3 +349,80 @@ def test_names_hold_no_secrets() -> None:
     assert RemoteReward("https://user:secret@scores.example:8443/v1/?token=secret").name == "scores.example:8443/v1"
     with pytest.raises(RewardError, match="expected http://HOST"):
         RemoteReward("http:///nowhere")
+
+
+# --- Flow-Factory -----------------------------------------------------------------------------------------------------
+
+
+class Compute(BaseHTTPRequestHandler):
+    """A server as Flow-Factory describes it: scores are the means of green of images or of all frames, and of what the
+    images are conditioned on."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/compute" and set(asked) == FIELDS
+        self.server.asked.append(asked)  # type: ignore[attr-defined]
+        videos = asked["video"] or [[image] for image in asked["image"]]
+        conditions = asked["condition_images"] or [[] for _ in videos]
+        scores = [
+            float(numpy.mean([green(image) for image in (*frames, *given)]))
+            for frames, given in zip(videos, conditions, strict=True)
+        ]
+        body = json.dumps({"rewards": scores}).encode()
+        if asked["prompt"][0] == "pickle":
+            body = pickle.dumps({"rewards": scores})
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+FIELDS = {"prompt", "image", "video", "condition_images", "condition_videos", "kwargs"}
+
+
+def green(image: str) -> float:
+    with Image.open(io.BytesIO(base64.b64decode(image))) as opened:
+        return float(numpy.asarray(opened.convert("RGB"))[..., 1].mean()) / 255
+
+
+@pytest.fixture
+def compute() -> Iterator[tuple[RemoteReward, list[dict[str, Any]]]]:
+    with HTTPServer(("127.0.0.1", 0), Compute) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield RemoteReward(f"http://127.0.0.1:{server.server_port}/compute", SETTINGS), server.asked  # type: ignore[attr-defined]
+        server.shutdown()
+        thread.join()
+
+
+def levels(shape: tuple[int, ...], *values: float) -> torch.Tensor:
+    """Images or videos (B, ...) of one grey each, in 255ths."""
+    return torch.stack([torch.full(shape, value / 255) for value in values])
+
+
+def test_flow_factorys_servers_get_images_condition_images_and_columns(compute: Any) -> None:
+    reward, asked = compute
+    given = request_body(levels((3, 4, 4), 200), ["x"], [{}])["image"]
+    metadata = [{"kind": "a", "condition_images": given, "own": 1}, {"kind": "b"}]
+    scores = score_images(reward, levels((3, 4, 6), 100, 50), PROMPTS[:2], metadata)
+    assert scores.tolist() == pytest.approx([150 / 255, 50 / 255])
+    assert asked[0]["prompt"] == PROMPTS[:2] and asked[0]["video"] is None
+    assert asked[0]["condition_images"] == [given, []] and asked[0]["kwargs"] == {"kind": ["a", "b"]}
+
+
+def test_flow_factorys_servers_get_videos_whole(compute: Any) -> None:
+    reward, asked = compute
+    video = torch.cat([levels((1, 3, 4, 4), 0, 60), levels((1, 3, 4, 4), 90, 120)], 1)  # frames 0, 90 and 60, 120
+    assert score_images(reward, video, PROMPTS[:2]).tolist() == pytest.approx([45 / 255, 90 / 255])
+    assert asked[0]["image"] is None and [len(frames) for frames in asked[0]["video"]] == [2, 2]
+    both = WeightedRewards([Term(reward, 1.0), Term(load_reward("jpeg-compressibility"), 1.0)])
+    assert score_images(both, levels((3, 4, 4), 30), PROMPTS[:1]).shape == (1,), "images will do as well"
+
+
+def test_a_pickle_is_refused_with_the_reason(compute: Any) -> None:
+    with pytest.raises(RewardError, match="answered with a pickle, which is never opened, as it can run any code"):
+        score_images(compute[0], levels((3, 4, 4), 30), ["pickle"])

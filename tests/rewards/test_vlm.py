@@ -1,6 +1,7 @@
 """A vision-language model as a judge, on tiny checkpoints of the real classes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_a_checklist_is_the_mean_of_its_questions(folder: Path, parity: Any, kin
     assert len({round(value, 3) for value in single}) == 3
 
 
+def test_a_pair_gives_the_odds_of_its_own_answer(folder: Path, parity: Any) -> None:
+    reward = judge(folder, "qwen2_5_vl")
+    asked = ["Is it so? Answer in one word.", "How many?"]
+    plain = score_images(reward, pixels(1), ["x"], [{"question": asked[0]}]).item()
+    for answer, sign in (("Yes", 1), ("no", -1)):
+        metadata = [{"vqa_list": [["Is it so?", answer]]}]
+        pair = score_images(reward, pixels(1), ["x"], metadata)
+        assert pair.item() == pytest.approx(sign * plain, abs=1e-5)
+    # Of another answer: its probability against all others, by the first letter, small or large.
+    with torch.no_grad():
+        inputs = reward._inputs(pixels(1), ["How many? Answer in one word."])
+        probabilities = reward.network(**inputs).logits[0, -1].softmax(0)
+    right = sum(float(probabilities[reward._inputs.tokenizer.convert_tokens_to_ids(letter)]) for letter in "fF")
+    odds = score_images(reward, pixels(1), ["x"], [{"questions": [[asked[1], "four"]]}]).item()
+    assert odds == pytest.approx(math.log(right / (1 - right)), abs=1e-4)
+
+
 def test_question_and_answers_are_as_asked(folder: Path, parity: Any) -> None:
     images = pixels()
     turned = score_images(judge(folder, "qwen3_vl", answers=("no", "yes")), images, PROMPTS)
@@ -112,7 +130,7 @@ def test_question_and_answers_are_as_asked(folder: Path, parity: Any) -> None:
     )
     with pytest.raises(RewardError, match="expected answers that begin with different tokens, got 'nob' and 'nod'"):
         judge(folder, "qwen3_vl", answers=("nob", "nod"))
-    with pytest.raises(RewardError, match=r"`questions` to be a list of texts.* got \[1\] for sample 1"):
+    with pytest.raises(RewardError, match=r"`questions` in the metadata to be a list .* got \[1\] for sample 1"):
         score_images(template, images, PROMPTS, [{}, {"questions": [1]}])
 
 
@@ -153,6 +171,8 @@ def test_another_family_is_a_black_box_through_its_own_processor(folder: Path, p
     assert reward.differentiable is False
     scores = score_images(reward, pixels().requires_grad_(True), PROMPTS)
     assert not scores.requires_grad and scores.unique().numel() == 2
+    half: Any = load_reward(f"vlm:{tmp_path}", RewardSettings(ModelSettings(dtype=torch.bfloat16)))
+    torch.testing.assert_close(score_images(half, pixels(), PROMPTS), scores, atol=0.1, rtol=0.1)
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), CLIPImageProcessorPil)
 
 

@@ -60,10 +60,22 @@ def test_every_question_of_a_checklist_is_asked_and_several_at_once() -> None:
     assert sorted(texts) == ["Four?", "One?", "Three?", "Two?"]
 
 
+def test_pairs_of_geneval_2_are_odds_of_their_own_answers() -> None:
+    answers = [likely(four=0.5, _Four=0.3, three=0.1), likely(Yes=0.8, No=0.2), likely(no=0.6, yes=0.3)]
+    pairs = [["How many bicycles?", "four"], ["Are they white?", "Yes"], ["Are there cows?", "No"]]
+    with chat_server(*answers) as server:
+        scores = [
+            score_images(judge(server.url), torch.rand(1, 3, 4, 4), ["x"], [{"vqa_list": [pair]}]).item()
+            for pair in pairs
+        ]
+    assert scores == pytest.approx([math.log(0.8 / 0.2), math.log(4), math.log(2)], abs=1e-5)
+    assert server.requests[0]["messages"][0]["content"][1]["text"] == "How many bicycles? Answer in one word."
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (likely(Sure=0.9, A=0.1), "expected yes or no among the likeliest answers, got 'Sure', 'A'"),
+        (likely(Sure=0.9, A=0.1), "expected yes or no among the likeliest answers, got 'sure', 'a'"),
         ((200, b'{"choices": [{"message": {"content": "Yes"}}]}'), "the server must give log-probabilities"),
         ((200, b'{"choices": []}'), "expected an OpenAI chat completion, got"),
         ((404, b'{"error": "no such model"}'), "answered 404 Not Found: .*no such model"),

@@ -30,6 +30,11 @@ def slow_blind_redness(images, prompts):
     time.sleep(0.15)
     return blind_redness(images, prompts)
 
+def small_latents(latents, prompts):
+    return -latents.square().flatten(1).mean(1)
+
+small_latents.takes_latents = True
+
 class BreaksLater:
     differentiable = True
 
