@@ -35,7 +35,10 @@ class OcrReward(Reward):
 
     def __init__(self) -> None:
         rapidocr = extra("rapidocr", "ocr", "--reward_fn ocr")
-        self._recognizer: Any = rapidocr.RapidOCR(params={"Global.log_level": "critical"})
+        # As many threads as torch has: left to itself it takes every core, whose idle threads wait in a loop.
+        engine = {"intra_op_num_threads": torch.get_num_threads(), "inter_op_num_threads": 1}
+        params = {f"EngineConfig.onnxruntime.{name}": value for name, value in engine.items()}
+        self._recognizer: Any = rapidocr.RapidOCR(params={"Global.log_level": "critical", **params})
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         """Score a batch.

@@ -50,6 +50,7 @@ class ReadByProcessor:
             ) from None
         _check_template(name, folder, self._processor)
         self.tokenizer = self._processor.tokenizer
+        self._dtype = config.dtype
 
     def __call__(self, images: Tensor, questions: list[str]) -> dict[str, Any]:
         """The model's arguments, for as many images (B, 3, H, W) as questions; padded on the left."""
@@ -58,7 +59,7 @@ class ReadByProcessor:
         read = self._processor(
             text=text, images=pictures, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
         )
-        return dict(read.to(images.device))
+        return dict(read.to(images.device, self._dtype))  # of ids and masks the dtype stays
 
 
 class ReadInTorch:

@@ -27,11 +27,11 @@ def drawn(*texts: str) -> torch.Tensor:
 
 
 def test_drawn_text_is_read_and_compared_with_quotes_or_metadata(reward: Reward) -> None:
-    prompts, metadata = ['A shop sign that says "Hello World", at night'] * 4, [{}, {}, {}, {"text": "Open"}]
-    measured = measure_images(reward, drawn("HELLO WORLD", "HELLO WORMS", "", "OPEN SALE"), prompts, metadata)
-    # Two of ten letters are wrong; nothing is read; half of what is read was not asked for.
-    assert measured.scores.tolist() == pytest.approx([1, 1 - 2 / 10, 0, 1 / 2])
-    assert measured.info["exact"].tolist() == [1, 0, 0, 0]
+    prompts, metadata = ['A shop sign that says "Hello World", at night'] * 3, [{}, {}, {"text": "Open"}]
+    measured = measure_images(reward, drawn("HELLO WORLD", "HELLO WORMS", "OPEN SALE"), prompts, metadata)
+    # Two of ten letters are wrong; half of what is read was not asked for.
+    assert measured.scores.tolist() == pytest.approx([1, 1 - 2 / 10, 1 / 2])
+    assert measured.info["exact"].tolist() == [1, 0, 0]
     assert reward.differentiable is False
 
 

@@ -171,6 +171,8 @@ def test_another_family_is_a_black_box_through_its_own_processor(folder: Path, p
     assert reward.differentiable is False
     scores = score_images(reward, pixels().requires_grad_(True), PROMPTS)
     assert not scores.requires_grad and scores.unique().numel() == 2
+    half: Any = load_reward(f"vlm:{tmp_path}", RewardSettings(ModelSettings(dtype=torch.bfloat16)))
+    torch.testing.assert_close(score_images(half, pixels(), PROMPTS), scores, atol=0.1, rtol=0.1)
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), CLIPImageProcessorPil)
 
 
