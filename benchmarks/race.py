@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=None, metavar="N", help="only the N best settings of each method")
     parser.add_argument("--budget", type=float, default=12_000, help="of a run, in denoiser forwards of one image")
     parser.add_argument("--steps", type=int, default=10, help="T of the chain")
+    parser.add_argument("--evaluation_steps", type=int, default=None, help="of an evaluation; default: T")
     parser.add_argument("--images", type=int, default=128, help="of an evaluation")
     parser.add_argument("--folder", type=Path, default=Path("outputs/race"), help="a folder per reward goes below")
     parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="adapters, each for a part of the steps")
@@ -101,7 +102,8 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = "" if arguments.steps == 10 else f"_{arguments.steps}"
     experts = "" if arguments.experts == 1 else "_two_experts"
-    folder = arguments.folder / f"{arguments.reward}{steps}{experts}"
+    drawn = "" if arguments.evaluation_steps is None else f"_drawn_with_{arguments.evaluation_steps}"
+    folder = arguments.folder / f"{arguments.reward}{steps}{drawn}{experts}"
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.collect:
         runs = finished_runs(folder)
@@ -155,6 +157,7 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     words += ["--num_images_per_prompt", str(group), "--train_batch_size", *in_micro_batches]
     words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]
     words += ["--num_inference_steps", str(arguments.steps)]
+    words += [] if arguments.evaluation_steps is None else ["--evaluation_steps", str(arguments.evaluation_steps)]
     words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
     words += ["--learning_rate", rate, "--seed", str(seed)]
     run = build_run(load_config(words), two_expert_pipeline(pipeline_path()) if arguments.experts == 2 else None)

@@ -268,7 +268,9 @@ def test_loading_and_saving_again_keeps_alphas_and_ranks(tmp_path: Path) -> None
     merge_lora(other)
     assert_changed(other, before, {name: change for name, change in changes.items() if name.startswith("unet")})
     with pytest.raises(ValueError, match="expects a fresh pipeline"):
-        verify_lora_reloads(pipeline, pipeline, tmp_path / "again", lambda _: DOWN, adapter_name="default_0")
+        verify_lora_reloads(
+            pipeline, tmp_path / "again", lambda _: DOWN, fresh_pipeline=pipeline, adapter_name="default_0"
+        )
 
 
 def test_a_header_whose_length_looks_like_a_pickle(base: Any, tmp_path: Path) -> None:

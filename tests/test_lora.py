@@ -77,7 +77,7 @@ def test_the_saved_adapter_loads_exactly(variant: str, dtype: torch.dtype, tmp_p
     pipeline.unet.train()
     path = save_lora(pipeline, tmp_path / "adapter")
     fresh = tiny_stable_diffusion(dtype=dtype)
-    verify_lora_reloads(pipeline, fresh, tmp_path / "adapter", render)
+    verify_lora_reloads(pipeline, tmp_path / "adapter", render, fresh_pipeline=fresh)
 
     assert [file.name for file in (tmp_path / "adapter").iterdir()] == [WEIGHT_NAME]
     assert path.stat().st_mode & 0o077 == (tmp_path / "adapter").stat().st_mode & 0o066
@@ -89,6 +89,28 @@ def test_the_saved_adapter_loads_exactly(variant: str, dtype: torch.dtype, tmp_p
         assert torch.equal(parameter, before[name])
     assert pipeline.unet.training
     assert (render(fresh) - base_image).abs().max() > 0.01  # the adapter does something
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_saved_adapter_is_proved_beside_the_trained_one(variant: str, tmp_path: Path) -> None:
+    pipeline = trained_pipeline(**VARIANTS[variant])
+    pipeline.unet.eval()
+    before = {name: (value.detach().clone(), value.requires_grad) for name, value in pipeline.unet.named_parameters()}
+    image = render(pipeline)
+    save_lora(pipeline, tmp_path)
+    active = []
+
+    def watched(pipeline: StableDiffusionPipeline) -> Tensor:
+        active.append(pipeline.unet.active_adapters())
+        return render(pipeline)
+
+    verify_lora_reloads(pipeline, tmp_path, watched)
+    assert active[0] == ["default"] != active[1] and len(active[1]) == 1, "one after the other, each alone"
+    after = dict(pipeline.unet.named_parameters())
+    assert after.keys() == before.keys() and pipeline.unet.peft_config.keys() == {"default"}
+    for name, (value, requires_grad) in before.items():
+        assert torch.equal(after[name], value) and after[name].requires_grad == requires_grad
+    assert torch.equal(render(pipeline), image)
 
 
 def test_the_file_holds_native_keys_and_eight_metadata_keys_only(tmp_path: Path) -> None:
@@ -174,7 +196,7 @@ def test_a_peft_folder_is_detected_as_loading_nothing(tmp_path: Path) -> None:
     unet = tiny_stable_diffusion().unet
     get_peft_model(unet, LoraConfig(target_modules=ATTENTION)).save_pretrained(tmp_path)
     with pytest.raises(AdapterMismatchError, match=r"loaded nothing.*expected 64 LoRA tensors.*save_lora"):
-        verify_lora_reloads(pipeline, tiny_stable_diffusion(), tmp_path, render)
+        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=tiny_stable_diffusion())
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object], *, keep_metadata: bool = True) -> None:
@@ -185,16 +207,18 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object], *, keep_m
     save_file(tensors, path, metadata=metadata if keep_metadata else {"format": "pt"})
 
 
-def test_one_changed_tensor_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_one_changed_tensor_is_named(beside: bool, tmp_path: Path) -> None:
     pipeline = trained_pipeline()
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_B.weight"
     rewrite(save_lora(pipeline, tmp_path), lambda tensors: tensors[f"unet.{key}"].mul_(1.5))
     with pytest.raises(AdapterMismatchError, match=rf"largest difference is \d.*1 of 64 LoRA tensors differ.*{key}"):
-        verify_lora_reloads(pipeline, tiny_stable_diffusion(), tmp_path, render)
+        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=None if beside else tiny_stable_diffusion())
 
 
 @pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
-def test_a_missing_layer_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_missing_layer_is_named(beside: bool, tmp_path: Path) -> None:
     pipeline = trained_pipeline()
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 
@@ -203,21 +227,22 @@ def test_a_missing_layer_is_named(tmp_path: Path) -> None:
 
     rewrite(save_lora(pipeline, tmp_path), drop)
     with pytest.raises(AdapterMismatchError, match=rf"got 62; missing \['unet.{key}.lora_A"):
-        verify_lora_reloads(pipeline, tiny_stable_diffusion(), tmp_path, render)
+        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=None if beside else tiny_stable_diffusion())
 
 
-def test_a_lost_scale_is_told_apart_from_changed_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_lost_scale_is_told_apart_from_changed_tensors(beside: bool, tmp_path: Path) -> None:
     pipeline = trained_pipeline(lora_alpha=8.0)
     rewrite(save_lora(pipeline, tmp_path), lambda tensors: None, keep_metadata=False)
     with pytest.raises(AdapterMismatchError, match=r"another scale .* in 32 of 32 layers.*expected 2, got 1.*metadata"):
-        verify_lora_reloads(pipeline, tiny_stable_diffusion(), tmp_path, render)
+        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=None if beside else tiny_stable_diffusion())
 
 
 def test_a_pipeline_that_already_has_an_adapter_is_not_fresh(tmp_path: Path) -> None:
     pipeline = trained_pipeline()
     save_lora(pipeline, tmp_path)
     with pytest.raises(ValueError, match="expects a fresh pipeline"):
-        verify_lora_reloads(pipeline, pipeline, tmp_path, render)
+        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=pipeline)
 
 
 @pytest.mark.parametrize("init_lora_weights", ["gaussian", "kaiming", "orthogonal"])

@@ -1,6 +1,5 @@
 """Loads the base pipeline as the config asks for it."""
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -156,16 +155,6 @@ def described_by(pipeline: object, arguments: ModelArguments, denoisers: Sequenc
         pretrained_model_name_or_path=PIPELINE_NAME if name == str(pipeline_path()) else name,
         mixed_precision=formats[dtype],
     )
-
-
-def without_adapters(pipeline: DiffusionPipeline, denoisers: Iterable[str]) -> DiffusionPipeline:
-    """The pipeline with copies of its denoisers that have no adapter; all other models are shared."""
-    fresh = copy.copy(pipeline)
-    for name in denoisers:
-        denoiser = copy.deepcopy(getattr(pipeline, name))
-        denoiser.unload_lora()
-        fresh.__dict__[name] = denoiser
-    return fresh
 
 
 def load_reward_decoder(

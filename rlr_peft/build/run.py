@@ -29,7 +29,6 @@ from rlr_peft.build.pipeline import (
     load_pipeline,
     load_reward_decoder,
     prepare_pipeline,
-    without_adapters,
 )
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_prompts, with_stage_prompts
@@ -168,12 +167,6 @@ class Run:
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the pipeline has the weights that are evaluated and saved: with an average, that. Not nested."""
         return averaged(self.ema, self.chain.parameters)
-
-    def fresh_base(self, device: torch.device) -> DiffusionPipeline:
-        """The base once more, without the adapter; where it was given as an object, a copy of it."""
-        if "pipeline" in self.given:
-            return without_adapters(self.pipeline, self.family.denoisers)
-        return load_pipeline(self.config.model, device)
 
 
 def build_run(

@@ -206,6 +206,14 @@ class PolicyGradientArguments(ReusedSamplesArguments):
         at_most=1e6,
         fine=True,
     )
+    divergence_limit: float | None = knob(
+        None,
+        "In place of clip_range: a sample's step gives nothing where its divergence from the sampling weights is above "
+        "this and its ratio moves further away (Flow-DPPO); null clips.",
+        unit="nats, summed over the latents",
+        above=0,
+        at_most=1e9,
+    )
     advantage_clip: float = knob(
         5.0,
         "Advantages are clipped to plus or minus this.",
@@ -214,6 +222,14 @@ class PolicyGradientArguments(ReusedSamplesArguments):
         at_most=1e6,
         fine=True,
     )
+
+    def check(self, config: "Config") -> Iterator[str]:
+        yield from super().check(config)
+        if self.divergence_limit is not None and self.inner_epochs == 1:
+            yield (
+                "divergence_limit: expected inner_epochs of 2 or more, without which the sampling weights are the "
+                "present ones, got 1; raise --inner_epochs or drop --divergence_limit."
+            )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ same length whatever the estimate, so that an update of B independent samples ra
     <gradient, E g> / sqrt(E |mean of B g|^2),
 
 which is |gradient| for a full gradient without noise and less for one that is biased or noisy. Divided by the cost of B
-samples it is the expected improvement per cost.
+samples it is the expected improvement per cost. The gradient is that of the measured samples' own mean reward: so few
+do not tell the true one, which is often too small to be seen in them at all, but a member that misses theirs sample by
+sample will miss it too.
 
 The batch may be chosen too. With N the noise scale, tr(covariance) / |mean|^2 of a single sample's estimate, a step of
 the best length improves the reward in proportion to ``B / (B + N)`` (McCandlish et al. 2018, arXiv:1812.06162): per
@@ -87,12 +89,10 @@ class Promise:
 
     Attributes:
         cosine: between its expectation and the full gradient.
-        noise_scale: tr(covariance) / |expectation|^2 of a single sample's estimate: a batch of this size is half noise.
         improvement: in [0, 1], of an update, over the number of evaluations that it costs.
     """
 
     cosine: float
-    noise_scale: float
     improvement: float
 
 
@@ -121,7 +121,6 @@ def promise(
     cost = samples * (fixed_cost + STEP_COST * weights.replays)
     return Promise(
         cosine=float((along / (length * expected).sqrt()).clamp(-1, 1)),
-        noise_scale=float((single / expected - 1).clamp(min=0)),
         improvement=float(along.clamp(min=0) / (length * square.clamp(min=1e-300)).sqrt() / cost),
     )
 
@@ -180,11 +179,11 @@ class AutoEstimator(Estimator):
             )
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
         words = f"chosen by measurement: {self.chosen.describe(has_gradient)}"
-        words += f"; cosine with the full gradient {best.cosine:.2f}, noise scale {best.noise_scale:.2g} samples"
+        words += f"; cosine with the measured samples' full gradient {best.cosine:.2f}"
         if self._chosen == UNBIASED:
             return words
         if unbiased.improvement == 0:
-            return f"{words}; {UNBIASED} promises nothing by the samples that were measured"
+            return f"{words}; {UNBIASED} promises nothing by them"
         return f"{words}, {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
@@ -221,7 +220,7 @@ class AutoEstimator(Estimator):
         if has_gradient:
             newer = GradientMoments.of(rows_of(gradients))
             self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
-            self._choose(chain)
+            self._choose(chain, len(gradients.advantages))
 
     def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:
         """Measures the noise scale, and B by it."""
@@ -273,13 +272,14 @@ class AutoEstimator(Estimator):
         self._noise_scale.load_state_dict(state["noise_scale"])
         self._share_batch()
 
-    def _choose(self, chain: Chain) -> None:
-        """Judges the members."""
+    def _choose(self, chain: Chain, count: int) -> None:
+        """Judges the members on as many samples as were measured."""
         assert self._moments is not None  # as calibrate has just measured
+        moments = self._moments.of_the_samples(count)
         full = torch.zeros(3 * chain.num_steps, dtype=torch.float64)
         full[: chain.num_steps] = 1
         self._promises = {
-            name: promise(self._moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps)
+            name: promise(moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps)
             for name, member in self._members.items()
         }
         best = max(self._promises, key=lambda name: self._promises[name].improvement)

@@ -25,6 +25,7 @@ from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
 from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.half_order import HalfOrder
+from rlr_peft.estimators.kl import step_kl
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective, Rollout
 
@@ -80,6 +81,8 @@ class PolicyGradientSettings:
         steps: which steps train, all or some drawn for every micro-batch; single steps.
         inner_epochs: optimiser steps on the same samples.
         clip_range: the density ratio of a step is clipped to 1 - c .. 1 + c.
+        divergence_limit: in place of clipping, a step's KL from the sampling weights, in nats, above which a sample
+            gives nothing if its ratio would move further away (Flow-DPPO 2606.11025); None clips.
         advantage_clip: advantages are clipped to -a .. a.
         prompt_buffer_size: rewards remembered per prompt, for "prompt-statistics".
         prompt_min_count: rewards a prompt needs for statistics of its own.
@@ -89,6 +92,7 @@ class PolicyGradientSettings:
     steps: HalfOrder
     inner_epochs: int = 1
     clip_range: float = 0.2
+    divergence_limit: float | None = None
     advantage_clip: float = 5.0
     prompt_buffer_size: int = 32
     prompt_min_count: int = 16
@@ -110,9 +114,12 @@ class PolicyGradientEstimator(SingleStepsEstimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         s = self.settings
         normalised = {"prompt-statistics": "per-prompt statistics", "group-normalized": "group-normalised"}[s.advantage]
+        trust = f"ratios clipped at {s.clip_range:g}"
+        if s.divergence_limit is not None:
+            trust = f"masked beyond {s.divergence_limit:g} nats"
         return (
-            f"clipped policy gradient on {self.steps_in_words()}, {normalised} advantages, ratios clipped at "
-            f"{s.clip_range:g}, {s.inner_epochs} inner epoch(s)"
+            f"clipped policy gradient on {self.steps_in_words()}, {normalised} advantages, {trust}, "
+            f"{s.inner_epochs} inner epoch(s)"
         )
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
@@ -123,7 +130,10 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
-        return partial(clipped_cotangent, rollout, clip_range=self.settings.clip_range)
+        settings = self.settings
+        return partial(
+            clipped_cotangent, rollout, clip_range=settings.clip_range, divergence_limit=settings.divergence_limit
+        )
 
     def learn(self, books: Sequence[Book]) -> None:
         """Adds the rewards of all processes to the prompts' statistics."""
@@ -144,32 +154,46 @@ def single_steps(steps: HalfOrder, chain: Chain) -> Layout:
 
 
 def clipped_cotangent(
-    rollout: Rollout, t: int, mean: torch.Tensor, _: torch.Tensor | None = None, *, clip_range: float
+    rollout: Rollout,
+    t: int,
+    mean: torch.Tensor,
+    _: torch.Tensor | None = None,
+    *,
+    clip_range: float,
+    divergence_limit: float | None = None,
 ) -> tuple[torch.Tensor, Mapping[str, float]]:
-    """Derivative of ``min(A r, A clip(r, 1 - c, 1 + c))`` by the present mean of step t.
+    """Derivative of ``min(A r, A clip(r, 1 - c, 1 + c))`` by the present mean of step t; or, masked, of ``A r``.
 
     Args:
         rollout: sampled with earlier weights, or the present ones.
         t: a step with noise.
         mean: of step t under the present weights, (B, ...).
         clip_range: c.
+        divergence_limit: in nats; a sample is masked where its step's KL from the sampling weights exceeds it and the
+            ratio would move further away from 1. None clips.
 
     Returns:
-        ``A r z / sigma`` with the present standardised noise z, (B, ...), zero for samples whose ratio is clipped; and
-        how far the ratios r are from 1, for the logs.
+        ``A r z / sigma`` with the present standardised noise z, (B, ...), zero for samples that are clipped or masked;
+        and how far the ratios r are from 1, for the logs.
     """
+    trajectory = rollout.trajectory
     noise = standardized_noise(rollout.trajectory, t, mean)
     ratio = ((rollout.trajectory.noise(t).square() - noise.square()).flatten(1).sum(1) / 2).exp()
     advantages = rollout.advantages.to(ratio.dtype)
-    clipped = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
-    # A sample without advantage adds nothing, even where its ratio overflows.
-    factor = torch.where(clipped | (advantages == 0), 0.0, advantages * ratio)
     deviation = (ratio - 1).abs()
+    if divergence_limit is None:
+        outside = deviation > clip_range
+    else:
+        sampled_mean = trajectory.latents[t - 1] - trajectory.std(t) * trajectory.noise(t)
+        outside = step_kl(mean, sampled_mean, trajectory.std(t)) > divergence_limit
+    left_out = outside & torch.where(advantages > 0, ratio > 1, ratio < 1)
+    # A sample without advantage adds nothing, even where its ratio overflows.
+    factor = torch.where(left_out | (advantages == 0), 0.0, advantages * ratio)
     numbers = {
         "policy_ratio_deviation": float(deviation.mean()),
-        "policy_clip_fraction": float((deviation > clip_range).double().mean()),
+        "policy_clip_fraction": float(outside.double().mean()),
     }
-    return per_sample(factor, noise) * noise / rollout.trajectory.std(t), numbers
+    return per_sample(factor, noise) * noise / trajectory.std(t), numbers
 
 
 def standardized_noise(trajectory: Trajectory, t: int, mean: torch.Tensor) -> torch.Tensor:

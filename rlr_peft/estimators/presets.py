@@ -15,22 +15,24 @@ from rlr_peft.config.estimator import (
     ScoreTermArguments,
     ThreeOrdersArguments,
 )
+from rlr_peft.config.forward import (
+    AWMArguments,
+    BasePulledArguments,
+    ForwardArguments,
+    NFTArguments,
+    RAMArguments,
+)
 from rlr_peft.config.methods import (
     AdjointMatchingArguments,
     AutoArguments,
-    AWMArguments,
-    BasePulledArguments,
     D3POArguments,
     DDPOArguments,
     DRaFTLVArguments,
     DRTuneArguments,
     FlowBPBridgeArguments,
     FlowBPSparseArguments,
-    ForwardArguments,
     FullBPArguments,
     LeapArguments,
-    NFTArguments,
-    RAMArguments,
     ReFLArguments,
     RSMArguments,
     TruncatedBPArguments,
@@ -199,6 +201,7 @@ def _policy_gradient(
         steps=_half_order(arguments, 1, num_inference_steps, stages),
         inner_epochs=arguments.inner_epochs,
         clip_range=arguments.clip_range,
+        divergence_limit=arguments.divergence_limit,
         advantage_clip=arguments.advantage_clip,
         **past,
     )

@@ -181,6 +181,14 @@ class GradientMoments:
         total = rows.sum(1)
         return cls(products, (total @ total.T - count * products) / (count * (count - 1)))
 
+    def of_the_samples(self, count: int) -> "GradientMoments":
+        """As if the ``count`` samples that were measured were all there are: ``means`` of their own mean rows.
+
+        Those lie between noise and truth: where few samples show no signal, rows still count as alike that are alike
+        in every sample. They are an inner product, with no negative lengths.
+        """
+        return GradientMoments(self.products, self.means + (self.products - self.means) / count)
+
     def first(self, count: int) -> "GradientMoments":
         """Of the first rows."""
         return GradientMoments(self.products[:count, :count], self.means[:count, :count])

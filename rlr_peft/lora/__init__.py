@@ -9,7 +9,7 @@ from rlr_peft.lora.attach import (
     lora_parameters,
     lora_size,
 )
-from rlr_peft.lora.export import check_adapter_saves, check_kohya, save_kohya, save_lora, verify_lora_reloads
+from rlr_peft.lora.export import check_kohya, save_kohya, save_lora
 from rlr_peft.lora.files import (
     AdapterFiles,
     AdapterFormatError,
@@ -28,6 +28,7 @@ from rlr_peft.lora.loading import (
     start_from,
     unload_lora,
 )
+from rlr_peft.lora.proof import check_adapter_saves, verify_lora_reloads
 
 __all__ = [
     "WEIGHT_NAME",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from rlr_peft.lora.export import VERIFIED_IMAGES
+from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.plan.measurements import Measurements
 
 PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation", "verification")
@@ -218,29 +218,22 @@ def _evaluation(facts: Facts, options: Options) -> list[Part]:
 
 
 def _verification(facts: Facts, options: Options) -> list[Part]:
-    """Proving the saved adapter: the trained and a freshly loaded pipeline draw the same images, one after the other.
-
-    They take turns on the GPU where they can be moved. With ``offload`` each keeps its last model, the VAE, there while
-    the other works; bitsandbytes' layers stay, and with them all that was loaded.
-    """
+    """Proving the saved adapter: it is loaded beside the trained one, and both draw the same images in turn."""
     measured = facts.measured
     encoders, vae = text_encoders(facts), facts.weights.get("vae", 0)
-    encoding, (sampling, decode) = measured.encoding, measured.verification
+    sampling, decode = measured.verification
     sampling += facts.dequantized if options.quantized else 0
-    decode += VERIFIED_IMAGES * measured.picture  # the other pipeline's images wait
-    stay = sum(facts.quantized.values()) if options.quantized else 0
+    decode += VERIFIED_IMAGES * measured.picture  # the other adapter's images wait
     if options.offload:
         denoiser = max(0 if options.quantized else facts.weights[name] for name in facts.denoisers)
-        drawing = max(encoding + max(encoders.values(), default=0), sampling + denoiser, decode + vae)
-        second = vae + facts.lora + stay
+        drawing = max(measured.encoding + max(encoders.values(), default=0), sampling + denoiser, decode + vae)
     else:
         # the encoders are counted as weights, and have left when the denoiser starts
         left = sum(encoders.values()) if options.offload_text_encoders else 0
-        drawing = max(encoding, max(sampling, decode) - left)
-        second = facts.lora + stay + host_weights(facts, options) if options.quantized else 0
+        drawing = max(measured.encoding, max(sampling, decode) - left)
     return [
         Part(f"drawing {VERIFIED_IMAGES} to compare", drawing, (VERIFICATION,)),
-        Part("reloaded pipeline beside it", second, (VERIFICATION,)),
+        Part("reloaded adapter", facts.lora, (VERIFICATION,)),
     ]
 
 
@@ -340,7 +333,6 @@ def _kept_on_host(plan: MemoryPlan) -> tuple[Part, ...]:
         Part("validation images", 3 * facts.validated * picture, (TRAINING, EVALUATION)),
         Part("images of the base", pictures, after_loading),
         Part("images of the adapter", pictures, (EVALUATION, VERIFICATION)),
-        Part("second pipeline, for the proof", pipeline + facts.lora, (VERIFICATION,)),
     )
     return tuple(part for part in parts if part.size)
 

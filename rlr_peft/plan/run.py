@@ -21,7 +21,7 @@ from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.config import Config, ModelArguments
-from rlr_peft.config.methods import ForwardArguments
+from rlr_peft.config.forward import ForwardArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError

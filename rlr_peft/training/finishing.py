@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rlr_peft.build.chain import (
     ImagesError,
-    build_chain,
     evaluation_chain,
     evaluation_in_words,
     in_eval_mode,
@@ -31,7 +29,7 @@ from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
-from rlr_peft.lora.export import VERIFIED_IMAGES
+from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pairs
@@ -156,23 +154,10 @@ def _verify_adapter(run: Run) -> None:
     prompts, seeds = prompts_and_seeds(
         run.prompts, VERIFIED_IMAGES, derive_seed(run.config.training.seed, "validation")
     )
-    fresh = run.fresh_base(torch.device("cpu") if _can_move(run) else run.accelerator.device)
-
-    def draw(pipeline: DiffusionPipeline) -> torch.Tensor:
-        if _can_move(run):  # never both on the device: what trained just so would not fit
-            (fresh if pipeline is run.pipeline else run.pipeline).to("cpu")
-            pipeline.to(run.accelerator.device)
-        return render(evaluation_chain(run.config, build_chain(run.config, pipeline)), prompts, seeds)
-
-    with torch.compiler.set_stance("force_eager"):  # the fresh one is not compiled, and compiled code rounds otherwise
-        verify_lora_reloads(run.pipeline, fresh, run.output_dir, draw)
-    logger.info("The saved adapter, loaded into a fresh pipeline, draws the same images bit for bit.")
-
-
-def _can_move(run: Run) -> bool:
-    """Whether the whole pipeline can be moved: offloaded models move by themselves, bitsandbytes' stay."""
-    model = run.config.model
-    return not model.offload and model.bnb_quantization_config_path is None
+    chain = evaluation_chain(run.config, run.chain)
+    with torch.compiler.set_stance("force_eager"):  # what is loaded is not compiled, and compiled code rounds otherwise
+        verify_lora_reloads(run.pipeline, run.output_dir, lambda _: render(chain, prompts, seeds))
+    logger.info("The saved adapter, loaded back by load_lora_weights, draws the same images bit for bit.")
 
 
 def write_comparison(run: Run, before: Evaluation, after: Evaluation) -> Comparison:

@@ -168,6 +168,7 @@ REFUSED = [
     ),
     ("--noise_window 9", "noise_window: expected two steps a b"),
     ("--estimator nft --step_kind ode --noise_window 3 4", "noise_window: expected noise in the chain, got step_kind"),
+    ("--estimator grpo --divergence_limit 0.1", "divergence_limit: expected inner_epochs of 2 or more, without which"),
     ("--estimator nft --num_images_per_prompt 1", "num_images_per_prompt: expected 2 or more with nft, which compares"),
     ("--estimator ram --detach_negative", "detach_negative: expected none with ram, which trains without guidance"),
     ("--estimator ram --base_pull 1", "base_pull: expected none with ram, got 1.0; use --estimator nft or awm."),

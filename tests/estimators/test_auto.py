@@ -14,7 +14,7 @@ from tests.estimators.chains import gradient_of, rollout_of
 
 
 def test_a_promise_is_what_simulated_batches_keep() -> None:
-    """Cosine, noise scale and improvement against many simulated batches, for draws of samples' own and shared ones."""
+    """Cosine and improvement against many simulated batches, for draws of samples' own and shared ones."""
     generator = torch.Generator().manual_seed(0)
     rows, samples, dimension = 3, 4, 5
     center = torch.randn(rows, 1, dimension, generator=generator, dtype=torch.float64)
@@ -46,6 +46,18 @@ def test_a_promise_is_what_simulated_batches_keep() -> None:
         assert promised.improvement == pytest.approx(float(improvement / cost), rel=0.05)
 
 
+def test_without_signal_members_are_judged_by_what_they_share_with_the_samples_gradients() -> None:
+    """Rows of pure noise: of the whole gradient v_1 + v_2 the member v_1 has half the square, v_3 nothing."""
+    rows = torch.randn(3, 16, 4000, generator=torch.Generator().manual_seed(0))
+    moments = GradientMoments.of(rows)
+    full, first, third = (torch.tensor(weights, dtype=torch.float64) for weights in ([1, 1, 0], [1, 0, 0], [0, 0, 1]))
+    of_the_samples = moments.of_the_samples(16)
+    mean = rows.double().mean(1)
+    torch.testing.assert_close(of_the_samples.means, mean @ mean.T)
+    cosines = [promise(of_the_samples, Weights.fixed(w), full, 4, 7.0).cosine for w in (full, first, third)]
+    assert cosines == pytest.approx([1, 0.5**0.5, 0], abs=0.05)
+
+
 def auto(samples: int = 16, measures_batch: bool = False, **knobs: object) -> AutoEstimator:
     built = build_estimator(METHODS["auto"](**knobs), 6, samples=samples, measures_batch=measures_batch)
     assert isinstance(built, AutoEstimator)
@@ -64,7 +76,9 @@ def test_truncation_is_taken_where_the_last_step_says_it_all_unless_the_roulette
     chain = LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05))
     truncated, roulette = calibrated(chain, fo_roulette=False), calibrated(chain, fo_roulette=True)
     words = truncated.describe(True)
-    assert words.startswith("chosen by measurement: ") and "cosine with the full gradient 0.9" in words
+    assert (
+        words.startswith("chosen by measurement: ") and "cosine with the measured samples' full gradient 0.9" in words
+    )
     assert "through the last 1 step(s)" in words and "times the improvement per cost of rlr" in words
     assert not truncated.coverage(chain, True).unbiased and roulette.coverage(chain, True).unbiased
 

@@ -9,7 +9,7 @@ import torch
 
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain import GaussianStep, PathPoint, ReplayedStep, step_std
-from rlr_peft.config.methods import AWMArguments, NFTArguments, RAMArguments
+from rlr_peft.config.forward import AWMArguments, NFTArguments, RAMArguments
 from rlr_peft.estimators import (
     ForwardEstimator,
     ForwardSettings,

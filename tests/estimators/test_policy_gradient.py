@@ -96,6 +96,27 @@ def test_after_an_update_it_is_the_gradient_of_the_clipped_surrogate() -> None:
     assert torch.all(cotangent[is_clipped] == 0) and torch.all(cotangent[~is_clipped] != 0)
 
 
+def test_beyond_the_divergence_limit_samples_are_masked_that_would_move_further_away() -> None:
+    """The gradient of A r of all others, whatever their ratio."""
+    chain, rollout = sampled(64)
+    with torch.no_grad():
+        old = log_density(chain, rollout, 2)
+    move_parameters(chain, 0.04)
+    mean = chain.replay(rollout.trajectory, 2).mean.detach().requires_grad_()
+    std, taken = rollout.trajectory.std(2), rollout.trajectory.latents[1]
+    ratio = (torch.distributions.Normal(mean, std).log_prob(taken).flatten(1).sum(1) - old).exp()
+    (expected,) = torch.autograd.grad((rollout.advantages * ratio).sum(), mean)
+    before = torch.distributions.Normal(taken - std * rollout.trajectory.noise(2), std)
+    divergences = torch.distributions.kl_divergence(torch.distributions.Normal(mean.detach(), std), before).sum(1)
+    limit = float(divergences.median())
+    masked = (divergences > limit) & ((rollout.advantages > 0) == (ratio.detach() > 1))
+    assert 0.1 < masked.double().mean() < 0.4
+    cotangent, numbers = clipped_cotangent(rollout, 2, mean.detach(), clip_range=CLIP, divergence_limit=limit)
+    assert torch.all(cotangent[masked] == 0)
+    torch.testing.assert_close(cotangent[~masked], expected[~masked], rtol=1e-9, atol=1e-12)
+    assert numbers["policy_clip_fraction"] == pytest.approx(0.5, abs=0.02)
+
+
 def test_a_ratio_that_overflows_harms_only_samples_that_want_to_leave() -> None:
     _, rollout = sampled(4)
     advantages = torch.tensor([0.0, 1.0, -1.0, 0.0])

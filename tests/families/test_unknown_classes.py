@@ -85,7 +85,7 @@ def test_an_unknown_class_is_driven_trained_and_saved(chroma: Path, tmp_path: Pa
         chain = chain_over(pipeline, eta=0.0, **OPTIONS)
         return chain.decode(chain.sample(["sky"], [1]).latents[0], ["sky"])
 
-    verify_lora_reloads(pipeline, load(str(chroma)), tmp_path, render)
+    verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=load(str(chroma)))
 
 
 def test_an_unknown_noising_path_names_its_option(chroma: Path) -> None:
