@@ -270,7 +270,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
         "precision": [model.mixed_precision, quantization],
         "kernels": [model.attention_backend, model.allow_tf32, model.full_determinism],
         "chain": {name: value for name, value in asdict(config.chain).items() if name != "eta"},
-        "stages": None if stages is None else asdict(stages),
+        "stages": None if stages is None else asdict(stages) | {"form": config.chain_of_thought.dcot_form},
         "evaluation": [
             *(config.validation.evaluation_eta, config.validation.evaluation_steps),
             *(config.validation.evaluation_guidance_scale, config.validation.evaluation_resolution),
