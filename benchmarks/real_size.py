@@ -111,7 +111,8 @@ def _config(base: str, resolution: int, flags: Sequence[str], folder: Path) -> C
 def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[str, Any]]:
     """The run as training builds it, on random weights; returns the function that measures its phases."""
     model = config.model
-    prepare_machine(model, device)
+    if device.type == "cuda":
+        prepare_machine(model, device)
     name = model.pretrained_model_name_or_path
     architecture = find_architecture(str(pipeline_path()) if name == PIPELINE_NAME else name)
     pipeline = build_pipeline(architecture, device, DTYPES[model.mixed_precision])
