@@ -134,7 +134,7 @@ class AutoEstimator(Estimator):
         rlr: the unbiased member, with its roulette.
         num_steps: T.
         samples: B, of an update; of one micro-batch in every process where B is measured.
-        most_samples: up to which B is measured, in micro-batches; None for a B that is given.
+        most_samples: the largest B where it is measured, in whole micro-batches; None for a B that is given.
 
     Attributes:
         micro_batches: as many as make up B; one until enough updates have shown how noisy they are.

@@ -18,8 +18,8 @@ class VlmJudge(ModelReward):
     """log P(yes) - log P(no) of the next token, in nats, averaged over the questions about an image.
 
     Of a question with another right answer, the odds of that answer. All spellings of an answer that begin with a token
-    of their own count, small or capitalised. Differentiable for the
-    families of `vlm_inputs`, a black box for any other.
+    of their own count, small or capitalised. Differentiable for the families of `vlm_inputs`, a black box for any
+    other.
 
     Args:
         model: Hub id or local folder.

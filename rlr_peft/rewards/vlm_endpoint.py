@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 from rlr_peft.errors import RewardError
@@ -148,7 +149,7 @@ class VlmEndpoint(Reward):
             ) from None
         right = [value for token, value in likeliest if token == question.right.casefold()]
         if question.wrong is None:
-            probability = math.exp(_logsumexp(right or [floor]))
+            probability = math.exp(logsumexp(right or [floor]))
             return math.log(probability) - math.log(max(1 - probability, LEAST))
         wrong = [value for token, value in likeliest if token == question.wrong.casefold()]
         if not right and not wrong:
@@ -157,9 +158,4 @@ class VlmEndpoint(Reward):
                 f"{', '.join(repr(token) for token, _ in likeliest[:5])}; ask another --vlm_question, or take other "
                 "--vlm_answers"
             )
-        return _logsumexp(right or [floor]) - _logsumexp(wrong or [floor])
-
-
-def _logsumexp(values: list[float]) -> float:
-    largest = max(values)
-    return largest + math.log(sum(math.exp(value - largest) for value in values))
+        return float(logsumexp(right or [floor]) - logsumexp(wrong or [floor]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class ReadByProcessor:
         return dict(read.to(images.device, self._dtype))  # of ids and masks the dtype stays
 
 
-class ReadInTorch:
+class ReadInTorch(ABC):
     """What the two families share: a chat template, in which a text stands for the image.
 
     Args:
@@ -96,9 +97,9 @@ class ReadInTorch:
         ).to(images.device)
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, **pixels}
 
+    @abstractmethod
     def pixels(self, images: Tensor) -> tuple[dict[str, Tensor], str]:
         """The image processor's part of the arguments, and what stands in the text for one image."""
-        raise NotImplementedError
 
     def _resized(self, images: Tensor, height: int, width: int) -> Tensor:
         return resize_like_pil(images, height, width, FILTERS[int(self.processor.resample)])
@@ -175,8 +176,9 @@ def read_inputs(name: str, folder: Path, config: Any) -> ReadByProcessor | ReadI
     Raises:
         RewardError: it has no chat template, or its processor needs a package that is not there.
     """
-    kind = QwenInputs if config.model_type in QWEN else SmolInputs if config.model_type in SMOL else ReadByProcessor
-    return kind(name, folder, config)
+    if config.model_type in QWEN:
+        return QwenInputs(name, folder, config)
+    return (SmolInputs if config.model_type in SMOL else ReadByProcessor)(name, folder, config)
 
 
 def _ask(templated: Any, question: str) -> str:
