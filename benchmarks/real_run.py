@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -160,19 +160,23 @@ def _time_sampling(run: Run) -> dict[str, float]:
     """Seconds to draw an update's latents: by the chain, and by the pipeline's own call without it."""
     prompts = run.sampler.sample(0, run.samples_per_update)
     texts = [str(prompt) for prompt in prompts]
-    seconds = {}
-    for name, draw in {
-        "chain": lambda: run.chain.sample(prompts, range(len(prompts))),
-        "pipeline": lambda: run.pipeline(texts, num_inference_steps=STEPS, output_type="latent", **run.chain.call_arguments),
-    }.items():
-        draw()
-        started = time.perf_counter()
-        for _ in range(TIMED):
-            draw()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        seconds[name] = (time.perf_counter() - started) / TIMED
-    return seconds
+    return {
+        "chain": _time(lambda: run.chain.sample(prompts, range(len(prompts)))),
+        "pipeline": _time(
+            lambda: run.pipeline(texts, num_inference_steps=STEPS, output_type="latent", **run.chain.call_arguments)
+        ),
+    }
+
+
+def _time(call: Callable[[], object]) -> float:
+    """Mean seconds of ``TIMED`` calls after one."""
+    call()
+    started = time.perf_counter()
+    for _ in range(TIMED):
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return (time.perf_counter() - started) / TIMED
 
 
 def _time_updates(run: Run) -> dict[str, Any]:
