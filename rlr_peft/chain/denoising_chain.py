@@ -20,6 +20,7 @@ from rlr_peft.chain.interface import Trajectory
 from rlr_peft.chain.path import GaussianStep, PathPoint
 from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
+from rlr_peft.chain.separate_samples import can_separate, separate_weights
 from rlr_peft.config import ChainArguments
 from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
 
@@ -270,6 +271,23 @@ class DenoisingChain:
             yield
         finally:
             self._call = guided
+
+    def separate_samples(self, count: int) -> AbstractContextManager[None] | None:
+        """As the ``Chain`` has it: None where other layers than LoRA's are trained, or with dropout."""
+        if self.mixes_samples or not can_separate(self.denoiser, self.parameters):
+            return None
+        return self._separated(count)
+
+    @contextmanager
+    def _separated(self, count: int) -> Iterator[None]:
+        shared = self.parameters
+        several = isinstance(self.denoiser, torch.nn.ModuleDict)
+        models = list(self.denoiser.children()) if several else [self.denoiser]
+        with separate_weights(models, shared, count) as self.parameters:
+            try:
+                yield
+            finally:
+                self.parameters = shared
 
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more by the reference, on the tape if gradients are enabled.
