@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build import derive_seed
 from rlr_peft.chain.noise_window import MovingWindow
 
 
