@@ -1,4 +1,4 @@
-"""`rlr-peft card`, `push`, `merge` and `space`: writes a card again, publishes a folder, fuses or shows an adapter.
+"""`rlr-peft card`, `push`, `merge`, `export`, `space`: what becomes of a finished run's folder and its adapter.
 
 Model libraries are imported inside: a wrong flag is refused at once.
 """
@@ -211,6 +211,37 @@ def merge_command(words: Sequence[str]) -> int:
             rename_directory(Path(aside) / "pipeline", output)
     say(f"Merged the adapter into the {' and the '.join(merged)}. Load the pipeline with")
     say(f"  pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
+    return 0
+
+
+@dataclass(frozen=True)
+class ExportFlags(Group):
+    """The file"""
+
+    adapter: str = knob(MISSING, "Folder, file or Hub id of the adapter.")
+    output: str = knob(MISSING, "File to write, ending in .safetensors.")
+
+
+def export_command(words: Sequence[str]) -> int:
+    """Writes the adapter as one file that ComfyUI and its kind read."""
+    own = read_words(
+        words,
+        ExportFlags,
+        "rlr-peft export",
+        "Write an adapter of Stable Diffusion, SDXL, SD3, FLUX or Qwen-Image as ComfyUI and its kind read it.",
+        place="adapter",
+        example="outputs/aesthetic --output ComfyUI/models/loras/aesthetic.safetensors",
+    ).own
+    output = Path(own.output)
+    check_output(output, is_file=True)
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"output: expected a file that ends in .safetensors, got {output}; rename it.")
+
+    from rlr_peft.lora import export_adapter, find_adapter
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    export_adapter(find_adapter(own.adapter), output)
+    say(output)
     return 0
 
 
