@@ -45,7 +45,7 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"{scheduler}{loading}\n"
         f"\n{'video' if is_video else 'image'} = pipe(\n"
-        f"    {_quoted(prompt)},\n"
+        f"    prompt={_quoted(prompt)},\n"  # the first argument of FLUX.2 is an image
         f"{arguments}"
         "    generator=torch.Generator().manual_seed(0),\n"
         f"{ending}"
