@@ -366,7 +366,7 @@ def _join_parts(parts: tuple[Embedding, ...]) -> Embedding:
         return None
     if isinstance(first, list):
         lists = [part for part in parts if isinstance(part, list)]
-        if len(first) == 1:  # an entry for every sample
+        if len(first) < 2:  # an entry for every sample, or none at all
             return [entry for part in lists for entry in part]
         return [torch.cat(layer) for layer in zip(*_padded_alike(lists), strict=True)]  # an entry for every layer
     tensors = [part for part in parts if torch.is_tensor(part)]
