@@ -22,9 +22,9 @@ from rlr_peft.lora import (
     adapter_loaded,
     attach_lora,
     check_adapter,
+    export_adapter,
     find_adapter,
     lora_parameters,
-    save_kohya,
     save_lora,
     unload_lora,
 )
@@ -172,7 +172,8 @@ class Adapters(Target):
         for parameter in lora_parameters(unet).values():
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
         ours = save_lora(self.pipeline, folder / "ours")
-        kohya = save_kohya(self.pipeline, folder / "sound")
+        kohya = folder / "kohya.safetensors"
+        export_adapter(find_adapter(str(ours)), kohya)
         unload_lora(self.pipeline)
         self.kinds = [self._read(ours), self._read(kohya)]
         tensors, metadata = self.kinds[0]

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ METHODS = {
     "rlr, K measured": "--estimator rlr --calibration_samples 4",
     "refl": "--estimator refl",
     "grpo": "--estimator grpo",
+    "nft": "--estimator nft",
 }
 BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --gradient_accumulation_steps 1".split()
 # Hub id of the architecture, recipe and flags of each case.
@@ -84,8 +85,9 @@ CASES = {
     ),
     "stable-diffusion-xl-1024": ("stabilityai/stable-diffusion-xl-base-1.0", "configs/sdxl.yaml", ""),
 }
-# These flags change an update, not the rest of a run.
+# These flags change an update, not the rest of a run; two methods show by how much.
 UPDATES_ONLY = tuple(f"stable-diffusion-1.5-512-{flag}" for flag in ("fp16", "tf32", "8bit-adam", "compiled"))
+UPDATES_ONLY_METHODS = ("truncated-bp, K = 1", "full-bp, K = T")
 
 
 def main() -> None:
@@ -138,9 +140,11 @@ def measure_updates(case: str, folder: Path) -> None:
     """Seconds (mean of ``TIMED`` after a warm-up) and peak memory in MB of an update, kept method by method."""
     output = ("--output_dir", str(folder / "unused"))
     run = build_run(load_config([*_flags(case, folder), *METHODS["rlr, K = 1"].split(), *output]))
+    if "sampling" not in _kept(case):
+        _keep(case, "sampling", _time_sampling(run))
     measured = _kept(case).get("updates", {})
     for method, flags in METHODS.items():
-        if method in measured:
+        if method in measured or (case in UPDATES_ONLY and method not in UPDATES_ONLY_METHODS):
             continue
         config = load_config([*_flags(case, folder), *flags.split(), *output])
         estimator = build_estimator(config.estimator, config.chain.num_inference_steps, None)
@@ -150,6 +154,29 @@ def measure_updates(case: str, folder: Path) -> None:
             measured[method] = {"error": f"{type(error).__name__}: {error}"[:300]}
             run.optimizer.zero_grad(set_to_none=True)
         _keep(case, "updates", measured)
+
+
+def _time_sampling(run: Run) -> dict[str, float]:
+    """Seconds to draw an update's latents: by the chain, and by the pipeline's own call without it."""
+    prompts = run.sampler.sample(0, run.samples_per_update)
+    texts = [str(prompt) for prompt in prompts]
+    return {
+        "chain": _time(lambda: run.chain.sample(prompts, range(len(prompts)))),
+        "pipeline": _time(
+            lambda: run.pipeline(texts, num_inference_steps=STEPS, output_type="latent", **run.chain.call_arguments)
+        ),
+    }
+
+
+def _time(call: Callable[[], object]) -> float:
+    """Mean seconds of ``TIMED`` calls after one."""
+    call()
+    started = time.perf_counter()
+    for _ in range(TIMED):
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return (time.perf_counter() - started) / TIMED
 
 
 def _time_updates(run: Run) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class JsonServer:
         self._timeout = timeout
         self._tries = retries + 1
         self._backoff = backoff
+        self._asking = threading.Lock()
 
     def ask(self, body: Mapping[str, Any]) -> Any:
         """The JSON that the server answers to a POST.
@@ -109,7 +110,12 @@ class JsonServer:
             ServerError: another status than 200, no JSON, a key twice in an object, or more than `MAX_ANSWER_BYTES`.
             TypeError: `body` is none that JSON can hold.
         """
-        data, tried = json.dumps(body).encode(), 0
+        data = json.dumps(body).encode()
+        with self._asking:  # a run that was stopped may have left a thread that still waits for an answer
+            return self._ask(data)
+
+    def _ask(self, data: bytes) -> Any:
+        tried = 0
         while True:
             tried += 1
             again = tried < self._tries

@@ -103,7 +103,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert left.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in ("card", "compare", "merge", "push"))
+    assert all(f"\n  {name} " in printed for name in ("card", "compare", "merge", "push", "space"))
     assert "Check a configuration" in printed and "Measure every gradient estimator" in printed
 
 

@@ -16,7 +16,7 @@ from rlr_peft.lora import WEIGHT_NAME, load_lora, save_lora
 from rlr_peft.publishing import Base, Merged, Rewards, RunRecord, StoredCard, save_stored_card, write_merged_card
 from tests.families.image_pipelines import pixart_sigma
 from tests.pipelines import tiny_stable_diffusion
-from tests.test_kohya import ATTENTION, adapt, draw
+from tests.test_export import ATTENTION, adapt, draw
 
 CASES = {
     "alpha": (tiny_stable_diffusion, "unet", {"lora_alpha": 8.0, "target_modules": [*ATTENTION, "conv1"]}),

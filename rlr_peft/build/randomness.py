@@ -15,6 +15,7 @@ Purpose = Literal[
     "divergence",
     "reward_scale",
     "learning_rate",
+    "noise_window",
 ]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

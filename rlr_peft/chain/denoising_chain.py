@@ -135,6 +135,10 @@ class DenoisingChain:
         chain._arrange(replace(self.arguments, **changed))
         return chain
 
+    def place_noise(self, first: int, last: int) -> None:
+        """From now on these steps have noise, and all others are deterministic."""
+        self._scheduler.noise_window = first, last
+
     def _arrange(self, arguments: ChainArguments) -> None:
         """Takes up knobs: everything that depends on them, and nothing that chains over one pipeline share."""
         self.arguments = arguments

@@ -23,7 +23,10 @@ from rlr_peft.prompt import Prompt
 DEFAULT_FPS = 8
 
 # Knobs that say how the chain steps; all others are arguments of the pipeline's call, by the same name.
-STEPPING = {"num_inference_steps", "step_kind", "eta", "noise_window", "timestep_spacing", "scheduler_type"}
+STEPPING = {
+    *("num_inference_steps", "step_kind", "eta", "timestep_spacing", "scheduler_type"),
+    *("noise_window", "noise_steps", "noise_slide"),
+}
 # Knobs that become arguments of another name, or only of some prompts.
 TRANSLATED = {"guidance_scale", "true_cfg_scale", "resolution", "fps", "negative_prompt"}
 

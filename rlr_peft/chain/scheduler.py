@@ -58,6 +58,9 @@ class RecordingScheduler:
         eta: amount of noise.
         timestep_spacing: of the grid; see ``make_grid``.
         noise_window: first and last step with noise; None for all.
+
+    Attributes:
+        noise_window: as given; it may change between two samples.
     """
 
     order = 1
@@ -82,7 +85,7 @@ class RecordingScheduler:
         self.latents_shape: tuple[int, ...] | None = None
         self._base = base
         self._timestep_spacing = timestep_spacing
-        self._noise_window = noise_window
+        self.noise_window = noise_window
         self._settled: Grid | None = None
         self._mu: float | None = None
         self._request: dict[str, Any] = {}
@@ -224,7 +227,7 @@ class RecordingScheduler:
 
     def _kind(self, t: int, following: PathPoint) -> StepKind:
         """A flow-SDE step is noisier than where it leads: at the end, even one just short of clean, that would stay."""
-        window = self._noise_window
+        window = self.noise_window
         if window is not None and not window[0] <= t <= window[1]:
             return "ode"
         return "ode" if self.kind == "flow-sde" and t == 1 and following.sigma > 0 else self.kind

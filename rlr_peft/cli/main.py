@@ -50,6 +50,16 @@ COMMANDS = {
         "rlr_peft.publishing.commands",
         "merge_command",
     ),
+    "export": (
+        "Write an adapter as one file for ComfyUI and its kind.",
+        "rlr_peft.publishing.commands",
+        "export_command",
+    ),
+    "space": (
+        "Write a Gradio page that shows base and adapter side by side, also as a Space of the Hub.",
+        "rlr_peft.publishing.commands",
+        "space_command",
+    ),
     "serve-reward": (
         "Serve a reward over HTTP, for --reward_fn http://HOST:PORT/.",
         "rlr_peft.cli.serve_reward_command",

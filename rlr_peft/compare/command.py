@@ -9,7 +9,7 @@ from rlr_peft.build.offline import work_offline_without_hub
 from rlr_peft.config import Config, ConfigError, HubArguments, config_from_dict
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.chain import SOURCES
-from rlr_peft.config.found import read_found_config
+from rlr_peft.config.found import config_beside, read_found_config
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.parsing import Words, check_output, read_words
 from rlr_peft.foreign_text import say
@@ -129,7 +129,7 @@ def _config(said: Words[CompareFlags]) -> Config:
         if value is not None:
             flags[name] = value
     said = replace(said, flags=flags)
-    found = None if said.file is not None else next(filter(None, map(_config_beside, own.adapter)), None)
+    found = None if said.file is not None else next(filter(None, map(config_beside, own.adapter)), None)
     plain = {} if found is None else _plain_settings(found, flags)
     values = {name: knobs()[name].default for name in said.names} | said.values(plain)
     source = values["prompt_path"] or values["dataset_name"]
@@ -166,13 +166,3 @@ def _choose_stages(wanted: bool | None, values: dict[str, Any]) -> None:
         values["dcot_rules"] = True
     elif wanted is False:
         values.update({name: knob.field.default for name, knob in knobs().items() if knob.group == "chain_of_thought"})
-
-
-def _config_beside(adapter: str) -> Path | None:
-    """The config of the run that left this adapter, if it lies on this machine."""
-    folder = Path(adapter).expanduser()
-    folder = folder.parent if folder.is_file() else folder
-    places = [folder / "config.yaml"]
-    if folder.name.startswith("checkpoint-"):
-        places.append(folder.parent / "config.yaml")
-    return next((place for place in places if place.is_file()), None)

@@ -46,6 +46,21 @@ class ChainArguments(Group):
         "terms train those of the window alone. null means all.",
         unit="steps",
     )
+    noise_steps: int | None = knob(
+        None,
+        "Neighbouring steps of noise_window that have noise in one update; null means all of them.",
+        unit="steps",
+        at_least=1,
+        at_most=1000,
+    )
+    noise_slide: int | None = knob(
+        None,
+        "Updates after which noise_steps move by one towards the clean end, from where they begin again at the noise "
+        "(MixGRPO); null draws them for every update (Flow-GRPO-Fast).",
+        unit="updates",
+        at_least=1,
+        at_most=10**9,
+    )
     timestep_spacing: TimestepSpacing | None = knob(
         None, "Where the steps lie; null means the family's choice. `trailing` keeps the last step from being dead."
     )
@@ -126,10 +141,31 @@ class ChainArguments(Group):
                 )
             elif self.why_noiseless:
                 yield f"noise_window: expected noise in the chain, got {self.why_noiseless}; drop one of the two."
+        yield from self._check_moving_noise(config)
         if self.step_kind in ("ancestral", "cps"):
             for name, eta in (("eta", self.eta), ("evaluation_eta", config.validation.evaluation_eta)):
                 if eta > 1:
                     yield f"{name}: expected 0 to 1 with step_kind {self.step_kind}, got {eta}; lower --{name}."
+
+    def _check_moving_noise(self, config: "Config") -> Iterator[str]:
+        steps, window = self.noise_steps, self.noise_window
+        if steps is None:
+            if self.noise_slide is not None:
+                yield f"noise_slide: expected noise_steps with it, got {self.noise_slide} alone; give --noise_steps."
+            return
+        if not config.estimator.trains_steps_alone:
+            yield (
+                f"noise_steps: expected a method that trains single steps and measures none (grpo, ddpo or d3po), got "
+                f"{config.estimator.estimator}; leave --noise_steps out, or change --estimator."
+            )
+        if window is None or len(window) != 2 or window[1] - window[0] + 1 < steps:
+            got = "none" if window is None else " ".join(map(str, window))
+            yield f"noise_window: expected {steps} steps or more beside noise_steps {steps}, got {got}; widen it."
+        elif window[0] == 1:
+            yield (
+                "noise_window: expected to begin at 2 or later beside noise_steps, as step 1 ends nearly clean, got "
+                f"{' '.join(map(str, window))}; write --noise_window 2 {window[1]}."
+            )
 
 
 @dataclass(frozen=True)

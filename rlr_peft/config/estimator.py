@@ -17,6 +17,10 @@ class EstimatorArguments(Group):
 
     estimator: ClassVar[str]
     """The method's name."""
+    normalizes_groups: ClassVar[bool] = False
+    """Whether its advantages are rewards divided by their standard deviation within a prompt's group."""
+    trains_steps_alone: ClassVar[bool] = False
+    """Whether the steps that train may differ from update to update: each counts by itself, and none is measured."""
 
     calibration_samples: int = knob(
         16,
@@ -140,6 +144,8 @@ class ScoreTermArguments(EstimatorArguments):
             yield from self.check_groups(config)
         if self.ho_blocks == 0:
             return
+        if self.ho_window is not None and config.chain.noise_steps is not None:
+            yield "ho_window: expected none beside noise_steps, which move, got both; use --noise_window alone."
         if (self.ho_start == "window") != (self.ho_window is not None):
             got = f"ho_start {self.ho_start} and ho_window {list(self.ho_window) if self.ho_window else None}"
             yield f"ho_window: expected together with ho_start window, got {got}; give both or neither."
@@ -188,6 +194,8 @@ class ScoreTermArguments(EstimatorArguments):
 class ReusedSamplesArguments(ScoreTermArguments):
     """Methods that take several optimiser steps on the same samples."""
 
+    trains_steps_alone = True
+
     ho_start: Literal["uniform", "window"] = knob("uniform", "How the steps are drawn: evenly, or from ho_window.")
     inner_epochs: int = knob(
         1, "Optimiser steps on the same samples.", unit="optimiser steps", at_least=1, at_most=1000
@@ -214,6 +222,11 @@ class PolicyGradientArguments(ReusedSamplesArguments):
         above=0,
         at_most=1e9,
     )
+    ratio_norm: bool = knob(
+        False,
+        "Take the bias off every step's density ratio and bring all steps to one scale, in ratio and gradient "
+        "(GRPO-Guard); clip_range bounds that ratio.",
+    )
     advantage_clip: float = knob(
         5.0,
         "Advantages are clipped to plus or minus this.",
@@ -229,6 +242,11 @@ class PolicyGradientArguments(ReusedSamplesArguments):
             yield (
                 "divergence_limit: expected inner_epochs of 2 or more, without which the sampling weights are the "
                 "present ones, got 1; raise --inner_epochs or drop --divergence_limit."
+            )
+        if self.divergence_limit is not None and self.ratio_norm:
+            yield (
+                f"divergence_limit: expected none with ratio_norm, which clips, got {self.divergence_limit:g}; drop "
+                "one of the two."
             )
 
 

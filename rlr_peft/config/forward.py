@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class ForwardArguments(EstimatorArguments):
     """Images are noised afresh, and the denoiser follows those that scored well."""
 
+    normalizes_groups = True
+
     noise_levels: int = knob(
         8,
         "Levels, of the sampler's steps, at which every image is noised afresh; all of them if there are fewer.",

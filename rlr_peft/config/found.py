@@ -25,6 +25,16 @@ from rlr_peft.config.parsing import read_config
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no colon: every form of a reward but the registered names has one
 
 
+def config_beside(adapter: str) -> Path | None:
+    """The config of the run that left this adapter, if it lies on this machine."""
+    folder = Path(adapter).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    places = [folder / "config.yaml"]
+    if folder.name.startswith("checkpoint-"):
+        places.append(folder.parent / "config.yaml")
+    return next((place for place in places if place.is_file()), None)
+
+
 def read_found_config(path: Path, names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
     """The plain values of a config that was found, and the names of those that were left out, in part or whole.
 

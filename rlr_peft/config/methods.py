@@ -286,6 +286,7 @@ class GRPOArguments(PolicyGradientArguments):
     """Clipped policy gradient with advantages normalised within a prompt's group."""
 
     estimator = "grpo"
+    normalizes_groups = True
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ class RewardArguments(Group):
         "watches the first.",
         found="reward",
     )
-    reward_scaling: Literal["running", "first", "none"] = knob(
+    reward_scaling: Literal["running", "first", "group", "none"] = knob(
         "running",
         "What each of several rewards is divided by: its standard deviation over past updates, that of images of the "
-        "base, or nothing.",
+        "base, that within each prompt's group (GDPO; with grpo, ram, nft and awm), or nothing.",
     )
     reward_minimum: dict[str, float] | None = knob(
         None,
@@ -131,11 +131,24 @@ class RewardArguments(Group):
             if not math.isfinite(minimum):
                 yield f"reward_minimum: expected a finite number for {name}, got {minimum}; correct it."
 
+        if self.reward_scaling == "group":
+            yield from self._check_group_scaling(config)
         if len({answer.casefold() for answer in self.vlm_answers}) != 2 or len(self.vlm_answers) != 2:
             yield (
                 f"vlm_answers: expected two different answers, the good one first, got {' '.join(self.vlm_answers)}; "
                 "write for example `yes no`."
             )
+
+    def _check_group_scaling(self, config: "Config") -> Iterator[str]:
+        """Yields what does not go with advantages that are made of each reward by itself."""
+        start = "reward_scaling: expected running, first or none with"
+        if not config.estimator.normalizes_groups:
+            yield f"{start} {config.estimator.estimator}, got group; use --estimator grpo, ram, nft or awm."
+        if isinstance(self.reward_fn, str):
+            yield f"{start} a single reward, got group; write `--reward_fn {{NAME: WEIGHT, ...}}`."
+        for name in ("reward_minimum", "reward_limit"):
+            if getattr(self, name) is not None:
+                yield f"{start} {name}, which is of the sum, got group; drop one of the two."
 
     @property
     def weights(self) -> dict[str, float]:

@@ -56,6 +56,27 @@ def group_normalized(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     return ((groups - groups.mean(dim=1, keepdim=True)) / (std + STD_FLOOR)).reshape(-1)
 
 
+def separately_normalized(
+    rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], group_size: int
+) -> torch.Tensor:
+    """GDPO's advantages (2601.05242): every reward's own, normalised within the group, summed, and brought to std 1.
+
+    Normalised as a sum, combinations of rewards that differ may have the same advantage, and a reward with a small
+    spread has next to none.
+
+    Args:
+        rewards: of all processes, by name, (N,), samples of one prompt side by side.
+        weights: of the rewards, by the same names.
+        group_size: n >= 2, samples per prompt.
+
+    Returns:
+        Advantages, (N,).
+    """
+    total = sum(weights[name] * group_normalized(values, group_size) for name, values in rewards.items())
+    assert isinstance(total, torch.Tensor)
+    return total / (total.std(correction=0) + STD_FLOOR)
+
+
 class PromptStatistics:
     """DDPO's ``(R - mean) / std`` with mean and std of the prompt's latest rewards over several updates.
 

@@ -11,6 +11,7 @@ import torch
 from rlr_peft.chain import adjoint
 from rlr_peft.chain.adjoint import Booking, Segment
 from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.noise_window import MovingWindow
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.objective import Objective, Rollout
@@ -227,6 +228,15 @@ def coverage_of(estimator: Estimator, chain: Chain, has_gradient: bool) -> Cover
     """
     coverage = estimator.coverage(chain, has_gradient)
     return replace(coverage, departures=(*coverage.departures, *chain.departures))
+
+
+def over_updates(coverage: Coverage, moving: MovingWindow) -> Coverage:
+    """The coverage of an update, on average over all places of its noise."""
+    shares = moving.shares()
+    weights, gaps = coverage.weights.clone(), dict(coverage.gaps)
+    weights[moving.first - 1 : moving.last] = torch.tensor(list(shares.values()), dtype=weights.dtype)
+    gaps |= {t: moving.describe() for t, share in shares.items() if share < 1}
+    return replace(coverage, weights=weights, gaps=gaps)
 
 
 def accumulate(

@@ -3,7 +3,9 @@
 With a limit it is ``min(R(x_0), limit)``, for every gradient, score and advantage alike: they all ask for it here.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -109,6 +111,26 @@ class DecodedReward:
             RewardError: the scores are not finite, of the wrong shape, or not differentiable after all.
         """
         return self._measure(latents, prompts, differentiate, self._heldout)
+
+    def begin(
+        self, latents: torch.Tensor, prompts: Sequence[PromptLike], differentiate: bool = True
+    ) -> Callable[[], Measurement]:
+        """Begins to ``measure``; what it returns waits for the result, and raises what went wrong.
+
+        A reward that ``overlaps`` is asked meanwhile: wait for it before beginning again. Any other has been asked.
+        """
+        if not self._reward.overlaps:
+            measured = self.measure(latents, prompts, differentiate)
+            return lambda: measured
+        parts = [(self._decode(part, texts), texts) for part, texts in self._parts(latents, prompts)]
+        scored = _begin_asking(self._reward, parts)
+        heldout = None if self._heldout is None else _begin_asking(self._heldout, parts)
+
+        def finish() -> Measurement:
+            answer = scored()
+            return Measurement(answer, self.limited(answer.scores), None, None if heldout is None else heldout())
+
+        return finish
 
     def score_with_gradient(
         self, latents: torch.Tensor, prompts: Sequence[PromptLike]
@@ -265,7 +287,7 @@ def sample_batch(
     antithetic: bool = False,
     differentiate: bool = True,
 ) -> Batch:
-    """Samples and scores every prompt.
+    """Samples and scores every prompt; a reward that ``overlaps`` is asked while the next micro-batch is sampled.
 
     Args:
         chain: the chain to sample.
@@ -276,14 +298,44 @@ def sample_batch(
         antithetic: every second sample gets the mirrored noises of the one before.
         differentiate: whether the rewards' gradients are wanted.
     """
-    micro_batches = []
+    trajectories: list[Trajectory] = []
+    finishing: list[Callable[[], Measurement]] = []
+    measured: list[Measurement] = []
     for start in range(0, len(prompts), micro_batch_size):
         part = slice(start, start + micro_batch_size)
         noises = mirrored_pairs(chain.draw_noises(seeds[part][::2])) if antithetic else None
         trajectory = chain.sample(prompts[part], seeds[part], noises)
-        measured = objective.measure(trajectory.latents[0], trajectory.prompts, differentiate)
-        micro_batches.append((trajectory, measured))
-    return Batch(micro_batches)
+        measured += [finish() for finish in finishing]  # one question at a time, and no more images than those wait
+        finishing = [objective.begin(trajectory.latents[0], trajectory.prompts, differentiate)]
+        trajectories.append(trajectory)
+    measured += [finish() for finish in finishing]
+    return Batch(list(zip(trajectories, measured, strict=True)))
+
+
+def _begin_asking(reward: Reward, parts: list[tuple[torch.Tensor, list[PromptLike]]]) -> Callable[[], Scored]:
+    """Asks for the scores of images, in a thread of its own if the reward ``overlaps``; returns what waits for them."""
+    if not reward.overlaps:
+        answer = join_scored([measure_images(reward, images, texts) for images, texts in parts])
+        return lambda: answer
+    device = parts[0][0].device
+    # Copied here: in the other thread, the copies would queue behind what this one gives the GPU to do next.
+    copies = [(images.cpu(), texts) for images, texts in parts]
+    future: Future[Scored] = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result(join_scored([measure_images(reward, images, texts) for images, texts in copies]))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # Not an executor, which would hold up the end of a program that was told to stop until the server answers.
+    threading.Thread(target=ask, daemon=True).start()
+
+    def wait() -> Scored:
+        answer = future.result()
+        return replace(answer, scores=answer.scores.to(device))
+
+    return wait
 
 
 def mirrored_pairs(noises: torch.Tensor) -> torch.Tensor:

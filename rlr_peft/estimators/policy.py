@@ -6,6 +6,11 @@ DDPO and GRPO correct for that by the density ratio ``r`` of the present to the 
 one epoch ``r = 1``, and what is left is the score-function gradient with the method's own advantages. Log densities SUM
 over latent dimensions, so ``clip_range`` bounds the ratio of whole steps.
 
+With the noise eps of the sample and a mean that has moved by d, ``log r = <d, eps> / std - |d|^2 / (2 std^2)``: below 0
+on average, and the more so the less noise a step has, so that clipping from above is rare. GRPO-Guard (2510.22319)
+takes ``<d, eps>`` in place of it, and divides the gradient by the length of the step, so that all steps weigh the same
+in the flow velocity. Lengths and latents are those of the flow path that the chain's path becomes by rescaling.
+
 D3PO prefers of two samples of a prompt the one with the higher reward. Every step then raises
 ``log sigmoid(beta (log p / p_ref (preferred) - log p / p_ref (other)))``, the reference being the base model. Only the
 order of the rewards counts (Yang et al., "Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model",
@@ -22,6 +27,7 @@ import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
 from rlr_peft.chain.interface import Chain, Trajectory
+from rlr_peft.chain.path import PathPoint
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
 from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.half_order import HalfOrder
@@ -81,6 +87,7 @@ class PolicyGradientSettings:
         steps: which steps train, all or some drawn for every micro-batch; single steps.
         inner_epochs: optimiser steps on the same samples.
         clip_range: the density ratio of a step is clipped to 1 - c .. 1 + c.
+        ratio_norm: clip GRPO-Guard's ratio in place of the density ratio.
         divergence_limit: in place of clipping, a step's KL from the sampling weights, in nats, above which a sample
             gives nothing if its ratio would move further away (Flow-DPPO 2606.11025); None clips.
         advantage_clip: advantages are clipped to -a .. a.
@@ -92,6 +99,7 @@ class PolicyGradientSettings:
     steps: HalfOrder
     inner_epochs: int = 1
     clip_range: float = 0.2
+    ratio_norm: bool = False
     divergence_limit: float | None = None
     advantage_clip: float = 5.0
     prompt_buffer_size: int = 32
@@ -109,12 +117,14 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         self.departures = ("advantages are divided by a standard deviation that contains the sample's own reward",)
         if settings.inner_epochs > 1:
             self.departures += ("later inner epochs use samples of earlier weights, with clipped ratios",)
+        if settings.ratio_norm:
+            self.departures += ("every step is weighted by its noise over its length",)
         self._prompt_statistics = PromptStatistics(settings.prompt_buffer_size, settings.prompt_min_count)
 
     def describe(self, has_gradient: bool | None = None) -> str:
         s = self.settings
         normalised = {"prompt-statistics": "per-prompt statistics", "group-normalized": "group-normalised"}[s.advantage]
-        trust = f"ratios clipped at {s.clip_range:g}"
+        trust = f"{'normalised ' if s.ratio_norm else ''}ratios clipped at {s.clip_range:g}"
         if s.divergence_limit is not None:
             trust = f"masked beyond {s.divergence_limit:g} nats"
         return (
@@ -131,6 +141,9 @@ class PolicyGradientEstimator(SingleStepsEstimator):
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
         settings = self.settings
+        if settings.ratio_norm:
+            points = chain.path_point(t), chain.path_point(t - 1)
+            return partial(normalized_cotangent, rollout, clip_range=settings.clip_range, points=points)
         return partial(
             clipped_cotangent, rollout, clip_range=settings.clip_range, divergence_limit=settings.divergence_limit
         )
@@ -180,20 +193,62 @@ def clipped_cotangent(
     noise = standardized_noise(rollout.trajectory, t, mean)
     ratio = ((rollout.trajectory.noise(t).square() - noise.square()).flatten(1).sum(1) / 2).exp()
     advantages = rollout.advantages.to(ratio.dtype)
-    deviation = (ratio - 1).abs()
     if divergence_limit is None:
-        outside = deviation > clip_range
+        outside = (ratio - 1).abs() > clip_range
     else:
         sampled_mean = trajectory.latents[t - 1] - trajectory.std(t) * trajectory.noise(t)
         outside = step_kl(mean, sampled_mean, trajectory.std(t)) > divergence_limit
+    factor = _kept(advantages, ratio, outside)
+    return per_sample(factor, noise) * noise / trajectory.std(t), _numbers(ratio, outside)
+
+
+def normalized_cotangent(
+    rollout: Rollout,
+    t: int,
+    mean: torch.Tensor,
+    _: torch.Tensor | None = None,
+    *,
+    clip_range: float,
+    points: tuple[PathPoint, PathPoint],
+) -> tuple[torch.Tensor, Mapping[str, float]]:
+    """Derivative of ``min(A r, A clip(r, 1 - c, 1 + c)) / dt`` by the present mean of step t, ``r = exp(<d, eps>)``.
+
+    Args:
+        rollout: sampled with earlier weights, or the present ones.
+        t: a step with noise.
+        mean: of step t under the present weights, (B, ...).
+        clip_range: c.
+        points: where the step starts and where it leads. Shares of noise s of the flow path give the length dt, and
+            ``alpha + sigma`` the scale of the latents.
+
+    Returns:
+        As ``clipped_cotangent``.
+    """
+    trajectory = rollout.trajectory
+    eps = trajectory.noise(t)
+    moved = mean - (trajectory.latents[t - 1] - trajectory.std(t) * eps)
+    start, end = points
+    scale = end.alpha + end.sigma
+    length = start.sigma / (start.alpha + start.sigma) - end.sigma / scale
+    ratio = ((moved * eps).flatten(1).sum(1) / scale).exp()
+    outside = (ratio - 1).abs() > clip_range
+    factor = _kept(rollout.advantages.to(ratio.dtype), ratio, outside) / (scale * length)
+    return per_sample(factor, eps) * eps, _numbers(ratio, outside)
+
+
+def _kept(advantages: torch.Tensor, ratio: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+    """``A r``, (B,), 0 for samples outside the trust region that would move further away."""
     left_out = outside & torch.where(advantages > 0, ratio > 1, ratio < 1)
     # A sample without advantage adds nothing, even where its ratio overflows.
-    factor = torch.where(left_out | (advantages == 0), 0.0, advantages * ratio)
-    numbers = {
-        "policy_ratio_deviation": float(deviation.mean()),
+    return torch.where(left_out | (advantages == 0), 0.0, advantages * ratio)
+
+
+def _numbers(ratio: torch.Tensor, outside: torch.Tensor) -> Mapping[str, float]:
+    """How far the ratios are from 1, and the share that is outside the trust region, for the logs."""
+    return {
+        "policy_ratio_deviation": float((ratio - 1).abs().mean()),
         "policy_clip_fraction": float(outside.double().mean()),
     }
-    return per_sample(factor, noise) * noise / trajectory.std(t), numbers
 
 
 def standardized_noise(trajectory: Trajectory, t: int, mean: torch.Tensor) -> torch.Tensor:

@@ -201,6 +201,7 @@ def _policy_gradient(
         steps=_half_order(arguments, 1, num_inference_steps, stages),
         inner_epochs=arguments.inner_epochs,
         clip_range=arguments.clip_range,
+        ratio_norm=arguments.ratio_norm,
         divergence_limit=arguments.divergence_limit,
         advantage_clip=arguments.advantage_clip,
         **past,

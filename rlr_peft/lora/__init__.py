@@ -9,7 +9,7 @@ from rlr_peft.lora.attach import (
     lora_parameters,
     lora_size,
 )
-from rlr_peft.lora.export import check_kohya, save_kohya, save_lora
+from rlr_peft.lora.export import check_kohya, export_adapter, save_lora
 from rlr_peft.lora.files import (
     AdapterFiles,
     AdapterFormatError,
@@ -46,13 +46,13 @@ __all__ = [
     "check_kohya",
     "denoiser_name",
     "diffusers_loads",
+    "export_adapter",
     "find_adapter",
     "load_fitting_lora",
     "load_lora",
     "lora_parameters",
     "lora_size",
     "merge_lora",
-    "save_kohya",
     "save_lora",
     "start_from",
     "unload_lora",

@@ -1,10 +1,8 @@
-"""Saves the adapter as the one file that `pipeline.load_lora_weights` reads exactly.
-
-It is saved in kohya's format too, which ComfyUI, AUTOMATIC1111, SD.Next and InvokeAI read.
-"""
+"""Saves the adapter as the one file that `pipeline.load_lora_weights` reads exactly, and for other programs."""
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from rlr_peft.chain.families import adapter_folder, adapter_prefix
 from rlr_peft.durable_files import WEIGHT_NAME, replacing_file
 from rlr_peft.lora.attach import adapted_denoisers, denoiser_name
+from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, read_tensors
+from rlr_peft.lora.formats import apply_settings, format_name, layers_of
 
 METADATA_KEYS = (
     "r",
@@ -32,9 +31,12 @@ METADATA_KEYS = (
 """What a reader must know to apply the weights, and no more: a key that its peft lacks is a TypeError there."""
 KOHYA_NAME = "kohya/lora_kohya.safetensors"
 """In a subfolder: `load_lora_weights` would take a second file beside the adapter for it."""
+# Layers of images' UNets, and of the transformers with joint attention, whose blocks have one `attn`.
+_OF_UNET = re.compile(r"unet\.(?!.*(?:motion_modules|temp_|transformer_in))")
+_OF_TRANSFORMER = re.compile(r"transformer\.(?!.*\.(?:attn[12]|attention)\.)(?!blocks\.|layers\.)")
 
 
-def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False, adapter_name: str = "default") -> Path:
+def save_lora(pipeline: Any, directory: str | Path, *, adapter_name: str = "default") -> Path:
     """Writes `pytorch_lora_weights.safetensors`: native PEFT keys, float32, and the metadata to scale them by.
 
     The adapter of a second denoiser, `transformer_2`, goes into a file of the same name in the subfolder
@@ -43,8 +45,6 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
     Args:
         pipeline: with the trained denoiser inside.
         directory: created when missing. An adapter file that is already there is replaced at once, or kept on an error.
-        fold_alpha: multiply the scale into lora_B and say `lora_alpha = r`, for readers that ignore the metadata
-            (diffusers before 0.35, other programs). Equal up to rounding, and exactly when the scale is a power of two.
         adapter_name: peft's name of the adapter inside the denoiser.
 
     Returns:
@@ -53,13 +53,13 @@ def save_lora(pipeline: Any, directory: str | Path, *, fold_alpha: bool = False,
     paths = []
     for name in adapted_denoisers(pipeline, adapter_name):
         folder = Path(directory) / adapter_folder(name)
-        paths.append(_save_denoiser(pipeline, name, folder, fold_alpha, adapter_name))
+        paths.append(_save_denoiser(pipeline, name, folder, adapter_name))
     if not paths:
         raise ValueError(f"Expected an adapter {adapter_name!r} in the {denoiser_name(pipeline)}: attach one first.")
     return paths[0]
 
 
-def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, adapter_name: str) -> Path:
+def _save_denoiser(pipeline: Any, name: str, directory: Path, adapter_name: str) -> Path:
     denoiser = getattr(pipeline, name)
     prefix = adapter_prefix(name)
     save = getattr(pipeline, "save_lora_weights", None)
@@ -68,7 +68,7 @@ def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, 
             f"{type(pipeline).__name__} cannot save a LoRA of its {name} with metadata: expected a pipeline "
             f"whose save_lora_weights takes {prefix}_lora_adapter_metadata. Use diffusers >= 0.35 and such a pipeline."
         )
-    tensors, metadata = _adapter(denoiser, fold_alpha, adapter_name)
+    tensors, metadata = _adapter(denoiser, adapter_name)
     path = directory / WEIGHT_NAME
     with replacing_file(path) as aside:
         if save is None:
@@ -83,7 +83,7 @@ def _save_denoiser(pipeline: Any, name: str, directory: Path, fold_alpha: bool, 
     return path
 
 
-def _adapter(denoiser: Any, fold_alpha: bool, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _adapter(denoiser: Any, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The adapter's tensors by native PEFT keys, and its metadata."""
     # native keys: convert_state_dict_to_diffusers silently loses convolutions and projections
     tensors = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
@@ -91,13 +91,6 @@ def _adapter(denoiser: Any, fold_alpha: bool, adapter_name: str) -> tuple[dict[s
     config = denoiser.peft_config[adapter_name].to_dict()
     metadata = {key: config[key] for key in METADATA_KEYS}
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order changes from run to run
-    if fold_alpha:
-        for module_name, module in denoiser.named_modules():
-            if isinstance(module, LoraLayer) and adapter_name in module.scaling:
-                for key in (f"{module_name}.lora_B.weight", f"{module_name}.lora_B.bias"):
-                    if key in tensors:
-                        tensors[key] = tensors[key] * module.scaling[adapter_name]
-        metadata |= {"lora_alpha": metadata["r"], "alpha_pattern": dict(metadata["rank_pattern"]), "use_rslora": False}
     return tensors, metadata
 
 
@@ -139,25 +132,40 @@ def check_kohya(pipeline: Any) -> None:
             )
 
 
-def save_kohya(pipeline: Any, directory: str | Path) -> Path:
-    """Writes `kohya/lora_kohya.safetensors` into the folder: float32, the scale folded into the weights.
+def export_adapter(files: AdapterFiles, path: Path) -> None:
+    """Writes an adapter as one file for programs that read no metadata: float32, the scale folded into the weights.
+
+    The names are those that ComfyUI's `comfy/lora.py` lists for the family: kohya's of a UNet, by diffusers' own
+    conversion, and diffusers' of FLUX, SD3 and Qwen-Image. Every program takes a file without alpha, or with alpha =
+    rank, at scale 1.
 
     Args:
-        pipeline: with the trained UNet inside.
-        directory: the folder of the adapter.
-
-    Returns:
-        The path of the file.
+        files: an adapter in diffusers' format, such as a run's.
+        path: of the file; one that is there is replaced at once, or kept on an error.
 
     Raises:
-        ValueError: of `check_kohya`.
+        AdapterFormatError: of another format or family, or DoRA or biases, which have no place there.
     """
-    check_kohya(pipeline)
-    # The conversion says alpha = rank, whatever the adapter's alpha: the scale must be in the weights.
-    tensors, _ = _adapter(pipeline.unet, True, "default")
-    converted = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in tensors.items()})
-    path = Path(directory) / KOHYA_NAME
+    tensors: dict[str, torch.Tensor] = {}
+    for source in files.paths:
+        read, settings = read_tensors(source, files.place)
+        layers = {layer.name: layer for layer in layers_of(read, files.place)}
+        if not (all(map(_OF_UNET.match, layers)) or all(map(_OF_TRANSFORMER.match, layers))):
+            raise AdapterFormatError(
+                f"The adapter {files.place}: expected diffusers' format and layers of Stable Diffusion, SDXL, SD3, "
+                f"FLUX or Qwen-Image alone, got {format_name(read)} with {next(iter(layers))}; use `rlr-peft merge`."
+            )
+        apply_settings(layers, settings, files.place, of_base=layers, prefixed=True)
+        for name, layer in layers.items():
+            if layer.magnitude is not None or layer.bias is not None:
+                raise AdapterFormatError(
+                    f"The adapter {files.place}: expected plain LoRA, got DoRA or biases, which cannot be exported; "
+                    "use `rlr-peft merge`."
+                )
+            tensors[f"{name}.lora_A.weight"] = layer.down.float()
+            tensors[f"{name}.lora_B.weight"] = layer.up.float() * layer.scale
+    if next(iter(tensors)).startswith("unet."):
+        tensors = convert_state_dict_to_kohya(tensors)  # with alpha = rank
     with replacing_file(path) as aside:
-        save_file({key: value.contiguous() for key, value in converted.items()}, aside, metadata={"format": "pt"})
+        save_file({key: value.contiguous() for key, value in tensors.items()}, aside, metadata={"format": "pt"})
         sort_header(aside)
-    return path

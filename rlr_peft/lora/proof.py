@@ -82,7 +82,7 @@ def verify_lora_reloads(
 
     Args:
         trained_pipeline: as trained; rendered in eval mode, left in the mode it was in.
-        directory: what `save_lora` wrote into, without `fold_alpha` (folding changes the rounding).
+        directory: what `save_lora` wrote into.
         render: makes images from a pipeline, the same for the same weights: fixed seeds, eta = 0 or a fixed generator.
         fresh_pipeline: the same base in the same dtype, on the same device, without any adapter, which gets the adapter
             and keeps it; None loads it beside the trained one, whose place it takes for its images: nothing but the

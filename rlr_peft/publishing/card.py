@@ -104,7 +104,7 @@ def card_text(directory: Path, card: StoredCard) -> str:
     metadata = _metadata(record, directory, gallery, results)
     variables = {
         **shown,
-        **_names(record),
+        **names_in_words(record),
         "results": results,
         "gallery": gallery,
         "before_after": before_after and quote(before_after),
@@ -244,7 +244,7 @@ def card_metadata(pipeline_tag: str, tags: Sequence[str], licence: License, **ot
     )
 
 
-def _names(record: RunRecord) -> dict[str, str]:
+def names_in_words(record: RunRecord) -> dict[str, str]:
     """What is trained on what."""
     model, kind = printable(record.base.model), base_kind(record.base.model)
     label = Path(model).name if kind == "folder" else model
@@ -256,7 +256,7 @@ def _names(record: RunRecord) -> dict[str, str]:
         "hub": hub_link(label),
     }
     return {
-        "title": in_cell(f"LoRA of {label.rsplit('/', 1)[-1]} for the {rewards} {in_a_row(names)}"),
+        "title": in_cell(f"{in_a_row(names)} LoRA for {label.rsplit('/', 1)[-1]}".strip()),
         "base_text": base_text[kind],
         "reward_text": f"the {rewards} {in_a_row([in_code(name) for name in names])}",
     }

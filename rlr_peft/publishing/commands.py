@@ -1,4 +1,4 @@
-"""`rlr-peft card`, `push` and `merge`: a card is written again, a folder published later, an adapter fused in.
+"""`rlr-peft card`, `push`, `merge`, `export`, `space`: what becomes of a finished run's folder and its adapter.
 
 Model libraries are imported inside: a wrong flag is refused at once.
 """
@@ -159,9 +159,7 @@ def merge_command(words: Sequence[str]) -> int:
         example="--base stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter outputs/aesthetic --output merged",
     ).own
     output = Path(own.output)
-    check_output(output)
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"output: expected a new or empty folder, got {output}; choose another.")
+    _check_new_folder(output)
     for problem in () if own.revision is None else check_revision("revision", own.revision):
         raise ConfigError(problem)
 
@@ -214,3 +212,72 @@ def merge_command(words: Sequence[str]) -> int:
     say(f"Merged the adapter into the {' and the '.join(merged)}. Load the pipeline with")
     say(f"  pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
     return 0
+
+
+@dataclass(frozen=True)
+class ExportFlags(Group):
+    """The file"""
+
+    adapter: str = knob(MISSING, "Folder, file or Hub id of the adapter.")
+    output: str = knob(MISSING, "File to write, ending in .safetensors.")
+
+
+def export_command(words: Sequence[str]) -> int:
+    """Writes the adapter as one file that ComfyUI and its kind read."""
+    own = read_words(
+        words,
+        ExportFlags,
+        "rlr-peft export",
+        "Write an adapter of Stable Diffusion, SDXL, SD3, FLUX or Qwen-Image as ComfyUI and its kind read it.",
+        place="adapter",
+        example="outputs/aesthetic --output ComfyUI/models/loras/aesthetic.safetensors",
+    ).own
+    output = Path(own.output)
+    check_output(output, is_file=True)
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"output: expected a file that ends in .safetensors, got {output}; rename it.")
+
+    from rlr_peft.lora import export_adapter, find_adapter
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    export_adapter(find_adapter(own.adapter), output)
+    say(output)
+    return 0
+
+
+@dataclass(frozen=True)
+class SpaceFlags(Group):
+    """The page"""
+
+    adapter: str = knob(MISSING, "Folder, file or Hub id of the adapter.")
+    output: str = knob("outputs/space", "New folder of the page.")
+    base: str | None = knob(None, "Hub id or folder of the base; null means that of the run beside the adapter.")
+
+
+def space_command(words: Sequence[str]) -> int:
+    """Writes a folder that runs with Gradio on this machine, and on the Hub as a Space."""
+    own = read_words(
+        words,
+        SpaceFlags,
+        "rlr-peft space",
+        "Write a Gradio page that draws base and adapter from the same noise, with a slider between them.",
+        place="adapter",
+        example="outputs/aesthetic --output space",
+    ).own
+    output = Path(own.output)
+    _check_new_folder(output)
+
+    from rlr_peft.build.reporting import as_config_error
+    from rlr_peft.lora import find_adapter
+    from rlr_peft.publishing.space import write_space
+
+    with as_config_error():
+        write_space(output, find_adapter(own.adapter), own.base)
+    say(f"Install and start it with\n  pip install -r {output}/requirements.txt\n  python {output}/app.py")
+    return 0
+
+
+def _check_new_folder(output: Path) -> None:
+    check_output(output)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"output: expected a new or empty folder, got {output}; choose another.")

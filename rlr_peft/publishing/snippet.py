@@ -17,6 +17,27 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
 
     Without `record.adapter.repo_id` it must be run in the adapter's folder.
     """
+    arguments = "".join(f"    {argument},\n" for argument in call_arguments(record, prompt))
+    is_video = record.sampling.fps is not None
+    imports = []
+    if is_video:
+        imports.append("from diffusers.utils import export_to_gif")
+        arguments += '    output_type="pil",\n'
+        ending = f').frames[0]\nexport_to_gif(video, "video.gif", fps={record.sampling.fps})'
+    else:
+        ending = ').images[0]\nimage.save("image.png")'
+    return (
+        f"{pipeline_code(record, imports)}"
+        f"\n{'video' if is_video else 'image'} = pipe(\n"
+        f"    prompt={quoted(prompt)},\n"  # the first argument of FLUX.2 is an image
+        f"{arguments}"
+        "    generator=torch.Generator().manual_seed(0),\n"
+        f"{ending}"
+    )
+
+
+def pipeline_code(record: RunRecord, others: Sequence[str] = ()) -> str:
+    """Code that makes `pipe`, the base with the adapter, as the numbers were measured; it imports others, too."""
     kind = base_kind(record.base.model)
     pipeline_class, parts, part_classes = _parts(record)
     scheduler_imports, scheduler = _scheduler(record)
@@ -28,27 +49,14 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     elif kind == "folder":
         base = _place(record.base.model)
     else:
-        base = _quoted(record.base.model)
-    options = "".join(f", {name}={_quoted(value)}" for name, value in record.base.options.items())
-    arguments = "".join(f"    {argument},\n" for argument in call_arguments(record, prompt))
-    is_video = record.sampling.fps is not None
-    extra_imports, loading = _loading(record)
-    if is_video:
-        extra_imports.append("from diffusers.utils import export_to_gif")
-        arguments += '    output_type="pil",\n'
-        ending = f').frames[0]\nexport_to_gif(video, "video.gif", fps={record.sampling.fps})'
-    else:
-        ending = ').images[0]\nimage.save("image.png")'
-    return "\n".join(scheduler_imports + _sorted_imports(imports, extra_imports)) + (
+        base = quoted(record.base.model)
+    options = "".join(f", {name}={quoted(value)}" for name, value in record.base.options.items())
+    loading_imports, loading = _loading(record)
+    return "\n".join(scheduler_imports + _sorted_imports(imports, [*loading_imports, *others])) + (
         f"\n\n{parts}pipe = {pipeline_class}.from_pretrained({base}{options}"
         f"{''.join(f', {name}={name}' for name in record.base.components)}, dtype=torch.{record.base.dtype})\n"
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"{scheduler}{loading}\n"
-        f"\n{'video' if is_video else 'image'} = pipe(\n"
-        f"    prompt={_quoted(prompt)},\n"  # the first argument of FLUX.2 is an image
-        f"{arguments}"
-        "    generator=torch.Generator().manual_seed(0),\n"
-        f"{ending}"
     )
 
 
@@ -93,7 +101,7 @@ def _levels(sigmas: object) -> str:
 
 
 def _value(value: object) -> str:
-    return _quoted(value) if isinstance(value, str) else repr(value)
+    return quoted(value) if isinstance(value, str) else repr(value)
 
 
 def _parts(record: RunRecord) -> tuple[str, str, list[str]]:
@@ -111,7 +119,7 @@ def _parts(record: RunRecord) -> tuple[str, str, list[str]]:
 
 def _place(name: str) -> str:
     """A Hub id as it is; a folder with its whole path."""
-    return _quoted(str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name)
+    return quoted(str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name)
 
 
 def _sorted_imports(imports: list[str], extra: list[str]) -> list[str]:
@@ -122,16 +130,16 @@ def _sorted_imports(imports: list[str], extra: list[str]) -> list[str]:
 
 def _loading(record: RunRecord) -> tuple[list[str], str]:
     """Imports and lines that put the adapter into the pipeline."""
-    adapter, weights = _quoted(record.adapter.repo_id or "."), _quoted(record.adapter.weight_name)
+    adapter, weights = quoted(record.adapter.repo_id or "."), quoted(record.adapter.weight_name)
     if record.adapter.peft_config is not None:
         return _loading_through_peft(record)
     lines = []
-    revision = "" if record.adapter.revision is None else f", revision={_quoted(record.adapter.revision)}"
+    revision = "" if record.adapter.revision is None else f", revision={quoted(record.adapter.revision)}"
     for name in record.adapter.denoisers:
         # Without `weight_name` the file is guessed by asking the Hub, which fails offline and for private repositories.
         # (In a local folder diffusers takes the first expert's file if the second's is named by `subfolder`.)
         folder = adapter_folder(name)
-        file = _quoted(f"{folder}/{record.adapter.weight_name}") if folder else weights
+        file = quoted(f"{folder}/{record.adapter.weight_name}") if folder else weights
         into = "".join(f", {option}={value}" for option, value in adapter_loading(name).items())
         lines.append(f"pipe.load_lora_weights({adapter}, weight_name={file}{into}{revision})")
     return [], "\n".join(lines)
@@ -144,19 +152,19 @@ def _loading_through_peft(record: RunRecord) -> tuple[list[str], str]:
         "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
         "from safetensors.torch import load_file",
     ]
-    file = _quoted(record.adapter.weight_name)
+    file = quoted(record.adapter.weight_name)
     if record.adapter.repo_id is not None:
         imports.append("from huggingface_hub import hf_hub_download")
-        revision = "" if record.adapter.revision is None else f", revision={_quoted(record.adapter.revision)}"
-        file = f"hf_hub_download({_quoted(record.adapter.repo_id)}, {file}{revision})"
+        revision = "" if record.adapter.revision is None else f", revision={quoted(record.adapter.revision)}"
+        file = f"hf_hub_download({quoted(record.adapter.repo_id)}, {file}{revision})"
     options = ", ".join(f"{key}={value!r}" for key, value in (record.adapter.peft_config or {}).items())
     return imports, (
-        f"weights = {{key.removeprefix({_quoted(name + '.')}): value for key, value in load_file({file}).items()}}\n"
+        f"weights = {{key.removeprefix({quoted(name + '.')}): value for key, value in load_file({file}).items()}}\n"
         f"inject_adapter_in_model(LoraConfig({options}), pipe.{name})\n"
         f"set_peft_model_state_dict(pipe.{name}, weights)"
     )
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A Python string in double quotes: every JSON string is one."""
     return json.dumps(text, ensure_ascii=False)

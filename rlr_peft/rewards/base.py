@@ -52,6 +52,9 @@ class Reward(ABC):
         takes_images: of a reward with `takes_video`, whether single images will do as well.
         takes_latents: True for a reward that gets, in place of images, the clean latents (B, ...) that they would be
             decoded from, as the denoiser has them: scaled, and packed where the pipeline packs them.
+        overlaps: True for a reward that may be asked in another thread, with images on the CPU, while the next images
+            are sampled: one without gradient that waits for a server or works on the CPU, and that neither draws random
+            numbers nor changes global state.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Reward(ABC):
     takes_video: bool = False
     takes_images: bool = False
     takes_latents: bool = False
+    overlaps: bool = False
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:

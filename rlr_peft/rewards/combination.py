@@ -13,7 +13,7 @@ from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored, measure_images
 from rlr_peft.rewards.scores import Info
 
-Scaling = Literal["running", "first", "none"]
+Scaling = Literal["running", "first", "group", "none"]
 DECAY = 0.9
 # A variance below this share of the mean square is what float32 networks round by: the scores are all equal.
 ROUNDING = 1e-10
@@ -81,6 +81,7 @@ class _SeveralRewards(Reward):
                 f"{', '.join(f'{r.name} (latents)' if r.takes_latents else r.name for r in rewards)}; train on one kind"
             )
         self.takes_images = all(reward.takes_images or not reward.takes_video for reward in rewards)
+        self.overlaps = all(reward.overlaps for reward in rewards)
 
     @property
     def parts(self) -> list[Reward]:
@@ -139,7 +140,7 @@ class WeightedRewards(_SeveralRewards):
     Args:
         terms: one or more.
         scaling: "running" moves the scales with training, "first" keeps those of the first scores, "none" leaves the
-            rewards in their own units.
+            rewards in their own units; "group" is "first" for the logs, and the advantages are made of each by itself.
         penalty: weight of what lacks to a minimum.
     """
 
@@ -223,7 +224,12 @@ class WeightedRewards(_SeveralRewards):
         return total
 
     def _divisor(self, term: Term) -> float:
-        return {"running": term.scale.current, "first": term.scale.first, "none": 1.0}[self._scaling]
+        return {
+            "running": term.scale.current,
+            "first": term.scale.first,
+            "group": term.scale.first,
+            "none": 1.0,
+        }[self._scaling]
 
 
 class HeldoutRewards(_SeveralRewards):

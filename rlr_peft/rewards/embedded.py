@@ -54,6 +54,8 @@ class JpegReward(Reward):
             (`jpeg-incompressibility`).
     """
 
+    overlaps = True
+
     def __init__(self, compressible: bool) -> None:
         self.name = "jpeg-compressibility" if compressible else "jpeg-incompressibility"
         self._sign = -1.0 if compressible else 1.0

@@ -32,6 +32,7 @@ class OcrReward(Reward):
     """
 
     name = "ocr"
+    overlaps = True
 
     def __init__(self) -> None:
         rapidocr = extra("rapidocr", "ocr", "--reward_fn ocr")

@@ -69,6 +69,8 @@ class RemoteReward(Reward):
         RewardError: not an http(s) URL with a host.
     """
 
+    overlaps = True
+
     def __init__(self, url: str, settings: RemoteSettings | None = None) -> None:
         self._settings = settings or RemoteSettings()
         try:

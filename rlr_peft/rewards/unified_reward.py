@@ -56,6 +56,7 @@ class UnifiedRewardEndpoint(Reward):
     """The same of a model behind an OpenAI-compatible URL, which knows it as `UnifiedReward`."""
 
     name = NAME
+    overlaps = True
 
     def __init__(self, url: str, files: ModelFiles, settings: RemoteSettings) -> None:
         self._question = published_question(files)

@@ -108,6 +108,8 @@ class VlmEndpoint(Reward):
         RewardError: no URL.
     """
 
+    overlaps = True
+
     def __init__(self, model: str, judge: JudgeSettings, settings: RemoteSettings) -> None:
         self.name = f"{VLM_PREFIX}{model}"
         self._judge = judge

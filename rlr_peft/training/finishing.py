@@ -28,7 +28,15 @@ from rlr_peft.compare.run import prompt_source
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
 from rlr_peft.foreign_text import shown_name
-from rlr_peft.lora import adapted_denoisers, diffusers_loads, save_kohya, save_lora, verify_lora_reloads
+from rlr_peft.lora import (
+    adapted_denoisers,
+    diffusers_loads,
+    export_adapter,
+    find_adapter,
+    save_lora,
+    verify_lora_reloads,
+)
+from rlr_peft.lora.export import KOHYA_NAME
 from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
@@ -76,7 +84,7 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
 def _finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
     save_lora(run.pipeline, run.output_dir)
     if run.config.lora.output_kohya_format:
-        save_kohya(run.pipeline, run.output_dir)
+        export_adapter(find_adapter(str(run.output_dir)), run.output_dir / KOHYA_NAME)
     clear_card_images(run.output_dir)
     if not run.config.validation.skip_final_inference:
         save_validation_images(run, progress.step, "test")

@@ -13,9 +13,12 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
+from rlr_peft.chain.noise_window import moving_window
 from rlr_peft.config.estimator import MeasuringArguments
-from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of
+from rlr_peft.config.forward import ForwardArguments
+from rlr_peft.config.methods import GRPOArguments
+from rlr_peft.estimators.advantages import leave_one_out, separately_normalized
+from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of, over_updates
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
 from rlr_peft.prompt import Prompt
@@ -85,15 +88,19 @@ def take_update(run: Run, step: int) -> Update:
         RewardError: bad scores; nothing has been updated.
         DerivativeError: the gradient is not finite; this optimiser step has not been taken.
     """
+    moving = moving_window(run.config.chain)
+    if moving is not None:
+        run.chain.place_noise(*moving.at(step, derive_seed(run.config.training.seed, "noise_window", step)))
     batch = _sample(run, step)
     prompts = run.processes.gather_objects(batch.prompts, "the prompts")
     scores = run.processes.gather(batch.scored.scores, "the rewards")
     info = _gather_info(run, batch)
-    advantages = run.estimator.advantages(
-        run.objective.limited(scores), prompts, run.config.training.num_images_per_prompt
-    )
+    raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
+    advantages = _advantages(run, scores, raw, prompts)
     rollouts = batch.rollouts(advantages[_own_samples(run)])
     coverage = coverage_of(run.estimator, run.chain, rollouts[0].reward_gradient is not None)
+    if moving is not None:
+        coverage = over_updates(coverage, moving)
     kl: torch.Tensor | None = None
     for epoch in range(run.estimator.inner_epochs):
         books, divergences = [], []
@@ -119,12 +126,21 @@ def take_update(run: Run, step: int) -> Update:
     books = run.processes.gather_objects(books, "the estimator's numbers")
     run.estimator.learn(books)
     heldout = None if batch.heldout is None else run.processes.gather(batch.heldout.scores, "the held-out scores")
-    raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
     shown = run.reward.scores_on_first_scales(scores, raw)
     update = Update(shown, heldout, kl, coverage, books, gradient_norm, _logged_info(run, info, scores))
     # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
     run.reward.learn(raw)
     return update
+
+
+def _advantages(run: Run, scores: torch.Tensor, raw: Mapping[str, torch.Tensor], prompts: list[str]) -> torch.Tensor:
+    """Advantages (N,) of all processes' samples, of their scores (N,) or, with GDPO, of every reward's by itself."""
+    group_size, method = run.config.training.num_images_per_prompt, run.config.estimator
+    if run.config.reward.reward_scaling == "group" and isinstance(method, GRPOArguments | ForwardArguments):
+        weights = dict(zip(run.reward.part_names, run.config.reward.weights.values(), strict=True))
+        advantages = separately_normalized(raw, weights, group_size).to(scores)
+        return advantages.clamp(-method.advantage_clip, method.advantage_clip)
+    return run.estimator.advantages(run.objective.limited(scores), prompts, group_size)
 
 
 def calibration_due(run: Run, step: int) -> bool:

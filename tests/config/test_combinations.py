@@ -167,6 +167,31 @@ REFUSED = [
         "noise_window: expected two steps a b with 1 <= a <= b <= num_inference_steps (50), got 9 51",
     ),
     ("--noise_window 9", "noise_window: expected two steps a b"),
+    ("--noise_steps 2 --noise_window 2 5", "noise_steps: expected a method that trains single steps and measures none"),
+    (
+        "--estimator grpo --noise_steps 2",
+        "noise_window: expected 2 steps or more beside noise_steps 2, got none; widen",
+    ),
+    ("--estimator grpo --noise_steps 3 --noise_window 4 5", "noise_window: expected 3 steps or more beside noise_ste"),
+    ("--estimator grpo --noise_steps 2 --noise_window 1 5", "noise_window: expected to begin at 2 or later beside noi"),
+    ("--estimator grpo --noise_slide 2", "noise_slide: expected noise_steps with it, got 2 alone; give --noise_steps"),
+    (
+        "--estimator grpo --noise_steps 2 --noise_window 2 5 --ho_start window --ho_blocks 1 --ho_window 2 3",
+        "ho_window: expected none beside noise_steps, which move, got both; use --noise_window alone.",
+    ),
+    (
+        "--estimator grpo --ratio_norm --divergence_limit 1 --inner_epochs 2",
+        "divergence_limit: expected none with ratio_norm, which clips, got 1; drop one of the two.",
+    ),
+    ("--estimator grpo --reward_scaling group", "reward_scaling: expected running, first or none with a single reward"),
+    (
+        '--estimator ddpo --reward_scaling group --reward_fn {"a.py:f":1,"b.py:f":2}',
+        "reward_scaling: expected running, first or none with ddpo, got group; use --estimator grpo, ram, nft or awm.",
+    ),
+    (
+        '--estimator grpo --reward_scaling group --reward_fn {"a.py:f":1,"b.py:f":2} --reward_limit 3',
+        "reward_scaling: expected running, first or none with reward_limit, which is of the sum, got group",
+    ),
     ("--estimator nft --step_kind ode --noise_window 3 4", "noise_window: expected noise in the chain, got step_kind"),
     ("--estimator grpo --divergence_limit 0.1", "divergence_limit: expected inner_epochs of 2 or more, without which"),
     ("--estimator nft --num_images_per_prompt 1", "num_images_per_prompt: expected 2 or more with nft, which compares"),

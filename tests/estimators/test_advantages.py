@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlr_peft.estimators import PromptStatistics, group_normalized, leave_one_out
-from rlr_peft.estimators.advantages import STD_FLOOR
+from rlr_peft.estimators.advantages import STD_FLOOR, separately_normalized
 
 
 def test_leave_one_out_compares_with_the_mean_of_the_others() -> None:
@@ -38,6 +38,21 @@ def test_group_normalized_has_mean_0_and_deviation_1_in_every_group() -> None:
     assert advantages.tolist() == pytest.approx([-expected, expected, 0, 0, -expected, expected])
     with pytest.raises(ValueError, match="2 or more samples per prompt"):
         group_normalized(rewards, 1)
+
+
+def test_separately_normalized_rewards_keep_what_their_sum_loses() -> None:
+    """GDPO's own case: one of two samples earns one reward, or both of them; in a third group none differs."""
+    first = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    second = torch.tensor([5.0, 5.0, 0.0, 1000.0, 2.0, 2.0])
+    rewards = {"first": first, "second": second}
+    one, both, none = separately_normalized(rewards, {"first": 1.0, "second": 1.0}, 2).reshape(3, 2)
+    assert none.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(both, 2 * one, rtol=1e-3, atol=0)
+    together = group_normalized((first + second)[:4], 2).reshape(2, 2)
+    torch.testing.assert_close(together[0], together[1], rtol=1e-3, atol=0)
+    weighted = separately_normalized(rewards, {"first": 1.0, "second": -3.0}, 2)
+    assert float(weighted.std(correction=0)) == pytest.approx(1, rel=1e-3)
+    torch.testing.assert_close(weighted[2:4], -2 * weighted[:2], rtol=1e-3, atol=0)
 
 
 def observed(statistics: PromptStatistics, prompts: str, rewards: list[float]) -> list[float]:

@@ -117,6 +117,37 @@ def test_beyond_the_divergence_limit_samples_are_masked_that_would_move_further_
     assert numbers["policy_clip_fraction"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("clip_range", [0.05, 1e9])
+def test_the_normalised_ratio_is_grpo_guards(clip_range: float) -> None:
+    """min(A r, A clip(r)) / dt with r = exp((log p - log p_old + KL) std), densities by torch.distributions."""
+    chain, rollout = sampled(64)
+    with torch.no_grad():
+        old = {t: log_density(chain, rollout, t) for t in (2, 3, 4)}
+    move_parameters(chain, 0.04)
+    surrogate, ratios = torch.zeros(()), []
+    for t in (2, 3, 4):
+        start, end = chain.path_point(t), chain.path_point(t - 1)
+        length = start.sigma / (start.alpha + start.sigma) - end.sigma / (end.alpha + end.sigma)
+        std, noise = rollout.trajectory.std(t), rollout.trajectory.noise(t)
+        mean, before = chain.replay(rollout.trajectory, t).mean, rollout.trajectory.latents[t - 1] - std * noise
+        kl = torch.distributions.kl_divergence(
+            torch.distributions.Normal(before, std), torch.distributions.Normal(mean, std)
+        ).sum(1)
+        log_ratio = log_density(chain, rollout, t) - old[t]
+        log_normalised = (log_ratio + kl) * std / (end.alpha + end.sigma)
+        assert log_ratio.mean() < 0 and log_normalised.mean().abs() < 0.3 * log_normalised.std(), "the bias is gone"
+        ratios.append(log_normalised.exp())
+        clipped = ratios[-1].clamp(1 - clip_range, 1 + clip_range)
+        kept = torch.minimum(rollout.advantages * ratios[-1], rollout.advantages * clipped)
+        surrogate = surrogate + kept.sum() / length
+    expected = flat(torch.autograd.grad(surrogate, chain.parameters))
+    settings = PolicyGradientSettings("group-normalized", SINGLE, clip_range=clip_range, ratio_norm=True)
+    book = PolicyGradientEstimator(settings).accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    torch.testing.assert_close(gradient_of(chain), expected, rtol=1e-9, atol=1e-9)
+    share = float(((torch.stack(ratios) - 1).abs() > clip_range).double().mean())
+    assert book.numbers()["policy_clip_fraction"] == pytest.approx(share) and (share > 0.1) == (clip_range < 1)
+
+
 def test_a_ratio_that_overflows_harms_only_samples_that_want_to_leave() -> None:
     _, rollout = sampled(4)
     advantages = torch.tensor([0.0, 1.0, -1.0, 0.0])

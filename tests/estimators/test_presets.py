@@ -114,6 +114,10 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
         ),
         ({"estimator": "grpo"}, "clipped policy gradient on all steps, group-normalised advantages"),
         ({"estimator": "ddpo", "divergence_limit": 0.5}, "statistics advantages, masked beyond 0.5 nats, 2 inner"),
+        (
+            {"estimator": "grpo", "ratio_norm": True},
+            "advantages, normalised ratios clipped at 0.2, 1 inner",
+        ),
         ({"estimator": "d3po"}, "direct preference optimisation of pairs on all steps, beta 0.1"),
         (
             {"estimator": "nft", "norm_penalty": 2.0},

@@ -202,7 +202,7 @@ def test_every_reward_of_several_has_a_row_of_its_own(folder: Path) -> None:
         "| `judge/shape` (held out)",
     ]
     assert "texture/soft/kB" not in text, "no reward, but what one tells beside its score"
-    assert "# LoRA of tiny-shapes for the rewards color and texture/soft\n" in text
+    assert "# color and texture/soft LoRA for tiny-shapes\n" in text
     assert "the weighted sum of its rewards rose" in text
     assert "trained on the rewards `color` and `texture/soft` with rlr-peft" in text
     assert "`judge` and `judge/shape` were measured too, never trained on" in text
@@ -363,7 +363,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.md").write_text("---\n{{ card_data }}\n---\n\n# {{ title }}\n")
     template = (tmp_path / "mine.md").read_text()
     text = write(tmp_path, MINIMAL, template=template)
-    assert text.endswith("# LoRA of stable-diffusion-v1-4 for the reward jpeg-compressibility\n")
+    assert text.endswith("# jpeg-compressibility LoRA for stable-diffusion-v1-4\n")
 
 
 @pytest.mark.parametrize(

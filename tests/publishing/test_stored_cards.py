@@ -123,7 +123,7 @@ def test_a_card_is_written_again_from_its_records(folder: Path) -> None:
     (folder / "mine.md").write_text("---\n{{ card_data }}\n---\n\n# {{ title }}\n\n{{ extra_text }}\n")
     assert main(["card", str(folder)]) == 0
     assert (folder / "README.md").read_bytes() == first
-    title = "# LoRA of tiny-shapes for the reward tiny-shapes"
+    title = "# tiny-shapes LoRA for tiny-shapes"
     words = ["--template", str(folder / "mine.md"), "--extra_text", str(folder / "extra.md")]
     assert main(["card", str(folder), *words]) == 0
     assert (folder / "README.md").read_text().endswith(f"{title}\n\nHand-written.\n")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rlr_peft.build import Run, build_chain, evaluation_chain, in_eval_mode
 from rlr_peft.cli.main import main
 from rlr_peft.config import save_config
 from rlr_peft.inference import DiffusiveChainOfThought
-from rlr_peft.lora import save_lora
+from rlr_peft.lora import WEIGHT_NAME, save_lora
 from rlr_peft.prompt import Prompt
 from rlr_peft.publishing import Images, StoredCard, write_card
 from rlr_peft.training import Progress, evaluate_base, finish, resume, run_record, train
@@ -159,6 +161,33 @@ def test_the_snippet_draws_what_was_measured(
         image = run.chain.decode(expected[None], [prompt])[0]
     saved = numpy.asarray(Image.open(run.output_dir / "image.png"), dtype=float)
     assert abs(saved - image.permute(1, 2, 0).numpy() * 255).max() <= 1
+    if is_trained:
+        check_space(run.output_dir, tmp_path, prompt, saved, monkeypatch)
+
+
+def check_space(
+    folder: Path, tmp_path: Path, prompt: str, expected: numpy.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's code draws the card's image with the adapter, and without it the base's."""
+    checkpoint = folder / "checkpoint-9"  # has no records, but its run's config beside it
+    shutil.copytree(folder, checkpoint, ignore=shutil.ignore_patterns("checkpoint-*", "run_record.json", "config.yaml"))
+    for name, adapter in {"whole": folder, "bare": checkpoint}.items():
+        assert main(["space", str(adapter), f"--output={tmp_path / name}"]) == 0
+        compile((tmp_path / name / "app.py").read_text(), "app.py", "exec")
+        lines = (tmp_path / name / "requirements.txt").read_text().splitlines()
+        assert lines[0].startswith("gradio==") and "torch" in lines
+        monkeypatch.chdir(tmp_path)
+        scope = runpy.run_path(str(tmp_path / name / "drawing.py"))
+        base, adapted = (numpy.asarray(image, dtype=float) for image in scope["draw"](prompt, 0))
+        scope["pipe"].unload_lora_weights()
+        assert (numpy.asarray(scope["draw"](prompt, 0)[0]) == base).all() and (base != adapted).any()
+        assert name == "bare" or abs(adapted - expected).max() <= 1
+    shutil.copy(folder / WEIGHT_NAME, tmp_path)
+    words = {str(folder): "whole", str(tmp_path / WEIGHT_NAME): "none"}  # a folder that is not empty; no base
+    for adapter, output in words.items():
+        with pytest.raises(SystemExit):
+            main(["space", adapter, f"--output={tmp_path / output}"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_noise_that_diffusers_knows_is_drawn_from_the_same_chain(

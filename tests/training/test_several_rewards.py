@@ -115,6 +115,22 @@ def test_scales_stand_still_while_an_update_scores_its_mirrored_samples(workplac
     assert run.reward.scales() != before
 
 
+def test_scaled_within_groups_every_reward_makes_its_own_advantages(workplace: Path, tmp_path: Path) -> None:
+    rewards = {f"{workplace / 'rewards.py'}:blind_redness": 2.0, "jpeg-compressibility": -1.0}
+    values = {"reward_fn": rewards, "reward_scaling": "group", "estimator": "grpo", "advantage_clip": 1.1}
+    run = build(config_file(workplace, tmp_path / "out", num_images_per_prompt=4, **values))
+    books, raw = [], {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.estimator, "learn", books.extend)
+        patch.setattr(run.reward, "learn", raw.update)
+        take_update(run, 0)
+    got = torch.tensor([advantage for book in books for advantage in book.advantages])
+    red, size = ((values - values.mean()) / values.std(correction=0) for values in raw.values())
+    expected = (2 * red - size) / (2 * red - size).std(correction=0)
+    torch.testing.assert_close(got, expected.clamp(-1.1, 1.1), rtol=0.1, atol=0.01)  # up to the floor of a deviation
+    assert (expected.abs() > 1.1).any() and len(got) == 4
+
+
 def test_two_processes_have_the_scales_of_one(workplace: Path, tmp_path: Path) -> None:
     values = {
         "reward_fn": {f"{workplace / 'rewards.py'}:redness": 1.0, "jpeg-compressibility": 0.5},
