@@ -163,10 +163,10 @@ class PipelineDriver:
             if latents is None:
                 self.prepared = first
                 return made
-            if first.shape != latents.shape:  # a condition in further channels
-                entering = torch.cat([latents, first[..., latents.shape[-1] :].to(latents)], dim=-1)
-            else:
-                entering = latents
+            entering = latents
+            if first.shape[:-1] == latents.shape[:-1]:  # else latents of another size than the call's are decoded
+                further = first[..., latents.shape[-1] :]  # channels of a condition, none in most pipelines
+                entering = torch.cat([latents, further.to(latents)], dim=-1) if further.numel() else latents
             return (entering, *others) if isinstance(made, tuple) else entering
 
         self.pipeline.prepare_latents = prepared
