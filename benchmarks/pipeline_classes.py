@@ -14,6 +14,7 @@ import inspect
 import signal
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,36 @@ from rlr_peft.chain import build_scheduler, default_lora_targets, families, fami
 from rlr_peft.chain.pipeline import FRAMES_ARGUMENTS
 from rlr_peft.config import ModelArguments
 from rlr_peft.lora import attach_lora, save_lora, verify_lora_reloads
+from tests.families.image_pipelines import sd3
 from tests.families.video_pipelines import text_to_video_sd
 from tests.pipelines import chain_over
 
 PROMPTS, SEEDS = ["a red ball", "sky"], [3, 4]
 BEGIN, END = "<!-- classes: made by benchmarks/pipeline_classes.py -->", "<!-- end of classes -->"
-WHY: dict[str, str] = {}
+SOUND = "it draws sound in the same loop, which is no part of the chain"
+CONSISTENCY = "its scheduler takes the steps of a consistency model, not Gaussian steps along a path"
+WHY = {
+    "AnyFlowFARPipeline": "its scheduler jumps along a flow map, not in Gaussian steps along a path",
+    "AnyFlowPipeline": "its scheduler jumps along a flow map, not in Gaussian steps along a path",
+    "Cosmos2TextToImagePipeline": "it cannot be built without its safety checker",
+    "CosmosTextToWorldPipeline": "it cannot be built without its safety checker",
+    "GlmImagePipeline": "an autoregressive model draws the layout first",
+    "IFPipeline": "its call takes no `latents`",
+    "KandinskyV22CombinedPipeline": "two pipelines in one, without an `encode_prompt`",
+    "LDMTextToImagePipeline": "it has no `encode_prompt`",
+    "LTX2Pipeline": SOUND,
+    "LTX2ConditionPipeline": SOUND,
+    "LTXConditionPipeline": "every token has a timestep of its own",
+    "LatentConsistencyModelPipeline": CONSISTENCY,
+    "PRXPipeline": "diffusers saves no adapter of its transformer with the metadata that scale it",
+    "SanaSprintPipeline": CONSISTENCY,
+    "SkyReelsV2DiffusionForcingPipeline": "every frame has a timestep of its own",
+}
 """In plain words, where the error is not."""
-OWN = {"TextToVideoSDPipeline": text_to_video_sd}
+OWN: dict[str, Callable[[], DiffusionPipeline]] = {
+    "StableDiffusion3Pipeline": sd3,  # of diffusers' tests it has a single layer, which lacks some of the row's targets
+    "TextToVideoSDPipeline": text_to_video_sd,
+}
 LIMIT = 180
 """Seconds for one class."""
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
@@ -48,7 +71,7 @@ def try_class(pipeline: Any, inputs: dict[str, Any]) -> None:
         Exception: whatever does not work.
     """
     kind = type(pipeline)
-    taken = inspect.signature(inspect.unwrap(kind.__call__)).parameters
+    taken = set(inspect.signature(inspect.unwrap(kind.__call__)).parameters)
     frames = next((name for name in FRAMES_ARGUMENTS if name in taken), "num_frames")
     small = {"height": 32, "width": 32, "num_frames": inputs.get(frames, 3)} | inputs
     taken = {name for name in SIZES if name in small and (name in taken or (name == "num_frames" and frames in taken))}
@@ -89,13 +112,13 @@ def check_training(pipeline: Any, options: dict[str, Any]) -> None:
     """
     fresh = copy.deepcopy(pipeline)
     family = family_of(pipeline)
-    parameters = []
+    parameters: list[torch.nn.Parameter] = []
     for name in family.denoisers:
         denoiser = getattr(pipeline, name)
         parameters += attach_lora(denoiser, target_modules=default_lora_targets(family, denoiser))
     with torch.no_grad():
         for parameter in parameters:
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     chain = chain_over(pipeline, parameters=parameters, eta=0.7, **options)
     trajectory = chain.sample(PROMPTS, SEEDS)
     for t in (1, 2):
@@ -208,7 +231,7 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = [kind for kind in text_to_pixels() if arguments.only is None or kind.__name__ in arguments.only]
     if arguments.generic:
-        families.FAMILIES = ()
+        families.FAMILIES = ()  # type: ignore[assignment]
     tests = use_tests(arguments.tests, {kind.__name__ for kind in kinds})
     for kind in kinds:
         found = outcome(kind, tests, arguments.traceback)

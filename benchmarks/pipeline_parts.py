@@ -204,6 +204,10 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 SMALL = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, Callable[[], Any]] = {
+    "gemma3": lambda: transformers.Gemma3Config(
+        text_config={"vocab_size": 1000, "num_key_value_heads": 2, "head_dim": 8, **SMALL},
+        vision_config={"image_size": 16, "patch_size": 8, **SMALL},
+    ),
     "umt5": lambda: transformers.UMT5Config(vocab_size=1000, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4),
     "t5": lambda: transformers.T5Config(vocab_size=1000, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4),
     "bertmodel": lambda: transformers.BertConfig(vocab_size=1000, **SMALL),

@@ -88,6 +88,11 @@ class PipelineDriver:
         for needed in ("prompt", "latents", "num_inference_steps", "output_type"):
             if needed not in self.parameters:
                 raise ValueError(f"{self.name} cannot be driven as a chain: its call takes no `{needed}`.")
+        if "audio_latents" in self.parameters:
+            raise ValueError(
+                f"{self.name} cannot be driven as a chain: it draws sound in the loop of its pictures, and a chain has "
+                "one kind of latents."
+            )
         self.prepared: torch.Tensor | None = None
         self.frames_argument = next((name for name in FRAMES_ARGUMENTS if name in self.parameters), None)
         first = getattr(pipeline, family.denoisers[0])
@@ -163,10 +168,10 @@ class PipelineDriver:
             if latents is None:
                 self.prepared = first
                 return made
-            entering = latents
+            entering = latents.clone()  # Kandinsky 5 writes into them
             if first.shape[:-1] == latents.shape[:-1]:  # else latents of another size than the call's are decoded
                 further = first[..., latents.shape[-1] :]  # channels of a condition, none in most pipelines
-                entering = torch.cat([latents, further.to(latents)], dim=-1) if further.numel() else latents
+                entering = torch.cat([latents, further.to(latents)], dim=-1) if further.numel() else entering
             return (entering, *others) if isinstance(made, tuple) else entering
 
         self.pipeline.prepare_latents = prepared
