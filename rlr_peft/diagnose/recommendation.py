@@ -323,8 +323,11 @@ def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
             target = (
                 "full gradient" if safe.coverage.unbiased else f"gradient of {quoted(diagnosis.reference.method.name)}"
             )
+            # Those that promise more were passed over: the samples do not show where they point.
+            behind = [r for r in candidates if r.improvement <= rival.improvement]
+            it = "it" if rival is best else "of those that the samples show to point the right way it"
             return rival.method.flags, [
-                _why(diagnosis, rival, candidates, "it"),
+                _why(diagnosis, rival, behind, it),
                 f"It is biased: its cosine with the {target} is {cosine}, noise taken out.",
                 _batch(diagnosis, rival),
             ]
