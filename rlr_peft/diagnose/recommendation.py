@@ -264,7 +264,7 @@ def window_advice(diagnosis: Diagnosis) -> Iterator[str]:
         return
     yield (
         f"To train this scale alone, draw score terms from it: `--estimator rlr --fo_steps {tail} --ho_blocks 1 "
-        f"--ho_start window --ho_window {low} {stage.last_step}`. That is biased by choice: steps outside the window "
+        f"--ho_start window --ho_window {low} {stage.last_step}`. That is biased: steps outside the window "
         f"and beyond K = {tail} get nothing."
     )
 
@@ -310,7 +310,7 @@ def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
     if math.isinf(noise_scale(diagnosis.reference.estimates)):
         flags = min(unbiased, key=lambda r: (r.variance_times_cost, not _is_rlr(r))).method.flags
         return flags, [
-            f"Take `{flags}`: of the methods that are not biased by choice it is the least noisy for its cost.",
+            f"Take `{flags}`: of the least biased methods it is the least noisy for its cost.",
             f"The {whole} samples show no gradient above the noise, so they cannot tell whether a biased method points "
             "the right way: raise `--samples`.",
         ]
