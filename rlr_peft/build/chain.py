@@ -57,6 +57,7 @@ def evaluation_chain(config: Config, chain: DenoisingChain) -> DenoisingChain:
         steps=looking.evaluation_steps,
         guidance=looking.evaluation_guidance_scale,
         resolution=looking.evaluation_resolution,
+        scheduler=looking.evaluation_scheduler,
         whole=True,
     )
 
@@ -189,9 +190,9 @@ def render_with_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The images of `render`, and the clean latents (B, ...) that they are decoded from."""
     with in_eval_mode(chain):
-        trajectory = chain.sample(prompts, seeds)
-        images = chain.decode(trajectory.latents[0], prompts).float()
-    _check_finite(chain, trajectory.latents, images, prompts)
+        latents = chain.draw(prompts, seeds)
+        images = chain.decode(latents[0], prompts).float()
+    _check_finite(latents, images, prompts)
     flat = images.flatten(1)
     constant = [prompt for prompt, of_one_colour in zip(prompts, flat.amax(1) == flat.amin(1)) if of_one_colour]
     if constant:
@@ -200,19 +201,17 @@ def render_with_latents(
             "overflowed; look at them, and try --mixed_precision bf16 or no.",
             *(len(constant), len(prompts), constant[0].text),
         )
-    return images, trajectory.latents[0]
+    return images, latents[0]
 
 
-def _check_finite(
-    chain: DenoisingChain, latents: torch.Tensor, images: torch.Tensor, prompts: Sequence[Prompt]
-) -> None:
+def _check_finite(latents: torch.Tensor, images: torch.Tensor, prompts: Sequence[Prompt]) -> None:
     """Names the first step after which numbers are not finite: ``latents`` are (T + 1, B, ...), noise last."""
     broken = ~images.flatten(1).isfinite().all(1)
     if not broken.any():
         return
     first = next(prompt for prompt, is_broken in zip(prompts, broken) if is_broken)
     finite = [bool(step.isfinite().all()) for step in latents]
-    count = chain.num_steps
+    count = len(latents) - 1
     if finite[0]:
         where = "the latents are finite and the decoded images are not"
         advice = (

@@ -20,7 +20,13 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlr_peft.build.chain import attach_adapters, build_training_chain, check_trajectory, denoiser_names
+from rlr_peft.build.chain import (
+    attach_adapters,
+    build_training_chain,
+    check_trajectory,
+    denoiser_names,
+    evaluation_chain,
+)
 from rlr_peft.build.machine import prepare_machine
 from rlr_peft.build.optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
@@ -250,6 +256,8 @@ def build_run(
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
         chain = build_training_chain(config, pipeline, decoder)
         check_trajectory(config, chain)
+        if config.validation.evaluation_scheduler is not None:
+            evaluation_chain(config, chain)
         chain.check_negative_prompts(run_prompts.training[:1])
         check_adapter_saves(pipeline)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=samples)

@@ -15,11 +15,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, first_frames
-from rlr_peft.chain.grid import InferenceScheduler, base_scheduler
+from rlr_peft.chain.grid import InferenceScheduler, base_scheduler, own_scheduler
 from rlr_peft.chain.interface import Trajectory
 from rlr_peft.chain.path import GaussianStep, PathPoint
 from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
+from rlr_peft.chain.separate_samples import can_separate, separate_weights
 from rlr_peft.config import ChainArguments
 from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
 
@@ -90,6 +91,7 @@ class DenoisingChain:
         self._decodes_for_rewards = True
         self._detach_negative = detach_negative
         self._first_frames = None
+        self._own_scheduler: str | None = None
         self._arrange(ChainArguments() if arguments is None else arguments)
         with explaining_unknown_class(pipeline, self.family):
             self._try_step()
@@ -107,6 +109,7 @@ class DenoisingChain:
         steps: int | None = None,
         guidance: float | None = None,
         resolution: int | None = None,
+        scheduler: str | None = None,
         whole: bool = False,
     ) -> Self:
         """Another chain over the same pipeline, which finds the prompts encoded that this one has encoded.
@@ -116,6 +119,7 @@ class DenoisingChain:
             steps: T; None keeps it.
             guidance: the scale of the family's guidance; None keeps it.
             resolution: height and width in pixels; None keeps both.
+            scheduler: what ``draw`` draws with: a scheduler of diffusers by its class name; None for the chain's steps.
             whole: draw and decode as the pipeline alone does, whole videos, with its own VAE and one eta for all steps:
                 for images that are looked at.
         """
@@ -133,6 +137,9 @@ class DenoisingChain:
             changed["noise_window"] = None
             chain._decodes_for_rewards, chain._first_frames, chain._detach_negative = False, None, False
         chain._arrange(replace(self.arguments, **changed))
+        chain._own_scheduler = scheduler
+        if scheduler is not None:
+            own_scheduler(self.pipeline.scheduler, scheduler)  # raises where there is none
         return chain
 
     def place_noise(self, first: int, last: int) -> None:
@@ -256,6 +263,22 @@ class DenoisingChain:
             dropout_seed=seeds[0],
         )
 
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[PromptLike], seeds: Sequence[int]) -> torch.Tensor:
+        """Latents of images that are looked at, clean first and noise last, (N, B, ...); sample i by its seed alone.
+
+        Those of ``sample``; or, with a scheduler that was named, the clean ones and the noise alone: what the pipeline
+        draws with a CPU generator of the seed.
+        """
+        if self._own_scheduler is None:
+            return self.sample(prompts, seeds).latents
+        prompts, generators = as_prompts(prompts), [torch.Generator().manual_seed(seed) for seed in seeds]
+        initial = torch.cat([self._initial_latents(generator) for generator in generators])
+        initial = initial.to(self.device, self.latents_dtype)
+        arguments = {**self._call.of(prompts, "latent"), "generator": generators}
+        scheduler = own_scheduler(self.pipeline.scheduler, self._own_scheduler)
+        return torch.stack([self._driver(scheduler, prompts, initial, arguments), initial])
+
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         latents = trajectory.latents[t] if latents is None else latents
         ((_, prompts),) = self._conditioned(trajectory.prompts, range(t, t - 1, -1))
@@ -274,6 +297,23 @@ class DenoisingChain:
             yield
         finally:
             self._call = guided
+
+    def separate_samples(self, count: int) -> AbstractContextManager[None] | None:
+        """As the ``Chain`` has it: None where other layers than LoRA's are trained, or with dropout."""
+        if self.mixes_samples or not can_separate(self.denoiser, self.parameters):
+            return None
+        return self._separated(count)
+
+    @contextmanager
+    def _separated(self, count: int) -> Iterator[None]:
+        shared = self.parameters
+        several = isinstance(self.denoiser, torch.nn.ModuleDict)
+        models = list(self.denoiser.children()) if several else [self.denoiser]
+        with separate_weights(models, shared, count) as self.parameters:
+            try:
+                yield
+            finally:
+                self.parameters = shared
 
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more by the reference, on the tape if gradients are enabled.
@@ -316,10 +356,14 @@ class DenoisingChain:
 
     def inference_scheduler(self) -> InferenceScheduler:
         """The diffusers scheduler with which the pipeline alone draws what this chain draws, or comes nearest to it."""
+        if self._own_scheduler is not None:
+            return InferenceScheduler(self._own_scheduler, {}, {})
         return self._scheduler.for_inference(self.pipeline.scheduler.config, self._driver.parameters)
 
     def sampling_in_words(self) -> str:
         """What images of this chain are drawn with: steps, scheduler, eta and guidance."""
+        if self._own_scheduler is not None:
+            return f"{self.num_steps} steps of {self._own_scheduler} and guidance scale {self.guidance_scale:g}"
         is_noisy = any(self.std(t) > 0 for t in range(1, self.num_steps + 1))
         kind = self._scheduler.kind if is_noisy else self.solver
         return (

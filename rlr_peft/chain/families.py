@@ -197,7 +197,11 @@ def family_of(pipeline: Any, denoisers: Sequence[str] | None = None) -> Family:
 def trained_module(pipeline: Any, denoisers: Sequence[str]) -> nn.Module:
     """What is trained: the denoiser, or a ``ModuleDict`` of several that share the work."""
     modules = {name: getattr(pipeline, name) for name in denoisers}
-    return next(iter(modules.values())) if len(modules) == 1 else nn.ModuleDict(modules)
+    if len(modules) == 1:
+        return next(iter(modules.values()))
+    several = nn.ModuleDict(modules)
+    several.training = any(module.training for module in modules.values())  # a new container is in training mode
+    return several
 
 
 def adapter_folder(denoiser: str) -> str:

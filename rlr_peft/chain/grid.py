@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
+import diffusers
 import numpy
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from rlr_peft.chain.path import Grid, PathPoint, PredictionType
 from rlr_peft.config.chain import TimestepSpacing
@@ -37,7 +39,7 @@ def base_scheduler(
     Raises:
         ValueError: the path cannot be told from the scheduler, or no Gaussian step does what the scheduler does.
     """
-    kind = scheduler_type or _type_of(scheduler)
+    kind = scheduler_type or path_type(scheduler)
     config = dict(scheduler.config)
     betas, count = config.get("trained_betas"), config.get("num_train_timesteps")
     if kind == "diffusion" and betas is not None and len(betas) != count:
@@ -171,7 +173,12 @@ def diffusion_grid(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, num_infere
     )
 
 
-def _type_of(scheduler: Any) -> SchedulerType:
+def path_type(scheduler: Any) -> SchedulerType:
+    """The noising path that a scheduler of diffusers knows.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
     config = dict(scheduler.config)
     is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if is_flow or type(scheduler).__name__.startswith("FlowMatch"):
@@ -184,7 +191,32 @@ def _type_of(scheduler: Any) -> SchedulerType:
     )
 
 
-CLASSES = {kind.__name__: kind for kind in (DDIMScheduler, CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler)}
+def scheduler_class(name: str) -> Any:
+    """A scheduler's class of diffusers by its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"Expected a scheduler of diffusers, such as DPMSolverMultistepScheduler, got {name}.")
+    return kind
+
+
+def own_scheduler(own: Any, class_name: str) -> Any:
+    """A scheduler by name in place of the one that a pipeline came with, with its config.
+
+    Raises:
+        ValueError: diffusers has no such scheduler, or it takes another noising path.
+    """
+    scheduler = scheduler_class(class_name).from_config(own.config)
+    wanted, got = path_type(own), path_type(scheduler)
+    if wanted != got:
+        raise ValueError(
+            f"Expected a scheduler of the {wanted} path, on which the model was trained, got {class_name}, which takes "
+            f"the {got} path."
+        )
+    return scheduler
 
 
 @dataclass(frozen=True)
@@ -290,11 +322,9 @@ def build_scheduler(own_config: Any, class_name: str, options: Mapping[str, Any]
         sigmas: noise levels that it is to take whatever number of steps it is asked for.
 
     Raises:
-        ValueError: another class than a chain's steps equal.
+        ValueError: diffusers has no such scheduler.
     """
-    if class_name not in CLASSES:
-        raise ValueError(f"Expected the scheduler {' or '.join(CLASSES)}, got {class_name}.")
-    scheduler = CLASSES[class_name].from_config(own_config, **options)
+    scheduler = scheduler_class(class_name).from_config(own_config, **options)
     if sigmas:
         scheduler.set_timesteps = partial(scheduler.set_timesteps, sigmas=list(sigmas))
     return scheduler

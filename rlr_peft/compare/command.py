@@ -32,7 +32,7 @@ GROUPS = ("model", "chain", "prompts", "chain_of_thought", "reward")
 BESIDES = (
     *("denoiser", "seed"),
     *("evaluation_prompt_path", "num_evaluation_images", "evaluation_batch_size", "evaluation_eta"),
-    *("evaluation_steps", "evaluation_guidance_scale", "evaluation_resolution"),
+    *("evaluation_steps", "evaluation_guidance_scale", "evaluation_resolution", "evaluation_scheduler"),
 )
 TRAINING_ONLY = (
     *("gradient_checkpointing", "vae_gradient_checkpointing", "pretrained_tiny_vae_name_or_path", "torch_compile"),

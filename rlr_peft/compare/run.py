@@ -274,6 +274,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
         "evaluation": [
             *(config.validation.evaluation_eta, config.validation.evaluation_steps),
             *(config.validation.evaluation_guidance_scale, config.validation.evaluation_resolution),
+            config.validation.evaluation_scheduler,
         ],
         "denoisers": denoiser_names(config),
         "device": "cuda" if torch.cuda.is_available() else "cpu",

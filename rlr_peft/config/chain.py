@@ -163,7 +163,7 @@ class ChainArguments(Group):
             yield f"noise_window: expected {steps} steps or more beside noise_steps {steps}, got {got}; widen it."
         elif window[0] == 1:
             yield (
-                "noise_window: expected to begin at 2 or later beside noise_steps, as step 1 ends without noise, got "
+                "noise_window: expected to begin at 2 or later beside noise_steps, as step 1 ends nearly clean, got "
                 f"{' '.join(map(str, window))}; write --noise_window 2 {window[1]}."
             )
 

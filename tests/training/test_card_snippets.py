@@ -62,6 +62,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"step_kind": "flow-sde"},
         "DDIMScheduler.from_config(pipe.scheduler.config)",
     ),
+    "a scheduler by name": (
+        leading,
+        {"evaluation_scheduler": "DPMSolverMultistepScheduler"},
+        "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)",
+    ),
     "flow matching": (sd3, {"height": 16, "width": 16}, "sigmas=[1 - step / 4 for step in range(4)],"),
 }
 
@@ -127,7 +132,8 @@ def measured_latents(run: Run, prompt: str, noises: torch.Tensor | None = None) 
     """What the run's evaluation draws of this prompt with the snippet's seed."""
     chain = evaluation_chain(run.config, build_chain(run.config, run.pipeline))
     with in_eval_mode(chain), torch.no_grad():
-        return chain.sample([prompt], [0], noises).latents[0][0]
+        latents = chain.draw([prompt], [0]) if noises is None else chain.sample([prompt], [0], noises).latents
+        return latents[0][0]
 
 
 @pytest.mark.parametrize("name", CASES)

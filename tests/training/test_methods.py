@@ -27,14 +27,16 @@ MOVING = {
     **{"estimator": "grpo", "step_kind": "flow-sde", "ratio_norm": True},
     **{"noise_window": [2, 4], "noise_steps": 2, "noise_slide": 1},
 }
+FEW_STEPS = {"num_inference_steps": 2, "guidance_scale": 0.0}  # as distilled models take them
 METHODS = {
     "ddpo": ({"estimator": "ddpo", "inner_epochs": 2, "per_prompt_stat_tracking_min_count": 2}, "policy_gradient"),
     "grpo with KL": ({"estimator": "grpo", "kl_beta": 0.1, "kl_steps": 2, "ho_blocks": 2}, "policy_gradient"),
     "d3po": ({"estimator": "d3po", "heldout_reward_fn": "jpeg-compressibility"}, "preference"),
     "refl": ({"estimator": "refl", "fo_steps": 2}, "first_order"),
     "grpo in a window": (MOVING, "policy_gradient"),
-    "ram": ({"estimator": "ram", "step_kind": "ode"}, "forward"),
-    "leap": ({"estimator": "leap"}, "first_order"),
+    "ram in two steps": ({"estimator": "ram", "step_kind": "ode", **FEW_STEPS}, "forward"),
+    "leap in two steps": ({"estimator": "leap", **FEW_STEPS}, "first_order"),
+    "auto in one step": ({"estimator": "auto", **FEW_STEPS, "num_inference_steps": 1}, "first_order"),
     "auto": ({"estimator": "auto", "fo_roulette": True, "calibration_samples": 4}, "first_order"),
     "truncated-bp, K random": ({"estimator": "truncated-bp", "fo_steps": "random"}, "first_order"),
     "rlr, mixed orders": (MIXED, "mixed_order"),
