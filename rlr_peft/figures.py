@@ -6,7 +6,9 @@ global state.
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +21,18 @@ from typing import Literal
 import matplotlib
 import torch
 from diffusers.utils import export_to_gif, export_to_video
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rlr_peft.durable_files import replacing_file
+from rlr_peft.foreign_text import printable
 from rlr_peft.reports import decimals_of_scores
 from rlr_peft.rewards.preprocessing import to_8_bit
 
@@ -46,6 +51,18 @@ QUIET_INK = "#6b6b6b"
 GRID_LINE = "#e4e4e4"
 ACCENT = "#1f6f8b"
 SECOND_ACCENT = "#b5562b"
+SHADE = "#f1f1f1"
+BASE_COLOR = "#8c939c"
+ADAPTER_COLORS = (ACCENT, SECOND_ACCENT, "#6f8f2f", "#7b5ea7", "#b08a00", "#3c5a99")
+# What stands for them on a page, light or dark: `house.css`.
+VARIABLES = {
+    INK: "--ink",
+    QUIET_INK: "--quiet",
+    GRID_LINE: "--line",
+    SHADE: "--panel",
+    BASE_COLOR: "--base",
+    **{color: f"--adapter-{index}" for index, color in enumerate(ADAPTER_COLORS)},
+}
 
 FRAMES_OF_STRIP = 4
 
@@ -67,13 +84,16 @@ def save_image(path: Path, image: Tensor | Image.Image) -> Path:
     return path
 
 
-def image_grid(images: Tensor, captions: Sequence[str] | None = None, columns: int = 4) -> Image.Image:
+def image_grid(
+    images: Tensor, captions: Sequence[str] | None = None, columns: int = 4, title: str | None = None
+) -> Image.Image:
     """A grid of images, 1000 pixels wide.
 
     Args:
         images: (N, 3, H, W) in [0, 1], N >= 1; scaled to the width of a cell.
         captions: N texts, wrapped under their images, or None.
         columns: images per row, as far as cells of 96 pixels fit.
+        title: a line above all.
     """
     _check_lengths(images, captions=captions)
     columns = min(columns, len(images), (WIDTH - 2 * MARGIN + GAP) // (SMALLEST_CELL + GAP))
@@ -82,10 +102,11 @@ def image_grid(images: Tensor, captions: Sequence[str] | None = None, columns: i
     tiles = [_scaled(image, cell) for image in images]
     rows = [range(start, min(start + columns, len(tiles))) for start in range(0, len(tiles), columns)]
     text_heights = [_text_height(max(len(wrapped[index]) for index in row)) for row in rows]
-    height = 2 * MARGIN + len(rows) * tiles[0].height + sum(text_heights) + (len(rows) - 1) * GAP
+    top = MARGIN + (LINE_HEIGHT + 8 if title else 0)
+    height = top + MARGIN + len(rows) * tiles[0].height + sum(text_heights) + (len(rows) - 1) * GAP
     canvas = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(canvas)
-    top = MARGIN
+    draw.text((MARGIN, MARGIN), title or "", INK, _font(bold=True))
     for row, text_height in zip(rows, text_heights, strict=True):
         for column, index in enumerate(row):
             left = MARGIN + column * (cell + GAP)
@@ -96,9 +117,11 @@ def image_grid(images: Tensor, captions: Sequence[str] | None = None, columns: i
     return canvas
 
 
-def save_image_grid(path: Path, images: Tensor, captions: Sequence[str] | None = None, columns: int = 4) -> Path:
+def save_image_grid(
+    path: Path, images: Tensor, captions: Sequence[str] | None = None, columns: int = 4, title: str | None = None
+) -> Path:
     """`image_grid` into a PNG file; returns its path."""
-    return save_image(path, image_grid(images, captions, columns))
+    return save_image(path, image_grid(images, captions, columns, title))
 
 
 def save_before_after(
@@ -253,6 +276,7 @@ def save_reward_curve(
         for panel, (name, points) in zip(axes[1:], panels.items(), strict=True):
             _draw_points(panel, points, f"{name}, held out")
     axes[-1].set_xlabel("optimiser step", color=QUIET_INK)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     last = max(point.step for points in (records, *panels.values()) for point in points)
     first = min(point.step for points in (records, *panels.values()) for point in points)
     # Room on the right for the label at the line's end.
@@ -315,6 +339,27 @@ def save_figure(path: Path, figure: Figure) -> Path:
     with replacing_file(path) as aside:
         figure.savefig(aside, facecolor="white", metadata={"Software": None})  # the version would change the bytes
     return path
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> Markup:
+    """The figure as an `<svg>` element without background, with text as text and the page's variables as colours.
+
+    Args:
+        figure: what is drawn.
+        name: different for every figure of a page: ids inside are made of it.
+        label: what screen readers say.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (?:id|gid)="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick|PolyCollection)[^"]*"', "", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    opening = Markup('<svg role="img" aria-label="{}"').format(label)
+    return opening + Markup(printable(svg.removeprefix("<svg")))
 
 
 def _label_end(axes: Axes, x: float, y: float, text: str, color: str) -> None:

@@ -100,6 +100,12 @@ def with_error(value: float, error: float, *, sign: bool = False) -> str:
     return f"{value:{plus},.{decimals}f} ± {error:,.{decimals}f}"
 
 
+def gain_with_error(before: float, after: float, gain: float, error: float) -> str:
+    """`+0.026 ± 0.018`; `less than 1e-06` where float32 scores of this size are not that exact."""
+    least = 1e-6 * max(abs(before), abs(after))
+    return f"less than {least:.0e}" if 0 < abs(gain) + error < least else with_error(gain, error, sign=True)
+
+
 def short_number(value: float) -> str:
     """Three digits: ``0.127``, ``4.41``, ``10,370``, ``3.2e-05``."""
     if not math.isfinite(value):

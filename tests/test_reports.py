@@ -5,7 +5,15 @@ import math
 import pytest
 from scipy import stats
 
-from rlr_peft.reports import decimals_of, decimals_of_scores, direction, half_width, short_number, with_error
+from rlr_peft.reports import (
+    decimals_of,
+    decimals_of_scores,
+    direction,
+    gain_with_error,
+    half_width,
+    short_number,
+    with_error,
+)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 10, 11, 12, 16, 30, 64, 1000])
@@ -31,6 +39,8 @@ def test_scores_have_three_digits(scores: list[float], decimals: int) -> None:
 def test_digits_end_somewhere() -> None:
     assert decimals_of(3e-9) == 6 and decimals_of(0) == decimals_of(math.nan) == 4 and decimals_of(123.0) == 0
     assert with_error(0.1, 3e-9, sign=True) == "+0.1 ± 3e-09"
+    assert gain_with_error(1.0, 1.0, -3.7e-9, 3.7e-9) == "less than 1e-06"
+    assert gain_with_error(1e-9, 3e-9, 2e-9, 1e-10) == "+2e-09 ± 1e-10" and gain_with_error(1, 1, 0, 0) == "+0"
 
 
 def test_numbers_in_words() -> None:

@@ -159,7 +159,11 @@ GENERIC = Family(
 )
 """The row that an unknown pipeline class is tried with."""
 
-GENERIC_TARGETS = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+GENERIC_TARGETS = (
+    *ATTENTION,
+    *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+    *("to_key", "to_query", "to_value"),  # Kandinsky 5
+)
 
 
 def family_of_class(pipeline_class: str) -> Family | None:
@@ -197,7 +201,11 @@ def family_of(pipeline: Any, denoisers: Sequence[str] | None = None) -> Family:
 def trained_module(pipeline: Any, denoisers: Sequence[str]) -> nn.Module:
     """What is trained: the denoiser, or a ``ModuleDict`` of several that share the work."""
     modules = {name: getattr(pipeline, name) for name in denoisers}
-    return next(iter(modules.values())) if len(modules) == 1 else nn.ModuleDict(modules)
+    if len(modules) == 1:
+        return next(iter(modules.values()))
+    several = nn.ModuleDict(modules)
+    several.training = any(module.training for module in modules.values())  # a new container is in training mode
+    return several
 
 
 def adapter_folder(denoiser: str) -> str:

@@ -116,6 +116,13 @@ class Chain(Protocol):
     def without_guidance(self) -> AbstractContextManager[None]:
         """Inside, replays are of the conditional prediction alone."""
 
+    def separate_samples(self, count: int) -> AbstractContextManager[None] | None:
+        """Inside, batches of ``count`` samples are replayed with parameters (count, ...), each sample with its own.
+
+        They all have the parameters' values, and derivatives by them are those of single samples. None if the chain
+        cannot.
+        """
+
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more by the reference, the base without adapter."""
 

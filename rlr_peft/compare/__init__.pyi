@@ -21,7 +21,6 @@ from .evaluation import make_pictures as make_pictures
 from .evaluation import mean_and_standard_error as mean_and_standard_error
 from .evaluation import paired_gains as paired_gains
 from .evaluation import prompts_and_seeds as prompts_and_seeds
-from .figures import inline_svg as inline_svg
 from .kept import KeptFeatures as KeptFeatures
 from .kept import KeptImages as KeptImages
 from .kept import KeptReward as KeptReward

@@ -1,17 +1,11 @@
-"""The figures of a comparison, drawn with matplotlib's Agg canvas: no pyplot and hence no global state.
-
-Inside a page they take its colours, light or dark.
-"""
+"""The figures of a comparison, drawn with matplotlib's Agg canvas: no pyplot and hence no global state."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 
 import matplotlib
 import numpy
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,18 +14,14 @@ from torch import Tensor
 
 from rlr_peft.compare.comparison import Comparison, MeasuredReward
 from rlr_peft.figures import (
-    ACCENT,
-    GRID_LINE,
+    ADAPTER_COLORS,
+    BASE_COLOR,
     INK,
     QUIET_INK,
-    SECOND_ACCENT,
     empty_figure,
     restrain,
 )
-from rlr_peft.foreign_text import printable
 
-BASE_COLOR = "#8c939c"
-ADAPTER_COLORS = (ACCENT, SECOND_ACCENT, "#6f8f2f", "#7b5ea7", "#b08a00", "#3c5a99")
 FEWEST_BINS, MOST_BINS = 8, 30
 
 
@@ -191,31 +181,3 @@ def _title(reward: MeasuredReward) -> str:
 
 
 # What a figure is drawn with, and the page's variable that stands for it.
-VARIABLES = {
-    INK: "--ink",
-    QUIET_INK: "--quiet",
-    GRID_LINE: "--line",
-    BASE_COLOR: "--base",
-    **{color: f"--adapter-{index}" for index, color in enumerate(ADAPTER_COLORS)},
-}
-
-
-def inline_svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an `<svg>` element without background, with text as text and the page's variables as colours.
-
-    Args:
-        figure: what is drawn.
-        name: different for every figure of a page: ids inside are made of it.
-        label: what screen readers say.
-    """
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (?:id|gid)="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick|PolyCollection)[^"]*"', "", svg)
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    opening = Markup('<svg role="img" aria-label="{}"').format(label)
-    return opening + Markup(printable(svg.removeprefix("<svg")))

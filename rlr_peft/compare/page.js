@@ -29,7 +29,8 @@
       card.querySelector(".values").textContent = `${signed(before)} \u2192 ${signed(after)}`;
       const mark = card.querySelector(".gain");
       const shown = Number(gain.toFixed(decimals));
-      mark.textContent = text(shown, shown > 0 ? "\u25b2 +" : shown < 0 ? "\u25bc \u2212" : "= ");
+      const least = `less than ${(10 ** -decimals).toFixed(decimals)}`; // changed, but not in the digits that are shown
+      mark.textContent = gain !== 0 && shown === 0 ? least : text(shown, shown > 0 ? "\u25b2 +" : shown < 0 ? "\u25bc \u2212" : "= ");
       mark.className = `gain ${shown > 0 ? "up" : shown < 0 ? "down" : ""}`;
     }
   };
@@ -72,6 +73,19 @@
     find("all-sliders").hidden = !isSlider;
   };
 
+  const showFull = (card) => {
+    const images = [card.querySelector(".before"), card.querySelector(".after:not([hidden])")];
+    const names = ["base", data.adapters[chosen("adapter")]];
+    find("full").querySelectorAll("figure").forEach((figure, index) => {
+      const image = figure.querySelector("img");
+      [image.src, image.alt] = [images[index].src, images[index].alt];
+      const score = index ? scoresOf(card).after : scoresOf(card).before;
+      figure.querySelector("figcaption").textContent = `${names[index]}, ${score.toFixed(data.decimals[chosen("reward")])}`;
+    });
+    find("full").querySelector(".both").classList.toggle("small", card.querySelector(".pair").classList.contains("small"));
+    find("full").showModal();
+  };
+
   const on = (id, kind, act) => find(id) && find(id).addEventListener(kind, act);
   on("adapter", "change", () => { showAdapter(); showScores(); sort(); });
   on("reward", "change", () => { showScores(); sort(); });
@@ -84,6 +98,8 @@
       split(slider);
     }
   });
+  list.addEventListener("click", (event) => event.target.classList.contains("enlarge") && showFull(event.target.closest(".card")));
+  on("full", "click", (event) => event.target === find("full") && find("full").close()); // beside the images
   list.addEventListener("input", (event) => event.target.classList.contains("split") && split(event.target));
 
   // Browsers keep what was chosen over a reload.

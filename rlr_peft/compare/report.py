@@ -16,11 +16,11 @@ from torch import Tensor
 from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.distances import Estimate
 from rlr_peft.compare.evaluation import SMALL_SIDE
-from rlr_peft.compare.figures import figures, inline_svg
+from rlr_peft.compare.figures import figures
 from rlr_peft.durable_files import replacing_file
-from rlr_peft.figures import save_figure
+from rlr_peft.figures import inline_svg, save_figure
 from rlr_peft.foreign_text import in_text, inside_script, listed, page_environment
-from rlr_peft.reports import aligned, decimals_of_scores, with_error, write_numbers, write_text
+from rlr_peft.reports import aligned, decimals_of_scores, gain_with_error, with_error, write_numbers, write_text
 
 PAGE, NUMBERS, MARKDOWN = "compare.html", "compare.json", "compare.md"
 FIGURES, SCORES = "figures", "scores"
@@ -337,7 +337,7 @@ def _reward_table(comparison: Comparison) -> Table:
         rows.append([name, comparison.base.label, with_error(first["before"], first["before_se"]), UNKNOWN, UNKNOWN])
         for adapter, gains in zip(comparison.adapters, comparison.gains, strict=True):
             values = gains[reward.key]
-            gain = with_error(values["gain"], values["gain_se"], sign=True)
+            gain = gain_with_error(*(values[name] for name in ("before", "after", "gain", "gain_se")))
             after = with_error(values["after"], values["after_se"])
             rows.append([name, adapter.label, after, gain, f"{values['win_rate']:.1%}"])
     count = len(comparison.base.evaluation.prompts)

@@ -264,7 +264,7 @@ def window_advice(diagnosis: Diagnosis) -> Iterator[str]:
         return
     yield (
         f"To train this scale alone, draw score terms from it: `--estimator rlr --fo_steps {tail} --ho_blocks 1 "
-        f"--ho_start window --ho_window {low} {stage.last_step}`. That is biased by choice: steps outside the window "
+        f"--ho_start window --ho_window {low} {stage.last_step}`. That is biased: steps outside the window "
         f"and beyond K = {tail} get nothing."
     )
 
@@ -310,7 +310,7 @@ def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
     if math.isinf(noise_scale(diagnosis.reference.estimates)):
         flags = min(unbiased, key=lambda r: (r.variance_times_cost, not _is_rlr(r))).method.flags
         return flags, [
-            f"Take `{flags}`: of the methods that are not biased by choice it is the least noisy for its cost.",
+            f"Take `{flags}`: of the least biased methods it is the least noisy for its cost.",
             f"The {whole} samples show no gradient above the noise, so they cannot tell whether a biased method points "
             "the right way: raise `--samples`.",
         ]
@@ -323,8 +323,11 @@ def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
             target = (
                 "full gradient" if safe.coverage.unbiased else f"gradient of {quoted(diagnosis.reference.method.name)}"
             )
+            # Those that promise more were passed over: the samples do not show where they point.
+            behind = [r for r in candidates if r.improvement <= rival.improvement]
+            it = "it" if rival is best else "of those that the samples show to point the right way it"
             return rival.method.flags, [
-                _why(diagnosis, rival, candidates, "it"),
+                _why(diagnosis, rival, behind, it),
                 f"It is biased: its cosine with the {target} is {cosine}, noise taken out.",
                 _batch(diagnosis, rival),
             ]

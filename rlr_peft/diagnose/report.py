@@ -1,6 +1,5 @@
 """The diagnosis as a page that needs nothing but itself, as a figure, as JSON, and as text for the console."""
 
-import base64
 import re
 import textwrap
 from collections.abc import Sequence
@@ -10,14 +9,25 @@ from typing import Any
 import torch
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from rlr_peft.config import config_to_dict
 from rlr_peft.diagnose.costs import update_size
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, StepProfile
 from rlr_peft.diagnose.estimates import gradient_norm, noise_scale
-from rlr_peft.diagnose.methods import quoted
+from rlr_peft.diagnose.methods import Method, quoted
 from rlr_peft.diagnose.recommendation import Recommendation
-from rlr_peft.figures import ACCENT, INK, QUIET_INK, SECOND_ACCENT, empty_figure, restrain, save_figure
+from rlr_peft.figures import (
+    ACCENT,
+    INK,
+    QUIET_INK,
+    SECOND_ACCENT,
+    SHADE,
+    empty_figure,
+    inline_svg,
+    restrain,
+    save_figure,
+)
 from rlr_peft.foreign_text import listed, page_environment, printable
 from rlr_peft.reports import aligned, short_number, with_error, write_numbers, write_text
 
@@ -26,7 +36,8 @@ OWN_UNITS = "*"
 LINE_WIDTH = 118  # characters
 # The table in two parts, because neither a terminal nor a page is as wide as all columns.
 PARTS = {"What a sample costs": (0, 2, 3, 4, 5), "What its gradient is worth": (0, 1, 6, 7, 8, 9, 10)}
-STAGE_SHADES = {"coarse": "#f1f1f1", "mid": "#ffffff", "fine": "#f1f1f1"}
+STAGE_SHADES = {"coarse": SHADE, "mid": "none", "fine": SHADE}
+FIGURE = "Variances and gradient energy by step, and the variance of the whole estimate by K"
 
 
 def column_titles(diagnosis: Diagnosis) -> list[str]:
@@ -139,18 +150,21 @@ def write_report(path: Path, diagnosis: Diagnosis, recommendation: Recommendatio
     Returns:
         The three paths.
     """
-    picture = save_step_profile(path.with_suffix(".png"), diagnosis)
+    figure = step_profile(diagnosis)
     return [
-        write_text(path, page(diagnosis, recommendation, picture.read_bytes())),
+        write_text(path, page(diagnosis, recommendation, figure)),
         write_numbers(path.with_suffix(".json"), plain_numbers(diagnosis, recommendation)),
-        picture,
+        save_figure(path.with_suffix(".png"), figure),
     ]
 
 
-def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -> str:
-    """The HTML; ``picture`` is a PNG that is put inside."""
+def page(diagnosis: Diagnosis, recommendation: Recommendation, figure: Figure) -> str:
+    """The HTML, with the figure inside."""
     environment = page_environment(Path(__file__).parent)
     environment.filters["code"] = _with_code
+    coverage: dict[str, list[Method]] = {}  # many methods cover the same
+    for result in diagnosis.results:
+        coverage.setdefault(result.coverage.describe(), []).append(result.method)
     return environment.get_template(TEMPLATE).render(
         facts=diagnosis.facts,
         flags=recommendation.flags,
@@ -159,11 +173,11 @@ def page(diagnosis: Diagnosis, recommendation: Recommendation, picture: bytes) -
         parts=PARTS,
         titles=column_titles(diagnosis),
         rows=[row_of(result) for result in diagnosis.results],
-        coverage=[(result.method, result.coverage.describe()) for result in diagnosis.results],
+        coverage=coverage,
         left_out=diagnosis.compared.left_out,
         notes=notes(diagnosis),
         stages=[stage for stage in diagnosis.profile.stages if stage.energy_share is not None],
-        picture=base64.b64encode(picture).decode("ascii"),
+        figure=inline_svg(figure, "steps", FIGURE),
     )
 
 
@@ -256,16 +270,8 @@ def _plain(values: torch.Tensor | None) -> Any:
     return None if values is None else values.tolist()
 
 
-def save_step_profile(path: Path, diagnosis: Diagnosis) -> Path:
-    """Variances and gradient energy by step, and below the variance of the whole estimate by K; sampling runs right.
-
-    Args:
-        path: of the PNG.
-        diagnosis: what to draw.
-
-    Returns:
-        `path`.
-    """
+def step_profile(diagnosis: Diagnosis) -> Figure:
+    """Variances and gradient energy by step, and below the variance of the whole estimate by K; sampling runs right."""
     profile = diagnosis.profile
     heights = [3.4] if profile.by_first_order_steps is None else [3.4, 2.4]
     figure = empty_figure(1.2 + 1.2 * sum(heights), w_pad=0.15, h_pad=0.15)
@@ -273,7 +279,7 @@ def save_step_profile(path: Path, diagnosis: Diagnosis) -> Path:
     _draw_steps(axes[0], profile)
     if profile.by_first_order_steps is not None:
         _draw_choices(axes[1], profile.by_first_order_steps, diagnosis.compared.first_order_steps)
-    return save_figure(path, figure)
+    return figure
 
 
 def _draw_steps(axes: Axes, profile: StepProfile) -> None:

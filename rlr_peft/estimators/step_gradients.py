@@ -1,7 +1,8 @@
 """Sketches of single samples' gradients through every step, and their inner products: what calibrations measure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -36,9 +37,13 @@ class GradientSketch:
 
     def __call__(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """The sketch (d,) of one tensor per parameter, on the CPU, in the gradients' precision."""
-        vector = torch.cat([gradient.flatten() for gradient in gradients])
-        sketch = torch.zeros(self.dimension, dtype=vector.dtype, device=vector.device)
-        return sketch.index_add_(0, self._buckets, vector * self._signs).cpu()
+        return self.of_samples([gradient[None] for gradient in gradients])[0]
+
+    def of_samples(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sketches (N, d) of N samples' gradients, (N, ...) for every parameter."""
+        vectors = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+        sketches = torch.zeros(len(vectors), self.dimension, dtype=vectors.dtype, device=vectors.device)
+        return sketches.index_add_(1, self._buckets, vectors * self._signs).cpu()
 
 
 @dataclass(frozen=True)
@@ -90,42 +95,68 @@ def measure_step_gradients(
     Raises:
         ValueError: fewer than two samples.
     """
-    samples = [rollout.select([i]) for rollout in rollouts for i in range(len(rollout.rewards))]
-    if len(samples) < 2:
-        raise ValueError(f"Expected at least 2 samples to measure a variance, got {len(samples)}.")
-    num_steps = chain.num_steps
-    has_noise = torch.tensor([chain.std(t) > 0 for t in range(1, num_steps + 1)])
-    shape = (num_steps, len(samples), sketch.dimension)
-    differentiable = samples[0].reward_gradient is not None
-    pathwise, squares = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.float64)
-    scores, held = torch.zeros(shape), torch.zeros(shape)
-    scored = [t for t in range(1, num_steps + 1) if has_noise[t - 1] and not first_order_only]
-    kept = _kept(chain)
-    counted = samples if description is None else tqdm(samples, description, unit="sample", leave=False)
-    for i, sample in enumerate(counted):
-        if not differentiable:
-            for t in scored:
-                (step,) = walk(chain, sample.trajectory, Segment("score", (t,), _noise_over_std(sample, t)))
-                scores[t - 1, i] = sketch(step.gradients)
-            continue
-
-        def probes(t: int, sample: Rollout = sample) -> list[torch.Tensor]:
-            assert sample.reward_gradient is not None
-            probing = [kept[t - 1] * sample.reward_gradient] if with_held else []
-            return probing + ([_noise_over_std(sample, t)] if t in scored else [])
-
-        for step in walk(chain, sample.trajectory, first_order_segment(sample, num_steps), probes):
-            squares[step.t - 1, i] = step.cotangent_square()
-            pathwise[step.t - 1, i] = sketch(step.gradients)
-            probed = [sketch(gradients) for gradients in step.probed]
-            if with_held:
-                held[step.t - 1, i] = probed[0]
-            if step.t in scored:
-                scores[step.t - 1, i] = probed[-1]
+    count = sum(len(rollout.rewards) for rollout in rollouts)
+    if count < 2:
+        raise ValueError(f"Expected at least 2 samples to measure a variance, got {count}.")
+    measured = _Measured(chain, count, sketch.dimension, first_order_only, with_held)
+    with tqdm(total=count, desc=description, unit="sample", leave=False, disable=description is None) as bar:
+        for rollout in rollouts:
+            samples = range(len(rollout.rewards))
+            separated = chain.separate_samples(len(samples))
+            if separated is not None:
+                with separated:
+                    measured.add(rollout, sketch.of_samples)
+                bar.update(len(samples))
+                continue
+            for i in samples:
+                measured.add(rollout.select([i]), lambda gradients: sketch(gradients)[None])
+                bar.update()
     advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
-    if not differentiable:
-        return StepGradients(None, scores, advantages, has_noise)
-    return StepGradients(pathwise, scores, advantages, has_noise, squares, held if with_held else None)
+    if rollouts[0].reward_gradient is None:
+        return StepGradients(None, measured.scores, advantages, measured.has_noise)
+    held = measured.held if with_held else None
+    return StepGradients(
+        measured.pathwise, measured.scores, advantages, measured.has_noise, measured.cotangent_squares, held
+    )
+
+
+class _Measured:
+    """What becomes of the samples, part by part: the fields of ``StepGradients``."""
+
+    def __init__(self, chain: Chain, count: int, dimension: int, first_order_only: bool, with_held: bool) -> None:
+        steps = range(1, chain.num_steps + 1)
+        shape = (chain.num_steps, count, dimension)
+        self.pathwise, self.scores, self.held = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+        self.cotangent_squares = torch.zeros(shape[:2], dtype=torch.float64)
+        self.has_noise = torch.tensor([chain.std(t) > 0 for t in steps])
+        self._scored = [t for t in steps if self.has_noise[t - 1] and not first_order_only]
+        self._kept = _kept(chain) if with_held else []
+        self._chain, self._added = chain, 0
+
+    def add(self, batch: Rollout, sketched: Callable[[list[torch.Tensor]], torch.Tensor]) -> None:
+        """Measures the next samples; ``sketched`` makes sketches (n, d) of their gradients."""
+        rows = slice(self._added, self._added + len(batch.rewards))
+        self._added = rows.stop
+        if batch.reward_gradient is None:
+            for t in self._scored:
+                (step,) = walk(self._chain, batch.trajectory, Segment("score", (t,), _noise_over_std(batch, t)))
+                self.scores[t - 1, rows] = sketched(step.gradients)
+            return
+        segment = first_order_segment(batch, self._chain.num_steps)
+        for step in walk(self._chain, batch.trajectory, segment, partial(self._probes, batch)):
+            assert step.cotangent is not None  # as the segment has one
+            self.cotangent_squares[step.t - 1, rows] = step.cotangent.double().square().flatten(1).sum(1).cpu()
+            self.pathwise[step.t - 1, rows] = sketched(step.gradients)
+            probed = [sketched(gradients) for gradients in step.probed]
+            if self._kept:
+                self.held[step.t - 1, rows] = probed[0]
+            if step.t in self._scored:
+                self.scores[step.t - 1, rows] = probed[-1]
+
+    def _probes(self, batch: Rollout, t: int) -> list[torch.Tensor]:
+        assert batch.reward_gradient is not None  # where there are probes
+        held = [self._kept[t - 1] * batch.reward_gradient] if self._kept else []
+        return held + ([_noise_over_std(batch, t)] if t in self._scored else [])
 
 
 def _noise_over_std(sample: Rollout, t: int) -> torch.Tensor:

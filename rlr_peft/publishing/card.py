@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -340,11 +341,26 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def _in_lines(command: str) -> str:
+    """The command with a line for every flag."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of a record that somebody has changed
+        return command
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n    ".join(map(shlex.join, lines))
+
+
 # What templates write values with, in addition to Jinja's own filters.
 FILTERS = {
     "cell": in_cell,
     "code": in_code,
     "line": one_line,
+    "in_lines": _in_lines,
     "fenced": fenced,
     "yaml": lambda values: yaml_text(values).rstrip(),
     "in_a_row": lambda names: in_a_row(list(names)),

@@ -6,8 +6,8 @@ samples, so one pass of an estimator over R * n samples yields R independent gra
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -102,6 +102,19 @@ class ReplicatedChain(ABC):
     def without_guidance(self) -> AbstractContextManager[None]:
         """There is none."""
         return nullcontext()
+
+    def separate_samples(self, count: int) -> AbstractContextManager[None] | None:
+        """As many replicates as samples; None of a chain that has several already."""
+        return None if self.replicates > 1 else self._separated(count)
+
+    @contextmanager
+    def _separated(self, count: int) -> Iterator[None]:
+        shared, self.replicates = self.parameters, count
+        self.parameters = [torch.nn.Parameter(p.detach().expand(count, *p.shape[1:])) for p in shared]
+        try:
+            yield
+        finally:
+            self.parameters, self.replicates = shared, 1
 
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more with the parameters that the chain was built with."""

@@ -158,7 +158,7 @@ def _calibrate(
     last_std: float,
     generator: torch.Generator,
 ) -> None:
-    """On 64 samples of a single copy of the chain: calibration replays samples one by one."""
+    """On 64 samples of a single copy of the chain: calibration gives each sample a copy of its own."""
     chain = LinearGaussianChain(num_steps=num_steps, last_std=last_std)
     sampled = _sampled(chain, QuadraticReward(chain, differentiable), [""] * 64, False, generator)
     advantages = leave_one_out(sampled.rewards, group_size)

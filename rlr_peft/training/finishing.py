@@ -42,7 +42,7 @@ from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pairs
 from rlr_peft.publishing.record import Images, StoredCard
-from rlr_peft.reports import with_error
+from rlr_peft.reports import gain_with_error
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import logged_metrics, run_record
 from rlr_peft.training.learning_signal import LearningSignal
@@ -256,8 +256,8 @@ def summary(run: Run, metrics: dict[str, float]) -> str:
 
 
 def _gain_text(metrics: dict[str, float], name: str) -> str:
-    shown = with_error(metrics[f"{name}_gain"], metrics[f"{name}_gain_se"], sign=True)
-    return f"{metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}, gain {shown}"
+    before, after, gain, error = (metrics[f"{name}_{key}"] for key in ("before", "after", "gain", "gain_se"))
+    return f"{before:.4f} -> {after:.4f}, gain {gain_with_error(before, after, gain, error)}"
 
 
 def _loading_lines(run: Run) -> list[str]:

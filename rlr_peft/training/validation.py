@@ -70,7 +70,8 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
         for i, video in enumerate(images):
             save_video(single / f"{i:03d}", video, chain.fps)
         images = as_images(images)
-    save_image_grid(path, images, texts_of(prompts), columns=arguments.num_validation_images)
+    title = f"After {step:,} updates" if step else "Base"
+    save_image_grid(path, images, texts_of(prompts), arguments.num_validation_images, title)
     for tracker in run.accelerator.trackers:
         track_images(tracker, phase, to_8_bit(images), step)
     return path

@@ -136,7 +136,18 @@ def test_the_keyboard_moves_the_slider_and_says_so(page: Page) -> None:
     assert page.locator(".card .pair").first.evaluate("pair => getComputedStyle(pair).outlineStyle") == "solid"
     page.keyboard.press("Home")
     assert color_at(page, 0.05) == GREEN
-    expect(slider).to_have_attribute("aria-label", re.compile("^Line between base and adapter, a blue boat"))
+    expect(slider).to_have_attribute("aria-label", re.compile("^Line between base and adapter, seed 101: a blue boat"))
+
+
+def test_a_pair_is_shown_at_full_size(page: Page) -> None:
+    full, button = page.locator("#full"), page.locator(".card .enlarge").first
+    expect(button).to_have_accessible_name(re.compile("^Full size, seed 101: a blue boat"))
+    button.click()
+    expect(full.locator("figcaption")).to_have_text(["base, 0.500", "first, 0.300"])
+    sources = [image.get_attribute("src") for image in full.locator("img").all()]
+    assert sources == [page.locator(f".card .{side}").first.get_attribute("src") for side in ("before", "after")]
+    page.keyboard.press("Escape")
+    expect(full).to_be_hidden()
 
 
 def test_all_sliders_move_at_once(page: Page) -> None:

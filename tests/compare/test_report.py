@@ -17,7 +17,6 @@ from rlr_peft.compare import (
     Model,
     chosen_pairs,
     console_text,
-    inline_svg,
     markdown,
     notes,
     plain_numbers,
@@ -29,6 +28,7 @@ from rlr_peft.compare import (
     write_scores,
 )
 from rlr_peft.compare.figures import figures
+from rlr_peft.figures import inline_svg
 from rlr_peft.reports import with_error, write_numbers
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 

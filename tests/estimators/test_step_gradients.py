@@ -24,8 +24,10 @@ from rlr_peft.estimators import (
     step_variances,
     variance_and_error,
 )
+from rlr_peft.lora import attach_lora
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import flat, gradient_of, rollout_of
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 SINGLE = HalfOrder(1, "all")
 
@@ -143,6 +145,35 @@ def test_first_order_only_costs_no_score_passes() -> None:
     assert torch.equal(alone.pathwise, both.pathwise)
     assert not alone.scores.any() and both.scores[1:].any() and not both.scores[0].any()
     assert chain.denoiser_evaluations == 2 * 8 * 3, "every step is replayed once"
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_out.0"], ["conv1", "conv_shortcut", "conv", "to_k"]])
+def test_samples_measured_together_are_those_measured_one_by_one(targets: list[str]) -> None:
+    """Of LoRA layers, linear and convolutions with strides too, under guidance and gradient checkpointing."""
+    pipeline = tiny_stable_diffusion(dtype=torch.float64)
+    pipeline.unet.requires_grad_(False)
+    parameters = attach_lora(pipeline.unet, target_modules=targets, rank=2)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    pipeline.unet.enable_gradient_checkpointing()
+    chain = chain_over(pipeline, num_inference_steps=3, guidance_scale=4.0)
+    trajectory = chain.sample(["a red ball", "sky", "a cat"], [0, 1, 2])
+    gradient = torch.randn(trajectory.latents[0].shape, generator=generator, dtype=torch.float64)
+    rollout = Rollout(trajectory, torch.zeros(3), torch.arange(3.0), gradient)
+    sketch = GradientSketch(chain.parameters)
+    together = measure_step_gradients(chain, [rollout], sketch, with_held=True)
+    before = [parameter.clone() for parameter in parameters]
+    pipeline.unet.train()  # as with dropout, where a sample's masks depend on its batch
+    assert chain.separate_samples(3) is None
+    one_by_one = measure_step_gradients(chain, [rollout], sketch, with_held=True)
+    for name in ("pathwise", "held", "scores", "cotangent_squares"):
+        expected = getattr(one_by_one, name)
+        torch.testing.assert_close(
+            getattr(together, name), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())
+        )
+    assert together.pathwise is not None and together.pathwise.abs().sum((0, 2)).min() > 0
+    assert all(map(torch.equal, before, parameters)) and all(parameter.grad is None for parameter in parameters)
 
 
 def test_running_gains_blend_and_survive_a_round_trip(tmp_path) -> None:

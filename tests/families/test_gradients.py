@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlr_peft.chain import Segment, run
-from tests.families.table import CASES, NUM_STEPS, load
+from rlr_peft.chain import DenoisingChain, Segment, run, walk
+from tests.families.table import CASES, NUM_STEPS, PROMPTS, load
 from tests.pipelines import chain_over
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "sd-v"])
-def test_segment_gradients_equal_central_differences(name: str, folder_of: Callable[[str], str]) -> None:
+def trained_chain(name: str, folder_of: Callable[[str], str]) -> DenoisingChain:
+    """With two weights of attention to train; of two experts the first has one and the second the other."""
     case = CASES[name]
     pipeline = load(folder_of(name))
     if case.double:
@@ -25,9 +25,15 @@ def test_segment_gradients_equal_central_differences(name: str, folder_of: Calla
         for key, weight in chain.denoiser.named_parameters()
         if key.endswith(("to_q.weight", "to_v.weight"))
     ]
-    chain.parameters = [named[0][1], named[-1][1]]  # of two experts the first has one and the second the other
+    chain.parameters = [named[0][1], named[-1][1]]
     for weight in chain.parameters:
         weight.requires_grad_()
+    return chain
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "sd-v"])
+def test_segment_gradients_equal_central_differences(name: str, folder_of: Callable[[str], str]) -> None:
+    case, chain = CASES[name], trained_chain(name, folder_of)
     trajectory = chain.sample(["a red ball"], [0])
     generator = torch.Generator().manual_seed(1)
 
@@ -60,3 +66,26 @@ def test_segment_gradients_equal_central_differences(name: str, folder_of: Calla
     difference = (8 * (reward(h) - reward(-h)) - (reward(2 * h) - reward(-2 * h))) / (12 * h)
     expected = sum((gradient * direction).sum().item() for gradient, direction in zip(gradients, directions))
     assert difference == pytest.approx(expected, rel=case.gradient_tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "sd-v"])
+def test_gradients_of_separated_samples_are_those_of_single_ones(name: str, folder_of: Callable[[str], str]) -> None:
+    chain = trained_chain(name, folder_of)
+    trajectory = chain.sample(PROMPTS, [0, 1])
+    cotangent = torch.randn(trajectory.latents[0].shape, generator=torch.Generator().manual_seed(1)).to(
+        chain.latents_dtype
+    )
+    steps = range(1, NUM_STEPS + 1)
+    alone = []
+    for i in range(2):
+        sample = trajectory.select([i])
+        alone.append([step.gradients for step in walk(chain, sample, Segment("term", steps, cotangent[[i]]))])
+    shared, separated = chain.parameters, chain.separate_samples(2)
+    assert separated is not None
+    with separated:
+        together = [step.gradients for step in walk(chain, trajectory, Segment("term", steps, cotangent))]
+    assert chain.parameters is shared
+    for t, gradients in enumerate(together):
+        for parameter, gradient in enumerate(gradients):
+            expected = torch.stack([alone[i][t][parameter] for i in range(2)])
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

@@ -104,7 +104,10 @@ def test_a_full_card_tells_what_was_measured(folder: Path) -> None:
     assert "https://arxiv.org/abs/2502.00639" in text
     assert "The first 10 of its 12,000 training prompts:" in text
     assert "\n\nDrawn with 20 steps, eta 0.\nTraining ended after as many updates as it was set to; the" in text
-    assert "| a \\| b | ![base](images/base_0.png)<br>0.400 | ![adapter](images/adapter_0.png)<br>0.750 |" in text
+    assert "![base and adapter side by side](before_after.png)" in text and "![base](images/base_0.png)" not in text
+    assert "accelerate launch train_rlr_lora.py \\\n    --config configs/tiny_shapes.yaml\n```" in text
+    row = "| a \\| b | ![base](images/base_0.png)<br>0.400 | ![adapter](images/adapter_0.png)<br>0.750 |"
+    assert row in write(folder, changed(FULL, images={"before_after": None}))
     for path in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / path).is_file()
 
@@ -240,6 +243,7 @@ def test_prompts_are_shown_as_they_are_and_break_nothing(folder: Path) -> None:
         images={
             "pairs": [ImagePair(NASTY, "images/base_0.png", "images/adapter_0.png", 0.4, 0.75)],
             "gallery": [("images/one.png", NASTY)],
+            "before_after": None,
         },
         prompts={
             "shown": [NASTY, "second " * 100],
