@@ -20,7 +20,7 @@ from rlr_peft.compare.figures import figures
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import inline_svg, save_figure
 from rlr_peft.foreign_text import in_text, inside_script, listed, page_environment
-from rlr_peft.prompt import ConditionImage
+from rlr_peft.prompt import ConditionImage, as_prompt
 from rlr_peft.reports import aligned, decimals_of_scores, gain_with_error, with_error, write_numbers, write_text
 from rlr_peft.rewards.preprocessing import condition_pixels
 
@@ -251,7 +251,7 @@ def _card(comparison: Comparison, index: int, place: int) -> _Card:
         width=picture.width,
         height=picture.height,
         small=max(picture.width // picture.num_frames, picture.height) <= SMALL_SIDE,
-        condition=_condition(base.prompts[index].image, picture.width // picture.num_frames, picture.height),
+        condition=_condition(as_prompt(base.prompts[index]).image, picture.width // picture.num_frames, picture.height),
     )
 
 
