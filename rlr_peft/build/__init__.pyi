@@ -22,6 +22,7 @@ from .pipeline import enable_checkpointing as enable_checkpointing
 from .pipeline import keep_weights_as_quantized as keep_weights_as_quantized
 from .pipeline import load_pipeline as load_pipeline
 from .pipeline import pipeline_quantization as pipeline_quantization
+from .pipeline import prepare_pipeline as prepare_pipeline
 from .pipeline import set_attention_backend as set_attention_backend
 from .randomness import derive_seed as derive_seed
 from .reporting import reporting_errors as reporting_errors

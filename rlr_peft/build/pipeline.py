@@ -108,6 +108,8 @@ def prepare_pipeline(pipeline: DiffusionPipeline, arguments: ModelArguments, dev
         # The pipeline (SDXL) would cast it to and fro around each decode, under the feet of the tape.
         logger.info("The VAE overflows in fp16 and is kept in fp32; --pretrained_vae_model_name_or_path replaces it.")
         vae.to(torch.float32)
+    if vae is not None and type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
+        vae.enable_slicing()  # the mask of its attention fits a single video
     if arguments.vae_gradient_checkpointing:
         enable_checkpointing(vae, "vae_gradient_checkpointing")
     if arguments.attention_backend is not None:

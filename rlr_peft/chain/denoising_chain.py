@@ -186,7 +186,7 @@ class DenoisingChain:
     @property
     def is_video(self) -> bool:
         """Whether the pipeline makes videos."""
-        return "num_frames" in self._driver.parameters
+        return self._driver.frames_argument is not None
 
     @property
     def fps(self) -> int:
@@ -470,8 +470,9 @@ class DenoisingChain:
         return latents
 
     def _initial_latents(self, generator: torch.Generator) -> torch.Tensor:
-        """x_T of one sample. Packed latents are drawn by the pipeline, which packs after drawing."""
-        if len(self.latents_shape) > 2:
+        """x_T of one sample. The pipeline draws packed latents, which it packs after drawing, and those of an unknown
+        class, which it may scale."""
+        if len(self.latents_shape) > 2 and self.family.name != GENERIC.name:
             return torch.randn(1, *self.latents_shape, generator=generator)
         return self._pipeline_latents([Prompt("")], generator).cpu()
 
@@ -484,7 +485,9 @@ class DenoisingChain:
         options: dict[str, Any] = {} if generator is None else {"generator": generator}
         self._scheduler.expose(0, 0, None)
         with torch.random.fork_rng(self._cuda_devices(), enabled=generator is None):
-            return self._drive(prompts, None, **options)
+            returned = self._drive(prompts, None, **options)
+        made = self._driver.prepared
+        return returned if made is None or made.ndim == returned.ndim else made  # FLUX.2 unpacks what it returns
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []

@@ -159,7 +159,11 @@ GENERIC = Family(
 )
 """The row that an unknown pipeline class is tried with."""
 
-GENERIC_TARGETS = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+GENERIC_TARGETS = (
+    *ATTENTION,
+    *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+    *("to_key", "to_query", "to_value"),  # Kandinsky 5
+)
 
 
 def family_of_class(pipeline_class: str) -> Family | None:

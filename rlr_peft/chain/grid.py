@@ -120,6 +120,7 @@ def make_grid(
     timestep_spacing: TimestepSpacing | None = None,
     sigmas: Any = None,
     mu: float | None = None,
+    timesteps: Any = None,
 ) -> Grid:
     """The grid of a base scheduler.
 
@@ -131,6 +132,7 @@ def make_grid(
             empty; None takes the noise levels that the pipeline asks for, else trailing.
         sigmas: noise levels that the pipeline asks for.
         mu: the shift that the pipeline derives from the resolution.
+        timesteps: what the pipeline tells the denoiser besides its noise levels: those before the shift, as CogView 4.
     """
     if not isinstance(base, FlowMatchEulerDiscreteScheduler):
         return diffusion_grid(base, num_inference_steps)
@@ -139,7 +141,10 @@ def make_grid(
     elif timestep_spacing == "trailing" or sigmas is None:
         sigmas = requested_sigmas(base, num_inference_steps, timestep_spacing)
     shift = {"mu": mu} if base.config.use_dynamic_shifting else {}
-    base.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas, **shift)
+    told = {}
+    if timesteps is not None and sigmas is not None:
+        told["timesteps"] = [float(sigma) * base.config.num_train_timesteps for sigma in sigmas]
+    base.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas, **shift, **told)
     levels = [float(sigma) for sigma in base.sigmas]
     points = tuple(PathPoint(1 - sigma, sigma) for sigma in levels)
     return Grid(timesteps=base.timesteps.clone(), points=points[:-1], followings=points[1:])

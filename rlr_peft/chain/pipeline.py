@@ -8,6 +8,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ STEPPING = {
 }
 # Knobs that become arguments of another name, or only of some prompts.
 TRANSLATED = {"guidance_scale", "true_cfg_scale", "resolution", "fps", "negative_prompt"}
+
+FRAMES_ARGUMENTS = ("num_frames", "frames", "video_length")
 
 Embedding = torch.Tensor | list[torch.Tensor] | None
 Embeddings = tuple[Embedding, ...]
@@ -59,6 +62,9 @@ class PipelineDriver:
         latents_dtype: float32, or float64 if the denoiser is.
         parameters: of the pipeline's call, by name.
         negative_branch: takes that of guidance off the tape; None where it is not known where it runs.
+        frames_argument: what the call names the number of frames; None for images.
+        prepared: the latents that the pipeline made at the latest call without any, as its steps see them; None where
+            it does so in no method of its own.
 
     Raises:
         ValueError: a pipeline that cannot be given prompts and latents, or one with a safety checker.
@@ -82,6 +88,13 @@ class PipelineDriver:
         for needed in ("prompt", "latents", "num_inference_steps", "output_type"):
             if needed not in self.parameters:
                 raise ValueError(f"{self.name} cannot be driven as a chain: its call takes no `{needed}`.")
+        if "audio_latents" in self.parameters:
+            raise ValueError(
+                f"{self.name} cannot be driven as a chain: it draws sound in the loop of its pictures, and a chain has "
+                "one kind of latents."
+            )
+        self.prepared: torch.Tensor | None = None
+        self.frames_argument = next((name for name in FRAMES_ARGUMENTS if name in self.parameters), None)
         first = getattr(pipeline, family.denoisers[0])
         self.device = working_device(first)
         self.denoiser = trained_module(pipeline, family.denoisers)
@@ -117,9 +130,9 @@ class PipelineDriver:
         detached: AbstractContextManager[None] = nullcontext()
         if detach_negative and self.negative_branch is not None:
             detached = self.negative_branch.off_tape(len(prompts))
-        with self._driven_by(scheduler) as pipeline, detached:
+        with self._driven_by(scheduler) as pipeline, detached, self._entering_as(latents) as given:
             texts = [prompt.text for prompt in prompts]
-            return self._undecorated(pipeline, prompt=texts, latents=latents, return_dict=False, **arguments)[0]
+            return self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **arguments)[0]
 
     @contextmanager
     def decoding_for_rewards(self) -> Iterator[None]:
@@ -133,6 +146,39 @@ class PipelineDriver:
             yield
         finally:
             attributes["vae"] = vae
+
+    @contextmanager
+    def _entering_as(self, latents: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+        """Inside, the pipeline starts from these latents, if it is given what comes out as the call's argument.
+
+        They enter where it makes its own: as an argument some pipelines take them in another form than their steps do,
+        unpacked or without the channels of a condition.
+        """
+        prepare = getattr(self.pipeline, "prepare_latents", None)
+        if prepare is None:
+            yield latents
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+
+        @wraps(prepare)
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            with torch.random.fork_rng(devices, enabled=latents is not None):  # its own noise is not used then
+                made = prepare(*args, **kwargs)
+            first, *others = made if isinstance(made, tuple) else (made,)
+            if latents is None:
+                self.prepared = first
+                return made
+            entering = latents.clone()  # Kandinsky 5 writes into them
+            if first.shape[:-1] == latents.shape[:-1]:  # else latents of another size than the call's are decoded
+                further = first[..., latents.shape[-1] :]  # channels of a condition, none in most pipelines
+                entering = torch.cat([latents, further.to(latents)], dim=-1) if further.numel() else entering
+            return (entering, *others) if isinstance(made, tuple) else entering
+
+        self.pipeline.prepare_latents = prepared
+        try:
+            yield None
+        finally:
+            del self.pipeline.prepare_latents
 
     @contextmanager
     def _driven_by(self, scheduler: RecordingScheduler) -> Iterator[DiffusionPipeline]:
@@ -171,6 +217,7 @@ class CallArguments:
         self.guidance = self._guidance(driver.family.guidance_argument, knobs)
         self.guidance_scale = float(self.guidance.get(driver.family.guidance_argument, 1.0))
         own = {name: value for name, value in vars(knobs).items() if name not in STEPPING | TRANSLATED}
+        own[driver.frames_argument or "num_frames"] = own.pop("num_frames")
         own |= {"height": knobs.height or knobs.resolution, "width": knobs.width or knobs.resolution}
         options = self._checked(own)
         frame_rate = self._parameters.get("frame_rate")
@@ -276,6 +323,8 @@ class PromptMemory:
         key = _key(arguments)
         if key not in self._joined:  # the replays of a trajectory ask for the same batch again and again
             prompts = arguments["prompt"]
+            if prompts is None:  # the empty text for all
+                prompts = arguments["prompt"] = [""] * arguments.get("batch_size", 1)
             count = 1 if isinstance(prompts, str) else len(prompts)
             rows = [self._encode_one(i, count, dict(arguments)) for i in range(count)]
             self._joined[key] = tuple(_to(embedding, self._device, self._dtype) for embedding in _join(rows))
@@ -290,6 +339,8 @@ class PromptMemory:
         for name, value in arguments.items():
             if "prompt" in name and isinstance(value, list) and len(value) == batch_size:
                 arguments[name] = [value[index]]
+        if "batch_size" in arguments:
+            arguments["batch_size"] = 1
         key = _key(arguments)
         if key not in self._remembered:
             row = self._encode_prompt(**arguments)
@@ -322,12 +373,20 @@ def _join_parts(parts: tuple[Embedding, ...]) -> Embedding:
     if first is None:
         return None
     if isinstance(first, list):
-        return [entry for part in parts for entry in part]  # type: ignore[union-attr]
+        lists = [part for part in parts if isinstance(part, list)]
+        if len(first) < 2:  # an entry for every sample, or none at all
+            return [entry for part in lists for entry in part]
+        return [torch.cat(layer) for layer in zip(*_padded_alike(lists), strict=True)]  # an entry for every layer
     tensors = [part for part in parts if torch.is_tensor(part)]
     longest = max(_length(tensor) for tensor in tensors)
     if first.shape[0] != 1:  # positions, such as FLUX's, are the same for every prompt
         return max(tensors, key=len)
     return torch.cat([_padded(tensor, longest) for tensor in tensors])
+
+
+def _padded_alike(lists: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    longest = max(_length(part[0]) for part in lists)
+    return [[_padded(entry, longest) for entry in part] for part in lists]
 
 
 def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:

@@ -115,15 +115,22 @@ class RecordingScheduler:
         self.recorded = RecordedSteps()
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
     ) -> None:
         """Called by the pipeline: the slice replaces the grid it asks for."""
         if self._settled is None:
+            if sigmas is None and timesteps is not None and self.prediction_type == "flow_prediction":
+                sigmas, timesteps = [float(t) / self.config.num_train_timesteps for t in timesteps], None
             steps = len(sigmas) if num_inference_steps is None else num_inference_steps
-            grid = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu)
+            grid = make_grid(self._base, steps, self._timestep_spacing, sigmas, mu, timesteps)
             check_grid(grid, self.prediction_type)
             self._settled, self._mu = grid, mu
-            asked = {"num_inference_steps": steps, "sigmas": sigmas, "mu": mu}
+            asked = {"num_inference_steps": steps, "sigmas": sigmas, "mu": mu, "timesteps": timesteps}
             self._request = {name: value for name, value in asked.items() if value is not None}
         grid = self._settled
         first = grid.num_steps - self._exposed.start if len(self._exposed) else grid.num_steps
@@ -140,9 +147,14 @@ class RecordingScheduler:
         return sample
 
     def step(
-        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """Takes and records the Gaussian step; the latents keep their own precision."""
+        """Takes and records the Gaussian step; the latents keep their own precision, and the generator is not used."""
         t = self._next_step
         current, following = self.grid.step_points(t)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)  # a double denoiser may get single latents

@@ -88,7 +88,7 @@ def _snippet(merged: Merged) -> str:
     ]
     if record is not None:
         prompt = next(iter(record.prompts.shown), "a photo of a cat")
-        arguments = [json.dumps(prompt, ensure_ascii=False), *call_arguments(record, prompt)]
+        arguments = [f"prompt={json.dumps(prompt, ensure_ascii=False)}", *call_arguments(record, prompt)]
         lines += [
             *([told_sigmas(record)] if is_told else [""]),
             f"result = pipe({', '.join(arguments)}, generator=torch.Generator().manual_seed(0))",

@@ -29,7 +29,7 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     return (
         f"{pipeline_code(record, imports)}"
         f"\n{'video' if is_video else 'image'} = pipe(\n"
-        f"    {quoted(prompt)},\n"
+        f"    prompt={quoted(prompt)},\n"  # the first argument of FLUX.2 is an image
         f"{arguments}"
         "    generator=torch.Generator().manual_seed(0),\n"
         f"{ending}"

@@ -53,7 +53,7 @@ def draw(prompt, seed):
     for used in (False, True):
         use_adapter(used)
         images += pipe(
-            prompt,
+            prompt=prompt,
 {arguments}            generator=torch.Generator().manual_seed(int(seed)),
         ).images
     return tuple(images)

@@ -5,10 +5,13 @@ from typing import Any
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -24,12 +27,14 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from transformers import Qwen3ForCausalLM
 
 from tests.families.text_encoders import (
     WIDTH,
     clip_text_model,
     gemma_encoder,
     gemma_tokenizer,
+    qwen3_config,
     qwen3_encoder,
     qwen_tokenizer,
     qwen_vl_encoder,
@@ -143,6 +148,36 @@ def flux() -> FluxPipeline:
             pooled_projection_dim=WIDTH,
             axes_dims_rope=(4, 4, 8),
             guidance_embeds=True,
+        ),
+    )
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    """FLUX.2 Klein: takes unpacked latents and returns unpacked ones, but steps on packed ones."""
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC_SHIFT),
+        vae=AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(4,),
+            layers_per_block=1,
+            latent_channels=1,
+            norm_num_groups=1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=Qwen3ForCausalLM(qwen3_config(num_hidden_layers=28)),  # the call reads the layers 9, 18 and 27
+        tokenizer=qwen_tokenizer(),
+        transformer=Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
         ),
     )
 

@@ -10,6 +10,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
@@ -17,7 +18,7 @@ from diffusers import (
 
 from rlr_peft.chain import default_lora_targets, family_of
 from rlr_peft.lora import attach_lora, save_lora, verify_lora_reloads
-from tests.families.image_pipelines import flow_vae
+from tests.families.image_pipelines import flow_vae, flux2_klein
 from tests.families.table import CASES, PROMPTS, load
 from tests.families.text_encoders import WIDTH, t5_encoder, t5_tokenizer
 from tests.pipelines import chain_over
@@ -53,20 +54,32 @@ def chroma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_unknown_class_is_driven_trained_and_saved(chroma: Path, tmp_path: Path) -> None:
-    pipeline = load(str(chroma))
+@pytest.fixture(scope="module")
+def flux2_klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class without a row, whose call takes and returns latents in another form than its steps do."""
+    folder = tmp_path_factory.mktemp("klein")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        flux2_klein().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fixture", ["chroma", "flux2_klein_folder"])
+def test_an_unknown_class_is_driven_trained_and_saved(
+    fixture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(fixture)
+    pipeline = load(str(folder))
     family = family_of(pipeline)
     assert family.name == "generic" and family.denoisers == ("transformer",)
-    with pytest.raises(
-        ValueError, match="detach_negative: expected a supported pipeline, got ChromaPipeline, where it"
-    ):
+    with pytest.raises(ValueError, match=f"expected a supported pipeline, got {type(pipeline).__name__}, where it"):
         chain_over(pipeline, detach_negative=True, **OPTIONS)
     chain = chain_over(pipeline, eta=0.0, **OPTIONS)
     trajectory = chain.sample(["a red ball"], [5])
     with torch.no_grad():
         images = chain.decode(trajectory.latents[0], ["a red ball"])
     generator = torch.Generator().manual_seed(5)
-    expected = pipeline("a red ball", generator=generator, output_type="pt", **OPTIONS).images
+    expected = pipeline(prompt="a red ball", generator=generator, output_type="pt", **OPTIONS).images
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
     targets = default_lora_targets(family, pipeline.transformer)
@@ -81,11 +94,11 @@ def test_an_unknown_class_is_driven_trained_and_saved(chroma: Path, tmp_path: Pa
     assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
     save_lora(pipeline, tmp_path)
 
-    def render(pipeline: ChromaPipeline) -> torch.Tensor:
+    def render(pipeline: DiffusionPipeline) -> torch.Tensor:
         chain = chain_over(pipeline, eta=0.0, **OPTIONS)
         return chain.decode(chain.sample(["sky"], [1]).latents[0], ["sky"])
 
-    verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=load(str(chroma)))
+    verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=load(str(folder)))
 
 
 def test_an_unknown_noising_path_names_its_option(chroma: Path) -> None:

@@ -130,16 +130,19 @@ def qwen_vl_encoder() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
+def qwen3_config(num_hidden_layers: int = 2) -> Qwen3Config:
+    """Of Z-Image's and FLUX.2 Klein's encoder."""
+    return Qwen3Config(
+        vocab_size=len(qwen_tokenizer()),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+
+
 def qwen3_encoder() -> Qwen3Model:
     """Z-Image's encoder, which uses the last but one hidden state."""
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(qwen_tokenizer()),
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
-    )
+    return Qwen3Model(qwen3_config())

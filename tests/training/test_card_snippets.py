@@ -155,7 +155,7 @@ def test_the_snippet_draws_what_was_measured(
         images = Image.open(run.output_dir / "before_after.png")
         assert all(side > 0 for side in images.size)
     snippet = snippet_of(run.output_dir)
-    prompt = re.findall(r'pipe\(\n    "(.*)",', snippet)[0]
+    prompt = re.findall(r'pipe\(\n    prompt="(.*)",', snippet)[0]
     monkeypatch.chdir(run.output_dir)
     expected = measured_latents(run, prompt)
     torch.testing.assert_close(latents_of(snippet), expected, rtol=1e-4, atol=1e-4)
@@ -203,7 +203,7 @@ def test_noise_that_diffusers_knows_is_drawn_from_the_same_chain(
     values = {"timestep_spacing": "trailing", "evaluation_eta": 0.6, "negative_prompt_column": "negative"}
     run = run_with_card(workplace, tmp_path, leading, **values, prompt_path=str(tmp_path / "unseen.jsonl"))
     text, snippet = (run.output_dir / "README.md").read_text(), snippet_of(run.output_dir)
-    assert '    "a cat",\n' in snippet and '    negative_prompt="fur",\n' in snippet
+    assert '    prompt="a cat",\n' in snippet and '    negative_prompt="fur",\n' in snippet
     assert "    eta=0.6,\n" in snippet and "draws their noise in another order" in text
     chain = evaluation_chain(run.config, build_chain(run.config, run.pipeline))
     words = "4 ancestral steps (DDIMScheduler, timestep_spacing trailing), eta 0.6 and guidance scale 3"
