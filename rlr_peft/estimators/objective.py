@@ -117,8 +117,8 @@ class DecodedReward:
     ) -> Callable[[], Measurement]:
         """Begins to ``measure``; what it returns waits for the result, and raises what went wrong.
 
-        A reward that ``overlaps`` is asked meanwhile: wait for it before beginning again. Any other has been asked, and so
-        has one with a gradient.
+        A reward that ``overlaps`` is asked meanwhile: wait for it before beginning again. Any other, and one with a
+        gradient, has been asked.
         """
         if not self._reward.overlaps or self.has_gradient:
             measured = self.measure(latents, prompts, differentiate)
