@@ -1,8 +1,8 @@
-"""Training on a slow reward server, asked while the next micro-batch is sampled and one after the other.
+"""Training with a slow reward server, asked while the next micro-batch is sampled and one after the other.
 
     python -m benchmarks.overlapped_rewards
 
-(three minutes on two cores) writes ``benchmarks/results/overlapped_rewards.json``, which `docs/rewards.md` quotes.
+(five minutes on two busy cores) writes ``benchmarks/results/overlapped_rewards.json``, which `docs/rewards.md` quotes.
 """
 
 import json
@@ -16,9 +16,10 @@ from rlr_peft.build import build_run
 from rlr_peft.config import load_config
 from rlr_peft.training import train
 
-SECONDS_OF_AN_ANSWER = 1.5
+SECONDS_OF_AN_ANSWER = 2.5
+ROUNDS = 3
 OPTIONS = """--config benchmarks/laboratory.yaml --estimator awm --step_kind ode --num_inference_steps 10
---train_batch_size 4 --gradient_accumulation_steps 4 --num_images_per_prompt 4 --max_train_steps 4""".split()
+--train_batch_size 4 --gradient_accumulation_steps 4 --num_images_per_prompt 4 --max_train_steps 2""".split()
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -50,13 +51,14 @@ def main() -> None:
     with HTTPServer(("127.0.0.1", 0), Judge) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
-        (overlapped, weights), (sequential, expected) = trained(url, True), trained(url, False)
+        rounds = [(trained(url, True), trained(url, False)) for _ in range(ROUNDS)]  # in turn: the machine may be busy
         server.shutdown()
+    overlapped, sequential = (min(seconds for seconds, _ in runs) for runs in zip(*rounds, strict=True))
     results = {
         "options": OPTIONS,
         "seconds_of_an_answer": SECONDS_OF_AN_ANSWER,
         "seconds": {"overlapped": round(overlapped, 1), "sequential": round(sequential, 1)},
-        "same_weights": weights == expected,
+        "same_weights": len({weights for runs in rounds for _, weights in runs}) == 1,
     }
     print(json.dumps(results, indent=2))
     print(f"Wrote {write_results('overlapped_rewards', results)}")

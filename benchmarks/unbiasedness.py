@@ -32,8 +32,9 @@ T = 6
 COMPONENTS = 12  # parameters of the chain: a 3 x 3 matrix and a vector
 SINGLE = HalfOrder(length=1, blocks="all")
 TWO_POINT = ZerothOrder("two-point", 0.01)
-ROULETTE = {"replicates": 1, "group_size": 8, "calls": 20_000}  # samples drop out of the batch one by one
-PERTURBED = {"replicates": 1, "group_size": 16}  # a perturbation serves a whole batch
+# A perturbation serves a whole batch, and a roulette lets samples drop out of it one by one: no copies of the chain.
+PERTURBED = {"replicates": 1, "group_size": 16}
+ROULETTE = {"replicates": 1, "group_size": 8}
 
 RLR: dict[str, tuple[RLRSettings, dict]] = {
     "`rlr` (K measured, then all single steps)": (RLRSettings("auto", SINGLE), {}),
@@ -117,8 +118,8 @@ OTHERS |= {
 def main() -> None:
     """Measures every estimator and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=1000, help="independent estimates without a perturbation")
-    parser.add_argument("--perturbed_calls", type=int, default=20_000, help="independent estimates with one")
+    parser.add_argument("--calls", type=int, default=400, help="independent estimates on copies of the chain")
+    parser.add_argument("--perturbed_calls", type=int, default=8000, help="independent estimates without copies")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     critical = critical_z(COMPONENTS * (len(RLR) + len(OTHERS)), confidence=0.99)
@@ -126,7 +127,7 @@ def main() -> None:
     print("| estimator | estimates | max abs z | mean / exact | coverage |\n|---|---|---|---|---|")
     rows = []
     for name, (settings, options) in RLR.items():
-        calls = arguments.perturbed_calls if options is PERTURBED else arguments.calls
+        calls = arguments.perturbed_calls if "replicates" in options else arguments.calls
         rows.append(measured_row(name, RLREstimator(settings), {"calls": calls, **options}, arguments.seed))
     for name, (build, options) in OTHERS.items():
         rows.append(measured_row(name, build(), {"calls": arguments.calls, **options}, arguments.seed))

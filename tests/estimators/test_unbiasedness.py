@@ -77,9 +77,6 @@ UNBIASED: dict[str, tuple[RLRSettings, dict]] = {
 }
 PERTURBED = {
     "rlr-paper, h = 2, two-point s = .01": RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01)),
-    "rlr-paper, window, two-point s = .01": RLRSettings(
-        1, HalfOrder(2, 1, "window", (3, 4)), ZerothOrder("two-point", 0.01)
-    ),
     "rlr-paper, gradient norm, two-point s = .01": RLRSettings(
         1, HalfOrder(2, 1, "gradient-norm"), ZerothOrder("two-point", 0.01)
     ),
@@ -124,7 +121,7 @@ def test_unbiased_with_perturbed_parameters(name: str) -> None:
 
 def test_zeroth_order_is_biased_at_a_large_scale() -> None:
     estimator = RLREstimator(RLRSettings(0, None, ZerothOrder("two-point", 1.0)))
-    assert bias_of(estimator, calls=1500, replicates=1, group_size=32).max_abs_z > CRITICAL
+    assert bias_of(estimator, calls=900, replicates=1, group_size=32).max_abs_z > CRITICAL
 
 
 def test_antithetic_samples_need_their_partner_left_out_of_the_baseline() -> None:

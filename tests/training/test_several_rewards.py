@@ -16,7 +16,7 @@ from tests.training.runs import WEIGHTS, build, config_file, finish, run_on_two_
 
 RECIPE = ROOT / "configs" / "tiny_shapes_two_rewards.yaml"
 SMALL = "--max_train_steps 2 --train_batch_size 4 --calibration_samples 4 --num_evaluation_images 4".split()
-SMALL += "--num_inference_steps 4 --checkpointing_steps 1 --report_to none --evaluation_batch_size 4".split()
+SMALL += "--num_inference_steps 2 --checkpointing_steps 1 --report_to none --evaluation_batch_size 4".split()
 
 
 @pytest.fixture(scope="module")
