@@ -33,6 +33,7 @@ def set_up_logging() -> None:
     logging.getLogger("rlr_peft").setLevel(logging.INFO if is_main else logging.WARNING)
     if not is_main:
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: nothing is said twice
     for name in SILENT:
         logging.getLogger(name).addFilter(_can_be_acted_on)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -100,7 +100,7 @@ class PathwiseArguments(MirroredArguments):
     """Backpropagation through the chain."""
 
     fo_coefficient: float = knob(
-        1.0, "Factor of the first-order term; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
+        1.0, "Factor of the first-order term; not 1 is biased.", unit="factor", at_least=0, at_most=1e6
     )
 
 
@@ -298,7 +298,7 @@ class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
         "Subtract the reward of the predicted image from the advantages of score terms: one reward call more per step.",
     )
     ho_coefficient: float = knob(
-        1.0, "Factor of the score terms; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
+        1.0, "Factor of the score terms; not 1 is biased.", unit="factor", at_least=0, at_most=1e6
     )
 
     @property
@@ -353,7 +353,7 @@ class ThreeOrdersArguments(CalibratedArguments):
     )
     fo_coefficient: float = preset(PathwiseArguments, "fo_coefficient", 1.0)
     zo_coefficient: float = knob(
-        1.0, "Factor of the zeroth-order term; not 1 is biased by choice.", unit="factor", at_least=0, at_most=1e6
+        1.0, "Factor of the zeroth-order term; not 1 is biased.", unit="factor", at_least=0, at_most=1e6
     )
     nfe_budget: float | None = knob(
         None,

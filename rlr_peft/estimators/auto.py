@@ -174,9 +174,7 @@ class AutoEstimator(Estimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         """The member in use and why, for logs and cards."""
         if not self._promises:
-            return f"the member of the family that promises most per cost, until it is measured {UNBIASED}: " + (
-                self.rlr.describe(has_gradient)
-            )
+            return f"the method that promises most for its cost is measured in the first update; until then {UNBIASED}"
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
         words = f"chosen by measurement: {self.chosen.describe(has_gradient)}"
         words += f"; cosine with the measured samples' full gradient {best.cosine:.2f}"

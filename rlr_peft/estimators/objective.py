@@ -117,9 +117,10 @@ class DecodedReward:
     ) -> Callable[[], Measurement]:
         """Begins to ``measure``; what it returns waits for the result, and raises what went wrong.
 
-        A reward that ``overlaps`` is asked meanwhile: wait for it before beginning again. Any other has been asked.
+        A reward that ``overlaps`` is asked meanwhile: wait for it before beginning again. Any other, and one with a
+        gradient, has been asked.
         """
-        if not self._reward.overlaps:
+        if not self._reward.overlaps or self.has_gradient:
             measured = self.measure(latents, prompts, differentiate)
             return lambda: measured
         parts = [(self._decode(part, texts), texts) for part, texts in self._parts(latents, prompts)]

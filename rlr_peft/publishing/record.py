@@ -143,6 +143,7 @@ class ImagePair:
         prompt: of both.
         base, adapter: file names in the card's folder.
         base_score, adapter_score: the trained reward of each.
+        condition: file name of the picture that both were drawn from; None for none.
     """
 
     prompt: str
@@ -150,6 +151,7 @@ class ImagePair:
     adapter: str
     base_score: float
     adapter_score: float
+    condition: str | None = None
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,7 @@ def _check(record: RunRecord) -> None:
         ValueError: one is not.
     """
     images = record.images
-    pairs = [name for pair in images.pairs for name in (pair.base, pair.adapter)]
+    pairs = [name for pair in images.pairs for name in (pair.base, pair.adapter, pair.condition) if name is not None]
     single = (images.before_after, images.reward_curve, record.adapter.weight_name)
     for name in (*(one for one in single if one is not None), *pairs, *(image for image, _ in images.gallery)):
         if not stays_inside(name):

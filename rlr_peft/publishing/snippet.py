@@ -20,6 +20,13 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     arguments = "".join(f"    {argument},\n" for argument in call_arguments(record, prompt))
     is_video = record.sampling.fps is not None
     imports = []
+    condition = next((pair.condition for pair in record.images.pairs if pair.prompt == prompt and pair.condition), None)
+    if condition is not None:
+        imports.append("from diffusers.utils import load_image")
+        where = (
+            "" if record.adapter.repo_id is None else f"https://huggingface.co/{record.adapter.repo_id}/resolve/main/"
+        )
+        arguments = f"    image=load_image({quoted(where + condition)}),\n{arguments}"
     if is_video:
         imports.append("from diffusers.utils import export_to_gif")
         arguments += '    output_type="pil",\n'

@@ -109,7 +109,7 @@ def test_a_reward_without_gradient_leaves_rlr() -> None:
     estimator = auto()
     assert not estimator.wants_calibration(False)
     assert estimator.coverage(chain, False).unbiased
-    assert "until it is measured rlr" in estimator.describe(False)
+    assert "is measured in the first update; until then rlr" in estimator.describe(False)
 
 
 def test_a_member_is_described_where_rlr_promises_nothing() -> None:

@@ -26,8 +26,9 @@ PROMPTS = ["red"] * 4 + ["blue"] * 4
 
 
 def sampled(micro_batch_size: int, antithetic: bool) -> tuple[DenoisingChain, Batch]:
-    chain = chain_over(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=3, guidance_scale=3.0)
+    chain = chain_over(tiny_stable_diffusion(dtype=torch.float64), num_inference_steps=2, guidance_scale=3.0)
     reward = CallableReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
+    reward.overlaps = True  # which one with a gradient cannot
     objective = DecodedReward(chain, reward, 4)
     return chain, sample_batch(chain, objective, PROMPTS, list(range(8)), micro_batch_size, antithetic)
 
