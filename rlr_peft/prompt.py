@@ -4,13 +4,18 @@ Source of the stages: the section on Diffusive Chain-of-Thought of arXiv:2502.00
 ones draw its details, so a prompt is told from coarse to fine.
 """
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rlr_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEFAULT_NAMES = ("coarse", "mid", "fine")
 """Of stages."""
@@ -18,6 +23,39 @@ DEFAULT_NAMES = ("coarse", "mid", "fine")
 
 class PromptError(UserError, ValueError):
     """Prompts could not be read or split into stages; the message says what was expected, found, and what to do."""
+
+
+@dataclass(frozen=True)
+class ConditionImage:
+    """A picture that a sample is drawn from besides its text.
+
+    Attributes:
+        path: of its file; empty where there are only its bytes.
+        data: the bytes of the file; None where there is a path.
+    """
+
+    path: str = ""
+    data: bytes | None = field(default=None, repr=False)
+
+    def fitted(self, width: int, height: int) -> "Image.Image":
+        """In RGB, cut to this aspect ratio about its middle, and scaled to this size in pixels; not to be changed.
+
+        Raises:
+            PromptError: no picture that can be read.
+        """
+        return _fitted(self, width, height)
+
+
+@lru_cache(maxsize=64)
+def _fitted(image: ConditionImage, width: int, height: int) -> "Image.Image":
+    from PIL import Image, ImageOps  # a `--help` needs none
+
+    try:
+        with Image.open(image.path if image.data is None else io.BytesIO(image.data)) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise PromptError(f"condition image {image.path or 'of the data'}: cannot be read: {error}") from None
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
@@ -29,12 +67,15 @@ class Prompt:
         negative_prompt: what guidance steers away from for this prompt; None leaves it to the chain.
         stages: the prompt of every stage of a Diffusive Chain-of-Thought, noise first; empty for the same in all.
         metadata: what rewards are told besides the text; read-only.
+        image: what the sample is drawn from besides the text, by pipelines that edit or animate a picture; None for
+            none.
     """
 
     text: str
     negative_prompt: str | None = None
     stages: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    image: ConditionImage | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -44,7 +85,7 @@ class Prompt:
         return self.text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Prompt, (self.text, self.negative_prompt, self.stages, dict(self.metadata))
+        return Prompt, (self.text, self.negative_prompt, self.stages, dict(self.metadata), self.image)
 
 
 PromptLike: TypeAlias = Prompt | str

@@ -152,6 +152,7 @@ def columns_from_config(config: Config) -> Columns:
         negative_prompt=arguments.negative_prompt_column,
         stages=config.chain_of_thought.dcot_columns or (),
         metadata=arguments.metadata_columns or (),
+        image=arguments.image_column,
     )
 
 

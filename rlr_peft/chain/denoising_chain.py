@@ -414,9 +414,9 @@ class DenoisingChain:
                 f"Expected stage prompts for {expected}; got {len(prompt.stages)} with the prompt {prompt.text!r}."
             )
         if self._contrast is None:
-            return Prompt(prompt.stages[index], prompt.negative_prompt)
+            return replace(prompt, text=prompt.stages[index], stages=())
         rest = self._contrast(prompt.text, prompt.stages, index)
-        return Prompt(prompt.text, prompt.negative_prompt if rest is None else rest)
+        return replace(prompt, negative_prompt=prompt.negative_prompt if rest is None else rest, stages=())
 
     @contextmanager
     def _seeded_dropout(self, seed: int) -> Iterator[None]:

@@ -86,6 +86,14 @@ FAMILIES = (
         negative_branch="second call",
     ),
     Family(
+        name="flux-kontext",
+        pipeline_classes=("FluxKontextPipeline",),
+        tags=("flux", "flux-diffusers", "flux-kontext"),
+        lora_targets=(*JOINT_ATTENTION, *FLUX_FEED_FORWARD),
+        pipeline_tag="image-to-image",
+        negative_branch="second call",
+    ),
+    Family(
         name="qwen-image",
         pipeline_classes=("QwenImagePipeline",),
         tags=("qwen-image", "qwen-image-diffusers"),

@@ -4,6 +4,7 @@ Which arguments the call takes is read off its signature, so that no argument of
 """
 
 import copy
+import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, trained_module
 from rlr_peft.chain.memory import OffloadedTextEncoders, cast_inputs_to_weights, working_device
@@ -130,9 +132,10 @@ class PipelineDriver:
         detached: AbstractContextManager[None] = nullcontext()
         if detach_negative and self.negative_branch is not None:
             detached = self.negative_branch.off_tape(len(prompts))
+        texts = [prompt.text for prompt in prompts]
+        options = {**self._condition_images(prompts, arguments, scheduler.exposes_steps), **arguments}
         with self._driven_by(scheduler) as pipeline, detached, self._entering_as(latents) as given:
-            texts = [prompt.text for prompt in prompts]
-            return self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **arguments)[0]
+            return self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **options)[0]
 
     @contextmanager
     def decoding_for_rewards(self) -> Iterator[None]:
@@ -146,6 +149,32 @@ class PipelineDriver:
             yield
         finally:
             attributes["vae"] = vae
+
+    def _condition_images(
+        self, prompts: Sequence[Prompt], arguments: Mapping[str, Any], takes_steps: bool
+    ) -> dict[str, Any]:
+        """The prompts' pictures as an argument of the call, at the size that is drawn; empty where no prompt has one.
+
+        The empty prompt, of which only shapes are asked, has a grey one where the pipeline needs any. A call that takes
+        no step, but decodes, goes without where it can.
+
+        Raises:
+            ValueError: a pipeline that takes none, or prompts without one.
+        """
+        images = [prompt.image for prompt in prompts]
+        is_needed = "image" in self.parameters and self.parameters["image"].default is inspect.Parameter.empty
+        if not is_needed and not (takes_steps and any(images)):
+            return {}
+        if "image" not in self.parameters:
+            raise ValueError(f"{self.name} takes no image: leave --image_column out.")
+        size = arguments.get("width"), arguments.get("height")
+        if not all(size):
+            raise ValueError("expected a size that condition images are fitted to: give --resolution")
+        missing = [prompt.text for prompt in prompts if prompt.image is None and prompt.text]
+        if missing:
+            raise ValueError(f"{self.name} draws from images, and the prompt {missing[0]!r} has none: --image_column")
+        blank = Image.new("RGB", size, "grey")  # type: ignore[arg-type]
+        return {"image": [blank if image is None else image.fitted(*size) for image in images]}  # type: ignore[arg-type]
 
     @contextmanager
     def _entering_as(self, latents: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
@@ -224,6 +253,9 @@ class CallArguments:
         if knobs.fps is not None and frame_rate is not None:
             options["frame_rate"] = knobs.fps
         self.fps: int = knobs.fps or (DEFAULT_FPS if frame_rate is None else frame_rate.default)
+        if "max_area" in self._parameters and {"height", "width"} <= options.keys():
+            # FLUX Kontext would scale what it draws, and what it draws from, to a million pixels
+            options |= {"max_area": options["height"] * options["width"], "_auto_resize": False}
         if "use_resolution_binning" in self._parameters:  # it would resize the images after decoding
             options["use_resolution_binning"] = False
         self._negative_prompt = self._checked({"negative_prompt": knobs.negative_prompt}).get("negative_prompt")
@@ -337,7 +369,7 @@ class PromptMemory:
     @torch.no_grad()
     def _encode_one(self, index: int, batch_size: int, arguments: dict[str, Any]) -> Embeddings:
         for name, value in arguments.items():
-            if "prompt" in name and isinstance(value, list) and len(value) == batch_size:
+            if ("prompt" in name or name == "image") and isinstance(value, list) and len(value) == batch_size:
                 arguments[name] = [value[index]]
         if "batch_size" in arguments:
             arguments["batch_size"] = 1
@@ -418,4 +450,11 @@ def _key(arguments: dict[str, Any]) -> Key:
     for name, value in arguments.items():
         if torch.is_tensor(value):
             raise ValueError(f"Expected prompts as text, got a tensor for {name}.")
-    return tuple((name, str(value)) for name, value in sorted(arguments.items()))
+    return tuple((name, _in_key(value)) for name, value in sorted(arguments.items()))
+
+
+def _in_key(value: Any) -> str:
+    """Pictures by their pixels: their addresses are used again."""
+    if isinstance(value, list) and value and isinstance(value[0], Image.Image):
+        return " ".join(hashlib.sha256(picture.tobytes()).hexdigest() for picture in value)
+    return str(value)

@@ -139,6 +139,11 @@ class RecordingScheduler:
         self.sigmas = torch.tensor([point.sigma for point in grid.points[first:stop]])  # pipelines read them as numbers
         self._announce_step()
 
+    @property
+    def exposes_steps(self) -> bool:
+        """Whether the next call takes any step; else it only decodes, or draws noise."""
+        return len(self._exposed) > 0
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Part of the interface; the slice says where to begin."""
 

@@ -40,8 +40,12 @@ KEY_LENGTH = 16  # hexadecimal digits
 
 def digest(*parts: Any) -> str:
     """A short key of plain values: equal for equal values, in every process and on every machine."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=_in_words)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _in_words(value: Any) -> str:
+    return pixels_digest(value[None]) if torch.is_tensor(value) else str(value)
 
 
 def model_identity(name: str | None, revision: str | None = None, cache_dir: str | None = None) -> Any:
@@ -255,7 +259,8 @@ def _digest_of(pixels: NDArray[numpy.uint8]) -> str:
 
 def _drawn(prompt: Prompt) -> list[Any]:
     """All of a prompt that its image depends on."""
-    return [prompt.text, prompt.negative_prompt, prompt.stages]
+    image = prompt.image and hashlib.sha256(prompt.image.data or Path(prompt.image.path).read_bytes()).hexdigest()
+    return [prompt.text, prompt.negative_prompt, prompt.stages, *([image] if image else [])]
 
 
 def _write(path: Path, prompt: Prompt, seed: int, image: NDArray[numpy.uint8]) -> None:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.distances import Estimate
-from rlr_peft.compare.evaluation import SMALL_SIDE
+from rlr_peft.compare.evaluation import SMALL_SIDE, make_pictures
 from rlr_peft.compare.figures import figures
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import inline_svg, save_figure
 from rlr_peft.foreign_text import in_text, inside_script, listed, page_environment
+from rlr_peft.prompt import ConditionImage, as_prompt
 from rlr_peft.reports import aligned, decimals_of_scores, gain_with_error, with_error, write_numbers, write_text
+from rlr_peft.rewards.preprocessing import condition_pixels
 
 PAGE, NUMBERS, MARKDOWN = "compare.html", "compare.json", "compare.md"
 FIGURES, SCORES = "figures", "scores"
@@ -137,7 +139,8 @@ def write_page_and_scores(folder: Path, comparison: Comparison) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Card:
-    """One pair on the page; `base` and `adapters` are data URIs, `place` is that among the pairs as they were drawn."""
+    """One pair on the page; `base`, `adapters` and `condition`, the picture that both were drawn from if there is one,
+    are data URIs, `place` is that among the pairs as they were drawn."""
 
     place: int
     prompt: str
@@ -147,6 +150,7 @@ class _Card:
     width: int
     height: int
     small: bool
+    condition: str | None
 
 
 def page(comparison: Comparison, drawn: dict[str, Figure]) -> str:
@@ -247,7 +251,14 @@ def _card(comparison: Comparison, index: int, place: int) -> _Card:
         width=picture.width,
         height=picture.height,
         small=max(picture.width // picture.num_frames, picture.height) <= SMALL_SIDE,
+        condition=_condition(as_prompt(base.prompts[index]).image, picture.width // picture.num_frames, picture.height),
     )
+
+
+def _condition(image: ConditionImage | None, width: int, height: int) -> str | None:
+    if image is None:
+        return None
+    return make_pictures(condition_pixels(image, width, height)[None])[0].data_uri
 
 
 def _data(comparison: Comparison, chosen: Sequence[int]) -> dict[str, Any]:

@@ -200,6 +200,12 @@ class PromptArguments(Group):
     metadata_columns: tuple[str, ...] | None = knob(
         None, "Columns that rewards get as the `metadata` of a prompt; null means none.", found="words"
     )
+    image_column: str | None = knob(
+        None,
+        "Column of the pictures that samples are drawn from besides their prompts, for bases that edit or animate one: "
+        "paths from the table's own folder on, or a dataset's images.",
+        found="words",
+    )
     max_train_samples: int | None = knob(
         None, "Use only the first so many training prompts; null means all.", unit="prompts", at_least=1, at_most=10**9
     )
@@ -224,6 +230,12 @@ class PromptArguments(Group):
             yield (
                 "max_train_steps: expected a number with streaming, since the length of an epoch is not known, got "
                 "none; give --max_train_steps."
+            )
+        size = config.chain.resolution, config.chain.height, config.chain.width
+        if self.image_column is not None and size[0] is None and None in size[1:]:
+            yield (
+                f"image_column: expected a size that the pictures of {self.image_column} are fitted to, got none; give "
+                "--resolution, or --height and --width."
             )
         if self.negative_prompt_column is not None and config.chain.negative_prompt is not None:
             yield (

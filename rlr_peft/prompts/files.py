@@ -13,15 +13,16 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from rlr_peft.extras import extra
 from rlr_peft.plain_files import MAX_DEPTH, is_nested_too_deep
-from rlr_peft.prompt import Prompt, PromptError
+from rlr_peft.prompt import ConditionImage, Prompt, PromptError
 
 logger = logging.getLogger(__name__)
 
-FLAGS = "--caption_column, --negative_prompt_column, --metadata_columns and --dcot_columns"
+FLAGS = "--caption_column, --negative_prompt_column, --image_column, --metadata_columns and --dcot_columns"
 # Rows by key may bring a column late, but one that this many rows lack is more likely misspelt.
 MANY_ROWS = 1000
 # What no text holds: signs of another encoding, of files glued together, or of damage.
@@ -39,18 +40,20 @@ class Columns:
         negative_prompt: what guidance steers away from; an empty cell stands for nothing.
         stages: the stage prompts, noise first.
         metadata: passed on to rewards.
+        image: the pictures that samples are drawn from.
     """
 
     caption: str = "text"
     negative_prompt: str | None = None
     stages: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()
+    image: str | None = None
 
     @property
     def beyond_caption(self) -> tuple[str, ...]:
         """All columns that only a table has."""
-        negative = () if self.negative_prompt is None else (self.negative_prompt,)
-        return tuple(dict.fromkeys((*negative, *self.stages, *self.metadata)))
+        single = [name for name in (self.negative_prompt, self.image) if name is not None]
+        return tuple(dict.fromkeys((*single, *self.stages, *self.metadata)))
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -73,10 +76,12 @@ class Row(NamedTuple):
     Attributes:
         values: of the columns that it has; a column that it lacks is absent, which is not the same as None.
         place: where it stands, for messages: a line or a row, with its file where there are several.
+        folder: of the table, from which its paths start; None for one that is not on this machine.
     """
 
     values: Mapping[str, Any]
     place: str
+    folder: Path | None = None
 
 
 class RowReader:
@@ -124,7 +129,31 @@ class RowReader:
                     f"{in_words(self._source, row.place)}: expected lists and mappings in at most {MAX_DEPTH} levels "
                     f"in column {name}, got more; write it flat"
                 )
-        return Prompt(text, negative, tuple(stages), metadata)
+        return Prompt(text, negative, tuple(stages), metadata, self._image(row))
+
+    def _image(self, row: Row) -> ConditionImage | None:
+        """The picture of a row: a path, or what `datasets` keeps of one.
+
+        Raises:
+            PromptError: there is none, or no file under its path.
+        """
+        if self._columns.image is None:
+            return None
+        found = row.values.get(self._columns.image)
+        path, data = (found.get("path"), found.get("bytes")) if isinstance(found, Mapping) else (found, None)
+        if isinstance(data, bytes):
+            return ConditionImage(data=data)
+        if isinstance(path, str) and path and row.folder is not None:
+            file = row.folder / path
+            if file.is_file():
+                return ConditionImage(str(file))
+            got = f"{path}, where there is no file"
+        else:
+            got = "none" if not path else f"{path!r:.60}"
+        raise PromptError(
+            f"{in_words(self._source, row.place)}: expected a picture in column {self._columns.image}, got {got}; "
+            "write paths from the table's folder on, or store the pictures in the data"
+        )
 
     def report(self) -> None:
         """Once all rows are read: warns, the first time, of those that were passed over.
@@ -361,7 +390,10 @@ def _decoder(schema: Any, columns: Columns) -> Callable[[dict[str, Any]], dict[s
     datasets = extra("datasets", "datasets", "a .parquet file that `datasets` wrote")  # takes two seconds
 
     stored = datasets.Features.from_arrow_schema(schema)
-    return datasets.Features({name: stored[name] for name in columns.all}).decode_example
+    wanted = {name: stored[name] for name in columns.all}
+    if columns.image is not None and isinstance(wanted[columns.image], datasets.Image):
+        wanted[columns.image] = datasets.Image(decode=False)
+    return datasets.Features(wanted).decode_example
 
 
 def _parse(text: str, where: str) -> Any:

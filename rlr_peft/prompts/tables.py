@@ -79,7 +79,8 @@ def file_rows(path: Path, columns: Columns) -> Iterator[Row]:
     """
     reader = _readers(str(path), columns)[path.suffix.lower()]
     with _explained(str(path)):
-        yield from reader(path.open("rb"))
+        for row in reader(path.open("rb")):
+            yield row._replace(folder=path.absolute().parent)
 
 
 def dataset_rows(spec: DatasetSpec, columns: Columns) -> Iterator[Row]:
@@ -194,7 +195,9 @@ def _rows_of_files(datasets: Any, files: list[tuple[str, Reader]], spec: Dataset
     for file, reader in files:
         prefix = f"{os.path.basename(file)}, "
         for path in manager.iter_files([manager.download_and_extract(file)]):
-            yield from reader(xopen(path, "rb"), prefix)
+            folder = Path(file).parent if os.path.isfile(file) else None
+            for row in reader(xopen(path, "rb"), prefix):
+                yield row._replace(folder=folder)
 
 
 def _slices(datasets: Any, files: dict[str, list[tuple[str, Reader]]], spec: DatasetSpec) -> list[Any]:
@@ -224,13 +227,15 @@ def _library_rows(datasets: Any, builder: Any, spec: DatasetSpec, columns: Colum
             columns.check(in_words(spec.name), names)
             # Other columns may hold images, whose decoding would cost more than all the rest.
             table = table.select_columns(list(columns.all))
+            if columns.image is not None and isinstance((table.features or {}).get(columns.image), datasets.Image):
+                table = table.cast_column(columns.image, datasets.Image(decode=False))
     rows = iter(table)
     for number in itertools.count(1):
         with _explained(spec.name), _quiet_library(datasets):
             row = next(rows, None)
         if row is None:
             return
-        yield Row(without_nulls(row), f"row {number}")
+        yield Row(without_nulls(row), f"row {number}", Path.cwd())  # its paths are whole
 
 
 @contextlib.contextmanager

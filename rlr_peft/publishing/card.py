@@ -95,7 +95,8 @@ def card_text(directory: Path, card: StoredCard) -> str:
     record, images = card.record, card.record.images
     before_after = images.before_after if _is_there(directory, images.before_after) else None
     gallery = [(name, prompt) for name, prompt in images.gallery if _is_there(directory, name)]
-    prompts = [*(prompt for _, prompt in gallery), *images.before_after_prompts, *record.prompts.shown]
+    conditioned = [pair.prompt for pair in images.pairs if pair.condition]
+    prompts = [*conditioned, *(prompt for _, prompt in gallery), *images.before_after_prompts, *record.prompts.shown]
     if not gallery and before_after:
         # The gallery wants one prompt with its image; the figure shows several.
         gallery = [(before_after, next(iter(images.before_after_prompts), "base and adapter side by side"))]
@@ -269,6 +270,7 @@ def _pairs(pairs: Sequence[ImagePair]) -> list[dict[str, str]]:
         {
             "prompt": pair.prompt,
             "base": quote(pair.base),
+            "condition": quote(pair.condition or ""),
             "adapter": quote(pair.adapter),
             "base_score": f"{pair.base_score:.{decimals}f}",
             "adapter_score": f"{pair.adapter_score:.{decimals}f}",

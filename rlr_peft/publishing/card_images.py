@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rlr_peft.figures import save_image, save_video
+from rlr_peft.prompt import PromptLike, as_prompt
 from rlr_peft.publishing.record import ImagePair
 
 FOLDER = "images"
@@ -15,7 +16,7 @@ MAX_PAIRS = 4
 
 def clear_card_images(output_dir: Path) -> None:
     """Removes those of an earlier run into the same folder."""
-    for kind in ("validation", "base", "adapter"):
+    for kind in ("validation", "base", "adapter", "condition"):
         for path in (output_dir / FOLDER).glob(f"{kind}_*"):
             path.unlink()
 
@@ -49,9 +50,10 @@ def gallery(output_dir: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def save_pairs(
-    output_dir: Path, prompts: Sequence[str], images: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor]
+    output_dir: Path, prompts: Sequence[PromptLike], images: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor]
 ) -> list[ImagePair]:
-    """Saves the first images of the comparison as `images/base_I.png` and `images/adapter_I.png`.
+    """Saves the first images of the comparison as `images/base_I.png` and `images/adapter_I.png`, and the pictures that
+    they were drawn from, if there are any, as `images/condition_I.png`.
 
     Args:
         output_dir: the card's folder.
@@ -65,5 +67,10 @@ def save_pairs(
         for file, image in zip(files, both, strict=True):
             save_image(output_dir / file, image)
         base, adapter = files
-        pairs.append(ImagePair(str(prompt), base, adapter, *(float(of_one[number]) for of_one in scores)))
+        condition, picture = None, as_prompt(prompt).image
+        if picture is not None:
+            condition = f"{FOLDER}/condition_{number}.png"
+            picture.fitted(images[0].shape[-1], images[0].shape[-2]).save(output_dir / condition)
+        before, after = (float(of_one[number]) for of_one in scores)
+        pairs.append(ImagePair(str(prompt), base, adapter, before, after, condition))
     return pairs

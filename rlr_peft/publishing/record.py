@@ -33,13 +33,15 @@ class Base:
     """The pipeline that the adapter belongs to.
 
     Attributes:
-        model: as given to `--pretrained_model_name_or_path`: "tiny-shapes", a Hub id or a local folder.
-        options: what picks its files on the Hub, `revision` and `variant`.
+        model: as given to `--pretrained_model_name_or_path`: "tiny-shapes", a Hub id, a local folder or a single file.
+        options: what picks its files on the Hub, `revision` and `variant`; for a single file `config`, the place of
+            its configs.
         components: parts that replaced its own or came to it, `vae` or `motion_adapter` -> Hub id or folder.
         dtype: torch dtype of the snippet's pipeline, "float32", "float16" or "bfloat16".
         pipeline_tag: the Hub's task name.
         tags: of its family, for example "stable-diffusion".
         license: which the adapter inherits.
+        single_file_class: the pipeline class that reads a single file; None for other bases.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Base:
     pipeline_tag: str = "text-to-image"
     tags: Sequence[str] = ()
     license: License = field(default_factory=License)
+    single_file_class: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class ImagePair:
         prompt: of both.
         base, adapter: file names in the card's folder.
         base_score, adapter_score: the trained reward of each.
+        condition: file name of the picture that both were drawn from; None for none.
     """
 
     prompt: str
@@ -147,6 +151,7 @@ class ImagePair:
     adapter: str
     base_score: float
     adapter_score: float
+    condition: str | None = None
 
 
 @dataclass(frozen=True)
@@ -288,7 +293,7 @@ def _check(record: RunRecord) -> None:
         ValueError: one is not.
     """
     images = record.images
-    pairs = [name for pair in images.pairs for name in (pair.base, pair.adapter)]
+    pairs = [name for pair in images.pairs for name in (pair.base, pair.adapter, pair.condition) if name is not None]
     single = (images.before_after, images.reward_curve, record.adapter.weight_name)
     for name in (*(one for one in single if one is not None), *pairs, *(image for image, _ in images.gallery)):
         if not stays_inside(name):

@@ -20,6 +20,13 @@ def usage_snippet(record: RunRecord, prompt: str) -> str:
     arguments = "".join(f"    {argument},\n" for argument in call_arguments(record, prompt))
     is_video = record.sampling.fps is not None
     imports = []
+    condition = next((pair.condition for pair in record.images.pairs if pair.prompt == prompt and pair.condition), None)
+    if condition is not None:
+        imports.append("from diffusers.utils import load_image")
+        where = (
+            "" if record.adapter.repo_id is None else f"https://huggingface.co/{record.adapter.repo_id}/resolve/main/"
+        )
+        arguments = f"    image=load_image({quoted(where + condition)}),\n{arguments}"
     if is_video:
         imports.append("from diffusers.utils import export_to_gif")
         arguments += '    output_type="pil",\n'
@@ -52,8 +59,9 @@ def pipeline_code(record: RunRecord, others: Sequence[str] = ()) -> str:
         base = quoted(record.base.model)
     options = "".join(f", {name}={quoted(value)}" for name, value in record.base.options.items())
     loading_imports, loading = _loading(record)
+    reads = "from_pretrained" if record.base.single_file_class is None else "from_single_file"
     return "\n".join(scheduler_imports + _sorted_imports(imports, [*loading_imports, *others])) + (
-        f"\n\n{parts}pipe = {pipeline_class}.from_pretrained({base}{options}"
+        f"\n\n{parts}pipe = {pipeline_class}.{reads}({base}{options}"
         f"{''.join(f', {name}={name}' for name in record.base.components)}, dtype=torch.{record.base.dtype})\n"
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"{scheduler}{loading}\n"
@@ -113,7 +121,8 @@ def _parts(record: RunRecord) -> tuple[str, str, list[str]]:
         for (name, place), class_name in zip(record.base.components.items(), used, strict=True)
     ]
     # A base of Stable Diffusion with a motion adapter is another pipeline than the base's own.
-    pipeline_class = "AnimateDiffPipeline" if "motion_adapter" in record.base.components else "DiffusionPipeline"
+    of_videos = "motion_adapter" in record.base.components
+    pipeline_class = "AnimateDiffPipeline" if of_videos else record.base.single_file_class or "DiffusionPipeline"
     return pipeline_class, "".join(lines), used
 
 

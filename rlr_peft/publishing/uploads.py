@@ -163,7 +163,11 @@ PUBLISHED = (
 # What a run itself makes: on the Hub these files are an earlier run's where this one lacks them, all others the user's.
 MADE = (
     *(name for name in PUBLISHED if "*" not in name),
-    *(f"images/{kind}_*.{suffix}" for kind in ("validation", "base", "adapter") for suffix in ("png", "gif", "mp4")),
+    *(
+        f"images/{kind}_*.{suffix}"
+        for kind in ("validation", "base", "adapter", "condition")
+        for suffix in ("png", "gif", "mp4")
+    ),
 )
 TEXT_SUFFIXES = (".md", ".yaml", ".json", ".jsonl", ".html")
 

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from rlr_peft.errors import RewardError
-from rlr_peft.prompt import PromptLike, as_prompts, texts_of
+from rlr_peft.prompt import Prompt, PromptLike, as_prompts, texts_of
+from rlr_peft.rewards.preprocessing import condition_pixels
 from rlr_peft.rewards.scores import Info, check_scores, describe_samples, join_info, mean_over_frames
 
 Metadata = list[dict[str, Any]]
+CONDITION_IMAGE = "condition_image"
+"""In the metadata: the picture that a sample is drawn from, as a tensor."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def measure_images(
         RewardError: wrong inputs, images that are not finite, or scores that `check_scores` refuses.
     """
     texts = texts_of(prompts)
-    metadata = [dict(prompt.metadata) for prompt in as_prompts(prompts)] if metadata is None else list(metadata)
+    metadata = [_told_of(prompt, images) for prompt in as_prompts(prompts)] if metadata is None else list(metadata)
     _check_inputs(reward, images, texts, metadata)
     if images.ndim == 5 and not reward.takes_video and not reward.takes_latents:
         return _measure_frames(reward, images, texts, metadata)
@@ -182,6 +185,14 @@ def measure_images(
             scored = reward(images.detach(), texts, metadata)
         scores = check_scores(reward.name, scored.scores, texts).detach().to(images.device)
     return Scored(scores, scored.raw, scored.info)
+
+
+def _told_of(prompt: Prompt, images: Tensor) -> dict[str, Any]:
+    """A prompt's metadata, and, where it has a picture, that as `condition_image`, (3, H, W) in [0, 1]."""
+    told = dict(prompt.metadata)
+    if prompt.image is not None and images.shape[-3:-2] == (3,):  # no latents
+        told[CONDITION_IMAGE] = condition_pixels(prompt.image, images.shape[-1], images.shape[-2]).to(images)
+    return told
 
 
 def _measure_frames(reward: Reward, videos: Tensor, prompts: list[str], metadata: Metadata) -> Scored:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlr_peft.prompt import ConditionImage
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -150,6 +152,11 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """``(images - mean) / std``, channel by channel."""
     channels = torch.tensor([mean, std], device=images.device, dtype=images.dtype)[:, :, None, None]
     return (images - channels[0]) / channels[1]
+
+
+def condition_pixels(image: ConditionImage, width: int, height: int) -> Tensor:
+    """The picture that a sample is drawn from, at the sample's size, (3, height, width) float32 in [0, 1]."""
+    return torch.from_numpy(numpy.array(image.fitted(width, height))).movedim(-1, 0) / 255
 
 
 def to_8_bit(images: Tensor) -> NDArray[numpy.uint8]:

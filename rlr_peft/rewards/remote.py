@@ -27,7 +27,7 @@ from torch import Tensor
 from rlr_peft.errors import RewardError
 from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError
 from rlr_peft.redaction import redacted_address
-from rlr_peft.rewards.base import Metadata, Reward, Scored, join_scored
+from rlr_peft.rewards.base import CONDITION_IMAGE, Metadata, Reward, Scored, join_scored
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import check_scores, info_of
 
@@ -175,11 +175,19 @@ def request_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
     return {
         "prompt": list(prompts),
         "image": [encode_png(image) for image in to_8_bit(images)],
-        "metadata": list(metadata),
+        "metadata": [_for_json(entry) for entry in metadata],
     }
 
 
 CONDITION_IMAGES = "condition_images"  # in the metadata: base64 texts
+
+
+def _for_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with the picture that a sample is drawn from as a base64 PNG."""
+    told = dict(metadata)
+    if CONDITION_IMAGE in told:
+        told[CONDITION_IMAGES] = [encode_png(to_8_bit(told.pop(CONDITION_IMAGE)[None])[0])]
+    return told
 
 
 def compute_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -191,7 +199,7 @@ def compute_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
         metadata: B dictionaries that JSON can hold. `condition_images`, lists of base64 PNGs, go to their own field;
             what all others have becomes a column of `kwargs`.
     """
-    is_video = images.ndim == 5
+    is_video, metadata = images.ndim == 5, [_for_json(entry) for entry in metadata]
     pixels = to_8_bit(images)
     encoded: list[Any] = [[*map(encode_png, frames)] for frames in pixels] if is_video else [*map(encode_png, pixels)]
     columns = [name for name in metadata[0] if name != CONDITION_IMAGES and all(name in entry for entry in metadata)]

@@ -129,7 +129,7 @@ def _save_before_after(run: Run, before: Evaluation, after: Evaluation) -> Image
     images = (before.images, after.images)
     scores = (before.scores["reward"][:NUM_PAIRS], after.scores["reward"][:NUM_PAIRS])
     save_before_after(run.output_dir / BEFORE_AFTER, *images, prompts, *(of_one.tolist() for of_one in scores))
-    pairs = save_pairs(run.output_dir, prompts, images, scores)
+    pairs = save_pairs(run.output_dir, before.prompts[:NUM_PAIRS], images, scores)
     return Images(before_after=BEFORE_AFTER, before_after_prompts=prompts, pairs=pairs)
 
 

@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -130,7 +131,16 @@ def sd3() -> StableDiffusion3Pipeline:
 
 def flux() -> FluxPipeline:
     """FLUX.1-dev: packed latents, a guidance vector, a shift that depends on the resolution."""
-    return FluxPipeline(
+    return _flux(FluxPipeline)
+
+
+def flux_kontext() -> FluxKontextPipeline:
+    """FLUX.1 Kontext: what is drawn from stands beside what is drawn in one sequence."""
+    return _flux(FluxKontextPipeline)
+
+
+def _flux(kind: Any) -> Any:
+    return kind(
         scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC_SHIFT),
         vae=flow_vae(4),
         text_encoder=clip_text_model(),

@@ -1,0 +1,156 @@
+"""Pictures that samples are drawn from: from the data through chain, reward and comparison to the card."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from rlr_peft.chain import family_of
+from rlr_peft.prompt import ConditionImage, Prompt, PromptError
+from rlr_peft.prompts import load_prompts
+from rlr_peft.prompts.files import Columns
+from rlr_peft.rewards import CallableReward, score_images
+from tests.families.image_pipelines import flux_kontext
+from tests.families.table import SMALL, load
+from tests.pipelines import chain_over
+from tests.training.runs import run_script
+
+COLOURS = {"red": (200, 30, 30), "blue": (20, 40, 220)}
+COLUMNS = Columns(image="from")
+REWARD = """
+def likeness(images, prompts, metadata):
+    import torch
+    given = torch.stack([entry["condition_image"] for entry in metadata])
+    assert given.shape == images.shape
+    return -(images - given).abs().mean((1, 2, 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX Kontext, and a table of prompts with pictures."""
+    folder = tmp_path_factory.mktemp("kontext")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        flux_kontext().save_pretrained(folder / "base")
+    rows = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (40, 24), colour).save(folder / f"{name}.png")
+        rows.append({"text": f"make it {name}", "from": f"{name}.png"})
+    (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "rewards.py").write_text(REWARD)
+    return folder
+
+
+def test_pictures_come_by_path_and_inside_the_data(place: Path) -> None:
+    by_path = load_prompts(str(place / "edits.jsonl"), columns=COLUMNS)
+    files = [{"bytes": (place / f"{name}.png").read_bytes(), "path": None} for name in COLOURS]
+    table = pyarrow.table({"text": [prompt.text for prompt in by_path], "from": files})
+    pyarrow.parquet.write_table(table, place / "edits.parquet")
+    inside = load_prompts(str(place / "edits.parquet"), columns=COLUMNS)
+    for prompts in (by_path, inside):
+        for prompt, colour in zip(prompts, COLOURS.values(), strict=True):
+            assert prompt.image is not None
+            picture = prompt.image.fitted(8, 16)
+            assert picture.size == (8, 16) and picture.getpixel((4, 8)) == colour
+
+
+def test_a_missing_picture_is_named(place: Path) -> None:
+    table = place / "missing.jsonl"
+    for value, got in (("none.png", "none.png, where there is no file"), (None, "none"), (3, "3")):
+        table.write_text(json.dumps({"text": "a", "from": value}))
+        with pytest.raises(PromptError, match=f"line 1: expected a picture in column from, got {got}; write paths"):
+            load_prompts(str(table), columns=COLUMNS)
+    with pytest.raises(PromptError, match="condition image of the data: cannot be read"):
+        ConditionImage(data=b"no picture").fitted(4, 4)
+
+
+def test_the_chain_draws_what_the_pipeline_draws_and_replays_it(place: Path) -> None:
+    pipeline = load(str(place / "base"))
+    assert family_of(pipeline).pipeline_tag == "image-to-image"
+    prompts = load_prompts(str(place / "edits.jsonl"), columns=COLUMNS)
+    chain = chain_over(pipeline, num_inference_steps=2, eta=0.0, **SMALL)
+    trajectory = chain.sample(prompts, [3, 4])
+    with torch.no_grad():
+        images = chain.decode(trajectory.latents[0], prompts)
+    expected = pipeline(
+        prompt=[prompt.text for prompt in prompts],
+        image=[prompt.image.fitted(16, 16) for prompt in prompts if prompt.image is not None],
+        num_inference_steps=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output_type="pt",
+        **chain.call_arguments,
+    ).images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    swapped = [Prompt(prompt.text, image=other.image) for prompt, other in zip(prompts, prompts[::-1], strict=True)]
+    assert not torch.allclose(chain.sample(swapped, [3, 4]).latents[0], trajectory.latents[0], atol=1e-3)
+    noisy = chain_over(pipeline, num_inference_steps=2, **SMALL)
+    drawn = noisy.sample(prompts, [3, 4])
+    for t in (1, 2):
+        assert torch.equal(noisy.replay(drawn, t).next_latents(drawn.noise(t)), drawn.latents[t - 1])
+
+
+def test_what_does_not_fit_is_refused(place: Path) -> None:
+    chain = chain_over(load(str(place / "base")), num_inference_steps=2, **SMALL)
+    picture = ConditionImage(str(place / "red.png"))
+    with pytest.raises(ValueError, match="draws from images, and the prompt 'sky' has none: --image_column"):
+        chain.sample([Prompt("a", image=picture), Prompt("sky")], [1, 2])
+
+
+def test_a_reward_sees_the_picture_at_the_images_size(place: Path) -> None:
+    images = torch.full((1, 3, 8, 12), 0.5)
+    prompt = Prompt("a", metadata={"own": 1}, image=ConditionImage(str(place / "red.png")))
+    seen = []
+
+    def reward(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
+        seen.extend(metadata)
+        return images.mean((1, 2, 3))
+
+    score_images(CallableReward("seen", reward), images, [prompt])
+    (told,) = seen
+    assert told["own"] == 1
+    expected = torch.tensor(COLOURS["red"])[:, None, None].expand(3, 8, 12) / 255
+    assert torch.equal(told["condition_image"], expected)
+
+
+def test_from_data_to_card(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    config = tmp_path / "config.yaml"
+    values = {
+        "pretrained_model_name_or_path": str(place / "base"),
+        "prompt_path": str(place / "edits.jsonl"),
+        "evaluation_prompt_path": str(place / "edits.jsonl"),
+        "image_column": "from",
+        "reward_fn": f"{place / 'rewards.py'}:likeness",
+        "resolution": 16,
+        "num_inference_steps": 2,
+        "estimator": "refl",
+        "learning_rate": 0.01,
+        "train_batch_size": 2,
+        "num_images_per_prompt": 2,
+        "max_train_steps": 1,
+        "num_evaluation_images": 2,
+        "output_dir": str(out),
+    }
+    config.write_text(json.dumps(values))
+    run_script(monkeypatch, config)
+    for number in range(2):
+        picture = numpy.asarray(Image.open(out / "images" / f"condition_{number}.png"))
+        assert tuple(picture[8, 8]) in COLOURS.values()
+    card = (out / "README.md").read_text()
+    assert "![drawn from](images/condition_0.png)" in card and "pipeline_tag: image-to-image" in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert 'image=load_image("images/condition_0.png")' in snippet
+    monkeypatch.chdir(out)
+    exec(compile(snippet, "snippet", "exec"), {})
+    drawn, adapter = (Image.open(out / name) for name in ("image.png", "images/adapter_0.png"))
+    assert drawn.size == adapter.size == (16, 16)
+    page = (out / "compare.html").read_text()
+    assert page.count('class="condition small"') == 2
+    assert "drawn from this picture: make it red" in page
