@@ -1,8 +1,7 @@
 """Loads the base pipeline as the config asks for it."""
 
-import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,11 +19,12 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from rlr_peft.build.reporting import hide_loading_bars
-from rlr_peft.chain.base_files import check_loaded, loading_base, read_model_index
+from rlr_peft.build.single_file import load_single_file, place_of_configs
+from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
 from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_class
 from rlr_peft.chain.memory import offload_models
 from rlr_peft.config import ConfigError, ModelArguments
-from rlr_peft.config.model import read_quantization
+from rlr_peft.config.model import is_single_file, read_quantization
 from rlr_peft.extras import extra
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
@@ -37,8 +37,6 @@ LOADING_OPTIONS = (
     *("revision", "variant", "pretrained_vae_model_name_or_path", "pretrained_motion_adapter_name_or_path"),
     *("bnb_quantization_config_path", "offload"),
 )
-# What some pipeline classes take besides their models, and what it must be here.
-SETTINGS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
 
 
 def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionPipeline:
@@ -53,36 +51,43 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
     hide_loading_bars()
     dtype = DTYPES[arguments.mixed_precision]
     name = arguments.pretrained_model_name_or_path
-    source = str(pipeline_path()) if name == PIPELINE_NAME else name
-    where = {"revision": arguments.revision, "cache_dir": arguments.cache_dir}
+    load = load_single_file if is_single_file(name) else _load_folder
+    pipeline = load(arguments, dtype, _replacing_parts(arguments, dtype))
+    check_loaded(name, pipeline)
+    prepare_pipeline(pipeline, arguments, device)
+    return pipeline
+
+
+def _replacing_parts(arguments: ModelArguments, dtype: torch.dtype) -> dict[str, Any]:
+    """Models of other places than the base's, by the pipeline's name of them."""
+    asked: dict[str, tuple[Any, str | None]] = {
+        "vae": (AutoModel, arguments.pretrained_vae_model_name_or_path),
+        "motion_adapter": (MotionAdapter, arguments.pretrained_motion_adapter_name_or_path),
+    }
+    replaced = {}
+    for part, (model_class, name) in asked.items():
+        if name is not None:
+            with loading_base(name):
+                replaced[part] = model_class.from_pretrained(name, dtype=dtype, cache_dir=arguments.cache_dir)
+    return replaced
+
+
+def _load_folder(arguments: ModelArguments, dtype: torch.dtype, replaced: dict[str, Any]) -> DiffusionPipeline:
+    """The pipeline of a folder or a repository of the Hub, with some parts in place of its own."""
+    source, where = place_of_configs(arguments), {"revision": arguments.revision, "cache_dir": arguments.cache_dir}
     index = read_model_index(source, **where)
-    replaced: dict[str, Any] = {}
-    vae_name, motion_name = (
-        arguments.pretrained_vae_model_name_or_path,
-        arguments.pretrained_motion_adapter_name_or_path,
-    )
-    if vae_name is not None:
-        with loading_base(vae_name):
-            replaced["vae"] = AutoModel.from_pretrained(vae_name, dtype=dtype, cache_dir=arguments.cache_dir)
-    pipeline_class: Any = DiffusionPipeline
-    if motion_name is not None:
-        pipeline_class = diffusers.AnimateDiffPipeline
-        with loading_base(motion_name):
-            replaced["motion_adapter"] = MotionAdapter.from_pretrained(
-                motion_name, dtype=dtype, cache_dir=arguments.cache_dir
-            )
-    with loading_base(name):
-        pipeline = pipeline_class.from_pretrained(
+    of_videos = "motion_adapter" in replaced
+    pipeline_class: Any = diffusers.AnimateDiffPipeline if of_videos else getattr(diffusers, index["_class_name"])
+    with loading_base(arguments.pretrained_model_name_or_path):
+        pipeline: DiffusionPipeline = pipeline_class.from_pretrained(
             source,
             variant=arguments.variant,
             dtype=dtype,
             **where,
-            **_settings(pipeline_class, index),
+            **class_settings(pipeline_class),
             **pipeline_quantization(arguments, dtype),
             **replaced,
         )
-    check_loaded(name, pipeline)
-    prepare_pipeline(pipeline, arguments, device)
     return pipeline
 
 
@@ -205,14 +210,6 @@ def enable_checkpointing(model: Any, flag: str) -> None:
             "the batch, the resolution or, of a video, --decoded_frames."
         )
     model.enable_gradient_checkpointing()
-
-
-def _settings(pipeline_class: Any, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the class of the pipeline takes; the others would be reported as ignored."""
-    if pipeline_class is DiffusionPipeline:
-        pipeline_class = getattr(diffusers, index["_class_name"])
-    taken = inspect.signature(pipeline_class.__init__).parameters
-    return {name: value for name, value in SETTINGS.items() if name in taken}
 
 
 def pipeline_quantization(arguments: ModelArguments, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ MODEL_INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 WEIGHTS = (".safetensors", ".bin")
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+SETTINGS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
 CONVERT = (
     "convert it once with diffusers, `StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)` (or the "
     "class of its family), and give the folder"
@@ -141,18 +143,30 @@ def check_loaded(name: str, pipeline: Any) -> None:
                 )
 
 
+def check_no_adapter(name: str, file: Path) -> None:
+    """Raises a BaseModelError where a file is an adapter."""
+    if _is_adapter(file):
+        raise BaseModelError(
+            f"The base {name} is a LoRA adapter: expected the pipeline that it was trained on; an adapter is given "
+            "with --adapter (`compare`, `merge`) or --resume_from_checkpoint."
+        )
+
+
+def class_settings(pipeline_class: Any) -> dict[str, Any]:
+    """What some pipeline classes take besides their models, and must be here; to others it would be unknown."""
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    return {name: value for name, value in SETTINGS.items() if name in taken}
+
+
 def _check_place(name: str, path: Path) -> None:
     """Says of a file or folder that is no pipeline what it is."""
     if not path.is_dir():
         if path.suffix not in SINGLE_FILES:
             raise BaseModelError(f"The base {name} is a file: expected the folder or Hub id of a diffusers pipeline.")
-        if _is_adapter(path):
-            raise BaseModelError(
-                f"The base {name} is a LoRA adapter: expected the pipeline that it was trained on; an adapter is given "
-                "with --adapter (`compare`, `merge`) or --resume_from_checkpoint."
-            )
+        check_no_adapter(name, path)
         raise BaseModelError(
-            f"The base {name} is a single file: expected a folder or Hub id of a diffusers pipeline; {CONVERT}."
+            f"The base {name} is a single file: expected one of .safetensors, or a folder or Hub id of a diffusers "
+            f"pipeline; {CONVERT}."
         )
     if (path / MODEL_INDEX).exists():
         return

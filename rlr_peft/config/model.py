@@ -20,7 +20,16 @@ class ModelArguments(Group):
     """Model: the pretrained pipeline and how it is held in memory"""
 
     pretrained_model_name_or_path: str = knob(
-        MISSING, "Hub id or local folder of a diffusers pipeline, or `tiny-shapes` for the embedded one.", found="model"
+        MISSING,
+        "Hub id or local folder of a diffusers pipeline, a single .safetensors file, or `tiny-shapes` for the embedded "
+        "one.",
+        found="model",
+    )
+    single_file_config: str | None = knob(
+        None,
+        "Hub id or local folder of a diffusers pipeline of the same family, whose configs and tokenizers, and of a "
+        "folder text encoders, a single file is completed with; null asks the Hub for those of the family.",
+        found="model",
     )
     revision: str | None = knob(None, "Branch, tag or commit of the Hub repository to load.", found="words")
     variant: str | None = knob(None, "Variant of the weight files to load, for example `fp16`.", found="words")
@@ -81,6 +90,7 @@ class ModelArguments(Group):
             yield from check_revision("revision", self.revision)
         if self.variant is not None and not re.fullmatch(r"[\w.-]+", self.variant):
             yield f"variant: expected a word of a file name such as fp16, got {self.variant!r}; correct it."
+        yield from self._check_single_file()
         path = self.bnb_quantization_config_path
         if path is not None:
             try:
@@ -102,6 +112,27 @@ class ModelArguments(Group):
                 "torch_compile: expected weights that stay where they are, got offload, which moves them between "
                 "phases; drop one of the two."
             )
+
+    def _check_single_file(self) -> Iterator[str]:
+        name = self.pretrained_model_name_or_path
+        if not is_single_file(name):
+            if self.single_file_config is not None:
+                yield (
+                    f"single_file_config: expected a .safetensors file as pretrained_model_name_or_path with it, got "
+                    f"{name}; leave --single_file_config out."
+                )
+            return
+        for option in ("variant", "pretrained_motion_adapter_name_or_path", "bnb_quantization_config_path"):
+            if getattr(self, option) is not None:
+                yield (
+                    f"{option}: expected a folder or Hub id of a diffusers pipeline with it, got the single file "
+                    f"{name}; leave --{option} out, or convert the file to a folder."
+                )
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a base is one file of weights under the keys of the original code."""
+    return Path(name).suffix == ".safetensors" and Path(name).is_file()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rlr_peft.build.chain import (
 )
 from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
 from rlr_peft.build.reporting import as_config_error
+from rlr_peft.build.single_file import place_of_configs
 from rlr_peft.byte_counters import fused_attention
 from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
@@ -36,7 +37,6 @@ from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
 from rlr_peft.plan.reward_memory import RewardMemory, reward_memory, reward_names
 from rlr_peft.rewards.model_reward import ModelFiles, weights_dtype
 from rlr_peft.rewards.questions import VLM_PREFIX
-from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 # What is suggested where a base does not fit.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -190,9 +190,7 @@ def _without_moves(config: Config) -> Config:
 
 
 def _architecture(model: ModelArguments) -> Any:
-    name = model.pretrained_model_name_or_path
-    path = str(pipeline_path()) if name == PIPELINE_NAME else name
-    return find_architecture(path, model.revision, model.cache_dir)
+    return find_architecture(place_of_configs(model), model.revision, model.cache_dir)
 
 
 def _replaced(model: ModelArguments, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

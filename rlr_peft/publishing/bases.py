@@ -50,11 +50,11 @@ KNOWN = {
 
 
 def base_kind(base_model: str) -> BaseKind:
-    """Where the base comes from: shipped with rlr-peft, a folder of this machine, or the Hub."""
+    """Where the base comes from: shipped with rlr-peft, a folder or file of this machine, or the Hub."""
     if base_model == PIPELINE_NAME:
         return "embedded"
     path = Path(base_model).expanduser()
-    return "folder" if path.is_absolute() or path.is_dir() else "hub"
+    return "folder" if path.is_absolute() or path.exists() else "hub"
 
 
 def hub_link(name: str) -> str:

@@ -33,13 +33,15 @@ class Base:
     """The pipeline that the adapter belongs to.
 
     Attributes:
-        model: as given to `--pretrained_model_name_or_path`: "tiny-shapes", a Hub id or a local folder.
-        options: what picks its files on the Hub, `revision` and `variant`.
+        model: as given to `--pretrained_model_name_or_path`: "tiny-shapes", a Hub id, a local folder or a single file.
+        options: what picks its files on the Hub, `revision` and `variant`; for a single file `config`, the place of
+            its configs.
         components: parts that replaced its own or came to it, `vae` or `motion_adapter` -> Hub id or folder.
         dtype: torch dtype of the snippet's pipeline, "float32", "float16" or "bfloat16".
         pipeline_tag: the Hub's task name.
         tags: of its family, for example "stable-diffusion".
         license: which the adapter inherits.
+        single_file_class: the pipeline class that reads a single file; None for other bases.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Base:
     pipeline_tag: str = "text-to-image"
     tags: Sequence[str] = ()
     license: License = field(default_factory=License)
+    single_file_class: str | None = None
 
 
 @dataclass(frozen=True)

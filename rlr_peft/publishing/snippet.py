@@ -59,8 +59,9 @@ def pipeline_code(record: RunRecord, others: Sequence[str] = ()) -> str:
         base = quoted(record.base.model)
     options = "".join(f", {name}={quoted(value)}" for name, value in record.base.options.items())
     loading_imports, loading = _loading(record)
+    reads = "from_pretrained" if record.base.single_file_class is None else "from_single_file"
     return "\n".join(scheduler_imports + _sorted_imports(imports, [*loading_imports, *others])) + (
-        f"\n\n{parts}pipe = {pipeline_class}.from_pretrained({base}{options}"
+        f"\n\n{parts}pipe = {pipeline_class}.{reads}({base}{options}"
         f"{''.join(f', {name}={name}' for name in record.base.components)}, dtype=torch.{record.base.dtype})\n"
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"{scheduler}{loading}\n"
@@ -120,7 +121,8 @@ def _parts(record: RunRecord) -> tuple[str, str, list[str]]:
         for (name, place), class_name in zip(record.base.components.items(), used, strict=True)
     ]
     # A base of Stable Diffusion with a motion adapter is another pipeline than the base's own.
-    pipeline_class = "AnimateDiffPipeline" if "motion_adapter" in record.base.components else "DiffusionPipeline"
+    of_videos = "motion_adapter" in record.base.components
+    pipeline_class = "AnimateDiffPipeline" if of_videos else record.base.single_file_class or "DiffusionPipeline"
     return pipeline_class, "".join(lines), used
 
 

@@ -17,7 +17,9 @@ from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought
 from rlr_peft.build.run import Run
+from rlr_peft.build.single_file import place_of_configs
 from rlr_peft.config import config_to_dict, stages_from_config
+from rlr_peft.config.model import is_single_file
 from rlr_peft.lora import adapted_denoisers, diffusers_loads
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.bases import base_kind, base_license
@@ -73,8 +75,12 @@ def _base(run: Run) -> Base:
     model = run.config.model
     name = model.pretrained_model_name_or_path
     return Base(
-        model=str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name,
-        options=_given(revision=model.revision, variant=model.variant),
+        model=_place(name),
+        options=_given(
+            revision=model.revision,
+            variant=model.variant,
+            config=_place(place_of_configs(model)) if is_single_file(name) else None,
+        ),
         components=_given(
             vae=model.pretrained_vae_model_name_or_path, motion_adapter=model.pretrained_motion_adapter_name_or_path
         ),
@@ -82,7 +88,13 @@ def _base(run: Run) -> Base:
         pipeline_tag=run.family.pipeline_tag,
         tags=run.family.tags,
         license=base_license(name, revision=model.revision, cache_dir=model.cache_dir),
+        single_file_class=type(run.pipeline).__name__ if is_single_file(name) else None,
     )
+
+
+def _place(name: str) -> str:
+    """A Hub id as it is; what lies on this machine with its whole path."""
+    return str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name
 
 
 def _given(**values: str | None) -> dict[str, str]:
