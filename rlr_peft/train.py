@@ -40,6 +40,7 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
     try:
         said = read_words(words, TrainFlags, prog, DESCRIPTION, list(knobs()), example=EXAMPLE)
         config = said.config()
+        config.reward.refuse_unknown()
     except ConfigError as error:
         exit_with(error)
 

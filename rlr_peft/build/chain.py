@@ -211,7 +211,6 @@ def _check_finite(latents: torch.Tensor, images: torch.Tensor, prompts: Sequence
         return
     first = next(prompt for prompt, is_broken in zip(prompts, broken) if is_broken)
     finite = [bool(step.isfinite().all()) for step in latents]
-    count = len(latents) - 1
     if finite[0]:
         where = "the latents are finite and the decoded images are not"
         advice = (
@@ -219,8 +218,9 @@ def _check_finite(latents: torch.Tensor, images: torch.Tensor, prompts: Sequence
             "(--pretrained_vae_model_name_or_path)"
         )
     else:
-        last_good = min(t for t in range(count + 1) if finite[t])
-        where = f"the denoiser's latents are not finite from step {count - last_good + 1} of {count} on"
+        good = [t for t, is_finite in enumerate(finite) if is_finite]
+        since = f" from step {len(finite) - good[0]} of {len(finite) - 1} on" if good else ""
+        where = f"the denoiser's latents are not finite{since}"
         advice = (
             "use --mixed_precision bf16 or no, check the base's and the adapter's weights, or train with a lower "
             "--learning_rate"

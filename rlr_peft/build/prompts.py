@@ -27,6 +27,7 @@ from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecompo
 from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
 from rlr_peft.prompts.sampler import PromptSampler, Sampler, StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec, dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows
+from rlr_peft.prompts.word_filter import filtered, word_filter
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPr
     """
     arguments, path = config.prompts, config.validation.evaluation_prompt_path
     columns = columns_from_config(config)
-    evaluation = None if path is None else load_prompts(path, columns=columns)
+    evaluation = None if path is None else _filtered(config, load_prompts(path, columns=columns))
     validation = as_prompts(config.validation.validation_prompt or ())
     if given is None and arguments.streaming:
         return _streamed(config, columns, evaluation, validation)
@@ -70,6 +71,7 @@ def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPr
         prompts = load_prompts(arguments.prompt_path, arguments.max_train_samples, columns)
     else:
         prompts = list(dataset_prompts(_dataset(config), columns, arguments.max_train_samples))
+    prompts = _filtered(config, prompts)
     if arguments.validation_split_percentage is not None:
         prompts, evaluation = hold_back(prompts, arguments.validation_split_percentage)
     return RunPrompts(prompts, evaluation, validation, PromptSampler(prompts, config.training.seed))
@@ -137,7 +139,7 @@ def comparison_prompts(config: Config, device: torch.device) -> list[Prompt]:
     """
     path = config.validation.evaluation_prompt_path
     if path is not None:  # those of training need not be on this machine
-        prompts = load_prompts(path, columns=columns_from_config(config))
+        prompts = _filtered(config, load_prompts(path, columns=columns_from_config(config)))
     else:
         found = read_prompts(config)
         prompts = found.evaluation or found.training
@@ -195,11 +197,15 @@ def _streamed(
     decompose = decompose_by_rules if config.chain_of_thought.dcot_rules else None
 
     def stream(is_wanted: Callable[[Prompt], bool]) -> Iterator[Prompt]:
-        for prompt in filter(is_wanted, dataset_prompts(_dataset(config), columns, arguments.max_train_samples)):
+        for prompt in filter(
+            is_wanted, filter(is_clean, dataset_prompts(_dataset(config), columns, arguments.max_train_samples))
+        ):
             yield prompt if decompose is None else replace(prompt, stages=decompose(prompt.text))
 
     def is_trained_on(prompt: Prompt) -> bool:
         return percentage is None or not is_held_back(prompt, percentage)
+
+    is_clean = None if arguments.prompt_filter is None else word_filter(arguments.prompt_filter)
 
     size = arguments.shuffle_buffer_size
     training = list(itertools.islice(stream(is_trained_on), size))
@@ -221,6 +227,11 @@ def _streamed(
         validation,
         StreamingPromptSampler(lambda: stream(is_trained_on), config.training.seed, size),
     )
+
+
+def _filtered(config: Config, prompts: list[Prompt]) -> list[Prompt]:
+    path = config.prompts.prompt_filter
+    return prompts if path is None else filtered(prompts, word_filter(path), path)
 
 
 def _dataset(config: Config) -> DatasetSpec:

@@ -267,17 +267,15 @@ class DenoisingChain:
     def draw(self, prompts: Sequence[PromptLike], seeds: Sequence[int]) -> torch.Tensor:
         """Latents of images that are looked at, clean first and noise last, (N, B, ...); sample i by its seed alone.
 
-        Those of ``sample``; or, with a scheduler that was named, the clean ones and the noise alone: what the pipeline
+        Those of ``sample``; or, with a scheduler that was named, the clean ones alone, (1, B, ...): what the pipeline
         draws with a CPU generator of the seed.
         """
         if self._own_scheduler is None:
             return self.sample(prompts, seeds).latents
         prompts, generators = as_prompts(prompts), [torch.Generator().manual_seed(seed) for seed in seeds]
-        initial = torch.cat([self._initial_latents(generator) for generator in generators])
-        initial = initial.to(self.device, self.latents_dtype)
         arguments = {**self._call.of(prompts, "latent"), "generator": generators}
         scheduler = own_scheduler(self.pipeline.scheduler, self._own_scheduler)
-        return torch.stack([self._driver(scheduler, prompts, initial, arguments), initial])
+        return self._driver(scheduler, prompts, None, arguments)[None]
 
     def replay(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         latents = trajectory.latents[t] if latents is None else latents

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
 from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, trained_module
@@ -114,7 +115,7 @@ class PipelineDriver:
 
     def __call__(
         self,
-        scheduler: RecordingScheduler,
+        scheduler: RecordingScheduler | SchedulerMixin,
         prompts: Sequence[Prompt],
         latents: torch.Tensor | None,
         arguments: Mapping[str, Any],
@@ -123,7 +124,7 @@ class PipelineDriver:
         """What the pipeline returns first for the exposed steps: latents, images (B, 3, H, W) or videos.
 
         Args:
-            scheduler: exposes the steps.
+            scheduler: exposes the steps; one of diffusers takes all of its own.
             prompts: B prompts.
             latents: where to start, (B, ...); None lets the pipeline draw noise.
             arguments: the others of the pipeline's call.
@@ -133,7 +134,8 @@ class PipelineDriver:
         if detach_negative and self.negative_branch is not None:
             detached = self.negative_branch.off_tape(len(prompts))
         texts = [prompt.text for prompt in prompts]
-        options = {**self._condition_images(prompts, arguments, scheduler.exposes_steps), **arguments}
+        takes_steps = not isinstance(scheduler, RecordingScheduler) or scheduler.exposes_steps
+        options = {**self._condition_images(prompts, arguments, takes_steps), **arguments}
         with self._driven_by(scheduler) as pipeline, detached, self._entering_as(latents) as given:
             return self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **options)[0]
 
@@ -210,7 +212,7 @@ class PipelineDriver:
             del self.pipeline.prepare_latents
 
     @contextmanager
-    def _driven_by(self, scheduler: RecordingScheduler) -> Iterator[DiffusionPipeline]:
+    def _driven_by(self, scheduler: RecordingScheduler | SchedulerMixin) -> Iterator[DiffusionPipeline]:
         pipeline = self.pipeline
         own, progress = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
         pipeline.scheduler, pipeline.encode_prompt = scheduler, self._encode_prompt

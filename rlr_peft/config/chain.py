@@ -206,6 +206,11 @@ class PromptArguments(Group):
         "paths from the table's own folder on, or a dataset's images.",
         found="words",
     )
+    prompt_filter: str | None = knob(
+        None,
+        "Word list, a UTF-8 file with a word or phrase a line: prompts that hold one of them, in small or capital "
+        "letters, are left out of training and evaluation.",
+    )
     max_train_samples: int | None = knob(
         None, "Use only the first so many training prompts; null means all.", unit="prompts", at_least=1, at_most=10**9
     )

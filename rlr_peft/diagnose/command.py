@@ -42,6 +42,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     if output.suffix != ".html":
         raise ConfigError(f"output: expected a file that ends in .html, got {output}; rename it.")
     check_output(output, is_file=True)
+    config.reward.refuse_unknown()
 
     # Only now the network and the heavy imports: a wrong flag is refused at once.
     work_offline_without_hub()

@@ -14,11 +14,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
+from rlr_peft.durable_files import stays_inside
 from rlr_peft.extras import extra
 from rlr_peft.plain_files import MAX_DEPTH, is_nested_too_deep
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError
+from rlr_peft.prompts.benchmarks import recognised
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Columns:
         stages: the stage prompts, noise first.
         metadata: passed on to rewards.
         image: the pictures that samples are drawn from.
+        optional: columns of these that a whole table may lack.
     """
 
     caption: str = "text"
@@ -48,6 +51,7 @@ class Columns:
     stages: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()
     image: str | None = None
+    optional: frozenset[str] = frozenset()
 
     @property
     def beyond_caption(self) -> tuple[str, ...]:
@@ -65,7 +69,7 @@ class Columns:
         PromptError: a column is missing among the names; the message lists those that are there.
         """
         names = list(names)
-        missing = [name for name in self.all if name not in names]
+        missing = [name for name in self.all if name not in names and name not in self.optional]
         if missing:
             raise _no_column(where, missing, names)
 
@@ -108,6 +112,9 @@ class RowReader:
         Raises:
             PromptError: the first row has no caption, or a cell holds something else than text.
         """
+        if not self._rows:
+            self._columns = recognised(self._columns, row.values)
+            self._not_seen = set(self._columns.all) - self._columns.optional
         columns = self._columns
         if not self._rows and columns.caption not in row.values:
             columns.check(in_words(self._source, row.place), row.values)
@@ -140,14 +147,16 @@ class RowReader:
         if self._columns.image is None:
             return None
         found = row.values.get(self._columns.image)
+        if isinstance(found, ConditionImage):
+            return found
         path, data = (found.get("path"), found.get("bytes")) if isinstance(found, Mapping) else (found, None)
         if isinstance(data, bytes):
             return ConditionImage(data=data)
         if isinstance(path, str) and path and row.folder is not None:
             file = row.folder / path
-            if file.is_file():
+            if stays_inside(path) and file.is_file():
                 return ConditionImage(str(file))
-            got = f"{path}, where there is no file"
+            got = f"{path}, where there is no file" if stays_inside(path) else f"{path}, which leaves that folder"
         else:
             got = "none" if not path else f"{path!r:.60}"
         raise PromptError(
@@ -280,7 +289,12 @@ def prompt_lines(file: BinaryIO, source: str, prefix: str = "") -> Iterator[tupl
 
 
 def csv_rows(
-    file: BinaryIO, source: str, columns: Columns, prefix: str = "", delimiter: str = ",", quotechar: str = '"'
+    file: BinaryIO,
+    source: str,
+    columns: Columns,
+    prefix: str = "",
+    delimiter: str = ",",
+    quotechar: str | None = '"',
 ) -> Iterator[Row]:
     """The rows below the header, every cell as the text that is written; blank lines are none.
 
@@ -289,7 +303,8 @@ def csv_rows(
     """
     csv.field_size_limit(MAX_CELL)
     lines = text_lines(file, source, prefix)
-    reader = csv.reader(lines, delimiter=delimiter, quotechar=quotechar, strict=True)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if quotechar is None else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=delimiter, quotechar=quotechar, quoting=quoting, strict=True)
     header: list[str] | None = None
     while True:
         place = f"{prefix}line {reader.line_num + 1}"
@@ -342,6 +357,8 @@ def json_rows(file: BinaryIO, source: str, prefix: str = "", field: str | None =
         places = ((f"{prefix}line {number}", line) for number, line in itertools.chain([first], numbered))
         found = ((place, _parse(line, in_words(source, place))) for place, line in places)
     for place, values in found:
+        if isinstance(values, str):  # a list of texts, as HPDv2 has them
+            values = {"text": values}
         if not isinstance(values, dict):
             raise PromptError(
                 f'{in_words(source, place)}: expected a JSON object such as {{"text": "a cat"}}, got '
@@ -361,9 +378,12 @@ def parquet_rows(file: BinaryIO, source: str, columns: Columns, prefix: str = ""
 
     number = 0
     with pyarrow.parquet.ParquetFile(file) as table:
-        columns.check(in_words(source, prefix.rstrip(", ")), table.schema_arrow.names)
-        decode = _decoder(table.schema_arrow, columns)
-        for batch in table.iter_batches(BATCH_ROWS, columns=list(columns.all)):
+        names = table.schema_arrow.names
+        columns = recognised(columns, names)
+        columns.check(in_words(source, prefix.rstrip(", ")), names)
+        there = [name for name in columns.all if name in names]
+        decode = _decoder(table.schema_arrow, there, columns.image)
+        for batch in table.iter_batches(BATCH_ROWS, columns=there):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(without_nulls(decode(values)), f"{prefix}row {number}")
@@ -377,22 +397,23 @@ def without_nulls(value: Any) -> Any:
 
 
 def _check_header(where: str, columns: Columns, header: list[str]) -> None:
+    columns = recognised(columns, header)
     columns.check(where, header)
     twice = [name for name in columns.all if header.count(name) > 1]
     if twice:
         raise PromptError(f"{where}: expected every column once, got {', '.join(twice)} twice; rename one of them")
 
 
-def _decoder(schema: Any, columns: Columns) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _decoder(schema: Any, names: list[str], image: str | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What turns stored cells into those that were meant: `datasets` stores some, such as mixed JSON, in disguise."""
     if b"huggingface" not in (schema.metadata or {}):
         return lambda values: values
     datasets = extra("datasets", "datasets", "a .parquet file that `datasets` wrote")  # takes two seconds
 
     stored = datasets.Features.from_arrow_schema(schema)
-    wanted = {name: stored[name] for name in columns.all}
-    if columns.image is not None and isinstance(wanted[columns.image], datasets.Image):
-        wanted[columns.image] = datasets.Image(decode=False)
+    wanted = {name: stored[name] for name in names}
+    if image is not None and isinstance(wanted[image], datasets.Image):
+        wanted[image] = datasets.Image(decode=False)
     return datasets.Features(wanted).decode_example
 
 

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 from rlr_peft.config.chain import BUILTIN_SETS
 from rlr_peft.errors import UserError
 from rlr_peft.extras import extra
-from rlr_peft.prompt import Prompt, PromptError, as_prompts
+from rlr_peft.prompt import ConditionImage, Prompt, PromptError, as_prompts
+from rlr_peft.prompts.benchmarks import one_row_a_prompt
 from rlr_peft.prompts.files import (
     Columns,
     Row,
@@ -36,7 +37,7 @@ from rlr_peft.tiny_shapes import scenes
 
 logger = logging.getLogger(__name__)
 
-FORMATS = (".jsonl", ".csv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Endings of tables."""
 
 # From an open file and a prefix of places to rows.
@@ -120,6 +121,8 @@ def _readers(source: str, columns: Columns) -> dict[str, Reader]:
 
     return {
         ".csv": lambda file, prefix="", **options: csv_rows(file, source, columns, prefix, **options),
+        ".tsv": lambda file, prefix="": csv_rows(file, source, columns, prefix, delimiter="\t", quotechar=None),
+        ".json": lambda file, prefix="": json_rows(file, source, prefix),
         ".jsonl": lambda file, prefix="", **options: json_rows(file, source, prefix, **options),
         ".parquet": lambda file, prefix="": parquet_rows(file, source, columns, prefix),
         ".txt": text_rows,
@@ -235,7 +238,11 @@ def _library_rows(datasets: Any, builder: Any, spec: DatasetSpec, columns: Colum
             row = next(rows, None)
         if row is None:
             return
-        yield Row(without_nulls(row), f"row {number}", Path.cwd())  # its paths are whole
+        values = without_nulls(row)
+        picture = None if columns.image is None else values.get(columns.image)
+        if isinstance(picture, dict) and not picture.get("bytes") and picture.get("path"):
+            values[columns.image] = ConditionImage(picture["path"])  # where the library itself found it
+        yield Row(values, f"row {number}")
 
 
 @contextlib.contextmanager
@@ -380,7 +387,7 @@ def prompts_of_rows(
 
 
 def _read(reader: RowReader, rows: Iterator[Row], max_samples: int | None) -> Iterator[Prompt]:
-    prompts = (prompt for row in rows if (prompt := reader.read(row)) is not None)
+    prompts = (prompt for row in one_row_a_prompt(rows) if (prompt := reader.read(row)) is not None)
     yield from itertools.islice(prompts, max_samples)
     reader.report()
 

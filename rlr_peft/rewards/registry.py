@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from rlr_peft.config.reward import unknown_reward
 from rlr_peft.errors import RewardError
 from rlr_peft.redaction import is_address
 from rlr_peft.rewards.base import Reward
@@ -21,8 +21,6 @@ from rlr_peft.rewards.video import TemporalFlicker
 from rlr_peft.rewards.vlm_endpoint import VlmEndpoint
 from rlr_peft.tiny_shapes.judges import JudgeName
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
-
-OWN_FORMS = "`vlm:MODEL`, `package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
         return _vlm(spec.removeprefix(VLM_PREFIX), settings)
     if ":" in spec:
         return load_callable_reward(spec, settings.model.device)
-    raise RewardError(_unknown(spec))
+    raise RewardError(unknown_reward(spec, available_rewards()))
 
 
 def _vlm(model: str, settings: RewardSettings) -> Reward:
@@ -129,12 +127,3 @@ def _unified(settings: RewardSettings) -> Reward:
     else:
         reward = module.UnifiedReward(settings.model)
     return reward
-
-
-def _unknown(spec: str) -> str:
-    known = available_rewards()
-    near = difflib.get_close_matches(spec, known, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    if spec.endswith(".py"):
-        hint = f" To use a function in this file, name it: `{spec}:callable`."
-    return f"unknown reward '{spec}'.{hint} There are: {', '.join(known)}; or your own as {OWN_FORMS}"

@@ -22,6 +22,7 @@ def test_of_a_found_config_texts_are_taken_only_where_a_knob_says_so(tmp_path: P
         *("dcot_endpoint_model", "evaluation_prompt_path", "hub_token", "logging_dir", "output_dir", "prompt_path"),
         *(
             "init_adapter",
+            "prompt_filter",
             "resume_from_checkpoint",
             "reward_model_path",
             "tracker_name",

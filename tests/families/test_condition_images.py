@@ -63,7 +63,12 @@ def test_pictures_come_by_path_and_inside_the_data(place: Path) -> None:
 
 def test_a_missing_picture_is_named(place: Path) -> None:
     table = place / "missing.jsonl"
-    for value, got in (("none.png", "none.png, where there is no file"), (None, "none"), (3, "3")):
+    for value, got in (
+        ("none.png", "none.png, where there is no file"),
+        ("../red.png", r"\.\./red.png, which leaves"),
+        (None, "none"),
+        (3, "3"),
+    ):
         table.write_text(json.dumps({"text": "a", "from": value}))
         with pytest.raises(PromptError, match=f"line 1: expected a picture in column from, got {got}; write paths"):
             load_prompts(str(table), columns=COLUMNS)

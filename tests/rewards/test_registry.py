@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from rlr_peft.config.reward import REGISTERED
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import available_rewards, load_reward
+from rlr_peft.train import train_command
 
 
 def test_the_list_holds_every_form() -> None:
@@ -30,6 +32,14 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_the_list(spec: str, ne
         load_reward(spec)
     assert "jpeg-incompressibility" in str(caught.value)
     assert "file.py:callable" in str(caught.value)
+
+
+def test_training_knows_the_names_before_torch_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {name.split("/")[0] for name in available_rewards()} == set(REGISTERED)
+    with pytest.raises(SystemExit) as left:
+        train_command(["--config", "tiny_shapes", "--output_dir", "none", "--heldout_reward_fn", "pickscor"])
+    printed = capsys.readouterr().err
+    assert left.value.code == 2 and "unknown reward 'pickscor'. Did you mean 'pickscore'?" in printed
 
 
 @pytest.mark.parametrize("spec", ["", "aesthetic-and-much-more", "tiny-shapes/"])
