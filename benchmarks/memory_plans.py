@@ -36,7 +36,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "Wan 2.1 1.3B, 33 x 480 x 832, offload": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", VIDEO.split()),
 }
 RECIPES = (
-    *("sd14", "sd21", "sdxl", "sdxl_turbo", "sd35_medium", "sd35_medium_nft", "sd35_medium_grpo"),
+    *("sd14", "sd21", "sdxl", "sdxl_12gb", "sdxl_turbo"),
+    *("sd35_medium", "sd35_medium_12gb", "sd35_medium_nft", "sd35_medium_grpo"),
     *("flux_dev", "flux_dev_awm", "wan21_1_3b", "modelscope"),
 )
 UNIT = 2**30
