@@ -65,7 +65,7 @@ def test_a_missing_picture_is_named(place: Path) -> None:
     table = place / "missing.jsonl"
     for value, got in (
         ("none.png", "none.png, where there is no file"),
-        ("../red.png", r"\.\./red.png, which leaves"),
+        ("../red.png", r"\.\./red.png, which leaves that folder"),
         (None, "none"),
         (3, "3"),
     ):

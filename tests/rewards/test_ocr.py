@@ -17,11 +17,11 @@ def reward() -> Reward:
 
 
 def drawn(*texts: str) -> torch.Tensor:
-    """White images (B, 3, 160, 400) with a text each, in [0, 1]."""
+    """White images (B, 3, 160, 220) with a text each; the recogniser scales the shorter side to 736 pixels."""
     images = []
     for text in texts:
-        image = Image.new("RGB", (400, 160), "white")
-        ImageDraw.Draw(image).text((20, 40), text, fill=(120, 0, 0), font=ImageFont.load_default(44))
+        image = Image.new("RGB", (220, 160), "white")
+        ImageDraw.Draw(image).text((12, 60), text, fill=(120, 0, 0), font=ImageFont.load_default(28))
         images.append(torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255)
     return torch.stack(images)
 
