@@ -178,6 +178,3 @@ def _restrain_rows(axes: Axes, title: str) -> None:
 
 def _title(reward: MeasuredReward) -> str:
     return f"{reward.name}, held out" if reward.heldout else reward.name
-
-
-# What a figure is drawn with, and the page's variable that stands for it.
