@@ -176,7 +176,7 @@ def _of_adapter(comparison: Comparison, index: int) -> list[str]:
     if fallen:
         sentences.append(f"{listed(fallen)} fell.")
     if not rose and not fell:
-        sentences.append("no reward changed clearly: every 95 % interval contains 0.")
+        sentences.append("no reward changed clearly, as every 95 % interval contains 0.")
     return sentences + _variety_notes(comparison, index)
 
 
