@@ -1,6 +1,6 @@
 """Sketches of single samples' gradients through every step, and their inner products: what calibrations measure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +12,9 @@ from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.base import CoverageError
 from rlr_peft.estimators.objective import Rollout
 from rlr_peft.estimators.pathwise import first_order_segment
+
+# Of the gradients of single samples that are there at a time, for each of up to three cotangents: 256 MiB in float32.
+MOST_NUMBERS = 2**26
 
 
 class GradientSketch:
@@ -100,16 +103,15 @@ def measure_step_gradients(
         raise ValueError(f"Expected at least 2 samples to measure a variance, got {count}.")
     measured = _Measured(chain, count, sketch.dimension, first_order_only, with_held)
     with tqdm(total=count, desc=description, unit="sample", leave=False, disable=description is None) as bar:
-        for rollout in rollouts:
-            samples = range(len(rollout.rewards))
-            separated = chain.separate_samples(len(samples))
+        for part in _parts(chain, rollouts):
+            separated, size = chain.separate_samples(len(part.rewards)), len(part.rewards)
             if separated is not None:
                 with separated:
-                    measured.add(rollout, sketch.of_samples)
-                bar.update(len(samples))
+                    measured.add(part, sketch.of_samples)
+                bar.update(size)
                 continue
-            for i in samples:
-                measured.add(rollout.select([i]), lambda gradients: sketch(gradients)[None])
+            for i in range(size):
+                measured.add(part.select([i]), lambda gradients: sketch(gradients)[None])
                 bar.update()
     advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
     if rollouts[0].reward_gradient is None:
@@ -118,6 +120,17 @@ def measure_step_gradients(
     return StepGradients(
         measured.pathwise, measured.scores, advantages, measured.has_noise, measured.cotangent_squares, held
     )
+
+
+def _parts(chain: Chain, rollouts: Sequence[Rollout]) -> Iterator[Rollout]:
+    """The rollouts, in parts of which every sample's gradient finds room."""
+    size = max(1, MOST_NUMBERS // sum(parameter.numel() for parameter in chain.parameters))
+    for rollout in rollouts:
+        samples = list(range(len(rollout.rewards)))
+        if len(samples) <= size:
+            yield rollout
+        else:
+            yield from (rollout.select(samples[i : i + size]) for i in range(0, len(samples), size))
 
 
 class _Measured:
