@@ -297,8 +297,12 @@ class DenoisingChain:
             self._call = guided
 
     def separate_samples(self, count: int) -> AbstractContextManager[None] | None:
-        """As the ``Chain`` has it: None where other layers than LoRA's are trained, or with dropout."""
-        if self.mixes_samples or not can_separate(self.denoiser, self.parameters):
+        """As the ``Chain`` has it.
+
+        None with dropout, where other layers than LoRA's are trained, and of a class that no row knows: its layers may
+        not keep the samples in order.
+        """
+        if self.mixes_samples or self.family.name == GENERIC.name or not can_separate(self.denoiser, self.parameters):
             return None
         return self._separated(count)
 

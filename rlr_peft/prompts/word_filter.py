@@ -21,7 +21,8 @@ def word_filter(path: str) -> Callable[[Prompt], bool]:
         PromptError: no such file, or an empty one.
     """
     try:
-        words = [word for word, _ in prompt_lines(Path(path).expanduser().open("rb"), path)]
+        with Path(path).expanduser().open("rb") as file:
+            words = [word for word, _ in prompt_lines(file, path)]
     except OSError as error:
         raise PromptError(f"prompt_filter '{path}': cannot be read: {error.strerror}") from None
     if not words:

@@ -14,6 +14,7 @@ from huggingface_hub import SpaceCardData
 
 from rlr_peft.config import ConfigError
 from rlr_peft.config.found import config_beside, read_found_config
+from rlr_peft.config.model import is_single_file
 from rlr_peft.durable_files import SECOND_EXPERT
 from rlr_peft.foreign_text import in_text
 from rlr_peft.lora import AdapterFiles, check_adapter
@@ -143,6 +144,8 @@ def _record(files: AdapterFiles, base: str | None) -> RunRecord:
     found = config_beside(str(files.folder))
     settings = {} if found is None else read_found_config(found, ("pretrained_model_name_or_path", *CALL))[0]
     base = base or settings.pop("pretrained_model_name_or_path", None)
+    if base is not None and is_single_file(base):
+        raise ConfigError(f"base: expected a Hub id or a folder, got the file {base}; give the folder of a run on it.")
     if base is None:
         raise ConfigError(f"base: expected a Hub id or a folder, got none, and {files.place} does not say it; give it.")
     second = [SECOND_EXPERT] if any(path.parent.name == SECOND_EXPERT for path in files.paths) else []
