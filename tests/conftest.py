@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # For the processes that tests start, many at a time: threads that wait for each other would fill every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# On AMD processors MKL's products depend in the last digit on where their operands lie; tests compare bit for bit.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import hypothesis
 import pytest
