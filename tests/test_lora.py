@@ -204,7 +204,9 @@ def test_a_machines_own_rounding_is_no_other_adapter(tmp_path: Path) -> None:
         return render(pipeline) + next(errors)
 
     assert verify_lora_reloads(pipeline, tmp_path, rounding) == pytest.approx(1e-6, rel=0.2)
-    with pytest.raises(AdapterMismatchError, match="largest difference is 0.02.*All LoRA tensors and scales are equal"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"largest difference is 0\.02.*All LoRA tensors and scales are equal"
+    ):
         verify_lora_reloads(pipeline, tmp_path, rounding)
 
 

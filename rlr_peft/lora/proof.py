@@ -83,8 +83,8 @@ def verify_lora_reloads(
     """Loads the saved adapter as users do, and compares weights, scales and images with the trained adapter's.
 
     Weights and scales must be equal bit for bit; so are the images on most machines. Some round the same product
-    otherwise from call to call, by where its operands lie (MKL on AMD processors): with equal weights, images may differ
-    by `ROUNDING`.
+    otherwise from call to call, by where its operands lie (MKL on AMD processors): with equal weights, images may
+    differ by `ROUNDING`.
 
     Args:
         trained_pipeline: as trained; rendered in eval mode, left in the mode it was in.
@@ -111,7 +111,8 @@ def verify_lora_reloads(
     own = dict.fromkeys(names, adapter_name)
     reloaded = _load_as_users_do(pipeline, Path(directory), names)
     try:
-        images, others, differing = _both((trained_pipeline, trained, own), (pipeline, reader, reloaded), directory, render)
+        pair = (trained_pipeline, trained, own), (pipeline, reader, reloaded)
+        images, others, differing = _both(*pair, directory, render)
     finally:
         if fresh_pipeline is None:
             _activate(trained, own)
@@ -126,13 +127,15 @@ def verify_lora_reloads(
             return largest
         difference = f"the largest difference is {largest:.3g}"
     cause = (
-        f"{len(differing)} LoRA tensors differ, the first is {differing[0]}: the file was changed or belongs to another "
-        "step, so save the adapter again"
+        f"{len(differing)} LoRA tensors differ, the first is {differing[0]}: the file was changed or belongs to "
+        "another step, so save the adapter again"
         if differing
         else "All LoRA tensors and scales are equal, so the base weights, the scheduler or the rendering differ: check "
         "that render() fixes its seeds and that a fresh pipeline was loaded alike"
     )
-    raise AdapterMismatchError(f"The reloaded adapter does not make the trained adapter's images: {difference}. {cause}.")
+    raise AdapterMismatchError(
+        f"The reloaded adapter does not make the trained adapter's images: {difference}. {cause}."
+    )
 
 
 def _load_as_users_do(pipeline: Any, directory: Path, denoisers: list[str]) -> dict[str, str]:
