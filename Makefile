@@ -18,11 +18,11 @@ demo: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file configs/accelerate/one_process.yaml --num_cpu_threads_per_process $(CORES) \
 		train_rlr_lora.py --config configs/tiny_shapes.yaml $(ARGS)
 
-# One worker a core, whole files at a time: fixtures of a file are built once.
+# One worker a core, whole files at a time: fixtures of a file are built once. tests/conftest.py has their order.
 # Tests need no network: a request to the Hub is an error, not a wait.
 test: export HF_HUB_OFFLINE = 1
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before any Hugging Face library is imported: they read these at import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,37 @@ import torch
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
+
+# What takes longest, longest first: begun first, so that no worker is left alone with one of them at the end.
+LONGEST = (
+    "training/test_train_script.py",
+    "plan/test_host_memory.py",
+    "training/test_methods.py",
+    "families/test_training.py",
+    "publishing/test_package_data.py",
+    "training/test_several_rewards.py",
+    "families/test_plan.py",
+    "hub/test_push.py",
+    "hub/test_training.py",
+    "compare/test_command.py",
+    "training/test_notebook.py",
+    "training/test_interruption.py",
+    "diagnose/test_report.py",
+    "tiny_shapes/test_build.py",
+    "training/test_learning_signal.py",
+    "build/test_single_file.py",
+    "build/test_processes.py",
+    "testing/test_guided_mixture_chain.py",
+    "training/test_prompt_sources.py",
+    "plan/test_real_size.py",
+    "training/test_resuming.py",
+    "hub/test_secrets.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)

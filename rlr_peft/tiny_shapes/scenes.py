@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -58,12 +58,12 @@ class Scene:
     outline: str
 
     def __post_init__(self) -> None:
-        for attribute, value in asdict(self).items():
+        for attribute, value in vars(self).items():
             _check_value(attribute, value)
 
     def caption(self) -> str:
         """The dense caption, which mentions every attribute."""
-        return describe(asdict(self))
+        return describe(vars(self))
 
 
 def describe(attributes: Mapping[str, str]) -> str:
@@ -125,28 +125,40 @@ def caption_words() -> tuple[str, ...]:
     return tuple(sorted(words | {"top", "bottom", "left", "right"}))
 
 
-@functools.cache
 def scenes(split: Split) -> tuple[Scene, ...]:
     """All scenes of a split, in a fixed and well shuffled order.
 
     About one combination in ten is kept for ``test``: no drawing of it is ever shown to the pipeline or the judges.
     Both the split and the order come from a hash of the caption, hence do not depend on platform or Python version.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    chosen: list[tuple[bytes, Scene]] = []
-    for values in itertools.product(*ATTRIBUTES.values()):
-        scene = Scene(*values)
-        digest = hashlib.sha256(scene.caption().encode()).digest()
-        is_test = int.from_bytes(digest[:4], "big") < _TEST_SHARE * 2**32
-        if is_test == (split == "test"):
-            chosen.append((digest[4:], scene))
-    return tuple(scene for _, scene in sorted(chosen, key=lambda pair: pair[0]))
+    return tuple(_described(split).values())
 
 
 def prompts(split: Split) -> list[str]:
     """Dense captions of all scenes of a split; the first N are as diverse as a random sample."""
-    return [scene.caption() for scene in scenes(split)]
+    return list(_described(split))
+
+
+def _described(split: Split) -> dict[str, Scene]:
+    """The scenes of a split by their captions, in their order."""
+    if split not in _splits():
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    return _splits()[split]
+
+
+@functools.cache
+def _splits() -> dict[Split, dict[str, Scene]]:
+    described: dict[Split, list[tuple[bytes, str, Scene]]] = {"train": [], "test": []}
+    for values in itertools.product(*ATTRIBUTES.values()):
+        scene = Scene(*values)
+        caption = scene.caption()
+        digest = hashlib.sha256(caption.encode()).digest()
+        is_test = int.from_bytes(digest[:4], "big") < _TEST_SHARE * 2**32
+        described["test" if is_test else "train"].append((digest[4:], caption, scene))
+    return {
+        split: {caption: scene for _, caption, scene in sorted(of_split, key=lambda known: known[0])}
+        for split, of_split in described.items()
+    }
 
 
 def _check_value(attribute: str, value: str) -> None:
