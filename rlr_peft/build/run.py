@@ -41,6 +41,7 @@ from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_pro
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object, name_reward
+from rlr_peft.build.rollback import Rollback
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, TrainingArguments, stages_from_config
@@ -108,6 +109,7 @@ class Run:
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
+        rollback: goes back with half the rate where the reward falls; None with a rate that is given.
         arithmetic: the derived numbers.
         given: names of what came as a Python object, which no config can load: `pipeline`, `reward`, `prompts`,
             `estimator`.
@@ -131,6 +133,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
     ema: EMAModel | None
+    rollback: Rollback | None
     arithmetic: Arithmetic
     given: Mapping[str, str]
 
@@ -268,6 +271,9 @@ def build_run(
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
     objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout, config.reward.reward_limit)
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
+    lr_scheduler = build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps)
+    ema = build_ema(chain.parameters, config.optimizer)
+    finds_rate = config.optimizer.learning_rate == AUTO
     return Run(
         config=config,
         accelerator=accelerator,
@@ -285,8 +291,9 @@ def build_run(
         evaluation_prompts=run_prompts.evaluation,
         validation_prompts=run_prompts.validation,
         optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps),
-        ema=build_ema(chain.parameters, config.optimizer),
+        lr_scheduler=lr_scheduler,
+        ema=ema,
+        rollback=Rollback(chain.parameters, optimizer, lr_scheduler, estimator, ema) if finds_rate else None,
         arithmetic=arithmetic,
         given=given,
     )

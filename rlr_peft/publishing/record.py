@@ -186,7 +186,8 @@ class RunRecord:
             `kl_se` and `kl_n`, `seconds` (of training), `peak_memory_mb`, `denoiser_evaluations`, `steps`. A reward
             with any of its six numbers or `n` missing gets no row.
         training: what the configuration does not say. Numbers: `steps` of the chain, `guidance_scale`, `samples` of an
-            update, `processes`, `learning_rate`, `weights` (trainable ones), `first_order` (smallest and largest K).
+            update, `processes`, `learning_rate` at the end, `learning_rate_halvings` where the reward fell, `weights`
+            (trainable ones), `first_order` (smallest and largest K).
             `method` is the estimator's name, `objects` what came as a Python object, part -> name.
             Sentences or None: `terms` of the estimator, `chain_of_thought`, `stopped_early`, `verdict` (nothing was
             learnt), `coverage`; `reward_decoder` is the name of the small decoder that the reward saw.

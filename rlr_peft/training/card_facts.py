@@ -162,6 +162,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "samples": run.samples_per_update,
         "processes": run.accelerator.num_processes,
         "learning_rate": run.lr_scheduler.base_lrs[0],
+        "learning_rate_halvings": 0 if run.rollback is None else run.rollback.halvings,
         "weights": sum(parameter.numel() for parameter in run.chain.parameters),
         "first_order": (min(used), max(used)) if any(used) else None,
         "chain_of_thought": describe_chain_of_thought(run.config),

@@ -95,6 +95,7 @@ def save_checkpoint(run: Run, progress: Progress, checkpoints: CheckpointManager
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "ema": {} if run.ema is None else run.ema.state_dict(),
+        "rollback": {} if run.rollback is None else run.rollback.state_dict(),
         "estimator": run.estimator.state_dict(),
         "reward": run.reward.state_dict(),
         "heldout": {} if run.heldout is None else run.heldout.state_dict(),
@@ -128,6 +129,8 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"])
     if run.ema is not None:
         restore_ema(run.ema, state["ema"])
+    if run.rollback is not None and state["rollback"]:
+        run.rollback.load_state_dict(state["rollback"])
     run.estimator.load_state_dict(state["estimator"])
     run.reward.load_state_dict(state["reward"])
     if run.heldout is not None:

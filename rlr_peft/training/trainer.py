@@ -52,6 +52,8 @@ def train(
                 _validate(run, progress)
             _stop_early(run, progress, update)
             is_last = progress.step == last_step or bool(progress.stopped_early)
+            if is_last and run.rollback is not None and not progress.stopped_early:
+                run.rollback.finish()
             # Any process may have got the signal; all must act on it at the same step.
             stop = run.processes.largest(interruption.exit_code, "the signals")
             publishes = publish_checkpoint is not None and is_due_after(progress.step, config.hub.push_every)

@@ -130,6 +130,8 @@ def take_update(run: Run, step: int) -> Update:
     update = Update(shown, heldout, kl, coverage, books, gradient_norm, _logged_info(run, info, scores))
     # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
     run.reward.learn(raw)
+    if run.rollback is not None:
+        run.rollback.see(update.rewards)
     return update
 
 

@@ -1,14 +1,15 @@
-"""`learning_rate: auto`: the first update changes the images by the set amount, whatever stands between."""
+"""`learning_rate: auto`: the first update changes the images by the set amount; where the reward falls, half of it."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from rlr_peft.build import Run
-from rlr_peft.training import is_unknown, take_update
+from rlr_peft.build import Run, rollback
+from rlr_peft.training import finish, is_unknown, read_metrics, resume, take_update
 from rlr_peft.training.learning_rate import CHANGE, SAMPLES
-from tests.training.runs import build, config_file
+from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 VALUES = {"estimator": "full-bp", "learning_rate": "auto", "max_train_steps": 4, "num_inference_steps": 3}
 LATE = """
@@ -75,3 +76,36 @@ def test_an_update_that_moves_nothing_leaves_the_rate_to_the_next(workplace: Pat
     assert not all(
         torch.equal(parameter, before) for parameter, before in zip(run.chain.parameters, start, strict=True)
     )
+
+
+FALLING = """
+class Falling:
+    calls = 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        return images[:, 0].mean((1, 2)) - float(self.calls > 4)  # two micro-batches make an update
+"""
+
+
+def test_where_the_reward_falls_it_goes_back_and_the_card_says_so(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollback, "BLOCK_UPDATES", 2)
+    monkeypatch.setattr(rollback, "BLOCK_SAMPLES", 8)
+    (tmp_path / "falling.py").write_text(FALLING)
+    config = config_file(
+        workplace, tmp_path / "run", **VALUES, reward_fn=f"{tmp_path / 'falling.py'}:Falling", checkpointing_steps=1
+    )
+    run, progress = train_here(config)
+    rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates[:3] == [rates[0]] * 3 and rates[3] == rates[0] / 2 == rate_of(run)
+    first, second = (load_file(tmp_path / "run" / f"checkpoint-{step}" / WEIGHTS) for step in (1, 2))
+    last = load_file(tmp_path / "run" / "checkpoint-4" / WEIGHTS)
+    for name in last:
+        torch.testing.assert_close(last[name], (first[name] + second[name]) / 2)
+    finish(run, progress, before=None)
+    assert "halved once where the reward fell" in " ".join((tmp_path / "run" / "README.md").read_text().split())
+    again = build(config, "--resume_from_checkpoint", "checkpoint-3")
+    resume(again)
+    assert again.rollback is not None and again.rollback.state_dict()["best"]["last"] == 2

@@ -1,0 +1,174 @@
+"""`learning_rate: auto`: where the reward has clearly fallen, training goes back and on with half the rate.
+
+How far a good first step changes the images does not depend on the reward, and is measured
+(`training/learning_rate.py`). How many such steps a reward bears does depend on it, and shows only later: Adam takes
+steps of about the same length whether gradients carry much or little, so that near the top of a reward too high a rate
+walks away from it. Updates are watched in blocks, by the rewards that they sample anyway. A block that is clearly below
+the best one ends in the mean weights of that block, with the states that optimiser and estimator had at its end, and
+half the rate.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlr_peft.estimators.base import Estimator
+
+logger = logging.getLogger(__name__)
+
+# A block has this many samples and updates at least; the last one of a run counts from half of it.
+BLOCK_SAMPLES, BLOCK_UPDATES = 64, 8
+# Standard errors of the difference. Halving a good rate by mistake costs little; the best of many blocks is lucky.
+CLEARLY = 3.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some successive updates.
+
+    Attributes:
+        last: number of the last one.
+        mean: of the rewards.
+        standard_error: of the mean.
+        weights: mean of the weights after every update, in main memory like all that follows.
+        optimizer: its state after the last update.
+        estimator: the same.
+    """
+
+    last: int
+    mean: float
+    standard_error: float
+    weights: list[Tensor]
+    optimizer: dict[str, Any]
+    estimator: dict[str, Any]
+
+
+class Rollback:
+    """Watches the rewards of a run and goes back where they fall.
+
+    The same in every process, as long as weights and rewards are.
+
+    Args:
+        parameters: the LoRA weights.
+        optimizer: of them.
+        lr_scheduler: of its learning rate.
+        estimator: what it has learnt belongs to the weights.
+        ema: the average of the weights, which starts again from where they go back to; None without one.
+
+    Attributes:
+        halvings: how often training went back.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LambdaLR,
+        estimator: Estimator,
+        ema: EMAModel | None,
+    ) -> None:
+        self.halvings = 0
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._estimator = estimator
+        self._ema = ema
+        self._best: Block | None = None
+        self._update = 0
+        self._start_block()
+
+    def see(self, rewards: Tensor) -> None:
+        """Takes the rewards (N,) of a finished update's samples; the weights are those after it."""
+        self._update += 1
+        self._count += 1
+        self._rewards += rewards.tolist()
+        for total, parameter in zip(self._sum, self._parameters, strict=True):
+            total += parameter.detach().cpu()
+        if self._count >= BLOCK_UPDATES and len(self._rewards) >= BLOCK_SAMPLES:
+            self._end_block()
+
+    def finish(self) -> None:
+        """Goes back where the last updates of a run, if they are half a block, have fallen; else nothing changes."""
+        if 2 * self._count >= BLOCK_UPDATES and 2 * len(self._rewards) >= BLOCK_SAMPLES:
+            self._go_back_if_fallen(*self._mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that still counts."""
+        return {
+            "best": None if self._best is None else dict(vars(self._best)),
+            "halvings": self.halvings,
+            "update": self._update,
+            "count": self._count,
+            "rewards": self._rewards,
+            "sum": self._sum,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        self._best = None if state["best"] is None else Block(**state["best"])
+        self.halvings, self._update, self._count = state["halvings"], state["update"], state["count"]
+        self._rewards = list(state["rewards"])
+        self._sum = list(state["sum"])
+
+    def _start_block(self) -> None:
+        self._rewards: list[float] = []
+        self._count = 0
+        self._sum = [torch.zeros(parameter.shape) for parameter in self._parameters]
+
+    def _mean(self) -> tuple[float, float]:
+        """Of the block's rewards, with its standard error."""
+        rewards = torch.tensor(self._rewards, dtype=torch.float64)
+        return float(rewards.mean()), float(rewards.std()) / len(rewards) ** 0.5
+
+    def _end_block(self) -> None:
+        mean, standard_error = self._mean()
+        if self._best is None or mean >= self._best.mean:
+            weights = [total / self._count for total in self._sum]
+            states = _copied(self._optimizer.state_dict()), _copied(self._estimator.state_dict())
+            self._best = Block(self._update, mean, standard_error, weights, *states)
+        else:
+            self._go_back_if_fallen(mean, standard_error)
+        self._start_block()
+
+    def _go_back_if_fallen(self, mean: float, standard_error: float) -> None:
+        best = self._best
+        if best is None or best.mean - mean <= CLEARLY * math.hypot(standard_error, best.standard_error):
+            return
+        with torch.no_grad():
+            for parameter, weight in zip(self._parameters, best.weights, strict=True):
+                parameter.copy_(weight)
+            for shadow, weight in zip(() if self._ema is None else self._ema.shadow_params, best.weights):
+                shadow.copy_(weight)
+        self._optimizer.load_state_dict(_copied(best.optimizer))
+        self._estimator.load_state_dict(_copied(best.estimator))
+        self._halve_rate()
+        self._start_block()
+        logger.info(
+            "The reward fell from %.3g ± %.2g (updates up to %d) to %.3g ± %.2g: back to the weights of then, with "
+            "half the learning rate, %.2g.",
+            *(best.mean, best.standard_error, best.last, mean, standard_error, self._lr_scheduler.base_lrs[0]),
+        )
+
+    def _halve_rate(self) -> None:
+        scheduler, self.halvings = self._lr_scheduler, self.halvings + 1
+        scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+        rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def _copied(state: Any) -> Any:
+    """A state with its tensors copied to main memory, where they cost no GPU any."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {name: _copied(value) for name, value in state.items()}
+    return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state

@@ -1,0 +1,147 @@
+"""Going back with half the rate where the reward falls: on weights of our own, and on series of rewards."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from rlr_peft.build.rollback import BLOCK_SAMPLES, BLOCK_UPDATES, Rollback
+from rlr_peft.estimators import PathwiseEstimator, PathwiseSettings
+
+SAMPLES = BLOCK_SAMPLES // BLOCK_UPDATES
+
+
+class Counting(PathwiseEstimator):
+    """Has learnt how many updates there were."""
+
+    updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.updates = state["updates"]
+
+
+class Training:
+    """One weight, moved by AdamW along a constant gradient; its reward is given."""
+
+    def __init__(self, rate: float = 0.1, warmup: int = 0) -> None:
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+        self.optimizer = torch.optim.AdamW([self.weight], lr=rate, weight_decay=0.0)
+        name = "constant_with_warmup" if warmup else "constant"
+        self.scheduler = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=100)
+        self.estimator = Counting(PathwiseSettings("full-bp"))
+        self.ema = EMAModel([self.weight])
+        self.rollback = Rollback([self.weight], self.optimizer, self.scheduler, self.estimator, self.ema)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def update(self, reward: float, spread: float = 0.1) -> float:
+        """Takes an update whose samples score so; returns the weight after it."""
+        self.weight.grad = -torch.ones(3)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.ema.step([self.weight])
+        self.estimator.updates += 1
+        after = float(self.weight[0])
+        self.rollback.see(reward + spread * torch.randn(SAMPLES, generator=self.generator))
+        return after
+
+    @property
+    def rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def test_a_clear_fall_ends_in_the_best_blocks_mean_weights_and_half_the_rate() -> None:
+    training = Training()
+    for _ in range(BLOCK_UPDATES):
+        training.update(0.2)
+    best = [training.update(0.6) for _ in range(BLOCK_UPDATES)]
+    state = copy.deepcopy(training.optimizer.state_dict()["state"][0])
+    for _ in range(BLOCK_UPDATES - 1):
+        training.update(0.4)
+    assert training.rollback.halvings == 0 and training.rate == pytest.approx(0.1)
+    training.update(0.4)
+    assert training.rollback.halvings == 1 and training.rate == pytest.approx(0.05)
+    expected = torch.full((3,), sum(best) / BLOCK_UPDATES)
+    torch.testing.assert_close(training.weight.detach(), expected)
+    torch.testing.assert_close(training.ema.shadow_params[0], expected)
+    now = training.optimizer.state_dict()["state"][0]
+    assert all(torch.equal(now[name], value) for name, value in state.items()), "the moments of then"
+    assert training.estimator.updates == 2 * BLOCK_UPDATES
+    for _ in range(BLOCK_UPDATES):  # a second fall is one below the same best block
+        training.update(0.4)
+    assert training.rollback.halvings == 2 and training.rate == pytest.approx(0.025)
+    torch.testing.assert_close(training.weight.detach(), expected)
+
+
+def test_a_small_fall_and_a_rise_change_nothing() -> None:
+    training, plain = Training(), Training()
+    for reward in (0.2, 0.5, 0.47, 0.6):
+        for _ in range(BLOCK_UPDATES):
+            training.update(reward, spread=0.3)
+            plain.weight.grad = -torch.ones(3)
+            plain.optimizer.step()
+    assert training.rollback.halvings == 0 and torch.equal(training.weight, plain.weight)
+
+
+def test_noise_alone_halves_seldom() -> None:
+    """50 runs of 10 blocks without a course: the best block is a lucky one, and still few runs go back."""
+    halvings = []
+    for seed in range(50):
+        training = Training()
+        training.generator.manual_seed(seed)
+        for _ in range(10 * BLOCK_UPDATES):
+            training.update(0.5)
+        halvings.append(training.rollback.halvings)
+    assert sum(halvings) <= 5
+
+
+@pytest.mark.parametrize("updates", [BLOCK_UPDATES // 2 - 1, BLOCK_UPDATES // 2])
+def test_the_last_half_block_of_a_run_counts_where_it_fell(updates: int) -> None:
+    training = Training()
+    for _ in range(BLOCK_UPDATES):
+        training.update(0.6)
+    last = [training.update(0.3) for _ in range(updates)][-1]
+    training.rollback.finish()
+    is_back = updates == BLOCK_UPDATES // 2
+    assert training.rollback.halvings == is_back and (float(training.weight[0]) != last) == is_back
+
+
+def test_a_schedule_goes_on_at_half_its_height() -> None:
+    training = Training(warmup=4 * BLOCK_UPDATES)
+    for reward in (0.6, 0.2):
+        for _ in range(BLOCK_UPDATES):
+            training.update(reward)
+    assert training.rate == pytest.approx(0.1 * 0.5 * 0.5)  # in the middle of the warm-up, once halved
+    assert training.scheduler.get_last_lr() == [training.rate]
+    training.update(0.6)
+    assert training.rate == pytest.approx(0.05 * (2 * BLOCK_UPDATES + 1) / (4 * BLOCK_UPDATES))
+
+
+@pytest.mark.parametrize("interrupted_after", [3, BLOCK_UPDATES + 3, 2 * BLOCK_UPDATES, 3 * BLOCK_UPDATES + 1])
+def test_resumed_equals_uninterrupted(interrupted_after: int) -> None:
+    rewards = [reward for reward in (0.6, 0.2, 0.7, 0.1) for _ in range(BLOCK_UPDATES)]
+    whole, first, second = Training(), Training(), Training()
+    for reward in rewards:
+        whole.update(reward)
+    for reward in rewards[:interrupted_after]:
+        first.update(reward)
+    file = io.BytesIO()
+    torch.save([first.rollback.state_dict(), first.optimizer.state_dict(), first.scheduler.state_dict()], file)
+    file.seek(0)
+    rollback, optimizer, scheduler = torch.load(file, weights_only=True)
+    second.rollback.load_state_dict(rollback)
+    second.optimizer.load_state_dict(optimizer)
+    second.scheduler.load_state_dict(scheduler)
+    with torch.no_grad():
+        second.weight.copy_(first.weight)
+    second.generator.set_state(first.generator.get_state())
+    for reward in rewards[interrupted_after:]:
+        second.update(reward)
+    assert second.rollback.halvings == whole.rollback.halvings == 2
+    assert torch.equal(second.weight, whole.weight) and second.rate == whole.rate
