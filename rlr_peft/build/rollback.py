@@ -81,8 +81,9 @@ class Rollback:
         self._estimator = estimator
         self._ema = ema
         self._best: Block | None = None
-        self._update = 0
-        self._start_block()
+        self._update = self._count = 0
+        self._rewards: list[float] = []
+        self._sum = self._zeros()
 
     def see(self, rewards: Tensor) -> None:
         """Takes the rewards (N,) of a finished update's samples; the weights are those after it."""
@@ -118,9 +119,10 @@ class Rollback:
         self._sum = list(state["sum"])
 
     def _start_block(self) -> None:
-        self._rewards: list[float] = []
-        self._count = 0
-        self._sum = [torch.zeros(parameter.shape) for parameter in self._parameters]
+        self._count, self._rewards, self._sum = 0, [], self._zeros()
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros(parameter.shape) for parameter in self._parameters]
 
     def _mean(self) -> tuple[float, float]:
         """Of the block's rewards, with its standard error."""

@@ -110,7 +110,7 @@ class OptimizerArguments(Group):
     learning_rate: float | Literal["auto"] = knob(
         "auto",
         "Peak learning rate of the optimiser; `auto` finds the one at which the first update changes the images by a "
-        "set amount.",
+        "set amount, and where the reward clearly falls goes back with half of it.",
         unit="weight units per step",
         above=0,
         at_most=10,
