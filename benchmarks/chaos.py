@@ -230,12 +230,12 @@ def main() -> None:
         from tests.hub.processes import LoopbackHub
 
         folder = Path(temporary)
-        hub = LoopbackHub(folder / "hub")
+        hub = LoopbackHub(folder / "hub", folder / "home")
         try:
             for name in [name for name in os.environ if name.startswith("HF_")]:
                 del os.environ[name]
             settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-            os.environ.update({**hub.environment(folder / "home"), **settings})
+            os.environ.update({**hub.environment(), **settings})
             import_all()
             run_events(Chaos(folder, hub), parsed, deadline, folder)
         finally:

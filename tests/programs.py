@@ -18,7 +18,7 @@ from tests.zygote import ANSWER
 ROOT = Path(__file__).parents[1]
 # What takes long to import and reads no setting of the Hub's clients.
 LIBRARIES = ("torch._dynamo", "torch._inductor.compile_fx", "scipy.stats", "matplotlib.pyplot", "pyarrow.parquet")
-# All that training needs; these read where the Hub is when they are imported.
+# All that training needs; these read where the Hub and its files are when they are imported.
 EVERYTHING = ("rlr_peft.training.trainer", "rlr_peft.training.finishing", "diffusers.loaders.lora_pipeline")
 
 
@@ -28,7 +28,8 @@ class Program:
     Args:
         words: as after `python`: a script or `-m MODULE` or `-c CODE`, and what it is given.
         environment: of the process; None: this one's.
-        imported: `LIBRARIES` if the environment says otherwise than this one's where the Hub and its files are.
+        imported: `EVERYTHING` is imported once for every Hub that programs' environments name; `LIBRARIES` alone is
+            cheaper where a Hub or a place of its files serves a program or two.
         stderr: PIPE, STDOUT or an open file.
     """
 
@@ -50,10 +51,11 @@ class Program:
         else:
             errors = os.dup(output if isinstance(stderr, int) else stderr.fileno())
         files = [answers.detach(), output, errors]
-        socket.send_fds(_zygote(imported), [b"."], files)
+        environment = dict(environment or os.environ)
+        socket.send_fds(_zygote(imported, _hub_settings(environment) if imported == EVERYTHING else ()), [b"."], files)
         for file in files:
             os.close(file)
-        program = {"words": self.words, "environment": dict(environment or os.environ), "cwd": str(cwd)}
+        program = {"words": self.words, "environment": environment, "cwd": str(cwd)}
         self._answers.sendall((json.dumps(program) + "\n").encode())
         self.pid = self._answer()
 
@@ -112,11 +114,18 @@ def _pipe() -> tuple[TextIO, int]:
     return open(reading, encoding="utf-8", newline=""), writing  # "\r" stays
 
 
+def _hub_settings(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """What the Hub's clients read when they are imported; the token they read anew."""
+    return tuple(sorted((k, v) for k, v in environment.items() if k.startswith("HF_") and k != "HF_TOKEN"))
+
+
 @functools.cache
-def _zygote(modules: tuple[str, ...]) -> socket.socket:
-    """Where to ask for programs that find these modules imported."""
+def _zygote(modules: tuple[str, ...], hub_settings: tuple[tuple[str, str], ...]) -> socket.socket:
+    """Where to ask for programs that find these modules imported, with these settings."""
     ours, theirs = socket.socketpair()
     words = [sys.executable, "-m", "tests.zygote", str(theirs.fileno()), *modules]
-    subprocess.Popen(words, cwd=ROOT, pass_fds=[theirs.fileno()], start_new_session=True)
+    others = {name: value for name, value in os.environ.items() if not hub_settings or not name.startswith("HF_")}
+    environment = others | dict(hub_settings)
+    subprocess.Popen(words, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
     return ours

@@ -1,7 +1,7 @@
 """One loopback Hub for the tests of a file."""
 
+import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -11,19 +11,14 @@ from tests.training.conftest import workplace  # noqa: F401 (a fixture)
 
 @pytest.fixture(scope="session")
 def running_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
-    hub = LoopbackHub(tmp_path_factory.mktemp("hub"))
+    hub = LoopbackHub(tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("home"))
     yield hub
     hub.stop()
 
 
 @pytest.fixture
 def hub(running_hub: LoopbackHub) -> LoopbackHub:
-    """The Hub without faults, and with an empty list of requests."""
+    """The Hub without faults, with an empty list of requests, and with nothing fetched."""
     running_hub.fail()
+    shutil.rmtree(running_hub.home, ignore_errors=True)
     return running_hub
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A fresh HF_HOME."""
-    return tmp_path / "home"

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.hub.store import Repository, Store
 from tests.hub.users import USERS
-from tests.programs import LIBRARIES, ROOT, completed
+from tests.programs import EVERYTHING, ROOT, completed
 
 OWNER, READER, FINE_GRAINED, OTHER = USERS
 
@@ -21,10 +21,12 @@ class LoopbackHub:
 
     Args:
         root: where it keeps repositories and files.
+        home: of its clients' files, which every test finds empty: one place, so that imports serve all programs.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, home: Path) -> None:
         self.root = root
+        self.home = home
         self.store = Store(root)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.hub.server", str(root)], stdout=subprocess.PIPE, text=True, cwd=ROOT
@@ -56,13 +58,13 @@ class LoopbackHub:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read())
 
-    def environment(self, home: Path, token: str | None = OWNER, **others: str) -> dict[str, str]:
-        """Of a process that knows this Hub, has an empty cache, and can reach no other machine."""
+    def environment(self, token: str | None = OWNER, **others: str) -> dict[str, str]:
+        """Of a process that knows this Hub and can reach no other machine."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         return {
             **kept,
             "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(home),
+            "HF_HOME": str(self.home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -78,9 +80,13 @@ class LoopbackHub:
 
 
 def run(
-    words: list[str | Path], environment: dict[str, str], expected_code: int = 0, cwd: Path = ROOT
+    words: list[str | Path],
+    environment: dict[str, str],
+    expected_code: int = 0,
+    cwd: Path = ROOT,
+    imported: tuple[str, ...] = EVERYTHING,
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with these words; its output is shown if the exit code is another."""
-    done = completed(words, environment, LIBRARIES, cwd)
+    done = completed(words, environment, imported, cwd)
     assert done.returncode == expected_code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

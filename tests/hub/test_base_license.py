@@ -1,7 +1,6 @@
 """The licence of a base on the Hub, read from its card there."""
 
 import json
-from pathlib import Path
 
 from tests.hub.processes import LoopbackHub, run
 
@@ -18,8 +17,8 @@ print(json.dumps([dataclasses.asdict(base_license(f"owner/{name}")) for name in 
 """
 
 
-def test_the_bases_card_on_the_hub_says_the_licence(hub: LoopbackHub, home: Path) -> None:
-    done = run(["-c", CODE], hub.environment(home))
+def test_the_bases_card_on_the_hub_says_the_licence(hub: LoopbackHub) -> None:
+    done = run(["-c", CODE], hub.environment())
     unknown = {"id": None, "name": None, "link": None}
     link = "https://huggingface.co/owner/base/blob/main/LICENSE.md"
     assert json.loads(done.stdout) == [{"id": "other", "name": "mine", "link": link}, unknown, unknown]

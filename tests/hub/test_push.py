@@ -11,7 +11,7 @@ from rlr_peft.publishing import HubError, published_files
 from tests.hub.cases import DOCUMENT, INCOMPLETE, LASTING, PASSING, REFUSED, WHOAMI, name_of, with_table
 from tests.hub.folders import PRIVATE, WEIGHTS, output_folder
 from tests.hub.processes import OWNER, LoopbackHub, run
-from tests.programs import LIBRARIES, completed
+from tests.programs import EVERYTHING, LIBRARIES, completed
 
 UPLOADED = {
     ".gitattributes",
@@ -28,7 +28,8 @@ PUSH = ["tests/hub/impatient.py", "-m", "rlr_peft", "push"]
 def push(
     hub: LoopbackHub, folder: Path, *flags: str, token: str | None = OWNER, code: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    return run([*PUSH, folder, *flags], hub.environment(folder.parent / "home", token, **environment), code)
+    imported = LIBRARIES if environment else EVERYTHING
+    return run([*PUSH, folder, *flags], hub.environment(token, **environment), code, imported=imported)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_one_commit_holds_what_may_be_published(hub: LoopbackHub, folder: Path) 
     assert card == (folder / "README.md").read_text()
     # The adapter came back into a cache of its own, not into the user's.
     assert hub.requests(f"GET /owner/whole/resolve/{commit['oid']}/{WEIGHTS}") or hub.requests("GET /download")
-    assert not (folder.parent / "home" / "hub").exists() or not list((folder.parent / "home" / "hub").rglob(WEIGHTS))
+    assert not list(hub.home.rglob(WEIGHTS))
 
 
 def test_nothing_private_leaves_the_folder(hub: LoopbackHub, folder: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_hub_that_lacks_what_it_accepted_is_not_asked_the_same_again(
     # What the message says is so: the file is taken out, and the push sends it anew.
     hub.fail()
     delete = "import sys; from huggingface_hub import HfApi; HfApi().delete_file(sys.argv[2], sys.argv[1])"
-    run(["-c", delete, name, WEIGHTS], hub.environment(folder.parent / "home"))
+    run(["-c", delete, name, WEIGHTS], hub.environment())
     push(hub, folder, "--hub_model_id", name)
     assert hub.requests("POST .*/commit/") and hub.repository(name).read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
 
@@ -224,7 +225,7 @@ def test_a_hub_that_lacks_what_it_accepted_is_not_asked_the_same_again(
 @pytest.mark.parametrize("flag", ["--hub_model_id", "--hub_revision", ""])
 def test_an_empty_name_is_an_error(hub: LoopbackHub, folder: Path, flag: str) -> None:
     words = [folder, flag, ""] if flag else [""]
-    done = run([*PUSH, *words], hub.environment(folder.parent / "home"), 2)
+    done = run([*PUSH, *words], hub.environment(), 2)
     what = f"{flag[2:]}: expected a text" if flag else "expected a name or a path"
     assert f"error: {what}, got an empty one" in done.stderr and not hub.requests()
 
@@ -244,7 +245,7 @@ def test_an_adapter_is_merged_from_the_hub(hub: LoopbackHub, folder: Path, tmp_p
     """What is on the Hub here is no real adapter: that it is looked for and fetched is what shows."""
     push(hub, folder, "--hub_model_id", "owner/to-merge")
     words = ["--base", "tiny-shapes", "--output", tmp_path / "merged", "--adapter", "owner/to-merge"]
-    done = run(["-m", "rlr_peft", "merge", *words], hub.environment(folder.parent / "fresh"), 1)
+    done = run(["-m", "rlr_peft", "merge", *words], hub.environment(), 1)
     assert "The adapter owner/to-merge: expected LoRA weights, got unet.x.lora_A.weight in int32" in done.stderr
 
 
@@ -258,7 +259,7 @@ def test_a_hub_that_does_not_answer_is_given_up(hub: LoopbackHub, folder: Path) 
     )
     words = [impatient, "push", folder, "--hub_model_id", "owner/silent"]
     hub.fail({"request": WHOAMI, "kind": "slow", "seconds": 20})
-    done = run(words, hub.environment(folder.parent / "home"), 1)
+    done = run(words, hub.environment(), 1)
     assert "cannot be reached (ReadTimeout" in done.stderr and len(hub.requests(WHOAMI)) == 5
 
 
@@ -271,7 +272,7 @@ def test_a_full_disk_here(hub: LoopbackHub, folder: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "runpy.run_module('rlr_peft', run_name='__main__')\n"
     )
-    environment = hub.environment(folder.parent / "home")
+    environment = hub.environment()
     done = run([limited, "push", folder, "--hub_model_id", "owner/full"], environment, 1)
     assert "The adapter was published on" in done.stderr and "was not published" not in done.stderr
     assert "was accepted, but" in done.stderr and "File too large" in done.stderr

@@ -17,20 +17,18 @@ from tests.training.runs import WEIGHTS, config_file
 SCRIPT = ["tests/hub/impatient.py", "train_rlr_lora.py", "--config"]
 
 
-def test_a_published_run_shows_no_secret_of_any_address(
-    hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path
-) -> None:
+def test_a_published_run_shows_no_secret_of_any_address(hub: LoopbackHub, workplace: Path, tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "tests" / "rewards" / "faulty_server.py")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             endpoint = f"http://127.0.0.1:{server.stdout.readline().strip()}"
-            _run_and_look(endpoint, hub, workplace, tmp_path, home)
+            _run_and_look(endpoint, hub, workplace, tmp_path)
         finally:
             server.kill()
 
 
-def test_no_spelling_of_an_address_is_published_with_its_secret(hub: LoopbackHub, tmp_path: Path, home: Path) -> None:
+def test_no_spelling_of_an_address_is_published_with_its_secret(hub: LoopbackHub, tmp_path: Path) -> None:
     """Files of a folder from anywhere: raw, as a run of ours never writes them."""
     out = output_folder(tmp_path / "out")
     assert len(ADDRESSES) > 50
@@ -40,7 +38,7 @@ def test_no_spelling_of_an_address_is_published_with_its_secret(hub: LoopbackHub
     (out / "README.md").write_text("".join(f"- got `{text}`, and\n" for text in ADDRESSES))
     (out / "compare.html").write_text("".join(f"<td>{html.escape(text)}</td>\n" for text in ADDRESSES))
     words = ["tests/hub/impatient.py", "-m", "rlr_peft", "push", out, "--hub_model_id", "owner/spellings"]
-    done = run(words, hub.environment(home))
+    done = run(words, hub.environment())
     published = [path.read_bytes() for path in hub.root.rglob("*") if path.is_file()]
     assert not [content for content in published if SECRET.encode() in content]
     assert SECRET not in done.stdout + done.stderr
@@ -48,7 +46,7 @@ def test_no_spelling_of_an_address_is_published_with_its_secret(hub: LoopbackHub
         assert hub.repository("owner/spellings").read(name).count(b"***") > 50, name
 
 
-def _run_and_look(endpoint: str, hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path) -> None:
+def _run_and_look(endpoint: str, hub: LoopbackHub, workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     *trained, flag = addresses_of(endpoint)[3::4]  # the mechanism's own tests have all of them
     assert len(trained) > 5 and any(mark in one for one in trained for mark in "\"'<")
@@ -71,7 +69,7 @@ def _run_and_look(endpoint: str, hub: LoopbackHub, workplace: Path, tmp_path: Pa
     )
     # The flags win over the file: the one address is on the command line, which the card shows.
     flags = ["--hub_token", OWNER, "--heldout_reward_fn", *trained[3:], flag]
-    done = run([*SCRIPT, config, *flags], hub.environment(home, token=None))
+    done = run([*SCRIPT, config, *flags], hub.environment(token=None))
     everything = [path for folder in (out, hub.root) for path in folder.rglob("*") if path.is_file()]
     names = {path.name for path in everything}
     assert {"config.yaml", "run_record.json", "README.md", "metrics.json", "compare.html", WEIGHTS} <= names

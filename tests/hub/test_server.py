@@ -1,11 +1,11 @@
 """The loopback Hub keeps its promises to the real client: without that, the tests that use it say nothing."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.hub.processes import OTHER, OWNER, READER, LoopbackHub, run
+from tests.programs import EVERYTHING, LIBRARIES
 
 CLIENT = """
 import json, os, sys
@@ -21,15 +21,15 @@ def caught(call, *args, **kwargs):
 """
 
 
-def client(hub: LoopbackHub, home: Path, code: str, token: str | None = OWNER, **environment: str) -> dict:
-    done = run(["-c", CLIENT + code], hub.environment(home, token, **environment))
+def client(hub: LoopbackHub, code: str, token: str | None = OWNER, **environment: str) -> dict:
+    imported = LIBRARIES if environment else EVERYTHING
+    done = run(["-c", CLIENT + code], hub.environment(token, **environment), imported=imported)
     return json.loads(done.stdout)
 
 
-def test_commits_branches_tags_and_files(hub: LoopbackHub, home: Path) -> None:
+def test_commits_branches_tags_and_files(hub: LoopbackHub) -> None:
     facts = client(
         hub,
-        home,
         """
 repo = "owner/everything"
 api.create_repo(repo)
@@ -69,23 +69,23 @@ report(again=again == first, stale=stale, sha=info.sha == second, tags=info.tags
     }
 
 
-def test_who_may_see_and_write_what(hub: LoopbackHub, home: Path) -> None:
+def test_who_may_see_and_write_what(hub: LoopbackHub) -> None:
     code = """
 report(private=caught(api.model_info, "owner/hidden"), public=caught(api.model_info, "owner/shown"),
     create=caught(api.create_repo, "owner/new-one"), again=caught(api.create_repo, "owner/shown"),
     write=caught(api.create_commit, "owner/shown", [CommitOperationAdd("x", b"x")], commit_message="x"))
 """
-    client(hub, home, 'api.create_repo("owner/hidden", private=True)\napi.create_repo("owner/shown")\nreport()')
+    client(hub, 'api.create_repo("owner/hidden", private=True)\napi.create_repo("owner/shown")\nreport()')
     hidden = "RepositoryNotFoundError"
-    assert client(hub, home, code, OTHER) == {
+    assert client(hub, code, OTHER) == {
         "private": hidden,
         "public": "",
         "create": "HfHubHTTPError",
         "again": "HfHubHTTPError",
         "write": "HfHubHTTPError",
     }
-    assert client(hub, home, code, READER)["private"] == "" and client(hub, home, code, None)["private"] == hidden
-    assert client(hub, home, code)["write"] == ""
+    assert client(hub, code, READER)["private"] == "" and client(hub, code, None)["private"] == hidden
+    assert client(hub, code)["write"] == ""
 
 
 @pytest.mark.parametrize(
@@ -96,23 +96,20 @@ report(private=caught(api.model_info, "owner/hidden"), public=caught(api.model_i
         ({"kind": "lost"}, "Error"),
     ],
 )
-def test_faults_happen_as_ordered(hub: LoopbackHub, home: Path, fault: dict, expected: str) -> None:
+def test_faults_happen_as_ordered(hub: LoopbackHub, fault: dict, expected: str) -> None:
     hub.fail({"request": "POST /api/repos/create", "times": 1, **fault})
     name = f"owner/ordered-{fault['kind']}"
-    facts = client(
-        hub, home, f'report(first=caught(api.create_repo, "{name}"), second=caught(api.create_repo, "{name}"))'
-    )
+    facts = client(hub, f'report(first=caught(api.create_repo, "{name}"), second=caught(api.create_repo, "{name}"))')
     assert facts["first"].endswith(expected)
     # What was lost was done all the same.
     assert bool(facts["second"]) == (fault["kind"] == "lost")
     assert len(hub.requests("POST /api/repos/create")) == 2
 
 
-def test_an_upload_that_is_cut_is_tried_again_by_the_client(hub: LoopbackHub, home: Path) -> None:
+def test_an_upload_that_is_cut_is_tried_again_by_the_client(hub: LoopbackHub) -> None:
     hub.fail({"request": "PUT /upload", "kind": "cut", "after": 100_000, "times": 1})
     client(
         hub,
-        home,
         """
 api.create_repo("owner/cut")
 content = os.urandom(3_000_000)
@@ -123,6 +120,6 @@ report(same=open(hf_hub_download("owner/cut", "w.safetensors"), "rb").read() == 
     assert len(hub.requests("PUT /upload")) == 2
 
 
-def test_no_other_machine_can_be_reached(hub: LoopbackHub, home: Path) -> None:
-    facts = client(hub, home, "report(got=caught(api.whoami))", HF_ENDPOINT="http://192.0.2.1")
+def test_no_other_machine_can_be_reached(hub: LoopbackHub) -> None:
+    facts = client(hub, "report(got=caught(api.whoami))", HF_ENDPOINT="http://192.0.2.1")
     assert facts["got"] == "ProxyError" or facts["got"] == "ConnectError"

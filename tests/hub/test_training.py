@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from tests.hub.processes import OWNER, READER, LoopbackHub, run
+from tests.programs import LIBRARIES
 from tests.training.runs import WEIGHTS, config_file
 
 SCRIPT = ["tests/hub/impatient.py", "train_rlr_lora.py", "--config"]
@@ -46,13 +47,11 @@ print(json.dumps([same, checkpoint, refused, snippet]))
 """
 
 
-def train(hub: LoopbackHub, config: Path, home: Path, *flags: str, code: int = 0, token: str | None = OWNER):  # type: ignore[no-untyped-def]
-    return run([*SCRIPT, config, *flags], hub.environment(home, token), code)
+def train(hub: LoopbackHub, config: Path, *flags: str, code: int = 0, token: str | None = OWNER):  # type: ignore[no-untyped-def]
+    return run([*SCRIPT, config, *flags], hub.environment(token), code)
 
 
-def test_a_run_is_published_and_loads_from_the_hub(
-    hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path
-) -> None:
+def test_a_run_is_published_and_loads_from_the_hub(hub: LoopbackHub, workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = config_file(
         workplace,
@@ -68,7 +67,7 @@ def test_a_run_is_published_and_loads_from_the_hub(
         hub_private_repo=True,
         output_kohya_format=True,
     )
-    done = train(hub, config, home, "--hub_model_id", "owner/red", "--hub_token", OWNER, token=None)
+    done = train(hub, config, "--hub_model_id", "owner/red", "--hub_token", OWNER, token=None)
     repository = hub.repository("owner/red")
     (result, _) = repository.history("main")
     assert result["summary"].startswith("Upload LoRA adapter: rewards.py:redness +") and "±" in result["summary"]
@@ -92,16 +91,14 @@ def test_a_run_is_published_and_loads_from_the_hub(
     assert OWNER not in done.stdout + done.stderr
 
     words = ["-c", LOAD, workplace / "base", out, "owner/red"]
-    loaded = run(words, hub.environment(tmp_path / "fresh"), cwd=tmp_path)
+    loaded = run(words, hub.environment(HF_HOME=str(tmp_path / "fresh")), cwd=tmp_path, imported=LIBRARIES)
     same, checkpoint_is_same, refused, snippet = json.loads(loaded.stdout)
     assert snippet == [True, False]
     assert same and not checkpoint_is_same
     assert refused == ["OSError", "RepositoryNotFoundError"], "a private repository gives nothing without a token"
 
 
-def test_a_failing_hub_stops_no_training_and_loses_nothing(
-    hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path
-) -> None:
+def test_a_failing_hub_stops_no_training_and_loses_nothing(hub: LoopbackHub, workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     values = {"max_train_steps": 2, "checkpointing_steps": 1, "push_to_hub": True, "push_every": 1}
     config = config_file(workplace, out, hub_model_id="owner/failing", **values)
@@ -109,7 +106,7 @@ def test_a_failing_hub_stops_no_training_and_loses_nothing(
         {"request": "POST .*/branch/checkpoint-1", "kind": "status", "status": 500},
         {"request": "POST .*/commit/main", "kind": "refuse"},
     )
-    done = train(hub, config, home, code=1)
+    done = train(hub, config, code=1)
     errors = done.stderr[done.stderr.index("error: ") :]
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert "cannot be reached" in errors and f"\n  rlr-peft push {out} --hub_model_id owner/failing\n" in errors
@@ -124,7 +121,7 @@ def test_a_failing_hub_stops_no_training_and_loses_nothing(
     assert "checkpoint-2" in hub.repository("owner/failing").info["branches"]
 
     hub.fail()
-    environment = hub.environment(home)
+    environment = hub.environment()
     pushed = run(["-m", "rlr_peft", "push", out], environment)  # the name is in config.yaml
     assert pushed.stdout.startswith(f"Publishing on owner/failing, as {out}/config.yaml says.\nPublished on ")
     flags = ["--hub_model_id", "owner/failing", "--hub_revision", "checkpoint-1"]
@@ -133,9 +130,9 @@ def test_a_failing_hub_stops_no_training_and_loses_nothing(
         assert hub.repository("owner/failing").read(WEIGHTS, revision) == (name / WEIGHTS).read_bytes()
 
 
-def test_access_is_checked_before_training(hub: LoopbackHub, workplace: Path, tmp_path: Path, home: Path) -> None:
+def test_access_is_checked_before_training(hub: LoopbackHub, workplace: Path, tmp_path: Path) -> None:
     config = config_file(workplace, tmp_path / "out", max_train_steps=1, push_to_hub=True)
-    done = train(hub, config, home, token=READER, code=1)
+    done = train(hub, config, token=READER, code=1)
     assert "may only read" in done.stderr and "Training was not started" in done.stderr
     assert not (tmp_path / "out").exists() and not hub.requests("POST")
 
@@ -154,7 +151,7 @@ for name, streaming in json.loads(sys.argv[1]):
 """
 
 
-def test_prompts_are_read_from_the_hub(hub: LoopbackHub, tmp_path: Path, home: Path) -> None:
+def test_prompts_are_read_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     """Whole and streamed, as they are written; offline what was fetched before."""
     files = {
         "json": ("train.jsonl", '{"text": "a red ball"}\n{"text": "None", "late": [1]}\n'),
@@ -169,18 +166,20 @@ for name, (path, content) in json.loads(sys.argv[1]).items():
     HfApi().upload_file(path_or_fileobj=content.encode(), path_in_repo=f"data/{path}", repo_id=f"owner/{name}",
         repo_type="dataset")
 """
-    run(["-c", create, json.dumps(files)], hub.environment(home))
+    run(["-c", create, json.dumps(files)], hub.environment())
     asked = [(f"owner/{name}", streaming) for name in files for streaming in (True, False)]
     texts = ["a red ball", "None"]
-    done = run(["-c", READ_PROMPTS, json.dumps(asked)], hub.environment(home))
+    done = run(["-c", READ_PROMPTS, json.dumps(asked)], hub.environment())
     *read, refused, also_refused = map(json.loads, done.stdout.splitlines())
     assert read == [texts] * 4
     assert refused == also_refused
     assert refused.startswith("prompts 'owner/commas', train.csv, line 3: expected as many cells as the header has")
     assert hub.requests("/datasets/owner/json/resolve/")
     hub.fail()
-    offline = hub.environment(home, HF_HUB_OFFLINE="1")
-    done = run(["-c", READ_PROMPTS, json.dumps([("owner/csv", False), ("owner/never", False)])], offline)
+    offline = hub.environment(HF_HUB_OFFLINE="1")
+    done = run(
+        ["-c", READ_PROMPTS, json.dumps([("owner/csv", False), ("owner/never", False)])], offline, imported=LIBRARIES
+    )
     read, unknown = map(json.loads, done.stdout.splitlines())
     assert read == texts and not hub.requests()
     assert "Offline: owner/csv is read as far as its files are in the cache" in done.stderr
