@@ -218,11 +218,25 @@ class PipelineDriver:
         pipeline.scheduler, pipeline.encode_prompt = scheduler, self._encode_prompt
         pipeline.set_progress_bar_config(**{**progress, "disable": True})
         try:
-            with nullcontext() if self._offloaded is None else self._offloaded.hidden():
+            with nullcontext() if self._offloaded is None else self._offloaded.hidden(), self._on_known_device():
                 yield pipeline
         finally:
             pipeline.scheduler, pipeline._progress_bar_config = own, progress
             del pipeline.encode_prompt
+
+    @contextmanager
+    def _on_known_device(self) -> Iterator[None]:
+        """Inside, the pipeline knows where it works; by itself it looks at every layer of all models at each call."""
+        kind = type(self.pipeline)  # a property can be hidden by its class alone
+        own = vars(kind).get("_execution_device")
+        kind._execution_device = self.device
+        try:
+            yield
+        finally:
+            if own is None:
+                del kind._execution_device
+            else:
+                kind._execution_device = own
 
 
 class CallArguments:

@@ -66,6 +66,7 @@ def test_a_run_without_gpu_holds_what_the_plan_foresees(tmp_path: Path) -> None:
     pipeline.to(torch.bfloat16)  # widened while it is loaded, so that all of it is there and not only in the file
     pipeline.save_pretrained(tmp_path / "base")
     more = "--train_batch_size 2 --num_images_per_prompt 2 --max_train_steps 1 --rank 4 --report_to none".split()
+    more += ["--learning_rate", "0.001"]  # a measured one takes long and holds nothing more
     more += ["--evaluation_prompt_path", "tiny-shapes/test", "--num_evaluation_images", "2"]
     flags = words(tmp_path / "base", "--output_dir", str(tmp_path / "out"), *more)
     planned = host_plan(plan_run(load_config(flags))).without_gpu
@@ -155,9 +156,12 @@ def test_the_command_says_whether_host_memory_is_enough(
 
 def test_without_gpu_rewards_are_counted_in_float32(tmp_path: Path) -> None:
     """`reward_dtype: auto` means half precision on a GPU alone."""
+    flags = ["--resolution", "16", "--heldout_reward_fn", "clipscore"]
     tiny_stable_diffusion(sample_size=32).save_pretrained(tmp_path)
     half, single = (
-        plan_run(load_config(words(tmp_path, "--heldout_reward_fn", "clipscore", "--reward_dtype", name)))
+        plan_run(
+            load_config(words(tmp_path, *"--resolution 16 --heldout_reward_fn clipscore --reward_dtype".split(), name))
+        )
         for name in ("auto", "fp32")
     )
     assert 2 * half.facts.rewards == pytest.approx(single.facts.rewards, rel=1e-4) and half.facts.rewards > 0
