@@ -158,11 +158,6 @@ def test_without_gpu_rewards_are_counted_in_float32(tmp_path: Path) -> None:
     """`reward_dtype: auto` means half precision on a GPU alone."""
     flags = ["--resolution", "16", "--heldout_reward_fn", "clipscore"]
     tiny_stable_diffusion(sample_size=32).save_pretrained(tmp_path)
-    half, single = (
-        plan_run(
-            load_config(words(tmp_path, *"--resolution 16 --heldout_reward_fn clipscore --reward_dtype".split(), name))
-        )
-        for name in ("auto", "fp32")
-    )
+    half, single = (plan_run(load_config(words(tmp_path, *flags, "--reward_dtype", name))) for name in ("auto", "fp32"))
     assert 2 * half.facts.rewards == pytest.approx(single.facts.rewards, rel=1e-4) and half.facts.rewards > 0
     assert host_plan(half).without_gpu == pytest.approx(host_plan(single).without_gpu, rel=0.01)
