@@ -3,9 +3,9 @@
 How far a good first step changes the images does not depend on the reward, and is measured
 (`training/learning_rate.py`). How many such steps a reward bears does depend on it, and shows only later: Adam takes
 steps of about the same length whether gradients carry much or little, so that near the top of a reward too high a rate
-walks away from it. Updates are watched in blocks, by the rewards that they sample anyway. A block that is clearly below
-the best one ends in the mean weights of that block, with the states that optimiser and estimator had at its end, and
-half the rate.
+walks away from it. Updates are watched in blocks, by the rewards that they sample anyway. Where the last block, or all
+since the best one, are clearly below that, training goes on from the mean weights of the best block, with the states
+that optimiser and estimator had at its end, and with half the rate.
 """
 
 import logging
@@ -27,6 +27,41 @@ logger = logging.getLogger(__name__)
 BLOCK_SAMPLES, BLOCK_UPDATES = 64, 8
 # Standard errors of the difference. Halving a good rate by mistake costs little; the best of many blocks is lucky.
 CLEARLY = 3.0
+ROUNDING = 1e-6
+
+
+@dataclass
+class Moments:
+    """Of the rewards of some updates: how many, their sum and their squares' sum."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, rewards: Tensor) -> None:
+        """Takes rewards (N,)."""
+        rewards = rewards.double()
+        self.count += len(rewards)
+        self.total += float(rewards.sum())
+        self.squares += float(rewards.square().sum())
+
+    @property
+    def mean(self) -> float:
+        """Of the rewards."""
+        return self.total / self.count
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the rewards, which are rounded to float32."""
+        variance = (self.squares - self.count * self.mean**2) / (self.count - 1)
+        return max(math.sqrt(max(0.0, variance)), ROUNDING * abs(self.mean))
+
+    def is_clearly_below(self, mean: float, count: int) -> bool:
+        """Whether these are of a lower expectation than ``count`` others of that mean, if all have their deviation.
+
+        The best block's own deviation says little: it may be the best because nothing went wrong in it.
+        """
+        return mean - self.mean > CLEARLY * self.deviation * math.sqrt(1 / self.count + 1 / count)
 
 
 @dataclass(frozen=True)
@@ -36,7 +71,7 @@ class Block:
     Attributes:
         last: number of the last one.
         mean: of the rewards.
-        standard_error: of the mean.
+        count: of the rewards.
         weights: mean of the weights after every update, in main memory like all that follows.
         optimizer: its state after the last update.
         estimator: the same.
@@ -44,7 +79,7 @@ class Block:
 
     last: int
     mean: float
-    standard_error: float
+    count: int
     weights: list[Tensor]
     optimizer: dict[str, Any]
     estimator: dict[str, Any]
@@ -82,23 +117,24 @@ class Rollback:
         self._ema = ema
         self._best: Block | None = None
         self._update = self._count = 0
-        self._rewards: list[float] = []
+        self._rewards, self._since_best = Moments(), Moments()
         self._sum = self._zeros()
 
     def see(self, rewards: Tensor) -> None:
         """Takes the rewards (N,) of a finished update's samples; the weights are those after it."""
         self._update += 1
         self._count += 1
-        self._rewards += rewards.tolist()
+        self._rewards.add(rewards)
+        self._since_best.add(rewards)
         for total, parameter in zip(self._sum, self._parameters, strict=True):
             total += parameter.detach().cpu()
-        if self._count >= BLOCK_UPDATES and len(self._rewards) >= BLOCK_SAMPLES:
+        if self._count >= BLOCK_UPDATES and self._rewards.count >= BLOCK_SAMPLES:
             self._end_block()
 
     def finish(self) -> None:
         """Goes back where the last updates of a run, if they are half a block, have fallen; else nothing changes."""
-        if 2 * self._count >= BLOCK_UPDATES and 2 * len(self._rewards) >= BLOCK_SAMPLES:
-            self._go_back_if_fallen(*self._mean())
+        if 2 * self._count >= BLOCK_UPDATES and 2 * self._rewards.count >= BLOCK_SAMPLES:
+            self._go_back_if_fallen()
 
     def state_dict(self) -> dict[str, Any]:
         """All that still counts."""
@@ -107,7 +143,8 @@ class Rollback:
             "halvings": self.halvings,
             "update": self._update,
             "count": self._count,
-            "rewards": self._rewards,
+            "rewards": dict(vars(self._rewards)),
+            "since_best": dict(vars(self._since_best)),
             "sum": self._sum,
         }
 
@@ -115,33 +152,31 @@ class Rollback:
         """Restores what ``state_dict`` returned."""
         self._best = None if state["best"] is None else Block(**state["best"])
         self.halvings, self._update, self._count = state["halvings"], state["update"], state["count"]
-        self._rewards = list(state["rewards"])
+        self._rewards, self._since_best = Moments(**state["rewards"]), Moments(**state["since_best"])
         self._sum = list(state["sum"])
 
     def _start_block(self) -> None:
-        self._count, self._rewards, self._sum = 0, [], self._zeros()
+        self._count, self._rewards, self._sum = 0, Moments(), self._zeros()
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros(parameter.shape) for parameter in self._parameters]
 
-    def _mean(self) -> tuple[float, float]:
-        """Of the block's rewards, with its standard error."""
-        rewards = torch.tensor(self._rewards, dtype=torch.float64)
-        return float(rewards.mean()), float(rewards.std()) / len(rewards) ** 0.5
-
     def _end_block(self) -> None:
-        mean, standard_error = self._mean()
-        if self._best is None or mean >= self._best.mean:
+        if self._best is None or self._rewards.mean >= self._best.mean:
             weights = [total / self._count for total in self._sum]
             states = _copied(self._optimizer.state_dict()), _copied(self._estimator.state_dict())
-            self._best = Block(self._update, mean, standard_error, weights, *states)
+            self._best = Block(self._update, self._rewards.mean, self._rewards.count, weights, *states)
+            self._since_best = Moments()
         else:
-            self._go_back_if_fallen(mean, standard_error)
+            self._go_back_if_fallen()
         self._start_block()
 
-    def _go_back_if_fallen(self, mean: float, standard_error: float) -> None:
+    def _go_back_if_fallen(self) -> None:
         best = self._best
-        if best is None or best.mean - mean <= CLEARLY * math.hypot(standard_error, best.standard_error):
+        if best is None:
+            return
+        fallen = [m.mean for m in (self._rewards, self._since_best) if m.is_clearly_below(best.mean, best.count)]
+        if not fallen:
             return
         with torch.no_grad():
             for parameter, weight in zip(self._parameters, best.weights, strict=True):
@@ -151,11 +186,12 @@ class Rollback:
         self._optimizer.load_state_dict(_copied(best.optimizer))
         self._estimator.load_state_dict(_copied(best.estimator))
         self._halve_rate()
+        self._since_best = Moments()
         self._start_block()
         logger.info(
-            "The reward fell from %.3g ± %.2g (updates up to %d) to %.3g ± %.2g: back to the weights of then, with "
-            "half the learning rate, %.2g.",
-            *(best.mean, best.standard_error, best.last, mean, standard_error, self._lr_scheduler.base_lrs[0]),
+            "The reward fell from %.3g (updates up to %d) to %.3g: back to the weights of then, with half the learning "
+            "rate, %.2g.",
+            *(best.mean, best.last, fallen[0], self._lr_scheduler.base_lrs[0]),
         )
 
     def _halve_rate(self) -> None:

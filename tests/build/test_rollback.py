@@ -89,6 +89,26 @@ def test_a_small_fall_and_a_rise_change_nothing() -> None:
     assert training.rollback.halvings == 0 and torch.equal(training.weight, plain.weight)
 
 
+def test_a_slow_fall_shows_in_all_that_came_since_the_best_block() -> None:
+    """Every block alone is within the noise."""
+    training = Training()
+    rewards = torch.Generator().manual_seed(1)
+    halved = []
+    for reward in (0.6, *[0.54] * 8):
+        noise = 0.15 * torch.randn(BLOCK_UPDATES, SAMPLES, generator=rewards)
+        for update in reward + noise - noise.mean():
+            training.rollback.see(update)
+        halved.append(training.rollback.halvings)
+    assert halved[1] == halved[2] == 0 and halved[-1] == 1
+
+
+def test_equal_rewards_never_fall() -> None:
+    training = Training()
+    for samples in range(SAMPLES, SAMPLES + 40):
+        training.rollback.see(torch.full((samples,), 0.1))
+    assert training.rollback.halvings == 0
+
+
 def test_noise_alone_halves_seldom() -> None:
     """50 runs of 10 blocks without a course: the best block is a lucky one, and still few runs go back."""
     halvings = []
