@@ -13,7 +13,7 @@ from rlr_peft.chain.adjoint import Booking, Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.noise_window import MovingWindow
 from rlr_peft.errors import UserError
-from rlr_peft.estimators.advantages import leave_one_out
+from rlr_peft.estimators.advantages import leave_one_out, separately_normalized
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.zeroth_order import Perturbation, perturb
 from rlr_peft.prompt import texts_of
@@ -193,6 +193,12 @@ class Estimator(ABC):
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
         """Advantages (N,) of the rewards (N,) of all processes, the samples of one prompt side by side."""
         return leave_one_out(rewards, group_size)
+
+    def advantages_of_each(
+        self, rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], group_size: int
+    ) -> torch.Tensor:
+        """Advantages (N,) where every reward makes its own (GDPO): rewards (N,) and weights by name."""
+        return separately_normalized(rewards, weights, group_size)
 
     def wants_calibration(self, has_gradient: bool) -> bool:
         """Whether ``calibrate`` is of use, before the first update and every so often."""

@@ -137,6 +137,14 @@ class PolicyGradientEstimator(SingleStepsEstimator):
             advantages = self._prompt_statistics.normalized(rewards, prompts)
         else:
             advantages = group_normalized(rewards, group_size)
+        return self._clipped(advantages)
+
+    def advantages_of_each(
+        self, rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], group_size: int
+    ) -> torch.Tensor:
+        return self._clipped(super().advantages_of_each(rewards, weights, group_size))
+
+    def _clipped(self, advantages: torch.Tensor) -> torch.Tensor:
         return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:

@@ -15,9 +15,7 @@ from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.chain.noise_window import moving_window
 from rlr_peft.config.estimator import MeasuringArguments
-from rlr_peft.config.forward import ForwardArguments
-from rlr_peft.config.methods import GRPOArguments
-from rlr_peft.estimators.advantages import leave_one_out, separately_normalized
+from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of, over_updates
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
@@ -137,11 +135,10 @@ def take_update(run: Run, step: int) -> Update:
 
 def _advantages(run: Run, scores: torch.Tensor, raw: Mapping[str, torch.Tensor], prompts: list[str]) -> torch.Tensor:
     """Advantages (N,) of all processes' samples, of their scores (N,) or, with GDPO, of every reward's by itself."""
-    group_size, method = run.config.training.num_images_per_prompt, run.config.estimator
-    if run.config.reward.reward_scaling == "group" and isinstance(method, GRPOArguments | ForwardArguments):
+    group_size = run.config.training.num_images_per_prompt
+    if run.config.reward.reward_scaling == "group":
         weights = dict(zip(run.reward.part_names, run.config.reward.weights.values(), strict=True))
-        advantages = separately_normalized(raw, weights, group_size).to(scores)
-        return advantages.clamp(-method.advantage_clip, method.advantage_clip)
+        return run.estimator.advantages_of_each(raw, weights, group_size).to(scores)
     return run.estimator.advantages(run.objective.limited(scores), prompts, group_size)
 
 
