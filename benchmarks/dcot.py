@@ -1,4 +1,4 @@
-"""Plain prompts against the Diffusive Chain-of-Thought, with and without a targeted window, at equal evaluations.
+"""Plain prompts against the Diffusive Chain-of-Thought, as a contrast and with a targeted window, at equal evaluations.
 
     python -m benchmarks.dcot --stage base      # no training: what stage prompts do to the base
     python -m benchmarks.dcot --stage tune      # one seed: learning rates of both prompts, then windows
@@ -37,6 +37,7 @@ from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, take
 
 ATTRIBUTES = ("shape", "texture")
 DCOT = ["--dcot_rules"]
+CONTRAST = [*DCOT, "--dcot_form", "contrast"]
 WINDOWS = {"mid": ["mid"], "auto": ["auto"]}
 # At weight 1 a half-order step's gradient is 10 to 30 times as long as that of the first-order steps, and all noise.
 SHARED = "--estimator rlr --fo_steps 3 --ho_length 1 --ho_blocks 1 --ho_coefficient 0.05".split()
@@ -90,12 +91,13 @@ def tuning_jobs(folder: Path) -> Iterator[tuple[str, list[str], float, int]]:
 
 
 def final_jobs(folder: Path) -> Iterator[tuple[str, list[str], float, int]]:
-    """The three arms, seed by seed."""
+    """The four arms, seed by seed."""
     plain_rate, rate = best(folder, "plain")[1], best(folder, "DCoT")[1]
     name = best(folder, "DCoT, window *")[0].removeprefix("DCoT, window ")
     arms = [
         ("plain", SHARED, plain_rate),
         ("DCoT", [*SHARED, *DCOT], rate),
+        ("contrast", [*SHARED, *CONTRAST], rate),
         (f"DCoT, window {name}", window_flags(WINDOWS[name]), rate),
     ]
     for seed in FINAL_SEEDS:
@@ -131,7 +133,7 @@ def train_one(
     words += ["--heldout_reward_fn", *(f"tiny-shapes-heldout/{name}" for name in ATTRIBUTES)]
     words += ["--learning_rate", str(rate), "--seed", str(seed), *flags]
     run = build_run(load_config(words))
-    prompts = "plain" if arm == "plain" else "DCoT"
+    prompts = arm if arm in ("plain", "contrast") else "DCoT"
     before = base_evaluation(run, folder / "base" / f"{prompts} seed {seed}, {images} images.pt")
     spent, steps, seconds, coverage = spend(run, budget)
     after = evaluate_adapter(run)

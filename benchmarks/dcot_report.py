@@ -89,7 +89,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
 def _print_differences(by_arm: dict[str, list[dict[str, Any]]]) -> None:
     """Held-out scores of the arms, paired by seed: the same prompts and noises."""
     window = next(arm for arm in by_arm if arm.startswith("DCoT, window"))
-    for first, second in (("DCoT", "plain"), (window, "DCoT")):
+    for first, second in (("DCoT", "plain"), ("contrast", "plain"), (window, "DCoT")):
         for what in ("gain", "after"):
             values = numpy.array(
                 [heldout(a, what) - heldout(b, what) for a, b in zip(by_arm[first], by_arm[second], strict=True)]
@@ -98,14 +98,16 @@ def _print_differences(by_arm: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _draw_arms(by_arm: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """Rows: prompts; columns: plain base and adapter, DCoT base, DCoT adapter, with the window; one seed."""
+    """Rows: prompts; columns: plain base and adapter, the same of DCoT, adapters of a contrast and with a window; one
+    seed."""
     window = next(arm for arm in by_arm if arm.startswith("DCoT, window"))
     seed = by_arm["plain"][0]["seed"]
     shown = {
         arm: torch.load(folder / "pictures" / f"{arm} seed {seed}.pt", weights_only=True)
-        for arm in ("plain", "DCoT", window)
+        for arm in ("plain", "DCoT", "contrast", window)
     }
-    columns = [("plain", "before"), ("plain", "after"), ("DCoT", "before"), ("DCoT", "after"), (window, "after")]
+    columns = [("plain", "before"), ("plain", "after"), ("DCoT", "before"), ("DCoT", "after")]
+    columns += [("contrast", "after"), (window, "after")]
     images, captions = [], []
     for i in range(NUM_PICTURES):
         for arm, when in columns:

@@ -17,7 +17,9 @@ from diffusers import (
 )
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
+from transformers.utils import is_torchvision_available
 
+from rlr_peft.build.picture_processor import PictureProcessor
 from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
@@ -30,6 +32,7 @@ from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 logger = logging.getLogger(__name__)
 
+QWEN_PROCESSOR = ["transformers", "Qwen2VLProcessor"]
 Precision = Literal["no", "fp16", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Options about loading, which an object leaves no choice of.
@@ -79,6 +82,9 @@ def _load_folder(arguments: ModelArguments, dtype: torch.dtype, replaced: dict[s
     of_videos = "motion_adapter" in replaced
     pipeline_class: Any = diffusers.AnimateDiffPipeline if of_videos else getattr(diffusers, index["_class_name"])
     with loading_base(arguments.pretrained_model_name_or_path):
+        if index.get("processor") == QWEN_PROCESSOR and not is_torchvision_available():
+            processor = PictureProcessor.from_pretrained(source, subfolder="processor", **where)
+            replaced = {**replaced, "processor": processor}
         pipeline: DiffusionPipeline = pipeline_class.from_pretrained(
             source,
             variant=arguments.variant,

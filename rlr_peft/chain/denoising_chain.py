@@ -299,10 +299,12 @@ class DenoisingChain:
     def separate_samples(self, count: int) -> AbstractContextManager[None] | None:
         """As the ``Chain`` has it.
 
-        None with dropout, where other layers than LoRA's are trained, and of a class that no row knows: its layers may
-        not keep the samples in order.
+        None with dropout, where other layers than LoRA's are trained or one call does not draw all samples, and of a
+        class that no row knows: its layers may not keep the samples in order.
         """
-        if self.mixes_samples or self.family.name == GENERIC.name or not can_separate(self.denoiser, self.parameters):
+        if self.mixes_samples or self.family.name == GENERIC.name or self.family.images_of_call != "any":
+            return None
+        if not can_separate(self.denoiser, self.parameters):
             return None
         return self._separated(count)
 

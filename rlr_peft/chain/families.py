@@ -25,6 +25,9 @@ FLUX_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_c
 NegativeBranch = Literal["first half", "second half", "second call"]
 """Where a pipeline runs the negative branch of a step: in a half of a doubled batch, or in a call of its own."""
 
+ImagesOfCall = Literal["any", "same image", "one sample"]
+"""Which samples one call draws from pictures: any, those of one picture, or a single one."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -43,6 +46,11 @@ class Family:
         frame_axis: axis of the latents (B, ...) along which the first latent frames alone decode to exactly the first
             frames of the video; None where the decoder looks ahead.
         negative_branch: where the pipeline's call runs the negative branch of guidance; None where that is not known.
+        needs_image: whether the pipeline's call must be given a picture, though its signature does not say so.
+        images_of_call: which samples one call draws from pictures.
+        starts_with_image: whether the latents (B, S, C) start with those of the picture, as a mask (B, S) says that
+            ``prepare_latents`` returns beside them, and steps are taken on the others, unpacked to (B, C, F, h, w).
+        needs_package: what the pipeline's code cannot do without, by its name and that of our extra; None for nothing.
     """
 
     name: str
@@ -56,6 +64,10 @@ class Family:
     no_guidance: float = 1.0
     frame_axis: int | None = None
     negative_branch: NegativeBranch | None = "first half"
+    needs_image: bool = False
+    images_of_call: ImagesOfCall = "any"
+    starts_with_image: bool = False
+    needs_package: str | None = None
 
 
 FAMILIES = (
@@ -103,6 +115,29 @@ FAMILIES = (
         negative_branch="second call",
     ),
     Family(
+        name="qwen-image-edit",
+        pipeline_classes=("QwenImageEditPipeline",),
+        tags=("qwen-image", "qwen-image-diffusers"),
+        lora_targets=JOINT_ATTENTION,
+        pipeline_tag="image-to-image",
+        timestep_spacing="trailing",
+        guidance_argument="true_cfg_scale",
+        negative_branch="second call",
+        needs_image=True,
+    ),
+    Family(
+        name="qwen-image-edit-plus",
+        pipeline_classes=("QwenImageEditPlusPipeline",),
+        tags=("qwen-image", "qwen-image-diffusers"),
+        lora_targets=JOINT_ATTENTION,
+        pipeline_tag="image-to-image",
+        timestep_spacing="trailing",
+        guidance_argument="true_cfg_scale",
+        negative_branch="second call",
+        needs_image=True,
+        images_of_call="one sample",
+    ),
+    Family(
         name="pixart-sigma",
         pipeline_classes=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
         tags=("pixart-sigma",),
@@ -148,6 +183,18 @@ FAMILIES = (
         negative_branch="second call",
     ),
     Family(
+        name="wan-image-to-video",
+        pipeline_classes=("WanImageToVideoPipeline",),
+        tags=("wan", "wan-diffusers"),
+        denoisers=("transformer", SECOND_EXPERT),
+        pipeline_tag="image-to-video",
+        frame_axis=2,
+        negative_branch="second call",
+        needs_image=True,
+        images_of_call="same image",
+        needs_package="ftfy",
+    ),
+    Family(
         name="cogvideox",
         pipeline_classes=("CogVideoXPipeline",),
         tags=("cogvideox", "cogvideox-diffusers"),
@@ -159,6 +206,14 @@ FAMILIES = (
         pipeline_classes=("LTXPipeline",),
         tags=("ltx-video", "ltx-video-diffusers"),
         pipeline_tag="text-to-video",
+    ),
+    Family(
+        name="ltx-image-to-video",
+        pipeline_classes=("LTXImageToVideoPipeline",),
+        tags=("ltx-video", "ltx-video-diffusers"),
+        pipeline_tag="image-to-video",
+        needs_image=True,
+        starts_with_image=True,
     ),
 )
 

@@ -4,9 +4,7 @@ Which arguments the call takes is read off its signature, so that no argument of
 """
 
 import copy
-import hashlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -17,11 +15,14 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
+from rlr_peft.chain.condition_images import EncodedImages, batches_of_one_call
 from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, trained_module
 from rlr_peft.chain.memory import OffloadedTextEncoders, cast_inputs_to_weights, working_device
-from rlr_peft.chain.scheduler import RecordingScheduler
+from rlr_peft.chain.prompt_memory import PromptMemory
+from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.config import ChainArguments
-from rlr_peft.prompt import Prompt
+from rlr_peft.extras import extra
+from rlr_peft.prompt import ConditionImage, Prompt
 
 DEFAULT_FPS = 8
 
@@ -35,12 +36,10 @@ TRANSLATED = {"guidance_scale", "true_cfg_scale", "resolution", "fps", "negative
 
 FRAMES_ARGUMENTS = ("num_frames", "frames", "video_length")
 
-Embedding = torch.Tensor | list[torch.Tensor] | None
-Embeddings = tuple[Embedding, ...]
-Key = tuple[tuple[str, str], ...]
+# Arguments that are lists with an entry for every sample.
+PER_SAMPLE = {"negative_prompt", "generator"}
 
-# A pipeline with two guidance branches encodes prompts and negative prompts in two calls.
-JOINED_BATCHES = 4
+SizedImage = tuple[ConditionImage | None, tuple[int, int]]
 
 
 class PipelineDriver:
@@ -71,6 +70,7 @@ class PipelineDriver:
 
     Raises:
         ValueError: a pipeline that cannot be given prompts and latents, or one with a safety checker.
+        UserError: the pipeline's code needs a package that is not there.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class PipelineDriver:
                 f"{self.name} cannot be driven as a chain: it draws sound in the loop of its pictures, and a chain has "
                 "one kind of latents."
             )
+        if family.needs_package is not None:
+            extra(family.needs_package, family.needs_package, self.name)
         self.prepared: torch.Tensor | None = None
         self.frames_argument = next((name for name in FRAMES_ARGUMENTS if name in self.parameters), None)
         first = getattr(pipeline, family.denoisers[0])
@@ -105,6 +107,8 @@ class PipelineDriver:
         self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
         encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
         self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
+        self._encoded_images = EncodedImages(pipeline)
+        self._given = 0
         self.negative_branch = None
         if family.negative_branch is not None:
             modules = [getattr(pipeline, name, None) for name in DENOISERS]
@@ -130,14 +134,39 @@ class PipelineDriver:
             arguments: the others of the pipeline's call.
             detach_negative: run the negative branch of guidance without gradients.
         """
+        batches = batches_of_one_call(self.family.images_of_call, prompts)
+        if len(batches) == 1:
+            return self._call(scheduler, prompts, latents, arguments, detach_negative)
+        returned, recorded = [], []
+        for samples in batches:
+            part = scheduler.of_samples(samples) if isinstance(scheduler, RecordingScheduler) else scheduler
+            given = None if latents is None else latents[samples]
+            options = {name: value[samples] if name in PER_SAMPLE else value for name, value in arguments.items()}
+            returned.append(self._call(part, prompts[samples], given, options, detach_negative))
+            if isinstance(part, RecordingScheduler):
+                recorded.append(part.recorded)
+        if isinstance(scheduler, RecordingScheduler):
+            scheduler.recorded = RecordedSteps.joined(recorded)
+        return torch.cat(returned)
+
+    def _call(
+        self,
+        scheduler: RecordingScheduler | SchedulerMixin,
+        prompts: Sequence[Prompt],
+        latents: torch.Tensor | None,
+        arguments: Mapping[str, Any],
+        detach_negative: bool,
+    ) -> torch.Tensor:
         detached: AbstractContextManager[None] = nullcontext()
         if detach_negative and self.negative_branch is not None:
             detached = self.negative_branch.off_tape(len(prompts))
         texts = [prompt.text for prompt in prompts]
-        takes_steps = not isinstance(scheduler, RecordingScheduler) or scheduler.exposes_steps
-        options = {**self._condition_images(prompts, arguments, takes_steps), **arguments}
-        with self._driven_by(scheduler) as pipeline, detached, self._entering_as(latents) as given:
-            return self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **options)[0]
+        images = self._condition_images(prompts, arguments)
+        encoded = self._encoded_images.of(images) if images else nullcontext()
+        options = {**self._as_argument(images), **arguments}
+        with self._driven_by(scheduler) as pipeline, detached, encoded, self._entering_as(latents) as given:
+            returned = self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **options)[0]
+        return returned[:, self._given :] if arguments["output_type"] == "latent" else returned
 
     @contextmanager
     def decoding_for_rewards(self) -> Iterator[None]:
@@ -152,31 +181,36 @@ class PipelineDriver:
         finally:
             attributes["vae"] = vae
 
-    def _condition_images(
-        self, prompts: Sequence[Prompt], arguments: Mapping[str, Any], takes_steps: bool
-    ) -> dict[str, Any]:
-        """The prompts' pictures as an argument of the call, at the size that is drawn; empty where no prompt has one.
+    def _condition_images(self, prompts: Sequence[Prompt], arguments: Mapping[str, Any]) -> list[SizedImage]:
+        """The pictures of one call, each with the size that is drawn; none where no prompt has one.
 
-        The empty prompt, of which only shapes are asked, has a grey one where the pipeline needs any. A call that takes
-        no step, but decodes, goes without where it can.
+        The empty prompt, of which only shapes are asked, has a grey one where the pipeline needs any.
 
         Raises:
             ValueError: a pipeline that takes none, or prompts without one.
         """
         images = [prompt.image for prompt in prompts]
-        is_needed = "image" in self.parameters and self.parameters["image"].default is inspect.Parameter.empty
-        if not is_needed and not (takes_steps and any(images)):
-            return {}
-        if "image" not in self.parameters:
+        parameter = self.parameters.get("image")
+        is_needed = self.family.needs_image or (parameter is not None and parameter.default is parameter.empty)
+        if not is_needed and not any(images):
+            return []
+        if parameter is None:
             raise ValueError(f"{self.name} takes no image: leave --image_column out.")
-        size = arguments.get("width"), arguments.get("height")
-        if not all(size):
+        width, height = arguments.get("width"), arguments.get("height")
+        if not width or not height:
             raise ValueError("expected a size that condition images are fitted to: give --resolution")
         missing = [prompt.text for prompt in prompts if prompt.image is None and prompt.text]
         if missing:
             raise ValueError(f"{self.name} draws from images, and the prompt {missing[0]!r} has none: --image_column")
-        blank = Image.new("RGB", size, "grey")  # type: ignore[arg-type]
-        return {"image": [blank if image is None else image.fitted(*size) for image in images]}  # type: ignore[arg-type]
+        shown = images if self.family.images_of_call == "any" else images[:1]
+        return [(image, (width, height)) for image in shown]
+
+    def _as_argument(self, images: Sequence[SizedImage]) -> dict[str, Any]:
+        """The argument of the call: a list, or the picture itself where a call takes one."""
+        if not images:
+            return {}
+        pictures = [Image.new("RGB", size, "grey") if image is None else image.fitted(*size) for image, size in images]
+        return {"image": pictures if self.family.images_of_call == "any" else pictures[0]}
 
     @contextmanager
     def _entering_as(self, latents: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
@@ -196,10 +230,13 @@ class PipelineDriver:
             with torch.random.fork_rng(devices, enabled=latents is not None):  # its own noise is not used then
                 made = prepare(*args, **kwargs)
             first, *others = made if isinstance(made, tuple) else (made,)
+            self._given = int(others[0][0].sum()) if self.family.starts_with_image else 0
             if latents is None:
                 self.prepared = first
                 return made
             entering = latents.clone()  # Kandinsky 5 writes into them
+            if self._given:
+                entering = torch.cat([first[:, : self._given].to(latents), latents], dim=1)
             if first.shape[:-1] == latents.shape[:-1]:  # else latents of another size than the call's are decoded
                 further = first[..., latents.shape[-1] :]  # channels of a condition, none in most pipelines
                 entering = torch.cat([latents, further.to(latents)], dim=-1) if further.numel() else entering
@@ -340,137 +377,3 @@ def _denoisers_and_decoder(pipeline: Any, family: Family, reward_decoder: Any) -
         module = getattr(owner, name, None)
         if isinstance(module, torch.nn.Module):
             yield module
-
-
-class PromptMemory:
-    """Replaces a pipeline's ``encode_prompt``; least recently used prompts are forgotten first.
-
-    Single prompts wait in host memory (hundreds of T5's take a gigabyte); only the latest batches are on the device.
-
-    Args:
-        encode_prompt: the pipeline's bound method; its result is a tuple of (B, ...) tensors, lists of B tensors,
-            tensors that all prompts share, or None.
-        max_prompts: how many prompts are remembered.
-        dtype: floating-point embeddings are handed out in this; None leaves them. Pipelines cast their latents to it.
-    """
-
-    def __init__(
-        self, encode_prompt: Callable[..., Embeddings], max_prompts: int = 256, dtype: torch.dtype | None = None
-    ) -> None:
-        self._encode_prompt = encode_prompt
-        self._signature = inspect.signature(encode_prompt)
-        self._max_prompts = max_prompts
-        self._dtype = dtype
-        self._remembered: OrderedDict[Key, Embeddings] = OrderedDict()
-        self._joined: OrderedDict[Key, Embeddings] = OrderedDict()
-        self._device: torch.device | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Embeddings:
-        """Embeddings of a list of prompts, joined from what is remembered of every prompt."""
-        arguments = self._signature.bind(*args, **kwargs).arguments
-        key = _key(arguments)
-        if key not in self._joined:  # the replays of a trajectory ask for the same batch again and again
-            prompts = arguments["prompt"]
-            if prompts is None:  # the empty text for all
-                prompts = arguments["prompt"] = [""] * arguments.get("batch_size", 1)
-            count = 1 if isinstance(prompts, str) else len(prompts)
-            rows = [self._encode_one(i, count, dict(arguments)) for i in range(count)]
-            self._joined[key] = tuple(_to(embedding, self._device, self._dtype) for embedding in _join(rows))
-            if len(self._joined) > JOINED_BATCHES:
-                self._joined.popitem(last=False)
-        self._joined.move_to_end(key)
-        # fresh lists: pipelines put theirs together with `+`
-        return tuple(list(entry) if isinstance(entry, list) else entry for entry in self._joined[key])
-
-    @torch.no_grad()
-    def _encode_one(self, index: int, batch_size: int, arguments: dict[str, Any]) -> Embeddings:
-        for name, value in arguments.items():
-            if ("prompt" in name or name == "image") and isinstance(value, list) and len(value) == batch_size:
-                arguments[name] = [value[index]]
-        if "batch_size" in arguments:
-            arguments["batch_size"] = 1
-        key = _key(arguments)
-        if key not in self._remembered:
-            row = self._encode_prompt(**arguments)
-            self._device = next((entry.device for entry in _tensors(row)), None)
-            host = torch.device("cpu") if self._device is not None and self._device.type == "cuda" else None
-            self._remembered[key] = tuple(_to(embedding, host) for embedding in row)
-            if len(self._remembered) > self._max_prompts:
-                self._remembered.popitem(last=False)
-        self._remembered.move_to_end(key)
-        return self._remembered[key]
-
-
-def _join(rows: list[Embeddings]) -> Embeddings:
-    """One batch of the embeddings of single prompts; shorter ones are padded with zeros, and a mask says so."""
-    lengths = [_length(row[0]) for row in rows]
-    uneven = len(set(lengths)) > 1
-    joined: list[Embedding] = []
-    for place, parts in enumerate(zip(*rows, strict=True)):
-        if place == 1 and uneven and any(part is None for part in parts):  # no mask where nothing was padded
-            parts = tuple(
-                torch.ones(1, length, dtype=torch.long, device=next(_tensors(rows[0])).device) if part is None else part
-                for part, length in zip(parts, lengths, strict=True)
-            )
-        joined.append(_join_parts(parts))
-    return tuple(joined)
-
-
-def _join_parts(parts: tuple[Embedding, ...]) -> Embedding:
-    first = parts[0]
-    if first is None:
-        return None
-    if isinstance(first, list):
-        lists = [part for part in parts if isinstance(part, list)]
-        if len(first) < 2:  # an entry for every sample, or none at all
-            return [entry for part in lists for entry in part]
-        return [torch.cat(layer) for layer in zip(*_padded_alike(lists), strict=True)]  # an entry for every layer
-    tensors = [part for part in parts if torch.is_tensor(part)]
-    longest = max(_length(tensor) for tensor in tensors)
-    if first.shape[0] != 1:  # positions, such as FLUX's, are the same for every prompt
-        return max(tensors, key=len)
-    return torch.cat([_padded(tensor, longest) for tensor in tensors])
-
-
-def _padded_alike(lists: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    longest = max(_length(part[0]) for part in lists)
-    return [[_padded(entry, longest) for entry in part] for part in lists]
-
-
-def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    if tensor.ndim < 2 or tensor.shape[1] == length:
-        return tensor
-    padding = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-    return torch.cat([tensor, padding], dim=1)
-
-
-def _length(embedding: Embedding) -> int:
-    return embedding.shape[1] if torch.is_tensor(embedding) and embedding.ndim > 1 else 0
-
-
-def _tensors(row: Embeddings) -> Iterator[torch.Tensor]:
-    for entry in row:
-        yield from [entry] if torch.is_tensor(entry) else entry or ()
-
-
-def _to(embedding: Embedding, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Embedding:
-    """The embedding there, and, if it is of floating point, in this dtype."""
-    if isinstance(embedding, list):
-        return [entry.to(device=device, dtype=dtype) for entry in embedding]
-    if embedding is None:
-        return None
-    return embedding.to(device=device, dtype=dtype if embedding.is_floating_point() else None)
-
-
-def _key(arguments: dict[str, Any]) -> Key:
-    for name, value in arguments.items():
-        if torch.is_tensor(value):
-            raise ValueError(f"Expected prompts as text, got a tensor for {name}.")
-    return tuple((name, _in_key(value)) for name, value in sorted(arguments.items()))
-
-
-def _in_key(value: Any) -> str:
-    """Pictures by their pixels: their addresses are used again."""
-    if isinstance(value, list) and value and isinstance(value[0], Image.Image):
-        return " ".join(hashlib.sha256(picture.tobytes()).hexdigest() for picture in value)
-    return str(value)

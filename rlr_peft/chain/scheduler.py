@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,20 @@ class RecordedSteps:
         """Appends what the next slice left behind."""
         self.latents += later.latents
         self.steps += later.steps
+
+    @staticmethod
+    def joined(parts: Sequence[RecordedSteps]) -> RecordedSteps:
+        """One record of a batch whose parts took the same steps one after another."""
+        steps = [
+            GaussianStep(
+                torch.cat([step.mean for step in same]),
+                same[0].std,
+                torch.cat([step.pred_original_sample for step in same]),
+            )
+            for same in zip(*(part.steps for part in parts), strict=True)
+        ]
+        latents = zip(*(part.latents for part in parts), strict=True)
+        return RecordedSteps([torch.cat(same) for same in latents], steps)
 
 
 class RecordingScheduler:
@@ -113,6 +128,13 @@ class RecordingScheduler:
         self._noises = noises
         self._next_step = start
         self.recorded = RecordedSteps()
+
+    def of_samples(self, samples: slice) -> RecordingScheduler:
+        """Another one that exposes the same steps for a part of the batch, and has recorded none."""
+        part = copy.copy(self)
+        part._noises = None if self._noises is None else self._noises[:, samples]
+        part.recorded = RecordedSteps()
+        return part
 
     def set_timesteps(
         self,
@@ -247,12 +269,19 @@ class RecordingScheduler:
             self.on_step(self._next_step)
 
     def _unfolded(self, sample: torch.Tensor) -> torch.Tensor:
-        """(B, C, F, h, w) where a pipeline's step sees the frames of videos in the batch, (B * F, C, h, w)."""
+        """What a pipeline's step sees, in the form of the latents: (B, C, F, h, w) where it has the frames of videos in
+        the batch, (B * F, C, h, w), and packed, (B, S, C), where it has them unpacked, (B, C, F, h, w)."""
         shape = self.latents_shape
         if shape is None or sample.ndim == len(shape) + 1:
             return sample
+        if len(shape) == 2:
+            return sample.flatten(2).transpose(1, 2)
         channels, frames, height, width = shape
         return sample.reshape(-1, frames, channels, height, width).permute(0, 2, 1, 3, 4)
 
     def _folded(self, latents: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return latents if latents.ndim == like.ndim else latents.permute(0, 2, 1, 3, 4).reshape(like.shape)
+        if latents.ndim == like.ndim:
+            return latents
+        if latents.ndim == 3:
+            return latents.transpose(1, 2).reshape(like.shape)
+        return latents.permute(0, 2, 1, 3, 4).reshape(like.shape)

@@ -30,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import BatchEncoding
 
 from rlr_peft.chain.base_files import MODEL_INDEX, check_model_index, read_model_index
+from rlr_peft.chain.families import family_of_class
 from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
 from rlr_peft.plain_files import read_plain_text
@@ -38,7 +39,9 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 2**25  # tokenizers list their added tokens
 # What some pipeline classes take besides their models, and what it must be here.
-ABSENT = ("safety_checker", "feature_extractor", "image_encoder", "image_processor")
+ABSENT = ("safety_checker", "feature_extractor")
+# ... and those of adapters that draw from pictures; where the pipeline itself does, they are there.
+OF_IMAGES = ("image_encoder", "image_processor")
 # Masks, token ids and timesteps are small; of larger tensors, such as latents, nothing is remembered.
 LARGEST = 8192  # elements
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
@@ -179,6 +182,21 @@ class BlankTokenizer:
         return [""] * len(ids)
 
 
+class BlankImageProcessor:
+    """Stands in for what scales pictures for their encoder.
+
+    Args:
+        size: height and width of what it gives.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, images: Any, **_: Any) -> BatchEncoding:
+        """Pixels (1, 3, size, size)."""
+        return BatchEncoding({"pixel_values": torch.zeros(1, 3, self._size, self._size)})
+
+
 def build_pipeline(
     architecture: Architecture,
     device: torch.device,
@@ -238,9 +256,18 @@ def _component(
     name: str, entry: list[Any], architecture: Architecture, device: torch.device, dtype: torch.dtype
 ) -> Any:
     library, class_name = entry
-    if library is None or name in ABSENT:
+    family = family_of_class(architecture.model_index["_class_name"])
+    needs_image = family is not None and family.needs_image
+    if library is None or name in ABSENT or (name in OF_IMAGES and not needs_image):
         return None
     config = architecture.components.get(name, {})
+    if name == "image_processor":
+        return BlankImageProcessor(architecture.components["image_encoder"]["image_size"])
+    if "Processor" in class_name:
+        raise ArchitectureError(
+            f"{architecture.model_index['_class_name']} cannot be planned: its text encoder reads pictures through "
+            f"{class_name}. Start it with a small --max_train_steps and read the peak memory in its metrics instead."
+        )
     if "Tokenizer" in class_name:
         return BlankTokenizer(min(int(config.get("model_max_length", 512)), 512))
     if library == "diffusers":

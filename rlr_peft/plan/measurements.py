@@ -1,11 +1,13 @@
 """Bytes, without holding them: of the phases of a training step at their peaks, and of weights."""
 
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -14,7 +16,7 @@ from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.interface import Trajectory
 from rlr_peft.lora.proof import VERIFIED_IMAGES
-from rlr_peft.prompt import as_prompts
+from rlr_peft.prompt import ConditionImage, Prompt
 
 T = TypeVar("T")
 
@@ -68,6 +70,7 @@ def measure(
     decode_batch_size: int,
     looking: DenoisingChain,
     evaluation_batch_size: int | None = None,
+    from_images: bool = False,
 ) -> Measurements:
     """Measures a chain whose pipeline is on the meta device; its gradient checkpointing is left switched off.
 
@@ -77,8 +80,9 @@ def measure(
         decode_batch_size: samples that are decoded at once.
         looking: the chain that draws images to look at, over the same pipeline.
         evaluation_batch_size: how many it draws at once for an evaluation; None where there is none.
+        from_images: whether samples are drawn from pictures.
     """
-    prompts = [f"prompt {i}" for i in range(batch_size)]
+    prompts = blank_prompts(batch_size, from_images)
     counts = {VERIFIED_IMAGES} if evaluation_batch_size is None else {VERIFIED_IMAGES, 1, evaluation_batch_size}
     denoisers = [getattr(chain.pipeline, name) for name in chain.family.denoisers]
     decoder = chain.reward_decoder or getattr(chain.pipeline, "vae", None)
@@ -93,7 +97,7 @@ def measure(
         encoding, embeddings = memory.peak, memory.live
         trajectory = blank_trajectory(chain, prompts)
         sampling = counted(_sampling(chain, trajectory))
-        drawn = {count: counted(_drawing(looking, count)) for count in counts}
+        drawn = {count: counted(_drawing(looking, blank_prompts(count, from_images))) for count in counts}
         step = {checkpointed: counted(differentiated_step(chain, trajectory)) for checkpointed in _variants(denoisers)}
         decode = {
             (count, checkpointed): counted(_decode(chain, trajectory, count))
@@ -117,12 +121,21 @@ def measure(
     )
 
 
-def blank_trajectory(chain: DenoisingChain, prompts: list[str]) -> Trajectory:
+def blank_prompts(count: int, with_images: bool = False) -> list[Prompt]:
+    """So many, with a grey picture each where samples are drawn from pictures."""
+    image = None
+    if with_images:
+        Image.new("RGB", (1, 1), "grey").save(file := io.BytesIO(), "png")
+        image = ConditionImage(data=file.getvalue())
+    return [Prompt(f"prompt {i}", image=image) for i in range(count)]
+
+
+def blank_trajectory(chain: DenoisingChain, prompts: list[Prompt]) -> Trajectory:
     """A micro-batch with the right shapes and no values, on the pipeline's device."""
     shape, steps = (len(prompts), *chain.latents_shape), chain.num_steps
     options: dict[str, Any] = {"device": chain.device, "dtype": chain.latents_dtype}
     return Trajectory(
-        prompts=as_prompts(prompts),
+        prompts=prompts,
         latents=torch.zeros(steps + 1, *shape, **options),
         noises=torch.zeros(steps + 1, *shape, **options),
         stds=tuple(chain.std(t) for t in range(1, steps + 1)),
@@ -147,9 +160,8 @@ def _sampling(chain: DenoisingChain, trajectory: Trajectory) -> int:
     return memory.peak
 
 
-def _drawing(chain: DenoisingChain, count: int) -> tuple[int, int]:
+def _drawing(chain: DenoisingChain, prompts: list[Prompt]) -> tuple[int, int]:
     """Peaks of a denoiser step and of the decode without a tape; what is kept of the samples counts in both."""
-    prompts = [f"prompt {i}" for i in range(count)]
     chain.encode(prompts)
     trajectory = blank_trajectory(chain, prompts)
     kept = trajectory_bytes(trajectory)

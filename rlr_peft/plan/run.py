@@ -66,7 +66,9 @@ def plan_memory(
     compared = (validation.num_evaluation_images or MOST_EVALUATION_IMAGES) if compares else 0
     validated = validation.num_validation_images * len(validation.validation_prompt or ())
     counts = [min(number, validation.evaluation_batch_size) for number in (compared, validated) if number]
-    measured = measure(chain, batch_size, decode_batch_size, evaluation_chain, max(counts, default=None))
+    from_images = chain.family.needs_image or config.prompts.image_column is not None
+    largest = max(counts, default=None)
+    measured = measure(chain, batch_size, decode_batch_size, evaluation_chain, largest, from_images)
     parameters = list(chain.parameters)
     models: dict[str, Any] = {
         name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)

@@ -17,6 +17,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -39,6 +41,7 @@ from tests.families.text_encoders import (
     qwen3_encoder,
     qwen_tokenizer,
     qwen_vl_encoder,
+    qwen_vl_processor,
     t5_encoder,
     t5_tokenizer,
 )
@@ -194,7 +197,21 @@ def flux2_klein() -> Flux2KleinPipeline:
 
 def qwen_image() -> QwenImagePipeline:
     """Qwen-Image: prompts of different lengths, two denoiser calls under guidance, a video VAE."""
-    return QwenImagePipeline(
+    return _qwen_image(QwenImagePipeline)
+
+
+def qwen_image_edit() -> QwenImageEditPipeline:
+    """Qwen-Image-Edit: its text encoder sees the picture too."""
+    return _qwen_image(QwenImageEditPipeline, processor=qwen_vl_processor())
+
+
+def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
+    """Qwen-Image-Edit-2509 and later: a call draws one sample."""
+    return _qwen_image(QwenImageEditPlusPipeline, processor=qwen_vl_processor())
+
+
+def _qwen_image(kind: Any, **parts: Any) -> Any:
+    return kind(
         scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC_SHIFT, shift_terminal=0.02),
         vae=AutoencoderKLQwenImage(
             base_dim=8,
@@ -217,6 +234,7 @@ def qwen_image() -> QwenImagePipeline:
             joint_attention_dim=WIDTH,
             axes_dims_rope=(8, 4, 4),
         ),
+        **parts,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -9,19 +10,21 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from rlr_peft.chain import family_of
+from rlr_peft.chain.condition_images import batches_of_one_call
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError
 from rlr_peft.prompts import load_prompts
 from rlr_peft.prompts.files import Columns
 from rlr_peft.rewards import CallableReward, score_images
-from tests.families.image_pipelines import flux_kontext
-from tests.families.table import SMALL, load
+from tests.families.image_pipelines import flux_kontext, qwen_image_edit_plus
+from tests.families.table import CASES, COLOURS, SMALL, drawn_alone, load, picture, prompts_of
+from tests.families.video_pipelines import wan_first_frame
 from tests.pipelines import chain_over
 from tests.training.runs import run_script
 
-COLOURS = {"red": (200, 30, 30), "blue": (20, 40, 220)}
 COLUMNS = Columns(image="from")
 REWARD = """
 def likeness(images, prompts, metadata):
@@ -84,14 +87,7 @@ def test_the_chain_draws_what_the_pipeline_draws_and_replays_it(place: Path) -> 
     trajectory = chain.sample(prompts, [3, 4])
     with torch.no_grad():
         images = chain.decode(trajectory.latents[0], prompts)
-    expected = pipeline(
-        prompt=[prompt.text for prompt in prompts],
-        image=[prompt.image.fitted(16, 16) for prompt in prompts if prompt.image is not None],
-        num_inference_steps=2,
-        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
-        output_type="pt",
-        **chain.call_arguments,
-    ).images
+    expected = drawn_alone(pipeline, chain, prompts, [3, 4])
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     swapped = [Prompt(prompt.text, image=other.image) for prompt, other in zip(prompts, prompts[::-1], strict=True)]
     assert not torch.allclose(chain.sample(swapped, [3, 4]).latents[0], trajectory.latents[0], atol=1e-3)
@@ -99,6 +95,78 @@ def test_the_chain_draws_what_the_pipeline_draws_and_replays_it(place: Path) -> 
     drawn = noisy.sample(prompts, [3, 4])
     for t in (1, 2):
         assert torch.equal(noisy.replay(drawn, t).next_latents(drawn.noise(t)), drawn.latents[t - 1])
+
+
+@pytest.mark.parametrize("build", [qwen_image_edit_plus, wan_first_frame])
+def test_classes_that_draw_one_picture_at_once(build: Callable[[], DiffusionPipeline]) -> None:
+    """A batch is drawn in several calls: replayed bit for bit, and as each sample alone."""
+    if build is wan_first_frame:
+        pytest.importorskip("ftfy", reason="diffusers' pipeline of Wan from pictures needs ftfy")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        pipeline, prompts = build(), prompts_of("wan-i2v")
+    size = SMALL | ({"num_frames": 5} if build is wan_first_frame else {})
+    chain = chain_over(pipeline, num_inference_steps=2, **size)
+    whole = chain.sample(prompts, [3, 4])
+    for t in (1, 2):
+        assert torch.equal(chain.replay(whole, t).next_latents(whole.noise(t)), whole.latents[t - 1])
+    for i in range(2):
+        alone = chain.sample(prompts[i : i + 1], [3 + i])
+        torch.testing.assert_close(whole.latents[:, i : i + 1], alone.latents, rtol=0, atol=1e-5)
+    still = chain.at(eta=0.0)
+    with torch.no_grad():
+        images = still.decode(still.draw(prompts, [3, 4])[0], prompts)
+    # Wan's own call differs from itself by 4e-4 with these weights, which blow up rounding.
+    torch.testing.assert_close(images, drawn_alone(pipeline, still, prompts, [3, 4]), rtol=0, atol=2e-3)
+    assert chain.separate_samples(2) is None
+
+
+def test_samples_of_one_picture_are_drawn_in_one_call() -> None:
+    red, blue = map(picture, COLOURS.values())
+    prompts = [Prompt("a", image=red), Prompt("b", image=red), Prompt("a", image=blue), Prompt("a", image=red)]
+    assert batches_of_one_call("any", prompts) == [slice(0, 4)]
+    assert batches_of_one_call("same image", prompts) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert batches_of_one_call("one sample", prompts) == [slice(i, i + 1) for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ["kontext", *(name for name, case in CASES.items() if case.needs_image)])
+def test_a_picture_is_encoded_once(
+    name: str, place: Path, folder_of: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is drawn, replayed or decoded, and wherever in a batch it lies."""
+    pipeline = load(str(place / "base") if name == "kontext" else folder_of(name))
+    encoded = []
+    own = type(pipeline.vae).encode
+    monkeypatch.setattr(type(pipeline.vae), "encode", lambda *args, **given: encoded.append(0) or own(*args, **given))
+    prompts = prompts_of("ltx-i2v" if name == "kontext" else name)
+    chain = chain_over(pipeline, num_inference_steps=2, **(SMALL if name == "kontext" else CASES[name].options))
+    blank = len(encoded)  # of the empty prompt
+    assert blank == (0 if name == "kontext" else 1)
+    trajectory = chain.sample(prompts, [3, 4])
+    assert len(encoded) == blank + 2
+    chain.replay(trajectory, 1)
+    chain.decode(trajectory.latents[0], prompts)
+    again = chain.at(eta=0.0).sample(prompts[::-1], [5, 6])
+    assert len(encoded) == blank + 2 and "encode" not in pipeline.vae.__dict__
+    other = Prompt(prompts[0].text, image=picture((0, 255, 0)))
+    assert not torch.allclose(chain.at(eta=0.0).sample([other], [6]).latents[0], again.latents[0, 1:], atol=1e-4)
+    assert len(encoded) == blank + 3
+
+
+def test_a_posterior_is_replaced_by_its_mean(folder_of: Callable[[str], str]) -> None:
+    """LTX would draw from it, another picture at every call."""
+    pipeline = load(folder_of("ltx-i2v"))
+    pipeline.vae.encoder.conv_out.conv.bias.data[-1] = 0.0
+    chain, prompts = chain_over(pipeline, num_inference_steps=2, **CASES["ltx-i2v"].options), prompts_of("ltx-i2v")
+    trajectory = chain.sample(prompts, [3, 4])
+    assert torch.equal(chain.replay(trajectory, 2).next_latents(trajectory.noise(2)), trajectory.latents[1])
+    image = pipeline.video_processor.preprocess([prompts[0].image.fitted(32, 32)], height=32, width=32)  # type: ignore[union-attr]
+    with chain._driver._encoded_images.of([(prompts[0].image, (32, 32))]):
+        seen = pipeline.vae.encode(image[:, :, None]).latent_dist
+        assert torch.equal(seen.sample(), seen.mean)
+    expected = pipeline.vae.encode(image[:, :, None]).latent_dist
+    torch.testing.assert_close(seen.mean, expected.mean)
+    assert expected.std.min() > 0.5, "there must be something to draw"
 
 
 def test_what_does_not_fit_is_refused(place: Path) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain import DenoisingChain, ReplayedStep
-from tests.families.table import CASES, PROMPTS, load
+from tests.families.table import CASES, PROMPTS, load, prompts_of
 from tests.pipelines import chain_over
 
 NAMES = [name for name in CASES if name not in ("sd-v", "flux")]
-SCALES = {"flux-true-cfg": {}, "qwen-image": {"guidance_scale": 3.0, "negative_prompt": "ugly"}}
+SCALES = {"flux-true-cfg": {}}
+SCALES |= {name: {"guidance_scale": 3.0, "negative_prompt": "ugly"} for name in ("qwen-image", "qwen-image-edit")}
+SECOND_CALL = (*SCALES, "wan-2.1", "wan-2.2", "wan-i2v")
 
 
 def chains(pipeline: DiffusionPipeline, name: str, **options: Any) -> tuple[DenoisingChain, DenoisingChain]:
@@ -46,7 +48,7 @@ def outputs_detached(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
         nonlocal calls
         calls += 1
         output = result[0]
-        if name in ("flux-true-cfg", "qwen-image", "wan-2.1", "wan-2.2"):
+        if name in SECOND_CALL:
             return result if calls % 2 else (output.detach(),)
         middle = len(output) // 2
         if name == "z-image":
@@ -65,7 +67,7 @@ def outputs_detached(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
 def test_the_gradient_is_that_of_a_constant_negative_branch(name: str, folder_of: Callable[[str], str]) -> None:
     pipeline = load(folder_of(name))
     plain, detached = chains(pipeline, name)
-    trajectory = detached.sample(PROMPTS, [3, 4])
+    trajectory = detached.sample(prompts_of(name), [3, 4])
     for t in (1, 2) if name == "wan-2.2" else (2,):  # one for each expert
         step = detached.replay(trajectory, t)
         assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1]), "bit for bit"
@@ -89,7 +91,7 @@ def test_it_is_the_scale_times_the_gradient_of_the_prompts_own_branch(
     """The guided output is n + g (p - n): with n held fixed the weights' gradient is g times that of p alone."""
     pipeline = load(folder_of(name))
     _, detached = chains(pipeline, name)
-    trajectory = detached.sample(PROMPTS, [3, 4])
+    trajectory = detached.sample(prompts_of(name), [3, 4])
     _, got = gradients(detached, trajectory, 2)
     _, alone = gradients(detached.at(guidance=1.0), trajectory, 2)
     for here, there in zip(got[:-1], alone[:-1], strict=True):
@@ -106,7 +108,7 @@ def test_without_guidance_a_step_is_of_the_conditional_prediction(name: str, fol
     scale = "true_cfg_scale" if name == "flux-true-cfg" else "guidance_scale"
     off = chains(pipeline, name)[0].family.no_guidance
     low, high = (chains(pipeline, name, **{scale: off + above})[0] for above in (0.25, 0.5))
-    trajectory = low.sample(PROMPTS, [3, 4])
+    trajectory = low.sample(prompts_of(name), [3, 4])
     with low.without_guidance():
         got = low.replay(trajectory, 2).mean.detach()
     guided, more = (chain.replay(trajectory, 2).mean.detach() for chain in (low, high))

@@ -12,7 +12,7 @@ from rlr_peft.build import attach_adapters, build_chain
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain import ReplayedStep, family_of
 from rlr_peft.config import Config, load_config
-from rlr_peft.plan import PlanError, build_pipeline, find_architecture, plan_run
+from rlr_peft.plan import ArchitectureError, PlanError, build_pipeline, find_architecture, plan_run
 from rlr_peft.plan.parts import PHASES
 from tests.families.table import CASES
 
@@ -24,7 +24,7 @@ def config_of(name: str, folder: str, *more: str) -> Config:
     return load_config([*base, *required, *options, *more])
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux-true-cfg", "text-to-video-sd", "wan-2.1", "ltx"])
+@pytest.mark.parametrize("name", ["sdxl", "flux-true-cfg", "text-to-video-sd", "wan-i2v", "ltx-i2v"])
 def test_a_familys_folder_is_planned(name: str, folder_of: Callable[[str], str]) -> None:
     plan = plan_run(config_of(name, folder_of(name)))
     assert all(plan.tensors(phase) > 0 for phase in PHASES)
@@ -74,6 +74,12 @@ def test_a_pipeline_that_looks_at_what_weights_make_is_refused_clearly(
     monkeypatch.setattr(StableDiffusionXLPipeline, "encode_prompt", encode_prompt)
     with pytest.raises(PlanError, match=r"StableDiffusionXLPipeline cannot be planned: .*\(Tensor.item\(\) cannot"):
         plan_run(config_of("sdxl", folder_of("sdxl")))
+
+
+def test_an_encoder_that_reads_pictures_is_refused_clearly(folder_of: Callable[[str], str]) -> None:
+    message = "QwenImageEditPipeline cannot be planned: its text encoder reads pictures through Qwen2VLProcessor"
+    with pytest.raises(ArchitectureError, match=message):
+        plan_run(config_of("qwen-image-edit", folder_of("qwen-image-edit")))
 
 
 def test_guidance_by_two_calls_doubles_the_tape(folder_of: Callable[[str], str]) -> None:

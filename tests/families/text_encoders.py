@@ -10,6 +10,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -19,6 +20,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from rlr_peft.build.picture_processor import PictureProcessor
 from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
 
 WIDTH = 16
@@ -98,7 +100,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     """Byte-level letters with Qwen's chat marks."""
     letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*letters, *special, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokens = [*letters, *special]
     tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=512)
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
     tokenizer.chat_template = (
@@ -106,6 +109,11 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return tokenizer
+
+
+def qwen_vl_processor() -> PictureProcessor:
+    """Qwen-Image-Edit's: few tokens a picture."""
+    return PictureProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), qwen_tokenizer())
 
 
 def qwen_vl_encoder() -> Qwen2_5_VLForConditionalGeneration:
@@ -127,7 +135,14 @@ def qwen_vl_encoder() -> Qwen2_5_VLForConditionalGeneration:
         "num_heads": 2,
         "out_hidden_size": WIDTH,
     }
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    tokens = {
+        f"{name}_token_id": qwen_tokenizer().convert_tokens_to_ids(f"<|{mark}|>")
+        for name, mark in (
+            *(("image", "image_pad"), ("video", "video_pad")),
+            *(("vision_start", "vision_start"), ("vision_end", "vision_end")),
+        )
+    }
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
 
 
 def qwen3_config(num_hidden_layers: int = 2) -> Qwen3Config:

@@ -1,5 +1,7 @@
 """Video pipelines of the real classes with tiny random weights."""
 
+from typing import Any
+
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKLCogVideoX,
@@ -10,6 +12,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MotionAdapter,
@@ -17,9 +20,11 @@ from diffusers import (
     UNet2DConditionModel,
     UNet3DConditionModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from tests.families.image_pipelines import DYNAMIC_SHIFT, image_vae
 from tests.families.text_encoders import WIDTH, clip_text_model, t5_encoder, t5_tokenizer, umt5_encoder
@@ -81,14 +86,15 @@ def animatediff() -> AnimateDiffPipeline:
     )
 
 
-def _wan_transformer() -> WanTransformer3DModel:
+def _wan_transformer(in_channels: int = 4, image_dim: int | None = None) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         text_dim=WIDTH,
+        image_dim=image_dim,
         freq_dim=16,
         ffn_dim=16,
         num_layers=1,
@@ -106,8 +112,35 @@ def wan_two_experts() -> WanPipeline:
     return _wan(transformer_2=_wan_transformer(), boundary_ratio=0.875)
 
 
-def _wan(transformer_2: WanTransformer3DModel | None = None, boundary_ratio: float | None = None) -> WanPipeline:
-    return WanPipeline(
+def wan_image_to_video() -> WanImageToVideoPipeline:
+    """Wan 2.1: the first frame as channels of the latents, with a mask, and through an encoder of images."""
+    encoder = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+    )
+    size = {"height": 16, "width": 16}
+    return _wan(
+        WanImageToVideoPipeline,
+        transformer=_wan_transformer(in_channels=12, image_dim=WIDTH),
+        image_encoder=encoder,
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+    )
+
+
+def wan_first_frame() -> WanImageToVideoPipeline:
+    """Wan 2.2 TI2V: the first latent frame is the picture's, and has a timestep of its own."""
+    return _wan(WanImageToVideoPipeline, expand_timesteps=True)
+
+
+def _wan(kind: Any = WanPipeline, **parts: Any) -> Any:
+    parts = {"transformer": _wan_transformer(), **parts}
+    return kind(
         tokenizer=t5_tokenizer(),
         text_encoder=umt5_encoder(),
         vae=AutoencoderKLWan(
@@ -120,9 +153,7 @@ def _wan(transformer_2: WanTransformer3DModel | None = None, boundary_ratio: flo
             latents_std=[1.0, 1.2, 0.8, 1.1],
         ),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=_wan_transformer(),
-        transformer_2=transformer_2,
-        boundary_ratio=boundary_ratio,
+        **parts,
     )
 
 
@@ -166,7 +197,20 @@ def cogvideox() -> CogVideoXPipeline:
 
 def ltx() -> LTXPipeline:
     """LTX-Video: packed latents of a video."""
-    return LTXPipeline(
+    return _ltx(LTXPipeline)
+
+
+def ltx_image_to_video() -> LTXImageToVideoPipeline:
+    """LTX-Video: the first latent frame is the picture's, and steps leave it out."""
+    pipeline = _ltx(LTXImageToVideoPipeline)
+    variance = pipeline.vae.encoder.conv_out.conv  # a trained encoder is nearly sure of the latents
+    variance.weight.data[-1].zero_()
+    variance.bias.data[-1] = -30.0
+    return pipeline
+
+
+def _ltx(kind: Any) -> Any:
+    return kind(
         scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC_SHIFT, shift_terminal=0.1),
         vae=AutoencoderKLLTXVideo(
             latent_channels=4,

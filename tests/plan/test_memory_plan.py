@@ -41,6 +41,7 @@ from rlr_peft.plan import (
     weight_bytes,
 )
 from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, VERIFICATION
+from rlr_peft.prompt import Prompt
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 META = torch.device("meta")
@@ -98,7 +99,7 @@ def saved_gib(pipeline: Any, checkpointed: bool, **options: Any) -> float:
         if checkpointed:
             denoiser.enable_gradient_checkpointing()
         with counted_tape() as tape:
-            step = ReplayedStep(chain, blank_trajectory(chain, ["a"]), 1)
+            step = ReplayedStep(chain, blank_trajectory(chain, [Prompt("a")]), 1)
             saved = tape.live
         del step
     denoiser.disable_gradient_checkpointing()
