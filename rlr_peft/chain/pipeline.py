@@ -166,7 +166,7 @@ class PipelineDriver:
         options = {**self._as_argument(images), **arguments}
         with self._driven_by(scheduler) as pipeline, detached, encoded, self._entering_as(latents) as given:
             returned = self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **options)[0]
-        return returned[:, self._given :] if arguments["output_type"] == "latent" else returned
+        return returned[:, self._given :] if self._given and arguments["output_type"] == "latent" else returned
 
     @contextmanager
     def decoding_for_rewards(self) -> Iterator[None]:
