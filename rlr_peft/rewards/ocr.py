@@ -28,7 +28,7 @@ class OcrReward(Reward):
     The recogniser is PP-OCRv6 (small) in the package rapidocr, which brings its weights; it runs on the CPU.
 
     Raises:
-        UserError: rapidocr is not installed.
+        UserError: rapidocr or rapidfuzz is not installed.
     """
 
     name = "ocr"
@@ -36,6 +36,7 @@ class OcrReward(Reward):
 
     def __init__(self) -> None:
         rapidocr = extra("rapidocr", "ocr", "--reward_fn ocr")
+        self._similarity = extra("rapidfuzz.distance", "ocr", "--reward_fn ocr").Levenshtein.normalized_similarity
         # As many threads as torch has: left to itself it takes every core, whose idle threads wait in a loop.
         engine = {"intra_op_num_threads": torch.get_num_threads(), "inter_op_num_threads": 1}
         params = {f"EngineConfig.onnxruntime.{name}": value for name, value in engine.items()}
@@ -54,7 +55,7 @@ class OcrReward(Reward):
         """
         asked = self._asked(prompts, metadata)
         read = [plain(self._read(pixels)) for pixels in to_8_bit(images)]
-        scores = [1 - edit_distance(a, b) / max(len(a), len(b)) for a, b in zip(asked, read)]
+        scores = [self._similarity(a, b) for a, b in zip(asked, read)]
         exact = torch.tensor([float(a == b) for a, b in zip(asked, read)])
         return Scored(torch.tensor(scores, dtype=torch.float32), info={"exact": exact})
 
@@ -84,13 +85,3 @@ class OcrReward(Reward):
 def plain(text: str) -> str:
     """Without spaces and case, which tell little of how well a text is drawn."""
     return "".join(text.casefold().split())
-
-
-def edit_distance(one: str, other: str) -> int:
-    """The least number of letters to insert, delete or replace."""
-    row = list(range(len(other) + 1))
-    for number, letter in enumerate(one, 1):
-        corner, row[0] = row[0], number
-        for column, wanted in enumerate(other, 1):
-            corner, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, corner + (letter != wanted))
-    return row[-1]
