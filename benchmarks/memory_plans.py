@@ -37,8 +37,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 RECIPES = (
     *("sd14", "sd21", "sdxl", "sdxl_12gb", "sdxl_turbo"),
-    *("sd35_medium", "sd35_medium_12gb", "sd35_medium_nft", "sd35_medium_grpo"),
-    *("flux_dev", "flux_dev_awm", "wan21_1_3b", "modelscope"),
+    *("sd35_medium", "sd35_medium_8gb", "sd35_medium_nft", "sd35_medium_grpo"),
+    *("flux_dev", "flux_dev_awm", "wan21_1_3b", "wan21_1_3b_16gb", "modelscope"),
 )
 UNIT = 2**30
 

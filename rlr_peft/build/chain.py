@@ -42,7 +42,6 @@ def build_chain(config: Config, pipeline: DiffusionPipeline, **of_training: Any)
         denoisers=denoiser_names(config),
         stages=stages_from_config(config),
         contrast=without_stage if config.chain_of_thought.dcot_form == "contrast" else None,
-        offload_text_encoders=config.model.offload_text_encoders and not config.model.offload,
         reference=adapter_disabled,
         **of_training,
     )

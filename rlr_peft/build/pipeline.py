@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
 from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_class
-from rlr_peft.chain.memory import offload_models
+from rlr_peft.chain.memory import hidden_text_encoders, offload_models, offload_text_encoders
 from rlr_peft.config import ConfigError, ModelArguments
 from rlr_peft.config.model import is_single_file, read_quantization
 from rlr_peft.extras import extra
@@ -104,7 +105,8 @@ def prepare_pipeline(pipeline: DiffusionPipeline, arguments: ModelArguments, dev
         ValueError: the VAE cannot recompute its activations, or the denoiser cannot use the attention backend.
     """
     if not arguments.offload:
-        pipeline.to(device)
+        with hidden_text_encoders(pipeline) if arguments.offload_text_encoders else nullcontext():
+            pipeline.to(device)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
@@ -127,6 +129,8 @@ def prepare_pipeline(pipeline: DiffusionPipeline, arguments: ModelArguments, dev
         set_attention_backend(pipeline, arguments.attention_backend)
     if arguments.offload:
         offload_models(pipeline, device)
+    elif arguments.offload_text_encoders:
+        offload_text_encoders(pipeline, device)
     pipeline.set_progress_bar_config(disable=True)
 
 

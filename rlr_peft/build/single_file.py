@@ -4,13 +4,20 @@ diffusers converts them. What the file does not hold comes from a diffusers pipe
 tokenizers, and of the newer families text encoders and VAE.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import (
+    fetch_diffusers_config,
+    is_clip_model_in_single_file,
+    is_t5_in_single_file,
+    load_single_file_checkpoint,
+)
 from safetensors import safe_open
 
 from rlr_peft.chain.base_files import (
@@ -76,13 +83,30 @@ def load_single_file(arguments: ModelArguments, dtype: torch.dtype, replaced: di
             raise BaseModelError(
                 f"The base {name} has no VAE in it: give --pretrained_vae_model_name_or_path, such as {configs}/vae."
             )
+        where: dict[str, Any] = {"revision": arguments.revision, "cache_dir": arguments.cache_dir}
         pipeline: DiffusionPipeline = pipeline_class.from_single_file(
             name,
             config=configs,
             dtype=dtype,
-            revision=arguments.revision,
-            cache_dir=arguments.cache_dir,
+            **where,
             **class_settings(pipeline_class),
+            **_missing_text_encoders(name, index, configs, dtype=dtype, **where),
             **replaced,
         )
     return pipeline
+
+
+def _missing_text_encoders(name: str, index: Mapping[str, Any], configs: str, **loading: Any) -> dict[str, Any]:
+    """The text encoders that the file does not hold, from the pipeline that has its configs.
+
+    diffusers would load them itself, but sees only weights under names that transformers no longer saves.
+    """
+    weights = load_single_file_checkpoint(name)
+    found = {}
+    for part, entry in index.items():
+        if part.startswith("text_encoder") and entry[0] == "transformers":
+            kind = getattr(transformers, entry[1])
+            holds_t5 = issubclass(kind, transformers.T5EncoderModel) and is_t5_in_single_file(weights)
+            if not (holds_t5 or is_clip_model_in_single_file(kind, weights)):
+                found[part] = kind.from_pretrained(configs, subfolder=part, **loading)
+    return found

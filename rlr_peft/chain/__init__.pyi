@@ -16,7 +16,10 @@ from .grid import diffusion_grid as diffusion_grid
 from .interface import Chain as Chain
 from .interface import Trajectory as Trajectory
 from .memory import ModelOffload as ModelOffload
+from .memory import largest_block as largest_block
 from .memory import offload_models as offload_models
+from .memory import offload_text_encoders as offload_text_encoders
+from .memory import text_encoders as text_encoders
 from .memory import working_device as working_device
 from .path import GaussianStep as GaussianStep
 from .path import PathPoint as PathPoint

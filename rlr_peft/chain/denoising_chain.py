@@ -43,7 +43,6 @@ class DenoisingChain:
         stages: splits the chain, so that every step is conditioned on the prompt of its stage; None for one prompt.
         contrast: of a whole text, its stage prompts and the number of a stage, what guidance steers away from in that
             stage, while the whole text conditions all of them; None conditions every stage on its own prompt.
-        offload_text_encoders: keep the text encoders on the CPU, except while new prompts are encoded.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         detach_negative: take no gradient through the negative branch of guidance.
         reference: from the denoiser to a context in which it is the reference model.
@@ -74,14 +73,13 @@ class DenoisingChain:
         decoded_frames: int | None = None,
         stages: Stages | None = None,
         contrast: Contrast | None = None,
-        offload_text_encoders: bool = False,
         reward_decoder: torch.nn.Module | None = None,
         detach_negative: bool = False,
         reference: Callable[[torch.nn.Module], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.family = family_of(pipeline, denoisers)
-        self._driver = PipelineDriver(pipeline, self.family, reward_decoder, offload_text_encoders)
+        self._driver = PipelineDriver(pipeline, self.family, reward_decoder)
         self.device, self.latents_dtype = self._driver.device, self._driver.latents_dtype
         self.denoiser = self._driver.denoiser
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]

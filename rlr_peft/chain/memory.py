@@ -2,11 +2,11 @@
 
 The pipelines' own model offload moves everything off at the end of every call, while a tape still needs the weights.
 Here a model leaves only when another one starts: a decode's tape is gone before a denoiser runs, and a denoiser step's
-before the next decode. Text encoders are needed once for every prompt, and are often larger than the denoiser.
+before the next decode. Text encoders are needed once for every prompt, without a tape, and are often larger than the
+denoiser: of them one block at a time is there.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,17 +79,22 @@ class ModelOffload(ModelHook):
 
 
 def offload_models(pipeline: DiffusionPipeline, device: torch.device) -> list[ModelOffload]:
-    """Leaves every model of the pipeline in host memory until it is called; returns the hooks.
+    """Leaves every model of the pipeline in host memory until it is called, text encoders block by block.
 
     Args:
         pipeline: loaded, in host memory; trained weights are added to it afterwards.
         device: where its models work.
+
+    Returns:
+        The hooks of whole models: of all but the text encoders.
     """
     peers: list[ModelOffload] = []
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
+    encoders = text_encoders(pipeline)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name not in encoders:
             hook = ModelOffload(device, peers, movable=not getattr(part, "is_quantized", False))
             add_hook_to_module(part, hook)
+    offload_text_encoders(pipeline, device, peers)
     return peers
 
 
@@ -99,56 +104,111 @@ def working_device(model: nn.Module) -> torch.device:
     return hook.execution_device if isinstance(hook, ModelOffload) else next(model.parameters()).device
 
 
-class OffloadedTextEncoders:
-    """A pipeline's text encoders, on the CPU but while they encode.
+class BlockOffload(ModelHook):
+    """Accelerate's hook for one block of a text encoder, whose weights are on the device during its call alone.
 
     Args:
-        pipeline: its text encoders are moved to the CPU at once.
-        device: where they encode.
+        device: where it works.
+        tensors: its weights and buffers, in host memory.
+        peers: hooks of whole models, which leave before it comes.
+
+    Attributes:
+        execution_device: where it works, by the name that diffusers asks for.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
-        self._pipeline = pipeline
-        self._device = device
-        self._encoders = {
-            name: part
-            for name, part in pipeline.components.items()
-            if name.startswith("text_encoder") and isinstance(part, nn.Module)
-        }
-        self._move(torch.device("cpu"))
+    def __init__(self, device: torch.device, tensors: list[torch.Tensor], peers: Sequence[ModelOffload] = ()) -> None:
+        self.execution_device = device
+        self._tensors = tensors
+        self._peers = peers
+        self._host: list[torch.Tensor] = []
 
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """Inside, the pipeline has no text encoders: it takes its device from the models that it sees."""
-        self._show(False)
-        try:
-            yield
-        finally:
-            self._show(True)
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Called by accelerate before the block runs."""
+        for peer in self._peers:
+            peer.leave()
+        self._host = [tensor.data for tensor in self._tensors]
+        for tensor in self._tensors:
+            tensor.data = tensor.data.to(self.execution_device, copy=True)
+        return args, kwargs
 
-    def encoding(self, encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
-        """The pipeline's bound ``encode_prompt``, for the inside of ``hidden``."""
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Called by accelerate after the block ran: the copies in host memory have not changed."""
+        for tensor, host in zip(self._tensors, self._host, strict=True):
+            tensor.data = host
+        self._host = []
+        return output
 
-        @functools.wraps(encode_prompt)
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            self._show(True)
-            self._move(self._device)
-            try:
-                return encode_prompt(*args, **kwargs)
-            finally:
-                self._move(torch.device("cpu"))
-                self._show(False)
 
-        return encode
+def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The pipeline's text encoders, by its names of them."""
+    return {
+        name: part
+        for name, part in pipeline.components.items()
+        if name.startswith("text_encoder") and isinstance(part, nn.Module)
+    }
 
-    def _show(self, shown: bool) -> None:
-        for name, encoder in self._encoders.items():
-            # past the pipeline's __setattr__, which would drop the class from its config
-            self._pipeline.__dict__[name] = encoder if shown else None
 
-    def _move(self, device: torch.device) -> None:
-        for encoder in self._encoders.values():
-            encoder.to(device)
+def blocks(model: nn.Module) -> list[tuple[nn.Module, list[torch.Tensor]]]:
+    """The parts that come to the device one at a time, with their weights and buffers.
+
+    They are the entries of the model's lists of layers, whole, and of all other modules what they hold themselves. The
+    model itself is the first, whether or not it holds anything.
+    """
+    whole = {
+        entry
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for entry in module
+        if not isinstance(entry, nn.ModuleList)
+    }
+    inside = {below for entry in whole for below in entry.modules() if below is not entry}
+    found = []
+    for module in model.modules():
+        recurse = module in whole
+        tensors = [*module.parameters(recurse=recurse), *module.buffers(recurse=recurse)]
+        if module not in inside and (tensors or module is model):
+            found.append((module, tensors))
+    return found
+
+
+def largest_block(pipeline: DiffusionPipeline) -> int:
+    """Bytes of the largest block of the text encoders, the most that is on the device of offloaded ones."""
+    sizes = (
+        sum(tensor.nbytes for tensor in tensors)
+        for encoder in text_encoders(pipeline).values()
+        for _, tensors in blocks(encoder)
+    )
+    return max(sizes, default=0)
+
+
+def offload_text_encoders(
+    pipeline: DiffusionPipeline, device: torch.device, peers: Sequence[ModelOffload] = ()
+) -> None:
+    """Keeps the text encoders in host memory; each of their blocks is on the device while it encodes.
+
+    The embeddings are those of encoders that are there as a whole: the same kernels see the same numbers.
+
+    Args:
+        pipeline: loaded.
+        device: where prompts are encoded.
+        peers: hooks of whole models, which leave before a block comes.
+    """
+    for encoder in text_encoders(pipeline).values():
+        encoder.to("cpu")
+        for module, tensors in blocks(encoder):
+            add_hook_to_module(module, BlockOffload(device, tensors, peers))
+
+
+@contextmanager
+def hidden_text_encoders(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Inside, the pipeline has no text encoders, so that moving it leaves them where they are."""
+    encoders = text_encoders(pipeline)
+    # past the pipeline's __setattr__, which would drop the class from its config
+    pipeline.__dict__.update(dict.fromkeys(encoders))
+    try:
+        yield
+    finally:
+        pipeline.__dict__.update(encoders)
 
 
 HALF = (torch.float16, torch.bfloat16)

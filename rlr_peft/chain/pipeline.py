@@ -17,7 +17,7 @@ from PIL import Image
 
 from rlr_peft.chain.condition_images import EncodedImages, batches_of_one_call
 from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, trained_module
-from rlr_peft.chain.memory import OffloadedTextEncoders, cast_inputs_to_weights, working_device
+from rlr_peft.chain.memory import cast_inputs_to_weights, working_device
 from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.config import ChainArguments
@@ -52,7 +52,6 @@ class PipelineDriver:
         pipeline: a loaded pipeline without safety checker.
         family: its row.
         reward_decoder: decodes in place of the pipeline's VAE where asked to; None leaves the VAE.
-        offload_text_encoders: keep the text encoders on the CPU, except while new prompts are encoded.
 
     Attributes:
         pipeline: as given.
@@ -78,7 +77,6 @@ class PipelineDriver:
         pipeline: DiffusionPipeline,
         family: Family,
         reward_decoder: torch.nn.Module | None = None,
-        offload_text_encoders: bool = False,
     ) -> None:
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
@@ -104,9 +102,7 @@ class PipelineDriver:
         self.device = working_device(first)
         self.denoiser = trained_module(pipeline, family.denoisers)
         self.latents_dtype = torch.promote_types(first.dtype, torch.float32)
-        self._offloaded = OffloadedTextEncoders(pipeline, self.device) if offload_text_encoders else None
-        encode = pipeline.encode_prompt if self._offloaded is None else self._offloaded.encoding(pipeline.encode_prompt)
-        self._encode_prompt = PromptMemory(encode, dtype=self.latents_dtype)
+        self._encode_prompt = PromptMemory(pipeline.encode_prompt, dtype=self.latents_dtype)
         self._encoded_images = EncodedImages(pipeline)
         self._given = 0
         self.negative_branch = None
@@ -255,7 +251,7 @@ class PipelineDriver:
         pipeline.scheduler, pipeline.encode_prompt = scheduler, self._encode_prompt
         pipeline.set_progress_bar_config(**{**progress, "disable": True})
         try:
-            with nullcontext() if self._offloaded is None else self._offloaded.hidden(), self._on_known_device():
+            with self._on_known_device():
                 yield pipeline
         finally:
             pipeline.scheduler, pipeline._progress_bar_config = own, progress

@@ -51,7 +51,9 @@ class ModelArguments(Group):
         False, "Recompute the denoiser's activations in the backward pass: less memory, more time."
     )
     offload_text_encoders: bool = knob(
-        False, "Move the text encoders to the GPU only to encode new prompts: less memory, a pause for each new prompt."
+        False,
+        "Keep the text encoders in host memory; new prompts are encoded on the GPU block by block: less memory, a "
+        "pause for each new prompt.",
     )
     vae_gradient_checkpointing: bool = knob(
         False, "Recompute the VAE decoder's activations in the backward pass: less memory, more time."

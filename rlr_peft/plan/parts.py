@@ -35,6 +35,11 @@ class Options:
     keeps_old_weights: bool = False
     evaluation_batch_size: int = 1
 
+    @property
+    def moves_text_encoders(self) -> bool:
+        """Whether text encoders wait in host memory and encode block by block."""
+        return self.offload or self.offload_text_encoders
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -43,6 +48,7 @@ class Facts:
     Attributes:
         measured: what the phases hold beside weights.
         weights: of each component of the pipeline; ``quantized`` gives those of the denoisers in 4 or 8 bits.
+        encoding_block: the largest part of a text encoder that comes to the GPU at once where they are offloaded.
         denoisers: names of the components that are trained.
         quantized: of the denoisers if bitsandbytes holds them.
         dequantized: the largest matrix in full width, which is there while it multiplies.
@@ -59,6 +65,7 @@ class Facts:
 
     measured: Measurements
     weights: Mapping[str, int]
+    encoding_block: int
     denoisers: tuple[str, ...]
     quantized: Mapping[str, int]
     dequantized: int
@@ -188,6 +195,7 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
         Part("trajectory", measured.trajectory, (SAMPLING, DECODE, ADJOINT)),
         Part("prompt embeddings", KEPT_BATCHES * measured.embeddings),
         Part("encoding prompts", measured.encoding, (ENCODING,)),
+        Part("block of a text encoder", facts.encoding_block if options.moves_text_encoders else 0, (ENCODING,)),
         Part("denoiser step, no tape", measured.sampling + dequantized, (SAMPLING,)),
         Part("VAE decode + reward, tape", scoring, (DECODE,)),
         Part("denoiser step, tape", step.peak + dequantized, (ADJOINT,)),
@@ -220,17 +228,15 @@ def _evaluation(facts: Facts, options: Options) -> list[Part]:
 def _verification(facts: Facts, options: Options) -> list[Part]:
     """Proving the saved adapter: it is loaded beside the trained one, and both draw the same images in turn."""
     measured = facts.measured
-    encoders, vae = text_encoders(facts), facts.weights.get("vae", 0)
+    vae = facts.weights.get("vae", 0)
     sampling, decode = measured.verification
     sampling += facts.dequantized if options.quantized else 0
     decode += VERIFIED_IMAGES * measured.picture  # the other adapter's images wait
     if options.offload:
         denoiser = max(0 if options.quantized else facts.weights[name] for name in facts.denoisers)
-        drawing = max(measured.encoding + max(encoders.values(), default=0), sampling + denoiser, decode + vae)
-    else:
-        # the encoders are counted as weights, and have left when the denoiser starts
-        left = sum(encoders.values()) if options.offload_text_encoders else 0
-        drawing = max(measured.encoding, max(sampling, decode) - left)
+        sampling, decode = sampling + denoiser, decode + vae
+    encoding = measured.encoding + (facts.encoding_block if options.moves_text_encoders else 0)
+    drawing = max(encoding, sampling, decode)
     return [
         Part(f"drawing {VERIFIED_IMAGES} to compare", drawing, (VERIFICATION,)),
         Part("reloaded adapter", facts.lora, (VERIFICATION,)),
@@ -261,10 +267,8 @@ def _weights(facts: Facts, options: Options) -> list[Part]:
             phases = (SAMPLING, ADJOINT) if name == largest else ()  # of two experts one at a time
         elif name == "vae" and options.offload:
             phases = (DECODE,)
-        elif name in encoders and options.offload:
-            phases = (ENCODING,) if name == max(encoders, key=lambda other: encoders[other]) else ()
-        elif name in encoders and options.offload_text_encoders:
-            phases = (ENCODING, VERIFICATION)  # there the whole pipeline comes before its encoders leave
+        elif name in encoders and options.moves_text_encoders:
+            phases = ()
         parts.append(Part(f"weights: {name}", size, phases))
     return parts
 

@@ -11,7 +11,6 @@ from rlr_peft.plan.parts import (
     FRAGMENTATION,
     HOST_PHASES,
     PHASES,
-    VERIFICATION,
     HostPlan,
     MemoryPlan,
     Options,
@@ -72,7 +71,11 @@ def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
         ]
     best = steps[-1].plan if steps else plan
     if not best.fits(gpu_memory):
-        lines.append(f"That is not enough: {_what_is_left(best)}")
+        lines.append(
+            "That is not enough: lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, "
+            "of a video, --num_frames and --decoded_frames; use --mixed_precision bf16; or decode with "
+            "--pretrained_tiny_vae_name_or_path."
+        )
     return lines
 
 
@@ -97,19 +100,6 @@ def _rows(title: str, parts: Sequence[Part], phases: Sequence[str], width: int) 
         cells = (_gib(part.size) if phase in part.phases else "-" for phase in phases)
         lines.append(f"{part.name:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
     return lines
-
-
-def _what_is_left(plan: MemoryPlan) -> str:
-    """What lowers the peak of a plan for which no option is left."""
-    if plan.peak_phase in (ENCODING, VERIFICATION):
-        return (
-            "what is left are weights, such as the text encoders while they encode, which no batch size or resolution "
-            "makes smaller; use --mixed_precision bf16, or a larger GPU."
-        )
-    return (
-        "lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, of a video, --num_frames "
-        "and --decoded_frames; use --mixed_precision bf16; or decode with --pretrained_tiny_vae_name_or_path."
-    )
 
 
 def _checkpointing(plan: MemoryPlan) -> list[str]:
@@ -182,6 +172,7 @@ def _alternatives(plan: MemoryPlan) -> Iterator[Suggestion]:
         candidates.append(("--gradient_checkpointing", replace(options, gradient_checkpointing=True)))
     if phase == ADJOINT and plan.facts.optimizer[True] < plan.facts.optimizer[False]:
         candidates.append(("--use_8bit_adam", replace(options, use_8bit_adam=True)))
+    candidates.append(("--offload_text_encoders", replace(options, offload_text_encoders=True)))
     candidates.append(("--offload_rewards", replace(options, offload_rewards=True)))
     candidates.append(("--offload", replace(options, offload=True)))
     if phase != ENCODING:

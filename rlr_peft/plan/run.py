@@ -1,7 +1,6 @@
 """Builds a run as training does, but without weights, measures its phases and adds its memory up."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from rlr_peft.byte_counters import fused_attention
 from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
+from rlr_peft.chain.memory import largest_block
 from rlr_peft.config import Config, ModelArguments
 from rlr_peft.config.forward import ForwardArguments
 from rlr_peft.config.model import read_quantization
@@ -93,6 +93,7 @@ def plan_memory(
     facts = Facts(
         measured=measured,
         weights={name: weight_bytes(model, parameters) for name, model in models.items()},
+        encoding_block=largest_block(chain.pipeline),
         denoisers=chain.family.denoisers,
         quantized={name: weight_bytes(model, parameters, held) for name, model in denoisers.items()},
         dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
@@ -161,9 +162,8 @@ def plan_run(config: Config) -> MemoryPlan:
         decoder = _reward_decoder(model, pipeline, dtype)
         try:
             with KnownValues(), fused_attention():
-                built = _without_moves(config)
-                chain = build_training_chain(built, pipeline, decoder)
-                looking = evaluation_chain(built, build_chain(built, pipeline))
+                chain = build_training_chain(config, pipeline, decoder)
+                looking = evaluation_chain(config, build_chain(config, pipeline))
             path = model.bnb_quantization_config_path
             with KnownValues():
                 return plan_memory(config, chain, looking, None if path is None else read_quantization(path))
@@ -181,14 +181,6 @@ def _reward_memory(
 ) -> RewardMemory | None:
     is_elsewhere = name.startswith((VLM_PREFIX, "unifiedreward")) and config.reward.vlm_endpoint is not None
     return RewardMemory(0, 0) if is_elsewhere else reward_memory(name, count, dtype, pixels, files)
-
-
-def _without_moves(config: Config) -> Config:
-    """Without the chain's own moves of text encoders: nothing leaves meta, and the sums know what is where."""
-    if not config.model.offload_text_encoders:
-        return config
-    stays: dict[str, Any] = {"offload_text_encoders": False}
-    return replace(config, model=replace(config.model, **stays))
 
 
 def _architecture(model: ModelArguments) -> Any:

@@ -67,7 +67,7 @@ def step_of(chain: DenoisingChain) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def test_offloaded_models_compute_the_same_and_only_one_is_at_work() -> None:
-    expected_images, expected = step_of(chain_of(adapted(tiny_stable_diffusion())))
+    expected_images, expected = step_of(chain_of(adapted(frozen_pipeline())))
     pipeline = frozen_pipeline()
     hooks = offload_models(pipeline, CPU)
     chain = chain_of(adapted(pipeline))
@@ -76,12 +76,12 @@ def test_offloaded_models_compute_the_same_and_only_one_is_at_work() -> None:
     def look(module: torch.nn.Module, args: Any) -> None:
         seen.append({type(hook._module).__name__ for hook in hooks if hook.resident_bytes})
 
-    for module in (pipeline.unet.conv_in, pipeline.vae.decoder.conv_in, pipeline.text_encoder.final_layer_norm):
+    for module in (pipeline.unet.conv_in, pipeline.vae.decoder.conv_in):
         module.register_forward_pre_hook(look)
     images, gradients = step_of(chain)
     assert torch.equal(images, expected_images)
     assert len(gradients) == len(expected) and all(map(torch.equal, gradients, expected))
-    assert {name for names in seen for name in names} == {"CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL"}
+    assert {name for names in seen for name in names} == {"UNet2DConditionModel", "AutoencoderKL"}
     assert all(len(names) == 1 for names in seen)
 
 
@@ -102,6 +102,13 @@ def test_frozen_weights_come_back_to_where_they_were_and_trained_ones_stay() -> 
     assert unet.resident_bytes == 0
     assert {name: p.data_ptr() for name, p in pipeline.unet.named_parameters() if not p.requires_grad} == frozen
     assert [parameter.data_ptr() for parameter in chain.parameters] == trained
+
+
+def test_offloaded_text_encoders_are_not_moved_when_the_base_is_loaded(workplace: Path) -> None:
+    arguments = ModelArguments(str(workplace / "base"), offload_text_encoders=True)
+    pipeline: Any = load_pipeline(arguments, torch.device("meta"))
+    assert pipeline.unet.device.type == pipeline.vae.device.type == "meta" and pipeline.text_encoder.device == CPU
+    assert pipeline.config["text_encoder"] == ("transformers", "CLIPTextModel")
 
 
 # --- what needs a GPU -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import diffusers
@@ -91,6 +92,19 @@ def test_a_recipes_comments_say_what_the_plan_computed(name: str) -> None:
     for option, part in (("gradient_checkpointing", "denoiser step"), ("vae_gradient_checkpointing", "decode of one")):
         comment = f"\n{option}: true # {part}: {figures[part]:.1f} -> {figures[f'{part}, checkpointed']:.1f} GiB\n"
         assert (f"\n{option}: true" in text) == (comment in text)
+
+
+def test_a_recipe_for_a_card_fits_it() -> None:
+    committed = json.loads((ROOT / "benchmarks/results/memory_plans.json").read_text())["recipes"]
+    cards = {}
+    for name in RECIPES:
+        card = re.match(r"#.* on a card of (\d+) GB", (ROOT / "configs" / name).read_text())
+        if card is not None:
+            cards[Path(name).stem] = int(card[1])
+            assert committed[Path(name).stem]["peak"] < 0.95 * int(card[1]), name
+        named = re.search(r"_(\d+)gb\.yaml", name)
+        assert named is None or (card is not None and card[1] == named[1]), name
+    assert {"flux_dev": 12, "sdxl_12gb": 12, "sd35_medium_8gb": 8, "wan21_1_3b_16gb": 16}.items() <= cards.items()
 
 
 def test_the_plan_of_a_recipe_is_the_committed_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,6 +325,7 @@ def facts(pipeline_of: Callable[[str], Any]) -> Facts:
             picture=0,
         ),
         weights={"text_encoder": 9 * GIB, "vae": 1 * GIB, "transformer": 20 * GIB},
+        encoding_block=GIB // 2,
         denoisers=("transformer",),
         quantized={"transformer": 6 * GIB},
         dequantized=GIB // 2,
@@ -350,10 +351,14 @@ def test_parts_are_summed_where_they_are_alive_together(facts: Facts) -> None:
     assert plan.peak_phase == DECODE
     offloaded = add_up(facts, Options(decode_batch_size=4, offload=True))
     assert [offloaded.tensors(phase) / GIB for phase in (ENCODING, SAMPLING, DECODE, ADJOINT)] == [
-        2 + 9 + 10,
+        2 + 0.5 + 10,
         2 + 20 + 1,
         2 + 1 + 24,
         2 + 20 + 22,
+    ]
+    encoders = add_up(facts, Options(decode_batch_size=4, offload_text_encoders=True))
+    assert [plan.tensors(phase) - encoders.tensors(phase) for phase in PHASES] == [
+        8.5 * GIB if phase in (ENCODING, VERIFICATION) else 9 * GIB for phase in PHASES
     ]
     elsewhere = add_up(facts, Options(decode_batch_size=4, offload_rewards=True))
     assert [plan.tensors(phase) - elsewhere.tensors(phase) for phase in (ENCODING, DECODE, ADJOINT)] == [
@@ -383,11 +388,10 @@ def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
         name: replace(work, saved=100 * work.saved, peak=100 * work.peak) for name, work in facts.measured.step.items()
     }
     plan = add_up(replace(facts, measured=replace(facts.measured, step=steps)), Options(decode_batch_size=4))
-    assert suggestions(plan, 1)[-1].plan.peak_phase not in (ENCODING, VERIFICATION)
     assert "--train_batch_size" in verdict(plan, 1)[-1]
-    large_encoder = replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB})
-    left = verdict(add_up(large_encoder, Options(decode_batch_size=4)), 1)[-1]
-    assert "text encoders" in left and "--train_batch_size" not in left
+    large_encoder = add_up(replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB}), Options())
+    first, *others = suggestions(large_encoder, 40)
+    assert "--offload_text_encoders" in [first.flag, *(step.flag for step in others)]
 
 
 def command(folder: str, *more: str) -> list[str]:
