@@ -262,6 +262,8 @@ def build_run(
         if config.validation.evaluation_scheduler is not None:
             evaluation_chain(config, chain)
         chain.check_negative_prompts(run_prompts.training[:1])
+        for prompts in (run_prompts.training, run_prompts.evaluation or (), run_prompts.validation):
+            chain.check_images(prompts)
         check_adapter_saves(pipeline)
         optimizer = build_optimizer(parameters, config.optimizer, samples_per_step=samples)
     warn_of_long_prompts(config, pipeline, run_prompts)

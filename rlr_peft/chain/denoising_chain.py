@@ -204,6 +204,10 @@ class DenoisingChain:
         """Raises a ValueError where prompts have negative ones of their own and the pipeline takes none."""
         self._call.negative_prompts(as_prompts(prompts))
 
+    def check_images(self, prompts: Sequence[PromptLike]) -> None:
+        """Raises a ValueError where a prompt has a picture that the pipeline does not take, or lacks one it needs."""
+        self._driver.condition_images(as_prompts(prompts), self._call.of([], "latent"))
+
     def std(self, t: int) -> float:
         return self._scheduler.std(t)
 

@@ -157,7 +157,7 @@ class PipelineDriver:
         if detach_negative and self.negative_branch is not None:
             detached = self.negative_branch.off_tape(len(prompts))
         texts = [prompt.text for prompt in prompts]
-        images = self._condition_images(prompts, arguments)
+        images = self.condition_images(prompts, arguments)
         encoded = self._encoded_images.of(images) if images else nullcontext()
         options = {**self._as_argument(images), **arguments}
         with self._driven_by(scheduler) as pipeline, detached, encoded, self._entering_as(latents) as given:
@@ -177,7 +177,7 @@ class PipelineDriver:
         finally:
             attributes["vae"] = vae
 
-    def _condition_images(self, prompts: Sequence[Prompt], arguments: Mapping[str, Any]) -> list[SizedImage]:
+    def condition_images(self, prompts: Sequence[Prompt], arguments: Mapping[str, Any]) -> list[SizedImage]:
         """The pictures of one call, each with the size that is drawn; none where no prompt has one.
 
         The empty prompt, of which only shapes are asked, has a grey one where the pipeline needs any.
@@ -197,7 +197,10 @@ class PipelineDriver:
             raise ValueError("expected a size that condition images are fitted to: give --resolution")
         missing = [prompt.text for prompt in prompts if prompt.image is None and prompt.text]
         if missing:
-            raise ValueError(f"{self.name} draws from images, and the prompt {missing[0]!r} has none: --image_column")
+            raise ValueError(
+                f"{self.name} draws from images, and the prompt {missing[0]!r} has none: --image_column gives those of "
+                "tables, and --validation_prompt has none, so leave it out"
+            )
         shown = images if self.family.images_of_call == "any" else images[:1]
         return [(image, (width, height)) for image in shown]
 

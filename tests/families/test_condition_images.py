@@ -174,6 +174,9 @@ def test_what_does_not_fit_is_refused(place: Path) -> None:
     picture = ConditionImage(str(place / "red.png"))
     with pytest.raises(ValueError, match="draws from images, and the prompt 'sky' has none: --image_column"):
         chain.sample([Prompt("a", image=picture), Prompt("sky")], [1, 2])
+    with pytest.raises(ValueError, match="and --validation_prompt has none, so leave it out"):
+        chain.check_images([Prompt("a", image=picture), Prompt("sky")])
+    chain.check_images(["sky"])  # Kontext alone draws from texts too
 
 
 def test_a_reward_sees_the_picture_at_the_images_size(place: Path) -> None:
