@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.machine import write_results
 from rlr_peft.build import build_run, evaluation_chain
+from rlr_peft.build.chain import render
 from rlr_peft.config import load_config
 from rlr_peft.figures import save_before_after
 from rlr_peft.prompt import Prompt
 from rlr_peft.training import resume
-from rlr_peft.training.validation import render
 
 FIGURES = ("before_after.png", "reward_curve.png")
 # Pairs that gained most, and those that lost most, in the figure.

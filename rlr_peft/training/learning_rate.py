@@ -5,11 +5,16 @@ depends on the base, on rank and alpha and on the chain, so that good rates lie 
 first step changes the images does not. So some samples are drawn before and after the first update, with the same
 noises, and the rate is the one at which their clean latents change by `CHANGE` of their standard deviation. They are
 not the update's own, which may answer to it far more than others. The schedule starts from that rate.
+
+Adam divides a gradient g by |g| + epsilon. Where all samples of the first update are near the top of the reward, g may
+be far below the usual epsilon and the step with it, and a rate that makes up for it would be ruinous in the next update.
+So epsilon is small against g in this one step.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 
 import torch
@@ -27,6 +32,8 @@ CHANGE = 0.035
 FIRST, TRIES, NEAR = 1e-4, 4, 1.15
 # Drawn for every try, and what a sample that rounds to none of the change counts as.
 SAMPLES, TINIEST = 8, 1e-9
+# Epsilon over the gradient's root mean square, at the most; the square of a gradient below that vanishes in float32.
+EPSILON, FAINTEST = 1e-3, 1e-18
 # One try raises or lowers the rate by no more: a change below the rounding of 16 bits says little.
 LARGEST_FACTOR = 30.0
 
@@ -45,8 +52,13 @@ def take_first_step(run: Run, step: int) -> None:
     """
     parameters, trajectories = run.chain.parameters, _sample(run, step)
     start = [parameter.detach().clone() for parameter in parameters]
+    size = _root_mean_square(parameters)
+    if size < FAINTEST:  # no gradient in this update, such as a group of equal rewards
+        run.optimizer.step()  # at a rate of 0: the schedule expects one
+        return
     _set_rate(run, FIRST)
-    run.optimizer.step()
+    with _epsilon_at_most(run, EPSILON * size):
+        run.optimizer.step()
     direction = [(parameter.detach() - before) / FIRST for parameter, before in zip(parameters, start, strict=True)]
     rate, change = FIRST, _relative_change(run, trajectories)
     for _ in range(TRIES):
@@ -55,7 +67,7 @@ def take_first_step(run: Run, step: int) -> None:
         rate *= min(max(CHANGE / change, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
         _move(parameters, start, direction, rate)
         change = _relative_change(run, trajectories)
-    if change == 0:  # no gradient in this update, such as a group of equal rewards
+    if change == 0:  # a gradient that moves nothing
         _set_rate(run, 0.0)
         return
     run.lr_scheduler.base_lrs = [rate] * len(run.optimizer.param_groups)
@@ -63,6 +75,27 @@ def take_first_step(run: Run, step: int) -> None:
     _set_rate(run, warmed)
     _move(parameters, start, direction, warmed)
     logger.info("learning_rate auto: %.2g, at which the first step changes the latents by %.1f %%.", rate, 100 * change)
+
+
+def _root_mean_square(parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Of those of the gradient's entries that are not zero, as half of a new adapter's are; 0 without any."""
+    gradients = [p.grad.double() for p in parameters if p.grad is not None]
+    count = sum(int(gradient.count_nonzero()) for gradient in gradients)
+    return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients) / count) if count else 0.0
+
+
+@contextmanager
+def _epsilon_at_most(run: Run, most: float) -> Iterator[None]:
+    """Inside, optimisers of Adam's kind have no larger one; the others have none, or a pair."""
+    groups = [group for group in run.optimizer.param_groups if isinstance(group.get("eps"), float)]
+    usual = [group["eps"] for group in groups]
+    for group in groups:
+        group["eps"] = min(group["eps"], most)
+    try:
+        yield
+    finally:
+        for group, epsilon in zip(groups, usual, strict=True):
+            group["eps"] = epsilon
 
 
 def _set_rate(run: Run, rate: float) -> None:

@@ -1,22 +1,26 @@
 """Looks at the images: grids at fixed seeds while training, base against adapter at the end."""
 
+import json
 import logging
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.build.chain import ImagesError, evaluation_chain, render, render_with_latents
+from rlr_peft.build.chain import ImagesError, evaluation_chain, render_with_latents
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
 from rlr_peft.compare.evaluation import Evaluation, evaluate, make_pictures, prompts_and_seeds
+from rlr_peft.durable_files import replacing_file
+from rlr_peft.errors import RewardError
 from rlr_peft.figures import as_images, save_image_grid, save_video
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.card_images import save_gallery
+from rlr_peft.reports import decimals_of_scores
 from rlr_peft.rewards.base import Metadata, Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.training.progress_page import VALIDATION
@@ -32,7 +36,8 @@ NUM_PAIRS = 12
 def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     """Draws every validation prompt at the same seeds as ever, into ``validation/`` and the trackers.
 
-    Of videos the grid shows strips of frames, and every video is a file beside it.
+    Of videos the grid shows strips of frames, and every video is a file beside it. The captions have the reward, and
+    that of the base's image of the same seed where that was drawn.
 
     Args:
         run: the run; only its main process draws.
@@ -50,11 +55,13 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     prompts = [prompt for prompt in run.validation_prompts for _ in range(arguments.num_validation_images)]
     seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
     size = arguments.evaluation_batch_size
-    parts = []
+    drawn, parts, scores = _Drawn(chain), [], _Scores(run)
     try:
         with run.processes.doing("drawing validation images"):
             for i in tqdm(range(0, len(prompts), size), "Validation images", unit="batch", leave=False):
-                parts.append(render(chain, prompts[i : i + size], seeds[i : i + size]).cpu())
+                images = drawn.images(prompts[i : i + size], seeds[i : i + size])
+                scores.add(drawn, images, prompts[i : i + size])
+                parts.append(images.cpu())
     except ImagesError as error:
         logger.error("No %s images after %d updates: %s", phase, step, error)
         return None
@@ -70,11 +77,47 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
         for i, video in enumerate(images):
             save_video(single / f"{i:03d}", video, chain.fps)
         images = as_images(images)
-    title = f"After {step:,} updates" if step else "Base"
-    save_image_grid(path, images, texts_of(prompts), arguments.num_validation_images, title)
+    title = f"After {step:,} update{'s' if step > 1 else ''}" if step else "Base"
+    captions = scores.captions(texts_of(prompts), step)
+    save_image_grid(path, images, captions, arguments.num_validation_images, title)
     for tracker in run.accelerator.trackers:
         track_images(tracker, phase, to_8_bit(images), step)
     return path
+
+
+class _Scores:
+    """Rewards of validation images, on the scales that never move; none where the reward cannot judge them."""
+
+    def __init__(self, run: Run) -> None:
+        self._reward = run.reward.on_first_scales()
+        self._folder = run.output_dir / VALIDATION
+        self._values: list[float] = []
+        self._is_judged = True
+
+    def add(self, drawn: "_Drawn", images: torch.Tensor, prompts: list[Prompt]) -> None:
+        """Judges the images that were drawn last."""
+        if not self._is_judged:
+            return
+        seen = drawn.latents.float() if self._reward.takes_latents else images
+        try:
+            self._values += measure_images(self._reward, seen, prompts).scores.tolist()
+        except RewardError as error:  # such as prompts without the metadata of the training prompts
+            logger.warning("The validation images have no scores: %s", error)
+            self._is_judged = False
+
+    def captions(self, texts: list[str], step: int) -> list[str]:
+        """The prompts with their scores, which are kept beside the images; "score (base's score)"."""
+        if not self._is_judged:
+            return texts
+        with replacing_file(self._folder / f"step-{step:06d}.json") as aside:
+            aside.write_text(json.dumps({"scores": self._values}) + "\n")
+        base = self._folder / "step-000000.json"
+        before = json.loads(base.read_text())["scores"] if step and base.exists() else []
+        shown = decimals_of_scores([*self._values, *before])
+        now = [f"{text}: {score:.{shown}f}" for text, score in zip(texts, self._values, strict=True)]
+        if len(before) != len(now):  # nothing was drawn before training, or a resumed run has other prompts
+            return now
+        return [f"{text} (base {score:.{shown}f})" for text, score in zip(now, before, strict=True)]
 
 
 def evaluate_base(run: Run) -> Evaluation | None:

@@ -47,6 +47,31 @@ def test_the_rate_makes_up_for_what_scales_the_adapter(workplace: Path, tmp_path
     assert rates[0] / rates[1] == pytest.approx(8, rel=0.3)  # each is found to within 15 %
 
 
+FAINT = """
+def faint(images, prompts):
+    return 1e-7 * images[:, 0].mean((1, 2))
+
+def plain(images, prompts):
+    return images[:, 0].mean((1, 2))
+"""
+
+
+def test_a_faint_first_gradient_does_not_raise_it(workplace: Path, tmp_path: Path) -> None:
+    """As of samples that are nearly perfect already: far below Adam's epsilon, which would shorten the step."""
+    (tmp_path / "faint.py").write_text(FAINT)
+    rates, steps = [], []
+    for name in ("plain", "faint"):
+        values = VALUES | {"reward_fn": f"{tmp_path / 'faint.py'}:{name}"}
+        run = build(config_file(workplace, tmp_path / name, **values))
+        start = [parameter.detach().clone() for parameter in run.chain.parameters]
+        take_update(run, 0)
+        rates.append(rate_of(run))
+        steps.append(torch.cat([(p - q).flatten() for p, q in zip(run.chain.parameters, start, strict=True)]))
+        assert [group["eps"] for group in run.optimizer.param_groups] == [run.config.optimizer.adam_epsilon]
+    assert rates[1] == pytest.approx(rates[0], rel=0.1)
+    assert float(torch.nn.functional.cosine_similarity(*steps, dim=0)) > 0.99
+
+
 def test_a_schedule_starts_from_the_rate(workplace: Path, tmp_path: Path) -> None:
     """With a warm-up the first step is none, and its rate is known all the same."""
     values = VALUES | {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}

@@ -178,7 +178,8 @@ def test_validation_and_evaluation_draw_with_stage_prompts(workplace: Path, plac
     assert drawn is not None
     seeds = [derive_seed(0, "validation", i) for i in range(2)]
     images = dcot([("owl, 8k", "owl, 8k")] * 2, seeds=seeds, output_type="pt").images
-    save_image_grid(place / "expected.png", images, ["owl, 8k"] * 2, columns=2, title="Base")
+    captions = [f"owl, 8k: {score:.3f}" for score in json.loads(drawn.with_suffix(".json").read_text())["scores"]]
+    save_image_grid(place / "expected.png", images, captions, columns=2, title="Base")
     assert drawn.read_bytes() == (place / "expected.png").read_bytes()
 
 
