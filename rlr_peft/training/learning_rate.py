@@ -7,8 +7,8 @@ noises, and the rate is the one at which their clean latents change by `CHANGE` 
 not the update's own, which may answer to it far more than others. The schedule starts from that rate.
 
 Adam divides a gradient g by |g| + epsilon. Where all samples of the first update are near the top of the reward, g may
-be far below the usual epsilon and the step with it, and a rate that makes up for it would be ruinous in the next update.
-So epsilon is small against g in this one step.
+be far below the usual epsilon and the step with it, and a rate that makes up for it would be ruinous in the next
+update. So epsilon is small against g in this one step.
 """
 
 import logging
