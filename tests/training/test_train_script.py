@@ -61,7 +61,7 @@ def test_a_whole_run(workplace: Path, tmp_path: Path) -> None:
     for name in files:
         assert (out / name).stat().st_size > 0, name
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
-    drawn = [name for i in range(3) for name in (f"step-00000{i}", f"step-00000{i}.png")]
+    drawn = [f"step-00000{i}{ending}" for i in range(3) for ending in ("", ".json", ".png")]
     assert sorted(path.name for path in (out / "validation").iterdir()) == drawn
     assert ">Finished.<" in (out / "progress.html").read_text()
     assert list((out / "logs").rglob("events.out.tfevents.*"))
