@@ -109,8 +109,8 @@ class OptimizerArguments(Group):
     )
     learning_rate: float | Literal["auto"] = knob(
         "auto",
-        "Peak learning rate of the optimiser; `auto` finds the one at which the first update changes the images by a "
-        "set amount, and where the reward clearly falls goes back with half of it.",
+        "Peak learning rate of the optimiser; `auto` finds it by how far the first update changes the images, and "
+        "halves it where the reward falls.",
         unit="weight units per step",
         above=0,
         at_most=10,

@@ -6,6 +6,7 @@ from rlr_peft.tiny_shapes.scenes import (
     ATTRIBUTES,
     SCALES,
     Scene,
+    _splits,
     caption_words,
     describe,
     parse_caption,
@@ -88,7 +89,7 @@ def test_split_is_disjoint_complete_and_deterministic() -> None:
     assert 0.08 < len(test) / combinations < 0.12
     # Fixed for ever: published figures refer to these prompts.
     assert test[0] == "a large pink plain cross with a white outline in the center on a gray background"
-    scenes.cache_clear()
+    _splits.cache_clear()
     assert prompts("test") == test
 
 
