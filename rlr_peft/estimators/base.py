@@ -1,5 +1,6 @@
 """What an estimator is: a list of backward segments over a chain, and one book of what came of them."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,12 +155,14 @@ class Estimator(ABC):
         uses_reward_gradient: whether a reward's gradient is of use; without, its tape and the decoder's are spared.
         is_calibrated: whether ``calibrate`` has run, in this session or before the checkpoint that was loaded.
         micro_batches: that an update should have on every process, where the config leaves it to the estimator.
+        advantage_clip: normalised advantages are clipped to plus or minus this.
     """
 
     inner_epochs: int = 1
     uses_reward_gradient: bool = False
     is_calibrated: bool = True
     micro_batches: int = 1
+    advantage_clip: float = math.inf
 
     @abstractmethod
     def describe(self, has_gradient: bool | None = None) -> str:
@@ -198,7 +201,10 @@ class Estimator(ABC):
         self, rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], group_size: int
     ) -> torch.Tensor:
         """Advantages (N,) where every reward makes its own (GDPO): rewards (N,) and weights by name."""
-        return separately_normalized(rewards, weights, group_size)
+        return self._clipped_advantages(separately_normalized(rewards, weights, group_size))
+
+    def _clipped_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def wants_calibration(self, has_gradient: bool) -> bool:
         """Whether ``calibrate`` is of use, before the first update and every so often."""

@@ -148,6 +148,7 @@ class ForwardEstimator(Estimator):
 
     def __init__(self, settings: ForwardSettings) -> None:
         self.settings = settings
+        self.advantage_clip = settings.advantage_clip
         self.inner_epochs = settings.inner_epochs
         self._old: list[torch.Tensor] = []
         self._updates = self._followed = 0
@@ -170,15 +171,7 @@ class ForwardEstimator(Estimator):
         return Coverage(torch.zeros(chain.num_steps, dtype=torch.float64), {}, departures=(departure,))
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        return self._clipped(group_normalized(rewards, group_size))
-
-    def advantages_of_each(
-        self, rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], group_size: int
-    ) -> torch.Tensor:
-        return self._clipped(super().advantages_of_each(rewards, weights, group_size))
-
-    def _clipped(self, advantages: torch.Tensor) -> torch.Tensor:
-        return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
+        return self._clipped_advantages(group_normalized(rewards, group_size))
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator

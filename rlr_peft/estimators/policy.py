@@ -114,6 +114,7 @@ class PolicyGradientEstimator(SingleStepsEstimator):
     def __init__(self, settings: PolicyGradientSettings) -> None:
         super().__init__(settings.steps, settings.inner_epochs)
         self.settings = settings
+        self.advantage_clip = settings.advantage_clip
         self.departures = ("advantages are divided by a standard deviation that contains the sample's own reward",)
         if settings.inner_epochs > 1:
             self.departures += ("later inner epochs use samples of earlier weights, with clipped ratios",)
@@ -137,15 +138,7 @@ class PolicyGradientEstimator(SingleStepsEstimator):
             advantages = self._prompt_statistics.normalized(rewards, prompts)
         else:
             advantages = group_normalized(rewards, group_size)
-        return self._clipped(advantages)
-
-    def advantages_of_each(
-        self, rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], group_size: int
-    ) -> torch.Tensor:
-        return self._clipped(super().advantages_of_each(rewards, weights, group_size))
-
-    def _clipped(self, advantages: torch.Tensor) -> torch.Tensor:
-        return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
+        return self._clipped_advantages(advantages)
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
         settings = self.settings
