@@ -7,13 +7,15 @@
 Cost is counted in denoiser forwards of one image, a guided pair being one and half of it one half: a backward pass
 counts as two, decoding and scoring an image as many as they take on this machine (measured once, `unit.json`),
 calibrations as what they evaluate. A run is evaluated at four marks of its budget, with common prompts and noises for
-all methods of a seed, by the reward and a held-out judge.
+all methods of a seed, by the reward and a held-out judge; at the end also by the variety of its images and by the KL
+from the base, on paths with noise whatever the method trained on.
 Each run leaves one JSON file below ``--folder``; runs that are there already are skipped, so a race that was
 interrupted goes on, and several processes may share the work. Use one thread for each (``OMP_NUM_THREADS=1``).
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import time
@@ -29,7 +31,7 @@ from benchmarks.machine import write_results
 from benchmarks.race_report import report
 from benchmarks.two_experts import two_expert_pipeline
 from rlr_peft.build import Run, build_run
-from rlr_peft.compare import Evaluation, flat_metrics, paired_gains
+from rlr_peft.compare import Evaluation, flat_metrics, measure_divergence, paired_gains, path_divergence, variety
 from rlr_peft.config import load_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import replacing_file
@@ -39,6 +41,7 @@ from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, eval
 
 # The methods' own defaults instead of the demo's.
 MEASURED = ("--calibration_interval", "auto", "--fo_roulette")
+DRAWN_WINDOW = ("--noise_window", "{half}", "{top}", "--noise_steps", "{third}")
 # What selects each method, and how many images it makes of a prompt: pathwise gradients need no group.
 METHODS: dict[str, tuple[list[str], int]] = {
     "rlr": (["--estimator", "rlr", *MEASURED, "true"], 2),
@@ -59,7 +62,9 @@ METHODS: dict[str, tuple[list[str], int]] = {
     "reinforce": (["--estimator", "reinforce"], 4),
     "ddpo": (["--estimator", "ddpo"], 4),
     "grpo": (["--estimator", "grpo"], 4),
-    "grpo, noise in two steps": (["--estimator", "grpo", "--noise_window", "8", "9"], 4),
+    "grpo, noise in two steps": (["--estimator", "grpo", "--noise_window", "{two_below}", "{below}"], 4),
+    # As it is run today: the noise keeps the latents' size, in drawn neighbouring steps of the noisier half.
+    "grpo, drawn window": ([*"--estimator grpo --step_kind cps --eta 0.8".split(), *DRAWN_WINDOW], 4),
     "d3po": (["--estimator", "d3po"], 4),
     "ram": (["--estimator", "ram", "--step_kind", "ode"], 4),
     "nft": (["--estimator", "nft", "--step_kind", "ode"], 4),
@@ -78,6 +83,8 @@ REWARDS = {
 LEARNING_RATES = ("0.002", "0.004", "0.008", "auto")
 BATCHES = ("4", "16", "auto")
 MARKS = 4
+# On which the KL from the base is measured.
+KL_PATHS = 32
 
 # A method with its batch and its learning rate: numbers, or `auto`.
 Setting = tuple[str, str, str]
@@ -152,7 +159,9 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     """One run: trains until the budget is spent, and evaluates at equal shares of it."""
     method, batch, rate = setting
     flags, group = METHODS[method]
-    words = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", *flags]
+    top = arguments.steps
+    steps = {"top": top, "below": top - 1, "two_below": top - 2, "half": top // 2 + 1, "third": (top + 1) // 3}
+    words = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", *(flag.format(**steps) for flag in flags)]
     in_micro_batches = ["4", "--gradient_accumulation_steps", AUTO] if batch == AUTO else [batch]
     words += ["--num_images_per_prompt", str(group), "--train_batch_size", *in_micro_batches]
     words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]
@@ -189,8 +198,26 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
             comparison = flat_metrics(paired_gains(base, after))
             numbers = {"updates": step, "samples": run.samples_per_update, "cost": cost, "cpu_seconds": seconds}
             points.append(comparison | numbers | {"K": fmean(book.first_order_steps for book in update.books)})
+    assert after is not None
+    points[-1] |= collapse(run, base, after)
     taken = float(run.lr_scheduler.base_lrs[0])
     return {"method": method, "batch": batch, "learning_rate": rate, "taken": taken, "seed": seed, "points": points}
+
+
+def collapse(run: Run, base: Evaluation, after: Evaluation) -> dict[str, float]:
+    """What a gain may be paid with: variety of the evaluation's images, and nats away from the base on noisy paths."""
+    assert base.features is not None and after.features is not None
+    variety_of = variety(after.features, [prompt.text for prompt in after.prompts], base.features)
+    assert variety_of.overall_change is not None and variety_of.to_base is not None
+    noisy = run.chain.at(step_kind="ancestral", eta=1.0)
+    measured = functools.partial(path_divergence, noisy)
+    divergence = measure_divergence(measured, after.prompts[:KL_PATHS], after.seeds[:KL_PATHS], KL_PATHS)
+    return {
+        "variety": variety_of.overall.value,
+        "variety_change": variety_of.overall_change.value,
+        "to_base": variety_of.to_base.value,
+        "kl": divergence.mean().item(),
+    }
 
 
 def cost_of_scoring(run: Run, path: Path) -> float:

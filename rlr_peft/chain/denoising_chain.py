@@ -22,6 +22,7 @@ from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.chain.separate_samples import can_separate, separate_weights
 from rlr_peft.config import ChainArguments
+from rlr_peft.config.chain import StepKind
 from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
 
 Contrast: TypeAlias = Callable[[str, Sequence[str], int], str | None]
@@ -104,6 +105,7 @@ class DenoisingChain:
         self,
         *,
         eta: float | None = None,
+        step_kind: StepKind | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         resolution: int | None = None,
@@ -114,6 +116,7 @@ class DenoisingChain:
 
         Args:
             eta: amount of noise; None keeps it.
+            step_kind: kind of denoising step; None keeps it.
             steps: T; None keeps it.
             guidance: the scale of the family's guidance; None keeps it.
             resolution: height and width in pixels; None keeps both.
@@ -124,6 +127,7 @@ class DenoisingChain:
         two_scales = self.family.guidance_argument == "true_cfg_scale" and self.arguments.true_cfg_scale is not None
         given = {
             "eta": eta,
+            "step_kind": step_kind,
             "num_inference_steps": steps,
             "true_cfg_scale" if two_scales else "guidance_scale": guidance,
         }
