@@ -25,12 +25,20 @@ from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
 from benchmarks.vlm_parity import KINDS, hpsv3_parity, judge_parity
 from rlr_peft.rewards import ModelFiles, ModelSettings, clip_pixels, padded_clip_pixels, score_images, squared_pixels
-from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, LAION_CLIP, OPENAI_CLIP, PICKSCORE
-from rlr_peft.rewards.image_reward import BERT, IMAGE_REWARD
+from rlr_peft.rewards.model_files import (
+    AESTHETIC_HEAD,
+    AESTHETIC_V2_5_HEAD,
+    BERT,
+    DINO,
+    HPSV2,
+    IMAGE_REWARD,
+    LAION_CLIP,
+    OPENAI_CLIP,
+    PICKSCORE,
+    SIGLIP,
+)
 from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 from rlr_peft.rewards.registry import MODEL_REWARDS
-from rlr_peft.rewards.siglip_rewards import HEAD_V2_5, SIGLIP
-from rlr_peft.rewards.video import DINO
 
 PROMPTS = ["a red fox", "two boats at sea, oil on canvas", "x", "an Owl  reading a very long book " * 9]
 SHAPES = [(512, 512), (300, 500), (640, 384), (224, 224), (97, 180)]
@@ -192,8 +200,8 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
 
 def local_files(folder: Path) -> ModelFiles:
     """The repositories that `network_parity` wrote."""
-    names = {OPENAI_CLIP: "openai", PICKSCORE: "pickscore", LAION_CLIP: "laion", HEAD: "head", HPSV2: "hps"}
-    names |= {SIGLIP: "siglip", HEAD_V2_5: "aesthetic_predictor_v2_5.pth"}
+    names = {OPENAI_CLIP: "openai", PICKSCORE: "pickscore", LAION_CLIP: "laion", AESTHETIC_HEAD: "head", HPSV2: "hps"}
+    names |= {SIGLIP: "siglip", AESTHETIC_V2_5_HEAD: "aesthetic_predictor_v2_5.pth"}
     names |= {IMAGE_REWARD: "blip", BERT: "bert", DINO: "dino"}
     return ModelFiles({repo: str(folder / name) for repo, name in names.items()})
 

@@ -20,8 +20,7 @@ from transformers import (
 
 from benchmarks.vlm_checkpoints import IMAGE_SEQ_LEN, Kind, write_hpsv3, write_vlm
 from rlr_peft.rewards import ModelFiles, ModelSettings, RewardSettings, load_reward, score_images
-from rlr_peft.rewards.hpsv3 import HPSV3, HPSV3_FILE, QWEN2_VL
-from rlr_peft.rewards.hpsv3 import QUESTION as HPSV3_CODE
+from rlr_peft.rewards.model_files import HPSV3, HPSV3_CODE, QWEN2_VL
 
 KINDS: dict[Kind, Any] = {
     "qwen2_vl": Qwen2VLProcessor,
@@ -91,7 +90,7 @@ def hpsv3_parity(folder: Path) -> dict[str, float]:
     from benchmarks.reward_parity import PROMPTS, mixed_images, to_tensor
 
     torch.manual_seed(0)
-    model, head = write_hpsv3(folder / "qwen", folder / HPSV3_FILE, folder / "code.py")
+    model, head = write_hpsv3(folder / "qwen", folder / "HPSv3.safetensors", folder / "code.py")
     files = ModelFiles({QWEN2_VL: str(folder / "qwen"), HPSV3: str(folder), HPSV3_CODE: str(folder / "code.py")})
     reward = load_reward("hpsv3", RewardSettings(ModelSettings(files=files)))
     processor = published_processor(folder / "qwen", "qwen2_vl")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlr_peft.build.offline import work_offline_without_hub
-from rlr_peft.build.reporting import set_up_logging
+from rlr_peft.build.offline import refuse_missing_rewards, work_offline_without_hub
+from rlr_peft.build.reporting import AFTER_TRAINING, reporting_errors, set_up_logging
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
@@ -47,11 +47,12 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
     set_up_logging()
     if not config.hub.push_to_hub:  # what is published is tried again and again
         work_offline_without_hub()
+    with reporting_errors():
+        refuse_missing_rewards(config)
     if said.own.dry_run:
         return dry_run_command(config)
 
     from rlr_peft.build.folder_lock import only_writer
-    from rlr_peft.build.reporting import AFTER_TRAINING, reporting_errors
     from rlr_peft.publishing.publisher import open_publisher
     from rlr_peft.training.interruption import stopping_with_launcher
 
@@ -79,8 +80,6 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
 
 def dry_run_command(config: Config) -> int:
     """Prints what a dry run finds out."""
-    from rlr_peft.build.reporting import reporting_errors
-
     with reporting_errors():
         from rlr_peft.training.dry_run import dry_run
 

@@ -6,6 +6,8 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from rlr_peft.config import Config
+
 logger = logging.getLogger(__name__)
 
 SECONDS = 3.0
@@ -26,3 +28,23 @@ def work_offline_without_hub() -> None:
     except OSError:
         logger.warning("%s does not answer: only files in the cache are used.", endpoint.hostname)
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def refuse_missing_rewards(config: Config) -> None:
+    """Where only the cache is used, looks for the files of all rewards, before torch and the base are loaded.
+
+    With a connection they are downloaded when the rewards are loaded, once the output folder is known to be free.
+
+    Raises:
+        RewardError: a file is missing; it names reward, repository, file and the command to get it.
+    """
+    from huggingface_hub import constants
+
+    from rlr_peft.rewards.model_files import ModelFiles
+
+    if not constants.HF_HUB_OFFLINE:
+        return
+    reward = config.reward
+    files = ModelFiles(reward.reward_model_path, config.model.cache_dir)
+    for spec in (*reward.weights, *(reward.heldout_reward_fn or ())):
+        files.refuse_missing(spec, reward.vlm_endpoint)

@@ -16,7 +16,8 @@ from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward, refuse_latents
 from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
-from rlr_peft.rewards.model_reward import ModelFiles, ModelSettings, weights_dtype
+from rlr_peft.rewards.model_files import ModelFiles
+from rlr_peft.rewards.model_reward import ModelSettings, weights_dtype
 from rlr_peft.rewards.questions import JudgeSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings

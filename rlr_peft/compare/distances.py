@@ -24,7 +24,8 @@ from rlr_peft.estimators.kl import path_kl, reference_steps
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward
-from rlr_peft.rewards.model_reward import MODEL_FILES, ModelSettings, loading
+from rlr_peft.rewards.model_files import MODEL_FILES, Part
+from rlr_peft.rewards.model_reward import ModelSettings, loading
 from rlr_peft.rewards.preprocessing import clip_pixels, imagenet_pixels
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.tiny_shapes import PIPELINE_NAME
@@ -249,7 +250,7 @@ class VisionModelFeatures:
 
         self._settings = settings
         user = f"features {name}"
-        folder = settings.files.folder(user, name, *MODEL_FILES)
+        folder = settings.files.place(user, Part(name, MODEL_FILES))
         with loading(user, folder):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self._is_clip = config.model_type in CLIP_TYPES
@@ -259,7 +260,7 @@ class VisionModelFeatures:
                 f"{config.model_type}; for example facebook/dinov2-base or openai/clip-vit-base-patch32"
             )
         if self._is_clip:
-            network: Any = load_clip_vision(user, settings.files, name, settings.dtype)
+            network: Any = load_clip_vision(user, folder, settings.dtype)
         else:
             with loading(user, folder):
                 network = AutoModel.from_pretrained(folder, dtype=settings.dtype, trust_remote_code=False)

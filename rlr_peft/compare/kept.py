@@ -28,11 +28,11 @@ from torch import Tensor
 
 from rlr_peft.compare.distances import MeasureDivergence
 from rlr_peft.compare.evaluation import FeatureExtractor, Render
+from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
-from rlr_peft.rewards.questions import VLM_PREFIX
 from rlr_peft.rewards.remote import RemoteReward
 
 KEY_LENGTH = 16  # hexadecimal digits

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
 
 
+VLM_PREFIX = "vlm:"
 VLM_QUESTION = 'Does this image show "{prompt}"? Answer with one word, yes or no.'
 VLM_ANSWERS = ("yes", "no")
 REGISTERED = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlr_peft.build.offline import work_offline_without_hub
+from rlr_peft.build.offline import refuse_missing_rewards, work_offline_without_hub
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
@@ -46,6 +46,7 @@ def diagnose_command(words: Sequence[str]) -> int:
 
     # Only now the network and the heavy imports: a wrong flag is refused at once.
     work_offline_without_hub()
+    refuse_missing_rewards(config)
 
     from rlr_peft.build.run import build_run
     from rlr_peft.diagnose.diagnosis import diagnose

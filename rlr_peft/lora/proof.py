@@ -145,7 +145,8 @@ def _load_as_users_do(pipeline: Any, directory: Path, denoisers: list[str]) -> d
         return set(getattr(getattr(pipeline, name), "peft_config", {}))
 
     there = {name: adapters(name) for name in denoisers}
-    with _without_text_encoder_notice():
+    with _without_text_encoder_notice(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the trained one, as is meant
         if all(diffusers_loads(pipeline, getattr(pipeline, name)) for name in denoisers):
             if denoisers != [SECOND_EXPERT]:
                 pipeline.load_lora_weights(str(directory))

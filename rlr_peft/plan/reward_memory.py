@@ -31,10 +31,10 @@ from transformers import (
 )
 
 from rlr_peft.byte_counters import LiveMemory, fused_attention
+from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.errors import RewardError
 from rlr_peft.plan.measurements import weight_bytes
-from rlr_peft.rewards.model_reward import ModelFiles
-from rlr_peft.rewards.questions import VLM_PREFIX
+from rlr_peft.rewards.model_files import ModelFiles
 
 VIT_L_14 = {
     "hidden_size": 1024,

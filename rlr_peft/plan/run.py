@@ -24,6 +24,7 @@ from rlr_peft.chain.memory import largest_block
 from rlr_peft.config import Config, ModelArguments
 from rlr_peft.config.forward import ForwardArguments
 from rlr_peft.config.model import read_quantization
+from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
 from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
@@ -35,8 +36,8 @@ from rlr_peft.plan.measurements import (
 )
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
 from rlr_peft.plan.reward_memory import RewardMemory, reward_memory, reward_names
-from rlr_peft.rewards.model_reward import ModelFiles, weights_dtype
-from rlr_peft.rewards.questions import VLM_PREFIX
+from rlr_peft.rewards.model_files import ModelFiles
+from rlr_peft.rewards.model_reward import weights_dtype
 
 # What is suggested where a base does not fit.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

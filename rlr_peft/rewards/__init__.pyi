@@ -9,8 +9,8 @@ from .combination import Term as Term
 from .combination import WeightedRewards as WeightedRewards
 from .embedded import JpegReward as JpegReward
 from .embedded import TinyShapesJudgeReward as TinyShapesJudgeReward
+from .model_files import ModelFiles as ModelFiles
 from .model_reward import LinearHead as LinearHead
-from .model_reward import ModelFiles as ModelFiles
 from .model_reward import ModelReward as ModelReward
 from .model_reward import ModelSettings as ModelSettings
 from .model_reward import SeeingReward as SeeingReward

@@ -16,9 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWi
 
 from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_reward import (
-    MODEL_FILES,
     LinearHead,
-    ModelFiles,
     ModelSettings,
     SeeingReward,
     check_keys,
@@ -29,16 +27,6 @@ from rlr_peft.rewards.model_reward import (
 )
 from rlr_peft.rewards.preprocessing import clip_pixels, padded_clip_pixels
 
-OPENAI_CLIP = "openai/clip-vit-large-patch14"
-LAION_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
-PICKSCORE = "yuvalkirstain/PickScore_v1"
-HPSV2 = "xswu/HPSv2"
-HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-HEAD = "trl-lib/ddpo-aesthetic-predictor"
-# The same weights are spread under two names.
-HEAD_FILES = ("aesthetic-model.safetensors", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
-
 
 class ClipReward(SeeingReward):
     """A reward that compares image and prompt with a CLIPModel.
@@ -47,14 +35,13 @@ class ClipReward(SeeingReward):
         name: of the reward.
         settings: how the network is held.
         network: any dtype.
-        tokenizer: repository with its `vocab.json` and `merges.txt`.
+        words: folder of its tokenizer.
     """
 
-    def __init__(self, name: str, settings: ModelSettings, network: CLIPModel, tokenizer: str) -> None:
+    def __init__(self, name: str, settings: ModelSettings, network: CLIPModel, words: Path) -> None:
         super().__init__(name, settings, network)
-        folder = settings.files.folder(name, tokenizer, *TOKENIZER_FILES)
-        with loading(name, folder):
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder)
+        with loading(name, words):
+            self._tokenizer = CLIPTokenizer.from_pretrained(words)
 
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, size, size), preprocessed."""
@@ -88,7 +75,8 @@ class ClipScore(ClipReward):
     """100 times the cosine of image and prompt in OpenAI's CLIP ViT-L/14 (Hessel et al., 2021), with no floor at 0."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        super().__init__("clipscore", settings, _load_clip("clipscore", settings, OPENAI_CLIP), OPENAI_CLIP)
+        (folder,) = settings.files.of("clipscore")
+        super().__init__("clipscore", settings, _load_clip("clipscore", folder, settings.dtype), folder)
 
     def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about 15 to 35."""
@@ -99,7 +87,8 @@ class PickScore(ClipReward):
     """Human preference learnt from Pick-a-Pic (Kirstain et al., 2023): scaled cosine in a fine-tuned CLIP ViT-H/14."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        super().__init__("pickscore", settings, _load_clip("pickscore", settings, PICKSCORE), LAION_CLIP)
+        folder, words = settings.files.of("pickscore")
+        super().__init__("pickscore", settings, _load_clip("pickscore", folder, settings.dtype), words)
 
     def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about 17 to 24."""
@@ -116,10 +105,9 @@ class HPSv2(ClipReward):
 
     def __init__(self, version: Literal["v2.0", "v2.1"], settings: ModelSettings) -> None:
         name = f"hpsv2/{version}"
-        file = HPSV2_FILES[version]
-        path = settings.files.find(name, HPSV2, file.replace(".pt", ".safetensors"), file)
+        path, words = settings.files.of(name)
         network = clip_from_open_clip(name, path, load_weights(name, path), settings.dtype)
-        super().__init__(name, settings, network, LAION_CLIP)
+        super().__init__(name, settings, network, words)
 
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, size, size), preprocessed as HPSv2 does it."""
@@ -137,8 +125,8 @@ class Aesthetic(SeeingReward):
     """
 
     def __init__(self, settings: ModelSettings) -> None:
-        vision = load_clip_vision("aesthetic", settings.files, OPENAI_CLIP, settings.dtype)
-        path = settings.files.find("aesthetic", HEAD, *HEAD_FILES)
+        folder, path = settings.files.of("aesthetic")
+        vision = load_clip_vision("aesthetic", folder, settings.dtype)
         head = LinearHead("aesthetic", path, load_weights("aesthetic", path), vision.config.projection_dim)
         super().__init__("aesthetic", settings, nn.ModuleDict({"vision": vision, "head": head}))
 
@@ -155,19 +143,15 @@ class Aesthetic(SeeingReward):
         return embeddings
 
 
-def load_clip_vision(
-    reward_name: str, files: ModelFiles, repo: str, dtype: torch.dtype
-) -> CLIPVisionModelWithProjection:
+def load_clip_vision(reward_name: str, folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
     """The image tower of a CLIP model and its projection."""
-    folder = files.folder(reward_name, repo, *MODEL_FILES)
     with loading(reward_name, folder):
         return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype)
 
 
-def _load_clip(reward_name: str, settings: ModelSettings, repo: str) -> CLIPModel:
-    folder = settings.files.folder(reward_name, repo, *MODEL_FILES)
+def _load_clip(reward_name: str, folder: Path, dtype: torch.dtype) -> CLIPModel:
     with loading(reward_name, folder):
-        return CLIPModel.from_pretrained(folder, dtype=settings.dtype)
+        return CLIPModel.from_pretrained(folder, dtype=dtype)
 
 
 # The weights do not tell how many heads they are meant for; both towers of ViT-H/14 have 16.

@@ -18,12 +18,10 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer, Owlv2ForO
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata
-from rlr_peft.rewards.clip_rewards import OPENAI_CLIP, TOKENIZER_FILES
-from rlr_peft.rewards.model_reward import MODEL_FILES, ModelReward, ModelSettings, loading, unit
+from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading, unit
 from rlr_peft.rewards.preprocessing import clip_pixels, to_8_bit
 from rlr_peft.rewards.scores import describe_samples
 
-OWLV2 = "google/owlv2-base-patch16-ensemble"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOR_TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -59,10 +57,7 @@ class Detector(ModelReward):
     """
 
     def __init__(self, settings: ModelSettings) -> None:
-        files = settings.files
-        texts = (*TOKENIZER_FILES, "tokenizer_config.json")
-        folder = files.folder("detector", OWLV2, *MODEL_FILES, "preprocessor_config.json", *texts)
-        clip = files.folder("detector", OPENAI_CLIP, *MODEL_FILES, *TOKENIZER_FILES)
+        folder, clip = settings.files.of("detector")
         with loading("detector", folder):
             network = Owlv2ForObjectDetection.from_pretrained(folder, dtype=settings.dtype)
             pixels, words = AutoImageProcessor.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)

@@ -12,8 +12,6 @@ from transformers import AutoConfig, Qwen2VLModel
 
 from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_reward import (
-    GITHUB,
-    TEXT_FILES,
     ModelReward,
     ModelSettings,
     check_keys,
@@ -23,9 +21,6 @@ from rlr_peft.rewards.model_reward import (
 from rlr_peft.rewards.published_texts import constant_in
 from rlr_peft.rewards.vlm_inputs import QwenInputs
 
-HPSV3, HPSV3_FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
-QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct"
-QUESTION, QUESTION_FILE = f"{GITHUB}MizzenAI/HPSv3", "hpsv3/dataset/data_collator_qwen.py"
 REWARD_TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # of every image, whatever its shape
 # The published names of the modules, and those of `Qwen2VLModel`.
@@ -40,10 +35,8 @@ class HPSv3(ModelReward):
     """
 
     def __init__(self, settings: ModelSettings) -> None:
-        name, files = "hpsv3", settings.files
-        folder = files.folder(name, QWEN2_VL, "config.json", "preprocessor_config.json", *TEXT_FILES)
-        path = files.find(name, HPSV3, HPSV3_FILE)
-        code = files.find(name, QUESTION, QUESTION_FILE)
+        name = "hpsv3"
+        folder, path, code = settings.files.of(name)
         self._question = constant_in(name, code, "INSTRUCTION")
         self._ending = constant_in(name, code, "prompt_with_special_token")
         with loading(name, folder):

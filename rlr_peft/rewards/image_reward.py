@@ -24,9 +24,6 @@ from rlr_peft.rewards.model_reward import (
 )
 from rlr_peft.rewards.preprocessing import clip_pixels
 
-IMAGE_REWARD = "zai-org/ImageReward"
-IMAGE_REWARD_FILES = ("ImageReward.safetensors", "ImageReward.pt")
-BERT = "google-bert/bert-base-uncased"
 MAX_LENGTH = 35  # tokens; longer prompts are cut off, as in training
 # Mean and standard deviation of the raw score over the authors' data.
 MEAN, STD = 0.16717183, 1.03334
@@ -36,12 +33,11 @@ class ImageReward(ModelReward):
     """The score is standardised: 0 is an average image for its prompt. The head is kept in float32."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        path = settings.files.find("imagereward", IMAGE_REWARD, *IMAGE_REWARD_FILES)
+        path, words = settings.files.of("imagereward")
         network = image_reward_network("imagereward", path, load_weights("imagereward", path), settings.dtype)
         super().__init__("imagereward", settings, network)
-        folder = settings.files.folder("imagereward", BERT, "vocab.txt")
-        with loading("imagereward", folder):
-            self._tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=True)
+        with loading("imagereward", words):
+            self._tokenizer = BertTokenizer.from_pretrained(words.parent, do_lower_case=True)
 
     def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about -2 to 2."""

@@ -1,8 +1,4 @@
-"""What all rewards with a network share: their files, and frozen weights on their device only while they are used.
-
-Every file has an address, repository and name. A user may put a local folder (or file, or another repository) in the
-place of a repository, with the same file names inside.
-"""
+"""What all rewards with a network share: reading weights, and holding them on their device only while they are used."""
 
 from __future__ import annotations
 
@@ -16,158 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
+from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.scores import Info
 
-GITHUB = "github:"  # of repositories that are not on the Hub: `github:owner/name`
-SNAPSHOT = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-# Of a tokenizer and its chat template, which has its own file or not.
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json")
-MODEL_FILES = ("config.json", ("model.safetensors", "pytorch_model.bin"))
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format by its name; `auto` is fp16, but on a CPU, where it is slow, fp32."""
     return _DTYPES[("fp32" if device.type == "cpu" else "fp16") if name == "auto" else name]
-
-
-_IN_WORDS = {
-    GatedRepoError: "is gated: accept its terms on https://huggingface.co/{repo} and log in with `hf auth login`",
-    RepositoryNotFoundError: "was not found, or is private: check the name, or log in with `hf auth login`",
-    LocalEntryNotFoundError: "is not in the local cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set",
-    EntryNotFoundError: "has no such file",
-}
-
-
-class ModelFiles:
-    """Finds the files of Hub repositories.
-
-    Args:
-        replacements: repository -> local folder, local file or another repository to use in its place.
-        cache_dir: folder of the Hub's cache; None for the default one.
-    """
-
-    def __init__(self, replacements: Mapping[str, str] | None = None, cache_dir: str | None = None) -> None:
-        self._replacements = dict(replacements or {})
-        self._cache_dir = cache_dir
-        self._found: set[Path] = set()
-
-    def identity(self) -> list[Any]:
-        """Of all files that were found, in plain values: the Hub's cache names a file after its contents; of others the
-        size and the time of change count too."""
-        files = [(path, path.resolve(), path.stat()) for path in sorted(self._found)]
-        return [[path.name, place.name, stat.st_size, stat.st_mtime_ns] for path, place, stat in files]
-
-    def find(self, reward_name: str, repo: str, *alternatives: str, beside: Sequence[str] = ()) -> Path:
-        """One file: the first of the alternatives that there is.
-
-        Args:
-            reward_name: named in the error.
-            repo: the repository.
-            alternatives: file names, the preferred first; the last one is certain to be in the repository.
-            beside: what else is needed of the repository, for the command in the error.
-
-        Raises:
-            RewardError: missing, gated or unreachable; it names reward, repository, file and the command to get it.
-        """
-        place = self._replacements.get(repo, repo)
-        names = " ".join(beside or alternatives[-1:])
-        path = Path(place).expanduser()
-        if path.is_file():
-            return self._note(path)
-        if path.is_dir():
-            for name in alternatives:
-                if (path / name).is_file():
-                    return self._note(path / name)
-            raise RewardError(
-                f"reward '{reward_name}': expected {' or '.join(alternatives)} in {path}, which stands for {repo}; "
-                f"get it with `hf download {repo} {names} --local-dir {path}`"
-            )
-        if place.startswith(GITHUB):
-            code = place.removeprefix(GITHUB)
-            raise RewardError(
-                f"reward '{reward_name}' needs the file {alternatives[-1]} of github.com/{code}, which is not on the "
-                f"Hub. Get it with `curl -LO https://github.com/{code}/raw/main/{alternatives[-1]}`, and name it with "
-                f"--reward_model_path '{{{repo}: /path/to/{Path(alternatives[-1]).name}}}'"
-            )
-        if place != repo:
-            _check_hub_id(reward_name, f"a folder, a file or a Hub id in the place of {repo}", place)
-        problem: Exception | None = None
-        for name in alternatives:
-            found = self._download(place, name)
-            if isinstance(found, Path):
-                return self._note(found)
-            problem = found
-            if not isinstance(problem, EntryNotFoundError):
-                break
-        raise RewardError(
-            f"reward '{reward_name}' needs the file {alternatives[-1]} of the Hub repository {place}, which "
-            f"{_in_words(problem, place)}. Get it with `hf download {place} {names}`, or name a local copy with "
-            f"--reward_model_path '{{{repo}: /path/to/folder}}' ({type(problem).__name__})"
-        )
-
-    def snapshot(self, reward_name: str, repo: str) -> Path:
-        """The folder of a whole model of `transformers`: its weights as safetensors, which may be many, and all texts.
-
-        Args:
-            reward_name: named in the error.
-            repo: the repository, or a local folder.
-
-        Raises:
-            RewardError: as `find`.
-        """
-        place = self._replacements.get(repo, repo)
-        folder = Path(place).expanduser()
-        if not folder.is_dir():
-            _check_hub_id(reward_name, "a folder or a Hub id", place)
-            try:
-                folder = Path(snapshot_download(place, cache_dir=self._cache_dir, allow_patterns=SNAPSHOT))
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
-                raise RewardError(
-                    f"reward '{reward_name}' needs the Hub repository {place}, which {_in_words(error, place)}. Get it "
-                    f"with `hf download {place}`, or name a local copy with --reward_model_path "
-                    f"'{{{repo}: /path/to/folder}}' ({type(error).__name__})"
-                ) from None
-        for file in folder.iterdir():
-            if file.is_file():
-                self._note(file)
-        return folder
-
-    def folder(self, reward_name: str, repo: str, *files: str | tuple[str, ...]) -> Path:
-        """The folder that holds all these files of a repository; a tuple is of alternatives, as for `find`.
-
-        Raises:
-            RewardError: as `find`.
-        """
-        wanted = [(file,) if isinstance(file, str) else file for file in files]
-        beside = [alternatives[0] for alternatives in wanted]
-        found = [self.find(reward_name, repo, *alternatives, beside=beside) for alternatives in wanted]
-        return found[0].parent
-
-    def _note(self, path: Path) -> Path:
-        self._found.add(path)
-        return path
-
-    def _download(self, place: str, name: str) -> Path | Exception:
-        try:
-            return Path(hf_hub_download(place, name, cache_dir=self._cache_dir))
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            return error
 
 
 def load_weights(reward_name: str, path: Path) -> dict[str, Any]:
@@ -207,19 +66,6 @@ def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
     """How many blocks a network has whose weights are called `{prefix}{number}.`."""
     numbers = (int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
     return 1 + max(numbers, default=0)
-
-
-def _check_hub_id(reward_name: str, expected: str, place: str) -> None:
-    if place.startswith(("/", ".", "~")) or place.count("/") != 1:
-        raise RewardError(
-            f"reward '{reward_name}': expected {expected}, got {place}, which does not exist (looked for it from "
-            f"{Path.cwd()})"
-        )
-
-
-def _in_words(problem: Exception | None, place: str) -> str:
-    reason = "cannot be read: " + next(iter(str(problem).splitlines()), "")
-    return next((text.format(repo=place) for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), reason)
 
 
 _LAYER = re.compile(r"layers\.(\d+)\.weight")

@@ -9,7 +9,6 @@ from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.scores import describe_samples
 
-VLM_PREFIX = "vlm:"
 QUESTIONS = ("questions", "vqa_list", "question")  # in the metadata
 ONE_WORD = " Answer in one word."
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from rlr_peft.config.reward import unknown_reward
+from rlr_peft.config.reward import VLM_PREFIX, unknown_reward
 from rlr_peft.errors import RewardError
 from rlr_peft.redaction import is_address
 from rlr_peft.rewards.base import Reward
@@ -15,7 +15,7 @@ from rlr_peft.rewards.callables import load_callable_reward
 from rlr_peft.rewards.embedded import SPEC_OF_JUDGE, JpegReward, TinyShapesJudgeReward
 from rlr_peft.rewards.model_reward import ModelSettings
 from rlr_peft.rewards.ocr import OcrReward
-from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings
+from rlr_peft.rewards.questions import JudgeSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
 from rlr_peft.rewards.video import TemporalFlicker
 from rlr_peft.rewards.vlm_endpoint import VlmEndpoint

@@ -7,8 +7,6 @@ from transformers import SiglipVisionModel
 
 from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_reward import (
-    GITHUB,
-    MODEL_FILES,
     LinearHead,
     ModelSettings,
     SeeingReward,
@@ -18,20 +16,15 @@ from rlr_peft.rewards.model_reward import (
 )
 from rlr_peft.rewards.preprocessing import squared_pixels
 
-SIGLIP = "google/siglip-so400m-patch14-384"
-HEAD_V2_5 = f"{GITHUB}discus0434/aesthetic-predictor-v2-5"
-HEAD_V2_5_FILE = "models/aesthetic_predictor_v2_5.pth"
-
 
 class AestheticV25(SeeingReward):
     """The head reads the unit image feature and is kept in float32; the prompt is not looked at."""
 
     def __init__(self, settings: ModelSettings) -> None:
         name = "aesthetic-v2.5"
-        folder = settings.files.folder(name, SIGLIP, *MODEL_FILES)
+        folder, path = settings.files.of(name)
         with loading(name, folder):
             vision = SiglipVisionModel.from_pretrained(folder, dtype=settings.dtype)
-        path = settings.files.find(name, HEAD_V2_5, HEAD_V2_5_FILE)
         weights = {key.replace("scoring_head.", "layers."): value for key, value in load_weights(name, path).items()}
         head = LinearHead(name, path, weights, vision.config.hidden_size)
         super().__init__(name, settings, nn.ModuleDict({"vision": vision, "head": head}))

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
-from rlr_peft.rewards.model_reward import GITHUB, ModelFiles, ModelReward, ModelSettings, loading
+from rlr_peft.rewards.model_files import UNIFIED_QUESTION, ModelFiles
+from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
 from rlr_peft.rewards.published_texts import template_in
 from rlr_peft.rewards.remote import RemoteSettings
 from rlr_peft.rewards.scores import describe_samples
 from rlr_peft.rewards.vlm_endpoint import Endpoint
 
 NAME = "unifiedreward"
-MODEL = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 SERVED_NAME = "UnifiedReward"  # as its authors' server calls it
-QUESTION = f"{GITHUB}CodeGoat24/UnifiedReward"
-QUESTION_FILE = "inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py"
 MOST_TOKENS = 256
 _SCORE = re.compile(r"(Alignment|Coherence|Style) Score \(1-5\):\s*(-?\d+(?:\.\d+)?)")
 
@@ -35,8 +34,8 @@ class UnifiedReward(ModelReward):
         from rlr_peft.rewards.vlm import load_judge
         from rlr_peft.rewards.vlm_inputs import read_inputs
 
-        self._question = published_question(settings.files)
-        folder = settings.files.snapshot(NAME, MODEL)
+        script, folder = settings.files.of(NAME)
+        self._question = published_question(script)
         network = load_judge(NAME, folder, settings)
         super().__init__(NAME, settings, network)
         self.differentiable = False
@@ -59,7 +58,7 @@ class UnifiedRewardEndpoint(Reward):
     overlaps = True
 
     def __init__(self, url: str, files: ModelFiles, settings: RemoteSettings) -> None:
-        self._question = published_question(files)
+        self._question = published_question(files.place(NAME, UNIFIED_QUESTION))
         self._endpoint = Endpoint(NAME, url, SERVED_NAME, settings)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
@@ -70,9 +69,9 @@ class UnifiedRewardEndpoint(Reward):
         return Scored(scores, info=info)
 
 
-def published_question(files: ModelFiles) -> str:
+def published_question(script: Path) -> str:
     """With `{prompt}` in the place of the prompt, out of the authors' own script."""
-    return template_in(NAME, files.find(NAME, QUESTION, QUESTION_FILE), "prompt")
+    return template_in(NAME, script, "prompt")
 
 
 def read_scores(answers: list[str], prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:

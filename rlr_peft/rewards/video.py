@@ -6,10 +6,8 @@ from torch import Tensor
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
-from rlr_peft.rewards.model_reward import MODEL_FILES, ModelReward, ModelSettings, loading, unit
+from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading, unit
 from rlr_peft.rewards.preprocessing import vbench_pixels
-
-DINO = "facebook/dino-vitb16"
 
 
 class TemporalFlicker(Reward):
@@ -40,7 +38,7 @@ class SubjectConsistency(ModelReward):
     def __init__(self, settings: ModelSettings) -> None:
         from transformers import ViTModel
 
-        folder = settings.files.folder("subject-consistency", DINO, *MODEL_FILES)
+        (folder,) = settings.files.of("subject-consistency")
         with loading("subject-consistency", folder):
             network = ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=settings.dtype)
         super().__init__("subject-consistency", settings, network)

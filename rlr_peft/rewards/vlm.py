@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
-from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings, Question, questions_of, spellings
+from rlr_peft.rewards.questions import JudgeSettings, Question, questions_of, spellings
 
 
 class VlmJudge(ModelReward):

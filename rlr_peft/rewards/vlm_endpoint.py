@@ -12,12 +12,13 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
+from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.errors import RewardError
 from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError, read_address
 from rlr_peft.redaction import redacted_address
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.preprocessing import to_8_bit
-from rlr_peft.rewards.questions import VLM_PREFIX, JudgeSettings, Question, questions_of
+from rlr_peft.rewards.questions import JudgeSettings, Question, questions_of
 from rlr_peft.rewards.remote import RemoteSettings, encode_png
 
 TOP_LOGPROBS = 20  # as many as the API gives

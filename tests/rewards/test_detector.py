@@ -10,8 +10,8 @@ from benchmarks.reward_checkpoints import Sizes, write_clip, write_clip_tokenize
 from benchmarks.reward_parity import mixed_images, to_tensor
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import ModelFiles, ModelSettings, RewardSettings, load_reward, measure_images
-from rlr_peft.rewards.clip_rewards import OPENAI_CLIP
-from rlr_peft.rewards.detector import COLORS, OWLV2, THRESHOLD, fulfilled, lies, overlap, read_requirements
+from rlr_peft.rewards.detector import COLORS, THRESHOLD, fulfilled, lies, overlap, read_requirements
+from rlr_peft.rewards.model_files import OPENAI_CLIP, OWLV2
 
 LEFT, RIGHT, LOW = (0.0, 0.0, 10.0, 10.0), (40.0, 0.0, 50.0, 10.0), (0.0, 40.0, 10.0, 50.0)
 

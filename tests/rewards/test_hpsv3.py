@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.reward_parity import mixed_images, to_tensor
-from benchmarks.vlm_parity import HPSV3, HPSV3_CODE, HPSV3_FILE, QWEN2_VL, hpsv3_parity
+from benchmarks.vlm_parity import hpsv3_parity
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import ModelFiles, ModelSettings, RewardSettings, load_reward, score_images
+from rlr_peft.rewards.model_files import HPSV3, HPSV3_CODE, QWEN2_VL
 from rlr_peft.rewards.published_texts import constant_in, template_in
 
 
@@ -54,9 +55,9 @@ def test_a_prompt_may_name_the_token_of_the_score(folder: Path, parity: Any) -> 
 
 
 def test_a_checkpoint_of_another_kind_is_refused(folder: Path, parity: Any, tmp_path: Path) -> None:
-    weights = load_file(folder / HPSV3_FILE)
+    weights = load_file(folder / "HPSv3.safetensors")
     weights["rm_head.7.weight"] = weights.pop("rm_head.5.weight")
-    save_file(weights, tmp_path / HPSV3_FILE)
+    save_file(weights, tmp_path / "HPSv3.safetensors")
     with pytest.raises(RewardError, match=r"1 weights missing \(rm_head.5.weight\), 1 unknown \(rm_head.7.weight\)"):
         reward(folder, tmp_path)
 

@@ -35,10 +35,17 @@ from rlr_peft.rewards import (
     weights_dtype,
 )
 from rlr_peft.rewards.base import Metadata
-from rlr_peft.rewards.clip_rewards import HEAD, HPSV2, OPENAI_CLIP
-from rlr_peft.rewards.image_reward import IMAGE_REWARD
+from rlr_peft.rewards.model_files import (
+    AESTHETIC_HEAD,
+    AESTHETIC_V2_5_HEAD,
+    BERT,
+    HPSV2,
+    IMAGE_REWARD,
+    LAION_CLIP,
+    OPENAI_CLIP,
+    SIGLIP,
+)
 from rlr_peft.rewards.registry import MODEL_REWARDS
-from rlr_peft.rewards.siglip_rewards import HEAD_V2_5, SIGLIP
 from tests.programs import LIBRARIES, completed
 
 IMAGE_REWARDS = ["aesthetic", "aesthetic-v2.5", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]
@@ -248,7 +255,7 @@ def test_a_file_that_is_not_on_the_hub_is_named_with_its_address(folder: Path, p
         load_reward("aesthetic-v2.5", settings=RewardSettings(ModelSettings(files=files)))
     address = "github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth"
     assert f"`curl -LO https://{address}`" in str(caught.value)
-    assert f"'{{{HEAD_V2_5}: /path/to/aesthetic_predictor_v2_5.pth}}'" in str(caught.value)
+    assert f"'{{{AESTHETIC_V2_5_HEAD}: /path/to/aesthetic_predictor_v2_5.pth}}'" in str(caught.value)
 
 
 HUB = """
@@ -278,7 +285,7 @@ HUB = """
     os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
     from rlr_peft.rewards.scores import RewardError
-    from rlr_peft.rewards.model_reward import ModelFiles
+    from rlr_peft.rewards.model_files import ModelFiles
 
     for repo in ("o/gated", "o/gone", "o/bare"):
         try:
@@ -337,7 +344,7 @@ def test_a_file_may_stand_for_a_repository_and_safetensors_come_first(folder: Pa
             place.mkdir()
             torch.save(weights, place / "aesthetic-model.pth")
             save_file(doubled, place / "aesthetic-model.safetensors")
-        files = ModelFiles({OPENAI_CLIP: str(folder / "openai"), HEAD: str(place)})
+        files = ModelFiles({OPENAI_CLIP: str(folder / "openai"), AESTHETIC_HEAD: str(place)})
         scores.append(
             score_images(
                 load_reward("aesthetic", settings=RewardSettings(ModelSettings(files=files))), images(), PROMPTS
@@ -362,7 +369,7 @@ def test_damaged_files_and_files_that_hold_code_are_refused(
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    files = ModelFiles({HPSV2: str(path)})
+    files = ModelFiles({HPSV2: str(path), LAION_CLIP: str(path)})
     with pytest.raises(RewardError, match=r"'hpsv2/v2.1': .*HPS_v2.1_compressed.pt cannot be read as weights"):
         load_reward("hpsv2", settings=RewardSettings(ModelSettings(files=files)))
     assert not (tmp_path / "should_not_exist").exists()
@@ -372,7 +379,7 @@ def test_damaged_files_and_files_that_hold_code_are_refused(
 def test_a_file_without_names_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "weights.pt"
     torch.save([torch.zeros(2)], path)
-    files = ModelFiles(dict.fromkeys((HPSV2, IMAGE_REWARD), str(path)))
+    files = ModelFiles(dict.fromkeys((HPSV2, LAION_CLIP, IMAGE_REWARD, BERT), str(path)))
     with pytest.raises(RewardError, match=r"expected weights by name in .*weights.pt, got list"):
         load_reward(name, settings=RewardSettings(ModelSettings(files=files)))
 
@@ -381,7 +388,7 @@ def test_a_head_for_another_model_is_refused_when_it_is_loaded(folder: Path, par
     width = load_weights("aesthetic", folder / "head" / "aesthetic-model.pth")["layers.0.weight"].shape[1]
     path = tmp_path / "wide.pth"
     torch.save({"layers.0.weight": torch.zeros(1, 2 * width), "layers.0.bias": torch.zeros(1)}, path)
-    files = ModelFiles({OPENAI_CLIP: str(folder / "openai"), HEAD: str(path)})
+    files = ModelFiles({OPENAI_CLIP: str(folder / "openai"), AESTHETIC_HEAD: str(path)})
     with pytest.raises(RewardError, match=f"wide.pth is a head for features of {2 * width} numbers, .* gives {width}"):
         load_reward("aesthetic", settings=RewardSettings(ModelSettings(files=files)))
 

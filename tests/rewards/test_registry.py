@@ -1,13 +1,16 @@
 """Names of rewards."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rlr_peft.config.reward import REGISTERED
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import available_rewards, load_reward
+from rlr_peft.rewards.registry import LARGE_REWARDS, MODEL_REWARDS, WRITING_REWARDS
 from rlr_peft.train import train_command
 
 
@@ -40,6 +43,30 @@ def test_training_knows_the_names_before_torch_is_there(capsys: pytest.CaptureFi
         train_command(["--config", "tiny_shapes", "--output_dir", "none", "--heldout_reward_fn", "pickscor"])
     printed = capsys.readouterr().err
     assert left.value.code == 2 and "unknown reward 'pickscor'. Did you mean 'pickscore'?" in printed
+
+
+def test_a_missing_file_is_told_before_torch_is_there(tmp_path: Path) -> None:
+    """Training tells it as the reward does when it is loaded, whichever of the rewards misses it."""
+    code = """if True:
+        import sys
+        from rlr_peft.rewards.model_files import PARTS
+        from rlr_peft.train import train_command
+        words = ["--config", "tiny_shapes", "--cache_dir", sys.argv[1], "--output_dir", sys.argv[1] + "/run"]
+        for name in (*PARTS, "vlm:owner/model"):
+            try:
+                train_command([*words, "--heldout_reward_fn", "jpeg-compressibility", name])
+            except SystemExit as left:
+                print(name, left.code)
+        assert not {"torch", "transformers"} & set(sys.modules)
+    """
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": ""}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    networks = [*MODEL_REWARDS, *LARGE_REWARDS, *WRITING_REWARDS]
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name} 1" for name in (*networks, "vlm:owner/model"))
+    assert done.stderr.count("not in the local cache") + done.stderr.count("not on the Hub") == len(networks) + 1
+    assert "reward 'pickscore' needs the file config.json" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("spec", ["", "aesthetic-and-much-more", "tiny-shapes/"])

@@ -21,7 +21,8 @@ from rlr_peft.rewards import (
     measure_images,
     score_images,
 )
-from rlr_peft.rewards.unified_reward import MODEL, QUESTION, read_scores
+from rlr_peft.rewards.model_files import UNIFIED_REWARD, UNIFIED_REWARD_CODE
+from rlr_peft.rewards.unified_reward import read_scores
 from tests.prompts.chat_server import chat_server, completion
 
 PROMPTS = ["a red fox", "{boats} at sea"]
@@ -42,7 +43,7 @@ def script(tmp_path: Path) -> Path:
 
 
 def reward(script: Path, url: str | None = None, model: Path | None = None) -> Any:
-    files = ModelFiles({QUESTION: str(script), MODEL: str(model)})
+    files = ModelFiles({UNIFIED_REWARD_CODE: str(script), UNIFIED_REWARD: str(model)})
     return load_reward(
         "unifiedreward",
         RewardSettings(

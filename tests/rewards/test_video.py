@@ -23,7 +23,7 @@ from rlr_peft.rewards import (
     score_images,
     vbench_pixels,
 )
-from rlr_peft.rewards.video import DINO
+from rlr_peft.rewards.model_files import DINO
 
 VIDEOS = torch.rand(2, 3, 3, 24, 40, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b"]
