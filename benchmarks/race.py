@@ -81,6 +81,8 @@ REWARDS = {
     "jpeg": ("jpeg-compressibility", "tiny-shapes-heldout"),
 }
 LEARNING_RATES = ("0.002", "0.004", "0.008", "auto")
+# Behind a rate: it falls to 0 in the second half, as the measured one does by itself.
+FALLING = ", falling"
 BATCHES = ("4", "16", "auto")
 MARKS = 4
 # On which the KL from the base is measured.
@@ -128,8 +130,9 @@ def main() -> None:
 
 
 def learning_rate(text: str) -> str:
-    """One spelling of a learning rate, `4e-3` or `0.004`, since it names files; or `auto`."""
-    return text if text == AUTO else f"{float(text):g}"
+    """One spelling of a learning rate, `4e-3` or `0.004`, since it names files, with FALLING behind it; or `auto`."""
+    number = text.removesuffix(FALLING)
+    return text if text == AUTO else f"{float(number):g}{FALLING if text != number else ''}"
 
 
 def settings(folder: Path, arguments: argparse.Namespace) -> list[Setting]:
@@ -168,12 +171,15 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     words += ["--num_inference_steps", str(arguments.steps)]
     words += [] if arguments.evaluation_steps is None else ["--evaluation_steps", str(arguments.evaluation_steps)]
     words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
-    words += ["--learning_rate", rate, "--seed", str(seed)]
+    words += ["--learning_rate", rate.removesuffix(FALLING), "--seed", str(seed)]
+    words += ["--lr_scheduler", "warmup_stable_decay"] if rate.endswith(FALLING) else []
     run = build_run(load_config(words), two_expert_pipeline(pipeline_path()) if arguments.experts == 2 else None)
     scoring = cost_of_scoring(run, folder / "unit.json")
     base = base_evaluation(run, folder / "base" / f"seed {seed}, {arguments.images} images.pt")
     points: list[dict[str, float]] = []
     cost, seconds, step = 0.0, 0.0, 0
+    if run.config.optimizer.schedule == "warmup_stable_decay":  # over the budget: how many updates it pays is not known
+        run.lr_scheduler.lr_lambdas = [lambda _: max(0.0, min(1.0, 2 * (1 - cost / arguments.budget)))]
     while len(points) < MARKS:
         started, before = os.times().user, run.chain.denoiser_evaluations
         if calibration_due(run, step):

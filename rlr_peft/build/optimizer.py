@@ -10,6 +10,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import get_wsd_schedule
 
 from rlr_peft.config import OptimizerArguments
 from rlr_peft.config.chain import AUTO
@@ -70,13 +71,19 @@ def _optimizer_class(name: str) -> Any:
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, arguments: OptimizerArguments, num_training_steps: int
 ) -> LambdaLR:
-    """The schedule of diffusers' name `lr_scheduler`, to be stepped once after every optimiser step.
+    """The schedule of the name `lr_scheduler`, to be stepped once after every optimiser step.
 
     It counts optimiser steps of the whole run, so it must not go through `accelerator.prepare`, whose wrapper steps
     once for each process.
     """
+    if arguments.schedule == "warmup_stable_decay":
+        decay = num_training_steps - max(num_training_steps // 2, arguments.lr_warmup_steps)
+        stable_decay: LambdaLR = get_wsd_schedule(
+            optimizer, arguments.lr_warmup_steps, decay, num_training_steps, decay_type="linear"
+        )
+        return stable_decay
     scheduler: LambdaLR = get_scheduler(
-        arguments.lr_scheduler,
+        arguments.schedule,
         optimizer=optimizer,
         num_warmup_steps=arguments.lr_warmup_steps,
         num_training_steps=num_training_steps,

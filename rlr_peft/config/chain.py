@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.prompt import Stages, make_stages
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
-AUTO = "auto"
+AUTO: Final = "auto"
 SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
 """The knobs that say where stage prompts come from."""
 BUILTIN_SETS = (

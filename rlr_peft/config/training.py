@@ -21,7 +21,16 @@ SHARE = 10  # of a run: the part that a crash may cost, and that evaluating the 
 
 
 # `piecewise_constant` is left out: diffusers' get_scheduler wants a rule string for it, which has no flag here.
-LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+# `warmup_stable_decay` is transformers' name.
+LrScheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "warmup_stable_decay",
+]
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,11 @@ class OptimizerArguments(Group):
     scale_lr: bool = knob(
         False, "Multiply the learning rate by the number of samples of an update (batch, accumulation, processes)."
     )
-    lr_scheduler: LrScheduler = knob("constant", "Course of the learning rate, by diffusers' names.")
+    lr_scheduler: LrScheduler | Literal["auto"] = knob(
+        AUTO,
+        "Course of the learning rate. `warmup_stable_decay` falls linearly to 0 in the second half of the run; `auto` "
+        "takes it where the rate is measured, and `constant` where it is given.",
+    )
     lr_warmup_steps: int = knob(
         0, "Updates over which the learning rate rises from 0.", unit="optimiser steps", at_least=0, at_most=10**9
     )
@@ -158,6 +171,13 @@ class OptimizerArguments(Group):
         below=1,
     )
 
+    @property
+    def schedule(self) -> LrScheduler:
+        """The course of the learning rate that is meant."""
+        if self.lr_scheduler != AUTO:
+            return self.lr_scheduler
+        return "warmup_stable_decay" if self.learning_rate == AUTO else "constant"
+
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the rate and its schedule."""
         if self.learning_rate == AUTO and self.scale_lr:
@@ -165,7 +185,7 @@ class OptimizerArguments(Group):
         if self.optimizer != "AdamW":
             yield from self._check_other(config)
         warmup, length = self.lr_warmup_steps, config.training.max_train_steps
-        if warmup and self.lr_scheduler == "constant":
+        if warmup and self.schedule == "constant":
             yield f"lr_warmup_steps: expected 0 with lr_scheduler constant, got {warmup}; use constant_with_warmup."
         if length is not None and warmup > length:
             yield (

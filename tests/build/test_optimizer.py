@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlr_peft.build import build_lr_scheduler, build_optimizer, restore_optimizer
 from rlr_peft.config import OptimizerArguments
+from rlr_peft.config.training import LrScheduler
 
 
 def new_parameters() -> list[nn.Parameter]:
@@ -159,6 +160,21 @@ def test_schedules_count_optimizer_steps() -> None:
     assert learning_rates(OptimizerArguments(learning_rate=0.3), 3) == [0.3, 0.3, 0.3]
     polynomial = OptimizerArguments(learning_rate=1.0, lr_scheduler="polynomial", lr_power=2.0)
     assert learning_rates(polynomial, 2) == pytest.approx([1, 0.25], abs=1e-6)
+
+
+def test_a_measured_rate_stays_for_half_of_the_run_and_falls_to_0() -> None:
+    def courses(scheduler: LrScheduler, steps: int, warmup: int = 0) -> list[float]:
+        return learning_rates(
+            OptimizerArguments(learning_rate=1.0, lr_scheduler=scheduler, lr_warmup_steps=warmup), steps
+        )
+
+    assert OptimizerArguments(learning_rate="auto").schedule == "warmup_stable_decay"
+    assert OptimizerArguments(learning_rate="auto", lr_scheduler="cosine").schedule == "cosine"
+    assert OptimizerArguments(learning_rate=1.0).schedule == "constant"
+    assert courses("warmup_stable_decay", 7) == pytest.approx([1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert courses("warmup_stable_decay", 8, 2) == pytest.approx([0, 0.5, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert courses("warmup_stable_decay", 4, 3) == pytest.approx([0, 1 / 3, 2 / 3, 1]), "no time but to rise"
+    assert courses("warmup_stable_decay", 1) == [1]
 
 
 def test_scale_lr_multiplies_by_the_samples_of_an_update() -> None:

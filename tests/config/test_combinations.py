@@ -236,7 +236,7 @@ REFUSED = [
     ("--early_stopping_steps 20", "early_stopping_steps: expected a heldout_reward_fn to watch, got none"),
     ("--early_stopping_steps 4", "early_stopping_steps: expected at least 5 and at most 1000000000, got 4"),
     ("--learning_rate auto --scale_lr", "scale_lr: expected none with learning_rate auto, got true"),
-    ("--lr_warmup_steps 5", "lr_warmup_steps: expected 0 with lr_scheduler constant, got 5"),
+    ("--learning_rate 1e-3 --lr_warmup_steps 5", "lr_warmup_steps: expected 0 with lr_scheduler constant, got 5"),
     ("--lr_scheduler cosine --lr_warmup_steps 5 --max_train_steps 4", "expected at most max_train_steps (4), got 5"),
     ("--heldout_reward_fn tiny-shapes", "heldout_reward_fn: expected another reward than reward_fn"),
     ("--heldout_reward_fn a b a", "heldout_reward_fn: expected different rewards, got a b a"),

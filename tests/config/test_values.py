@@ -21,7 +21,7 @@ def test_defaults_are_those_that_diffusers_users_know_or_measured() -> None:
     assert config.lora.rank == 4
     assert config.training.train_batch_size == 4
     assert config.optimizer.learning_rate == "auto"
-    assert config.optimizer.lr_scheduler == "constant"
+    assert config.optimizer.schedule == "warmup_stable_decay"
     assert config.checkpointing.checkpointing_steps is None
     assert config.chain.num_inference_steps == 50
     assert config.model.mixed_precision == "no"

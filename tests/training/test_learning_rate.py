@@ -119,9 +119,8 @@ def test_where_the_reward_falls_it_goes_back_and_the_card_says_so(
     monkeypatch.setattr(rollback, "BLOCK_UPDATES", 2)
     monkeypatch.setattr(rollback, "BLOCK_SAMPLES", 8)
     (tmp_path / "falling.py").write_text(FALLING)
-    config = config_file(
-        workplace, tmp_path / "run", **VALUES, reward_fn=f"{tmp_path / 'falling.py'}:Falling", checkpointing_steps=1
-    )
+    values = VALUES | {"lr_scheduler": "constant", "checkpointing_steps": 1}
+    config = config_file(workplace, tmp_path / "run", **values, reward_fn=f"{tmp_path / 'falling.py'}:Falling")
     run, progress = train_here(config)
     rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert rates[:3] == [rates[0]] * 3 and rates[3] == rates[0] / 2 == rate_of(run)
