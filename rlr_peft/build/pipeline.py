@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
 from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_class
-from rlr_peft.chain.memory import hidden_text_encoders, offload_models, offload_text_encoders
+from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
 from rlr_peft.config import ConfigError, ModelArguments
 from rlr_peft.config.model import is_single_file, read_quantization
 from rlr_peft.extras import extra
@@ -43,10 +42,13 @@ LOADING_OPTIONS = (
 )
 
 
-def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionPipeline:
+def load_pipeline(
+    arguments: ModelArguments, device: torch.device, *, shards_denoisers: bool = False
+) -> DiffusionPipeline:
     """The frozen base pipeline on its device, in eval mode and without safety checker.
 
-    With ``offload`` its models stay in host memory and come to the device when they are called.
+    With ``offload`` its models stay in host memory and come to the device when they are called. Denoisers that are to
+    be sharded stay there until then.
 
     Raises:
         BaseModelError: the folder or the Hub repository does not hold a diffusers pipeline that can be loaded.
@@ -58,8 +60,14 @@ def load_pipeline(arguments: ModelArguments, device: torch.device) -> DiffusionP
     load = load_single_file if is_single_file(name) else _load_folder
     pipeline = load(arguments, dtype, _replacing_parts(arguments, dtype))
     check_loaded(name, pipeline)
-    prepare_pipeline(pipeline, arguments, device)
+    prepare_pipeline(pipeline, arguments, device, shards_denoisers=shards_denoisers)
     return pipeline
+
+
+def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """All denoisers that the pipeline has, by its names of them, whether or not they are trained."""
+    parts = pipeline.components
+    return {name: parts[name] for name in DENOISERS if isinstance(parts.get(name), nn.Module)}
 
 
 def _replacing_parts(arguments: ModelArguments, dtype: torch.dtype) -> dict[str, Any]:
@@ -98,14 +106,19 @@ def _load_folder(arguments: ModelArguments, dtype: torch.dtype, replaced: dict[s
     return pipeline
 
 
-def prepare_pipeline(pipeline: DiffusionPipeline, arguments: ModelArguments, device: torch.device) -> None:
+def prepare_pipeline(
+    pipeline: DiffusionPipeline, arguments: ModelArguments, device: torch.device, *, shards_denoisers: bool = False
+) -> None:
     """Freezes a loaded base, in eval mode, and switches on what the config asks of it, on its device.
+
+    Denoisers that are to be sharded are left where they are.
 
     Raises:
         ValueError: the VAE cannot recompute its activations, or the denoiser cannot use the attention backend.
     """
     if not arguments.offload:
-        with hidden_text_encoders(pipeline) if arguments.offload_text_encoders else nullcontext():
+        staying = text_encoders(pipeline) if arguments.offload_text_encoders else {}
+        with hidden(pipeline, staying | (denoisers_of(pipeline) if shards_denoisers else {})):
             pipeline.to(device)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -32,6 +33,11 @@ T = TypeVar("T")
 BEAT, FIRST_WORD, SILENT = 5.0, 60.0, 30.0
 # How long an ended process may take to vanish after its connections have.
 VANISHING = 5.0
+# How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
+# minutes on GPUs) a thorough evaluation would end the run.
+PATIENCE = timedelta(hours=12)
+# What a process says in place of the number that it demands.
+AT_EXCHANGE, KEEPS_PACE = -1, -2
 
 
 class ProcessLostError(UserError, RuntimeError):
@@ -50,14 +56,38 @@ class Processes:
         self._wait = _Wait()
         self._stack = ExitStack()
         self._watch: _Watch | None = None
+        self._give: Callable[[int], None] | None = None
+        self._demands: Any = None  # a group of its own on the host, where no GPU is waited for
         if accelerator.num_processes > 1:
             places = gather_object([(socket.gethostname(), os.getpid())])
             self._watch = _Watch(self._wait, accelerator.process_index, places)
             self._stack.enter_context(repeating(BEAT, self._watch.beat))
 
     def close(self) -> None:
-        """Gives no more signs of life; to be called before the connections are closed."""
+        """Gives no more signs of life; to be called before the connections are closed.
+
+        With things given on demand it waits for the others, which may still demand some.
+        """
+        self._answer_demands(AT_EXCHANGE, "the end")
         self._stack.close()
+
+    def give_on_demand(self, give: Callable[[int], None]) -> None:
+        """From now on processes that wait for others do what these demand.
+
+        Args:
+            give: what all processes do together when any of them demands a number, from 0.
+        """
+        self._demands = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._give = give
+
+    def demand(self, number: int) -> None:
+        """Has all processes give ``number`` now, those at another place of their program too; the one exception to the
+        rule that all of them must call."""
+        self._round(number, "what the denoiser needs")
+
+    def keep_pace(self) -> None:
+        """Where things are given on demand, waits for those that are behind: at one place all demand the same."""
+        self._answer_demands(KEEPS_PACE, "the pace")
 
     @contextmanager
     def doing(self, work: str) -> Iterator[None]:
@@ -97,16 +127,40 @@ class Processes:
         """The largest of the processes' numbers."""
         return int(self.gather(torch.tensor([number], device=self._accelerator.device), name).max())
 
+    def _answer_demands(self, said: int, name: str) -> None:
+        """Gives what others demand until all are at an exchange, or for the pace until nobody demands anything."""
+        while self._give is not None:
+            others = self._round(said, name)
+            if all(number == AT_EXCHANGE or (number == KEEPS_PACE == said) for number in others):
+                return
+
+    def _round(self, said: int, name: str) -> list[int]:
+        """What all processes said; the numbers among it have been given."""
+        assert self._give is not None  # as nothing else is demanded
+        with self._exchange(name):
+            numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self._accelerator.num_processes)]
+            torch.distributed.all_gather(numbers, torch.tensor([said]), group=self._demands)
+            heard = [int(number) for number in numbers]
+            for number in sorted({number for number in heard if number >= 0}):
+                self._give(number)
+        return heard
+
     @contextmanager
     def _meeting(self, name: str) -> Iterator[None]:
+        self._answer_demands(AT_EXCHANGE, name)
+        with self._exchange(name):
+            yield
+            if self._watch is not None and self._accelerator.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # the exchange itself runs beside this program
+
+    @contextmanager
+    def _exchange(self, name: str) -> Iterator[None]:
         if self._watch is None:
             yield
             return
         self._wait.begin(name)
         try:
             yield
-            if self._accelerator.device.type == "cuda":  # the exchange itself runs beside this program
-                torch.cuda.current_stream().synchronize()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # gloo has no class of its own

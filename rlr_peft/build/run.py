@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,19 @@ from rlr_peft.build.machine import prepare_machine
 from rlr_peft.build.optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
     compile_denoisers,
+    denoisers_of,
     described_by,
     load_pipeline,
     load_reward_decoder,
     prepare_pipeline,
 )
-from rlr_peft.build.processes import Processes
+from rlr_peft.build.processes import PATIENCE, Processes
 from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_prompts, with_stage_prompts
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object, name_reward
 from rlr_peft.build.rollback import Rollback
+from rlr_peft.build.sharding import ShardedDenoisers
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, TrainingArguments, stages_from_config
@@ -58,10 +59,6 @@ from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 
 logger = logging.getLogger(__name__)
-
-# How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
-# minutes on GPUs) a thorough evaluation would end the run.
-PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -224,6 +221,7 @@ def build_run(
     run_prompts = read_prompts(config, training_prompts)
     initial = _initial_adapter(config)
     accelerator = _accelerator(config)
+    shards = _shards(config, accelerator)
     processes = Processes(accelerator)
     prepare_machine(config.model, accelerator.device)
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
@@ -245,9 +243,9 @@ def build_run(
     arithmetic = arithmetic_of(config, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():
         if pipeline is None:
-            pipeline = load_pipeline(config.model, accelerator.device)
+            pipeline = load_pipeline(config.model, accelerator.device, shards_denoisers=shards)
         else:
-            prepare_pipeline(pipeline, config.model, accelerator.device)
+            prepare_pipeline(pipeline, config.model, accelerator.device, shards_denoisers=shards)
         family = family_of(pipeline, denoiser_names(config))
         parameters = attach_adapters(config, pipeline, family)
         if initial is not None:
@@ -256,6 +254,8 @@ def build_run(
             check_kohya(pipeline)
         if config.model.torch_compile:
             compile_denoisers(getattr(pipeline, name) for name in family.denoisers)
+        if shards:
+            ShardedDenoisers(denoisers_of(pipeline), accelerator.device, processes)
         decoder = load_reward_decoder(config.model, pipeline, accelerator.device)
         chain = build_training_chain(config, pipeline, decoder)
         check_trajectory(config, chain)
@@ -325,9 +325,9 @@ def _accelerator(config: Config) -> Accelerator:
     for sharding in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{sharding}", "false").lower() == "true":
             raise ConfigError(
-                f"Expected processes that each hold the whole base, got {sharding} from accelerate's config, which "
-                "would share out nothing here. Launch with `accelerate launch --multi_gpu`; for a base that is too "
-                "large take --bnb_quantization_config_path nf4 or --offload."
+                f"Expected processes that shard nothing by accelerate's config, got {sharding}, which would share out "
+                "nothing here. Launch with `accelerate launch --multi_gpu`; for a base that is too large take "
+                "--shard_denoiser, --bnb_quantization_config_path nf4 or --offload."
             )
     accelerator = Accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
@@ -341,6 +341,20 @@ def _accelerator(config: Config) -> Accelerator:
             f"{accelerator.num_processes}. On a machine without GPU set ACCELERATE_USE_CPU=1 before launching."
         )
     return accelerator
+
+
+def _shards(config: Config, accelerator: Accelerator) -> bool:
+    """Whether denoisers are shared out over the processes.
+
+    Raises:
+        ConfigError: there is one process alone.
+    """
+    if config.training.shard_denoiser and accelerator.num_processes == 1:
+        raise ConfigError(
+            "shard_denoiser: expected several processes that share the denoiser, got one; launch them with "
+            "`accelerate launch --multi_gpu --num_processes N`, or leave --shard_denoiser out."
+        )
+    return config.training.shard_denoiser
 
 
 def _fixed_samples(training: TrainingArguments) -> int:

@@ -6,7 +6,7 @@ before the next decode. Text encoders are needed once for every prompt, without 
 denoiser: of them one block at a time is there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -200,15 +200,14 @@ def offload_text_encoders(
 
 
 @contextmanager
-def hidden_text_encoders(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Inside, the pipeline has no text encoders, so that moving it leaves them where they are."""
-    encoders = text_encoders(pipeline)
+def hidden(pipeline: DiffusionPipeline, models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, the pipeline has none of these models of its own, so that moving it leaves them where they are."""
     # past the pipeline's __setattr__, which would drop the class from its config
-    pipeline.__dict__.update(dict.fromkeys(encoders))
+    pipeline.__dict__.update(dict.fromkeys(models))
     try:
         yield
     finally:
-        pipeline.__dict__.update(encoders)
+        pipeline.__dict__.update(models)
 
 
 HALF = (torch.float16, torch.bfloat16)

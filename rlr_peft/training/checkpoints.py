@@ -48,7 +48,7 @@ class LoadedCheckpoint:
         path: its folder, which also holds the adapter's files.
         step: finished optimiser steps.
         state: the mapping given to `save`.
-        process_state: what this process gave to `save`.
+        process_state: what this process gave to `save`; None if there were fewer processes then.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class CheckpointManager:
     Args:
         output_dir: where the `checkpoint-N` folders are.
         total_limit: how many complete checkpoints to keep, at least 1; None keeps all.
-        num_processes: of this run; a checkpoint of another number is refused.
+        num_processes: of this run.
         process_index: of this process; 0 writes, the others only hand over their state.
         gather: collects a list from every process into one list, in the order of the processes (accelerate's
             `gather_object`). Every process must call `save` when there are several.
@@ -150,8 +150,7 @@ class CheckpointManager:
                 warning for each; or the name of a folder in `output_dir`, or a path.
 
         Raises:
-            CheckpointError: the named checkpoint is missing or damaged, there are some but none is complete, or it was
-                written by another number of processes.
+            CheckpointError: the named checkpoint is missing or damaged, or there are some but none is complete.
         """
         if resume_from_checkpoint is None:
             return None
@@ -176,17 +175,17 @@ class CheckpointManager:
                     f"The checkpoint {path} cannot be used: {error}. Name another one, or `latest` to take the newest "
                     "complete one."
                 ) from None
-        written_by = read_manifest(path, check_sums=False)["num_processes"]
-        if written_by != self.num_processes:
-            raise CheckpointError(
-                f"The checkpoint {path} was written by {written_by} processes and this run has {self.num_processes}: "
-                f"start it with {written_by}, because the random states of each process are part of the checkpoint."
-            )
         return path
 
     def load(self, checkpoint: Path) -> LoadedCheckpoint:
-        """Reads a folder that `resolve` returned; warns when packages have other versions than those that wrote it."""
+        """Reads a folder that `resolve` returned; warns when other packages or processes wrote it."""
         manifest = read_manifest(checkpoint, check_sums=False)
+        if manifest["num_processes"] != self.num_processes:
+            logger.warning(
+                "%s was written by %d processes and this run has %d: its updates are those of then, up to rounding, as "
+                "long as train_batch_size x gradient_accumulation_steps x processes is what it was.",
+                *(checkpoint, manifest["num_processes"], self.num_processes),
+            )
         here = package_versions()
         changed = [
             f"{name} {written} -> {here.get(name, 'none')}"
@@ -205,8 +204,10 @@ class CheckpointManager:
                 for name in manifest["files"]
                 if name.endswith(".pt")
             }
-            process_states = state.pop(_PROCESS_STATES)
-            return LoadedCheckpoint(checkpoint, manifest["step"], state, process_states[self.process_index])
+            process_states, own = state.pop(_PROCESS_STATES), None
+            if self.process_index < manifest["num_processes"]:
+                own = process_states[self.process_index]
+            return LoadedCheckpoint(checkpoint, manifest["step"], state, own)
 
     def _latest(self) -> Path | None:
         """The newest complete one; None where there is none at all, as before the first save of a run."""

@@ -63,8 +63,8 @@ def resume(run: Run) -> Progress:
     Before anything that costs time, such as the evaluation of the base: a checkpoint that does not fit shows at once.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, of another adapter or estimator or of another number of
-            processes, or the processes do not find the same one.
+        CheckpointError: the checkpoint is missing, damaged, or of another adapter or estimator, or the processes do not
+            find the same one.
         ConfigError: the output folder cannot be made.
     """
     try:
@@ -135,7 +135,8 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     run.reward.load_state_dict(state["reward"])
     if run.heldout is not None:
         run.heldout.load_state_dict(state["heldout"])
-    restore_random_states(loaded.process_state, run.accelerator.device)
+    if loaded.process_state is not None:  # a process that is new has its own, as at a start
+        restore_random_states(loaded.process_state, run.accelerator.device)
     logger.info("Resuming from %s.", path)
     if run.accelerator.is_main_process:
         _warn_of_changes(run, path.parent / CONFIG)

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -12,13 +12,14 @@ import torch
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
-from rlr_peft.chain.adjoint import DerivativeError
+from rlr_peft.chain.adjoint import DerivativeError, Segment
 from rlr_peft.chain.noise_window import moving_window
 from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of, over_updates
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
+from rlr_peft.estimators.zeroth_order import Perturbation
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.learning_rate import is_unknown, take_first_step
@@ -247,7 +248,14 @@ def _add_gradients(
         references = reference_steps(run.chain, rollout.trajectory, run.kl_penalty.steps, draws)
         kl = path_kl(rollout.trajectory, references)
         terms += [kl_segments(rollout.trajectory, references, beta)] if beta > 0 else []
-    return accumulate(run.chain, run.objective, rollout, itertools.chain(*terms), generator), kl
+    return accumulate(run.chain, run.objective, rollout, _in_step(run, itertools.chain(*terms)), generator), kl
+
+
+def _in_step(run: Run, terms: Iterable[Segment | Perturbation]) -> Iterator[Segment | Perturbation]:
+    """The terms, one by one, each begun by all processes at once where they need each other's parts of the denoiser."""
+    for term in terms:
+        run.processes.keep_pace()
+        yield term
 
 
 def _measures_kl(run: Run, step: int) -> bool:

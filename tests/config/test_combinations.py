@@ -22,6 +22,13 @@ REFUSED = [
     ("--zo_scale 0", "zo_scale: expected above 0 and at most 1000, got 0.0"),
     ("--vlm_answers yes YES", "vlm_answers: expected two different answers, the good one first, got yes YES"),
     ("--vlm_answers yes", "vlm_answers: expected two different answers, the good one first, got yes"),
+    ("--shard_denoiser --offload", "shard_denoiser: expected none with offload, got both"),
+    (
+        "--shard_denoiser --bnb_quantization_config_path nf4",
+        "shard_denoiser: expected none with bnb_quantization_config",
+    ),
+    ("--shard_denoiser --torch_compile", "shard_denoiser: expected none with torch_compile, got both"),
+    ("--shard_denoiser --use_dora", "shard_denoiser: expected none with use_dora, got both"),
     ("--learning_rate .nan", "learning_rate: expected a finite number"),
     ("--max_grad_norm .inf", "max_grad_norm: expected a finite number"),
     ("--lora_dropout 1", "lora_dropout: expected at least 0 and below 1, got 1.0"),

@@ -325,7 +325,9 @@ def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         CheckpointManager(tmp_path).resolve("checkpoint-2")
 
 
-def test_every_process_gets_its_own_state_back_and_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+def test_every_process_gets_its_own_state_back_and_those_that_are_new_get_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     written = []
     for index in (1, 0):
         manager = CheckpointManager(
@@ -339,9 +341,11 @@ def test_every_process_gets_its_own_state_back_and_another_number_of_processes_i
         path = manager.resolve("latest")
         assert path is not None
         assert manager.load(path).process_state == {"seed": 10 + index}
-    for name in ("latest", "checkpoint-4"):
-        with pytest.raises(CheckpointError, match="written by 2 processes and this run has 1: start it with 2"):
-            CheckpointManager(tmp_path).resolve(name)
+    assert "processes" not in caplog.text
+    for number, expected in ((1, [{"seed": 10}]), (3, [{"seed": 10}, {"seed": 11}, None])):
+        managers = [CheckpointManager(tmp_path, num_processes=number, process_index=index) for index in range(number)]
+        assert [manager.load(path).process_state for manager in managers] == expected
+        assert f"written by 2 processes and this run has {number}: its updates are those of then" in caplog.text
     with pytest.raises(ValueError, match="states of 1 processes, expected 2"):
         CheckpointManager(tmp_path, num_processes=2).save(5, {}, write_adapter(5))
 
