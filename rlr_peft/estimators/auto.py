@@ -7,7 +7,9 @@ same length whatever the estimate, so that an update of B independent samples ra
     <gradient, E g> / sqrt(E |mean of B g|^2),
 
 which is |gradient| for a full gradient without noise and less for one that is biased or noisy. Divided by the cost of B
-samples it is the expected improvement per cost. The gradient is that of the measured samples' own mean reward: so few
+samples it is the expected improvement per cost. Where several models share out the steps, as in Wan 2.2, each takes
+steps of that length by itself, so that their improvements add up, and a member that never reaches one gains nothing
+there. The gradient is that of the measured samples' own mean reward: so few
 do not tell the true one, which is often too small to be seen in them at all, but a member that misses theirs sample by
 sample will miss it too.
 
@@ -102,6 +104,7 @@ def promise(
     full: torch.Tensor,
     samples: int,
     fixed_cost: float,
+    experts: torch.Tensor | None = None,
 ) -> Promise:
     """Judges a member.
 
@@ -111,17 +114,25 @@ def promise(
         full: weights of the rows that give the whole gradient, (R,).
         samples: B, of an update.
         fixed_cost: of a sample without replays, in denoiser evaluations.
+        experts: number of the model that every row belongs to, (R,), of about the same size; None for a single model.
     """
-    along = full @ moments.means @ weights.mean
-    length = (full @ moments.means @ full).clamp(min=1e-300)
-    expected = (weights.mean @ moments.means @ weights.mean).clamp(min=1e-300)
-    single = (weights.square * moments.products).sum()
-    alike = (weights.square * moments.means).sum() if weights.shared else expected
+    numbers = torch.zeros(len(full), dtype=torch.int64) if experts is None else experts
+    of_expert = torch.nn.functional.one_hot(numbers).to(full).T  # (E, R)
+
+    def squares(products: torch.Tensor) -> torch.Tensor:
+        """Sums over the pairs of rows of each expert, (E,)."""
+        return torch.einsum("er,rs,es->e", of_expert, products, of_expert).clamp(min=1e-300)
+
+    along = torch.einsum("er,rs,es->e", of_expert * full, moments.means, of_expert * weights.mean)
+    length = squares(torch.outer(full, full) * moments.means)
+    expected = squares(torch.outer(weights.mean, weights.mean) * moments.means)
+    single = squares(weights.square * moments.products)
+    alike = squares(weights.square * moments.means) if weights.shared else expected
     square = (single + (samples - 1) * alike) / samples
     cost = samples * (fixed_cost + STEP_COST * weights.replays)
     return Promise(
-        cosine=float((along / (length * expected).sqrt()).clamp(-1, 1)),
-        improvement=float(along.clamp(min=0) / (length * square.clamp(min=1e-300)).sqrt() / cost),
+        cosine=float((along.sum() / (length.sum() * expected.sum()).sqrt()).clamp(-1, 1)),
+        improvement=float((along.clamp(min=0) / square.sqrt()).sum() / length.sqrt().sum() / cost),
     )
 
 
@@ -218,7 +229,8 @@ class AutoEstimator(Estimator):
         if has_gradient:
             newer = GradientMoments.of(rows_of(gradients))
             self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
-            self._choose(chain, len(gradients.advantages))
+            assert gradients.experts is not None  # as the reward has a gradient
+            self._choose(chain, len(gradients.advantages), gradients.experts.repeat(3))
 
     def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:
         """Measures the noise scale, and B by it."""
@@ -270,14 +282,14 @@ class AutoEstimator(Estimator):
         self._noise_scale.load_state_dict(state["noise_scale"])
         self._share_batch()
 
-    def _choose(self, chain: Chain, count: int) -> None:
-        """Judges the members on as many samples as were measured."""
+    def _choose(self, chain: Chain, count: int, experts: torch.Tensor) -> None:
+        """Judges the members on as many samples as were measured, and by the rows' experts."""
         assert self._moments is not None  # as calibrate has just measured
         moments = self._moments.of_the_samples(count)
         full = torch.zeros(3 * chain.num_steps, dtype=torch.float64)
         full[: chain.num_steps] = 1
         self._promises = {
-            name: promise(moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps)
+            name: promise(moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps, experts)
             for name, member in self._members.items()
         }
         best = max(self._promises, key=lambda name: self._promises[name].improvement)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from rlr_peft.chain.adjoint import Segment, walk
@@ -62,6 +63,8 @@ class StepGradients:
             a reward without gradient.
         held: the same as `pathwise` with the velocity held fixed between step t and the image, (T, N, d); None where
             that was not asked for.
+        experts: number of the model that takes step t, (T,), int64: steps without a weight in common are of different
+            ones, as in Wan 2.2; None for a single one.
     """
 
     pathwise: torch.Tensor | None
@@ -70,6 +73,7 @@ class StepGradients:
     has_noise: torch.Tensor
     cotangent_squares: torch.Tensor | None = None
     held: torch.Tensor | None = None
+    experts: torch.Tensor | None = None
 
     @property
     def half_order(self) -> torch.Tensor:
@@ -116,9 +120,14 @@ def measure_step_gradients(
     advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
     if rollouts[0].reward_gradient is None:
         return StepGradients(None, measured.scores, advantages, measured.has_noise)
-    held = measured.held if with_held else None
     return StepGradients(
-        measured.pathwise, measured.scores, advantages, measured.has_noise, measured.cotangent_squares, held
+        measured.pathwise,
+        measured.scores,
+        advantages,
+        measured.has_noise,
+        measured.cotangent_squares,
+        measured.held if with_held else None,
+        measured.experts(),
     )
 
 
@@ -144,6 +153,7 @@ class _Measured:
         self.has_noise = torch.tensor([chain.std(t) > 0 for t in steps])
         self._scored = [t for t in steps if self.has_noise[t - 1] and not first_order_only]
         self._kept = _kept(chain) if with_held else []
+        self._touched = torch.zeros(chain.num_steps, len(chain.parameters), dtype=torch.int64)
         self._chain, self._added = chain, 0
 
     def add(self, batch: Rollout, sketched: Callable[[list[torch.Tensor]], torch.Tensor]) -> None:
@@ -160,11 +170,17 @@ class _Measured:
             assert step.cotangent is not None  # as the segment has one
             self.cotangent_squares[step.t - 1, rows] = step.cotangent.double().square().flatten(1).sum(1).cpu()
             self.pathwise[step.t - 1, rows] = sketched(step.gradients)
+            self._touched[step.t - 1] |= torch.stack([gradient.any() for gradient in step.gradients]).cpu()
             probed = [sketched(gradients) for gradients in step.probed]
             if self._kept:
                 self.held[step.t - 1, rows] = probed[0]
             if step.t in self._scored:
                 self.scores[step.t - 1, rows] = probed[-1]
+
+    def experts(self) -> torch.Tensor:
+        """(T,) number of the model that takes each step."""
+        in_common = self._touched @ self._touched.T
+        return torch.from_numpy(connected_components(in_common.numpy(), directed=False)[1]).long()
 
     def _probes(self, batch: Rollout, t: int) -> list[torch.Tensor]:
         assert batch.reward_gradient is not None  # where there are probes

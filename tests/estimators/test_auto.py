@@ -9,6 +9,7 @@ import torch
 
 from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators import AutoEstimator, GradientMoments, Weights, build_estimator, promise
+from rlr_peft.estimators.roulette import STEP_COST
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 
@@ -44,6 +45,21 @@ def test_a_promise_is_what_simulated_batches_keep() -> None:
         improvement = mean @ truth / (truth @ truth * simulated.square().sum(1).mean()).sqrt()
         cost = samples * (7 + 3 * weights.replays)
         assert promised.improvement == pytest.approx(float(improvement / cost), rel=0.05)
+
+
+def test_experts_improve_each_by_itself() -> None:
+    """Two rows of noiseless gradients 3 and 1: whoever leaves one expert out has 3/4 or 1/4, whatever its length."""
+    rows = torch.zeros(2, 8, 2)
+    rows[0, :, 0], rows[1, :, 1] = 3, 1
+    moments, experts = GradientMoments.of(rows), torch.tensor([0, 1])
+    full, first, second, skewed = (
+        torch.tensor(weights, dtype=torch.float64) for weights in ([1, 1], [1, 0], [0, 1], [1, 100])
+    )
+    promises = [promise(moments, Weights.fixed(w), full, 1, 7.0, experts) for w in (full, first, second, skewed)]
+    costs = [7.0 + STEP_COST * n for n in (2, 1, 1, 2)]
+    improvements = [promised.improvement * cost for promised, cost in zip(promises, costs, strict=True)]
+    assert improvements == pytest.approx([1, 3 / 4, 1 / 4, 1])
+    assert promises[1].cosine == pytest.approx(3 / 10**0.5)
 
 
 def test_without_signal_members_are_judged_by_what_they_share_with_the_samples_gradients() -> None:

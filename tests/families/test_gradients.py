@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlr_peft.chain import DenoisingChain, Segment, run, walk
+from rlr_peft.estimators import GradientSketch, Rollout, measure_step_gradients
 from tests.families.table import CASES, NUM_STEPS, load, prompts_of
 from tests.pipelines import chain_over
 
@@ -89,3 +90,15 @@ def test_gradients_of_separated_samples_are_those_of_single_ones(name: str, fold
         for parameter, gradient in enumerate(gradients):
             expected = torch.stack([alone[i][t][parameter] for i in range(2)])
             torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["wan-2.2", "wan-2.1"])
+def test_steps_that_share_no_weight_are_of_different_experts(name: str, folder_of: Callable[[str], str]) -> None:
+    chain = trained_chain(name, folder_of)
+    trajectory = chain.sample(prompts_of(name), [0, 1])
+    towards, rewards = torch.ones_like(trajectory.latents[0]), torch.tensor([0.0, 1.0])
+    rollout = Rollout(trajectory, rewards, rewards - 0.5, towards)
+    measured = measure_step_gradients(chain, [rollout], GradientSketch(chain.parameters))
+    assert measured.experts is not None
+    steps_of_each = measured.experts.bincount().tolist()
+    assert len(steps_of_each) == (2 if name == "wan-2.2" else 1) and sum(steps_of_each) == NUM_STEPS
