@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rlr_peft.build.processes import Processes
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
-from rlr_peft.prompt import Prompt, as_prompts
+from rlr_peft.prompt import Prompt, PromptError, as_prompts
 from rlr_peft.prompts.chain_of_thought import (
     STAGE_PROMPTS_FILE,
     Decomposer,
@@ -25,7 +25,7 @@ from rlr_peft.prompts.chain_of_thought import (
 from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
 from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
-from rlr_peft.prompts.sampler import PromptSampler, Sampler, StreamingPromptSampler
+from rlr_peft.prompts.sampler import MixedPromptSampler, PromptSampler, Sampler, StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec, dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows
 from rlr_peft.prompts.word_filter import filtered, word_filter
 
@@ -37,16 +37,18 @@ class RunPrompts:
     """The prompts of a run.
 
     Attributes:
-        training: all training prompts; of a stream its first window.
+        training: all training prompts, source after source; of a stream its first window.
         evaluation: unseen prompts for the comparison of base and adapter; None for no comparison.
         validation: those of ``validation_prompt``.
         sampler: which prompts an update uses.
+        counts: how many of the training prompts come from each of several sources; empty for a single one.
     """
 
     training: list[Prompt]
     evaluation: list[Prompt] | None
     validation: list[Prompt]
     sampler: Sampler
+    counts: tuple[int, ...] = ()
 
 
 def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPrompts:
@@ -67,8 +69,11 @@ def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPr
         return _streamed(config, columns, evaluation, validation)
     if given is not None:
         prompts = list(given)
-    elif arguments.prompt_path is not None:
-        prompts = load_prompts(arguments.prompt_path, arguments.max_train_samples, columns)
+    elif len(arguments.weights) > 1:
+        return _of_several_sources(config, columns, evaluation, validation)
+    elif arguments.weights:
+        (path,) = arguments.weights
+        prompts = load_prompts(path, arguments.max_train_samples, columns)
     else:
         prompts = list(dataset_prompts(_dataset(config), columns, arguments.max_train_samples))
     prompts = _filtered(config, prompts)
@@ -126,7 +131,7 @@ def with_stage_prompts(
             split = [None if part is None else decompose_prompts(part, decompose) for part in split]
     training, evaluation, validation = processes.broadcast(split, "the stage prompts")
     assert training is not None and validation is not None
-    return RunPrompts(training, evaluation, validation, PromptSampler(training, config.training.seed))
+    return RunPrompts(training, evaluation, validation, _sampler(config, training, prompts.counts), prompts.counts)
 
 
 def comparison_prompts(config: Config, device: torch.device) -> list[Prompt]:
@@ -187,6 +192,47 @@ def describe_chain_of_thought(config: Config) -> str | None:
             f"{steps}. The stages' parts came from {source}."
         )
     return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
+
+
+def _of_several_sources(
+    config: Config, columns: Columns, evaluation: list[Prompt] | None, validation: list[Prompt]
+) -> RunPrompts:
+    """The prompts of sources with weights; what is held back of them is drawn by the same weights.
+
+    Raises:
+        PromptError: a source is left without a prompt to train on.
+    """
+    arguments = config.prompts
+    sources = {
+        name: _filtered(config, load_prompts(name, arguments.max_train_samples, columns)) for name in arguments.weights
+    }
+    percentage = arguments.validation_split_percentage
+    if percentage is not None:
+        # By the text, whatever its source: one that two sources hold must not be on both sides.
+        held = {prompt.text for prompt in hold_back(list(itertools.chain(*sources.values())), percentage)[1]}
+        unseen = {name: [prompt for prompt in source if prompt.text in held] for name, source in sources.items()}
+        drawn_from = {name: source for name, source in unseen.items() if source}
+        weights = [arguments.weights[name] for name in drawn_from]
+        row = MixedPromptSampler(list(drawn_from.values()), weights, seed=0)  # the same for runs of all seeds
+        evaluation = row.sample(0, max(MOST_EVALUATION_IMAGES, config.validation.num_evaluation_images or 0))
+        sources = {name: [prompt for prompt in source if prompt.text not in held] for name, source in sources.items()}
+    for name, source in sources.items():
+        if not source:
+            raise PromptError(
+                f"validation_split_percentage: expected prompts of every source on the training side, got none of "
+                f"{name}; lower it, or drop the source."
+            )
+    training, counts = list(itertools.chain(*sources.values())), tuple(map(len, sources.values()))
+    return RunPrompts(training, evaluation, validation, _sampler(config, training, counts), counts)
+
+
+def _sampler(config: Config, training: list[Prompt], counts: Sequence[int]) -> Sampler:
+    """The order of training: of several sources, those in their shares."""
+    if not counts:
+        return PromptSampler(training, config.training.seed)
+    ends = list(itertools.accumulate(counts, initial=0))
+    sources = [training[start:end] for start, end in itertools.pairwise(ends)]
+    return MixedPromptSampler(sources, list(config.prompts.weights.values()), config.training.seed)
 
 
 def _streamed(

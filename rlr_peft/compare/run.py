@@ -38,7 +38,7 @@ from rlr_peft.compare.kept import (
 from rlr_peft.config import Config, stages_from_config
 from rlr_peft.config.model import quantization_file
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
-from rlr_peft.foreign_text import shown_name
+from rlr_peft.foreign_text import listed, shown_name
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, refuse_latents
@@ -212,7 +212,7 @@ class _Comparer:
             "base": shown_name(config.model.pretrained_model_name_or_path),
             "adapters": ", ".join(hub.get(label, label) for label in adapters),
             "sampler": sampler,
-            "prompts": f"{len(set(prompts))} of {len(self.all_prompts)} in {shown_name(prompt_source(config))}, "
+            "prompts": f"{len(set(prompts))} of {len(set(texts_of(self.all_prompts)))} in {prompt_source(config)}, "
             f"{_images_of_each(prompts)}",
             **({"stages": chain_of_thought} if chain_of_thought else {}),
             "seed": str(config.training.seed),
@@ -248,9 +248,10 @@ def load_compared_rewards(
 
 
 def prompt_source(config: Config) -> str:
-    """Where the prompts come from."""
-    prompts = config.prompts
-    return config.validation.evaluation_prompt_path or prompts.prompt_path or prompts.dataset_name or ""
+    """Where the prompts come from, for others to read."""
+    prompts, own_file = config.prompts, config.validation.evaluation_prompt_path
+    names = [own_file] if own_file is not None else list(prompts.weights) or [prompts.dataset_name or ""]
+    return listed([shown_name(name) for name in names])
 
 
 def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The chain, its prompts and the prompts of its stages: knobs, and what of them cannot be together."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,14 +169,19 @@ class ChainArguments(Group):
             )
 
 
+LEAST_SHARE = 0.001
+"""Of one of several sources of prompts; smaller ones would hardly ever be drawn."""
+
+
 @dataclass(frozen=True)
 class PromptArguments(Group):
     """Prompts: what is drawn while training"""
 
-    prompt_path: str | None = knob(
+    prompt_path: dict[str, float] | str | None = knob(
         None,
         "Training prompts: a `.txt` file with one a line, a `.jsonl`, `.csv` or `.parquet` file, or a built-in set: "
-        "`simple-animals` (also `/train` and `/test`), `tiny-shapes/train` or `tiny-shapes/test`.",
+        "`simple-animals` (also `/train` and `/test`), `tiny-shapes/train` or `tiny-shapes/test`; or several of these "
+        "and their weights, `{NAME: WEIGHT, ...}`.",
         found="prompts",
     )
     dataset_name: str | None = knob(
@@ -212,7 +218,11 @@ class PromptArguments(Group):
         "letters, are left out of training and evaluation.",
     )
     max_train_samples: int | None = knob(
-        None, "Use only the first so many training prompts; null means all.", unit="prompts", at_least=1, at_most=10**9
+        None,
+        "Use only the first so many training prompts, of several sources those of each; null means all.",
+        unit="prompts",
+        at_least=1,
+        at_most=10**9,
     )
     validation_split_percentage: float | None = knob(
         None,
@@ -221,6 +231,13 @@ class PromptArguments(Group):
         above=0,
         below=100,
     )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every source of `prompt_path` and its weight; 1 for a single one, none for a dataset."""
+        if isinstance(self.prompt_path, str):
+            return {self.prompt_path: 1.0}
+        return self.prompt_path or {}
 
     def check(self, config: "Config") -> Iterator[str]:
         evaluation = config.validation.evaluation_prompt_path
@@ -252,8 +269,17 @@ class PromptArguments(Group):
                 f"validation_split_percentage: expected only without evaluation_prompt_path, got "
                 f"{self.validation_split_percentage:g} and {evaluation}; drop one of the two."
             )
-        for spec, name in {self.prompt_path: "prompt_path", evaluation: "evaluation_prompt_path"}.items():
-            if spec is not None and spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
+        total = sum(self.weights.values())
+        if self.prompt_path is not None and not (
+            0 < total < math.inf and min(self.weights.values()) >= LEAST_SHARE * total
+        ):
+            yield (
+                f"prompt_path: expected weights above 0, none of them below {LEAST_SHARE} of their sum, got "
+                f"{dict(self.weights)}; write `{{NAME: WEIGHT, ...}}`, for example `{{simple-animals: 3, scenes: 1}}`."
+            )
+        named = [(spec, "prompt_path") for spec in self.weights]
+        for spec, name in [*named, *([] if evaluation is None else [(evaluation, "evaluation_prompt_path")])]:
+            if spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
                 yield (
                     f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "
                     f"{', '.join(BUILTIN_SETS)}, got {spec}; check the path, seen from {Path.cwd()}."

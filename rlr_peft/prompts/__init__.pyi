@@ -11,6 +11,7 @@ from .language_models import TransformersModel as TransformersModel
 from .language_models import instructions as instructions
 from .lengths import default_sequence_length as default_sequence_length
 from .lengths import find_over_long as find_over_long
+from .sampler import MixedPromptSampler as MixedPromptSampler
 from .sampler import PromptSampler as PromptSampler
 from .sampler import StreamingPromptSampler as StreamingPromptSampler
 from .tables import DatasetSpec as DatasetSpec

@@ -1,8 +1,10 @@
-"""The order in which training uses prompts: a pure function of the step, of a list or of a stream."""
+"""The order in which training uses prompts: a pure function of the step, of lists or of a stream."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Protocol
 
 from rlr_peft.prompt import Prompt, PromptError
@@ -53,13 +55,70 @@ class PromptSampler:
             ValueError: an argument out of its range.
         """
         places = positions(step, num_prompts, process_index, num_processes)
-        return [self.prompts[self._index_at(position)] for position in places]
+        return [self.prompt_at(position) for position in places]
 
-    def _index_at(self, position: int) -> int:
+    def prompt_at(self, position: int) -> Prompt:
+        """The prompt at a place, from 0, of the endless row."""
         epoch, offset = divmod(position, len(self.prompts))
         if self._last_permutation[0] != epoch:
             self._last_permutation = (epoch, permutation(len(self.prompts), f"prompts/{self.seed}/{epoch}"))
-        return self._last_permutation[1][offset]
+        return self.prompts[self._last_permutation[1][offset]]
+
+
+LONGEST_PATTERN = 1000
+"""Places after which shares that are no simpler fractions repeat: they are rounded to thousandths."""
+
+
+class MixedPromptSampler:
+    """Prompts of several sources, every source in its share of them.
+
+    The endless row of prompts repeats a pattern of sources, spread as evenly as their shares allow (3 : 1 is A A B A),
+    so that every few updates have the shares. Each source fills its places as if it were alone: no prompt of it comes
+    twice before all others came once.
+
+    Args:
+        sources: at least one prompt each.
+        weights: one for each source, above 0; each at least a thousandth of their sum.
+        seed: of the permutations.
+
+    Raises:
+        PromptError: a source without prompts.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Prompt]], weights: Sequence[float], seed: int) -> None:
+        self._samplers = [PromptSampler(source, seed) for source in sources]
+        self._pattern = pattern_of(weights)
+        self._counts = [self._pattern.count(source) for source in range(len(sources))]
+        self._before = [self._pattern[:place].count(source) for place, source in enumerate(self._pattern)]
+
+    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
+        """The prompts of one process in one step; see ``PromptSampler.sample``.
+
+        Raises:
+            ValueError: an argument out of its range.
+        """
+        return [self._prompt_at(place) for place in positions(step, num_prompts, process_index, num_processes)]
+
+    def _prompt_at(self, position: int) -> Prompt:
+        repetition, place = divmod(position, len(self._pattern))
+        source = self._pattern[place]
+        return self._samplers[source].prompt_at(repetition * self._counts[source] + self._before[place])
+
+
+def pattern_of(weights: Sequence[float]) -> list[int]:
+    """The numbers of the sources, each in its share of the places and as evenly spread as that allows.
+
+    Args:
+        weights: above 0, of any scale. 3 and 1 give 0, 0, 1, 0.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    length = min(LONGEST_PATTERN, math.lcm(*(share.denominator for share in shares)))
+    pattern: list[int] = []
+    for place in range(1, length + 1):  # whoever lacks most of what it should have by now
+        lacking = [share * place - pattern.count(source) for source, share in enumerate(shares)]
+        pattern.append(lacking.index(max(lacking)))
+    return pattern
 
 
 def positions(step: int, num_prompts: int, process_index: int, num_processes: int) -> range:

@@ -123,6 +123,7 @@ class Prompts:
         evaluation: what the numbers were measured on, as in "On ... its reward rose"; "unseen prompts" only if none of
             them was trained on.
         datasets: Hub ids of the datasets that they come from.
+        sources: name and share of the samples of every source, where there are several.
         stages: share of the steps by stage of a Diffusive Chain-of-Thought, noise first; empty without one.
         stage_prompts: the stage prompts of one training prompt, as an example.
     """
@@ -131,6 +132,7 @@ class Prompts:
     count: int | None = None
     evaluation: str = "the evaluation prompts"
     datasets: Sequence[str] = ()
+    sources: Sequence[tuple[str, float]] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
     stage_prompts: Sequence[str] = ()
 

@@ -20,6 +20,7 @@ from rlr_peft.build.run import Run
 from rlr_peft.build.single_file import place_of_configs
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.config.model import is_single_file
+from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import adapted_denoisers, diffusers_loads
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.publishing.bases import base_kind, base_license
@@ -139,10 +140,16 @@ def _prompts(run: Run) -> Prompts:
     trained_on = set(texts_of(run.prompts))
     unseen = run.evaluation_prompts is not None and trained_on.isdisjoint(texts_of(run.evaluation_prompts))
     stages, dataset = stages_from_config(run.config), run.config.prompts.dataset_name
+    weights = run.config.prompts.weights
     return Prompts(
         shown=texts_of(run.prompts[:SHOWN_PROMPTS]),
         count=None if run.config.prompts.streaming else len(run.prompts),
         evaluation="unseen prompts" if unseen else "the evaluation prompts",
+        sources=[
+            (shown_name(source), weight / sum(weights.values()))
+            for source, weight in weights.items()
+            if len(weights) > 1
+        ],
         datasets=[dataset] if dataset and not Path(dataset).exists() else [],
         stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
         stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),

@@ -214,12 +214,12 @@ def divergence_metrics(comparison: Comparison) -> dict[str, float]:
 
 
 def _facts(run: Run, before: Evaluation) -> dict[str, str]:
-    config = run.config
+    config, unseen = run.config, texts_of(run.evaluation_prompts or ())
     return {
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {run.method}",
         "sampler": evaluation_in_words(config, run.chain),
-        "prompts": f"{len(set(texts_of(before.prompts)))} of {len(run.evaluation_prompts or ())} {_source(run)}",
+        "prompts": f"{len(set(texts_of(before.prompts)))} of {len(set(unseen))} {_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
     }
@@ -228,7 +228,7 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
 def _source(run: Run) -> str:
     """Where the evaluation's prompts come from."""
     is_own_file = run.config.validation.evaluation_prompt_path is not None
-    return f"{'in' if is_own_file else 'held back of'} {shown_name(prompt_source(run.config))}"
+    return f"{'in' if is_own_file else 'held back of'} {prompt_source(run.config)}"
 
 
 def summary(run: Run, metrics: dict[str, float]) -> str:

@@ -62,3 +62,13 @@ def test_of_a_found_config_what_is_harmless(name: str, harmless: str, harmful: s
         (folder / "config.yaml").write_text(yaml.safe_dump({name: value}))
         kept, left_out = read_found_config(folder / "config.yaml", [name])
         assert (kept, left_out) == (({name: value}, []) if is_kept else ({}, [name]))
+
+
+def test_of_several_sources_of_prompts_the_harmless_ones_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "secrets.txt").write_text("a cat")
+    folder = tmp_path / "found"
+    folder.mkdir()
+    sources = {"simple-animals": 2.0, str(tmp_path / "secrets.txt"): 1.0}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"prompt_path": sources}))
+    kept = read_found_config(folder / "config.yaml", ["prompt_path"])
+    assert kept == ({"prompt_path": {"simple-animals": 2.0}}, ["prompt_path"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlr_peft.prompt import PromptError, texts_of
-from rlr_peft.prompts import PromptSampler, load_prompts
+from rlr_peft.prompts import MixedPromptSampler, PromptSampler, load_prompts
 from rlr_peft.tiny_shapes import scenes
 
 
@@ -100,6 +100,48 @@ def test_each_place_is_equally_likely() -> None:
     counts = Counter(PromptSampler(["a", "b", "c", "d"], seed).sample(0, 1)[0] for seed in range(4000))
     # Binomial(4000, 1/4): standard deviation 27; 5 of them.
     assert all(abs(count - 1000) < 137 for count in counts.values())
+
+
+WEIGHTS = st.lists(st.sampled_from([0.1, 0.25, 1 / 3, 1.0, 2.0, 7.0]), min_size=2, max_size=4)
+
+
+@given(weights=WEIGHTS, length=st.integers(1, 3000))
+def test_sources_have_their_shares_at_every_moment(weights: list[float], length: int) -> None:
+    sampler = MixedPromptSampler([[str(source)] for source in range(len(weights))], weights, seed=0)
+    counts = Counter(sampler.sample(0, length))
+    for source, weight in enumerate(weights):
+        expected = length * weight / sum(weights)
+        # Within the pattern a source is never more than its neighbours' turn away; shares are rounded to thousandths.
+        assert abs(counts[str(source)] - expected) <= len(weights) + length / 1000
+
+
+@given(weights=WEIGHTS, seed=st.integers(0, 99))
+def test_each_source_is_dealt_out_as_if_it_were_alone(weights: list[float], seed: int) -> None:
+    sources = [[f"{source}/{index}" for index in range(3 + 4 * source)] for source in range(len(weights))]
+    row = MixedPromptSampler(sources, weights, seed).sample(0, 400)
+    for source, prompts in enumerate(sources):
+        own = [prompt for prompt in row if prompt.startswith(f"{source}/")]
+        assert own == PromptSampler(prompts, seed).sample(0, len(own) or 1)[: len(own)]
+
+
+@given(step=st.integers(0, 2000), per_process=st.integers(1, 6), processes=st.integers(1, 4))
+def test_several_sources_are_a_function_of_the_step_for_any_number_of_processes(
+    step: int, per_process: int, processes: int
+) -> None:
+    sources, weights = [[f"{letter}{index}" for index in range(7)] for letter in "abc"], [1.0, 0.7, 0.31]
+    used = MixedPromptSampler(sources, weights, seed=3)
+    parts = [used.sample(step, per_process, rank, processes) for rank in range(processes)]
+    together = [prompt for part in parts for prompt in part]
+    assert together == MixedPromptSampler(sources, weights, seed=3).sample(step, per_process * processes)
+
+
+def test_shares_of_simple_fractions_are_exact_and_spread() -> None:
+    letters = MixedPromptSampler([["a"], ["b"]], [3, 1], seed=0).sample(0, 12)
+    assert letters == list("aaba") * 3
+    thirds = Counter(MixedPromptSampler([["a"], ["b"], ["c"]], [1, 1, 1], seed=0).sample(0, 3000))
+    assert set(thirds.values()) == {1000}
+    with pytest.raises(PromptError, match="at least one prompt"):
+        MixedPromptSampler([["a"], []], [1, 1], seed=0)
 
 
 def test_arguments_out_of_range() -> None:

@@ -15,7 +15,7 @@ from rlr_peft.build import derive_seed
 from rlr_peft.config import ConfigError
 from rlr_peft.figures import save_image_grid
 from rlr_peft.inference import DiffusiveChainOfThought
-from rlr_peft.prompt import Prompt, texts_of
+from rlr_peft.prompt import Prompt, PromptError, texts_of
 from rlr_peft.prompts import builtin_texts
 from rlr_peft.training import evaluate_base, save_validation_images, stage_prompts_in_words
 from tests.prompts.chat_server import chat_server, completion
@@ -59,7 +59,12 @@ def place(workplace: Path, tmp_path: Path) -> Path:
 
 
 def config_of(workplace: Path, place: Path, **values: Any) -> Path:
-    values = {name: str(place / value[1:]) if str(value)[:1] == "@" else value for name, value in values.items()}
+    def there(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {there(name): weight for name, weight in value.items()}
+        return str(place / value[1:]) if str(value)[:1] == "@" else value
+
+    values = {name: there(value) for name, value in values.items()}
     config = {
         "pretrained_model_name_or_path": str(workplace / "base"),
         "reward_fn": f"{place / 'reward.py'}:Noted",
@@ -77,7 +82,7 @@ def config_of(workplace: Path, place: Path, **values: Any) -> Path:
         **values,
     }
     path = place / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump({name: value for name, value in config.items() if value is not None}))
     return path
 
 
@@ -185,6 +190,13 @@ def test_validation_and_evaluation_draw_with_stage_prompts(workplace: Path, plac
 
 RESUMED: dict[str, dict[str, Any]] = {
     "streaming": {"dataset_name": "@data", "streaming": True, "shuffle_buffer_size": 2, **TABLE},
+    "several": {
+        "prompt_path": {"@rows.jsonl": 3, "tiny-shapes/test": 1},
+        "caption_column": "caption",
+        "num_images_per_prompt": 1,
+        "estimator": "full-bp",
+        "fo_steps": None,
+    },
     "split": {"prompt_path": "@rows.csv", **TABLE, "validation_split_percentage": 30, "num_evaluation_images": 2},
     "window": {
         "prompt_path": "@rows.jsonl",
@@ -217,6 +229,11 @@ def test_a_resumed_run_goes_on_at_its_place(
     assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     if source == "streaming":
         assert seen(place) == told[3 * 4 :], "the last two updates' prompts, in their order"
+    if source == "several":
+        of_rows = [text for text, _ in told if text in TEXTS]
+        assert len(told) == 20 and len(of_rows) == 15 and set(of_rows) == set(TEXTS), "three of every four"
+        card = (whole / "README.md").read_text()
+        assert "Drawn from 2 sources: 75% of the samples from `rows.jsonl`, 25% of the samples from" in card
     if source == "window":
         assert "outside the chosen window (measured: stage " in (whole / "README.md").read_text()
 
@@ -235,6 +252,20 @@ def test_a_stream_can_be_split_too(workplace: Path, place: Path) -> None:
     )
     with pytest.raises(ConfigError, match="expected prompts on both sides of the split"):
         build(config_of(workplace, place, **SOURCES["streaming"], validation_split_percentage=0.001))
+
+
+def test_unseen_prompts_of_several_sources_are_drawn_by_their_weights(workplace: Path, place: Path) -> None:
+    (place / "many.txt").write_text("".join(f"thing {i}\n" for i in range(200)) + "cat\n")
+    sources = {"@many.txt": 1, "@rows.jsonl": 3}
+    values = {"prompt_path": sources, "validation_split_percentage": 30, "caption_column": "caption"}
+    run = build(config_of(workplace, place, **values))
+    assert run.evaluation_prompts is not None
+    unseen = texts_of(run.evaluation_prompts)
+    assert set(unseen).isdisjoint(texts_of(run.prompts)), "a text that both hold is on one side"
+    assert sum(text in TEXTS for text in unseen) >= 0.75 * len(unseen) - 1
+    sources = {"@many.txt": 1, "@rows.jsonl": 1}
+    with pytest.raises(PromptError, match=r"every source on the training side, got none of .*rows"):
+        build(config_of(workplace, place, **values | {"prompt_path": sources, "validation_split_percentage": 99}))
 
 
 def test_over_long_prompts_are_counted(workplace: Path, place: Path, caplog: pytest.LogCaptureFixture) -> None:
