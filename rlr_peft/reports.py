@@ -37,6 +37,16 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`; of nouns that take an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def last_steps(number: int) -> str:
+    """`the last step`, `the last 3 steps`."""
+    return "the last step" if number == 1 else f"the last {number} steps"
+
+
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Lines of a table: the first columns to the left, the others to the right; columns without a text are left out."""
     lines = [[one_line(cell) for cell in row] for row in rows]

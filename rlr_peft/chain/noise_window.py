@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rlr_peft.config import ChainArguments
+from rlr_peft.reports import counted
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class MovingWindow:
 
     def describe(self) -> str:
         """In words, what a step of it is."""
-        how = "drawn for every update" if self.slide is None else f"sliding every {self.slide} update(s)"
-        return f"left out in updates where it has no noise ({self.length} step(s) at a time have, {how})"
+        how = "drawn for every update" if self.slide is None else f"sliding every {counted(self.slide, 'update')}"
+        return f"left out in updates where it has no noise ({counted(self.length, 'step')} at a time, {how})"
 
 
 def moving_window(arguments: ChainArguments) -> MovingWindow | None:

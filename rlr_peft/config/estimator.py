@@ -38,7 +38,7 @@ class EstimatorArguments(Group):
 
     @property
     def antithetic(self) -> bool:
-        """Whether samples come in neighbouring pairs with mirrored noises."""
+        """Whether samples come in neighbouring pairs with antithetic noise."""
         return False
 
     @property
@@ -82,7 +82,7 @@ class MirroredArguments(EstimatorArguments):
     """Methods whose samples may be mirrored."""
 
     antithetic: bool = knob(
-        False, "Sample in neighbouring pairs with mirrored noises (groups of 4 or more, an even number)."
+        False, "Sample in pairs with antithetic noise, z and -z (groups of 4 or more, an even number)."
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -159,7 +159,7 @@ class ScoreTermArguments(EstimatorArguments):
 
     @property
     def mirrors_steps(self) -> bool:
-        """Whether mirrored noises are asked for."""
+        """Whether antithetic noise is asked for."""
         return False
 
     def check_groups(self, config: "Config") -> Iterator[str]:
@@ -303,7 +303,7 @@ class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
 
     @property
     def mirrors_steps(self) -> bool:
-        """Whether mirrored noises are asked for, and not left to what the reward needs."""
+        """Whether antithetic noise is asked for, and not left to what the reward needs."""
         return self.black_box_steps not in (0, "auto")
 
     def check(self, config: "Config") -> Iterator[str]:

@@ -16,7 +16,7 @@ from rlr_peft.estimators.auto import WORTH_A_BIAS
 from rlr_peft.estimators.base import step_ranges
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
-from rlr_peft.reports import short_number
+from rlr_peft.reports import counted, short_number
 
 BYTES_PER_GB = 1e9
 
@@ -106,12 +106,12 @@ def _black_box(diagnosis: Diagnosis) -> Iterator[str]:
     chosen, plain = _named(diagnosis, f"rlr, black-box tail of {steps} (measured)"), _named(diagnosis, "reinforce")
     if steps == 0:
         yield (
-            "Mirrored samples cost more than they save here: `--black_box_steps 0`, plain score terms on all steps "
+            "Antithetic samples cost more than they save here: `--black_box_steps 0`, plain score terms on all steps "
             "with noise."
         )
         return
     yield (
-        f"Cover the last {steps} steps by the black-box tail, which compares every sample with its mirror image: "
+        f"Cover the last {steps} steps by the black-box tail, which compares every sample with its antithetic twin: "
         f"`--black_box_steps {steps}`. Variance times cost then is {short_number(chosen.variance_times_cost)}, against "
         f"{short_number(plain.variance_times_cost)} for plain score terms."
     )
@@ -164,7 +164,7 @@ def _evidence(diagnosis: Diagnosis) -> Iterator[str]:
             f"noise; here were {count}."
         )
     if reference.cosine.low <= 0:
-        yield "Cosines say little here: even the reference's own halves do not agree beyond doubt."
+        yield "Cosines say little here: even two halves of the reference's samples do not clearly agree."
 
 
 def _named(diagnosis: Diagnosis, name: str) -> MethodResult:
@@ -203,7 +203,7 @@ def _compute_advice(diagnosis: Diagnosis, arguments: ThreeOrdersArguments, budge
     except ValueError as error:
         return f"nfe_budget {budget:g} does not even allow h = 1. {error}"
     return (
-        f"nfe_budget {budget:g} with K = {tail} and {blocks} block(s) allows `--ho_length {length}` "
+        f"nfe_budget {budget:g} with K = {tail} and {counted(blocks, 'block')} allows `--ho_length {length}` "
         f"(`--fo_steps {tail} --ho_blocks {blocks}`)."
     )
 
@@ -372,7 +372,7 @@ def _why_not(diagnosis: Diagnosis, safe: MethodResult, best: MethodResult) -> st
         return f"It is {biased}, and no biased method promises more."
     promised = f"{quoted(best.method.name)} promises {short_number(best.improvement / safe.improvement)} times as much"
     if best.improvement < WORTH_A_BIAS * safe.improvement:
-        return f"{promised}, but is biased, which is worth it from {WORTH_A_BIAS:g} times on."
+        return f"{promised}, but is biased. A biased method is taken from {WORTH_A_BIAS:g} times on."
     cosine = _agreement(diagnosis, best)
     unsure = "shows no signal of its own" if cosine is None else f"may point elsewhere (cosine {cosine})"
     return f"{promised}, but is biased and {unsure}: raise `--samples`."
@@ -384,9 +384,8 @@ def _batch(diagnosis: Diagnosis, chosen: MethodResult) -> str:
         return f"Its noise scale cannot be told from {diagnosis.evidence.num_samples} samples."
     rough = ""
     if diagnosis.reference.cosine.low <= 0:
-        rough = (
-            f"; all this is rough, as halves of the {diagnosis.evidence.num_samples} samples do not agree beyond doubt"
-        )
+        samples = diagnosis.evidence.num_samples
+        rough = f" These numbers are rough: two halves of the {samples} samples do not clearly agree."
     size = max(1, round(scale))
     images = "1 image" if size == 1 else f"{size:,} images"
-    return f"A batch of {images} would be half noise (yours is {own}){rough}."
+    return f"A batch of {images} would be half noise; an update has {own} now.{rough}"

@@ -1,5 +1,6 @@
 """The diagnosis as a page that needs nothing but itself, as a figure, as JSON, and as text for the console."""
 
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ TEMPLATE = "report.html.j2"
 OWN_UNITS = "*"
 LINE_WIDTH = 118  # characters
 # The table in two parts, because neither a terminal nor a page is as wide as all columns.
-PARTS = {"What a sample costs": (0, 2, 3, 4, 5), "What its gradient is worth": (0, 1, 6, 7, 8, 9, 10)}
+VALUE, COST = (0, 10, 1, 6, 7, 8, 9), (0, 2, 3, 4, 5)
+PARTS = {"What its gradient is worth": VALUE, "What a sample costs": COST}
 STAGE_SHADES = {"coarse": SHADE, "mid": "none", "fine": SHADE}
 FIGURE = "Variances and gradient energy by step, and the variance of the whole estimate by K"
 
@@ -110,8 +112,8 @@ def notes(diagnosis: Diagnosis) -> list[str]:
         found.append(f"No method is unbiased here, so the reference is: {diagnosis.reference.coverage.describe()}")
     if evidence.differentiable:
         found.append(
-            "K and the mixture were chosen on these very samples, which flatters their variance a little; training "
-            "chooses on samples of its own."
+            "K and the mixture were chosen on the same samples, so their variance looks a little too small here; "
+            "training chooses on other samples."
         )
     return found
 
@@ -167,18 +169,23 @@ def page(diagnosis: Diagnosis, recommendation: Recommendation, figure: Figure) -
         coverage.setdefault(result.coverage.describe(), []).append(result.method)
     return environment.get_template(TEMPLATE).render(
         facts=diagnosis.facts,
-        flags=recommendation.flags,
         answer=recommendation.answer,
         advice=recommendation.advice,
-        parts=PARTS,
+        value=VALUE,
+        cost=COST,
         titles=column_titles(diagnosis),
-        rows=[row_of(result) for result in diagnosis.results],
+        rows=[(row_of(result), result.improvement) for result in _best_first(diagnosis.results)],
         coverage=coverage,
         left_out=diagnosis.compared.left_out,
         notes=notes(diagnosis),
         stages=[stage for stage in diagnosis.profile.stages if stage.energy_share is not None],
         figure=inline_svg(figure, "steps", FIGURE),
     )
+
+
+def _best_first(results: Sequence[MethodResult]) -> list[MethodResult]:
+    """By improvement per cost; those of which it is not known come last."""
+    return sorted(results, key=lambda result: -result.improvement if math.isfinite(result.improvement) else math.inf)
 
 
 def _with_code(text: str) -> Markup:
@@ -298,7 +305,7 @@ def _draw_steps(axes: Axes, profile: StepProfile) -> None:
     if len(profile.black_box[0]):
         mirrored = [t for t in noisy if t <= len(profile.black_box[0])]
         of_mirrored = profile.black_box[:, [t - 1 for t in mirrored]]
-        _draw_curve(axes, mirrored, of_mirrored, ACCENT, "o", "score term of the black-box tail (mirrored noise)")
+        _draw_curve(axes, mirrored, of_mirrored, ACCENT, "o", "score term of the black-box tail (antithetic noise)")
     if profile.energy is not None:
         axes.plot(steps, profile.energy, color=INK, linewidth=0.8, linestyle=":", marker="x", label="gradient energy")
     axes.set_yscale("log")

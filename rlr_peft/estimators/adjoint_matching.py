@@ -8,6 +8,7 @@ from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator
 from rlr_peft.estimators.objective import Objective, Rollout
+from rlr_peft.reports import counted
 
 
 class AdjointMatchingEstimator(Estimator):
@@ -30,7 +31,8 @@ class AdjointMatchingEstimator(Estimator):
 
     def describe(self, has_gradient: bool | None = None) -> str:
         return (
-            f"the base's reward gradient and the pull to the base on {self.num_steps} drawn step(s), "
+            f"the base's reward gradient and the pull to the base on "
+            f"{counted(self.num_steps, 'drawn step')}, "
             f"for {self.scale:g} times the reward minus the divergence"
         )
 

@@ -18,7 +18,7 @@ def leave_one_out(rewards: torch.Tensor, group_size: int, antithetic: bool = Fal
     Args:
         rewards: (N,), samples of one prompt side by side.
         group_size: n, samples per prompt; with 1 there is no baseline and the rewards are returned as they are.
-        antithetic: samples come in neighbouring pairs with mirrored noises; a sample's partner is left out too.
+        antithetic: samples come in neighbouring pairs with antithetic noise; a sample's partner is left out too.
 
     Returns:
         Advantages, (N,).

@@ -187,12 +187,12 @@ class AutoEstimator(Estimator):
         if not self._promises:
             return f"the method that promises most for its cost is measured in the first update; until then {UNBIASED}"
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
-        words = f"chosen by measurement: {self.chosen.describe(has_gradient)}"
+        words = f"by measurement, {self.chosen.describe(has_gradient)}"
         words += f"; cosine with the measured samples' full gradient {best.cosine:.2f}"
         if self._chosen == UNBIASED:
             return words
         if unbiased.improvement == 0:
-            return f"{words}; {UNBIASED} promises nothing by them"
+            return f"{words}; {UNBIASED} promises nothing on them"
         return f"{words}, {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:

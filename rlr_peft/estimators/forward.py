@@ -38,6 +38,7 @@ from rlr_peft.chain.path import PathPoint
 from rlr_peft.estimators.advantages import group_normalized
 from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.objective import Objective, Rollout
+from rlr_peft.reports import counted
 
 # Keeps NFT's division by the size of its own error finite.
 SMALLEST_ERROR = 1e-5
@@ -156,7 +157,7 @@ class ForwardEstimator(Estimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         s = self.settings
         words = [
-            f"{s.name} on {s.levels} fresh noising(s) of every image",
+            f"{s.name} on {counted(s.levels, 'fresh noising')} of every image",
             f"group-normalised advantages clipped at {s.advantage_clip:g}",
             f"old weights with decay up to {s.old_decay:g}",
         ]

@@ -3,7 +3,7 @@
 A block ``j..j+h-1`` contributes the gradient of ``A < eps_j / sigma_j, mu_{j:j+h-1}(x_{j+h-1}) >`` with the noises
 inside the block held fixed. With h = 1 on every step this is REINFORCE (DDPO on policy).
 
-Two things make its advantages quieter: mirrored noises next to the image (black-box tail), and a state baseline.
+Two things make its advantages less noisy: antithetic noise next to the image (black-box tail), and a state baseline.
 """
 
 from collections import defaultdict
@@ -17,6 +17,7 @@ from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.base import CoverageError
 from rlr_peft.estimators.objective import Objective, Rollout
+from rlr_peft.reports import counted
 
 StartSampler = Literal["uniform", "gradient-norm", "window"]
 
@@ -64,7 +65,8 @@ class HalfOrder:
             return f"score terms on all {'' if alone else 'other '}steps{blocks}"
         window = "the stage with the largest measured gradient energy" if self.stage_windows else f"steps {self.window}"
         how = {"uniform": "uniformly", "gradient-norm": "by gradient norm", "window": f"from {window}"}
-        return f"score terms on {self.blocks} block(s) of {self.length} step(s), drawn {how[self.start]}"
+        blocks = f"{counted(self.blocks, 'block')} of {counted(self.length, 'step')}"
+        return f"score terms on {blocks}, drawn {how[self.start]}"
 
     def draws_beyond(self, covered_tail: int) -> bool:
         """Whether anything is left to draw when steps 1..covered_tail are covered by other terms.

@@ -23,6 +23,7 @@ from rlr_peft.estimators.half_order import (
     tiles,
 )
 from rlr_peft.estimators.zeroth_order import ZerothOrder
+from rlr_peft.reports import last_steps
 
 TRUNCATED = "left out because the gradient is truncated"
 NEEDS_NOISE = "left out because a score term needs noise there"
@@ -85,7 +86,7 @@ class RLRSettings:
         if has_gradient is not False and self.first_order_steps != 0:
             terms.append(self._describe_first_order())
         if not has_gradient and self.black_box_steps > 0:
-            mirrored = f"mirrored noises on the last {self.black_box_steps} step(s)"
+            mirrored = f"antithetic noise on {last_steps(self.black_box_steps)}"
             terms = [f"{terms[0]} ({mirrored} if the reward has no gradient)" if terms else mirrored]
         if self.half_order is not None:
             baseline = " and a state baseline" if self.state_baseline else ""
@@ -100,9 +101,10 @@ class RLRSettings:
     def _describe_first_order(self) -> str:
         if self.step_choice == "inverse-variance":
             return "backpropagation and score terms mixed at every step by their measured variances"
-        number = "K steps, K measured" if self.first_order_steps == "auto" else f"{self.first_order_steps} step(s)"
+        steps = self.first_order_steps
+        which = "the last K steps, K measured" if steps == "auto" else last_steps(steps)
         walked = ", of each sample through a random number of them, weighted to stay unbiased" if self.roulette else ""
-        return f"backpropagation through the last {number}{walked}"
+        return f"backpropagation through {which}{walked}"
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ def sample_batch(
         prompts: one per sample, those of a group side by side.
         seeds: one per sample.
         micro_batch_size: samples per trajectory.
-        antithetic: every second sample gets the mirrored noises of the one before.
+        antithetic: every second sample gets the negated noises of the one before.
         differentiate: whether the rewards' gradients are wanted.
     """
     trajectories: list[Trajectory] = []

@@ -34,6 +34,7 @@ from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import leap
 from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, CoverageError, Estimator
 from rlr_peft.estimators.objective import Objective, Rollout
+from rlr_peft.reports import counted, last_steps
 
 TRUNCATED = "left out because the gradient is truncated"
 CUT_AT_RANDOM = "left out at times because the gradient is truncated at a random step"
@@ -119,7 +120,7 @@ class PathwiseSettings:
         sees_prediction: whether the reward is that of the first step's prediction of x_0.
         clips: whether dR/dx_0 of a sample is clipped at a running quantile of its norm.
         coefficient: factor of the whole gradient.
-        antithetic: samples come in neighbouring pairs with mirrored noises.
+        antithetic: samples come in neighbouring pairs with antithetic noise.
     """
 
     method: str
@@ -138,12 +139,12 @@ class PathwiseSettings:
 
     def describe(self) -> str:
         """In words, for logs and cards."""
-        count = "all steps" if self.num_steps is None else f"{self.num_steps} step(s)"
+        count = "all steps" if self.num_steps is None else counted(self.num_steps, "step")
         which = {
-            "last": "all steps" if self.num_steps is None else f"the last {self.num_steps} step(s)",
+            "last": "all steps" if self.num_steps is None else last_steps(self.num_steps),
             "random": "steps 1..K, K drawn from 1..T",
             "late": "a random one of the last "
-            + ("quarter of the steps" if self.num_steps is None else f"{self.num_steps} step(s)"),
+            + ("quarter of the steps" if self.num_steps is None else counted(self.num_steps, "step")),
             "spaced": f"{count} spaced evenly from a step on that is drawn from the last {self.stop_share:.0%}",
             "drawn": f"{count} drawn in proportion to (T - t + 1)^{self.density:g}",
             "leap": "two drawn steps, each taken as one leap",

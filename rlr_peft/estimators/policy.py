@@ -34,6 +34,7 @@ from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.kl import step_kl
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective, Rollout
+from rlr_peft.reports import counted
 
 
 class SingleStepsEstimator(Estimator):
@@ -75,7 +76,7 @@ class SingleStepsEstimator(Estimator):
 
     def steps_in_words(self) -> str:
         """Which train."""
-        return "all steps" if self.steps.blocks == "all" else f"{self.steps.blocks} drawn step(s)"
+        return "all steps" if self.steps.blocks == "all" else counted(self.steps.blocks, "drawn step")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class PolicyGradientEstimator(SingleStepsEstimator):
             trust = f"masked beyond {s.divergence_limit:g} nats"
         return (
             f"clipped policy gradient on {self.steps_in_words()}, {normalised} advantages, {trust}, "
-            f"{s.inner_epochs} inner epoch(s)"
+            f"{counted(s.inner_epochs, 'inner epoch')}"
         )
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
@@ -288,7 +289,7 @@ class PreferenceEstimator(SingleStepsEstimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         return (
             f"direct preference optimisation of pairs on {self.steps_in_words()}, beta {self.settings.beta:g}, "
-            f"{self.inner_epochs} inner epoch(s), the base as reference"
+            f"{counted(self.inner_epochs, 'inner epoch')}, the base as reference"
         )
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:

@@ -34,7 +34,7 @@ class RLREstimator(Estimator):
 
     Args:
         settings: what the estimator is made of.
-        antithetic: samples come in neighbouring pairs with mirrored noises.
+        antithetic: samples come in neighbouring pairs with antithetic noise.
         samples: B, of an update; the roulette's chances depend on it.
 
     Attributes:

@@ -92,17 +92,15 @@ def test_truncation_is_taken_where_the_last_step_says_it_all_unless_the_roulette
     chain = LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05))
     truncated, roulette = calibrated(chain, fo_roulette=False), calibrated(chain, fo_roulette=True)
     words = truncated.describe(True)
-    assert (
-        words.startswith("chosen by measurement: ") and "cosine with the measured samples' full gradient 0.9" in words
-    )
-    assert "through the last 1 step(s)" in words and "times the improvement per cost of rlr" in words
+    assert words.startswith("by measurement, ") and "cosine with the measured samples' full gradient 0.9" in words
+    assert "through the last step" in words and "times the improvement per cost of rlr" in words
     assert not truncated.coverage(chain, True).unbiased and roulette.coverage(chain, True).unbiased
 
 
 def test_truncation_is_left_where_it_leads_astray() -> None:
     """The last step's output counts the other way round."""
     chain = LinearGaussianChain(num_steps=6, decay=(1.2, 1.2), gain=(-0.8, 0.8))
-    assert "through the last 1 step(s)" not in calibrated(chain).describe(True)
+    assert "through the last step" not in calibrated(chain).describe(True)
 
 
 def test_the_choice_is_restored_and_its_segments_are_the_members() -> None:

@@ -94,7 +94,7 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
     [
         (
             {"fo_roulette": False},
-            "backpropagation through the last K steps, K measured (mirrored noises on the last 17 step(s) if the "
+            "backpropagation through the last K steps, K measured (antithetic noise on the last 17 steps if the "
             "reward has no gradient); score terms on all other steps",
         ),
         (
@@ -109,8 +109,8 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
         ({"estimator": "rlr-paper"}, "two-point zeroth order with s = 0.01 on the rest"),
         (
             {"estimator": "ddpo", "ho_blocks": 3},
-            "clipped policy gradient on 3 drawn step(s), per-prompt statistics advantages, ratios clipped at 0.2, "
-            "2 inner epoch(s)",
+            "clipped policy gradient on 3 drawn steps, per-prompt statistics advantages, ratios clipped at 0.2, "
+            "2 inner epochs",
         ),
         ({"estimator": "grpo"}, "clipped policy gradient on all steps, group-normalised advantages"),
         ({"estimator": "ddpo", "divergence_limit": 0.5}, "statistics advantages, masked beyond 0.5 nats, 2 inner"),
@@ -121,12 +121,12 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
         ({"estimator": "d3po"}, "direct preference optimisation of pairs on all steps, beta 0.1"),
         (
             {"estimator": "nft", "norm_penalty": 2.0},
-            "DiffusionNFT with beta 1 on 9 fresh noising(s) of every image, group-normalised advantages clipped at 5, "
+            "DiffusionNFT with beta 1 on 9 fresh noisings of every image, group-normalised advantages clipped at 5, "
             "old weights with decay up to 0.5, pull to the base 0.0001, norm penalty 2",
         ),
-        ({"estimator": "awm", "inner_epochs": 2}, "clipped at 1, pull to the old 1 on 6 fresh noising(s)"),
+        ({"estimator": "awm", "inner_epochs": 2}, "clipped at 1, pull to the old 1 on 6 fresh noisings"),
         ({"estimator": "refl"}, "predicted image's reward through a random one of the last quarter of the steps"),
-        ({"estimator": "refl", "fo_steps": 3}, "through a random one of the last 3 step(s)"),
+        ({"estimator": "refl", "fo_steps": 3}, "through a random one of the last 3 steps"),
     ],
 )
 def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:
@@ -137,7 +137,7 @@ def test_a_description_follows_the_reward_once_that_is_known() -> None:
     estimator = build_estimator(method(fo_roulette=False), 50)
     beyond = "; score terms on all other steps"
     assert estimator.describe(has_gradient=True) == "backpropagation through the last K steps, K measured" + beyond
-    assert estimator.describe(has_gradient=False) == "mirrored noises on the last 17 step(s)" + beyond
+    assert estimator.describe(has_gradient=False) == "antithetic noise on the last 17 steps" + beyond
     plain = build_estimator(method(estimator="reinforce"), 50)
     assert plain.describe(has_gradient=False) == "score terms on all steps"
 

@@ -1,4 +1,4 @@
-"""Sampled batches: what belongs to which prompt, mirrored noises, and servers that are asked meanwhile."""
+"""Sampled batches: what belongs to which prompt, antithetic noise, and servers that are asked meanwhile."""
 
 import json
 import threading

@@ -75,7 +75,7 @@ def test_two_updates(workplace: Path, tmp_path: Path, name: str) -> None:
     if name == "grpo in a window":
         assert [run.chain.std(t) > 0 for t in (1, 2, 3, 4)] == [False, True, True, False], "it has slid by one"
         assert first["denoiser_evaluations"] == 4 * 4 + 4 * 2, "only the window is trained"
-        assert "steps 2, 4 of 4 are left out in updates where it has no noise (2 step(s) at a" in progress.coverage
+        assert "steps 2, 4 of 4 are left out in updates where it has no noise (2 steps at a" in progress.coverage
     if name == "d3po":
         assert first["preference_accuracy"] == 0 and 0 <= second["preference_accuracy"] <= 1
         assert math.isfinite(second["heldout"])
