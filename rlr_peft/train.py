@@ -68,10 +68,12 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
 
         trainer = Trainer(config=config, locks_folder=False)  # it is locked above
         progress = trainer.train(publisher.push_checkpoint if publisher else None)
-        if not progress.interrupted_by and trainer.is_main_process:
-            say(trainer.summary(trainer.save()))
-            if publisher is not None:
-                say(publisher.finish(output_dir))
+        if not progress.interrupted_by:
+            metrics = trainer.save()
+            if trainer.is_main_process:
+                say(trainer.summary(metrics))
+                if publisher is not None:
+                    say(publisher.finish(output_dir))
         trainer.close()
     if progress.interrupted_by and trainer.is_main_process:
         say(f"Interrupted after step {progress.step}: go on with --resume_from_checkpoint latest.", sys.stderr)

@@ -1,6 +1,6 @@
 """Where the processes of a run meet: every exchange between them, and what a wait that does not end says.
 
-An exchange waits for the slowest process, which may rightly take hours: the main one evaluates alone. So whoever waits
+An exchange waits for the slowest process, which may rightly take hours, in an evaluation for example. So whoever waits
 says, after a minute and ever more rarely, for whom and what that one is at; and where a process is gone, which.
 """
 
@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,14 +27,15 @@ from rlr_peft.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Seconds: between signs of life, until a wait is spoken of, and of silence until a process counts as frozen.
 BEAT, FIRST_WORD, SILENT = 5.0, 60.0, 30.0
 # How long an ended process may take to vanish after its connections have.
 VANISHING = 5.0
-# How long the other processes wait for the main one, which evaluates and draws alone. With torch's own limits (ten
-# minutes on GPUs) a thorough evaluation would end the run.
+# How long processes wait for each other. With torch's own limits (ten minutes on GPUs) a thorough evaluation would end
+# the run.
 PATIENCE = timedelta(hours=12)
 # What a process says in place of the number that it demands.
 AT_EXCHANGE, KEEPS_PACE = -1, -2
@@ -49,10 +50,14 @@ class Processes:
 
     Args:
         accelerator: knows their number, and connects them.
+
+    Attributes:
+        count: how many there are.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self.count: int = accelerator.num_processes
         self._wait = _Wait()
         self._stack = ExitStack()
         self._watch: _Watch | None = None
@@ -123,6 +128,19 @@ class Processes:
             broadcast_object_list(values)
         return values[0]
 
+    def map(self, function: Callable[[S], T], items: Sequence[S], name: str) -> list[T]:
+        """The function's values, in the items' order; every process works out its equal share of them.
+
+        Args:
+            function: what it returns can be pickled, and is on the host.
+            items: the same in all processes.
+            name: what is worked out, for those that wait.
+        """
+        own = items[self._accelerator.process_index :: self.count]
+        with self.doing(name):
+            shares = self.gather_objects([[function(item) for item in own]], name)
+        return [shares[i % self.count][i // self.count] for i in range(len(items))]
+
     def largest(self, number: int, name: str) -> int:
         """The largest of the processes' numbers."""
         return int(self.gather(torch.tensor([number], device=self._accelerator.device), name).max())
@@ -138,7 +156,7 @@ class Processes:
         """What all processes said; the numbers among it have been given."""
         assert self._give is not None  # as nothing else is demanded
         with self._exchange(name):
-            numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self._accelerator.num_processes)]
+            numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
             torch.distributed.all_gather(numbers, torch.tensor([said]), group=self._demands)
             heard = [int(number) for number in numbers]
             for number in sorted({number for number in heard if number >= 0}):

@@ -66,21 +66,21 @@ class Arithmetic:
     """The derived numbers of a run.
 
     Attributes:
-        samples_per_process: samples of one process in one update; of one micro-batch where those are measured.
+        samples_per_update: samples of all processes in one update; of one micro-batch each where those are measured.
         max_train_steps: updates of the whole run.
         checkpointing_steps: updates between two checkpoints.
         evaluation_images: images on which base and adapter are compared.
     """
 
-    samples_per_process: int
+    samples_per_update: int
     max_train_steps: int
     checkpointing_steps: int
     evaluation_images: int
 
     @property
     def evaluation_share(self) -> float:
-        """Images of the base's evaluation over those that the main process, which evaluates alone, trains on."""
-        return self.evaluation_images / (self.max_train_steps * self.samples_per_process)
+        """Images of the base's evaluation over those that the run trains on."""
+        return self.evaluation_images / (self.max_train_steps * self.samples_per_update)
 
 
 @dataclass(frozen=True)
@@ -366,14 +366,13 @@ def _fixed_samples(training: TrainingArguments) -> int:
 def arithmetic_of(config: Config, num_prompts: int, num_processes: int = 1) -> Arithmetic:
     """What follows from the sizes in the config, from the number of prompts and of processes."""
     training = config.training
-    samples = _fixed_samples(training)
-    prompts = samples // training.num_images_per_prompt
-    steps_per_epoch = math.ceil(num_prompts / (prompts * num_processes))
+    samples = _fixed_samples(training) * num_processes
+    steps_per_epoch = math.ceil(num_prompts / (samples // training.num_images_per_prompt))
     steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
-    # The main process evaluates alone. An image to look at costs less than a sample, which is also differentiated.
+    # An image to look at costs less than a sample, which is also differentiated.
     images = max(2, min(MOST_EVALUATION_IMAGES, steps * samples // SHARE))
     return Arithmetic(
-        samples_per_process=samples,
+        samples_per_update=samples,
         max_train_steps=steps,
         checkpointing_steps=config.checkpointing.checkpointing_steps or max(1, min(LONGEST_UNSAVED, steps // SHARE)),
         evaluation_images=config.validation.num_evaluation_images or images,

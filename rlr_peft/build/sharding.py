@@ -1,8 +1,9 @@
 """Denoisers that no single device holds: of every block each process keeps a part, and blocks are whole while at work.
 
 FSDP does so too, and gathers a block in all processes at the same point of their programs: all must call the denoiser
-equally often. Here they do not: the main process evaluates alone, and `rlr` walks every sample back a random number of
-steps. So a block is gathered on demand, when any process comes to it, and those that wait for others give their parts.
+equally often. Here they do not: `rlr` walks every sample back a random number of steps, images need not divide by the
+processes, and the main one proves the adapter alone. So a block is gathered when any process comes to it, and all who
+wait for others give their parts.
 """
 
 import logging

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from rlr_peft.build.processes import Processes
 from rlr_peft.chain.interface import Chain
 from rlr_peft.compare.evaluation import FeatureExtractor, independent_groups, mean_and_standard_error
 from rlr_peft.errors import RewardError
@@ -182,6 +183,7 @@ def measure_divergence(
     *,
     description: str = "Measuring KL",
     show_progress: bool = True,
+    processes: Processes | None = None,
 ) -> Tensor:
     """The divergence of every sample, (n,) in nats.
 
@@ -192,14 +194,20 @@ def measure_divergence(
         batch_size: samples at once.
         description: of the tqdm bar.
         show_progress: False hides the bar.
+        processes: share the batches out, and all get the whole; None for this process alone.
     """
-    parts = []
+    starts, at_once = range(0, len(prompts), batch_size), 1 if processes is None else processes.count
     with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar:
-        for start in range(0, len(prompts), batch_size):
+
+        def of_batch(start: int) -> Tensor:
             batch = list(prompts[start : start + batch_size])
-            parts.append(measure(batch, list(seeds[start : start + batch_size])))
-            bar.update(len(batch))
-    return torch.cat(parts)
+            measured = measure(batch, list(seeds[start : start + batch_size]))
+            bar.update(at_once * len(batch))
+            return measured
+
+        if processes is None:
+            return torch.cat([of_batch(start) for start in starts])
+        return torch.cat(processes.map(of_batch, starts, "the divergence"))
 
 
 class RewardFeatures:

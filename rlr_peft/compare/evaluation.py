@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rlr_peft.build.processes import Processes
 from rlr_peft.figures import FRAMES_OF_STRIP, as_images
 from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.rewards.base import Reward, measure_images
@@ -104,6 +105,7 @@ def evaluate(
     with_pictures: bool = False,
     description: str = "Evaluating",
     show_progress: bool = True,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Draw and score one image for every prompt and seed.
 
@@ -118,6 +120,7 @@ def evaluate(
         with_pictures: whether to keep every image as a small file for a page.
         description: of the tqdm bar.
         show_progress: False hides the bar.
+        processes: share the batches out, and all get the whole evaluation; None for this process alone.
 
     Raises:
         ValueError: prompts and seeds differ in number, or `render` returns something else than B images in [0, 1].
@@ -128,36 +131,51 @@ def evaluate(
             f"expected as many seeds as prompts, at least one, and batch_size >= 1; got {len(prompts)} prompts, "
             f"{len(seeds)} seeds, batch_size {batch_size}"
         )
-    scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
-    infos: dict[str, list[tuple[Info, int]]] = {name: [] for name in rewards}
-    kept: list[Tensor] = []
-    seen: list[Tensor] = []
-    pictures: list[Picture] = []
+    starts, at_once = range(0, len(prompts), batch_size), 1 if processes is None else processes.count
     with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar, torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
+
+        def measure(start: int) -> _Batch:
             batch_prompts = list(prompts[start : start + batch_size])
             images = render(batch_prompts, list(seeds[start : start + batch_size]))
             _check_images(images, len(batch_prompts))
-            for name, reward in rewards.items():
-                scored = measure_images(reward, images, batch_prompts)
-                scores[name].append(scored.scores.cpu())
-                infos[name].append((scored.logged, len(batch_prompts)))
-            if start < num_kept_images:
-                kept.append(as_images(images[: num_kept_images - start].float().cpu()))
-            if features is not None:
-                seen.append(features(images))
-            if with_pictures:
-                pictures += make_pictures(images)
-            bar.update(len(batch_prompts))
+            scored = {name: measure_images(reward, images, batch_prompts) for name, reward in rewards.items()}
+            bar.update(at_once * len(batch_prompts))
+            return _Batch(
+                len(batch_prompts),
+                {name: found.scores.cpu() for name, found in scored.items()},
+                {name: {key: value.cpu() for key, value in found.logged.items()} for name, found in scored.items()},
+                as_images(images[: num_kept_images - start].float().cpu()) if start < num_kept_images else None,
+                features(images) if features is not None else None,
+                make_pictures(images) if with_pictures else [],
+            )
+
+        if processes is None:
+            batches = [measure(start) for start in starts]
+        else:
+            batches = processes.map(measure, starts, "the evaluation")
+    kept = [batch.images for batch in batches if batch.images is not None]
+    seen = [batch.features for batch in batches if batch.features is not None]
     return Evaluation(
         prompts=list(prompts),
         seeds=list(seeds),
-        scores={name: torch.cat(parts) for name, parts in scores.items()},
+        scores={name: torch.cat([batch.scores[name] for batch in batches]) for name in rewards},
         images=torch.cat(kept) if kept else torch.empty(0, 3, 0, 0),
-        info=_complete_info(infos),
+        info=_complete_info({name: [(batch.info[name], batch.size) for batch in batches] for name in rewards}),
         features=torch.cat(seen) if seen else None,
-        pictures=pictures,
+        pictures=[picture for batch in batches for picture in batch.pictures],
     )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What came of one batch: the fields of ``Evaluation``, by reward where there are several."""
+
+    size: int
+    scores: dict[str, Tensor]
+    info: dict[str, Info]
+    images: Tensor | None
+    features: Tensor | None
+    pictures: list[Picture]
 
 
 def mean_and_standard_error(scores: Tensor, prompts: Sequence[str] | None = None) -> tuple[float, float]:

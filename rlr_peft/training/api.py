@@ -46,7 +46,7 @@ def Config(**values: Any) -> RunConfig:  # noqa: N802
 
 
 class Trainer:
-    """One training run, step by step. ::
+    """One training run, step by step. Of a run with several processes each must make all calls. ::
 
         trainer = rlr_peft.Trainer(
             pipeline, reward=sharpness, prompts=["a cat", "a dog"], config=rlr_peft.Config(max_train_steps=20)
@@ -98,7 +98,7 @@ class Trainer:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the one process of the run that evaluates, saves and speaks."""
+        """Whether this is the one process of the run that writes and speaks."""
         return bool(self.run.accelerator.is_main_process)
 
     def train(self, publish_checkpoint: Callable[[Path], None] | None = None) -> Progress:
@@ -159,7 +159,7 @@ class Trainer:
             raise ConfigError("save: expected a trained adapter, got none; call train() first.")
         with self._only_writer():
             metrics = finish(self.run, self.progress, self._base)
-        if folder is not None and Path(folder).resolve() != self.run.output_dir.resolve():
+        if self.is_main_process and folder is not None and Path(folder).resolve() != self.run.output_dir.resolve():
             for name, path in published_files(self.run.output_dir).items():
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, Path(folder) / name)

@@ -76,7 +76,7 @@ def dry_run(config: Config) -> str:
 
 
 def measure(run: Run) -> Seconds:
-    """Takes two updates and draws one batch of every kind of images."""
+    """Takes two updates and draws one batch of every kind of images in every process."""
     arithmetic, validation = run.arithmetic, run.config.validation
     knobs, calibrations, calibration = run.config.estimator.calibration, 0, 0.0
     if knobs is not None and calibration_due(run, 0):
@@ -85,11 +85,11 @@ def measure(run: Run) -> Seconds:
     first = _seconds(lambda: take_update(run, 0))
     update = _seconds(lambda: take_update(run, 1))
     evaluated = shown = 0.0
-    if run.evaluation_prompts is not None and run.accelerator.is_main_process:
-        size = min(validation.evaluation_batch_size, arithmetic.evaluation_images)
+    if run.evaluation_prompts is not None:
+        size = min(validation.evaluation_batch_size * run.processes.count, arithmetic.evaluation_images)
         drawn = 2 * (arithmetic.evaluation_images + num_divergence_samples(run))
         evaluated = drawn / size * _seconds(lambda: evaluate_adapter(run, size))
-    if run.validation_prompts and run.accelerator.is_main_process:
+    if run.validation_prompts:
         interval, last = validation.validation_steps, arithmetic.max_train_steps - 1
         times = (0 if interval is None else 1 + last // interval) + (not validation.skip_final_inference)
         shown = times * _seconds(lambda: save_validation_images(run, 0, "validation")) if times else 0.0

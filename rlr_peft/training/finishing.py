@@ -64,7 +64,7 @@ KL_SHARE = 4
 def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
     """Saves the adapter, measures it, draws figures, checks that it reloads, and writes numbers and card.
 
-    On the main process only.
+    Every process must call it, and draws its share of the images; the main one writes.
 
     Args:
         run: the finished run.
@@ -72,24 +72,36 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
         before: the base's evaluation.
 
     Returns:
-        The contents of ``metrics.json``.
+        The contents of ``metrics.json``, in every process.
 
     Raises:
         AdapterMismatchError: the saved adapter does not reproduce the trained one.
     """
+    metrics: dict[str, float] = {}
     with run.averaged():
-        return _finish(run, progress, before)
+        if run.accelerator.is_main_process:
+            _save_adapter(run)
+        if not run.config.validation.skip_final_inference:
+            save_validation_images(run, progress.step, "test")
+        with _adapter_kept(run):
+            after = evaluate_adapter(run)
+        divergence = None if before is None or after is None else divergence_from_base(run)
+        if run.accelerator.is_main_process:
+            metrics = _report(run, progress, before, after, divergence)
+    return run.processes.broadcast(metrics, "the result")
 
 
-def _finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str, float]:
+def _save_adapter(run: Run) -> None:
     save_lora(run.pipeline, run.output_dir)
     if run.config.lora.output_kohya_format:
         export_adapter(find_adapter(str(run.output_dir)), run.output_dir / KOHYA_NAME)
     clear_card_images(run.output_dir)
-    if not run.config.validation.skip_final_inference:
-        save_validation_images(run, progress.step, "test")
-    with _adapter_kept(run):
-        after = evaluate_adapter(run)
+
+
+def _report(
+    run: Run, progress: Progress, before: Evaluation | None, after: Evaluation | None, divergence: Tensor | None
+) -> dict[str, float]:
+    """Draws figures, checks that the adapter reloads, and writes numbers and card; the contents of ``metrics.json``."""
     metrics = {
         "steps": progress.step,
         "seconds": progress.seconds,
@@ -98,7 +110,7 @@ def _finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str
     }
     images, compared = Images(), []
     if before is not None and after is not None:
-        comparison = write_comparison(run, before, after)
+        comparison = write_comparison(run, before, after, divergence)
         metrics = flat_metrics(paired_gains(before, after)) | divergence_metrics(comparison) | metrics
         images, compared = _save_before_after(run, before, after), before.prompts[:NUM_PAIRS]
     images = replace(images, reward_curve=_save_curve(run), gallery=_gallery(run, images))
@@ -169,13 +181,16 @@ def _verify_adapter(run: Run) -> None:
     logger.info("The saved adapter, loaded back by load_lora_weights, draws the same images %s.", exactly)
 
 
-def write_comparison(run: Run, before: Evaluation, after: Evaluation) -> Comparison:
-    """Writes `compare.html`, `scores.parquet` and `scores.csv` into the run's folder; returns what they tell."""
+def write_comparison(run: Run, before: Evaluation, after: Evaluation, divergence: Tensor | None) -> Comparison:
+    """Writes `compare.html`, `scores.parquet` and `scores.csv` into the run's folder; returns what they tell.
+
+    ``divergence`` is the adapter's, from ``divergence_from_base``.
+    """
     rewards = [MeasuredReward("reward", run.reward.name)]
     if run.heldout is not None:
         rewards.append(MeasuredReward("heldout", run.heldout.name, heldout=True))
     features = evaluation_features(run).name
-    adapter = Model(ADAPTER, after, divergence_from_base(run))
+    adapter = Model(ADAPTER, after, divergence)
     comparison = Comparison(rewards, Model(BASE, before), [adapter], _facts(run, before), features)
     write_page_and_scores(run.output_dir, comparison)
     return comparison
@@ -185,7 +200,7 @@ def divergence_from_base(run: Run) -> Tensor | None:
     """KL of the adapter's sampled paths from the base's in nats, (k,), at training's eta; the samples are those of
     `rlr-peft compare --kl_images k`.
 
-    None where the chain has no noise, or there is nothing to sample.
+    None where the chain has no noise, or there is nothing to sample. Every process must call it.
     """
     count, config = num_divergence_samples(run), run.config
     if run.evaluation_prompts is None or not count:
@@ -197,6 +212,7 @@ def divergence_from_base(run: Run) -> Tensor | None:
             prompts,
             seeds,
             config.validation.evaluation_batch_size,
+            processes=run.processes,
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,33 +40,31 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     Of videos the grid shows strips of frames, and every video is a file beside it. The captions have the reward, and
     that of the base's image of the same seed where that was drawn.
 
+    Every process must call it, and draws its share; the main one writes.
+
     Args:
-        run: the run; only its main process draws.
+        run: the run.
         step: finished optimiser steps.
         phase: ``validation`` or ``test``, the images' name in the tracker.
 
     Returns:
-        The grid's path; None without validation prompts, or where the images are not finite, which is said: they are
-        to be looked at, and training need not end for them.
+        The grid's path; None in other processes, without validation prompts, or where the images are not finite, which
+        is said: they are to be looked at, and training need not end for them.
     """
     arguments = run.config.validation
-    if not run.validation_prompts or not run.accelerator.is_main_process:
+    if not run.validation_prompts:
         return None
     chain = evaluation_chain(run.config, run.chain)
     prompts = [prompt for prompt in run.validation_prompts for _ in range(arguments.num_validation_images)]
-    seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
-    size = arguments.evaluation_batch_size
-    drawn, parts, scores = _Drawn(chain), [], _Scores(run)
-    try:
-        with run.processes.doing("drawing validation images"):
-            for i in tqdm(range(0, len(prompts), size), "Validation images", unit="batch", leave=False):
-                images = drawn.images(prompts[i : i + size], seeds[i : i + size])
-                scores.add(drawn, images, prompts[i : i + size])
-                parts.append(images.cpu())
-    except ImagesError as error:
-        logger.error("No %s images after %d updates: %s", phase, step, error)
+    drawn = _draw(run, chain, prompts)
+    if not run.accelerator.is_main_process:
         return None
-    images = torch.cat(parts)
+    broken = next((batch for batch in drawn if isinstance(batch, str)), None)
+    if broken is not None:
+        logger.error("No %s images after %d updates: %s", phase, step, broken)
+        return None
+    batches = [batch for batch in drawn if not isinstance(batch, str)]
+    images = torch.cat([batch.images for batch in batches])
     if phase == "test":
         save_gallery(run.output_dir, images, texts_of(prompts), chain.fps)
     path = run.output_dir / VALIDATION / f"step-{step:06d}.png"
@@ -78,55 +77,74 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
             save_video(single / f"{i:03d}", video, chain.fps)
         images = as_images(images)
     title = f"After {step:,} update{'s' if step > 1 else ''}" if step else "Base"
-    captions = scores.captions(texts_of(prompts), step)
+    captions = _captions(texts_of(prompts), [batch.scores for batch in batches], path)
     save_image_grid(path, images, captions, arguments.num_validation_images, title)
     for tracker in run.accelerator.trackers:
         track_images(tracker, phase, to_8_bit(images), step)
     return path
 
 
-class _Scores:
-    """Rewards of validation images, on the scales that never move; none where the reward cannot judge them."""
+@dataclass(frozen=True)
+class _Batch:
+    """Validation images on the CPU, and their rewards on the scales that never move; None if they cannot be judged."""
 
-    def __init__(self, run: Run) -> None:
-        self._reward = run.reward.on_first_scales()
-        self._folder = run.output_dir / VALIDATION
-        self._values: list[float] = []
-        self._is_judged = True
+    images: torch.Tensor
+    scores: list[float] | None
 
-    def add(self, drawn: "_Drawn", images: torch.Tensor, prompts: list[Prompt]) -> None:
-        """Judges the images that were drawn last."""
-        if not self._is_judged:
-            return
-        seen = drawn.latents.float() if self._reward.takes_latents else images
+
+def _draw(run: Run, chain: DenoisingChain, prompts: list[Prompt]) -> list[_Batch | str]:
+    """All batches; a text says why one is not finite."""
+    seeds = [derive_seed(run.config.training.seed, "validation", i) for i in range(len(prompts))]
+    size, latest = run.config.validation.evaluation_batch_size, _Drawn(chain)
+    reward = run.reward.on_first_scales()
+    unjudged: list[RewardError] = []
+
+    def draw(start: int) -> _Batch | str:
+        part, scores = prompts[start : start + size], None
         try:
-            self._values += measure_images(self._reward, seen, prompts).scores.tolist()
+            images = latest.images(part, seeds[start : start + size])
+        except ImagesError as error:
+            return str(error)
+        try:
+            seen = latest.latents.float() if reward.takes_latents else images
+            scores = None if unjudged else measure_images(reward, seen, part).scores.tolist()
         except RewardError as error:  # such as prompts without the metadata of the training prompts
             logger.warning("The validation images have no scores: %s", error)
-            self._is_judged = False
+            unjudged.append(error)
+        bar.update(run.processes.count * len(part))
+        return _Batch(images.cpu(), scores)
 
-    def captions(self, texts: list[str], step: int) -> list[str]:
-        """The prompts with their scores, which are kept beside the images; "score (base's score)"."""
-        if not self._is_judged:
+    with tqdm(total=len(prompts), desc="Validation images", unit="image", leave=False) as bar:
+        return run.processes.map(draw, range(0, len(prompts), size), "the validation images")
+
+
+def _captions(texts: list[str], scores: list[list[float] | None], path: Path) -> list[str]:
+    """The prompts with their scores, which are kept beside the images; "score (base's score)"."""
+    values: list[float] = []
+    for part in scores:
+        if part is None:
             return texts
-        with replacing_file(self._folder / f"step-{step:06d}.json") as aside:
-            aside.write_text(json.dumps({"scores": self._values}) + "\n")
-        base = self._folder / "step-000000.json"
-        before = json.loads(base.read_text())["scores"] if step and base.exists() else []
-        shown = decimals_of_scores([*self._values, *before])
-        now = [f"{text}: {score:.{shown}f}" for text, score in zip(texts, self._values, strict=True)]
-        if len(before) != len(now):  # nothing was drawn before training, or a resumed run has other prompts
-            return now
-        return [f"{text} (base {score:.{shown}f})" for text, score in zip(now, before, strict=True)]
+        values += part
+    own, base = path.with_suffix(".json"), path.with_name("step-000000.json")
+    with replacing_file(own) as aside:
+        aside.write_text(json.dumps({"scores": values}) + "\n")
+    before = json.loads(base.read_text())["scores"] if base != own and base.exists() else []
+    shown = decimals_of_scores([*values, *before])
+    now = [f"{text}: {score:.{shown}f}" for text, score in zip(texts, values, strict=True)]
+    if len(before) != len(now):  # nothing was drawn before training, or a resumed run has other prompts
+        return now
+    return [f"{text} (base {score:.{shown}f})" for text, score in zip(now, before, strict=True)]
 
 
 def evaluate_base(run: Run) -> Evaluation | None:
     """Scores the base, which is the pipeline with its adapter off; None without evaluation prompts.
 
+    Every process must call it, draws its share, and gets the whole.
+
     Done before training: prompts that a reward cannot judge show then, not after hours. It leaves the global random
     generators as they are, where `resume` may have put them.
     """
-    if run.evaluation_prompts is None or not run.accelerator.is_main_process:
+    if run.evaluation_prompts is None:
         return None
     arithmetic = run.arithmetic
     logger.info(
@@ -143,6 +161,8 @@ def evaluate_base(run: Run) -> Evaluation | None:
 
 def evaluate_adapter(run: Run, num_images: int | None = None) -> Evaluation | None:
     """Scores the adapter on the prompts and seeds of ``evaluate_base``; None without evaluation prompts.
+
+    Every process must call it, draws its share, and gets the whole.
 
     Args:
         run: the run.
@@ -182,6 +202,7 @@ def _evaluate(
         features=evaluation_features(run),
         with_pictures=True,
         description=description,
+        processes=run.processes,
     )
 
 

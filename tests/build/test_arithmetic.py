@@ -22,11 +22,14 @@ def test_epochs_count_as_the_steps_that_they_are() -> None:
     assert of("--num_train_epochs 4", num_prompts=100).checkpointing_steps == 40
 
 
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize(("processes", "size"), [(1, 4), (4, 1)])
 @pytest.mark.parametrize(("steps", "images"), [(1, 2), (40, 16), (400, 160), (5000, 256)])
-def test_the_base_is_evaluated_on_a_tenth_of_what_one_process_draws(steps: int, images: int, processes: int) -> None:
-    """The main process evaluates alone."""
-    found = of(f"--max_train_steps {steps}", num_processes=processes)
+def test_the_base_is_evaluated_on_a_tenth_of_what_training_draws(
+    steps: int, images: int, processes: int, size: int
+) -> None:
+    """All processes draw, so that more of them evaluate the same images."""
+    flags = f"--max_train_steps {steps} --train_batch_size {size} --num_images_per_prompt 1 --estimator full-bp"
+    found = of(flags, num_processes=processes)
     assert found.evaluation_images == images
     assert found.evaluation_share == images / (4 * steps)
     assert steps == 1 or found.evaluation_share <= 0.1

@@ -1,14 +1,18 @@
 """A denoiser that is shared out over two real processes trains as one that each process holds."""
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, safe_open
 from torch.testing import assert_close
 
+from rlr_peft import Trainer
 from rlr_peft.build import build_run
 from rlr_peft.build.sharding import blocks_of
 from rlr_peft.config import ConfigError, load_config
@@ -87,8 +91,8 @@ TRAINING = """
 for config in sys.argv[1:]:
     trainer = Trainer(config=load_config(["--config", config]))
     trainer.train()
-    if trainer.is_main_process and trainer.run.evaluation_prompts:
-        trainer.save()
+    if trainer.run.evaluation_prompts:
+        assert trainer.save()["n"] == 3
     trainer.run.processes.close()
 """
 
@@ -127,20 +131,31 @@ def config_of(family: str, place: Path, output: str, **values: object) -> Path:
 
 def test_two_processes_that_share_the_denoiser_train_as_one_that_holds_it(tmp_path: Path) -> None:
     """A tiny FLUX by `rlr`, whose samples are walked back a random number of steps, and a tiny SDXL with recomputed
-    activations; the main process evaluates and proves the adapter alone. Checkpoints go from one to two and back."""
-    evaluated = {"evaluation_prompt_path": str(tmp_path / "prompts.txt"), "num_evaluation_images": 2}
+    activations. Both draw a share of the images; the main one proves the adapter. Checkpoints go from one to two and
+    back."""
+    evaluated = {
+        "evaluation_prompt_path": str(tmp_path / "prompts.txt"),
+        "num_evaluation_images": 3,
+        "evaluation_batch_size": 1,
+        "validation_prompt": ["red sky", "sea", "sun"],
+        "num_validation_images": 1,
+        "validation_steps": 2,
+    }
     configs = [
         config_of("flux", tmp_path, "flux-sharded", shard_denoiser=True, **evaluated),
         config_of("flux", tmp_path, "flux-whole"),
     ]
-    train_here(config_of("sdxl", tmp_path, "sdxl-one", gradient_accumulation_steps=2))
+    accumulated = {"gradient_accumulation_steps": 2}
+    train_here(config_of("sdxl", tmp_path, "sdxl-one", **accumulated))
     options = {"gradient_checkpointing": True, "resume_from_checkpoint": str(tmp_path / "sdxl-one" / "checkpoint-1")}
     configs.append(config_of("sdxl", tmp_path, "sdxl-resumed", shard_denoiser=True, **options))
     words = ["-c", BLOCKS + TRAINING, *configs]
     processes = [Program(words, os.environ | process) for process in of_two_processes()]
     said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "transformer: each process holds" in said[0][1]
+    for name, share in (("transformer", 0.69), ("unet", 0.89)):  # of their weights are in blocks
+        held, frozen = re.findall(rf"{name}: each process holds ([\d.e-]+) of ([\d.e-]+) GiB", said[0][1])[0]
+        assert float(held) / float(frozen) == pytest.approx(1 - share / 2, abs=0.02)
     assert "written by 1 processes and this run has 2" in said[0][1]
     assert "draws the same images bit for bit" in said[0][1]
 
@@ -150,11 +165,22 @@ def test_two_processes_that_share_the_denoiser_train_as_one_that_holds_it(tmp_pa
     assert adapter("flux-sharded").read_bytes() == adapter("flux-whole").read_bytes()
     assert (tmp_path / "flux-sharded" / WEIGHTS).read_bytes() == adapter("flux-whole").read_bytes()
 
-    train_here(config_of("flux", tmp_path, "flux-one", gradient_accumulation_steps=2))
+    config = config_of("flux", tmp_path, "flux-one", **accumulated, **evaluated)
+    with torch.random.fork_rng(devices=[]):
+        alone = Trainer(config=load_config(["--config", str(config)]))
+        alone.train()
+        here = alone.save()
+    there = json.loads((tmp_path / "flux-sharded" / "metrics.json").read_text())
+    assert there["kl_n"] == here["kl_n"] == 2 and there["reward_before"] == here["reward_before"]
+    for name in ("reward_after", "reward_gain", "kl"):
+        assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-3)
+    for name in ("step-000000.png", "step-000000.json"):
+        drawn = [(tmp_path / folder / "validation" / name).read_bytes() for folder in ("flux-one", "flux-sharded")]
+        assert drawn[0] == drawn[1]
+
     (tmp_path / "flux-resumed").mkdir()
     shutil.copytree(tmp_path / "flux-sharded" / "checkpoint-1", tmp_path / "flux-resumed" / "checkpoint-1")
-    resumed = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
-    train_here(config_of("flux", tmp_path, "flux-resumed", **resumed))
+    train_here(config_of("flux", tmp_path, "flux-resumed", resume_from_checkpoint="latest", **accumulated))
     for expected, other in (("flux-one", "flux-sharded"), ("flux-one", "flux-resumed"), ("sdxl-one", "sdxl-resumed")):
         one, two = load_file(adapter(expected)), load_file(adapter(other))
         start = load_file(tmp_path / expected / "checkpoint-1" / WEIGHTS)
