@@ -184,6 +184,8 @@ class AutoEstimator(Estimator):
 
     def describe(self, has_gradient: bool | None = None) -> str:
         """The member in use and why, for logs and cards."""
+        if has_gradient is False:
+            return f"{UNBIASED}, as the reward has no gradient: {self.rlr.describe(has_gradient)}"
         if not self._promises:
             return f"the method that promises most for its cost is measured in the first update; until then {UNBIASED}"
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]

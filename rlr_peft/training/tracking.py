@@ -31,6 +31,7 @@ from rlr_peft.training.update import Update
 logger = logging.getLogger(__name__)
 
 METRICS_LOG = "metrics.jsonl"
+WITHOUT_GRADIENT = "Without a gradient `nft` and `awm` gained more in a race: --estimator nft --step_kind ode"
 
 
 class MetricsError(UserError, ValueError):
@@ -231,6 +232,8 @@ class RunLog:
         coverage = update.coverage.describe()
         if coverage != progress.coverage:
             logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
+            if self._run.method == AUTO and not self._run.objective.has_gradient:
+                logger.info(WITHOUT_GRADIENT)
             for t, ratio in update.books[0].hot_steps.items():
                 logger.warning("The score term of step %d is noisy: |d mean / d output| / std is %.1f there.", t, ratio)
         progress.coverage = coverage
@@ -253,7 +256,7 @@ def _announce(run: Run, progress: Progress) -> None:
         *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
         *(f"    {line}" for line in stage_prompts_in_words(run)),
         f"  Optimization steps = {run.arithmetic.max_train_steps}, {progress.step} done",
-        f"  Estimator = {run.method}: {run.estimator.describe()}",
+        f"  Estimator = {run.method}: {run.estimator.describe(run.objective.has_gradient)}",
     ):
         logger.info(line)
 

@@ -123,7 +123,8 @@ def test_a_reward_without_gradient_leaves_rlr() -> None:
     estimator = auto()
     assert not estimator.wants_calibration(False)
     assert estimator.coverage(chain, False).unbiased
-    assert "is measured in the first update; until then rlr" in estimator.describe(False)
+    assert estimator.describe(False).startswith("rlr, as the reward has no gradient: ")
+    assert "is measured in the first update; until then rlr" in estimator.describe(True)
 
 
 def test_a_member_is_described_where_rlr_promises_nothing() -> None:
