@@ -23,7 +23,7 @@ from rlr_peft.build.picture_processor import PictureProcessor
 from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
-from rlr_peft.chain.families import DENOISERS, GENERIC, family_of, family_of_class
+from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
 from rlr_peft.config import ConfigError, ModelArguments
 from rlr_peft.config.model import is_single_file, read_quantization
@@ -134,8 +134,8 @@ def prepare_pipeline(
         # The pipeline (SDXL) would cast it to and fro around each decode, under the feet of the tape.
         logger.info("The VAE overflows in fp16 and is kept in fp32; --pretrained_vae_model_name_or_path replaces it.")
         vae.to(torch.float32)
-    if vae is not None and type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
-        vae.enable_slicing()  # the mask of its attention fits a single video
+    if vae is not None and type(vae).__name__ in ONE_VIDEO_VAES:
+        vae.enable_slicing()
     if arguments.vae_gradient_checkpointing:
         enable_checkpointing(vae, "vae_gradient_checkpointing")
     if arguments.attention_backend is not None:

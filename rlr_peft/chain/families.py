@@ -70,6 +70,9 @@ class Family:
     needs_package: str | None = None
 
 
+# VAEs that decode one video at a time, because the mask of their attention fits a single one; by their classes, which
+# pipelines of any family may have.
+ONE_VIDEO_VAES = ("AutoencoderKLHunyuanVideo15",)
 FAMILIES = (
     Family(  # its grid is the checkpoint's own, so that runs repeat published ones
         name="stable-diffusion",

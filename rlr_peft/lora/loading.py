@@ -121,13 +121,7 @@ def start_from(pipeline: Any, files: AdapterFiles, adapter_name: str = "default"
         AdapterFormatError: it is damaged or no adapter.
         AdapterMismatchError: it is of another base, or of a kind, rank or layers that the trainable one cannot hold.
     """
-    trained = {
-        f"{part}.{name}": module
-        for part, model in pipeline.components.items()
-        if isinstance(model, nn.Module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling
-    }
+    trained = _layers_with(pipeline, adapter_name)
     layers = fitting_layers(pipeline, files)
     if missing := sorted(layers.keys() - trained.keys()):
         raise AdapterMismatchError(
@@ -153,6 +147,17 @@ def start_from(pipeline: Any, files: AdapterFiles, adapter_name: str = "default"
             up[:, : layer.rank] = layer.up.to(up) * (layer.scale / module.scaling[adapter_name])
 
 
+def _layers_with(pipeline: Any, adapter_name: str) -> dict[str, LoraLayer]:
+    """The layers that hold the adapter, by their names such as `unet.mid_block.attentions.0.proj_in`."""
+    return {
+        f"{part}.{name}": module
+        for part, model in pipeline.components.items()
+        if isinstance(model, nn.Module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+    }
+
+
 def is_second_expert(path: Path, folder: Path, pipeline: Any) -> bool:
     """Whether a file of an adapter's folder is for the second denoiser."""
     has_second = getattr(pipeline, SECOND_EXPERT, None) is not None
@@ -171,13 +176,7 @@ def check_arrived(pipeline: Any, expected: Mapping[str, AdapterLayer], adapter_n
     Raises:
         AdapterMismatchError: a layer, tensor or scale that is missing, additional or different.
     """
-    loaded = {
-        f"{part}.{name}": module
-        for part, model in pipeline.components.items()
-        if isinstance(model, nn.Module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling
-    }
+    loaded = _layers_with(pipeline, adapter_name)
     different = sorted(loaded.keys() ^ expected.keys())
     for name in loaded.keys() & expected.keys():
         layer, module = expected[name], loaded[name]

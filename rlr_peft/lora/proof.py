@@ -83,7 +83,7 @@ def verify_lora_reloads(
     """Loads the saved adapter as users do, and compares weights, scales and images with the trained adapter's.
 
     Weights and scales must be equal bit for bit; so are the images on most machines. Some round the same product
-    otherwise from call to call, by where its operands lie (MKL on AMD processors): with equal weights, images may
+    differently from call to call, by where its operands lie (MKL on AMD processors): with equal weights, images may
     differ by `ROUNDING`.
 
     Args:

@@ -14,7 +14,8 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -124,13 +125,8 @@ class RemoteReward(Reward):
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         where = f"reward server '{self.name}'"
         try:
-            answer = self._server.ask(body)
-        except NoAnswerError as error:
-            raise RewardError(
-                f"{where} {error}; check that it runs and is reachable, or raise --reward_server_timeout"
-            ) from None
-        except ServerError as error:
-            raise RewardError(f"{where} {error}") from None
+            with explaining(where):
+                answer = self._server.ask(body)
         except TypeError as error:
             raise RewardError(
                 f"{where}: expected metadata that JSON can hold ({error}); leave such columns out of --metadata_columns"
@@ -138,6 +134,19 @@ class RemoteReward(Reward):
         if not isinstance(answer, dict) or "rewards" not in answer:
             raise RewardError(f"{where}: expected a JSON object with `rewards`, got {self._server.shown(answer)}")
         return answer
+
+
+@contextmanager
+def explaining(where: str) -> Iterator[None]:
+    """Inside, what a server does wrong is the reward's error, which names it."""
+    try:
+        yield
+    except NoAnswerError as error:
+        raise RewardError(
+            f"{where} {error}; check that it runs and is reachable, or raise --reward_server_timeout"
+        ) from None
+    except ServerError as error:
+        raise RewardError(f"{where} {error}") from None
 
 
 def _version_in(answer: Any) -> str | None:

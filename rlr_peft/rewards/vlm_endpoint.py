@@ -14,12 +14,12 @@ from torch import Tensor
 
 from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.errors import RewardError
-from rlr_peft.json_server import JsonServer, NoAnswerError, ServerError, read_address
+from rlr_peft.json_server import JsonServer, read_address
 from rlr_peft.redaction import redacted_address
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.questions import JudgeSettings, Question, questions_of
-from rlr_peft.rewards.remote import RemoteSettings, encode_png
+from rlr_peft.rewards.remote import RemoteSettings, encode_png, explaining
 
 TOP_LOGPROBS = 20  # as many as the API gives
 LEAST = 1e-6  # probability of all other answers
@@ -69,14 +69,8 @@ class Endpoint:
         body = {"model": self._model, "messages": [message], "temperature": 0, **options}
         server = self._server()
         where = f"reward '{self._name}': the endpoint {server.name}"
-        try:
+        with explaining(where):
             answer = server.ask(body)
-        except NoAnswerError as error:
-            raise RewardError(
-                f"{where} {error}; check that it runs and is reachable, or raise --reward_server_timeout"
-            ) from None
-        except ServerError as error:
-            raise RewardError(f"{where} {error}") from None
         try:
             choice: dict[str, Any] = answer["choices"][0]
             choice["message"]["content"]
