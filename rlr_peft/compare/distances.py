@@ -202,7 +202,7 @@ def measure_divergence(
         def of_batch(start: int) -> Tensor:
             batch = list(prompts[start : start + batch_size])
             measured = measure(batch, list(seeds[start : start + batch_size]))
-            bar.update(at_once * len(batch))
+            bar.update(min(at_once * len(batch), len(prompts) - bar.n))
             return measured
 
         if processes is None:

@@ -139,7 +139,7 @@ def evaluate(
             images = render(batch_prompts, list(seeds[start : start + batch_size]))
             _check_images(images, len(batch_prompts))
             scored = {name: measure_images(reward, images, batch_prompts) for name, reward in rewards.items()}
-            bar.update(at_once * len(batch_prompts))
+            bar.update(min(at_once * len(batch_prompts), len(prompts) - bar.n))
             return _Batch(
                 len(batch_prompts),
                 {name: found.scores.cpu() for name, found in scored.items()},

@@ -111,7 +111,7 @@ def _draw(run: Run, chain: DenoisingChain, prompts: list[Prompt]) -> list[_Batch
         except RewardError as error:  # such as prompts without the metadata of the training prompts
             logger.warning("The validation images have no scores: %s", error)
             unjudged.append(error)
-        bar.update(run.processes.count * len(part))
+        bar.update(min(run.processes.count * len(part), len(prompts) - bar.n))
         return _Batch(images.cpu(), scores)
 
     with tqdm(total=len(prompts), desc="Validation images", unit="image", leave=False) as bar:
