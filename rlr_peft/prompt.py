@@ -37,12 +37,20 @@ class ConditionImage:
     path: str = ""
     data: bytes | None = field(default=None, repr=False)
 
-    def fitted(self, width: int, height: int) -> "Image.Image":
+    def fitted(self, width: int, height: int, area: int | None = None) -> "Image.Image":
         """In RGB, cut to this aspect ratio about its middle, and scaled to this size in pixels; not to be changed.
+
+        Args:
+            width, height: of the picture, in pixels.
+            area: about so many pixels at the same aspect ratio in place of this size, in sides of 32, 64, ... pixels as
+                Qwen-Image-Edit has them.
 
         Raises:
             PromptError: no picture that can be read.
         """
+        if area is not None:
+            scale = math.sqrt(area / (width * height)) / 32
+            width, height = 32 * round(scale * width), 32 * round(scale * height)
         return _fitted(self, width, height)
 
 

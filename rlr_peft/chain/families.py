@@ -48,6 +48,7 @@ class Family:
         negative_branch: where the pipeline's call runs the negative branch of guidance; None where that is not known.
         needs_image: whether the pipeline's call must be given a picture, though its signature does not say so.
         images_of_call: which samples one call draws from pictures.
+        image_area: pixels that the call scales a picture to, whatever size it draws; None for the size that is drawn.
         starts_with_image: whether the latents (B, S, C) start with those of the picture, as a mask (B, S) says that
             ``prepare_latents`` returns beside them, and steps are taken on the others, unpacked to (B, C, F, h, w).
         needs_package: what the pipeline's code cannot do without, by its name and that of our extra; None for nothing.
@@ -66,6 +67,7 @@ class Family:
     negative_branch: NegativeBranch | None = "first half"
     needs_image: bool = False
     images_of_call: ImagesOfCall = "any"
+    image_area: int | None = None
     starts_with_image: bool = False
     needs_package: str | None = None
 
@@ -127,6 +129,7 @@ FAMILIES = (
         guidance_argument="true_cfg_scale",
         negative_branch="second call",
         needs_image=True,
+        image_area=1024 * 1024,
     ),
     Family(
         name="qwen-image-edit-plus",
@@ -138,6 +141,7 @@ FAMILIES = (
         guidance_argument="true_cfg_scale",
         negative_branch="second call",
         needs_image=True,
+        image_area=1024 * 1024,
         images_of_call="one sample",
     ),
     Family(

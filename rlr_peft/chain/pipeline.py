@@ -208,8 +208,12 @@ class PipelineDriver:
         """The argument of the call: a list, or the picture itself where a call takes one."""
         if not images:
             return {}
-        pictures = [Image.new("RGB", size, "grey") if image is None else image.fitted(*size) for image, size in images]
-        return {"image": pictures if self.family.images_of_call == "any" else pictures[0]}
+        family = self.family
+        pictures = [
+            Image.new("RGB", size, "grey") if image is None else image.fitted(*size, family.image_area)
+            for image, size in images
+        ]
+        return {"image": pictures if family.images_of_call == "any" else pictures[0]}
 
     @contextmanager
     def _entering_as(self, latents: torch.Tensor | None) -> Iterator[torch.Tensor | None]:

@@ -50,7 +50,12 @@ def gallery(output_dir: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def save_pairs(
-    output_dir: Path, prompts: Sequence[PromptLike], images: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor]
+    output_dir: Path,
+    prompts: Sequence[PromptLike],
+    images: tuple[Tensor, Tensor],
+    scores: tuple[Tensor, Tensor],
+    drawn: tuple[int, int] | None = None,
+    image_area: int | None = None,
 ) -> list[ImagePair]:
     """Saves the first images of the comparison as `images/base_I.png` and `images/adapter_I.png`, and the pictures that
     they were drawn from, if there are any, as `images/condition_I.png`.
@@ -60,6 +65,8 @@ def save_pairs(
         prompts: n of them.
         images: of base and adapter, each (k, 3, H, W) in [0, 1] of the first k <= n prompts.
         scores: of base and adapter, each (n,): the trained reward.
+        drawn: width and height that were drawn, of videos those of a frame; None for those of the images.
+        image_area: pixels of the pictures that they were drawn from, where these are more than what was drawn.
     """
     pairs = []
     for number, (prompt, *both) in enumerate(zip(prompts[:MAX_PAIRS], *images)):
@@ -70,7 +77,8 @@ def save_pairs(
         condition, picture = None, as_prompt(prompt).image
         if picture is not None:
             condition = f"{FOLDER}/condition_{number}.png"
-            picture.fitted(images[0].shape[-1], images[0].shape[-2]).save(output_dir / condition)
+            width, height = drawn or (images[0].shape[-1], images[0].shape[-2])
+            picture.fitted(width, height, image_area).save(output_dir / condition)
         before, after = (float(of_one[number]) for of_one in scores)
         pairs.append(ImagePair(str(prompt), base, adapter, before, after, condition))
     return pairs

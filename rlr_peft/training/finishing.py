@@ -141,8 +141,15 @@ def _save_before_after(run: Run, before: Evaluation, after: Evaluation) -> Image
     images = (before.images, after.images)
     scores = (before.scores["reward"][:NUM_PAIRS], after.scores["reward"][:NUM_PAIRS])
     save_before_after(run.output_dir / BEFORE_AFTER, *images, prompts, *(of_one.tolist() for of_one in scores))
-    pairs = save_pairs(run.output_dir, before.prompts[:NUM_PAIRS], images, scores)
+    shown = before.prompts[:NUM_PAIRS]
+    pairs = save_pairs(run.output_dir, shown, images, scores, _drawn_size(run), run.family.image_area)
     return Images(before_after=BEFORE_AFTER, before_after_prompts=prompts, pairs=pairs)
+
+
+def _drawn_size(run: Run) -> tuple[int, int] | None:
+    """Width and height of what was compared, of videos those of a frame; None where the pipeline chose them."""
+    call = evaluation_chain(run.config, run.chain).call_arguments
+    return (call["width"], call["height"]) if {"width", "height"} <= call.keys() else None
 
 
 def _gallery(run: Run, images: Images) -> list[tuple[str, str]]:

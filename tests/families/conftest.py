@@ -1,6 +1,7 @@
 """Every family's pipeline, saved once for all tests."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from rlr_peft.chain import families
 from tests.families.table import CASES
 
 
@@ -28,6 +30,8 @@ def small_pictures() -> Iterator[None]:
         for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
             own = module.calculate_dimensions
             patch.setattr(module, "calculate_dimensions", lambda area, ratio, own=own: own(32 * 32, ratio))
+        rows = [replace(row, image_area=32 * 32) if row.image_area else row for row in families.FAMILIES]
+        patch.setattr(families, "FAMILIES", tuple(rows))
         yield
 
 

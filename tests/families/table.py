@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from rlr_peft.build.picture_processor import PictureProcessor
-from rlr_peft.chain import DenoisingChain, build_scheduler
+from rlr_peft.chain import DenoisingChain, build_scheduler, family_of
 from rlr_peft.prompt import ConditionImage, Prompt
 from tests.families import image_pipelines as images
 from tests.families import video_pipelines as videos
@@ -104,7 +104,8 @@ def drawn_alone(
     call = chain.call_arguments | scheduler.call_options() | {"num_inference_steps": chain.num_steps}
     call |= {"output_type": "pt", "return_dict": False}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = [prompt.image.fitted(call["width"], call["height"]) for prompt in prompts if prompt.image]
+    area = family_of(pipeline).image_area
+    images = [prompt.image.fitted(call["width"], call["height"], area) for prompt in prompts if prompt.image]
     if images:
         single = [
             pipeline(prompt=str(prompt), image=image, generator=generator, **call)[0]

@@ -19,7 +19,7 @@ from rlr_peft.prompt import ConditionImage, Prompt, PromptError
 from rlr_peft.prompts import load_prompts
 from rlr_peft.prompts.files import Columns
 from rlr_peft.rewards import CallableReward, score_images
-from tests.families.image_pipelines import flux_kontext, qwen_image_edit_plus
+from tests.families.image_pipelines import flux_kontext, qwen_image_edit, qwen_image_edit_plus
 from tests.families.table import CASES, COLOURS, SMALL, drawn_alone, load, picture, prompts_of
 from tests.families.video_pipelines import wan_first_frame
 from tests.pipelines import chain_over
@@ -153,6 +153,35 @@ def test_a_picture_is_encoded_once(
     assert len(encoded) == blank + 3
 
 
+@pytest.mark.parametrize("build", [qwen_image_edit, qwen_image_edit_plus])
+def test_qwen_sees_a_picture_as_sharp_as_in_inference(
+    build: Callable[[], DiffusionPipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call scales pictures to a million pixels, whatever it draws: they are not made small for that before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        pipeline = build()
+    stripes = numpy.zeros((1024, 2048, 3), numpy.uint8)
+    stripes[:, numpy.arange(2048) % 64 < 32] = 255  # a pixel of the 32 that conftest.py has in place of 1024
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    encoded = []
+
+    def encode(vae: object, pixels: torch.Tensor, **_: object) -> None:
+        encoded.append(pixels)
+        raise InterruptedError
+
+    chain = chain_over(pipeline, num_inference_steps=1, eta=0.0, **SMALL)
+    monkeypatch.setattr(type(pipeline.vae), "encode", encode)
+    with pytest.raises(InterruptedError):
+        chain.sample([Prompt("a", image=ConditionImage(str(tmp_path / "stripes.png")))], [1])
+    (pixels,) = encoded
+    middle = (512, 0, 1536, 1024)
+    shown = Image.fromarray(stripes).resize((32, 32), Image.Resampling.LANCZOS, box=middle)
+    expected = torch.from_numpy(numpy.array(shown)).movedim(-1, 0) / 127.5 - 1
+    assert expected.std() > 0.5, "of 16 pixels, as many as are drawn, nothing would be left"
+    torch.testing.assert_close(pixels[0, :, 0], expected, rtol=0, atol=1e-5)
+
+
 def test_a_posterior_is_replaced_by_its_mean(folder_of: Callable[[str], str]) -> None:
     """LTX would draw from it, another picture at every call."""
     pipeline = load(folder_of("ltx-i2v"))
@@ -230,3 +259,44 @@ def test_from_data_to_card(place: Path, tmp_path: Path, monkeypatch: pytest.Monk
     page = (out / "compare.html").read_text()
     assert page.count('class="condition small"') == 2
     assert "drawn from this picture: make it red" in page
+
+
+def test_from_data_to_card_of_a_video(
+    place: Path, folder_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a video the card and the page show the picture beside strips of frames, and rewards see it with each frame."""
+    out, config = tmp_path / "out", tmp_path / "config.yaml"
+    values = {
+        "pretrained_model_name_or_path": folder_of("ltx-i2v"),
+        "prompt_path": str(place / "edits.jsonl"),
+        "evaluation_prompt_path": str(place / "edits.jsonl"),
+        "image_column": "from",
+        "reward_fn": f"{place / 'rewards.py'}:likeness",
+        "resolution": 32,
+        "num_frames": 9,
+        "num_inference_steps": 2,
+        "estimator": "refl",
+        "learning_rate": 0.01,
+        "train_batch_size": 2,
+        "num_images_per_prompt": 2,
+        "max_train_steps": 1,
+        "num_evaluation_images": 2,
+        "output_dir": str(out),
+    }
+    config.write_text(json.dumps(values))
+    run_script(monkeypatch, config)
+    for number in range(2):
+        with Image.open(out / "images" / f"condition_{number}.png") as shown:
+            assert shown.size == (32, 32) and shown.getpixel((16, 16)) in COLOURS.values(), "not as wide as the strip"
+        with Image.open(out / "images" / f"adapter_{number}.png") as strip:
+            assert strip.size == (4 * 32, 32)
+    card = (out / "README.md").read_text()
+    assert "![drawn from](images/condition_0.png)" in card and "pipeline_tag: image-to-video" in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert 'image=load_image("images/condition_0.png")' in snippet
+    monkeypatch.chdir(out)
+    exec(compile(snippet, "snippet", "exec"), {})
+    with Image.open(out / "video.gif") as video:
+        assert video.n_frames > 1 and video.size == (32, 32)
+    page = (out / "compare.html").read_text()
+    assert page.count('class="condition small"') == 2 and "drawn from this picture: make it blue" in page
