@@ -38,7 +38,7 @@ from rlr_peft.rewards.model_files import (
     SIGLIP,
 )
 from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
-from rlr_peft.rewards.registry import MODEL_REWARDS
+from rlr_peft.rewards.registry import RewardSettings, load_reward
 
 PROMPTS = ["a red fox", "two boats at sea, oil on canvas", "x", "an Owl  reading a very long book " * 9]
 SHAPES = [(512, 512), (300, 500), (640, 384), (224, 224), (97, 180)]
@@ -186,7 +186,7 @@ def network_parity(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     images = mixed_images((90, 128), len(PROMPTS))
     results = {}
     for name, (preprocess, score) in published.items():
-        reward = MODEL_REWARDS[name](settings)
+        reward = load_reward(name, RewardSettings(settings))
         expected = score(preprocess(images, sizes.image))
         ours = OURS[preprocess]
         got = score_images(reward, to_tensor(images), PROMPTS)

@@ -16,6 +16,7 @@ from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.parsing import DESCRIPTION, EXAMPLE, exit_with, read_words
 from rlr_peft.foreign_text import guard_terminal, say
+from rlr_peft.rewards.names import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
     try:
         said = read_words(words, TrainFlags, prog, DESCRIPTION, list(knobs()), example=EXAMPLE)
         config = said.config()
-        config.reward.refuse_unknown()
+        refuse_unknown(config.reward.specs)
     except ConfigError as error:
         exit_with(error)
 

@@ -46,5 +46,5 @@ def refuse_missing_rewards(config: Config) -> None:
         return
     reward = config.reward
     files = ModelFiles(reward.reward_model_path, config.model.cache_dir)
-    for spec in (*reward.weights, *(reward.heldout_reward_fn or ())):
+    for spec in reward.specs:
         files.refuse_missing(spec, reward.vlm_endpoint)

@@ -1,12 +1,11 @@
 """What is raised, and what holds the adapter back: rewards, the divergence from the base, and when to stop."""
 
-import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlr_peft.config.knob import ConfigError, Group, knob
+from rlr_peft.config.knob import Group, knob
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -15,22 +14,6 @@ if TYPE_CHECKING:
 VLM_PREFIX = "vlm:"
 VLM_QUESTION = 'Does this image show "{prompt}"? Answer with one word, yes or no.'
 VLM_ANSWERS = ("yes", "no")
-REGISTERED = (
-    *("aesthetic", "aesthetic-v2.5", "clipscore", "detector", "hpsv2", "hpsv3", "imagereward", "jpeg-compressibility"),
-    *("jpeg-incompressibility", "ocr", "pickscore", "subject-consistency", "temporal-flicker", "tiny-shapes"),
-    *("tiny-shapes-heldout", "unifiedreward"),
-)
-"""Rewards by name, without what may follow a slash: known here so that a typing error is told before torch is there."""
-OWN_FORMS = "`vlm:MODEL`, `package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
-
-
-def unknown_reward(spec: str, known: Sequence[str]) -> str:
-    """What to say of a reward that is not among the known ones."""
-    near = difflib.get_close_matches(spec, known, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    if spec.endswith(".py"):
-        hint = f" To use a function in this file, name it: `{spec}:callable`."
-    return f"unknown reward '{spec}'.{hint} There are: {', '.join(known)}; or your own as {OWN_FORMS}"
 
 
 @dataclass(frozen=True)
@@ -168,13 +151,10 @@ class RewardArguments(Group):
             if getattr(self, name) is not None:
                 yield f"{start} {name}, which is of the sum, got group; drop one of the two."
 
-    def refuse_unknown(self) -> None:
-        """Raises:
-        ConfigError: a name that is not registered. Of a run from Python it may be that of an object.
-        """
-        for spec in (*self.weights, *(self.heldout_reward_fn or ())):
-            if ":" not in spec and spec.split("/")[0] not in REGISTERED:
-                raise ConfigError(unknown_reward(spec, REGISTERED))
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """Every reward that is trained on or measured, as it was written."""
+        return (*self.weights, *(self.heldout_reward_fn or ()))
 
     @property
     def weights(self) -> dict[str, float]:

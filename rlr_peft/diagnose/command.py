@@ -14,6 +14,7 @@ from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.parsing import check_output, read_words
 from rlr_peft.foreign_text import say, shown_name
+from rlr_peft.rewards.names import refuse_unknown
 
 if TYPE_CHECKING:
     from rlr_peft.build.run import Run
@@ -42,7 +43,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     if output.suffix != ".html":
         raise ConfigError(f"output: expected a file that ends in .html, got {output}; rename it.")
     check_output(output, is_file=True)
-    config.reward.refuse_unknown()
+    refuse_unknown(config.reward.specs)
 
     # Only now the network and the heavy imports: a wrong flag is refused at once.
     work_offline_without_hub()

@@ -17,6 +17,7 @@ from .model_reward import SeeingReward as SeeingReward
 from .model_reward import load_weights as load_weights
 from .model_reward import loading as loading
 from .model_reward import weights_dtype as weights_dtype
+from .names import available_rewards as available_rewards
 from .preprocessing import clip_pixels as clip_pixels
 from .preprocessing import imagenet_pixels as imagenet_pixels
 from .preprocessing import padded_clip_pixels as padded_clip_pixels
@@ -26,7 +27,6 @@ from .preprocessing import squared_pixels as squared_pixels
 from .preprocessing import vbench_pixels as vbench_pixels
 from .questions import JudgeSettings as JudgeSettings
 from .registry import RewardSettings as RewardSettings
-from .registry import available_rewards as available_rewards
 from .registry import load_reward as load_reward
 from .remote import RemoteReward as RemoteReward
 from .remote import RemoteSettings as RemoteSettings

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
+from rlr_peft.rewards.names import SPEC_OF_JUDGE
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, describe_samples
 from rlr_peft.tiny_shapes.judges import JudgeName, load_judge
@@ -65,7 +66,6 @@ class JpegReward(Reward):
         return Scored(self._sign * jpeg_kilobytes(images))
 
 
-SPEC_OF_JUDGE: dict[JudgeName, str] = {"reward": "tiny-shapes", "heldout": "tiny-shapes-heldout"}
 # Surprise, in nats, at which an attribute scores one half.
 HALF_SCORE_SURPRISE = 10.0
 

@@ -7,20 +7,25 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from rlr_peft.config.reward import VLM_PREFIX, unknown_reward
+from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.errors import RewardError
 from rlr_peft.redaction import is_address
 from rlr_peft.rewards.base import Reward
 from rlr_peft.rewards.callables import load_callable_reward
-from rlr_peft.rewards.embedded import SPEC_OF_JUDGE, JpegReward, TinyShapesJudgeReward
+from rlr_peft.rewards.embedded import TinyShapesJudgeReward
 from rlr_peft.rewards.model_reward import ModelSettings
-from rlr_peft.rewards.ocr import OcrReward
+from rlr_peft.rewards.names import (
+    JUDGES,
+    LARGE_REWARDS,
+    MODEL_REWARDS,
+    PLAIN_REWARDS,
+    UNIFIED_REWARD,
+    available_rewards,
+    unknown_reward,
+)
 from rlr_peft.rewards.questions import JudgeSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
-from rlr_peft.rewards.video import TemporalFlicker
 from rlr_peft.rewards.vlm_endpoint import VlmEndpoint
-from rlr_peft.tiny_shapes.judges import JudgeName
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
 
 
 @dataclass(frozen=True)
@@ -38,55 +43,6 @@ class RewardSettings:
     judge: JudgeSettings = field(default_factory=JudgeSettings)
 
 
-def _from(module: str, name: str, *arguments: Any) -> Callable[[ModelSettings], Reward]:
-    """Imports the module when the reward is loaded: transformers takes seconds."""
-
-    def load(settings: ModelSettings) -> Reward:
-        return getattr(import_module(f"rlr_peft.rewards.{module}"), name)(*arguments, settings)
-
-    return load
-
-
-def _judge(judge: JudgeName, attribute: str | None) -> Callable[[ModelSettings], Reward]:
-    return lambda settings: TinyShapesJudgeReward(judge, attribute, settings.device)
-
-
-MODEL_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
-    "aesthetic": _from("clip_rewards", "Aesthetic"),
-    "aesthetic-v2.5": _from("siglip_rewards", "AestheticV25"),
-    "clipscore": _from("clip_rewards", "ClipScore"),
-    "hpsv2": _from("clip_rewards", "HPSv2", "v2.1"),
-    "hpsv2/v2.0": _from("clip_rewards", "HPSv2", "v2.0"),
-    "hpsv2/v2.1": _from("clip_rewards", "HPSv2", "v2.1"),
-    "imagereward": _from("image_reward", "ImageReward"),
-    "pickscore": _from("clip_rewards", "PickScore"),
-    "subject-consistency": _from("video", "SubjectConsistency"),
-}
-LARGE_REWARDS: dict[str, Callable[[ModelSettings], Reward]] = {
-    "detector": _from("detector", "Detector"),
-    "hpsv3": _from("hpsv3", "HPSv3"),
-}
-BUILT_IN: dict[str, Callable[[ModelSettings], Reward]] = {
-    **MODEL_REWARDS,
-    **LARGE_REWARDS,
-    "ocr": lambda settings: OcrReward(),
-    "jpeg-compressibility": lambda settings: JpegReward(compressible=True),
-    "jpeg-incompressibility": lambda settings: JpegReward(compressible=False),
-    "temporal-flicker": lambda settings: TemporalFlicker(),
-}
-WRITING_REWARDS = {"unifiedreward": lambda settings: _unified(settings)}
-JUDGES = {
-    spec + (f"/{attribute}" if attribute else ""): _judge(judge, attribute)
-    for judge, spec in SPEC_OF_JUDGE.items()
-    for attribute in (None, *ATTRIBUTES)
-}
-
-
-def available_rewards() -> list[str]:
-    """Every registered name; besides these, `load_reward` takes judges, user callables and servers."""
-    return [*sorted(BUILT_IN | WRITING_REWARDS), *JUDGES]
-
-
 def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
     """Load a reward.
 
@@ -99,11 +55,15 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
         RewardError: unknown name (the nearest ones are suggested), missing files, or a callable that cannot be loaded.
     """
     settings = settings or RewardSettings()
-    built_in = (BUILT_IN | JUDGES).get(spec)
-    if built_in is not None:
-        return built_in(settings.model)
-    if spec in WRITING_REWARDS:
-        return WRITING_REWARDS[spec](settings)
+    if spec in JUDGES:
+        judge, attribute = JUDGES[spec]
+        return TinyShapesJudgeReward(judge, attribute, settings.model.device)
+    if spec in PLAIN_REWARDS:
+        return _load(*PLAIN_REWARDS[spec])
+    if spec in MODEL_REWARDS or spec in LARGE_REWARDS:
+        return _load(*(MODEL_REWARDS | LARGE_REWARDS)[spec], settings.model)
+    if spec == UNIFIED_REWARD:
+        return _unified(settings)
     if is_address(spec):
         return RemoteReward(spec, settings.remote)
     if spec.startswith(VLM_PREFIX):
@@ -111,6 +71,12 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
     if ":" in spec:
         return load_callable_reward(spec, settings.model.device)
     raise RewardError(unknown_reward(spec, available_rewards()))
+
+
+def _load(module: str, name: str, *arguments: Any) -> Reward:
+    """Imports the module only now: transformers takes seconds."""
+    reward: Reward = getattr(import_module(f"rlr_peft.rewards.{module}"), name)(*arguments)
+    return reward
 
 
 def _vlm(model: str, settings: RewardSettings) -> Reward:

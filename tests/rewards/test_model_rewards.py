@@ -45,7 +45,7 @@ from rlr_peft.rewards.model_files import (
     OPENAI_CLIP,
     SIGLIP,
 )
-from rlr_peft.rewards.registry import MODEL_REWARDS
+from rlr_peft.rewards.names import MODEL_REWARDS
 from tests.programs import LIBRARIES, completed
 
 IMAGE_REWARDS = ["aesthetic", "aesthetic-v2.5", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]

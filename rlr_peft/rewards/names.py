@@ -1,0 +1,67 @@
+"""Registered rewards by name: known without torch, so that a typing error is told at once.
+
+A reward of this package is a class and a line in one of these tables: its module in `rlr_peft.rewards`, the class, and
+what it is called with before the settings.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from rlr_peft.config import ConfigError
+from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
+
+MODEL_REWARDS: dict[str, tuple[Any, ...]] = {
+    "aesthetic": ("clip_rewards", "Aesthetic"),
+    "aesthetic-v2.5": ("siglip_rewards", "AestheticV25"),
+    "clipscore": ("clip_rewards", "ClipScore"),
+    "hpsv2": ("clip_rewards", "HPSv2", "v2.1"),
+    "hpsv2/v2.0": ("clip_rewards", "HPSv2", "v2.0"),
+    "hpsv2/v2.1": ("clip_rewards", "HPSv2", "v2.1"),
+    "imagereward": ("image_reward", "ImageReward"),
+    "pickscore": ("clip_rewards", "PickScore"),
+    "subject-consistency": ("video", "SubjectConsistency"),
+}
+LARGE_REWARDS: dict[str, tuple[Any, ...]] = {
+    "detector": ("detector", "Detector"),
+    "hpsv3": ("hpsv3", "HPSv3"),
+}
+"""Called with the settings of their networks, as those before."""
+PLAIN_REWARDS: dict[str, tuple[Any, ...]] = {
+    "ocr": ("ocr", "OcrReward"),
+    "jpeg-compressibility": ("embedded", "JpegReward", True),
+    "jpeg-incompressibility": ("embedded", "JpegReward", False),
+    "temporal-flicker": ("video", "TemporalFlicker"),
+}
+"""Called without settings."""
+UNIFIED_REWARD = "unifiedreward"
+SPEC_OF_JUDGE: dict[Literal["reward", "heldout"], str] = {"reward": "tiny-shapes", "heldout": "tiny-shapes-heldout"}
+JUDGES = {
+    spec + (f"/{attribute}" if attribute else ""): (judge, attribute)
+    for judge, spec in SPEC_OF_JUDGE.items()
+    for attribute in (None, *ATTRIBUTES)
+}
+"""The embedded judges, of all attributes or of one."""
+OWN_FORMS = "`vlm:MODEL`, `package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
+
+
+def available_rewards() -> list[str]:
+    """Every registered name; besides these, `load_reward` takes judges, user callables and servers."""
+    return [*sorted([*MODEL_REWARDS, *LARGE_REWARDS, *PLAIN_REWARDS, UNIFIED_REWARD]), *JUDGES]
+
+
+def unknown_reward(spec: str, known: Sequence[str]) -> str:
+    """What to say of a reward that is not among the known ones."""
+    near = difflib.get_close_matches(spec, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    if spec.endswith(".py"):
+        hint = f" To use a function in this file, name it: `{spec}:callable`."
+    return f"unknown reward '{spec}'.{hint} There are: {', '.join(known)}; or your own as {OWN_FORMS}"
+
+
+def refuse_unknown(specs: Iterable[str]) -> None:
+    """Raises ConfigError for the first that is neither registered nor of a form of people's own."""
+    known = available_rewards()
+    for spec in specs:
+        if ":" not in spec and spec not in known:
+            raise ConfigError(unknown_reward(spec, known))
