@@ -87,8 +87,8 @@ def _first_order(diagnosis: Diagnosis) -> Iterator[str]:
     ]
     if tied:
         yield (
-            f"The evidence for this very K is weak: with {diagnosis.evidence.num_samples} samples, K = "
-            f"{step_ranges(tied)} cannot be told from it."
+            f"The evidence for this K is weak: with {diagnosis.evidence.num_samples} samples, K = "
+            f"{step_ranges(tied)} may be as good."
         )
     else:
         yield f"Every other K is clearly noisier on these {diagnosis.evidence.num_samples} samples."
@@ -147,7 +147,7 @@ def _mixed_orders(diagnosis: Diagnosis) -> Iterator[str]:
     yield f"Mixing both orders of `rlr` at every step pays: {numbers}."
     yield "`--estimator rlr --step_choice inverse-variance` does it."
     if not is_clearly_larger(before, after):
-        yield "The evidence is weak: the gain is hardly more than its error."
+        yield "The evidence is weak: the gain is little more than its error."
 
 
 def _evidence(diagnosis: Diagnosis) -> Iterator[str]:
@@ -381,7 +381,7 @@ def _why_not(diagnosis: Diagnosis, safe: MethodResult, best: MethodResult) -> st
 def _batch(diagnosis: Diagnosis, chosen: MethodResult) -> str:
     scale, own = noise_scale(chosen.estimates), update_size(diagnosis.config).samples
     if math.isinf(scale):
-        return f"Its noise scale cannot be told from {diagnosis.evidence.num_samples} samples."
+        return f"Its noise scale cannot be estimated from {diagnosis.evidence.num_samples} samples."
     rough = ""
     if diagnosis.reference.cosine.low <= 0:
         samples = diagnosis.evidence.num_samples

@@ -153,7 +153,11 @@ class PathwiseSettings:
         if self.sees_prediction:
             words[0] = f"gradient of the predicted image's reward through {which}"
         if self.carry is not None:
-            where = "" if self.carry == 0 or self.steps == "spaced" else f", but for a = {self.carry:g} at one of them"
+            where = (
+                ""
+                if self.carry == 0 or self.steps == "spaced"
+                else f", except for a factor a = {self.carry:g} at one of them"
+            )
             words.append(f"carried between steps with the velocity held fixed{where}")
         if self.step_correction:
             words.append(f"weighted for the steps left out with rho = {self.step_correction:g}")

@@ -184,7 +184,7 @@ def _verify_adapter(run: Run) -> None:
     chain = evaluation_chain(run.config, run.chain)
     with torch.compiler.set_stance("force_eager"):  # what is loaded is not compiled, and rounds differently
         difference = verify_lora_reloads(run.pipeline, run.output_dir, lambda _: render(chain, prompts, seeds))
-    exactly = "bit for bit" if difference == 0 else f"but for the machine's rounding ({difference:.1g} of 1)"
+    exactly = "bit for bit" if difference == 0 else f"up to the machine's rounding ({difference:.1g} of 1)"
     logger.info("The saved adapter, loaded back by load_lora_weights, draws the same images %s.", exactly)
 
 

@@ -154,7 +154,7 @@ def test_mixed_orders_are_recommended_only_beyond_their_error(chaotic: Diagnosis
 
 def test_weak_evidence_is_called_weak(chaotic: Diagnosis) -> None:
     few = diagnosis_of(chaotic_chain(), WavyReward(chaotic_chain()), 8)
-    assert "evidence for this very K is weak" in recommend(few).advice["First order"]
+    assert "evidence for this K is weak" in recommend(few).advice["First order"]
     assert "Cosines say little here" in recommend(few).advice["Evidence"]
 
 
