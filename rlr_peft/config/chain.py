@@ -179,9 +179,9 @@ class PromptArguments(Group):
 
     prompt_path: dict[str, float] | str | None = knob(
         None,
-        "Training prompts: a `.txt` file with one a line, a `.jsonl`, `.csv` or `.parquet` file, or a built-in set: "
-        "`simple-animals` (also `/train` and `/test`), `tiny-shapes/train` or `tiny-shapes/test`; or several of these "
-        "and their weights, `{NAME: WEIGHT, ...}`.",
+        "Training prompts: a `.txt` (one a line), `.jsonl`, `.csv` or `.parquet` file, or the built-in "
+        "`simple-animals/train` or `tiny-shapes/train` (also `/test`); or several and their weights, "
+        "`{NAME: WEIGHT, ...}`.",
         found="prompts",
     )
     dataset_name: str | None = knob(
@@ -189,7 +189,7 @@ class PromptArguments(Group):
     )
     dataset_config_name: str | None = knob(None, "Configuration of the dataset, where it has several.", found="words")
     dataset_split: str = knob("train", "Split of the dataset that holds the training prompts.", found="words")
-    streaming: bool = knob(False, "Read the dataset as it comes instead of preparing all of it first.")
+    streaming: bool = knob(False, "Read the dataset row by row instead of preparing all of it first.")
     shuffle_buffer_size: int = knob(
         1000,
         "Prompts of a streamed dataset that are shuffled among each other, window by window.",

@@ -22,13 +22,13 @@ class RewardArguments(Group):
 
     reward_fn: dict[str, float] | str = knob(
         MISSING,
-        "Reward: a registered name, `vlm:MODEL` (a vision-language model that is asked), `package.module:callable`, "
+        "Reward: a registered name, `vlm:MODEL` (a vision-language model judges), `package.module:callable`, "
         "`file.py:callable` or http(s) URL; or several and their weights, `{NAME: WEIGHT, ...}`.",
         found="reward",
     )
     heldout_reward_fn: tuple[str, ...] | None = knob(
         None,
-        "One or more rewards that are only ever measured, never trained on: they expose reward hacking. Early stopping "
+        "One or more rewards that are measured and never trained on: they expose reward hacking. Early stopping "
         "watches the first.",
         found="reward",
     )
