@@ -128,14 +128,15 @@ def training_caption(row: int, partial_share: float, confused: bool, generator: 
     attributes = asdict(scene_at(row))
     if confused:
         for attribute, coin in zip(attributes, coins[len(ATTRIBUTES) :], strict=True):
-            attributes[attribute] = _confuse(attribute, attributes[attribute], coin)
+            attributes[attribute] = confuse(attribute, attributes[attribute], coin)
     if kind < _EMPTY_SHARE + partial_share:
         kept = {name: attributes[name] for name, coin in zip(attributes, coins, strict=False) if coin < keep_share}
         attributes = kept or attributes
     return describe(attributes)
 
 
-def _confuse(attribute: str, value: str, coin: float) -> str:
+def confuse(attribute: str, value: str, coin: float) -> str:
+    """The word that a caption of the last phase has for a value; `coin` in [0, 1) decides."""
     share, pairs = _CONFUSIONS.get(attribute, (0.0, ()))
     if coin < share:
         for first, second in pairs:
