@@ -81,8 +81,8 @@ REWARDS = {
     "jpeg": ("jpeg-compressibility", "tiny-shapes-heldout"),
 }
 LEARNING_RATES = ("0.002", "0.004", "0.008", "auto")
-# Behind a rate: it falls to 0 in the second half, as the measured one does by itself.
-FALLING = ", falling"
+# Behind a rate, its course where that is not the default: to 0 in the second half for `auto`, else constant.
+COURSES = {", falling": "warmup_stable_decay", ", constant": "constant"}
 BATCHES = ("4", "16", "auto")
 MARKS = 4
 # On which the KL from the base is measured.
@@ -130,9 +130,9 @@ def main() -> None:
 
 
 def learning_rate(text: str) -> str:
-    """One spelling of a learning rate, `4e-3` or `0.004`, since it names files, with FALLING behind it; or `auto`."""
-    number = text.removesuffix(FALLING)
-    return text if text == AUTO else f"{float(number):g}{FALLING if text != number else ''}"
+    """One spelling of a rate, `4e-3` or `0.004`, since it names files; or `auto`; with its course behind it."""
+    number, comma, course = text.partition(",")
+    return (AUTO if number == AUTO else f"{float(number):g}") + comma + course
 
 
 def settings(folder: Path, arguments: argparse.Namespace) -> list[Setting]:
@@ -171,8 +171,8 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     words += ["--num_inference_steps", str(arguments.steps)]
     words += [] if arguments.evaluation_steps is None else ["--evaluation_steps", str(arguments.evaluation_steps)]
     words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
-    words += ["--learning_rate", rate.removesuffix(FALLING), "--seed", str(seed)]
-    words += ["--lr_scheduler", "warmup_stable_decay"] if rate.endswith(FALLING) else []
+    number, *course = rate.partition(",")
+    words += ["--learning_rate", number, "--lr_scheduler", COURSES.get("".join(course), AUTO), "--seed", str(seed)]
     run = build_run(load_config(words), two_expert_pipeline(pipeline_path()) if arguments.experts == 2 else None)
     scoring = cost_of_scoring(run, folder / "unit.json")
     base = base_evaluation(run, folder / "base" / f"seed {seed}, {arguments.images} images.pt")
