@@ -23,8 +23,8 @@ from rlr_peft.estimators.base import Estimator
 
 logger = logging.getLogger(__name__)
 
-# A block has this many samples and updates at least; the last one of a run counts from half of it.
-BLOCK_SAMPLES, BLOCK_UPDATES = 64, 8
+# A block has this many prompts and updates at least; the last one of a run counts from half of it.
+BLOCK_PROMPTS, BLOCK_UPDATES = 32, 8
 # Standard errors of the difference. Halving a good rate by mistake costs little; the best of many blocks is lucky.
 CLEARLY = 3.0
 ROUNDING = 1e-6
@@ -120,20 +120,25 @@ class Rollback:
         self._rewards, self._since_best = Moments(), Moments()
         self._sum = self._zeros()
 
-    def see(self, rewards: Tensor) -> None:
-        """Takes the rewards (N,) of a finished update's samples; the weights are those after it."""
+    def see(self, rewards: Tensor, group_size: int) -> None:
+        """Takes the rewards (N,) of a finished update's samples; the weights are those after it.
+
+        The images of a prompt, ``group_size`` neighbours, count as one: their rewards are much alike, and as samples of
+        their own they would make chance look like a fall.
+        """
+        rewards = rewards.reshape(-1, group_size).mean(1)
         self._update += 1
         self._count += 1
         self._rewards.add(rewards)
         self._since_best.add(rewards)
         for total, parameter in zip(self._sum, self._parameters, strict=True):
             total += parameter.detach().cpu()
-        if self._count >= BLOCK_UPDATES and self._rewards.count >= BLOCK_SAMPLES:
+        if self._count >= BLOCK_UPDATES and self._rewards.count >= BLOCK_PROMPTS:
             self._end_block()
 
     def finish(self) -> None:
         """Goes back where the last updates of a run, if they are half a block, have fallen; else nothing changes."""
-        if 2 * self._count >= BLOCK_UPDATES and 2 * self._rewards.count >= BLOCK_SAMPLES:
+        if 2 * self._count >= BLOCK_UPDATES and 2 * self._rewards.count >= BLOCK_PROMPTS:
             self._go_back_if_fallen()
 
     def state_dict(self) -> dict[str, Any]:

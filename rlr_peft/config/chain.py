@@ -277,8 +277,8 @@ class PromptArguments(Group):
                 f"prompt_path: expected weights above 0, none of them below {LEAST_SHARE} of their sum, got "
                 f"{dict(self.weights)}; write `{{NAME: WEIGHT, ...}}`, for example `{{simple-animals: 3, scenes: 1}}`."
             )
-        named = [(spec, "prompt_path") for spec in self.weights]
-        for spec, name in [*named, *([] if evaluation is None else [(evaluation, "evaluation_prompt_path")])]:
+        named = dict.fromkeys(self.weights, "prompt_path")
+        for spec, name in (named if evaluation is None else named | {evaluation: "evaluation_prompt_path"}).items():
             if spec not in BUILTIN_SETS and not os.path.isfile(os.path.expanduser(spec)):
                 yield (
                     f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "

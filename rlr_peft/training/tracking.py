@@ -232,11 +232,10 @@ class RunLog:
         if coverage != progress.coverage:
             logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
             if self._run.method == AUTO and not self._run.objective.has_gradient:
-                steps = self._run.chain.num_steps
                 logger.info(
-                    "For a reward without gradient `grpo` with noise in drawn steps gained far more in a race: "
-                    "--estimator grpo --step_kind cps --eta 0.8 --noise_window %d %d --noise_steps %d.",
-                    *(steps // 2 + 1, steps, (steps + 1) // 3),
+                    "For a reward without gradient other methods than %s gained more in races: docs/estimators.md, `My "
+                    "reward has no gradient`.",
+                    AUTO,
                 )
             for t, ratio in update.books[0].hot_steps.items():
                 logger.warning("The score term of step %d is noisy: |d mean / d output| / std is %.1f there.", t, ratio)

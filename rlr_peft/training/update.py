@@ -130,7 +130,7 @@ def take_update(run: Run, step: int) -> Update:
     # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
     run.reward.learn(raw)
     if run.rollback is not None:
-        run.rollback.see(update.rewards)
+        run.rollback.see(update.rewards, run.config.training.num_images_per_prompt)
     return update
 
 

@@ -9,10 +9,10 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from rlr_peft.build.rollback import BLOCK_SAMPLES, BLOCK_UPDATES, Rollback
+from rlr_peft.build.rollback import BLOCK_PROMPTS, BLOCK_UPDATES, Rollback
 from rlr_peft.estimators import PathwiseEstimator, PathwiseSettings
 
-SAMPLES = BLOCK_SAMPLES // BLOCK_UPDATES
+SAMPLES = 2 * BLOCK_PROMPTS // BLOCK_UPDATES
 
 
 class Counting(PathwiseEstimator):
@@ -48,7 +48,7 @@ class Training:
         self.ema.step([self.weight])
         self.estimator.updates += 1
         after = float(self.weight[0])
-        self.rollback.see(reward + spread * torch.randn(SAMPLES, generator=self.generator))
+        self.rollback.see(reward + spread * torch.randn(SAMPLES, generator=self.generator), 1)
         return after
 
     @property
@@ -97,7 +97,7 @@ def test_a_slow_fall_shows_in_all_that_came_since_the_best_block() -> None:
     for reward in (0.6, *[0.54] * 8):
         noise = 0.15 * torch.randn(BLOCK_UPDATES, SAMPLES, generator=rewards)
         for update in reward + noise - noise.mean():
-            training.rollback.see(update)
+            training.rollback.see(update, 1)
         halved.append(training.rollback.halvings)
     assert halved[1] == halved[2] == 0 and halved[-1] == 1
 
@@ -105,7 +105,7 @@ def test_a_slow_fall_shows_in_all_that_came_since_the_best_block() -> None:
 def test_equal_rewards_never_fall() -> None:
     training = Training()
     for samples in range(SAMPLES, SAMPLES + 40):
-        training.rollback.see(torch.full((samples,), 0.1))
+        training.rollback.see(torch.full((samples,), 0.1), 1)
     assert training.rollback.halvings == 0
 
 
@@ -119,6 +119,22 @@ def test_noise_alone_halves_seldom() -> None:
             training.update(0.5)
         halvings.append(training.rollback.halvings)
     assert sum(halvings) <= 5
+
+
+def test_images_of_a_prompt_count_as_one() -> None:
+    """Prompts of which some are hard: one in four scores low, with all of its images."""
+
+    def halvings(group_size: int) -> int:
+        count = 0
+        for seed in range(20):
+            training, generator = Training(), torch.Generator().manual_seed(seed)
+            for _ in range(20 * BLOCK_UPDATES):
+                prompts = (torch.rand(4, generator=generator) > 0.25).float()
+                training.rollback.see(prompts.repeat_interleave(4), group_size)
+            count += training.rollback.halvings
+        return count
+
+    assert halvings(4) <= 4 < 20 <= halvings(1)
 
 
 @pytest.mark.parametrize("updates", [BLOCK_UPDATES // 2 - 1, BLOCK_UPDATES // 2])

@@ -154,7 +154,8 @@ def test_values_of_a_program_are_held_against_the_types(tmp_path: Path) -> None:
     assert config_from_dict({**values, "validation_prompt": ["a", "b"]}).validation.validation_prompt == ("a", "b")
     with pytest.raises(ConfigError, match=r"^reward_fn: expected a mapping of names to numbers or a text, got <built"):
         config_from_dict({**values, "reward_fn": len})
-    with pytest.raises(ConfigError, match=r"^prompt_path: expected a text or null, got \['a cat'\]; correct it.$"):
+    kinds = "a mapping of names to numbers or a text or null"
+    with pytest.raises(ConfigError, match=rf"^prompt_path: expected {kinds}, got \['a cat'\]; correct it.$"):
         config_from_dict({**values, "prompt_path": ["a cat"]})
     with pytest.raises(ConfigError, match=r"^rank: expected a whole number, got True; correct it.$"):
         config_from_dict({**values, "rank": True})

@@ -117,7 +117,7 @@ def test_where_the_reward_falls_it_goes_back_and_the_card_says_so(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollback, "BLOCK_UPDATES", 2)
-    monkeypatch.setattr(rollback, "BLOCK_SAMPLES", 8)
+    monkeypatch.setattr(rollback, "BLOCK_PROMPTS", 4)
     (tmp_path / "falling.py").write_text(FALLING)
     values = VALUES | {"lr_scheduler": "constant", "checkpointing_steps": 1}
     config = config_file(workplace, tmp_path / "run", **values, reward_fn=f"{tmp_path / 'falling.py'}:Falling")
