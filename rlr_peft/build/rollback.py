@@ -32,14 +32,14 @@ ROUNDING = 1e-6
 
 @dataclass
 class Moments:
-    """Of the rewards of some updates: how many, their sum and their squares' sum."""
+    """Of the mean rewards of some updates' prompts: how many, their sum and their squares' sum."""
 
     count: int = 0
     total: float = 0.0
     squares: float = 0.0
 
     def add(self, rewards: Tensor) -> None:
-        """Takes rewards (N,)."""
+        """Takes the mean rewards of prompts (P,)."""
         rewards = rewards.double()
         self.count += len(rewards)
         self.total += float(rewards.sum())
@@ -70,8 +70,8 @@ class Block:
 
     Attributes:
         last: number of the last one.
-        mean: of the rewards.
-        count: of the rewards.
+        mean: of the prompts' rewards.
+        count: of the prompts.
         weights: mean of the weights after every update, in main memory like all that follows.
         optimizer: its state after the last update.
         estimator: the same.

@@ -64,7 +64,7 @@ class StepGradients:
         held: the same as `pathwise` with the velocity held fixed between step t and the image, (T, N, d); None where
             that was not asked for.
         experts: number of the model that takes step t, (T,), int64: steps without a weight in common are of different
-            ones, as in Wan 2.2; None for a single one.
+            ones, as in Wan 2.2; None where it was not measured.
     """
 
     pathwise: torch.Tensor | None
