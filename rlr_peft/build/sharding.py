@@ -105,9 +105,9 @@ class _Block:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.weights = module, _frozen(module)
-        sizes = [-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in self.weights]
+        sizes = _aligned_sizes(self.weights)
         count, index = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        share = -(-sum(sizes) // (count * ALIGNMENT)) * ALIGNMENT
+        share = _share(sizes, count)
         self.whole = torch.empty(count * share, dtype=torch.uint8, device=device)
         for weight, place in zip(self.weights, self.whole[: sum(sizes)].split(sizes), strict=True):
             view = place[: weight.nbytes].view(weight.dtype).view(weight.shape)
@@ -142,6 +142,26 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
             "leave --shard_denoiser out."
         )
     return blocks
+
+
+def sharded_bytes(denoiser: nn.Module, processes: int) -> tuple[int, int, int]:
+    """Bytes of a denoiser's blocks: of all, of each process's parts of them, and of the largest while it is whole.
+
+    Raises:
+        ValueError: diffusers does not say what the blocks are.
+    """
+    blocks = [_frozen(block) for block in blocks_of(denoiser)]
+    shares = [_share(_aligned_sizes(weights), processes) for weights in blocks]
+    return sum(weight.nbytes for weights in blocks for weight in weights), sum(shares), processes * max(shares)
+
+
+def _aligned_sizes(weights: Sequence[nn.Parameter]) -> list[int]:
+    return [-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in weights]
+
+
+def _share(sizes: Sequence[int], processes: int) -> int:
+    """Bytes of a block's buffer that each process keeps."""
+    return -(-sum(sizes) // (processes * ALIGNMENT)) * ALIGNMENT
 
 
 def _inside(module: nn.Module) -> Iterator[nn.Module]:

@@ -24,6 +24,9 @@ class PlanFlags(Group):
         None, "Your GPU's memory: say whether the training fits, and what helps if not.", unit="GiB", above=0
     )
     host_memory: float | None = knob(None, "Your machine's memory: say whether it is enough.", unit="GiB", above=0)
+    num_processes: int = knob(
+        1, "Processes, each with a GPU, that share the denoiser with --shard_denoiser.", unit="processes", at_least=1
+    )
     output: str | None = knob(None, "JSON file that gets the numbers, in bytes.")
 
 
@@ -41,16 +44,16 @@ def plan_command(words: Sequence[str]) -> int:
     from rlr_peft.plan.run import plan_run
 
     with errors_only():
-        plan = plan_run(config)
+        plan = plan_run(config, own.num_processes)
     host = host_plan(plan)
-    say(plan_text(plan, _title(config), own.gpu_memory, own.host_memory))
+    say(plan_text(plan, _title(config, own.num_processes), own.gpu_memory, own.host_memory))
     if own.output is not None:
         write_numbers(Path(own.output), {**plan.as_plain(), "host": host.as_plain()})
     fits = (own.gpu_memory is None or plan.fits(own.gpu_memory), own.host_memory is None or host.fits(own.host_memory))
     return 0 if all(fits) else 1
 
 
-def _title(config: Config) -> str:
+def _title(config: Config, num_processes: int) -> str:
     """What is planned, in words and without a path of this machine."""
     model, chain, training = config.model, config.chain, config.training
     name = model.pretrained_model_name_or_path
@@ -68,6 +71,8 @@ def _title(config: Config) -> str:
     if model.bnb_quantization_config_path is not None:
         is_4bit = read_quantization(model.bnb_quantization_config_path).get("load_in_4bit")
         facts.append(f"base in {4 if is_4bit else 8} bits")
+    if training.shard_denoiser:
+        facts.append(f"denoiser shared by {num_processes} processes")
     switched = ("gradient_checkpointing", "vae_gradient_checkpointing", "offload", "offload_text_encoders")
     facts += [option for option in switched if getattr(model, option)]
     return ", ".join(facts)

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Differentiated:
-    """Bytes of a forward and backward pass; weights and inputs do not count.
+    """Bytes of a forward and backward pass, or of a forward pass alone; weights and inputs do not count.
 
     Attributes:
-        saved: on autograd's tape between the two.
-        peak: the most at any moment of the two.
+        saved: on autograd's tape between the two; 0 without a backward pass.
+        peak: the most at any moment.
     """
 
     saved: int
@@ -44,7 +44,7 @@ class Measurements:
         encoding: peak while its prompts are encoded.
         sampling: peak of one denoiser step without a tape.
         step: of one denoiser step with a tape, plain (False) and checkpointed (True).
-        decode: of the VAE's decode, by its number of samples and whether it is checkpointed.
+        decode: of the VAE's decode for the reward, by its number of samples and whether it is checkpointed.
         images: one sample's decoded pixels in float32.
         evaluation: peak of drawing images to look at, by their number: of a denoiser step and of the decode, without a
             tape; empty where nothing is drawn.
@@ -71,6 +71,8 @@ def measure(
     looking: DenoisingChain,
     evaluation_batch_size: int | None = None,
     from_images: bool = False,
+    reward_gradient: bool = True,
+    guided: bool = True,
 ) -> Measurements:
     """Measures a chain whose pipeline is on the meta device; its gradient checkpointing is left switched off.
 
@@ -81,6 +83,8 @@ def measure(
         looking: the chain that draws images to look at, over the same pipeline.
         evaluation_batch_size: how many it draws at once for an evaluation; None where there is none.
         from_images: whether samples are drawn from pictures.
+        reward_gradient: whether the decode is differentiated; without, it leaves no tape.
+        guided: whether a differentiated step has guidance.
     """
     prompts = blank_prompts(batch_size, from_images)
     counts = {VERIFIED_IMAGES} if evaluation_batch_size is None else {VERIFIED_IMAGES, 1, evaluation_batch_size}
@@ -98,9 +102,12 @@ def measure(
         trajectory = blank_trajectory(chain, prompts)
         sampling = counted(_sampling(chain, trajectory))
         drawn = {count: counted(_drawing(looking, blank_prompts(count, from_images))) for count in counts}
-        step = {checkpointed: counted(differentiated_step(chain, trajectory)) for checkpointed in _variants(denoisers)}
+        with nullcontext() if guided else chain.without_guidance():
+            step = {
+                checkpointed: counted(differentiated_step(chain, trajectory)) for checkpointed in _variants(denoisers)
+            }
         decode = {
-            (count, checkpointed): counted(_decode(chain, trajectory, count))
+            (count, checkpointed): counted(_decode(chain, trajectory, count, reward_gradient))
             for checkpointed in _variants([decoder])
             for count in sorted({1, decode_batch_size})
         }
@@ -171,14 +178,15 @@ def _drawing(chain: DenoisingChain, prompts: list[Prompt]) -> tuple[int, int]:
     return sampling + kept, memory.peak + kept
 
 
-def _decode(chain: DenoisingChain, trajectory: Trajectory, count: int) -> Differentiated:
-    latents = trajectory.latents[0, :count].detach().requires_grad_()
+def _decode(chain: DenoisingChain, trajectory: Trajectory, count: int, with_gradient: bool) -> Differentiated:
+    latents = trajectory.latents[0, :count].detach().requires_grad_(with_gradient)
     memory = LiveMemory()
     with memory:
-        with counted_tape() as tape, torch.enable_grad():
+        with counted_tape() as tape, torch.set_grad_enabled(with_gradient):
             images = chain.decode(latents, trajectory.prompts[:count])
             saved = tape.live
-        _pull_back(images, [latents])
+        if with_gradient:
+            _pull_back(images, [latents])
     return Differentiated(saved, memory.peak)
 
 

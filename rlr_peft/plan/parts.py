@@ -21,7 +21,7 @@ KEPT_BATCHES = 4
 
 @dataclass(frozen=True)
 class Options:
-    """What can be switched on to save memory, as the config spells it."""
+    """What can be switched on to save memory, as the config spells it, and what the method needs."""
 
     gradient_checkpointing: bool = False
     vae_gradient_checkpointing: bool = False
@@ -33,6 +33,8 @@ class Options:
     use_8bit_adam: bool = False
     use_ema: bool = False
     keeps_old_weights: bool = False
+    reward_gradient: bool = True
+    shard_denoiser: bool = False
     evaluation_batch_size: int = 1
 
     @property
@@ -51,6 +53,8 @@ class Facts:
         encoding_block: the largest part of a text encoder that comes to the GPU at once where they are offloaded.
         denoisers: names of the components that are trained.
         quantized: of the denoisers if bitsandbytes holds them.
+        sharded: of the denoisers if several processes share their blocks; empty where none do or can.
+        denoiser_block: the largest of these blocks, which is there as a whole while it works.
         dequantized: the largest matrix in full width, which is there while it multiplies.
         lora: weights of the adapter in float32.
         optimizer: its state, in float32 (False) and with 8-bit Adam (True).
@@ -68,6 +72,8 @@ class Facts:
     encoding_block: int
     denoisers: tuple[str, ...]
     quantized: Mapping[str, int]
+    sharded: Mapping[str, int]
+    denoiser_block: int
     dequantized: int
     lora: int
     optimizer: Mapping[bool, int]
@@ -184,6 +190,7 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
     dequantized = facts.dequantized if options.quantized else 0
     parts = [
         *_weights(facts, options),
+        Part("block of the denoiser", facts.denoiser_block if options.shard_denoiser else 0),
         Part("LoRA weights (fp32)", facts.lora),
         Part("LoRA gradients (fp32)", facts.lora),
         Part(
@@ -197,7 +204,7 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
         Part("encoding prompts", measured.encoding, (ENCODING,)),
         Part("block of a text encoder", facts.encoding_block if options.moves_text_encoders else 0, (ENCODING,)),
         Part("denoiser step, no tape", measured.sampling + dequantized, (SAMPLING,)),
-        Part("VAE decode + reward, tape", scoring, (DECODE,)),
+        Part(f"VAE decode + reward, {'tape' if options.reward_gradient else 'no tape'}", scoring, (DECODE,)),
         Part("denoiser step, tape", step.peak + dequantized, (ADJOINT,)),
         Part("summed LoRA gradients", 2 * facts.lora, (ADJOINT,)),
         *_evaluation(facts, options),
@@ -262,6 +269,8 @@ def _weights(facts: Facts, options: Options) -> list[Part]:
         is_denoiser = name in facts.denoisers
         if is_denoiser and options.quantized:
             size = facts.quantized[name]  # and stays: bitsandbytes' layers are not moved
+        elif is_denoiser and options.shard_denoiser:
+            size = facts.sharded[name]
         elif is_denoiser and options.offload:
             largest = max(facts.denoisers, key=lambda other: facts.weights[other])
             phases = (SAMPLING, ADJOINT) if name == largest else ()  # of two experts one at a time

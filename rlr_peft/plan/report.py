@@ -114,6 +114,9 @@ def _checkpointing(plan: MemoryPlan) -> list[str]:
         ),
     ):
         plain = by_choice[False]
+        if not plain.saved:
+            lines.append(f"{what}: peak {_gib(plain.peak)}, without a tape (GiB).")
+            continue
         text = f"{what}: {_gib(plain.saved)} on the tape, peak {_gib(plain.peak)}"
         if True in by_choice:
             other = by_choice[True]

@@ -75,7 +75,7 @@ class RewardMemory:
 
     Attributes:
         weights: all the time.
-        scoring: the most, besides, while images are scored and differentiated.
+        scoring: the most, besides, while images are scored and, where asked for, differentiated.
     """
 
     weights: int
@@ -88,6 +88,7 @@ def reward_memory(
     dtype: torch.dtype = torch.float32,
     pixels: int = 512 * 512,
     files: ModelFiles | None = None,
+    with_gradient: bool = True,
 ) -> RewardMemory | None:
     """The memory of a registered reward or a judge; None where nothing is known about it.
 
@@ -97,6 +98,7 @@ def reward_memory(
         dtype: of the network's weights; of judges, bf16 where it is fp16.
         pixels: of an image, for judges; all others bring it to a size of their own.
         files: where the configs of judges come from.
+        with_gradient: whether the score is differentiated.
     """
     base, _, _ = name.partition("/")
     if base.startswith(("jpeg-", "ocr", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):
@@ -108,7 +110,9 @@ def reward_memory(
             return None
         judge.to(torch.bfloat16 if dtype == torch.float16 else dtype).requires_grad_(False).eval()
         seen = HPSV3_PIXELS if name == "hpsv3" else min(pixels, MOST_PIXELS)
-        asking = 0 if name == "unifiedreward" else _asking(judge, batch_size, seen)  # the former has no gradient
+        asking = (
+            0 if name == "unifiedreward" else _asking(judge, batch_size, seen, with_gradient)
+        )  # the former has no gradient
         return RewardMemory(weight_bytes(judge), asking)
     if name == "detector":  # it has no gradient
         with torch.device("meta"):
@@ -122,10 +126,11 @@ def reward_memory(
     model.to(dtype).requires_grad_(False).eval()
     vision: Any = getattr(model, "vision_model", model)
     side = vision.config.image_size
-    images = torch.zeros(batch_size, 3, side, side, device="meta", dtype=dtype, requires_grad=True)
+    images = torch.zeros(batch_size, 3, side, side, device="meta", dtype=dtype, requires_grad=with_gradient)
     with fused_attention(), LiveMemory() as memory:
         states = vision(pixel_values=images)[0]
-        torch.autograd.grad(states, images, torch.zeros_like(states))
+        if with_gradient:
+            torch.autograd.grad(states, images, torch.zeros_like(states))
     return RewardMemory(weight_bytes(model), memory.peak)
 
 
@@ -149,8 +154,8 @@ def _judge(name: str, files: ModelFiles) -> Any:
     return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
-def _asking(judge: Any, batch_size: int, pixels: int) -> int:
-    """The most bytes while questions are answered and differentiated; 0 for families that are not differentiable.
+def _asking(judge: Any, batch_size: int, pixels: int, with_gradient: bool) -> int:
+    """The most bytes while questions are answered; 0 for families that are not differentiable.
 
     The parts are called one by one: on the meta device the whole model would look at values.
     """
@@ -162,7 +167,7 @@ def _asking(judge: Any, batch_size: int, pixels: int) -> int:
     config = vision.config
     each = 4 * round(pixels / config.patch_size**2 / 4)
     values = 3 * config.temporal_patch_size * config.patch_size**2
-    patches = torch.zeros(batch_size * each, values, device="meta", dtype=text.dtype, requires_grad=True)
+    patches = torch.zeros(batch_size * each, values, device="meta", dtype=text.dtype, requires_grad=with_gradient)
     with fused_attention(), LiveMemory() as memory:
         states = vision.patch_embed(patches)
         places = torch.zeros(len(states), states.shape[-1] // config.num_heads, device="meta")
@@ -175,7 +180,8 @@ def _asking(judge: Any, batch_size: int, pixels: int) -> int:
         tokens = torch.cat([seen, words], 1)
         order = torch.arange(tokens.shape[1], device="meta").expand(3, batch_size, -1)
         answers: Tensor = text(inputs_embeds=tokens, position_ids=order).last_hidden_state
-        torch.autograd.grad(answers, patches, torch.zeros_like(answers))
+        if with_gradient:
+            torch.autograd.grad(answers, patches, torch.zeros_like(answers))
     return memory.peak
 
 

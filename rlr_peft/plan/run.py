@@ -15,18 +15,20 @@ from rlr_peft.build.chain import (
 )
 from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
 from rlr_peft.build.reporting import as_config_error
+from rlr_peft.build.sharding import sharded_bytes
 from rlr_peft.build.single_file import place_of_configs
 from rlr_peft.byte_counters import fused_attention
 from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.chain.memory import largest_block
-from rlr_peft.config import Config, ModelArguments
+from rlr_peft.config import Config, ConfigError, ModelArguments, stages_from_config
 from rlr_peft.config.forward import ForwardArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
+from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
 from rlr_peft.plan.measurements import (
     largest_quantized,
@@ -48,6 +50,7 @@ def plan_memory(
     chain: DenoisingChain,
     evaluation_chain: DenoisingChain,
     quantization: Mapping[str, Any] | None = None,
+    num_processes: int = 1,
 ) -> MemoryPlan:
     """Measures and adds up.
 
@@ -56,9 +59,10 @@ def plan_memory(
         chain: its chain, with the adapter attached, over a pipeline on the meta device.
         evaluation_chain: the chain that draws images to look at, over the same pipeline.
         quantization: arguments of BitsAndBytesConfig of the config's file; None without one.
+        num_processes: that share the denoiser, if they do.
 
     Raises:
-        ValueError: gradient checkpointing of a model that cannot.
+        ValueError: gradient checkpointing of a model that cannot, or sharding of one whose blocks are not known.
     """
     batch_size = config.training.train_batch_size
     decode_batch_size = min(config.reward.decode_batch_size or batch_size, batch_size)
@@ -69,7 +73,12 @@ def plan_memory(
     counts = [min(number, validation.evaluation_batch_size) for number in (compared, validated) if number]
     from_images = chain.family.needs_image or config.prompts.image_column is not None
     largest = max(counts, default=None)
-    measured = measure(chain, batch_size, decode_batch_size, evaluation_chain, largest, from_images)
+    is_forward = isinstance(config.estimator, ForwardArguments)
+    estimator = build_estimator(config.estimator, chain.num_steps, stages_from_config(config))
+    with_gradient = estimator.uses_reward_gradient
+    measured = measure(
+        *(chain, batch_size, decode_batch_size, evaluation_chain, largest, from_images, with_gradient), not is_forward
+    )
     parameters = list(chain.parameters)
     models: dict[str, Any] = {
         name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)
@@ -84,19 +93,26 @@ def plan_memory(
     files = ModelFiles(config.reward.reward_model_path, config.model.cache_dir)
     pixels = measured.images // PIXEL_BYTES
     rewards = {
-        count: {name: _reward_memory(config, name, count, dtype, pixels, files) for name in names}
+        count: {name: _reward_memory(config, name, count, dtype, pixels, files, with_gradient) for name in names}
         for count in {1, decode_batch_size}
     }
     known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}
     weights = {name: memory.weights if memory else 0 for name, memory in rewards[1].items()}
     # The matrix in full width is made in the compute dtype, which is that of the latents' cast.
     full_width = max((largest_quantized(model, held, parameters) for model in denoisers.values()), default=0)
+    sharding = config.training.shard_denoiser
+    blocks = {name: sharded_bytes(model, num_processes) for name, model in denoisers.items()} if sharding else {}
     facts = Facts(
         measured=measured,
         weights={name: weight_bytes(model, parameters) for name, model in models.items()},
         encoding_block=largest_block(chain.pipeline),
         denoisers=chain.family.denoisers,
         quantized={name: weight_bytes(model, parameters, held) for name, model in denoisers.items()},
+        sharded={
+            name: weight_bytes(denoisers[name], parameters) - whole + parts
+            for name, (whole, parts, _) in blocks.items()
+        },
+        denoiser_block=max((block for _, _, block in blocks.values()), default=0),
         dequantized=full_width * next(iter(denoisers.values())).dtype.itemsize,
         lora=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         optimizer={
@@ -120,7 +136,9 @@ def plan_memory(
         quantized=quantization is not None,
         use_8bit_adam=config.optimizer.use_8bit_adam,
         use_ema=config.optimizer.use_ema,
-        keeps_old_weights=isinstance(config.estimator, ForwardArguments),
+        keeps_old_weights=is_forward,
+        reward_gradient=with_gradient,
+        shard_denoiser=sharding,
         evaluation_batch_size=max(counts, default=1),
     )
     _check(options, facts)
@@ -144,8 +162,8 @@ class PlanError(UserError, RuntimeError):
     """A pipeline that cannot be followed without values."""
 
 
-def plan_run(config: Config) -> MemoryPlan:
-    """The memory plan of a config; nothing but small configs is read.
+def plan_run(config: Config, num_processes: int = 1) -> MemoryPlan:
+    """The memory plan of a config, of each of its processes; nothing but small configs is read.
 
     Raises:
         ConfigError: the run cannot be built as asked for.
@@ -154,6 +172,11 @@ def plan_run(config: Config) -> MemoryPlan:
     """
     model = config.model
     dtype = DTYPES[model.mixed_precision]
+    if config.training.shard_denoiser and num_processes == 1:
+        raise ConfigError(
+            "shard_denoiser: expected several processes that share the denoiser, got one; give --num_processes, or "
+            "leave --shard_denoiser out."
+        )
     with as_config_error():
         architecture, replaced = _architecture(model), _replaced(model, dtype)
         with loading_base(model.pretrained_model_name_or_path):
@@ -167,7 +190,8 @@ def plan_run(config: Config) -> MemoryPlan:
                 looking = evaluation_chain(config, build_chain(config, pipeline))
             path = model.bnb_quantization_config_path
             with KnownValues():
-                return plan_memory(config, chain, looking, None if path is None else read_quantization(path))
+                quantization = None if path is None else read_quantization(path)
+                return plan_memory(config, chain, looking, quantization, num_processes)
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise PlanError(
@@ -178,10 +202,12 @@ def plan_run(config: Config) -> MemoryPlan:
 
 
 def _reward_memory(
-    config: Config, name: str, count: int, dtype: torch.dtype, pixels: int, files: ModelFiles
+    config: Config, name: str, count: int, dtype: torch.dtype, pixels: int, files: ModelFiles, with_gradient: bool
 ) -> RewardMemory | None:
     is_elsewhere = name.startswith((VLM_PREFIX, "unifiedreward")) and config.reward.vlm_endpoint is not None
-    return RewardMemory(0, 0) if is_elsewhere else reward_memory(name, count, dtype, pixels, files)
+    if is_elsewhere:
+        return RewardMemory(0, 0)
+    return reward_memory(name, count, dtype, pixels, files, with_gradient)
 
 
 def _architecture(model: ModelArguments) -> Any:

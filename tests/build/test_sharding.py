@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from rlr_peft import Trainer
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.reporting import set_up_logging
-from rlr_peft.build.sharding import ShardedDenoisers
+from rlr_peft.build.sharding import ShardedDenoisers, sharded_bytes
 from rlr_peft.config import load_config
 
 
@@ -74,6 +74,7 @@ inputs = [torch.randn(2, 64).requires_grad_() for _ in range(2)]
 trained = [p for p in model.parameters() if p.requires_grad]
 whole = torch.autograd.grad(model(*inputs), [*trained, *inputs])
 frozen, rest = 8 * 64 * 64 * 4, tensor_bytes() - before - 8 * 64 * 64 * 4
+assert sharded_bytes(model, 2) == (frozen, frozen / 2, frozen / 8), "what a plan counts"
 sharded = ShardedDenoisers({"blocks": model}, torch.device("cpu"), processes)
 assert tensor_bytes() - before - rest == frozen / 2
 largest[0] = 0

@@ -19,7 +19,7 @@ from rlr_peft.build import build_optimizer
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain import DenoisingChain, ReplayedStep
 from rlr_peft.cli.main import main
-from rlr_peft.config import Config, OptimizerArguments
+from rlr_peft.config import Config, ConfigError, OptimizerArguments, load_config
 from rlr_peft.lora import attach_lora
 from rlr_peft.plan import (
     ArchitectureError,
@@ -42,6 +42,7 @@ from rlr_peft.plan import (
 )
 from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, VERIFICATION
 from rlr_peft.prompt import Prompt
+from tests.families.image_pipelines import flux
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 META = torch.device("meta")
@@ -230,6 +231,28 @@ def test_the_plan_foresees_what_a_real_step_holds_and_allocates(tiny_folder: str
     )
 
 
+def test_what_is_not_differentiated_has_no_tape_and_no_guidance(tiny_folder: str) -> None:
+    with fused_attention():
+        planned = tiny_chain(build_pipeline(find_architecture(tiny_folder), META, torch.float32))
+        guided = measure(planned, 2, 2, planned)
+        measured = measure(planned, 2, 2, planned, reward_gradient=False, guided=False)
+    chain = tiny_chain(tiny_stable_diffusion(sample_size=32))
+    trajectory = chain.sample(["a", "b"], [0, 1])
+
+    def decode() -> None:
+        with torch.no_grad():
+            chain.decode(trajectory.latents[0], trajectory.prompts)
+
+    assert measured.decode[2, False].saved == 0
+    # Without a tape the workspaces of so small convolutions on the CPU show.
+    assert measured.decode[2, False].peak == pytest.approx(allocated_peak(decode), rel=0.3)
+    assert 2 * measured.decode[2, False].peak < guided.decode[2, False].peak
+    assert measured.step[False].saved == pytest.approx(guided.step[False].saved / 2, rel=0.1)
+    for name in ("pickscore", "imagereward"):
+        seen, differentiated = reward_memory(name, 1, with_gradient=False), reward_memory(name, 1)
+        assert seen is not None and differentiated is not None and 0 < 4 * seen.scoring < differentiated.scoring
+
+
 def test_live_memory_counts_a_storage_once_and_forgets_it() -> None:
     weight = torch.zeros(1000, device=META)
     with LiveMemory() as memory:
@@ -328,6 +351,8 @@ def facts(pipeline_of: Callable[[str], Any]) -> Facts:
         encoding_block=GIB // 2,
         denoisers=("transformer",),
         quantized={"transformer": 6 * GIB},
+        sharded={"transformer": 5 * GIB},
+        denoiser_block=1 * GIB,
         dequantized=GIB // 2,
         lora=0,
         optimizer={False: 0, True: 0},
@@ -366,6 +391,8 @@ def test_parts_are_summed_where_they_are_alive_together(facts: Facts) -> None:
         1 * GIB,
         2 * GIB,
     ]
+    shared = add_up(facts, Options(decode_batch_size=4, shard_denoiser=True))
+    assert {plan.tensors(phase) - shared.tensors(phase) for phase in PHASES} == {(20 - 5 - 1) * GIB}
     quantized = add_up(facts, Options(decode_batch_size=4, quantized=True))
     assert quantized.tensors(ADJOINT) / GIB == 9 + 1 + 6 + 2 + 22 + 0.5
 
@@ -399,15 +426,27 @@ def command(folder: str, *more: str) -> list[str]:
     return ["plan", "--pretrained_model_name_or_path", folder, *required, "--resolution", "16", *more]
 
 
+def test_processes_that_share_the_denoiser_hold_a_part_of_it(tmp_path: Path) -> None:
+    flux().save_pretrained(tmp_path)
+    words = ["--prompt_path", "tiny-shapes/train", "--reward_fn", "jpeg-compressibility", "--resolution", "64"]
+    config = load_config(["--pretrained_model_name_or_path", str(tmp_path), *words, "--shard_denoiser", "true"])
+    two, four = plan_run(config, 2), plan_run(config, 4)
+    spared = [plan.facts.weights["transformer"] - plan.facts.sharded["transformer"] for plan in (two, four)]
+    assert spared[0] / spared[1] == pytest.approx((1 / 2) / (3 / 4), rel=0.01)
+    assert 0 < two.facts.denoiser_block < two.facts.sharded["transformer"]
+    with pytest.raises(ConfigError, match="expected several processes that share the denoiser, got one; give"):
+        plan_run(config)
+
+
 def test_the_command_prints_parts_and_a_verdict(
     tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[MemoryPlan] = []
 
-    def plan_once(config: Config) -> MemoryPlan:
+    def plan_once(config: Config, num_processes: int) -> MemoryPlan:
         """The second command asks for another verdict on the same run."""
         if not plans:
-            plans.append(plan_run(config))
+            plans.append(plan_run(config, num_processes))
         return plans[0]
 
     monkeypatch.setattr("rlr_peft.plan.run.plan_run", plan_once)
