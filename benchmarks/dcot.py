@@ -30,14 +30,14 @@ from rlr_peft.compare import evaluate, flat_metrics, paired_gains, prompts_and_s
 from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, make_stages, texts_of
 from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import SCALES, without_stage
+from rlr_peft.prompts.chain_of_thought import SCALES, as_contrast
 from rlr_peft.rewards import HeldoutRewards, TinyShapesJudgeReward
 from rlr_peft.tiny_shapes import scenes
 from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, take_update
 
 ATTRIBUTES = ("shape", "texture")
-DCOT = ["--dcot_rules"]
-CONTRAST = [*DCOT, "--dcot_form", "contrast"]
+DCOT = ["--dcot_rules", "--dcot_form", "parts"]
+CONTRAST = ["--dcot_rules", "--dcot_form", "contrast"]
 WINDOWS = {"mid": ["mid"], "auto": ["auto"]}
 # At weight 1 a half-order step's gradient is 10 to 30 times as long as that of the first-order steps, and all noise.
 SHARED = "--estimator rlr --fo_steps 3 --ho_length 1 --ho_blocks 1 --ho_coefficient 0.05".split()
@@ -175,7 +175,7 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
     pipeline = load_pipeline(config.model, torch.device("cpu"))
     knobs, stages = ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), make_stages()
     chains = {
-        split: DenoisingChain(pipeline, knobs, stages=stages, contrast=without_stage if split == "contrast" else None)
+        split: DenoisingChain(pipeline, knobs, stages=stages, stage_form=as_contrast if split == "contrast" else None)
         for split in SPLITS
     }
     heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])

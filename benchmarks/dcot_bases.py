@@ -35,7 +35,7 @@ from rlr_peft.compare import evaluate, prompts_and_seeds
 from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, make_stages
 from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import SCALES, without_stage
+from rlr_peft.prompts.chain_of_thought import SCALES, as_contrast
 from rlr_peft.rewards import HeldoutRewards, TinyShapesJudgeReward
 from rlr_peft.tiny_shapes import scenes
 
@@ -164,8 +164,8 @@ def measure(folder: Path, images: int, bases: list[str]) -> list[dict[str, Any]]
         pipeline = base(name, folder)
         for kind in CAPTIONS:
             for split in SPLITS:
-                contrast = without_stage if split == "contrast" else None
-                chain = DenoisingChain(pipeline, knobs, stages=stages, contrast=contrast)
+                form = as_contrast if split == "contrast" else None
+                chain = DenoisingChain(pipeline, knobs, stages=stages, stage_form=form)
                 told = [
                     prompt.text if kind == "usual" else long_caption(scenes.parse_caption(prompt.text), order)
                     for prompt, order in zip(prompts, orders, strict=True)

@@ -4,15 +4,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
+from rlr_peft.build.stage_form import StageForm, choose_stage_form
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
+from rlr_peft.config.chain import StageFormName
 from rlr_peft.config.parsing import read_config
 from rlr_peft.prompt import Prompt, PromptError, PromptLike, Stages, make_stages
 from rlr_peft.prompts.chain_of_thought import (
@@ -22,7 +24,6 @@ from rlr_peft.prompts.chain_of_thought import (
     decompose_by_rules,
     read_stages,
     staged_prompt,
-    without_stage,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class DiffusiveChainOfThought:
         fractions: share of the steps of every stage; None for equal parts.
         decompose: splits a prompt that comes without stage prompts; None for the built-in rules, which know coarse, mid
             and fine only.
-        form: how stage prompts condition a stage, as ``--dcot_form``.
+        form: how stage prompts condition a stage, as ``--dcot_form``; or that of a run.
         options: of the chain: num_inference_steps, step_kind, eta, guidance_scale, negative_prompt and more; and those
             of ``DenoisingChain`` itself.
 
@@ -75,7 +76,7 @@ class DiffusiveChainOfThought:
         stages: Sequence[str] | None = None,
         fractions: Sequence[float] | None = None,
         decompose: Decomposer | None = None,
-        form: Literal["parts", "contrast"] = "parts",
+        form: StageFormName | StageForm = "auto",
         **options: Any,
     ) -> None:
         self.stages: Stages = make_stages(stages, fractions)
@@ -83,8 +84,9 @@ class DiffusiveChainOfThought:
             decompose = decompose_by_rules
         self._decompose = self._refuse if decompose is None else decompose
         knobs = ChainArguments(**{name: options.pop(name) for name in _CHAIN_NAMES if name in options})
-        contrast = without_stage if form == "contrast" else None
-        self.chain = DenoisingChain(pipeline, knobs, stages=self.stages, contrast=contrast, **options)
+        if not isinstance(form, StageForm):
+            form = choose_stage_form(form, pipeline, knobs, options.get("denoisers"))
+        self.chain = DenoisingChain(pipeline, knobs, stages=self.stages, stage_form=form, **options)
 
     @classmethod
     def from_config(
@@ -120,18 +122,15 @@ class DiffusiveChainOfThought:
             )
         if decompose is None:
             decompose = _as_the_run(arguments, stages, Path(path).parent)
-        denoiser = values.get("denoiser")
-        trained = {
-            **vars(ChainArguments(**_group(ChainArguments, values))),
-            "denoisers": None if denoiser is None else [name.strip() for name in denoiser.split(",")],
-        }
+        denoiser, trained = values.get("denoiser"), ChainArguments(**_group(ChainArguments, values))
+        denoisers = None if denoiser is None else [name.strip() for name in denoiser.split(",")]
         return cls(
             pipeline,
             stages=stages.names,
             fractions=stages.fractions,
             decompose=decompose,
-            form=arguments.dcot_form,
-            **{**trained, **options},
+            form=choose_stage_form(arguments.dcot_form, pipeline, trained, denoisers),
+            **{**vars(trained), "denoisers": denoisers, **options},
         )
 
     @torch.no_grad()

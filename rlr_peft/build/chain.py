@@ -13,9 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rlr_peft.build.machine import total_memory
-from rlr_peft.build.pipeline import enable_checkpointing
+from rlr_peft.build.pipeline import denoiser_names, enable_checkpointing
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
+from rlr_peft.build.stage_form import stage_form
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import DENOISERS, Family, lora_targets
 from rlr_peft.chain.memory import working_device
@@ -24,7 +25,6 @@ from rlr_peft.errors import UserError
 from rlr_peft.estimators.forward import holding
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
 from rlr_peft.prompt import Prompt
-from rlr_peft.prompts.chain_of_thought import without_stage
 
 
 @as_config_error()
@@ -36,12 +36,13 @@ def build_chain(config: Config, pipeline: DiffusionPipeline, **of_training: Any)
         pipeline: loaded, with its adapters if it has any.
         of_training: further arguments of ``DenoisingChain``.
     """
+    stages = stages_from_config(config)
     return DenoisingChain(
         pipeline,
         config.chain,
         denoisers=denoiser_names(config),
-        stages=stages_from_config(config),
-        contrast=without_stage if config.chain_of_thought.dcot_form == "contrast" else None,
+        stages=stages,
+        stage_form=None if stages is None else stage_form(config, pipeline),
         reference=adapter_disabled,
         **of_training,
     )
@@ -82,12 +83,6 @@ def build_training_chain(
         start = [parameter.detach().clone() for parameter in chain.parameters]
         chain.reference = lambda denoiser: holding(chain.parameters, start)
     return chain
-
-
-def denoiser_names(config: Config) -> list[str] | None:
-    """The attributes of the pipeline that the config says to train; None leaves it to the family."""
-    names = config.lora.denoiser
-    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def attach_adapters(config: Config, pipeline: DiffusionPipeline, family: Family) -> list[torch.nn.Parameter]:

@@ -25,7 +25,7 @@ from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
 from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
-from rlr_peft.config import ConfigError, ModelArguments
+from rlr_peft.config import Config, ConfigError, ModelArguments
 from rlr_peft.config.model import is_single_file, read_quantization
 from rlr_peft.extras import extra
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
@@ -62,6 +62,12 @@ def load_pipeline(
     check_loaded(name, pipeline)
     prepare_pipeline(pipeline, arguments, device, shards_denoisers=shards_denoisers)
     return pipeline
+
+
+def denoiser_names(config: Config) -> list[str] | None:
+    """The attributes of the pipeline that the config says to train; None leaves it to the family."""
+    names = config.lora.denoiser
+    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from rlr_peft.build.processes import Processes
+from rlr_peft.build.stage_form import stage_form
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.prompt import Prompt, PromptError, as_prompts
@@ -24,7 +26,7 @@ from rlr_peft.prompts.chain_of_thought import (
 )
 from rlr_peft.prompts.files import Columns
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
-from rlr_peft.prompts.lengths import default_sequence_length, find_over_long
+from rlr_peft.prompts.lengths import TextRoom, find_over_long
 from rlr_peft.prompts.sampler import MixedPromptSampler, PromptSampler, Sampler, StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec, dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows
 from rlr_peft.prompts.word_filter import filtered, word_filter
@@ -165,17 +167,20 @@ def columns_from_config(config: Config) -> Columns:
 
 def warn_of_long_prompts(config: Config, pipeline: object, prompts: RunPrompts) -> None:
     """Says once how many prompts lose their end in the text encoder."""
-    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    tokenizers = [part for name in names if (part := getattr(pipeline, name, None)) is not None]
     every = [*prompts.training, *(prompts.evaluation or ()), *prompts.validation]
-    room = config.chain.max_sequence_length or default_sequence_length(pipeline)
-    over = find_over_long(every, tokenizers, room)
+    over = find_over_long(every, TextRoom.of(pipeline, config.chain.max_sequence_length))
     if over is not None:
         logger.warning("%s", over.describe())
 
 
-def describe_chain_of_thought(config: Config) -> str | None:
-    """Stages and where their prompts come from, in one sentence; None for a run without."""
+def describe_chain_of_thought(config: Config, pipeline: DiffusionPipeline, prompts: Sequence[Prompt]) -> str | None:
+    """Stages, where their prompts come from and how they condition the steps, in words; None for a run without.
+
+    Args:
+        config: of the run.
+        pipeline: that draws.
+        prompts: that are drawn, with their stage prompts.
+    """
     stages, arguments = stages_from_config(config), config.chain_of_thought
     if stages is None:
         return None
@@ -186,12 +191,13 @@ def describe_chain_of_thought(config: Config) -> str | None:
     else:
         source = f"the language model `{arguments.dcot_model or arguments.dcot_endpoint_model}`"
     steps = stages.describe(config.chain.num_inference_steps)
-    if arguments.dcot_form == "contrast":
-        return (
-            f"Every step was conditioned on the whole prompt, and steered away from it without the part of its stage: "
-            f"{steps}. The stages' parts came from {source}."
-        )
-    return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
+    contrasts, checked = stage_form(config, pipeline).contrasts_among(prompts)
+    if contrasts == 0:
+        return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
+    whole = "on the whole prompt, and steered away from it without the part of its stage"
+    if contrasts < checked:
+        whole += f" (with {contrasts} of {checked} prompts; on the prompt of its stage with the others)"
+    return f"Every step was conditioned {whole}: {steps}. The stages' parts came from {source}."
 
 
 def _of_several_sources(

@@ -23,13 +23,13 @@ from rlr_peft.build.chain import (
     attach_adapters,
     build_training_chain,
     check_trajectory,
-    denoiser_names,
     evaluation_chain,
 )
 from rlr_peft.build.machine import prepare_machine
 from rlr_peft.build.optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
     compile_denoisers,
+    denoiser_names,
     denoisers_of,
     described_by,
     load_pipeline,

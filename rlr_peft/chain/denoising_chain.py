@@ -25,7 +25,7 @@ from rlr_peft.config import ChainArguments
 from rlr_peft.config.chain import StepKind
 from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
 
-Contrast: TypeAlias = Callable[[str, Sequence[str], int], str | None]
+StageForm: TypeAlias = Callable[[Prompt, int], Prompt]
 
 
 class DenoisingChain:
@@ -42,8 +42,8 @@ class DenoisingChain:
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
         stages: splits the chain, so that every step is conditioned on the prompt of its stage; None for one prompt.
-        contrast: of a whole text, its stage prompts and the number of a stage, what guidance steers away from in that
-            stage, while the whole text conditions all of them; None conditions every stage on its own prompt.
+        stage_form: of a prompt with stage prompts and the number of a stage, the prompt that conditions it; None takes
+            that stage's own.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         detach_negative: take no gradient through the negative branch of guidance.
         reference: from the denoiser to a context in which it is the reference model.
@@ -73,7 +73,7 @@ class DenoisingChain:
         denoisers: Sequence[str] | None = None,
         decoded_frames: int | None = None,
         stages: Stages | None = None,
-        contrast: Contrast | None = None,
+        stage_form: StageForm | None = None,
         reward_decoder: torch.nn.Module | None = None,
         detach_negative: bool = False,
         reference: Callable[[torch.nn.Module], AbstractContextManager[None]] | None = None,
@@ -86,7 +86,7 @@ class DenoisingChain:
         trainable = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.parameters: Sequence[torch.nn.Parameter] = trainable if parameters is None else list(parameters)
         self.reference = reference
-        self._stages, self._contrast = stages, contrast
+        self._stages, self._stage_form = stages, stage_form
         self._decodes_for_rewards = True
         self._detach_negative = detach_negative
         self._first_frames = None
@@ -96,8 +96,6 @@ class DenoisingChain:
             self._try_step()
         if detach_negative:
             self._find_negative_branch()
-        if contrast is not None:
-            self.check_negative_prompts([Prompt("", "")])
         if decoded_frames is not None:
             self._first_frames = first_frames(pipeline, self.family, decoded_frames, self.latents_shape)
 
@@ -423,10 +421,10 @@ class DenoisingChain:
             raise ValueError(
                 f"Expected stage prompts for {expected}; got {len(prompt.stages)} with the prompt {prompt.text!r}."
             )
-        if self._contrast is None:
+        if self._stage_form is None:
             return replace(prompt, text=prompt.stages[index], stages=())
-        rest = self._contrast(prompt.text, prompt.stages, index)
-        return replace(prompt, negative_prompt=prompt.negative_prompt if rest is None else rest, stages=())
+        own = self.arguments.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+        return self._stage_form(replace(prompt, negative_prompt=own), index)
 
     @contextmanager
     def _seeded_dropout(self, seed: int) -> Iterator[None]:

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
 from rlr_peft.chain.condition_images import EncodedImages, batches_of_one_call
-from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, trained_module
+from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, family_of, trained_module
 from rlr_peft.chain.memory import cast_inputs_to_weights, working_device
 from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
@@ -329,11 +329,23 @@ class CallArguments:
 
     def without_guidance(self) -> "CallArguments":
         """The same call with guidance off; a scale that is built into the model stays."""
-        name = "true_cfg_scale" if "true_cfg_scale" in self._parameters else self._guidance_argument
-        unguided = copy.copy(self)
+        unguided, name = copy.copy(self), self._steering_argument
         if name in self._parameters:
             unguided._fixed, unguided._negative_prompt = {**self._fixed, name: self._no_guidance}, None
         return unguided
+
+    @property
+    def steers(self) -> bool:
+        """Whether guidance leads away from a text: not where it is off, built into the model, or takes no text."""
+        name = self._steering_argument
+        if name not in self._parameters or "negative_prompt" not in self._parameters:
+            return False
+        scale = self._fixed.get(name, self._parameters[name].default)
+        return isinstance(scale, (int, float)) and scale > self._no_guidance
+
+    @property
+    def _steering_argument(self) -> str:
+        return "true_cfg_scale" if "true_cfg_scale" in self._parameters else self._guidance_argument
 
     def negative_prompts(self, prompts: Sequence[Prompt]) -> list[str] | None:
         """What guidance steers away from, one text per prompt: the prompt's own, else the chain's; None for nothing.
@@ -370,6 +382,17 @@ class CallArguments:
                 flag = "--resolution" if name in ("height", "width") else f"--{name}"
                 raise ValueError(f"{self._name} takes no {name}: leave {flag} out.")
         return given
+
+
+def steers_from_texts(
+    pipeline: DiffusionPipeline, arguments: ChainArguments, denoisers: Sequence[str] | None = None
+) -> bool:
+    """Whether a chain with these arguments has guidance that leads away from a text.
+
+    Raises:
+        ValueError: as ``DenoisingChain``.
+    """
+    return CallArguments(PipelineDriver(pipeline, family_of(pipeline, denoisers)), arguments).steers
 
 
 def _denoisers_and_decoder(pipeline: Any, family: Family, reward_decoder: Any) -> Iterator[torch.nn.Module]:

@@ -13,9 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rlr_peft.build.chain import build_chain, denoiser_names, evaluation_chain, evaluation_in_words, render
+from rlr_peft.build.chain import build_chain, evaluation_chain, evaluation_in_words, render
 from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
-from rlr_peft.build.pipeline import load_pipeline
+from rlr_peft.build.pipeline import denoiser_names, load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
@@ -206,7 +206,7 @@ class _Comparer:
     def _facts(self, sampler: str, adapters: dict[str, AdapterFiles], measured: list[MeasuredReward]) -> dict[str, str]:
         """What is compared, in words and without a path of this machine."""
         config, prompts = self.config, texts_of(self.drawn[0])
-        chain_of_thought = describe_chain_of_thought(config)
+        chain_of_thought = describe_chain_of_thought(config, self.pipeline, self.drawn[0])
         hub = {label: files.place for label, files in adapters.items() if not Path(files.place).exists()}
         return {
             "base": shown_name(config.model.pretrained_model_name_or_path),

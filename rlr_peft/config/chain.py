@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 StepKind = Literal["ancestral", "flow-sde", "cps", "ode"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
+StageFormName = Literal["auto", "parts", "contrast"]
 AUTO: Final = "auto"
 SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
 """The knobs that say where stage prompts come from."""
@@ -309,10 +310,11 @@ class ChainOfThoughtArguments(Group):
         None,
         "JSONL file of stage prompts, to read and edit; null means `stage_prompts.jsonl` in output_dir.",
     )
-    dcot_form: Literal["parts", "contrast"] = knob(
-        "parts",
-        "How stage prompts condition a stage: as its prompt, or as a contrast, where the whole prompt conditions all "
-        "stages and guidance steers away from it without that stage's part.",
+    dcot_form: StageFormName = knob(
+        AUTO,
+        "How stage prompts condition a stage: as its prompt (parts), or as a contrast, where the whole prompt "
+        "conditions all stages and guidance steers away from it without that stage's part. `auto` is a contrast for "
+        "what the rules split, where there is such guidance and the text encoder holds the whole prompt; else parts.",
     )
     dcot_stages: tuple[str, ...] | None = knob(
         None,
@@ -344,7 +346,7 @@ class ChainOfThoughtArguments(Group):
             "dcot_stages": self.dcot_stages,
             "dcot_fractions": self.dcot_fractions,
             "dcot_cache": self.dcot_cache,
-            "dcot_form": self.dcot_form if self.dcot_form != "parts" else None,
+            "dcot_form": self.dcot_form if self.dcot_form == "contrast" else None,  # auto and parts ask for nothing
         }
         for name, value in needless.items():
             if value is not None and not sources:

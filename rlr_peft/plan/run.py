@@ -10,10 +10,9 @@ from rlr_peft.build.chain import (
     attach_adapters,
     build_chain,
     build_training_chain,
-    denoiser_names,
     evaluation_chain,
 )
-from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
+from rlr_peft.build.pipeline import DTYPES, check_reward_decoder, denoiser_names
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.sharding import sharded_bytes
 from rlr_peft.build.single_file import place_of_configs

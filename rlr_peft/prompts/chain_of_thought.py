@@ -230,6 +230,11 @@ def decompose_by_rules(prompt: str) -> tuple[str, str, str]:
     return _growing(prompt, list(attributes), scales, lambda names: scenes.describe({n: attributes[n] for n in names}))
 
 
+def is_split_by_rules(text: str, stages: Sequence[str]) -> bool:
+    """Whether the stage prompts are those of the rules, and not what somebody wrote."""
+    return tuple(stages) == decompose_by_rules(text)
+
+
 def _growing(
     prompt: str, parts: Sequence[str], scales: Sequence[str], describe: Callable[[list[str]], str]
 ) -> tuple[str, str, str]:
@@ -278,6 +283,20 @@ def without_stage(prompt: str, stages: Sequence[str], index: int) -> str | None:
         return ", ".join(stage for number, stage in enumerate(stages) if number != index and stage != prompt) or None
     left = [phrase for phrase in phrases if phrase not in added]
     return ", ".join([subject, *left]) if added else None
+
+
+def as_part(prompt: Prompt, index: int) -> Prompt:
+    """What conditions a stage in the paper's form: its own text."""
+    return replace(prompt, text=prompt.stages[index], stages=())
+
+
+def as_contrast(prompt: Prompt, index: int) -> Prompt:
+    """What conditions a stage in a contrast: the whole text, away from it without what the stage adds.
+
+    A negative prompt of its own stays, and comes first.
+    """
+    told = (prompt.negative_prompt, without_stage(prompt.text, prompt.stages, index))
+    return replace(prompt, negative_prompt=", ".join(filter(None, told)) or prompt.negative_prompt, stages=())
 
 
 def _phrases(text: str) -> list[str]:

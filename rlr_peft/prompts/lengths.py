@@ -4,7 +4,7 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from rlr_peft.prompt import Prompt
 
@@ -14,6 +14,7 @@ MAX_CHECKED = 10_000
 UNLIMITED = 1_000_000
 # T5's in pipelines that do not say.
 DEFAULT_SEQUENCE_LENGTH = 512
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 @dataclass(frozen=True)
@@ -43,30 +44,52 @@ class OverLong:
         )
 
 
-def find_over_long(
-    prompts: Sequence[Prompt], tokenizers: Sequence[Any], max_sequence_length: int | None
-) -> OverLong | None:
-    """Counts prompts and stage prompts beyond the roomiest tokenizer's limit; None without any.
+class TextRoom:
+    """How much of a text the text encoders see: a model with several loses text only where the roomiest does.
+
+    Args:
+        tokenizers: of the pipeline; without any, nothing is lost.
+        max_sequence_length: of tokenizers that leave it to the pipeline; None for 512.
+
+    Attributes:
+        limit: in tokens, start and end included.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any], max_sequence_length: int | None) -> None:
+        rooms = [(_limit(tokenizer, max_sequence_length), tokenizer) for tokenizer in tokenizers]
+        nothing: tuple[int, Any] = UNLIMITED, None
+        self.limit, self._tokenizer = max(rooms, key=lambda room: room[0], default=nothing)
+
+    @classmethod
+    def of(cls, pipeline: Any, max_sequence_length: int | None) -> Self:
+        """Of a pipeline that is called with so many tokens; None for its own default."""
+        tokenizers = [part for name in TOKENIZERS if (part := getattr(pipeline, name, None)) is not None]
+        return cls(tokenizers, max_sequence_length or default_sequence_length(pipeline))
+
+    def beyond(self, texts: Sequence[str]) -> list[tuple[int, str]]:
+        """Those of the texts that lose their end, each with its tokens."""
+        # A token is at least one byte of text, and most texts are too short for a doubt.
+        doubtful = [text for text in texts if len(text.encode()) + 2 > self.limit]
+        if self._tokenizer is None or not doubtful:
+            return []
+        lengths = map(len, self._tokenizer(doubtful, verbose=False)["input_ids"])
+        return [(length, text) for length, text in zip(lengths, doubtful, strict=True) if length > self.limit]
+
+
+def find_over_long(prompts: Sequence[Prompt], room: TextRoom) -> OverLong | None:
+    """Counts prompts and stage prompts that lose their end; None without any.
 
     Args:
         prompts: at most the first 10,000 different texts, stage prompts among them, are looked at.
-        tokenizers: of the pipeline; a model with several text encoders loses text only where the roomiest does.
-        max_sequence_length: of tokenizers that leave it to the pipeline; None for 512.
+        room: what the text encoders see.
     """
-    rooms = [(_limit(tokenizer, max_sequence_length), tokenizer) for tokenizer in tokenizers]
-    if not rooms:
-        return None
-    limit, tokenizer = max(rooms, key=lambda room: room[0])
     different = dict.fromkeys(text for prompt in prompts for text in (prompt.stages or (prompt.text,)))
     texts = list(itertools.islice(different, MAX_CHECKED))
-    # A token is at least one byte of text, and most texts are too short for a doubt.
-    doubtful = [text for text in texts if len(text.encode()) + 2 > limit]
-    lengths = [len(tokens) for tokens in tokenizer(doubtful, verbose=False)["input_ids"]] if doubtful else []
-    over = [(length, text) for length, text in zip(lengths, doubtful, strict=True) if length > limit]
+    over = room.beyond(texts)
     if not over:
         return None
     length, text = max(over, key=lambda pair: pair[0])
-    return OverLong(len(over), len(texts), limit, text, length)
+    return OverLong(len(over), len(texts), room.limit, text, length)
 
 
 def default_sequence_length(pipeline: Any) -> int | None:

@@ -172,7 +172,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "learning_rate_halvings": 0 if run.rollback is None else run.rollback.halvings,
         "weights": sum(parameter.numel() for parameter in run.chain.parameters),
         "first_order": (min(used), max(used)) if any(used) else None,
-        "chain_of_thought": describe_chain_of_thought(run.config),
+        "chain_of_thought": describe_chain_of_thought(run.config, run.pipeline, run.prompts),
         "reward_decoder": decoder and (os.path.basename(decoder.rstrip("/")) if os.path.isdir(decoder) else decoder),
         "stopped_early": progress.stopped_early or None,
         "verdict": LearningSignal.of(run).verdict(logged_metrics(run)),

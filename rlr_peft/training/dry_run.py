@@ -15,7 +15,7 @@ from rlr_peft.plan.parts import MemoryPlan, host_plan
 from rlr_peft.plan.run import plan_run
 from rlr_peft.reports import duration
 from rlr_peft.training.finishing import num_divergence_samples
-from rlr_peft.training.tracking import stage_prompts_in_words
+from rlr_peft.training.tracking import form_in_words, stage_prompts_in_words
 from rlr_peft.training.update import calibrate, calibration_due, calibration_interval, take_update
 from rlr_peft.training.validation import evaluate_adapter, save_validation_images
 
@@ -122,7 +122,7 @@ def in_words(run: Run, plan: MemoryPlan | UserError, seconds: Seconds) -> str:
         lines.append(f"    validation images: {duration(seconds.validation)}")
     lines.append(f"    share of evaluations: {seconds.evaluation_share:.0%}")
     if stage_prompts := stage_prompts_in_words(run):
-        lines += ["  Chain-of-Thought, for example:", *(f"    {line}" for line in stage_prompts)]
+        lines += [f"  Chain-of-Thought {form_in_words(run)}, for example:", *(f"    {line}" for line in stage_prompts)]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rlr_peft.build.run import Run
+from rlr_peft.build.stage_form import stage_form
 from rlr_peft.config import stages_from_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import flush_to_disk, replacing_file
@@ -246,6 +247,7 @@ def _announce(run: Run, progress: Progress) -> None:
     training = run.config.training
     trainable = sum(parameter.numel() for parameter in run.chain.parameters)
     stages = stages_from_config(run.config)
+    chain_of_thought = [] if stages is None else [f"{form_in_words(run)} = {stages.describe(run.chain.num_steps)}"]
     is_measured = "; the accumulation steps are measured" if training.gradient_accumulation_steps == AUTO else ""
     for line in (
         "***** Running training *****",
@@ -256,12 +258,17 @@ def _announce(run: Run, progress: Progress) -> None:
         f"accumulation steps x {run.accelerator.num_processes} processes = {run.samples_per_update} "
         f"({training.num_images_per_prompt} per prompt{is_measured})",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
-        *([] if stages is None else [f"  Chain-of-Thought = {stages.describe(run.chain.num_steps)}"]),
+        *(f"  Chain-of-Thought {line}" for line in chain_of_thought),
         *(f"    {line}" for line in stage_prompts_in_words(run)),
         f"  Optimization steps = {run.arithmetic.max_train_steps}, {progress.step} done",
         f"  Estimator = {run.method}: {run.estimator.describe(run.objective.has_gradient)}",
     ):
         logger.info(line)
+
+
+def form_in_words(run: Run) -> str:
+    """How stage prompts condition the steps: `as a contrast`."""
+    return stage_form(run.config, run.pipeline).describe(run.prompts)
 
 
 def stage_prompts_in_words(run: Run, count: int = 3) -> list[str]:

@@ -138,7 +138,8 @@ def test_one_update_from_every_source_of_stage_prompts(
             run_script(monkeypatch, config, *flags)
     assert {text for text, _ in seen(place)} <= set(TEXTS), "rewards judge by the whole prompt"
     card = (place / "out" / "README.md").read_text()
-    assert f"The stage prompts came from {words}" in card and f"{names[0]} (steps 3-" in card
+    subject = "The stages' parts" if source == "rules" else "The stage prompts"
+    assert f"{subject} came from {words}" in card and f"{names[0]} (steps 3-" in card
     example = f"far {TEXTS[0]}" if source == "columns" else TEXTS[0] if source == "rules" else "a wide \\| open sky"
     assert f"| {names[0]} | {100 / len(names):.0f}% | {example} |" in card
     assert 'DiffusiveChainOfThought.from_config(pipe, "config.yaml", eta=' in card
