@@ -17,9 +17,9 @@ from diffusers import (
 )
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
+from transformers import ProcessorMixin, Qwen2VLProcessor
 from transformers.utils import is_torchvision_available
 
-from rlr_peft.build.picture_processor import PictureProcessor
 from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
@@ -298,3 +298,24 @@ def compile_denoisers(denoisers: Iterable[nn.Module]) -> None:
             denoiser.compile_repeated_blocks()  # type: ignore[operator]
         else:
             denoiser.compile()
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """transformers' ``Qwen2VLProcessor`` without its part for videos, where there is no torchvision.
+
+    A saved pipeline names transformers' own class.
+
+    Args:
+        image_processor: as there.
+        tokenizer: as there.
+        chat_template: as there.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+PictureProcessor.__name__, PictureProcessor.__module__ = Qwen2VLProcessor.__name__, Qwen2VLProcessor.__module__

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, first_frames
 from rlr_peft.chain.grid import InferenceScheduler, base_scheduler, own_scheduler
 from rlr_peft.chain.interface import Trajectory
+from rlr_peft.chain.noise_window import moving_window
 from rlr_peft.chain.path import GaussianStep, PathPoint
 from rlr_peft.chain.pipeline import CallArguments, PipelineDriver
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
@@ -55,6 +56,7 @@ class DenoisingChain:
         device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         num_steps: T.
+        moving_window: where noise is in which update; None where the same steps have it in all.
         denoiser_evaluations: of single samples so far; a guided pair counts once.
         reference: as given.
         latents_shape: shape of one sample's latents.
@@ -151,6 +153,7 @@ class DenoisingChain:
         self.arguments = arguments
         self.num_steps = arguments.num_inference_steps
         self.denoiser_evaluations = 0
+        self.moving_window = moving_window(arguments)
         whole = range(self.num_steps, 0, -1)
         self._steps_of_stages = (whole,) if self._stages is None else self._stages.steps(self.num_steps)
         self._call = CallArguments(self._driver, arguments)

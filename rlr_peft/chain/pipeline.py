@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
-from rlr_peft.chain.condition_images import EncodedImages, batches_of_one_call
-from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, family_of, trained_module
+from rlr_peft.chain.encodings import EncodedImages, PromptMemory
+from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, ImagesOfCall, family_of, trained_module
 from rlr_peft.chain.memory import cast_inputs_to_weights, working_device
-from rlr_peft.chain.prompt_memory import PromptMemory
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.config import ChainArguments
 from rlr_peft.extras import extra
@@ -102,7 +102,7 @@ class PipelineDriver:
         self.device = working_device(first)
         self.denoiser = trained_module(pipeline, family.denoisers)
         self.latents_dtype = torch.promote_types(first.dtype, torch.float32)
-        self._encode_prompt = PromptMemory(pipeline.encode_prompt, dtype=self.latents_dtype)
+        self._encode_prompt = PromptMemory(pipeline.encode_prompt, self.latents_dtype)
         self._encoded_images = EncodedImages(pipeline)
         self._given = 0
         self.negative_branch = None
@@ -403,3 +403,16 @@ def _denoisers_and_decoder(pipeline: Any, family: Family, reward_decoder: Any) -
         module = getattr(owner, name, None)
         if isinstance(module, torch.nn.Module):
             yield module
+
+
+def batches_of_one_call(images: ImagesOfCall, prompts: Sequence[Prompt]) -> list[slice]:
+    """Which neighbours among the samples one call can draw: all, those of one picture, or a single one."""
+    if images == "any":
+        return [slice(0, len(prompts))]
+    single = images == "one sample"
+    batches, start = [], 0
+    for _, samples in groupby(enumerate(prompts), lambda numbered: (single and numbered[0], numbered[1].image)):
+        stop = start + len(list(samples))
+        batches.append(slice(start, stop))
+        start = stop
+    return batches

@@ -45,9 +45,7 @@ from .objective import mirrored_pairs as mirrored_pairs
 from .objective import sample_batch as sample_batch
 from .pathwise import PathwiseEstimator as PathwiseEstimator
 from .pathwise import PathwiseSettings as PathwiseSettings
-from .pathwise import first_order_segment as first_order_segment
 from .pathwise import leap_weights as leap_weights
-from .pathwise import mixed_segment as mixed_segment
 from .pathwise import step_sizes as step_sizes
 from .policy import PolicyGradientEstimator as PolicyGradientEstimator
 from .policy import PolicyGradientSettings as PolicyGradientSettings
@@ -59,6 +57,7 @@ from .policy import single_steps as single_steps
 from .presets import build_estimator as build_estimator
 from .presets import settings_from_arguments as settings_from_arguments
 from .rlr import RLREstimator as RLREstimator
+from .rlr import mixed_segment as mixed_segment
 from .roulette import roulette_probabilities as roulette_probabilities
 from .roulette import roulette_weights as roulette_weights
 from .step_gradients import GradientMoments as GradientMoments

@@ -32,7 +32,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import leap
-from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, CoverageError, Estimator
+from rlr_peft.estimators.base import FIRST_ORDER, Book, Coverage, CoverageError, Estimator
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.reports import counted, last_steps
 
@@ -45,59 +45,6 @@ COVERAGE_DRAWS = 2000
 SMALLEST_LEAP_ERROR = 0.1
 # RSM clips |dR/dx_0| at this quantile of so many latest samples.
 CLIP_QUANTILE, CLIP_WINDOW = 0.8, 512
-
-
-def first_order_segment(
-    rollout: Rollout, num_steps: int, weight: float = 1.0, sample_weights: torch.Tensor | None = None
-) -> Segment:
-    """The gradient of R(x_0) through steps 1..K with x_K held fixed; exact for those steps.
-
-    K = T is full backpropagation; a small K alone is truncated backpropagation (DRaFT-K, AlignProp).
-
-    Args:
-        rollout: must hold the reward's gradient.
-        num_steps: K >= 1.
-        weight: factor of the gradient.
-        sample_weights: factor of every sample at every step, (K, B), such as ``roulette_weights``; None for 1.
-
-    Raises:
-        ValueError: the reward has no gradient.
-    """
-    if rollout.reward_gradient is None:
-        raise ValueError("Expected a differentiable reward for first-order steps, got one without gradient.")
-    return Segment(FIRST_ORDER, range(1, num_steps + 1), rollout.reward_gradient, weight, sample_weights)
-
-
-def mixed_segment(
-    rollout: Rollout, mixture: torch.Tensor, first_order: float = 1.0, half_order: float = 1.0
-) -> Segment:
-    """First and half order mixed in one walk: ``w_t c_t + (1 - w_t) A eps_t / sigma_t`` goes into the parameters.
-
-    The pathwise cotangent c_t travels on as ever, so both parts of every step are exact and cover it with weight 1.
-
-    Args:
-        rollout: must hold the reward's gradient.
-        mixture: w_t of steps 1..K, (K,), in [0, 1]; 1 where a step has no noise.
-        first_order: coefficient of the pathwise parts.
-        half_order: coefficient of the score parts.
-    """
-
-    def into_parameters(
-        t: int, mean: torch.Tensor, cotangent: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Mapping[str, float]]:
-        assert cotangent is not None  # it starts as the reward's gradient
-        share = float(mixture[t - 1])
-        if share == 1 and first_order == 1:
-            return cotangent, {}
-        mixed = first_order * share * cotangent
-        return (mixed if share == 1 else mixed + half_order * (1 - share) * rollout.score_cotangent(t)), {}
-
-    return replace(
-        first_order_segment(rollout, len(mixture)),
-        term=MIXED_ORDER,
-        into_parameters=into_parameters,
-        score_steps=tuple(int(i) + 1 for i in (mixture < 1).nonzero()),
-    )
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,10 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, Estimator
-from rlr_peft.estimators.half_order import (
-    black_box_segment,
-    choose_stage,
-    half_order_segment,
-)
+from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, Estimator
+from rlr_peft.estimators.half_order import black_box_segment, choose_stage, half_order_segment
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective, Rollout
-from rlr_peft.estimators.pathwise import first_order_segment, mixed_segment
 from rlr_peft.estimators.roulette import roulette_probabilities, roulette_weights
 from rlr_peft.estimators.step_gradients import GradientSketch, check_gradient, measure_step_gradients
 from rlr_peft.estimators.variance import StepStatistics, best_first_order_steps, inverse_variance_weights
@@ -115,7 +110,7 @@ class RLREstimator(Estimator):
             length, walked = layout.first_order_steps, None
             if self.walks_by_roulette(chain, length):
                 walked = roulette_weights(self.roulette(chain, length), len(rollout.rewards), generator)
-            yield first_order_segment(rollout, length, c.first_order, walked)
+            yield Segment(FIRST_ORDER, range(1, length + 1), rollout.reward_gradient, c.first_order, walked)
         for t in layout.black_box_steps:
             yield black_box_segment(chain, objective, rollout, t, c.half_order)
         for block, weight in blocks:
@@ -169,3 +164,36 @@ class RLREstimator(Estimator):
         pathwise = weights.nonzero()
         length = int(pathwise.max()) + 1 if len(pathwise) else 0
         return length, None if bool((weights[:length] == 1).all()) else weights[:length]
+
+
+def mixed_segment(
+    rollout: Rollout, mixture: torch.Tensor, first_order: float = 1.0, half_order: float = 1.0
+) -> Segment:
+    """First and half order mixed in one walk: ``w_t c_t + (1 - w_t) A eps_t / sigma_t`` goes into the parameters.
+
+    The pathwise cotangent c_t travels on as ever, so both parts of every step are exact and cover it with weight 1.
+
+    Args:
+        rollout: must hold the reward's gradient.
+        mixture: w_t of steps 1..K, (K,), in [0, 1]; 1 where a step has no noise.
+        first_order: coefficient of the pathwise parts.
+        half_order: coefficient of the score parts.
+    """
+
+    def into_parameters(
+        t: int, mean: torch.Tensor, cotangent: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Mapping[str, float]]:
+        assert cotangent is not None  # it starts as the reward's gradient
+        share = float(mixture[t - 1])
+        if share == 1 and first_order == 1:
+            return cotangent, {}
+        mixed = first_order * share * cotangent
+        return (mixed if share == 1 else mixed + half_order * (1 - share) * rollout.score_cotangent(t)), {}
+
+    return Segment(
+        MIXED_ORDER,
+        range(1, len(mixture) + 1),
+        rollout.reward_gradient,
+        into_parameters=into_parameters,
+        score_steps=tuple(int(i) + 1 for i in (mixture < 1).nonzero()),
+    )

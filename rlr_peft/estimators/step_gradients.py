@@ -10,9 +10,8 @@ from tqdm.auto import tqdm
 
 from rlr_peft.chain.adjoint import Segment, walk
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import CoverageError
+from rlr_peft.estimators.base import FIRST_ORDER, CoverageError
 from rlr_peft.estimators.objective import Rollout
-from rlr_peft.estimators.pathwise import first_order_segment
 
 # Of the gradients of single samples that are there at a time, for each of up to three cotangents: 256 MiB in float32.
 MOST_NUMBERS = 2**26
@@ -165,7 +164,7 @@ class _Measured:
                 (step,) = walk(self._chain, batch.trajectory, Segment("score", (t,), _noise_over_std(batch, t)))
                 self.scores[t - 1, rows] = sketched(step.gradients)
             return
-        segment = first_order_segment(batch, self._chain.num_steps)
+        segment = Segment(FIRST_ORDER, range(1, self._chain.num_steps + 1), batch.reward_gradient)
         for step in walk(self._chain, batch.trajectory, segment, partial(self._probes, batch)):
             assert step.cotangent is not None  # as the segment has one
             self.cotangent_squares[step.t - 1, rows] = step.cotangent.double().square().flatten(1).sum(1).cpu()

@@ -9,7 +9,6 @@ from .finishing import divergence_from_base as divergence_from_base
 from .finishing import finish as finish
 from .finishing import summary as summary
 from .interruption import GracefulInterruption as GracefulInterruption
-from .learning_rate import is_unknown as is_unknown
 from .learning_signal import LearningSignal as LearningSignal
 from .progress import EarlyStopping as EarlyStopping
 from .progress import Progress as Progress

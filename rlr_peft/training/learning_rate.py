@@ -38,11 +38,6 @@ EPSILON, FAINTEST = 1e-3, 1e-18
 LARGEST_FACTOR = 30.0
 
 
-def is_unknown(run: Run) -> bool:
-    """Whether the rate is still to be found."""
-    return float(run.lr_scheduler.base_lrs[0]) == 0
-
-
 def take_first_step(run: Run, step: int) -> None:
     """Finds the rate and takes the optimiser's step with it; if nothing moves the images, the next update tries again.
 

@@ -13,7 +13,6 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError, Segment
-from rlr_peft.chain.noise_window import moving_window
 from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of, over_updates
@@ -22,7 +21,7 @@ from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
 from rlr_peft.estimators.zeroth_order import Perturbation
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
-from rlr_peft.training.learning_rate import is_unknown, take_first_step
+from rlr_peft.training.learning_rate import take_first_step
 from rlr_peft.training.progress import is_due_after
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def take_update(run: Run, step: int) -> Update:
         RewardError: bad scores; nothing has been updated.
         DerivativeError: the gradient is not finite; this optimiser step has not been taken.
     """
-    moving = moving_window(run.config.chain)
+    moving = run.chain.moving_window
     if moving is not None:
         run.chain.place_noise(*moving.at(step, derive_seed(run.config.training.seed, "noise_window", step)))
     batch = _sample(run, step)
@@ -112,7 +111,7 @@ def take_update(run: Run, step: int) -> Update:
         all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
         run.estimator.see_gradient(run.chain.parameters, run.samples_per_update)
         gradient_norm = _clip(run, step)
-        if is_unknown(run):
+        if run.lr_scheduler.base_lrs[0] == 0:  # `learning_rate: auto`, still to be found
             take_first_step(run, step)
         else:
             run.optimizer.step()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlr_peft.chain import Chain, adjoint
-from rlr_peft.estimators import DecodedReward, Rollout, first_order_segment, mixed_segment
+from rlr_peft.estimators import DecodedReward, Rollout, mixed_segment
 from rlr_peft.rewards import CallableReward
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
@@ -80,7 +80,7 @@ def test_a_mixture_of_ones_is_the_pathwise_gradient() -> None:
     chain, rollout = linear()
     adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, torch.ones(5)))
     mixed = gradient_of(chain)
-    adjoint.run(chain, rollout.trajectory, first_order_segment(rollout, 5))
+    adjoint.run(chain, rollout.trajectory, adjoint.Segment("first_order", range(1, 6), rollout.reward_gradient))
     torch.testing.assert_close(mixed, gradient_of(chain))
 
 

@@ -12,7 +12,6 @@ from rlr_peft.estimators import (
     SignalSizes,
     StepGains,
     StepVariances,
-    first_order_segment,
     mixed_segment,
 )
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
@@ -24,7 +23,9 @@ def test_a_walk_books_the_squares_of_its_cotangents(mixed: bool) -> None:
     chain = LinearGaussianChain(num_steps=4)
     rollout = rollout_of(chain, 8, 4)
     mixture = torch.tensor([1.0, 0.5, 0.25])
-    segment = mixed_segment(rollout, mixture) if mixed else first_order_segment(rollout, 3)
+    segment = (
+        mixed_segment(rollout, mixture) if mixed else adjoint.Segment("first_order", (1, 2, 3), rollout.reward_gradient)
+    )
     booking = adjoint.run(chain, rollout.trajectory, segment)
     assert rollout.reward_gradient is not None
     cotangent, expected = rollout.reward_gradient, []

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from rlr_peft.chain import family_of
-from rlr_peft.chain.condition_images import batches_of_one_call
+from rlr_peft.chain.pipeline import batches_of_one_call
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError
 from rlr_peft.prompts import load_prompts
 from rlr_peft.prompts.files import Columns

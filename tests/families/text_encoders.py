@@ -20,7 +20,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from rlr_peft.build.picture_processor import PictureProcessor
+from rlr_peft.build.pipeline import PictureProcessor
 from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
 
 WIDTH = 16
