@@ -38,7 +38,7 @@ def from_a_dataset() -> None:
         ("tensorboard", "tensorboard", "--report_to tensorboard", tracked),
         ("bitsandbytes", "quantization", "--bnb_quantization_config_path", quantized),
         ("bitsandbytes.optim", "quantization", "--use_8bit_adam", with_8bit_adam),
-        ("datasets", "datasets", "--dataset_name", from_a_dataset),
+        ("datasets", "datasets", "a dataset of prompts", from_a_dataset),
         ("rapidocr", "ocr", "--reward_fn ocr", lambda: load_reward("ocr")),
     ],
 )

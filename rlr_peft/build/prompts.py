@@ -74,8 +74,8 @@ def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPr
     elif len(arguments.weights) > 1:
         return _of_several_sources(config, columns, evaluation, validation)
     elif arguments.weights:
-        (path,) = arguments.weights
-        prompts = load_prompts(path, arguments.max_train_samples, columns)
+        (source,) = arguments.weights
+        prompts = _of_source(config, source, columns)
     else:
         prompts = list(dataset_prompts(_dataset(config), columns, arguments.max_train_samples))
     prompts = _filtered(config, prompts)
@@ -209,9 +209,7 @@ def _of_several_sources(
         PromptError: a source is left without a prompt to train on.
     """
     arguments = config.prompts
-    sources = {
-        name: _filtered(config, load_prompts(name, arguments.max_train_samples, columns)) for name in arguments.weights
-    }
+    sources = {name: _filtered(config, _of_source(config, name, columns)) for name in arguments.weights}
     percentage = arguments.validation_split_percentage
     if percentage is not None:
         # By the text, whatever its source: one that two sources hold must not be on both sides.
@@ -230,6 +228,15 @@ def _of_several_sources(
             )
     training, counts = list(itertools.chain(*sources.values())), tuple(map(len, sources.values()))
     return RunPrompts(training, evaluation, validation, _sampler(config, training, counts), counts)
+
+
+def _of_source(config: Config, source: str, columns: Columns) -> list[Prompt]:
+    """The prompts of one source of `prompt_path`."""
+    arguments, limit = config.prompts, config.prompts.max_train_samples
+    if source not in arguments.datasets:
+        return load_prompts(source, limit, columns)
+    spec = DatasetSpec(os.path.expanduser(source), arguments.dataset_config_name, arguments.dataset_split)
+    return list(dataset_prompts(spec, columns, limit))
 
 
 def _sampler(config: Config, training: list[Prompt], counts: Sequence[int]) -> Sampler:

@@ -16,11 +16,12 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
-from rlr_peft.config.chain import ChainArguments, ChainOfThoughtArguments, PromptArguments
+from rlr_peft.config.chain import ChainArguments, ChainOfThoughtArguments
 from rlr_peft.config.estimator import EstimatorArguments
 from rlr_peft.config.knob import ConfigError, Group, Knob, fits, join, match, out_of_range, said, type_in_words
 from rlr_peft.config.methods import DEFAULT_METHOD, METHOD_CHOICE, METHODS
 from rlr_peft.config.model import LoraArguments, ModelArguments
+from rlr_peft.config.prompts import PromptArguments
 from rlr_peft.config.reward import RegularizationArguments, RewardArguments
 from rlr_peft.config.training import (
     CheckpointingArguments,

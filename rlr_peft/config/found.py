@@ -6,7 +6,7 @@ whose knob says of what kind they are (`knob(found=...)`), and only as far as th
 
 - `words`: any text: it is compared, shown or drawn;
 - `model`: a Hub id or a local folder, of which weights and configs are read, never code;
-- `prompts`: a built-in set, or a file in the config's own folder;
+- `prompts`: a built-in set, or a file in the config's own folder; of several sources Hub ids of datasets too;
 - `dataset`: a Hub id;
 - `reward`: a registered name.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rlr_peft.config.arguments import knobs
-from rlr_peft.config.chain import BUILTIN_SETS
 from rlr_peft.config.knob import Knob
 from rlr_peft.config.parsing import read_config
+from rlr_peft.config.prompts import BUILTIN_SETS, is_hub_dataset
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no colon: every form of a reward but the registered names has one
 
@@ -54,7 +54,12 @@ def read_found_config(path: Path, names: Collection[str]) -> tuple[dict[str, Any
 def _plain(knob: Knob, value: Any, folder: Path) -> Any:
     """As much of a value as is harmless; None for nothing."""
     if isinstance(value, dict):
-        return {key: item for key, item in value.items() if _is_harmless(knob, key, folder)} or None
+        takes_datasets = knob.field.metadata["found"] == "prompts"
+        return {
+            key: item
+            for key, item in value.items()
+            if _is_harmless(knob, key, folder) or (takes_datasets and is_hub_dataset(key))
+        } or None
     if isinstance(value, tuple):
         return tuple(item for item in value if not isinstance(item, str) or _is_harmless(knob, item, folder)) or None
     is_text = isinstance(value, str) and knob.takes_text

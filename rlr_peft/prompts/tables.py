@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlr_peft.config.chain import BUILTIN_SETS
+from rlr_peft.config.prompts import BUILTIN_SETS, TABLES
 from rlr_peft.errors import UserError
 from rlr_peft.extras import extra
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError, as_prompts
@@ -37,9 +37,6 @@ from rlr_peft.tiny_shapes import scenes
 
 logger = logging.getLogger(__name__)
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-"""Endings of tables."""
-
 # From an open file and a prefix of places to rows.
 Reader = Callable[..., Iterator[Row]]
 # What a dataset's card may say of its .csv files besides their names.
@@ -52,7 +49,7 @@ ANIMALS = tuple(
 )
 HELD_BACK_ANIMALS = ("zebra", "raccoon", "beetle", "dolphin", "goose", "hedgehog")
 """Never trained on with ``simple-animals/train``: mammals, a bird and an insect."""
-EXPECTED = f"expected one of {', '.join(BUILTIN_SETS)}, or a .txt, {', '.join(FORMATS)} file"
+EXPECTED = f"expected one of {', '.join(BUILTIN_SETS)}, or a .txt, {', '.join(TABLES)} file"
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def dataset_rows(spec: DatasetSpec, columns: Columns) -> Iterator[Row]:
             f"prompts '{spec.name}': expected a folder without *, ? and [ in its path, which are read as a pattern of "
             f"other folders, got {folder}; rename it, or give the file in it with --prompt_path"
         )
-    datasets = extra("datasets", "datasets", "--dataset_name")  # takes two seconds
+    datasets = extra("datasets", "datasets", "a dataset of prompts")  # takes two seconds
     with _explained(spec.name), _quiet_library(datasets):
         builder = _builder(datasets, spec)
         files = _files(builder, spec, columns)
@@ -346,7 +343,7 @@ def load_prompts(spec: str, max_samples: int | None = None, columns: Columns | N
     if columns.beyond_caption:
         raise PromptError(
             f"prompts '{spec}': expected a table with columns {', '.join(columns.beyond_caption)}, got plain lines; "
-            f"use a {', '.join(FORMATS)} file or drop the columns"
+            f"use a {', '.join(TABLES)} file or drop the columns"
         )
     return as_prompts(texts[:max_samples])
 
@@ -401,7 +398,7 @@ def _existing_file(spec: str) -> Path:
         )
     if not path.exists():
         raise PromptError(f"prompts '{spec}': {EXPECTED}; no such file (looked for it from {Path.cwd()})")
-    if path.suffix.lower() not in (".txt", *FORMATS):
+    if path.suffix.lower() not in (".txt", *TABLES):
         raise PromptError(f"prompts '{spec}': {EXPECTED}, got a file ending in '{path.suffix}'")
     return path
 

@@ -139,7 +139,7 @@ def _sampling(run: Run, compared_prompts: Sequence[Prompt]) -> Sampling:
 def _prompts(run: Run) -> Prompts:
     trained_on = set(texts_of(run.prompts))
     unseen = run.evaluation_prompts is not None and trained_on.isdisjoint(texts_of(run.evaluation_prompts))
-    stages, dataset = stages_from_config(run.config), run.config.prompts.dataset_name
+    stages = stages_from_config(run.config)
     weights = run.config.prompts.weights
     return Prompts(
         shown=texts_of(run.prompts[:SHOWN_PROMPTS]),
@@ -150,7 +150,7 @@ def _prompts(run: Run) -> Prompts:
             for source, weight in weights.items()
             if len(weights) > 1
         ],
-        datasets=[dataset] if dataset and not Path(dataset).exists() else [],
+        datasets=[name for name in run.config.prompts.datasets if not Path(name).expanduser().exists()],
         stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
         stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),
     )

@@ -68,7 +68,8 @@ def test_of_several_sources_of_prompts_the_harmless_ones_are_kept(tmp_path: Path
     (tmp_path / "secrets.txt").write_text("a cat")
     folder = tmp_path / "found"
     folder.mkdir()
-    sources = {"simple-animals": 2.0, str(tmp_path / "secrets.txt"): 1.0}
+    (folder / "data").mkdir()
+    sources = {"simple-animals": 2.0, "owner/name": 1.0, str(tmp_path / "secrets.txt"): 1.0, str(folder / "data"): 1.0}
     (folder / "config.yaml").write_text(yaml.safe_dump({"prompt_path": sources}))
     kept = read_found_config(folder / "config.yaml", ["prompt_path"])
-    assert kept == ({"prompt_path": {"simple-animals": 2.0}}, ["prompt_path"])
+    assert kept == ({"prompt_path": {"simple-animals": 2.0, "owner/name": 1.0}}, ["prompt_path"])

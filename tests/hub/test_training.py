@@ -149,6 +149,16 @@ for name, streaming in json.loads(sys.argv[1]):
     except PromptError as error:
         print(json.dumps(str(error)))
 """
+READ_SEVERAL = """
+import json, sys
+from rlr_peft.build.prompts import read_prompts
+from rlr_peft.config import load_config
+from rlr_peft.prompt import texts_of
+flags = "--reward_fn tiny-shapes --pretrained_model_name_or_path tiny-shapes --max_train_samples 2".split()
+found = read_prompts(load_config([*flags, "--prompt_path", sys.argv[1]]))
+assert found.counts == (2, 2, 2)
+print(json.dumps(texts_of(found.training)[:5]))
+"""
 
 
 def test_prompts_are_read_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -175,6 +185,9 @@ for name, (path, content) in json.loads(sys.argv[1]).items():
     assert refused == also_refused
     assert refused.startswith("prompts 'owner/commas', train.csv, line 3: expected as many cells as the header has")
     assert hub.requests("/datasets/owner/json/resolve/")
+    weights = json.dumps({"owner/json": 2, "owner/csv": 1, "simple-animals": 1})
+    done = run(["-c", READ_SEVERAL, weights], hub.environment(), imported=LIBRARIES)
+    assert json.loads(done.stdout) == [*texts * 2, "cat"]
     hub.fail()
     offline = hub.environment(HF_HUB_OFFLINE="1")
     done = run(

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlr_peft.config.chain import BUILTIN_SETS
+from rlr_peft.config.prompts import BUILTIN_SETS
 from rlr_peft.prompt import Prompt, PromptError, texts_of
 from rlr_peft.prompts import DatasetSpec, dataset_prompts, load_prompts
 from rlr_peft.prompts.files import Columns

@@ -192,7 +192,7 @@ def test_validation_and_evaluation_draw_with_stage_prompts(workplace: Path, plac
 RESUMED: dict[str, dict[str, Any]] = {
     "streaming": {"dataset_name": "@data", "streaming": True, "shuffle_buffer_size": 2, **TABLE},
     "several": {
-        "prompt_path": {"@rows.jsonl": 3, "tiny-shapes/test": 1},
+        "prompt_path": {"@rows.jsonl": 2, "@data": 1, "tiny-shapes/test": 1},
         "caption_column": "caption",
         "num_images_per_prompt": 1,
         "estimator": "full-bp",
@@ -234,7 +234,7 @@ def test_a_resumed_run_goes_on_at_its_place(
         of_rows = [text for text, _ in told if text in TEXTS]
         assert len(told) == 20 and len(of_rows) == 15 and set(of_rows) == set(TEXTS), "three of every four"
         card = (whole / "README.md").read_text()
-        assert "Drawn from 2 sources: 75% of the samples from `rows.jsonl`, 25% of the samples from" in card
+        assert "Drawn from 3 sources: 25% of the samples from `data`, 50% of the samples from `rows.jsonl`, 25%" in card
     if source == "window":
         assert "outside the chosen window (measured: stage " in (whole / "README.md").read_text()
 
