@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from rlr_peft.estimators.auto import Weights, rows_of
-from rlr_peft.estimators.step_gradients import GradientMoments, StepGradients
+from rlr_peft.estimators.step_gradients import StepGradients
+from rlr_peft.estimators.variance import GradientMoments
 from rlr_peft.reports import direction
 
 

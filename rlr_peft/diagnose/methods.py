@@ -20,8 +20,7 @@ from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.pathwise import CLIP_QUANTILE
 from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.step_gradients import GradientMoments
-from rlr_peft.estimators.variance import best_first_order_steps, inverse_variance_weights
+from rlr_peft.estimators.variance import GradientMoments, best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.zeroth_order import ZerothOrder
 
 NUM_DRAWN_STEPS = 4

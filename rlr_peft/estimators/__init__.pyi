@@ -58,13 +58,13 @@ from .presets import build_estimator as build_estimator
 from .presets import settings_from_arguments as settings_from_arguments
 from .rlr import RLREstimator as RLREstimator
 from .rlr import mixed_segment as mixed_segment
-from .roulette import roulette_probabilities as roulette_probabilities
-from .roulette import roulette_weights as roulette_weights
-from .step_gradients import GradientMoments as GradientMoments
+from .rlr import roulette_probabilities as roulette_probabilities
+from .rlr import roulette_weights as roulette_weights
 from .step_gradients import GradientSketch as GradientSketch
 from .step_gradients import StepGradients as StepGradients
 from .step_gradients import measure_step_gradients as measure_step_gradients
 from .step_gradients import step_energies as step_energies
+from .variance import GradientMoments as GradientMoments
 from .variance import SignalSizes as SignalSizes
 from .variance import StepGains as StepGains
 from .variance import StepVariances as StepVariances

@@ -35,15 +35,14 @@ from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.noise_scale import FIRST_PAIRS, NoiseScale
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
-from rlr_peft.estimators.rlr import RLREstimator
-from rlr_peft.estimators.roulette import STEP_COST
+from rlr_peft.estimators.rlr import STEP_COST, RLREstimator
 from rlr_peft.estimators.step_gradients import (
-    GradientMoments,
     GradientSketch,
     StepGradients,
     check_gradient,
     measure_step_gradients,
 )
+from rlr_peft.estimators.variance import GradientMoments
 from rlr_peft.estimators.zeroth_order import Perturbation
 
 logger = logging.getLogger(__name__)

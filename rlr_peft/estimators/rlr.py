@@ -3,6 +3,15 @@
 Every step of the chain is covered with weight 1 in expectation, so the sum is an unbiased estimate of the gradient of
 E[R(x_0)]: the pathwise tail (FO) takes steps 1..K, half-order blocks (HO) or the zeroth order (ZO) the rest. Full
 backpropagation and REINFORCE are the special cases K = T and K = 0.
+
+With a roulette every sample is walked back a random number of steps, and what is walked counts for the rest:
+``sum_t 1[K >= t] / q_t G_t`` with ``q_t = P(K >= t)`` has the expectation of full backpropagation, ``sum_t G_t``, at
+the price of ``E[K] = sum_t q_t`` steps (Russian roulette; for optimisation Beatson and Adams, ICML 2019). With
+``R_t = G_t + G_{t+1} + ...`` its second moment is
+
+    E |g|^2 = sum_t beta_t / q_t,        beta_t = E |R_t|^2 - E |R_{t+1}|^2
+
+so that measured gradients tell the best q.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from scipy.optimize import isotonic_regression
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
@@ -18,10 +28,21 @@ from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, E
 from rlr_peft.estimators.half_order import black_box_segment, choose_stage, half_order_segment
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective, Rollout
-from rlr_peft.estimators.roulette import roulette_probabilities, roulette_weights
 from rlr_peft.estimators.step_gradients import GradientSketch, check_gradient, measure_step_gradients
-from rlr_peft.estimators.variance import StepStatistics, best_first_order_steps, inverse_variance_weights
+from rlr_peft.estimators.variance import (
+    GradientMoments,
+    StepStatistics,
+    best_first_order_steps,
+    inverse_variance_weights,
+)
 from rlr_peft.estimators.zeroth_order import Perturbation
+
+# No step is walked more rarely: weights stay below 1 / this where few measured samples showed nothing.
+SMALLEST_PROBABILITY = 0.05
+# Factors of sqrt(beta) that are tried; q_t is at most 1.
+FACTORS = torch.logspace(-3, 3, 601, dtype=torch.float64)
+# A walked step is replayed once and pulled back once, a backward pass counting as two forward ones.
+STEP_COST = 3.0
 
 
 class RLREstimator(Estimator):
@@ -82,7 +103,14 @@ class RLREstimator(Estimator):
     def layout(self, chain: Chain, has_gradient: bool) -> Layout:
         """Which term covers which step of one micro-batch."""
         steps, mixture = self._tail(chain.num_steps) if has_gradient else (0, None)
-        return self._layout(chain, has_gradient, steps, mixture)
+        return lay_out(
+            self._with_measured_window(steps if has_gradient else self.settings.black_box_steps),
+            chain,
+            first_order_steps=steps,
+            has_gradient=has_gradient,
+            block_norms=self.statistics.block_norms,
+            mixture=mixture,
+        )
 
     def walks_by_roulette(self, chain: Chain, length: int) -> bool:
         """Whether samples are walked through a random number of steps 1..K, for K = ``length``.
@@ -129,16 +157,6 @@ class RLREstimator(Estimator):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         self.statistics.load_state_dict(state)
-
-    def _layout(self, chain: Chain, has_gradient: bool, steps: int, mixture: torch.Tensor | None) -> Layout:
-        return lay_out(
-            self._with_measured_window(steps if has_gradient else self.settings.black_box_steps),
-            chain,
-            first_order_steps=steps,
-            has_gradient=has_gradient,
-            block_norms=self.statistics.block_norms,
-            mixture=mixture,
-        )
 
     def _with_measured_window(self, covered_tail: int) -> RLRSettings:
         """The settings with the window of the chosen stage, where it is measured; see ``choose_stage``."""
@@ -197,3 +215,45 @@ def mixed_segment(
         into_parameters=into_parameters,
         score_steps=tuple(int(i) + 1 for i in (mixture < 1).nonzero()),
     )
+
+
+def roulette_weights(probabilities: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
+    """``1[K_i >= t] / q_t`` of every sample at every step.
+
+    The draws are stratified: a sample of random rank r is walked to step t if ``(r + u) / B < q_t``, one u for all.
+
+    Args:
+        probabilities: q_t at index t - 1, in (0, 1], not increasing, q_1 = 1; (T,).
+        samples: B.
+        generator: of the draws, on the CPU.
+
+    Returns:
+        (T, B), float64.
+    """
+    ranks = torch.randperm(samples, generator=generator).double()
+    places = (ranks + torch.rand((), generator=generator, dtype=torch.float64)) / samples
+    probabilities = probabilities.double()[:, None]
+    return (places < probabilities) / probabilities
+
+
+def roulette_probabilities(moments: GradientMoments, samples: int, fixed_cost: float) -> torch.Tensor:
+    """The q_t that minimise ``sqrt(E |mean of B g|^2) * cost``: the most improvement per cost, see ``auto``.
+
+    Args:
+        moments: of the gradients G_1..G_T.
+        samples: B, of an update.
+        fixed_cost: of a sample without its walk, in denoiser evaluations.
+
+    Returns:
+        (T,), float64, in [SMALLEST_PROBABILITY, 1], not increasing, 1 at step 1.
+    """
+    beta = moments.products.diagonal() + 2 * moments.products.triu(1).sum(1)
+    # Steps whose beta rises with t cannot be told apart by a q that does not: they share the mean of theirs.
+    pooled = torch.tensor(isotonic_regression(beta.numpy(), increasing=False).x.copy()).clamp(min=0)
+    candidates = (FACTORS[:, None] * pooled.sqrt()).clamp(SMALLEST_PROBABILITY, 1)
+    candidates[:, 0] = 1
+    single = (pooled / candidates).sum(1)
+    expected = moments.means.sum().clamp(min=0)
+    squares = expected + (single - expected).clamp(min=0) / samples
+    costs = fixed_cost + STEP_COST * candidates.sum(1)
+    return candidates[int((squares.sqrt() * costs).argmin())]

@@ -1,4 +1,4 @@
-"""Sketches of single samples' gradients through every step, and their inner products: what calibrations measure."""
+"""Sketches of single samples' gradients through every step, what calibrations measure."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -217,43 +217,3 @@ def step_energies(gradients: StepGradients) -> torch.Tensor:
     """
     vectors = gradients.half_order if gradients.pathwise is None else gradients.pathwise
     return vectors.double().square().sum(2).mean(1)
-
-
-@dataclass(frozen=True)
-class GradientMoments:
-    """Inner products of the rows of per-step gradients, (R, R), float64.
-
-    Attributes:
-        products: ``E <v_r, v_s>`` of a single sample.
-        means: ``<E v_r, E v_s>``, estimated without bias from pairs of different samples.
-    """
-
-    products: torch.Tensor
-    means: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: torch.Tensor) -> "GradientMoments":
-        """Of the rows of N samples, (R, N, d)."""
-        count = rows.shape[1]
-        rows = rows.double()
-        products = torch.einsum("rnd,snd->rs", rows, rows) / count
-        total = rows.sum(1)
-        return cls(products, (total @ total.T - count * products) / (count * (count - 1)))
-
-    def of_the_samples(self, count: int) -> "GradientMoments":
-        """As if the ``count`` samples that were measured were all there are: ``means`` of their own mean rows.
-
-        Those lie between noise and truth: where few samples show no signal, rows still count as alike that are alike
-        in every sample. They are an inner product, with no negative lengths.
-        """
-        return GradientMoments(self.products, self.means + (self.products - self.means) / count)
-
-    def first(self, count: int) -> "GradientMoments":
-        """Of the first rows."""
-        return GradientMoments(self.products[:count, :count], self.means[:count, :count])
-
-    def blend(self, newer: "GradientMoments", decay: float) -> "GradientMoments":
-        """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
-        return GradientMoments(
-            decay * self.products + (1 - decay) * newer.products, decay * self.means + (1 - decay) * newer.means
-        )

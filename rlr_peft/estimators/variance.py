@@ -21,7 +21,7 @@ import torch
 
 from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book
 from rlr_peft.estimators.half_order import HALF_ORDER, StateBaseline
-from rlr_peft.estimators.step_gradients import GradientMoments, StepGradients, step_energies
+from rlr_peft.estimators.step_gradients import StepGradients, step_energies
 
 # A weight this close to 0 or 1 is not worth a second backward pass.
 NEGLIGIBLE_WEIGHT = 0.01
@@ -243,6 +243,46 @@ class StepGains:
         own = self.cotangents[: len(seen)]
         scale[: len(seen)] = torch.where(own > 0, seen / own, 1.0)
         return StepVariances(self.first_order * scale, half_order)
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Inner products of the rows of per-step gradients, (R, R), float64.
+
+    Attributes:
+        products: ``E <v_r, v_s>`` of a single sample.
+        means: ``<E v_r, E v_s>``, estimated without bias from pairs of different samples.
+    """
+
+    products: torch.Tensor
+    means: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "GradientMoments":
+        """Of the rows of N samples, (R, N, d)."""
+        count = rows.shape[1]
+        rows = rows.double()
+        products = torch.einsum("rnd,snd->rs", rows, rows) / count
+        total = rows.sum(1)
+        return cls(products, (total @ total.T - count * products) / (count * (count - 1)))
+
+    def of_the_samples(self, count: int) -> "GradientMoments":
+        """As if the ``count`` samples that were measured were all there are: ``means`` of their own mean rows.
+
+        Those lie between noise and truth: where few samples show no signal, rows still count as alike that are alike
+        in every sample. They are an inner product, with no negative lengths.
+        """
+        return GradientMoments(self.products, self.means + (self.products - self.means) / count)
+
+    def first(self, count: int) -> "GradientMoments":
+        """Of the first rows."""
+        return GradientMoments(self.products[:count, :count], self.means[:count, :count])
+
+    def blend(self, newer: "GradientMoments", decay: float) -> "GradientMoments":
+        """Running mean: ``decay`` times this plus ``1 - decay`` times the newer measurement."""
+        return GradientMoments(
+            decay * self.products + (1 - decay) * newer.products, decay * self.means + (1 - decay) * newer.means
+        )
 
 
 class StepStatistics:

@@ -9,7 +9,7 @@ import torch
 
 from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators import AutoEstimator, GradientMoments, Weights, build_estimator, promise
-from rlr_peft.estimators.roulette import STEP_COST
+from rlr_peft.estimators.rlr import STEP_COST
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 

@@ -11,7 +11,7 @@ from rlr_peft.estimators import (
     roulette_probabilities,
     roulette_weights,
 )
-from rlr_peft.estimators.roulette import SMALLEST_PROBABILITY
+from rlr_peft.estimators.rlr import SMALLEST_PROBABILITY
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 
