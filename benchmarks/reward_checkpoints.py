@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, ViTConfig, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessorPil,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.reward_references import OpenClip
@@ -135,6 +145,25 @@ def write_dino(folder: Path, sizes: Sizes) -> ViTModel:
     model = ViTModel(config, add_pooling_layer=False).eval()
     _save(model, folder)
     return model
+
+
+def write_owl(folder: Path) -> None:
+    """An OWLv2 with tokenizer and image processor."""
+    vocabulary = write_clip_tokenizer(folder)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Owlv2Config(
+        text_config=small | {"vocab_size": vocabulary, "max_position_embeddings": 64},
+        vision_config=small | {"image_size": 64, "patch_size": 8},
+        projection_dim=32,
+    )
+    model = Owlv2ForObjectDetection(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 2 * parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    Owlv2ImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
 
 
 def _save(model: Any, folder: Path) -> None:

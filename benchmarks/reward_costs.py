@@ -19,7 +19,7 @@ from rlr_peft.plan import reward_memory
 
 NAMES = (
     *("aesthetic", "aesthetic-v2.5", "pickscore", "hpsv2", "hpsv3", "unifiedreward", "imagereward", "clipscore"),
-    *("detector", "subject-consistency"),
+    *("detector", "subject-consistency", "videoreward"),
 )
 
 
@@ -44,7 +44,10 @@ class Operations(TorchDispatchMode):
 
 
 def cost(name: str) -> dict[str, float | None]:
-    """Of one image of 512 x 512 pixels in fp16 (judges: bf16); operations are None where no gradient passes."""
+    """Of one image of 512 x 512 pixels in fp16 (judges: bf16), of `videoreward` ten frames.
+
+    Operations are None where no gradient passes.
+    """
     with Operations() as operations:
         memory = reward_memory(name, batch_size=1, dtype=torch.float16)
     assert memory is not None

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer, SiglipImageProcessorPil
 
 from benchmarks import reward_checkpoints as checkpoints
+from benchmarks.large_parity import detector_parity, unified_parity, videoreward_parity
 from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
 from benchmarks.vlm_parity import KINDS, hpsv3_parity, judge_parity
@@ -206,6 +207,8 @@ def local_files(folder: Path) -> ModelFiles:
     return ModelFiles({repo: str(folder / name) for repo, name in names.items()})
 
 
+LARGE_ONES = {"unifiedreward": unified_parity, "videoreward": videoreward_parity, "detector": detector_parity}
+
 # ViT-L/14 is 24 layers of 1024; half of its depth already shows how rounding adds up.
 LARGE = Sizes(image=224, patch=14, depth=12, text_depth=12, vision_width=1024, text_width=768, projection=768)
 
@@ -246,6 +249,9 @@ def main() -> None:
         results["judges"] = {f"vlm:{kind}": judge_parity(Path(folder) / kind, kind) for kind in KINDS}
         (Path(folder) / "hpsv3").mkdir()
         results["judges"]["hpsv3"] = hpsv3_parity(Path(folder) / "hpsv3")
+        for name, parity in LARGE_ONES.items():
+            (Path(folder) / name).mkdir()
+            results["judges"][name] = parity(Path(folder) / name)
     print(f"{markdown(results)}\n\n{judge_table(results)}\n\n{write_results('reward_parity', results)}")
 
 

@@ -1,9 +1,11 @@
 """Random weights in the real files of vision-language models: tokenizer, chat template, image processor and network."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -26,7 +28,8 @@ Kind = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SMOL_TEMPLATE = (
@@ -154,3 +157,42 @@ def write_hpsv3(base: Path, checkpoint: Path, code: Path) -> tuple[Any, nn.Modul
         'prompt_with_special_token = """\nThe score: <|Reward|>\n\nEND\n"""\nprompt_without_special_token = "none"\n'
     )
     return model, head
+
+
+def write_videoreward(base: Path, published: Path, code: Path) -> Any:
+    """VideoReward's three places: its base, config and checkpoint under their names, and the code with its question.
+
+    Returns:
+        The Qwen2-VL in `peft`'s wrapper, with LoRA that is not merged, and its head as `rm_head`.
+    """
+    model = write_vlm(base, "qwen2_vl", patch=14)
+    model.resize_token_embeddings(model.config.text_config.vocab_size + 3, mean_resizing=False)
+    model.rm_head = nn.Linear(model.config.text_config.hidden_size, 1, bias=False)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in linear if name not in ("lm_head", "rm_head")]
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets)).eval()
+    _spread(wrapped)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                parameter.mul_(0.3)
+    names = {"model.visual.": "visual.", "model.language_model.": "model."}
+    weights = {}
+    for name, value in wrapped.state_dict().items():
+        own = name.removeprefix("base_model.model.")
+        prefix = next((prefix for prefix in names if own.startswith(prefix)), "")
+        weights[f"base_model.model.{names.get(prefix, '')}{own.removeprefix(prefix)}"] = value.clone()
+    (published / "checkpoint-11352").mkdir(parents=True)
+    torch.save(weights, published / "checkpoint-11352" / "model.pth")
+    norms = {"VQ_mean": 3.5, "VQ_std": 2.0, "MQ_mean": 1.0, "MQ_std": 1.5, "TA_mean": 3.0, "TA_std": 2.5}
+    settings = {
+        "data_config": {"fps": 2.0, "max_frame_pixels": 200_704, "sample_type": "uniform"},
+        "peft_lora_config": {"lora_r": 4, "lora_alpha": 8, "use_rslora": False},
+        "inference_config": norms,
+    }
+    (published / "model_config.json").write_text(json.dumps(settings))
+    code.write_text(
+        'import nowhere\n\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = """\nHow clear? <|VQ_reward|>\nHow smooth? '
+        '<|MQ_reward|>\nTextual prompt - {text_prompt}\nHow true? <|TA_reward|>\nEND\n"""\n'
+    )
+    return wrapped

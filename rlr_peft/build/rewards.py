@@ -10,6 +10,7 @@ import torch
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.pipeline import DEFAULT_FPS
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.estimators.objective import DecodedReward, sample_batch
 from rlr_peft.prompts.sampler import Sampler
@@ -93,6 +94,7 @@ def reward_settings(config: Config, device: torch.device) -> RewardSettings:
             weights_dtype(arguments.reward_dtype, device),
             arguments.offload_rewards,
             ModelFiles(arguments.reward_model_path, config.model.cache_dir),
+            config.chain.fps or DEFAULT_FPS,
         ),
         RemoteSettings(
             timeout=arguments.reward_server_timeout,

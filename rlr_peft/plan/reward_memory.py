@@ -103,13 +103,13 @@ def reward_memory(
     base, _, _ = name.partition("/")
     if base.startswith(("jpeg-", "ocr", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):
         return RewardMemory(0, 0)  # small, on the CPU, or elsewhere
-    if name.startswith(VLM_PREFIX) or name in ("hpsv3", "unifiedreward"):
+    if name.startswith(VLM_PREFIX) or name in ("hpsv3", "unifiedreward", "videoreward"):
         with torch.device("meta"):
             judge = _judge(name, files or ModelFiles())
         if judge is None:
             return None
         judge.to(torch.bfloat16 if dtype == torch.float16 else dtype).requires_grad_(False).eval()
-        seen = HPSV3_PIXELS if name == "hpsv3" else min(pixels, MOST_PIXELS)
+        seen = SEEN_PIXELS.get(name, min(pixels, MOST_PIXELS))
         asking = (
             0 if name == "unifiedreward" else _asking(judge, batch_size, seen, with_gradient)
         )  # the former has no gradient
@@ -134,15 +134,20 @@ def reward_memory(
     return RewardMemory(weight_bytes(model), memory.peak)
 
 
-HPSV3_PIXELS = 256 * 28 * 28
+# Whatever the size of the image; of a video of five seconds ten frames, two of which make a patch.
+SEEN_PIXELS = {"hpsv3": 256 * 28 * 28, "videoreward": 5 * 200_704}
 MOST_PIXELS = 1280 * 28 * 28  # that the Qwen-VL processors take by default
-QUESTION_TOKENS = {True: 700, False: 60}  # of HPSv3, and of a question of one sentence
+QUESTION_TOKENS = {True: 700, False: 60}  # of HPSv3 and VideoReward, and of a question of one sentence
 
 
 def _judge(name: str, files: ModelFiles) -> Any:
     """A vision-language model; None if its config cannot be had."""
     if name == "hpsv3":
         return Qwen2VLModel(Qwen2VLConfig(text_config=QWEN2_7B, vision_config=QWEN2_VISION))
+    if name == "videoreward":
+        small = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+        vision = QWEN2_VISION | {"hidden_size": 1536}
+        return Qwen2VLModel(Qwen2VLConfig(text_config=QWEN2_7B | small | {"vocab_size": 151660}, vision_config=vision))
     if name == "unifiedreward":
         vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
         text = QWEN2_7B | {"vocab_size": 152064}

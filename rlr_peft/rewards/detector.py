@@ -105,6 +105,10 @@ class Detector(ModelReward):
 
     def color(self, image: Tensor, name: str, box: Box) -> str:
         """What of `COLORS` a box of an image (3, H, W) shows most likely, if it holds an object of this class."""
+        return COLORS[int(self.color_cosines(image, name, box).argmax())]
+
+    def color_cosines(self, image: Tensor, name: str, box: Box) -> Tensor:
+        """How much a box of an image (3, H, W) is like each of `COLORS`, (colours,)."""
         height, width = image.shape[1:]
         left, top = (int(min(max(side, 0), most - 1)) for side, most in zip(box[:2], (width, height)))
         part = image[None, :, top : max(top + 1, round(box[3])), left : max(left + 1, round(box[2]))]
@@ -115,7 +119,7 @@ class Detector(ModelReward):
         seen = unit(clip.get_image_features(pixel_values=pixels).pooler_output)
         read = unit(clip.get_text_features(input_ids=ids).pooler_output)
         directions = unit(read.unflatten(0, (len(COLORS), -1)).mean(1))
-        return COLORS[int((directions @ seen[0]).argmax())]
+        return directions @ seen[0]
 
     def _requirements(
         self, prompts: list[str], metadata: Metadata

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +45,54 @@ class HPSv3(ModelReward):
             self._inputs = QwenInputs(name, folder, config, size=size)
         self._inputs.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
         self._reward_token = self._inputs.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
-        super().__init__(name, settings, hpsv3_network(name, path, load_weights(name, path), config, settings.dtype))
+        weights, head = load_weights(name, path), _head(config.text_config.hidden_size)
+        super().__init__(name, settings, qwen2_vl_network(name, path, weights, config, head, settings.dtype))
 
     def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """(B,) float32, about -5 to 15."""
         questions = [self._question.format(text_prompt=prompt) + self._ending for prompt in prompts]
         inputs = self._inputs(images, questions)
         model, ids = self.network["model"], inputs["input_ids"]
-        embeddings = model.get_input_embeddings()(ids)
         seen = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-        is_image = (ids == model.config.image_token_id)[..., None].expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(is_image, torch.cat(list(seen)).to(embeddings))
-        # It was trained with the places of a plain text, not with those of the image's rows and columns.
-        places = torch.arange(ids.shape[1], device=ids.device).expand(3, len(ids), -1)
-        states = model.language_model(
-            inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], position_ids=places
-        ).last_hidden_state
+        states = read_as_plain_text(model, inputs, seen, model.config.image_token_id)
         # The prompt may name the token too: the question's own is the last one.
         last = ids.shape[1] - 1 - (ids == self._reward_token).flip(1).int().argmax(1)
         scores: Tensor = self.network["head"](states[torch.arange(len(ids)), last].float())[:, 0]
         return scores
 
 
-def hpsv3_network(
-    reward_name: str, path: Path, checkpoint: Mapping[str, Tensor], config: Any, dtype: torch.dtype
+def read_as_plain_text(model: Any, inputs: Mapping[str, Tensor], seen: Sequence[Tensor], token: int) -> Tensor:
+    """The last states (B, L, D) of a Qwen2-VL that was trained without the places of rows, columns and frames.
+
+    Args:
+        model: the `Qwen2VLModel`.
+        inputs: `input_ids` and `attention_mask` (B, L).
+        seen: features of each sample's image or video.
+        token: what stands in the text for one of them.
+    """
+    ids = inputs["input_ids"]
+    embeddings = model.get_input_embeddings()(ids)
+    is_seen = (ids == token)[..., None].expand_as(embeddings)
+    embeddings = embeddings.masked_scatter(is_seen, torch.cat(list(seen)).to(embeddings))
+    places = torch.arange(ids.shape[1], device=ids.device).expand(3, len(ids), -1)
+    states: Tensor = model.language_model(
+        inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], position_ids=places
+    ).last_hidden_state
+    return states
+
+
+def qwen2_vl_network(
+    reward_name: str, path: Path, checkpoint: Mapping[str, Tensor], config: Any, head: nn.Module, dtype: torch.dtype
 ) -> nn.ModuleDict:
     """`model` and `head`, filled.
+
+    Args:
+        reward_name: for errors.
+        path: of the checkpoint, for errors.
+        checkpoint: weights under the names of older `transformers`; those of the head begin with `rm_head`.
+        config: of the Qwen2-VL.
+        head: kept in float32.
+        dtype: of the rest; bf16 in place of fp16.
 
     Raises:
         RewardError: weights are missing or unknown.
@@ -82,16 +104,16 @@ def hpsv3_network(
     weights.pop("lm_head.weight", None)  # it writes no word
     head_weights = {name: weights.pop(name).float() for name in list(weights) if name.startswith("rm_head.")}
     config.text_config.vocab_size = len(weights["language_model.embed_tokens.weight"])
-    head = nn.ModuleDict({"rm_head": _head(config.text_config.hidden_size)})
+    heads = nn.ModuleDict({"rm_head": head})
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     with loading(reward_name, path):
         model, info = Qwen2VLModel.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
-        loaded = head.load_state_dict(head_weights, strict=False)
+        loaded = heads.load_state_dict(head_weights, strict=False)
     missing = [*info["missing_keys"], *loaded.missing_keys]
     check_keys(reward_name, path, missing, [*info["unexpected_keys"], *loaded.unexpected_keys])
-    return nn.ModuleDict({"model": model, "head": head["rm_head"]})
+    return nn.ModuleDict({"model": model, "head": head})
 
 
 def _head(width: int) -> nn.Module:

@@ -64,6 +64,9 @@ HPSV3_CODE = f"{GITHUB}MizzenAI/HPSv3"
 QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct"
 # The chat template has its own file or is in the last of these.
 QWEN2_VL_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+QWEN2_VL_2B = "Qwen/Qwen2-VL-2B-Instruct"
+VIDEO_REWARD = "KwaiVGI/VideoReward"
+VIDEO_REWARD_CODE = f"{GITHUB}KwaiVGI/VideoAlign"
 UNIFIED_REWARD = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 UNIFIED_REWARD_CODE = f"{GITHUB}CodeGoat24/UnifiedReward"
 UNIFIED_QUESTION = Part(
@@ -95,6 +98,11 @@ PARTS = {
     "pickscore": (Part(PICKSCORE, MODEL_FILES), Part(LAION_CLIP, CLIP_WORDS)),
     "subject-consistency": (Part(DINO, MODEL_FILES),),
     "unifiedreward": (UNIFIED_QUESTION, Part(UNIFIED_REWARD)),
+    "videoreward": (
+        Part(QWEN2_VL_2B, QWEN2_VL_FILES),
+        Part(VIDEO_REWARD, ("model_config.json", "checkpoint-11352/model.pth")),
+        Part(VIDEO_REWARD_CODE, ("prompt_template.py",)),
+    ),
 }
 """By the reward's name."""
 

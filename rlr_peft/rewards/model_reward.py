@@ -126,12 +126,14 @@ class ModelSettings:
         dtype: of its weights; preprocessing and the score itself are float32 always.
         offload: keep it in CPU memory between uses.
         files: where its files come from.
+        fps: frames a second of the videos that it sees.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     offload: bool = False
     files: ModelFiles = field(default_factory=ModelFiles)
+    fps: int = 8
 
 
 class ModelReward(Reward):

@@ -25,6 +25,7 @@ MODEL_REWARDS: dict[str, tuple[Any, ...]] = {
 LARGE_REWARDS: dict[str, tuple[Any, ...]] = {
     "detector": ("detector", "Detector"),
     "hpsv3": ("hpsv3", "HPSv3"),
+    "videoreward": ("video_reward", "VideoReward"),
 }
 """Called with the settings of their networks, as those before."""
 PLAIN_REWARDS: dict[str, tuple[Any, ...]] = {

@@ -78,6 +78,7 @@ class ReadInTorch(ABC):
 
     differentiable = True
     image_token: str
+    kind = "image"
 
     def __init__(self, name: str, folder: Path, config: Any, **options: Any) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -91,7 +92,8 @@ class ReadInTorch(ABC):
     def __call__(self, images: Tensor, questions: list[str]) -> dict[str, Any]:
         """The model's arguments, for as many images (B, 3, H, W) as questions; padded on the left."""
         pixels, placeholder = self.pixels(images)
-        text = [_ask(self.tokenizer, question).replace(self.image_token, placeholder, 1) for question in questions]
+        asked = [_ask(self.tokenizer, question, self.kind) for question in questions]
+        text = [one.replace(self.image_token, placeholder, 1) for one in asked]
         tokens = self.tokenizer(
             text, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
         ).to(images.device)
@@ -120,19 +122,38 @@ class QwenInputs(ReadInTorch):
 
     def pixels(self, images: Tensor) -> tuple[dict[str, Tensor], str]:
         """`pixel_values` (B * patches, values of a patch) and `image_grid_thw` (B, 3)."""
+        still = images[:, None].expand(-1, self.processor.temporal_patch_size, -1, -1, -1)
+        patches, grids, length = self._patches(still)
+        return {"pixel_values": patches, "image_grid_thw": grids}, self.image_token * length
+
+    def _patches(self, videos: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Of videos (B, F, 3, H, W), F a multiple of the frames of a patch: (B * patches, values), the grids (B, 3) of
+        frames, rows and columns, and the tokens of one video."""
         # The size that it becomes is asked of the processor itself.
-        blank = Image.new("RGB", (images.shape[-1], images.shape[-2]))
-        grid = torch.as_tensor(self.processor(images=blank, return_tensors="pt")["image_grid_thw"])
-        _, rows, columns = grid[0].tolist()
-        patch, merge = self.processor.patch_size, self.processor.merge_size
-        resized = self._normalized(self._resized(images, rows * patch, columns * patch))
+        blank = Image.new("RGB", (videos.shape[-1], videos.shape[-2]))
+        _, rows, columns = torch.as_tensor(self.processor(images=blank, return_tensors="pt")["image_grid_thw"])[
+            0
+        ].tolist()
+        patch, merge, deep = self.processor.patch_size, self.processor.merge_size, self.processor.temporal_patch_size
+        resized = self._normalized(self._resized(videos.flatten(0, 1), rows * patch, columns * patch))
         blocks = resized.reshape(
-            *(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
-        ).permute(0, 2, 5, 3, 6, 1, 4, 7)  # neighbours that are merged stand together
-        still = blocks.unsqueeze(6).expand(*(-1,) * 6, self.processor.temporal_patch_size, -1, -1)
-        grids = grid.expand(len(images), -1).to(images.device)
-        values = {"pixel_values": still.reshape(len(images) * rows * columns, -1), "image_grid_thw": grids}
-        return values, self.image_token * (rows * columns // merge**2)
+            *(len(videos), -1, deep, 3, rows // merge, merge, patch, columns // merge, merge, patch)
+        ).permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # neighbours that are merged stand together
+        grid = torch.tensor([videos.shape[1] // deep, rows, columns], device=videos.device)
+        count = int(grid.prod())
+        return blocks.reshape(len(videos) * count, -1), grid.expand(len(videos), -1), count // merge**2
+
+
+class QwenVideoInputs(QwenInputs):
+    """Videos (B, F, 3, H, W) of an even number of frames, for Qwen2-VL; every frame as an image in its size."""
+
+    image_token = "<|video_pad|>"
+    kind = "video"
+
+    def pixels(self, images: Tensor) -> tuple[dict[str, Tensor], str]:
+        """`pixel_values_videos` (B * patches, values of a patch) and `video_grid_thw` (B, 3)."""
+        patches, grids, length = self._patches(images)
+        return {"pixel_values_videos": patches, "video_grid_thw": grids}, self.image_token * length
 
 
 class SmolInputs(ReadInTorch):
@@ -181,9 +202,9 @@ def read_inputs(name: str, folder: Path, config: Any) -> ReadByProcessor | ReadI
     return (SmolInputs if config.model_type in SMOL else ReadByProcessor)(name, folder, config)
 
 
-def _ask(templated: Any, question: str) -> str:
-    """The text of one turn, image first, up to where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def _ask(templated: Any, question: str, kind: str = "image") -> str:
+    """The text of one turn, image or video first, up to where the answer begins."""
+    content = [{"type": kind}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     return str(templated.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessorPil
 
-from benchmarks.reward_checkpoints import Sizes, write_clip, write_clip_tokenizer
+from benchmarks.large_parity import detector_parity
+from benchmarks.reward_checkpoints import Sizes, write_clip, write_owl
 from benchmarks.reward_parity import mixed_images, to_tensor
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import ModelFiles, ModelSettings, RewardSettings, load_reward, measure_images
@@ -89,23 +89,15 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         write_clip(folder / "clip", Sizes())
-        vocabulary = write_clip_tokenizer(folder / "owl")
-        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = Owlv2Config(
-            text_config=small | {"vocab_size": vocabulary, "max_position_embeddings": 64},
-            vision_config=small | {"image_size": 64, "patch_size": 8},
-            projection_dim=32,
-        )
-        model = Owlv2ForObjectDetection(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0, 2 * parameter[0].numel() ** -0.5)
-        model.save_pretrained(folder / "owl")
-        Owlv2ImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder / "owl")
-        (folder / "owl" / "tokenizer_config.json").write_text("{}")
+        write_owl(folder / "owl")
     files = ModelFiles({OWLV2: str(folder / "owl"), OPENAI_CLIP: str(folder / "clip")})
     return load_reward("detector", RewardSettings(ModelSettings(files=files)))
+
+
+def test_places_and_colors_are_the_published_ones(tmp_path: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        parity = detector_parity(tmp_path)
+    assert parity["network"] < 1e-3 and parity["whole"] < 0.05 * parity["spread"]
 
 
 def test_boxes_are_the_published_ones_less_those_that_overlap(reward: Any) -> None:

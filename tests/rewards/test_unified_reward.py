@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from benchmarks.large_parity import unified_parity
 from benchmarks.reward_parity import mixed_images, to_tensor
 from benchmarks.vlm_checkpoints import write_vlm
 from benchmarks.vlm_parity import published_inputs, published_processor
@@ -88,3 +89,9 @@ def test_a_model_here_writes_what_it_writes_through_its_own_processor(script: Pa
     with pytest.raises(RewardError, match="got the answer") as error:
         score_images(judge, to_tensor(images), PROMPTS[:1])
     assert f"{text!r:.400}" in str(error.value)
+
+
+def test_the_first_word_is_as_likely_as_through_its_own_processor(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        parity = unified_parity(tmp_path)
+    assert parity["network"] < 1e-4 and parity["whole"] < 0.1 * parity["spread"]
