@@ -47,6 +47,7 @@ METHODS: dict[str, tuple[list[str], int]] = {
     "rlr": (["--estimator", "rlr", *MEASURED, "true"], 2),
     "rlr without roulette": (["--estimator", "rlr", *MEASURED, "false"], 2),
     "auto": (["--estimator", "auto", *MEASURED, "true"], 2),
+    "auto, groups of 4": (["--estimator", "auto", *MEASURED, "true"], 4),
     "full-bp": (["--estimator", "full-bp"], 1),
     "truncated-bp, K = 1": (["--estimator", "truncated-bp"], 1),
     "refl": (["--estimator", "refl"], 1),
@@ -69,6 +70,7 @@ METHODS: dict[str, tuple[list[str], int]] = {
     "ram": (["--estimator", "ram", "--step_kind", "ode"], 4),
     "nft": (["--estimator", "nft", "--step_kind", "ode"], 4),
     "awm": (["--estimator", "awm", "--step_kind", "ode"], 4),
+    "awm, with noise": (["--estimator", "awm"], 4),
 }
 # Reward and held-out reward.
 REWARDS = {

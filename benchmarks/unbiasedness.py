@@ -84,7 +84,7 @@ OTHERS: dict[str, tuple[Callable[[], Estimator], dict]] = {
         {"last_std": 0.2, "calls": 100},  # its statistics are kept prompt by prompt, in Python
     ),
     "`grpo` on policy, sigma_1 > 0 (biased)": (
-        lambda: PolicyGradientEstimator(PolicyGradientSettings("group-normalized", SINGLE)),
+        lambda: PolicyGradientEstimator(PolicyGradientSettings("prompt", SINGLE)),
         {"last_std": 0.2},
     ),
     "`d3po`, sigma_1 > 0 (another objective)": (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlr_peft.config.estimator import EstimatorArguments, PolicyGradientArguments, ReusedSamplesArguments
 from rlr_peft.config.knob import knob, preset
@@ -32,6 +32,11 @@ class ForwardArguments(EstimatorArguments):
         at_most=100,
     )
     advantage_clip: float = preset(PolicyGradientArguments, "advantage_clip", 5.0)
+    advantage_std: Literal["prompt", "update"] = knob(
+        "prompt",
+        "Whose rewards' standard deviation advantages are divided by: of their prompt, or of the whole update.",
+        fine=True,
+    )
     inner_epochs: int = preset(ReusedSamplesArguments, "inner_epochs", 1)
     old_decay: float = knob(
         0.5,

@@ -20,7 +20,7 @@ from rlr_peft.config.estimator import (
     at_most_all_steps,
     needs_noise,
 )
-from rlr_peft.config.forward import AWMArguments, NFTArguments, RAMArguments
+from rlr_peft.config.forward import AWMArguments, ForwardArguments, NFTArguments, RAMArguments
 from rlr_peft.config.knob import knob, preset
 
 if TYPE_CHECKING:
@@ -58,11 +58,10 @@ class RLRArguments(ThreeOrdersArguments):
 
 @dataclass(frozen=True)
 class AutoArguments(MeasuringArguments):
-    """The default: the member of the family, `rlr` among them, that promises the most improvement per cost."""
+    """The default: what promises the most improvement per cost, `rlr` among them; without a gradient `awm`."""
 
     estimator = "auto"
 
-    black_box_steps: int | Literal["auto"] = preset(CalibratedArguments, "black_box_steps", "auto")
     fo_roulette: bool = preset(RLRArguments, "fo_roulette", True)
 
     @property
@@ -283,10 +282,12 @@ class DDPOArguments(PolicyGradientArguments):
 
 @dataclass(frozen=True)
 class GRPOArguments(PolicyGradientArguments):
-    """Clipped policy gradient with advantages normalised within a prompt's group."""
+    """Clipped policy gradient with advantages relative to a prompt's group."""
 
     estimator = "grpo"
     normalizes_groups = True
+
+    advantage_std: Literal["prompt", "update"] = preset(ForwardArguments, "advantage_std", "prompt")
 
 
 @dataclass(frozen=True)

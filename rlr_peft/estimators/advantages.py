@@ -2,12 +2,14 @@
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 # Keeps the division by a group's standard deviation finite, as in DDPO and GRPO.
 STD_FLOOR = 1e-4
+# Whose rewards' standard deviation advantages are divided by.
+DividedBy = Literal["prompt", "update"]
 
 
 def leave_one_out(rewards: torch.Tensor, group_size: int, antithetic: bool = False) -> torch.Tensor:
@@ -39,12 +41,14 @@ def leave_one_out(rewards: torch.Tensor, group_size: int, antithetic: bool = Fal
     return advantages.reshape(-1)
 
 
-def group_normalized(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """GRPO's ``(R_i - mean) / std`` over the samples of a prompt: mean and std contain the sample, a small bias.
+def group_normalized(rewards: torch.Tensor, group_size: int, over: DividedBy = "prompt") -> torch.Tensor:
+    """GRPO's ``(R_i - mean) / std``: mean of the prompt's samples; mean and std contain the sample, a small bias.
 
     Args:
         rewards: (N,), samples of one prompt side by side.
         group_size: n >= 2, samples per prompt.
+        over: the std is that of the prompt's samples, so that every prompt counts alike, also one whose samples hardly
+            differ; or that of all samples, as in published runs of Flow-GRPO and DiffusionNFT.
 
     Raises:
         ValueError: N is not a multiple of the group size, or the group is a single sample.
@@ -52,8 +56,13 @@ def group_normalized(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     groups = _groups(rewards, group_size)
     if group_size < 2:
         raise ValueError("Expected 2 or more samples per prompt to normalise within a group, got 1.")
-    std = groups.std(dim=1, keepdim=True, correction=0)
+    std = groups.std(dim=1, keepdim=True, correction=0) if over == "prompt" else rewards.std(correction=0)
     return ((groups - groups.mean(dim=1, keepdim=True)) / (std + STD_FLOOR)).reshape(-1)
+
+
+def normalised_in_words(over: DividedBy) -> str:
+    """How ``group_normalized`` divides."""
+    return "group-normalised" if over == "prompt" else "update-normalised"
 
 
 def separately_normalized(

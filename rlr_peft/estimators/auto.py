@@ -32,6 +32,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.estimators.base import Book, Coverage, Estimator
+from rlr_peft.estimators.forward import ForwardEstimator
 from rlr_peft.estimators.noise_scale import FIRST_PAIRS, NoiseScale
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
@@ -138,10 +139,11 @@ def promise(
 class AutoEstimator(Estimator):
     """Delegates to ``rlr`` or to the member of the pathwise family that promises clearly more.
 
-    A reward without gradient leaves ``rlr``.
+    A reward without gradient, of which so few samples say nothing, is left to ``awm``, which gained most in races.
 
     Args:
         rlr: the unbiased member, with its roulette.
+        awm: for a reward without gradient.
         num_steps: T.
         samples: B, of an update; of one micro-batch in every process where B is measured.
         most_samples: the largest B where it is measured, in whole micro-batches; None for a B that is given.
@@ -152,7 +154,15 @@ class AutoEstimator(Estimator):
 
     uses_reward_gradient = True
 
-    def __init__(self, rlr: RLREstimator, num_steps: int, samples: int, most_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        rlr: RLREstimator,
+        awm: ForwardEstimator,
+        num_steps: int,
+        samples: int,
+        most_samples: int | None = None,
+    ) -> None:
+        self._awm = awm
         self.micro_batches = 1
         self._samples = samples
         self._most_samples = most_samples
@@ -184,7 +194,7 @@ class AutoEstimator(Estimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         """The member in use and why, for logs and cards."""
         if has_gradient is False:
-            return f"{UNBIASED}, as the reward has no gradient: {self.rlr.describe(has_gradient)}"
+            return f"as the reward has no gradient, awm: {self._awm.describe(has_gradient)}"
         if not self._promises:
             return f"the method that promises most for its cost is measured in the first update; until then {UNBIASED}"
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
@@ -196,14 +206,18 @@ class AutoEstimator(Estimator):
             return f"{words}; {UNBIASED} promises nothing on them"
         return f"{words}, {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
 
+    def for_reward(self, has_gradient: bool) -> Estimator:
+        """``awm`` for a reward without gradient."""
+        return self if has_gradient else self._awm
+
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
         """That of the member in use."""
-        return self.chosen.coverage(chain, has_gradient)
+        return (self.chosen if has_gradient else self._awm).coverage(chain, has_gradient)
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterator[Segment | Perturbation]:
-        """Those of the member in use."""
+        """Those of the member in use, for a reward with a gradient."""
         yield from self.chosen.segments(chain, objective, rollout, generator)
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
@@ -211,8 +225,8 @@ class AutoEstimator(Estimator):
         return self.rlr.advantages(rewards, prompts, group_size)
 
     def wants_calibration(self, has_gradient: bool) -> bool:
-        """Whether there is a choice, or ``rlr`` has one to make."""
-        return has_gradient or self.rlr.wants_calibration(has_gradient)
+        """Whether there is a choice."""
+        return has_gradient
 
     @property
     def is_calibrated(self) -> bool:  # type: ignore[override]
@@ -220,18 +234,18 @@ class AutoEstimator(Estimator):
         return self.rlr.is_calibrated
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
-        """Measures all rows on rollouts that no update uses, and chooses."""
-        has_gradient = rollouts[0].reward_gradient is not None
+        """Measures all rows on rollouts that no update uses, and chooses; nothing if these show no gradient."""
+        if rollouts[0].reward_gradient is None:
+            return
         gradients = measure_step_gradients(
-            chain, rollouts, GradientSketch(chain.parameters), with_held=has_gradient, description="Calibrating"
+            chain, rollouts, GradientSketch(chain.parameters), with_held=True, description="Calibrating"
         )
         check_gradient(gradients, rollouts)
         self.rlr.statistics.calibrate(gradients, decay)
-        if has_gradient:
-            newer = GradientMoments.of(rows_of(gradients))
-            self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
-            assert gradients.experts is not None  # as the reward has a gradient
-            self._choose(chain, len(gradients.advantages), gradients.experts.repeat(3))
+        newer = GradientMoments.of(rows_of(gradients))
+        self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
+        assert gradients.experts is not None  # as the reward has a gradient
+        self._choose(chain, len(gradients.advantages), gradients.experts.repeat(3))
 
     def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:
         """Measures the noise scale, and B by it."""
@@ -258,13 +272,14 @@ class AutoEstimator(Estimator):
             self._share_batch()
 
     def learn(self, books: Sequence[Book]) -> None:
-        """What ``rlr`` learns."""
-        self.rlr.learn(books)
+        """What ``rlr`` learns, or ``awm`` of a reward without gradient."""
+        (self._awm if books[0].reward_gradient_square is None else self.rlr).learn(books)
 
     def state_dict(self) -> dict[str, Any]:
         """The measurements and the choice."""
         return {
             "rlr": self.rlr.state_dict(),
+            "awm": self._awm.state_dict(),
             "moments": None if self._moments is None else dict(vars(self._moments)),
             "promises": {name: dict(vars(promised)) for name, promised in self._promises.items()},
             "chosen": self._chosen,
@@ -276,6 +291,7 @@ class AutoEstimator(Estimator):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         self.rlr.load_state_dict(state["rlr"])
+        self._awm.load_state_dict(state["awm"])
         self._moments = None if state["moments"] is None else GradientMoments(**state["moments"])
         self._promises = {name: Promise(**promised) for name, promised in state["promises"].items()}
         self._chosen = state["chosen"]

@@ -156,6 +156,7 @@ class Estimator(ABC):
         is_calibrated: whether ``calibrate`` has run, in this session or before the checkpoint that was loaded.
         micro_batches: that an update should have on every process, where the config leaves it to the estimator.
         advantage_clip: normalised advantages are clipped to plus or minus this.
+        draws_without_noise: whether samples are best drawn by the plain solver, whatever noise the chain has.
     """
 
     inner_epochs: int = 1
@@ -163,10 +164,15 @@ class Estimator(ABC):
     is_calibrated: bool = True
     micro_batches: int = 1
     advantage_clip: float = math.inf
+    draws_without_noise: bool = False
 
     @abstractmethod
     def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
+
+    def for_reward(self, has_gradient: bool) -> "Estimator":
+        """Who makes the gradient of such a reward: this estimator, or one that it leaves it to."""
+        return self
 
     @abstractmethod
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:

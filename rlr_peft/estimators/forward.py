@@ -35,7 +35,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import PathPoint
-from rlr_peft.estimators.advantages import group_normalized
+from rlr_peft.estimators.advantages import DividedBy, group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.reports import counted
@@ -116,6 +116,7 @@ class ForwardSettings:
         levels: K, how many levels are drawn for every micro-batch, without replacement; all if there are fewer.
         level_density: they are drawn in proportion to the share of noise to this power.
         advantage_clip: advantages are clipped to plus or minus this.
+        advantage_std: whose rewards' standard deviation they are divided by.
         old_decay, old_decay_growth: after N updates the old weights are a moving average with the decay
             ``min(old_decay, N old_decay_growth)``.
         base_pull: weight of the squared distance from the base's output.
@@ -130,6 +131,7 @@ class ForwardSettings:
     levels: int
     level_density: float = 0.0
     advantage_clip: float = 5.0
+    advantage_std: DividedBy = "prompt"
     old_decay: float = 0.0
     old_decay_growth: float = 0.0
     base_pull: float = 0.0
@@ -145,10 +147,16 @@ class ForwardSettings:
 
 
 class ForwardEstimator(Estimator):
-    """RAM, DiffusionNFT or AWM: one segment for every drawn level, of the prediction made from a fresh noising."""
+    """RAM, DiffusionNFT or AWM: one segment for every drawn level, of the prediction made from a fresh noising.
 
-    def __init__(self, settings: ForwardSettings) -> None:
+    Args:
+        settings: of the loss.
+        draws_without_noise: whether the chain's noise, which the losses do not need, is left out.
+    """
+
+    def __init__(self, settings: ForwardSettings, draws_without_noise: bool = False) -> None:
         self.settings = settings
+        self.draws_without_noise = draws_without_noise
         self.advantage_clip = settings.advantage_clip
         self.inner_epochs = settings.inner_epochs
         self._old: list[torch.Tensor] = []
@@ -158,7 +166,7 @@ class ForwardEstimator(Estimator):
         s = self.settings
         words = [
             f"{s.name} on {counted(s.levels, 'fresh noising')} of every image",
-            f"group-normalised advantages clipped at {s.advantage_clip:g}",
+            f"{normalised_in_words(s.advantage_std)} advantages clipped at {s.advantage_clip:g}",
             f"old weights with decay up to {s.old_decay:g}",
         ]
         words += [f"pull to the base {s.base_pull:g}"] if s.base_pull else []
@@ -172,7 +180,7 @@ class ForwardEstimator(Estimator):
         return Coverage(torch.zeros(chain.num_steps, dtype=torch.float64), {}, departures=(departure,))
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        return self._clipped_advantages(group_normalized(rewards, group_size))
+        return self._clipped_advantages(group_normalized(rewards, group_size, self.settings.advantage_std))
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator

@@ -28,7 +28,7 @@ import torch
 from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
 from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.chain.path import PathPoint
-from rlr_peft.estimators.advantages import PromptStatistics, group_normalized
+from rlr_peft.estimators.advantages import DividedBy, PromptStatistics, group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.kl import step_kl
@@ -84,7 +84,7 @@ class PolicyGradientSettings:
     """How DDPO and GRPO differ, and what they share.
 
     Attributes:
-        advantage: "prompt-statistics" (DDPO) or "group-normalized" (GRPO).
+        advantage: "prompt-statistics" (DDPO), or whose rewards' standard deviation it is divided by (GRPO).
         steps: which steps train, all or some drawn for every micro-batch; single steps.
         inner_epochs: optimiser steps on the same samples.
         clip_range: the density ratio of a step is clipped to 1 - c .. 1 + c.
@@ -96,7 +96,7 @@ class PolicyGradientSettings:
         prompt_min_count: rewards a prompt needs for statistics of its own.
     """
 
-    advantage: Literal["prompt-statistics", "group-normalized"]
+    advantage: Literal["prompt-statistics"] | DividedBy
     steps: HalfOrder
     inner_epochs: int = 1
     clip_range: float = 0.2
@@ -125,7 +125,9 @@ class PolicyGradientEstimator(SingleStepsEstimator):
 
     def describe(self, has_gradient: bool | None = None) -> str:
         s = self.settings
-        normalised = {"prompt-statistics": "per-prompt statistics", "group-normalized": "group-normalised"}[s.advantage]
+        normalised = "per-prompt statistics"
+        if s.advantage != "prompt-statistics":
+            normalised = normalised_in_words(s.advantage)
         trust = f"{'normalised ' if s.ratio_norm else ''}ratios clipped at {s.clip_range:g}"
         if s.divergence_limit is not None:
             trust = f"masked beyond {s.divergence_limit:g} nats"
@@ -138,7 +140,7 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         if self.settings.advantage == "prompt-statistics":
             advantages = self._prompt_statistics.normalized(rewards, prompts)
         else:
-            advantages = group_normalized(rewards, group_size)
+            advantages = group_normalized(rewards, group_size, self.settings.advantage)
         return self._clipped_advantages(advantages)
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:

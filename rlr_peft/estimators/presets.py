@@ -32,6 +32,7 @@ from rlr_peft.config.methods import (
     FlowBPBridgeArguments,
     FlowBPSparseArguments,
     FullBPArguments,
+    GRPOArguments,
     LeapArguments,
     ReFLArguments,
     RSMArguments,
@@ -80,7 +81,8 @@ def build_estimator(
             settings = settings_from_arguments(arguments.rlr, num_inference_steps, stages)
             rlr = RLREstimator(settings, arguments.antithetic, samples)
             most = arguments.calibration_samples if measures_batch else None
-            return AutoEstimator(rlr, num_inference_steps, samples, most)
+            awm = ForwardEstimator(_forward(AWMArguments()), draws_without_noise=True)
+            return AutoEstimator(rlr, awm, num_inference_steps, samples, most)
         case AdjointMatchingArguments():
             return AdjointMatchingEstimator(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
         case PathwiseArguments() | ReFLArguments():
@@ -190,21 +192,26 @@ def _three_orders(arguments: ThreeOrdersArguments, num_inference_steps: int, sta
 def _policy_gradient(
     arguments: PolicyGradientArguments, num_inference_steps: int, stages: Stages | None
 ) -> PolicyGradientSettings:
-    past = {}
-    if isinstance(arguments, DDPOArguments):
-        past = {
-            "prompt_buffer_size": arguments.per_prompt_stat_tracking_buffer_size,
-            "prompt_min_count": arguments.per_prompt_stat_tracking_min_count,
-        }
+    own: dict[str, Any]
+    match arguments:
+        case DDPOArguments():
+            own = {
+                "advantage": "prompt-statistics",
+                "prompt_buffer_size": arguments.per_prompt_stat_tracking_buffer_size,
+                "prompt_min_count": arguments.per_prompt_stat_tracking_min_count,
+            }
+        case GRPOArguments():
+            own = {"advantage": arguments.advantage_std}
+        case _:
+            raise TypeError(f"expected a policy gradient, got {arguments.estimator}")
     return PolicyGradientSettings(
-        advantage="prompt-statistics" if past else "group-normalized",
         steps=_half_order(arguments, 1, num_inference_steps, stages),
         inner_epochs=arguments.inner_epochs,
         clip_range=arguments.clip_range,
         ratio_norm=arguments.ratio_norm,
         divergence_limit=arguments.divergence_limit,
         advantage_clip=arguments.advantage_clip,
-        **past,
+        **own,
     )
 
 
@@ -231,6 +238,7 @@ def _forward(arguments: ForwardArguments) -> ForwardSettings:
         levels=arguments.noise_levels,
         level_density=arguments.level_density,
         advantage_clip=arguments.advantage_clip,
+        advantage_std=arguments.advantage_std,
         old_decay=arguments.old_decay,
         old_decay_growth=arguments.old_decay_growth,
         base_pull=arguments.base_pull if isinstance(arguments, BasePulledArguments) else 0.0,

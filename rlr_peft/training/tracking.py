@@ -234,8 +234,7 @@ class RunLog:
             logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
             if self._run.method == AUTO and not self._run.objective.has_gradient:
                 logger.info(
-                    "For a reward without gradient other methods than %s gained more in races: docs/estimators.md, `My "
-                    "reward has no gradient`.",
+                    "The reward has no gradient: %s is awm, which gained most in races; --estimator rlr is unbiased.",
                     AUTO,
                 )
             for t, ratio in update.books[0].hot_steps.items():

@@ -15,7 +15,7 @@ from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError, Segment
 from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, accumulate, coverage_of, over_updates
+from rlr_peft.estimators.base import Book, Coverage, Estimator, accumulate, coverage_of, over_updates
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
 from rlr_peft.estimators.zeroth_order import Perturbation
@@ -94,18 +94,18 @@ def take_update(run: Run, step: int) -> Update:
     scores = run.processes.gather(batch.scored.scores, "the rewards")
     info = _gather_info(run, batch)
     raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
-    advantages = _advantages(run, scores, raw, prompts)
+    estimator = run.estimator.for_reward(run.objective.has_gradient)
+    advantages = _advantages(run, estimator, scores, raw, prompts)
     rollouts = batch.rollouts(advantages[_own_samples(run)])
-    coverage = coverage_of(run.estimator, run.chain, rollouts[0].reward_gradient is not None)
+    coverage = coverage_of(estimator, run.chain, rollouts[0].reward_gradient is not None)
     if moving is not None:
         coverage = over_updates(coverage, moving)
     kl: torch.Tensor | None = None
-    for epoch in range(run.estimator.inner_epochs):
+    for epoch in range(estimator.inner_epochs):
         books, divergences = [], []
         for i, rollout in enumerate(rollouts):
-            book, divergence = _add_gradients(
-                run, rollout, step, run.accelerator.process_index * len(rollouts) + i, epoch
-            )
+            micro_batch = run.accelerator.process_index * len(rollouts) + i
+            book, divergence = _add_gradients(run, estimator, rollout, step, micro_batch, epoch)
             books.append(book)
             divergences += [] if divergence is None else [divergence]
         all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
@@ -133,13 +133,15 @@ def take_update(run: Run, step: int) -> Update:
     return update
 
 
-def _advantages(run: Run, scores: torch.Tensor, raw: Mapping[str, torch.Tensor], prompts: list[str]) -> torch.Tensor:
+def _advantages(
+    run: Run, estimator: Estimator, scores: torch.Tensor, raw: Mapping[str, torch.Tensor], prompts: list[str]
+) -> torch.Tensor:
     """Advantages (N,) of all processes' samples, of their scores (N,) or, with GDPO, of every reward's by itself."""
     group_size = run.config.training.num_images_per_prompt
     if run.config.reward.reward_scaling == "group":
         weights = dict(zip(run.reward.part_names, run.config.reward.weights.values(), strict=True))
-        return run.estimator.advantages_of_each(raw, weights, group_size).to(scores)
-    return run.estimator.advantages(run.objective.limited(scores), prompts, group_size)
+        return estimator.advantages_of_each(raw, weights, group_size).to(scores)
+    return estimator.advantages(run.objective.limited(scores), prompts, group_size)
 
 
 def calibration_due(run: Run, step: int) -> bool:
@@ -187,13 +189,19 @@ def calibrate(run: Run, step: int) -> None:
 
 
 def _sample(run: Run, step: int) -> Batch:
-    """This process's samples of a step; a pure function of the config's seed, the weights and the step."""
+    """This process's samples of a step; a pure function of the config's seed, the weights and the step.
+
+    Whether the reward has a gradient may show only with the first.
+    """
+    estimator, chain = run.estimator.for_reward(run.objective.has_gradient), run.chain
+    if estimator.draws_without_noise and run.kl_penalty is None:
+        chain = chain.at(step_kind="ode")
     accelerator = run.accelerator
     index, count = accelerator.process_index, accelerator.num_processes
     prompts = run.sampler.sample(step, run.prompts_per_process, index, count)
     repeated, seeds = _repeat(run, step, "samples", prompts, first=_own_samples(run).start)
-    return sample_batch(
-        run.chain,
+    batch = sample_batch(
+        chain,
         run.objective,
         repeated,
         seeds,
@@ -201,6 +209,9 @@ def _sample(run: Run, step: int) -> Batch:
         run.config.estimator.antithetic,
         run.estimator.uses_reward_gradient,
     )
+    if chain is not run.chain:
+        run.chain.denoiser_evaluations += chain.denoiser_evaluations
+    return batch
 
 
 def _own_samples(run: Run) -> slice:
@@ -236,11 +247,11 @@ def _logged_info(run: Run, info: Mapping[str, torch.Tensor], scores: torch.Tenso
 
 
 def _add_gradients(
-    run: Run, rollout: Rollout, step: int, micro_batch: int, epoch: int
+    run: Run, estimator: Estimator, rollout: Rollout, step: int, micro_batch: int, epoch: int
 ) -> tuple[Book, torch.Tensor | None]:
     """Adds the gradient of a micro-batch's summed objective; returns its book and, if measured, its KL (B,)."""
     generator = _generator(run, "estimator", step, micro_batch, epoch)
-    terms = [run.estimator.segments(run.chain, run.objective, rollout, generator)]
+    terms = [estimator.segments(run.chain, run.objective, rollout, generator)]
     beta, kl = 0.0 if run.kl_penalty is None else run.kl_penalty.beta, None
     if run.kl_penalty is not None and (beta > 0 or (epoch == 0 and _measures_kl(run, step))):
         draws = _generator(run, "divergence", step, micro_batch, epoch)

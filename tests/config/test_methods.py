@@ -37,7 +37,7 @@ def test_the_presets_are_those_of_old() -> None:
 def test_a_flag_is_taken_by_the_methods_that_have_it_and_refused_by_the_others(name: str) -> None:
     """With a value that is no default, whatever the method."""
     odd = {"ho_window": "2 3", "zo": "one-point", "ho_start": "window", "step_choice": "inverse-variance"}
-    odd["fo_roulette"] = "false"
+    odd |= {"fo_roulette": "false", "advantage_std": "update"}
     value = odd.get(
         name, "true" if bool in knobs()[name].options else "0.25" if float in knobs()[name].options else "7"
     )

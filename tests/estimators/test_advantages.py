@@ -40,6 +40,15 @@ def test_group_normalized_has_mean_0_and_deviation_1_in_every_group() -> None:
         group_normalized(rewards, 1)
 
 
+def test_divided_by_the_updates_deviation_prompts_count_as_much_as_their_samples_differ() -> None:
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0, -2.0, 2.0], dtype=torch.float64)
+    std = float(rewards.std(correction=0)) + STD_FLOOR
+    expected = [deviation / std for deviation in (-1, 1, 0, 0, -2, 2)]
+    assert group_normalized(rewards, 2, "update").tolist() == pytest.approx(expected)
+    same = torch.full((4,), 5.0)
+    assert not group_normalized(same, 2, "update").any()
+
+
 def test_separately_normalized_rewards_keep_what_their_sum_loses() -> None:
     """GDPO's own case: one of two samples earns one reward, or both of them; in a third group none differs."""
     first = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])

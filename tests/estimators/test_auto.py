@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -118,13 +119,28 @@ def test_the_choice_is_restored_and_its_segments_are_the_members() -> None:
     torch.testing.assert_close(both, 2 * gradient_of(chain))
 
 
-def test_a_reward_without_gradient_leaves_rlr() -> None:
-    chain = LinearGaussianChain(num_steps=6, last_std=0.2)
-    estimator = auto()
-    assert not estimator.wants_calibration(False)
-    assert estimator.coverage(chain, False).unbiased
-    assert estimator.describe(False).startswith("rlr, as the reward has no gradient: ")
+def test_a_reward_without_gradient_is_left_to_awm() -> None:
+    chain = LinearGaussianChain(num_steps=6)
+    reward, rollout = QuadraticReward(chain, differentiable=False), rollout_of(chain, 32, 4)
+    rollout = replace(rollout, reward_gradient=None)
+    estimator, awm = auto(), build_estimator(METHODS["awm"](), 6)
+    assert not estimator.wants_calibration(False) and estimator.for_reward(True) is estimator
+    estimator.calibrate(chain, [rollout], decay=0.0)
+    assert not estimator.is_calibrated, "there is nothing to measure"
+    assert estimator.describe(False) == f"as the reward has no gradient, awm: {awm.describe()}"
     assert "is measured in the first update; until then rlr" in estimator.describe(True)
+    assert estimator.coverage(chain, False).describe() == awm.coverage(chain, False).describe()
+    gradients = []
+    for one in (estimator.for_reward(False), awm):
+        one.accumulate(chain, reward, rollout, torch.Generator().manual_seed(0))
+        gradients.append(gradient_of(chain))
+    assert torch.equal(*gradients) and gradients[0].any()
+    book = estimator.for_reward(False).accumulate(chain, reward, rollout, torch.Generator().manual_seed(0))
+    estimator.learn([book])
+    restored = auto()
+    restored.load_state_dict(estimator.state_dict())
+    assert restored.for_reward(False).state_dict()["updates"] == 1
+    assert all(map(torch.equal, restored.for_reward(False).state_dict()["old"], chain.parameters))
 
 
 def test_a_member_is_described_where_rlr_promises_nothing() -> None:

@@ -32,7 +32,7 @@ def sampled(samples: int = 16) -> tuple[LinearGaussianChain, Rollout]:
 
 
 def policy_gradient(steps: HalfOrder = SINGLE, **settings) -> PolicyGradientEstimator:
-    return PolicyGradientEstimator(PolicyGradientSettings("group-normalized", steps, clip_range=CLIP, **settings))
+    return PolicyGradientEstimator(PolicyGradientSettings("prompt", steps, clip_range=CLIP, **settings))
 
 
 def log_density(chain: Chain, rollout: Rollout, t: int) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_the_normalised_ratio_is_grpo_guards(clip_range: float) -> None:
         kept = torch.minimum(rollout.advantages * ratios[-1], rollout.advantages * clipped)
         surrogate = surrogate + kept.sum() / length
     expected = flat(torch.autograd.grad(surrogate, chain.parameters))
-    settings = PolicyGradientSettings("group-normalized", SINGLE, clip_range=clip_range, ratio_norm=True)
+    settings = PolicyGradientSettings("prompt", SINGLE, clip_range=clip_range, ratio_norm=True)
     book = PolicyGradientEstimator(settings).accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
     torch.testing.assert_close(gradient_of(chain), expected, rtol=1e-9, atol=1e-9)
     share = float(((torch.stack(ratios) - 1).abs() > clip_range).double().mean())

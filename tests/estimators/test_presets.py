@@ -43,7 +43,7 @@ def test_the_other_methods_are_built_from_their_knobs() -> None:
     assert ddpo.settings == PolicyGradientSettings("prompt-statistics", HalfOrder(1, 3), inner_epochs=2, clip_range=0.1)
     grpo = build_estimator(method(estimator="grpo", inner_epochs=3, advantage_clip=2.0), 50)
     assert isinstance(grpo, PolicyGradientEstimator) and grpo.inner_epochs == 3
-    assert grpo.settings == PolicyGradientSettings("group-normalized", SINGLE, inner_epochs=3, advantage_clip=2.0)
+    assert grpo.settings == PolicyGradientSettings("prompt", SINGLE, inner_epochs=3, advantage_clip=2.0)
     arguments = method(estimator="d3po", dpo_beta=0.3, ho_blocks=2, ho_start="window", ho_window=(5, 9))
     d3po = build_estimator(arguments, 50)
     assert isinstance(d3po, PreferenceEstimator) and d3po.inner_epochs == 1
@@ -113,6 +113,7 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
             "2 inner epochs",
         ),
         ({"estimator": "grpo"}, "clipped policy gradient on all steps, group-normalised advantages"),
+        ({"estimator": "grpo", "advantage_std": "update"}, "on all steps, update-normalised advantages"),
         ({"estimator": "ddpo", "divergence_limit": 0.5}, "statistics advantages, masked beyond 0.5 nats, 2 inner"),
         (
             {"estimator": "grpo", "ratio_norm": True},

@@ -158,7 +158,7 @@ def test_a_state_baseline_lowers_the_variance_and_one_that_sees_the_noise_is_bia
 
 @pytest.mark.parametrize("steps", [SINGLE, HalfOrder(1, 2)], ids=["all steps", "2 drawn steps"])
 def test_a_policy_gradient_is_unbiased_but_for_the_division_by_the_deviation(steps: HalfOrder) -> None:
-    estimator = UndividedPolicyGradient(PolicyGradientSettings("group-normalized", steps))
+    estimator = UndividedPolicyGradient(PolicyGradientSettings("prompt", steps))
     assert_unbiased(bias_of(estimator, last_std=0.2))
 
 
@@ -199,7 +199,7 @@ BIASED: dict[str, tuple[Callable[[], Estimator], dict, str]] = {
         "steps 2-6 of 6 are given another weight than 1 by the chosen coefficients",
     ),
     "grpo": (
-        lambda: PolicyGradientEstimator(PolicyGradientSettings("group-normalized", SINGLE)),
+        lambda: PolicyGradientEstimator(PolicyGradientSettings("prompt", SINGLE)),
         {"last_std": 0.2},
         "advantages are divided by a standard deviation that contains the sample's own reward",
     ),
