@@ -41,8 +41,8 @@ class PromptArguments(Group):
     prompt_path: dict[str, float] | str | None = knob(
         None,
         "Training prompts: a `.txt` (one a line), `.jsonl`, `.csv` or `.parquet` file, or the built-in "
-        "`simple-animals/train` or `tiny-shapes/train` (also `/test`); or several, datasets too, "
-        "and their weights: `{NAME: WEIGHT, ...}`.",
+        "`simple-animals/train` or `tiny-shapes/train` (also `/test`); or several, also datasets, "
+        "as `{NAME: WEIGHT, ...}`.",
         found="prompts",
     )
     dataset_name: str | None = knob(
