@@ -48,10 +48,9 @@ from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, TrainingArguments, stages_from_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
-from rlr_peft.estimators.base import Estimator
+from rlr_peft.estimators.base import Estimator, build_estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.extras import extra
 from rlr_peft.lora import AdapterFiles, check_adapter, check_adapter_saves, check_kohya, find_adapter, start_from
 from rlr_peft.prompt import Prompt, as_prompts, texts_of

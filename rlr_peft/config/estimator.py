@@ -17,6 +17,8 @@ class EstimatorArguments(Group):
 
     estimator: ClassVar[str]
     """The method's name."""
+    made_by: ClassVar[str]
+    """Module in `rlr_peft.estimators` and class of the estimator that these knobs are of."""
     normalizes_groups: ClassVar[bool] = False
     """Whether its advantages are rewards divided by their standard deviation within a prompt's group."""
     trains_steps_alone: ClassVar[bool] = False
@@ -98,6 +100,8 @@ class MirroredArguments(EstimatorArguments):
 @dataclass(frozen=True)
 class PathwiseArguments(MirroredArguments):
     """Backpropagation through the chain."""
+
+    made_by = "pathwise.PathwiseEstimator"
 
     fo_coefficient: float = knob(
         1.0, "Factor of the first-order term; not 1 is biased.", unit="factor", at_least=0, at_most=1e6
@@ -206,6 +210,8 @@ class ReusedSamplesArguments(ScoreTermArguments):
 class PolicyGradientArguments(ReusedSamplesArguments):
     """Clipped policy gradients."""
 
+    made_by = "policy.PolicyGradientEstimator"
+
     clip_range: float = knob(
         0.2,
         "Density ratios are clipped to 1 minus to 1 plus this.",
@@ -280,6 +286,8 @@ class MeasuringArguments(MirroredArguments):
 @dataclass(frozen=True)
 class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
     """Methods that may measure the steps, and whose samples serve one optimiser step."""
+
+    made_by = "rlr.RLREstimator"
 
     ho_start: Literal["uniform", "gradient-norm", "window"] = knob(
         "uniform",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class ForwardArguments(EstimatorArguments):
     """Images are noised afresh, and the denoiser follows those that scored well."""
 
+    made_by = "forward.ForwardEstimator"
     normalizes_groups = True
 
     noise_levels: int = knob(

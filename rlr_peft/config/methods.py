@@ -61,6 +61,7 @@ class AutoArguments(MeasuringArguments):
     """The default: what promises the most improvement per cost, `rlr` among them; without a gradient `awm`."""
 
     estimator = "auto"
+    made_by = "auto.AutoEstimator"
 
     fo_roulette: bool = preset(RLRArguments, "fo_roulette", True)
 
@@ -221,6 +222,7 @@ class AdjointMatchingArguments(DrawnStepsArguments):
     """Drawn steps that follow the reward's gradient carried through the base (adjoint matching)."""
 
     estimator = "adjoint-matching"
+    made_by = "adjoint_matching.AdjointMatchingEstimator"
 
     reward_scale: float = knob(
         1000.0,
@@ -295,6 +297,7 @@ class D3POArguments(ReusedSamplesArguments):
     """Direct preference optimisation of pairs."""
 
     estimator = "d3po"
+    made_by = "policy.PreferenceEstimator"
 
     dpo_beta: float = knob(
         0.1, "Strength of the pull towards the base model.", unit="1 / nat", above=0, at_most=1e6, fine=True
@@ -314,6 +317,7 @@ class ReFLArguments(MirroredArguments):
     """The reward of the image predicted at one late step, differentiated through that step."""
 
     estimator = "refl"
+    made_by = "pathwise.PathwiseEstimator"
 
     fo_steps: int | None = knob(
         None,

@@ -15,10 +15,9 @@ from rlr_peft.diagnose.costs import update_size
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence
 from rlr_peft.estimators.auto import weights_of
-from rlr_peft.estimators.base import Estimator
+from rlr_peft.estimators.base import Estimator, build_estimator
 from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.pathwise import CLIP_QUANTILE
-from rlr_peft.estimators.presets import build_estimator
 from rlr_peft.estimators.rlr import RLREstimator
 from rlr_peft.estimators.variance import GradientMoments, best_first_order_steps, inverse_variance_weights
 from rlr_peft.estimators.zeroth_order import ZerothOrder

@@ -8,6 +8,8 @@ from .base import Book as Book
 from .base import Coverage as Coverage
 from .base import CoverageError as CoverageError
 from .base import Estimator as Estimator
+from .base import RunShape as RunShape
+from .base import build_estimator as build_estimator
 from .block_length import half_order_length_for_compute as half_order_length_for_compute
 from .block_length import half_order_length_for_memory as half_order_length_for_memory
 from .forward import ForwardEstimator as ForwardEstimator
@@ -37,6 +39,7 @@ from .layout import Coefficients as Coefficients
 from .layout import Layout as Layout
 from .layout import RLRSettings as RLRSettings
 from .layout import lay_out as lay_out
+from .layout import settings_from_arguments as settings_from_arguments
 from .objective import Batch as Batch
 from .objective import DecodedReward as DecodedReward
 from .objective import Objective as Objective
@@ -54,8 +57,6 @@ from .policy import PreferenceSettings as PreferenceSettings
 from .policy import clipped_cotangent as clipped_cotangent
 from .policy import preference_cotangent as preference_cotangent
 from .policy import single_steps as single_steps
-from .presets import build_estimator as build_estimator
-from .presets import settings_from_arguments as settings_from_arguments
 from .rlr import RLREstimator as RLREstimator
 from .rlr import mixed_segment as mixed_segment
 from .rlr import roulette_probabilities as roulette_probabilities

@@ -1,12 +1,14 @@
 """Adjoint matching: steps follow the reward's gradient as the base carries it (Domingo-Enrich et al. 2409.08861)."""
 
 from collections.abc import Iterator, Mapping
+from typing import Self
 
 import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator
+from rlr_peft.config.methods import AdjointMatchingArguments
+from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator, RunShape
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.reports import counted
 
@@ -28,6 +30,10 @@ class AdjointMatchingEstimator(Estimator):
 
     def __init__(self, num_steps: int, scale: float, coefficient: float = 1.0) -> None:
         self.num_steps, self.scale, self.coefficient = num_steps, scale, coefficient
+
+    @classmethod
+    def from_arguments(cls, arguments: AdjointMatchingArguments, shape: RunShape) -> Self:
+        return cls(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
 
     def describe(self, has_gradient: bool | None = None) -> str:
         return (

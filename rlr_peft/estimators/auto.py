@@ -25,14 +25,16 @@ the gradients of past updates.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Book, Coverage, Estimator
-from rlr_peft.estimators.forward import ForwardEstimator
+from rlr_peft.config.forward import AWMArguments
+from rlr_peft.config.methods import AutoArguments
+from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
+from rlr_peft.estimators.forward import ForwardEstimator, forward_settings
 from rlr_peft.estimators.noise_scale import FIRST_PAIRS, NoiseScale
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
@@ -178,6 +180,13 @@ class AutoEstimator(Estimator):
         self._moments: GradientMoments | None = None
         self._promises: dict[str, Promise] = {}
         self._chosen = UNBIASED
+
+    @classmethod
+    def from_arguments(cls, arguments: AutoArguments, shape: RunShape) -> Self:
+        most = arguments.calibration_samples if shape.measures_batch else None
+        rlr = RLREstimator.from_arguments(arguments.rlr, shape)
+        awm = ForwardEstimator(forward_settings(AWMArguments()), draws_without_noise=True)
+        return cls(rlr, awm, shape.num_inference_steps, shape.samples, most)
 
     @property
     def rlr(self) -> RLREstimator:

@@ -1,11 +1,12 @@
 """What an estimator is: a list of backward segments over a chain, and one book of what came of them."""
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -13,11 +14,12 @@ from rlr_peft.chain import adjoint
 from rlr_peft.chain.adjoint import Booking, Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.noise_window import MovingWindow
+from rlr_peft.config.estimator import EstimatorArguments
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.advantages import leave_one_out, separately_normalized
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.zeroth_order import Perturbation, perturb
-from rlr_peft.prompt import texts_of
+from rlr_peft.prompt import Stages, texts_of
 
 # A step is hot whose mean moves more than this per unit of denoiser output and of its noise.
 HOT_STEP = 3.0
@@ -144,6 +146,23 @@ class Book:
         return {name: fmean(b.numbers[name] for b in self.bookings if name in b.numbers) for name in names}
 
 
+@dataclass(frozen=True)
+class RunShape:
+    """What an estimator is made for, besides its knobs.
+
+    Attributes:
+        num_inference_steps: T.
+        stages: those that ``ho_window`` may name.
+        samples: of an update, in all processes.
+        measures_batch: whether ``auto`` chooses how many times as many an update has, up to its calibration's samples.
+    """
+
+    num_inference_steps: int
+    stages: Stages | None = None
+    samples: int = 1
+    measures_batch: bool = False
+
+
 class Estimator(ABC):
     """Turns sampled and scored rollouts into backward segments of the gradient of the expected reward.
 
@@ -165,6 +184,11 @@ class Estimator(ABC):
     micro_batches: int = 1
     advantage_clip: float = math.inf
     draws_without_noise: bool = False
+
+    @classmethod
+    def from_arguments(cls, arguments: Any, shape: RunShape) -> Self:
+        """The estimator with the knobs of its method, for a run; one of your own that has no flags needs none."""
+        raise NotImplementedError
 
     @abstractmethod
     def describe(self, has_gradient: bool | None = None) -> str:
@@ -236,6 +260,23 @@ class Estimator(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Restores what ``state_dict`` returned."""
+
+
+def build_estimator(
+    arguments: EstimatorArguments,
+    num_inference_steps: int,
+    stages: Stages | None = None,
+    samples: int = 1,
+    measures_batch: bool = False,
+) -> Estimator:
+    """The estimator that ``arguments.made_by`` names; see ``RunShape`` for the others.
+
+    Raises:
+        ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
+    """
+    module, name = arguments.made_by.split(".")
+    maker: type[Estimator] = getattr(importlib.import_module(f"rlr_peft.estimators.{module}"), name)
+    return maker.from_arguments(arguments, RunShape(num_inference_steps, stages, samples, measures_batch))
 
 
 def coverage_of(estimator: Estimator, chain: Chain, has_gradient: bool) -> Coverage:

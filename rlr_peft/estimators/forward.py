@@ -28,15 +28,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import PathPoint
+from rlr_peft.config.forward import AWMArguments, BasePulledArguments, ForwardArguments, NFTArguments, RAMArguments
 from rlr_peft.estimators.advantages import DividedBy, group_normalized, normalised_in_words
-from rlr_peft.estimators.base import Book, Coverage, Estimator
+from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.reports import counted
 
@@ -146,6 +147,40 @@ class ForwardSettings:
         return self.needs_base or self.base_pull > 0 or self.norm_penalty > 0
 
 
+def forward_settings(arguments: ForwardArguments) -> ForwardSettings:
+    """Those of a method: its loss and its knobs."""
+    own: dict[str, Any]
+    match arguments:
+        case RAMArguments():
+            scale = arguments.reward_scale
+            own = {"name": f"RAM with scale {scale:g}", "pull": partial(ram_pull, scale=scale), "needs_base": True}
+        case NFTArguments():
+            own = {
+                "name": f"DiffusionNFT with beta {arguments.nft_beta:g}",
+                "pull": partial(nft_pull, beta=arguments.nft_beta, clip=arguments.advantage_clip),
+            }
+        case AWMArguments():
+            own = {
+                "name": f"AWM with ratios clipped at {arguments.clip_range:g}, pull to the old {arguments.old_pull:g}",
+                "pull": partial(awm_pull, clip=arguments.clip_range, old_pull=arguments.old_pull),
+            }
+        case _:
+            raise TypeError(f"expected a forward-process method, got {arguments.estimator}")
+    return ForwardSettings(
+        **own,
+        levels=arguments.noise_levels,
+        level_density=arguments.level_density,
+        advantage_clip=arguments.advantage_clip,
+        advantage_std=arguments.advantage_std,
+        old_decay=arguments.old_decay,
+        old_decay_growth=arguments.old_decay_growth,
+        base_pull=arguments.base_pull if isinstance(arguments, BasePulledArguments) else 0.0,
+        norm_penalty=arguments.norm_penalty,
+        norm_margin=arguments.norm_margin,
+        inner_epochs=arguments.inner_epochs,
+    )
+
+
 class ForwardEstimator(Estimator):
     """RAM, DiffusionNFT or AWM: one segment for every drawn level, of the prediction made from a fresh noising.
 
@@ -161,6 +196,10 @@ class ForwardEstimator(Estimator):
         self.inner_epochs = settings.inner_epochs
         self._old: list[torch.Tensor] = []
         self._updates = self._followed = 0
+
+    @classmethod
+    def from_arguments(cls, arguments: ForwardArguments, shape: RunShape) -> Self:
+        return cls(forward_settings(arguments))
 
     def describe(self, has_gradient: bool | None = None) -> str:
         s = self.settings

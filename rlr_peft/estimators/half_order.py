@@ -9,13 +9,16 @@ Two things make its advantages less noisy: antithetic noise next to the image (b
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import CoverageError
+from rlr_peft.config import window_steps
+from rlr_peft.config.chain import AUTO
+from rlr_peft.config.estimator import ScoreTermArguments
+from rlr_peft.estimators.base import CoverageError, RunShape
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.reports import counted
 
@@ -57,6 +60,17 @@ class HalfOrder:
     start: StartSampler = "uniform"
     window: tuple[int, int] | None = None
     stage_windows: tuple[StageWindow, ...] = ()
+
+    @classmethod
+    def from_arguments(cls, arguments: ScoreTermArguments, shape: RunShape, length: int = 1) -> Self:
+        """Of blocks of so many steps."""
+        window, measured = None, tuple[StageWindow, ...]()
+        num_steps, stages = shape.num_inference_steps, shape.stages
+        if arguments.ho_window is not None:
+            window = window_steps(arguments.ho_window, num_steps, stages)
+        if stages is not None and arguments.ho_window == (AUTO,):
+            measured = tuple(StageWindow(name, *stages.window(name, num_steps)) for name in stages.names)
+        return cls(length, arguments.ho_blocks, arguments.ho_start, window, measured)
 
     def describe(self, alone: bool) -> str:
         """In words, for logs and cards; `alone` says that no other term covers steps."""

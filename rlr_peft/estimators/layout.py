@@ -4,6 +4,7 @@ Steps are covered by the pathwise tail (FO), half-order blocks (HO), a black-box
 may be drawn, and are then weighted so that every step counts as often as it should in expectation.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,9 @@ from typing import Literal
 import torch
 
 from rlr_peft.chain.interface import Chain
-from rlr_peft.estimators.base import Coverage, CoverageError
+from rlr_peft.config.estimator import CalibratedArguments, ThreeOrdersArguments
+from rlr_peft.estimators.base import Coverage, CoverageError, RunShape
+from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.estimators.half_order import (
     DEFENSIVE_SHARE,
     Block,
@@ -105,6 +108,76 @@ class RLRSettings:
         which = "the last K steps, K measured" if steps == "auto" else last_steps(steps)
         walked = ", of each sample through a random number of them, weighted to stay unbiased" if self.roulette else ""
         return f"backpropagation through {which}{walked}"
+
+
+def settings_from_arguments(arguments: CalibratedArguments, shape: RunShape) -> RLRSettings:
+    """The terms of a method of the RLR family.
+
+    Raises:
+        ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
+    """
+    if isinstance(arguments, ThreeOrdersArguments):
+        return _three_orders(arguments, shape)
+    return RLRSettings(
+        first_order_steps=0,
+        half_order=HalfOrder.from_arguments(arguments, shape),
+        black_box_steps=_black_box_steps(arguments, shape.num_inference_steps),
+        state_baseline=arguments.state_baseline,
+        coefficients=Coefficients(half_order=arguments.ho_coefficient),
+    )
+
+
+def _three_orders(arguments: ThreeOrdersArguments, shape: RunShape) -> RLRSettings:
+    half_order = None
+    if arguments.ho_blocks != 0:
+        length = _half_order_length(arguments, shape.num_inference_steps)
+        half_order = HalfOrder.from_arguments(arguments, shape, length)
+    perturbed = ZerothOrder(arguments.zo, arguments.zo_scale, arguments.zo_samples) if arguments.zo != "none" else None
+    return RLRSettings(
+        first_order_steps=arguments.fo_steps,
+        roulette=arguments.fo_roulette,
+        half_order=half_order,
+        zeroth_order=perturbed,
+        black_box_steps=_black_box_steps(arguments, shape.num_inference_steps),
+        step_choice=arguments.step_choice,
+        state_baseline=arguments.state_baseline,
+        coefficients=Coefficients(arguments.fo_coefficient, arguments.ho_coefficient, arguments.zo_coefficient),
+    )
+
+
+def _black_box_steps(arguments: CalibratedArguments, num_inference_steps: int) -> int:
+    """Mirroring steps 1..n costs n (n - 1) / 2 evaluations; n = sqrt(6 T) spends 3 T, as much as the rest about.
+
+    Measured on tiny-shapes (docs/estimators_measured.md): variance x cost is flat around this n.
+    """
+    if arguments.black_box_steps == "auto":
+        return min(num_inference_steps, round(math.sqrt(6 * num_inference_steps)))
+    return arguments.black_box_steps
+
+
+def _half_order_length(arguments: ThreeOrdersArguments, num_inference_steps: int) -> int:
+    if arguments.ho_length != "auto":
+        return arguments.ho_length
+    fo_steps, blocks, lengths = arguments.fo_steps, arguments.ho_blocks, []
+    if arguments.nfe_budget is not None:
+        if blocks == "all" or fo_steps == "auto":
+            raise ValueError(
+                "Expected numbers for ho_blocks and fo_steps beside ho_length auto and nfe_budget, got "
+                f"ho_blocks = {blocks} and fo_steps = {fo_steps}: tiling every step costs the same for every "
+                "length, and a measured K is not known beforehand. Set both, or use --estimator rlr-paper."
+            )
+        evaluations = arguments.zo_chains * num_inference_steps
+        lengths.append(
+            half_order_length_for_compute(arguments.nfe_budget, num_inference_steps, fo_steps, blocks, evaluations)
+        )
+    if arguments.memory_budget is not None:
+        assert arguments.ho_step_memory is not None and arguments.zo_step_memory is not None  # the config's checks
+        lengths.append(
+            half_order_length_for_memory(
+                arguments.memory_budget, arguments.ho_step_memory, arguments.zo_step_memory, num_inference_steps
+            )
+        )
+    return min(lengths)
 
 
 @dataclass(frozen=True)

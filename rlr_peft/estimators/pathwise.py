@@ -25,14 +25,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain as chained
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
 from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import leap
-from rlr_peft.estimators.base import FIRST_ORDER, Book, Coverage, CoverageError, Estimator
+from rlr_peft.config.estimator import PathwiseArguments
+from rlr_peft.config.methods import (
+    DRaFTLVArguments,
+    DRTuneArguments,
+    FlowBPBridgeArguments,
+    FlowBPSparseArguments,
+    FullBPArguments,
+    LeapArguments,
+    ReFLArguments,
+    RSMArguments,
+    TruncatedBPArguments,
+)
+from rlr_peft.estimators.base import FIRST_ORDER, Book, Coverage, CoverageError, Estimator, RunShape
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.reports import counted, last_steps
 
@@ -118,6 +130,54 @@ class PathwiseSettings:
         return "; ".join(words + (["antithetic noises"] if self.antithetic else []))
 
 
+def pathwise_settings(arguments: PathwiseArguments | ReFLArguments) -> PathwiseSettings:
+    """The member of the pathwise family that a method is.
+
+    Raises:
+        TypeError: another method.
+    """
+    settings = PathwiseSettings(arguments.estimator, antithetic=arguments.antithetic)
+    if isinstance(arguments, PathwiseArguments):
+        settings = replace(settings, coefficient=arguments.fo_coefficient)
+    match arguments:
+        case FullBPArguments():
+            return settings
+        case TruncatedBPArguments(fo_steps="random"):
+            return replace(settings, steps="random")
+        case TruncatedBPArguments(fo_steps=int(steps)):
+            return replace(settings, num_steps=steps)
+        case DRaFTLVArguments():
+            return replace(settings, num_steps=1, renoised=arguments.renoised_copies)
+        case ReFLArguments():
+            return replace(settings, steps="late", num_steps=arguments.fo_steps, sees_prediction=True)
+        case DRTuneArguments():
+            return replace(
+                settings,
+                steps="spaced",
+                num_steps=arguments.fo_steps,
+                carry=0.0,
+                stop_share=arguments.stop_share,
+                sees_prediction=True,
+            )
+        case LeapArguments():
+            return replace(settings, steps="leap", num_steps=2, carry=arguments.fo_carry)
+        case FlowBPSparseArguments():
+            return replace(
+                settings,
+                steps="drawn",
+                num_steps=arguments.fo_steps,
+                carry=arguments.fo_carry if isinstance(arguments, FlowBPBridgeArguments) else 0.0,
+                density=arguments.step_density,
+                step_correction=arguments.step_correction,
+            )
+        case RSMArguments():
+            return replace(
+                settings, steps="drawn", num_steps=arguments.fo_steps, carry=0.0, weighted_by_std=True, clips=True
+            )
+        case _:
+            raise TypeError(f"expected a method of the pathwise family, got {arguments.estimator}")
+
+
 @dataclass(frozen=True)
 class ChosenSteps:
     """The steps of one micro-batch: rising, their weights w_t, and a_t."""
@@ -140,6 +200,10 @@ class PathwiseEstimator(Estimator):
     def __init__(self, settings: PathwiseSettings) -> None:
         self.settings = settings
         self._norms: deque[float] = deque(maxlen=CLIP_WINDOW)
+
+    @classmethod
+    def from_arguments(cls, arguments: PathwiseArguments | ReFLArguments, shape: RunShape) -> Self:
+        return cls(pathwise_settings(arguments))
 
     def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards."""

@@ -21,15 +21,17 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
 from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.chain.path import PathPoint
+from rlr_peft.config.estimator import PolicyGradientArguments
+from rlr_peft.config.methods import D3POArguments, DDPOArguments, GRPOArguments
 from rlr_peft.estimators.advantages import DividedBy, PromptStatistics, group_normalized, normalised_in_words
-from rlr_peft.estimators.base import Book, Coverage, Estimator
+from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.kl import step_kl
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
@@ -122,6 +124,31 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         if settings.ratio_norm:
             self.departures += ("every step is weighted by its noise over its length",)
         self._prompt_statistics = PromptStatistics(settings.prompt_buffer_size, settings.prompt_min_count)
+
+    @classmethod
+    def from_arguments(cls, arguments: PolicyGradientArguments, shape: RunShape) -> Self:
+        own: dict[str, Any]
+        match arguments:
+            case DDPOArguments():
+                own = {
+                    "advantage": "prompt-statistics",
+                    "prompt_buffer_size": arguments.per_prompt_stat_tracking_buffer_size,
+                    "prompt_min_count": arguments.per_prompt_stat_tracking_min_count,
+                }
+            case GRPOArguments():
+                own = {"advantage": arguments.advantage_std}
+            case _:
+                raise TypeError(f"expected a policy gradient, got {arguments.estimator}")
+        settings = PolicyGradientSettings(
+            steps=HalfOrder.from_arguments(arguments, shape),
+            inner_epochs=arguments.inner_epochs,
+            clip_range=arguments.clip_range,
+            ratio_norm=arguments.ratio_norm,
+            divergence_limit=arguments.divergence_limit,
+            advantage_clip=arguments.advantage_clip,
+            **own,
+        )
+        return cls(settings)
 
     def describe(self, has_gradient: bool | None = None) -> str:
         s = self.settings
@@ -287,6 +314,11 @@ class PreferenceEstimator(SingleStepsEstimator):
     def __init__(self, settings: PreferenceSettings) -> None:
         super().__init__(settings.steps, settings.inner_epochs)
         self.settings = settings
+
+    @classmethod
+    def from_arguments(cls, arguments: D3POArguments, shape: RunShape) -> Self:
+        steps = HalfOrder.from_arguments(arguments, shape)
+        return cls(PreferenceSettings(arguments.dpo_beta, steps, arguments.inner_epochs))
 
     def describe(self, has_gradient: bool | None = None) -> str:
         return (

@@ -16,17 +16,18 @@ so that measured gradients tell the best q.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from scipy.optimize import isotonic_regression
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
+from rlr_peft.config.estimator import CalibratedArguments
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, Estimator
+from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.half_order import black_box_segment, choose_stage, half_order_segment
-from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
+from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out, settings_from_arguments
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch, check_gradient, measure_step_gradients
 from rlr_peft.estimators.variance import (
@@ -64,6 +65,10 @@ class RLREstimator(Estimator):
         self.statistics = StepStatistics(settings.state_baseline)
         # Not without first-order steps, unless the gradient decides on a black-box tail.
         self.uses_reward_gradient = settings.first_order_steps != 0 or settings.black_box_steps > 0
+
+    @classmethod
+    def from_arguments(cls, arguments: CalibratedArguments, shape: RunShape) -> Self:
+        return cls(settings_from_arguments(arguments, shape), arguments.antithetic, shape.samples)
 
     def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""

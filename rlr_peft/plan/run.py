@@ -27,7 +27,7 @@ from rlr_peft.config.model import read_quantization
 from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
-from rlr_peft.estimators.presets import build_estimator
+from rlr_peft.estimators.base import build_estimator
 from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
 from rlr_peft.plan.measurements import (
     largest_quantized,

@@ -17,6 +17,7 @@ from rlr_peft.estimators import (
     PreferenceSettings,
     RLREstimator,
     RLRSettings,
+    RunShape,
     ZerothOrder,
     build_estimator,
     settings_from_arguments,
@@ -30,11 +31,13 @@ def method(estimator: str = "rlr", **knobs: Any) -> EstimatorArguments:
 
 
 def test_presets_of_the_rlr_family() -> None:
-    assert settings_from_arguments(method(), 50) == RLRSettings("auto", SINGLE, None, black_box_steps=17, roulette=True)
-    paper = settings_from_arguments(method(estimator="rlr-paper"), 50)
+    assert settings_from_arguments(method(), RunShape(50)) == RLRSettings(
+        "auto", SINGLE, None, black_box_steps=17, roulette=True
+    )
+    paper = settings_from_arguments(method(estimator="rlr-paper"), RunShape(50))
     assert paper == RLRSettings(1, HalfOrder(2, 1), ZerothOrder("two-point", 0.01))
-    assert settings_from_arguments(method(estimator="reinforce"), 50) == RLRSettings(0, SINGLE)
-    assert not settings_from_arguments(method(fo_roulette=False), 50).roulette
+    assert settings_from_arguments(method(estimator="reinforce"), RunShape(50)) == RLRSettings(0, SINGLE)
+    assert not settings_from_arguments(method(fo_roulette=False), RunShape(50)).roulette
 
 
 def test_the_other_methods_are_built_from_their_knobs() -> None:
@@ -58,7 +61,7 @@ def test_explicit_values_replace_the_presets() -> None:
     arguments = method(
         estimator="rlr-paper", fo_steps=2, ho_length="auto", nfe_budget=160, ho_start="window", ho_window=(30, 40)
     )
-    settings = settings_from_arguments(arguments, 50)
+    settings = settings_from_arguments(arguments, RunShape(50))
     # 160 evaluations - 50 sampling - 2 first order - 2 x 50 perturbed rollouts
     assert settings.half_order == HalfOrder(8, 1, "window", (30, 40))
     assert settings.first_order_steps == 2
@@ -66,14 +69,14 @@ def test_explicit_values_replace_the_presets() -> None:
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(50, 17), (10, 8), (4, 4), (1, 1)])
 def test_the_black_box_tail_costs_about_3_chains(num_steps: int, expected: int) -> None:
-    assert settings_from_arguments(method(), num_steps).black_box_steps == expected
-    assert settings_from_arguments(method(black_box_steps=0), num_steps).black_box_steps == 0
+    assert settings_from_arguments(method(), RunShape(num_steps)).black_box_steps == expected
+    assert settings_from_arguments(method(black_box_steps=0), RunShape(num_steps)).black_box_steps == 0
     if num_steps > 6:
         assert expected * (expected - 1) / 2 == pytest.approx(3 * num_steps, rel=0.1)
 
 
 def test_no_blocks_leave_the_half_order_out() -> None:
-    perturbed = settings_from_arguments(method(estimator="rlr-paper", ho_blocks=0), 50)
+    perturbed = settings_from_arguments(method(estimator="rlr-paper", ho_blocks=0), RunShape(50))
     assert perturbed == RLRSettings(1, None, ZerothOrder("two-point", 0.01))
 
 
@@ -164,4 +167,4 @@ def test_only_estimators_that_use_a_rewards_gradient_ask_for_it(arguments: dict,
 
 def test_a_budget_that_cannot_decide_the_length_is_refused() -> None:
     with pytest.raises(ValueError, match="numbers for ho_blocks and fo_steps"):
-        settings_from_arguments(method(ho_length="auto", nfe_budget=160), 50)
+        settings_from_arguments(method(ho_length="auto", nfe_budget=160), RunShape(50))
