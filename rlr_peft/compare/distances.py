@@ -182,7 +182,6 @@ def measure_divergence(
     batch_size: int,
     *,
     description: str = "Measuring KL",
-    show_progress: bool = True,
     processes: Processes | None = None,
 ) -> Tensor:
     """The divergence of every sample, (n,) in nats.
@@ -193,11 +192,10 @@ def measure_divergence(
         seeds: n seeds.
         batch_size: samples at once.
         description: of the tqdm bar.
-        show_progress: False hides the bar.
         processes: share the batches out, and all get the whole; None for this process alone.
     """
     starts, at_once = range(0, len(prompts), batch_size), 1 if processes is None else processes.count
-    with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar:
+    with tqdm(total=len(prompts), desc=description, unit="image") as bar:
 
         def of_batch(start: int) -> Tensor:
             batch = list(prompts[start : start + batch_size])

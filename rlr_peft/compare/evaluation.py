@@ -104,7 +104,6 @@ def evaluate(
     features: FeatureExtractor | None = None,
     with_pictures: bool = False,
     description: str = "Evaluating",
-    show_progress: bool = True,
     processes: Processes | None = None,
 ) -> Evaluation:
     """Draw and score one image for every prompt and seed.
@@ -119,7 +118,6 @@ def evaluate(
         features: keeps the features of every image.
         with_pictures: whether to keep every image as a small file for a page.
         description: of the tqdm bar.
-        show_progress: False hides the bar.
         processes: share the batches out, and all get the whole evaluation; None for this process alone.
 
     Raises:
@@ -132,7 +130,7 @@ def evaluate(
             f"{len(seeds)} seeds, batch_size {batch_size}"
         )
     starts, at_once = range(0, len(prompts), batch_size), 1 if processes is None else processes.count
-    with tqdm(total=len(prompts), desc=description, unit="image", disable=not show_progress) as bar, torch.no_grad():
+    with tqdm(total=len(prompts), desc=description, unit="image") as bar, torch.no_grad():
 
         def measure(start: int) -> _Batch:
             batch_prompts = list(prompts[start : start + batch_size])

@@ -222,7 +222,6 @@ def diagnose(
     group_size: int,
     sampling_seconds: float,
     facts: Mapping[str, str],
-    show_progress: bool = True,
 ) -> Diagnosis:
     """Measures every method on the given samples; the weights stay as they are.
 
@@ -234,21 +233,20 @@ def diagnose(
         group_size: samples per prompt, side by side.
         sampling_seconds: what sampling and scoring took, per sample.
         facts: what is diagnosed, in words, by name.
-        show_progress: False hides the bars.
 
     Raises:
         DiagnosisError: too few samples, rewards that do not differ, or gradients that are zero.
     """
     seed = config.training.seed
     sketch = GradientSketch(chain.parameters)
-    evidence = gather_evidence(chain, objective, rollouts, sketch, group_size, show_progress)
+    evidence = gather_evidence(chain, objective, rollouts, sketch, group_size)
     compared = methods_to_compare(chain, evidence, config)
     batch = cost_batch(rollouts)
     generator = torch.Generator().manual_seed(seed)
     # The first run with a new size of batch is slower than all others.
     measure_cost(chain, objective, compared.methods[0].estimator, batch, generator, sampling_seconds)
     measured: list[tuple[Method, Cost, Coverage, SampleEstimates]] = []
-    with tqdm(compared.methods, desc="Methods", unit="method", disable=not show_progress) as bar:
+    with tqdm(compared.methods, desc="Methods", unit="method") as bar:
         for method in bar:
             estimator, estimates = method.estimator, method.estimates
             cost, coverage = measure_cost(chain, objective, estimator, batch, generator, sampling_seconds)

@@ -74,7 +74,6 @@ def gather_evidence(
     rollouts: Sequence[Rollout],
     sketch: GradientSketch,
     group_size: int,
-    show_progress: bool = True,
 ) -> Evidence:
     """Replays every step of every sample once.
 
@@ -84,7 +83,6 @@ def gather_evidence(
         rollouts: N samples in all, with leave-one-out advantages.
         sketch: projects the gradients.
         group_size: samples per prompt.
-        show_progress: False hides the bar.
 
     Raises:
         DiagnosisError: too few samples, rewards that do not differ, or gradients that are zero.
@@ -94,7 +92,7 @@ def gather_evidence(
     samples = [rollout.select([i]) for rollout in rollouts for i in range(len(rollout.rewards))]
     parts, mirrored = [], []
     is_differentiable = samples[0].reward_gradient is not None
-    with tqdm(total=len(samples), desc="Gradients of single samples", unit="sample", disable=not show_progress) as bar:
+    with tqdm(total=len(samples), desc="Gradients of single samples", unit="sample") as bar:
         # A measurement needs two samples, so an odd one joins the pair before it.
         starts = list(range(0, len(samples) - 1, 2))
         for start, stop in zip(starts, [*starts[1:], len(samples)], strict=True):

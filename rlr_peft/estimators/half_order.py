@@ -30,6 +30,9 @@ DEFENSIVE_SHARE = 0.1
 # A variance below this share of the mean square is rounding: the predictions are all the same.
 ROUNDING = 1e-9
 
+# Weight of the past in the state baseline's running moments.
+BASELINE_DECAY = 0.9
+
 HALF_ORDER = "half_order"
 
 
@@ -238,13 +241,9 @@ class StateBaseline:
     step t the denoiser predicts the image from x_t, before the step's noise is drawn, so the reward of that prediction
     may be subtracted without bias. It costs one reward call per sample and step, and tells something only late in the
     chain.
-
-    Args:
-        decay: weight of the past in the running moments.
     """
 
-    def __init__(self, decay: float = 0.9) -> None:
-        self._decay = decay
+    def __init__(self) -> None:
         # by step: mean of predictions, of their squares, and of their products with the advantages
         self._moments: dict[int, tuple[float, float, float]] = {}
 
@@ -275,7 +274,7 @@ class StateBaseline:
                 float((advantage * prediction).mean()),
             )
             older = self._moments.get(t, newer)
-            blended = [self._decay * a + (1 - self._decay) * b for a, b in zip(older, newer, strict=True)]
+            blended = [BASELINE_DECAY * a + (1 - BASELINE_DECAY) * b for a, b in zip(older, newer, strict=True)]
             self._moments[t] = (blended[0], blended[1], blended[2])
 
     def state_dict(self) -> dict[str, Any]:

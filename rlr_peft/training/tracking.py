@@ -270,12 +270,12 @@ def form_in_words(run: Run) -> str:
     return stage_form(run.config, run.pipeline).describe(run.prompts)
 
 
-def stage_prompts_in_words(run: Run, count: int = 3) -> list[str]:
+def stage_prompts_in_words(run: Run) -> list[str]:
     """What the Chain-of-Thought makes of the first prompts: `a cat on a beach -> coarse: a beach; fine: a cat`."""
     stages = stages_from_config(run.config)
     if stages is None:
         return []
     return [
         f"{prompt.text} -> " + "; ".join(f"{name}: {part}" for name, part in zip(stages.names, prompt.stages))
-        for prompt in run.prompts[:count]
+        for prompt in run.prompts[:3]
     ]

@@ -106,7 +106,7 @@ def test_a_plan_is_measured_in_batches() -> None:
         asked.append((prompts, seeds))
         return torch.tensor(seeds).float()
 
-    found = measure_divergence(measure, list("abcde"), [5, 4, 3, 2, 1], 2, show_progress=False)
+    found = measure_divergence(measure, list("abcde"), [5, 4, 3, 2, 1], 2)
     assert found.tolist() == [5, 4, 3, 2, 1]
     assert asked == [(["a", "b"], [5, 4]), (["c", "d"], [3, 2]), (["e"], [1])]
 

@@ -96,7 +96,7 @@ def test_flat_metrics_have_the_names_of_the_metrics_file() -> None:
 def test_scores_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     prompts, seeds = prompts_and_seeds(["a", "bb", "ccc"], 7, seed=1)
     rewards = {"reward": Brightness(), "heldout": load_reward("jpeg-compressibility")}
-    result = evaluate(render, prompts, seeds, rewards, batch_size, num_kept_images=4, show_progress=False)
+    result = evaluate(render, prompts, seeds, rewards, batch_size, num_kept_images=4)
     images = torch.cat([render([prompt], [seed]) for prompt, seed in zip(prompts, seeds, strict=True)])
     assert torch.allclose(result.scores["reward"], images.mean(dim=(1, 2, 3)))
     assert torch.equal(result.scores["heldout"], load_reward("jpeg-compressibility")(images, prompts, []).scores)
@@ -107,9 +107,7 @@ def test_scores_do_not_depend_on_the_batch_size(batch_size: int) -> None:
 
 def test_nothing_is_recorded_for_a_gradient() -> None:
     weight = torch.ones(1, requires_grad=True)
-    result = evaluate(
-        lambda prompts, seeds: render(prompts, seeds) * weight, ["a"], [0], {"r": Brightness()}, 1, show_progress=False
-    )
+    result = evaluate(lambda prompts, seeds: render(prompts, seeds) * weight, ["a"], [0], {"r": Brightness()}, 1)
     assert not result.scores["r"].requires_grad
     assert not result.images.requires_grad
 
@@ -126,12 +124,12 @@ def test_nothing_is_recorded_for_a_gradient() -> None:
 )
 def test_a_renderer_that_returns_something_else_is_refused(images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate(lambda prompts, seeds: images, ["a", "b"], [0, 1], {"r": Brightness()}, 2, show_progress=False)
+        evaluate(lambda prompts, seeds: images, ["a", "b"], [0, 1], {"r": Brightness()}, 2)
 
 
 def test_a_plan_needs_a_seed_per_prompt() -> None:
     with pytest.raises(ValueError, match="2 prompts, 1 seeds"):
-        evaluate(render, ["a", "b"], [0], {"r": Brightness()}, 2, show_progress=False)
+        evaluate(render, ["a", "b"], [0], {"r": Brightness()}, 2)
 
 
 def test_a_bad_reward_stops_the_evaluation() -> None:
@@ -140,7 +138,7 @@ def test_a_bad_reward_stops_the_evaluation() -> None:
             return Scored(super().__call__(images, prompts, metadata).scores / 0.0)
 
     with pytest.raises(RewardError, match="expected finite scores"):
-        evaluate(render, ["a", "b"], [0, 1], {"r": Broken()}, 1, show_progress=False)
+        evaluate(render, ["a", "b"], [0, 1], {"r": Broken()}, 1)
 
 
 def test_a_plan_uses_every_prompt_equally_often_and_every_seed_once() -> None:

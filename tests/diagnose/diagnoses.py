@@ -49,7 +49,7 @@ def evidence_of(samples: int, differentiable: bool = True, seed: int = 0) -> Evi
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
     objective = QuadraticReward(chain)
     rollout = rollout_of(chain, objective, samples, seed, differentiable)
-    return gather_evidence(chain, objective, [rollout], sketch_of(chain), GROUP, show_progress=False)
+    return gather_evidence(chain, objective, [rollout], sketch_of(chain), GROUP)
 
 
 def config_with(*flags: str) -> Config:
@@ -73,7 +73,6 @@ def diagnosis_of(
         group_size=GROUP,
         sampling_seconds=0.5,
         facts={"base": "linear <chain>"},
-        show_progress=False,
     )
 
 

@@ -231,4 +231,4 @@ def test_samples_that_cannot_tell_anything_are_refused() -> None:
         (zero, "gradient is not zero"),
     ]:
         with pytest.raises(DiagnosisError, match=message):
-            gather_evidence(chain, objective, [bad], sketch, 2, show_progress=False)
+            gather_evidence(chain, objective, [bad], sketch, 2)

@@ -92,7 +92,6 @@ def test_a_pipelines_weights_are_left_as_they_were() -> None:
         group_size=2,
         sampling_seconds=0.0,
         facts={},
-        show_progress=False,
     )
     for name, parameter in pipeline.unet.named_parameters():
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]

@@ -33,10 +33,10 @@ def test_kappa_is_the_regression_coefficient_of_all_observations_of_an_update() 
 
 
 def test_moments_run_over_updates() -> None:
-    baseline = StateBaseline(decay=0.75)
+    baseline = StateBaseline()
     baseline.learn([BaselineObservation(2, [1.0, -1.0], [1.0, -1.0])])  # covariance 1, variance 1
     baseline.learn([BaselineObservation(2, [-2.0, 2.0], [4.0, 0.0])])  # mean 2, mean square 8, product -4
-    mean, square, product = 0.25 * 2, 0.75 * 1 + 0.25 * 8, 0.75 * 1 + 0.25 * -4
+    mean, square, product = 0.1 * 2, 0.9 * 1 + 0.1 * 8, 0.9 * 1 + 0.1 * -4
     assert baseline.kappa(2) == pytest.approx(product / (square - mean**2))
 
 
