@@ -224,16 +224,14 @@ def test_a_reward_sees_the_picture_at_the_images_size(place: Path) -> None:
     assert torch.equal(told["condition_image"], expected)
 
 
-def test_from_data_to_card(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    config = tmp_path / "config.yaml"
+def trained(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, **sizes: int) -> Path:
+    """The folder of a run that draws from the pictures of the edits."""
     values = {
-        "pretrained_model_name_or_path": str(place / "base"),
+        "pretrained_model_name_or_path": base,
         "prompt_path": str(place / "edits.jsonl"),
         "evaluation_prompt_path": str(place / "edits.jsonl"),
         "image_column": "from",
         "reward_fn": f"{place / 'rewards.py'}:likeness",
-        "resolution": 16,
         "num_inference_steps": 2,
         "estimator": "refl",
         "learning_rate": 0.01,
@@ -241,10 +239,17 @@ def test_from_data_to_card(place: Path, tmp_path: Path, monkeypatch: pytest.Monk
         "num_images_per_prompt": 2,
         "max_train_steps": 1,
         "num_evaluation_images": 2,
-        "output_dir": str(out),
+        "output_dir": str(tmp_path / "out"),
+        **sizes,
     }
+    config = tmp_path / "config.yaml"
     config.write_text(json.dumps(values))
     run_script(monkeypatch, config)
+    return tmp_path / "out"
+
+
+def test_from_data_to_card(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = trained(place, tmp_path, monkeypatch, str(place / "base"), resolution=16)
     for number in range(2):
         picture = numpy.asarray(Image.open(out / "images" / f"condition_{number}.png"))
         assert tuple(picture[8, 8]) in COLOURS.values()
@@ -265,26 +270,7 @@ def test_from_data_to_card_of_a_video(
     place: Path, folder_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a video the card and the page show the picture beside strips of frames, and rewards see it with each frame."""
-    out, config = tmp_path / "out", tmp_path / "config.yaml"
-    values = {
-        "pretrained_model_name_or_path": folder_of("ltx-i2v"),
-        "prompt_path": str(place / "edits.jsonl"),
-        "evaluation_prompt_path": str(place / "edits.jsonl"),
-        "image_column": "from",
-        "reward_fn": f"{place / 'rewards.py'}:likeness",
-        "resolution": 32,
-        "num_frames": 9,
-        "num_inference_steps": 2,
-        "estimator": "refl",
-        "learning_rate": 0.01,
-        "train_batch_size": 2,
-        "num_images_per_prompt": 2,
-        "max_train_steps": 1,
-        "num_evaluation_images": 2,
-        "output_dir": str(out),
-    }
-    config.write_text(json.dumps(values))
-    run_script(monkeypatch, config)
+    out = trained(place, tmp_path, monkeypatch, folder_of("ltx-i2v"), resolution=32, num_frames=9)
     for number in range(2):
         with Image.open(out / "images" / f"condition_{number}.png") as shown:
             assert shown.size == (32, 32) and shown.getpixel((16, 16)) in COLOURS.values(), "not as wide as the strip"
