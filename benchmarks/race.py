@@ -197,7 +197,8 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
         sampled, passes = samples * run.chain.num_steps, fmean(book.backward_passes for book in update.books)
         replayed = run.chain.denoiser_evaluations - before - sampled + 2 * samples * passes
         # A guided pair counts once, and one alone half.
-        cost += sampled + replayed * (0.5 if isinstance(run.estimator, ForwardEstimator) else 1) + samples * scoring
+        at_work = run.estimator.for_reward(run.objective.has_gradient)
+        cost += sampled + replayed * (0.5 if isinstance(at_work, ForwardEstimator) else 1) + samples * scoring
         seconds += os.times().user - started
         step += 1
         if cost >= arguments.budget * (len(points) + 1) / MARKS:
