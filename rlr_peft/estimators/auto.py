@@ -141,7 +141,8 @@ def promise(
 class AutoEstimator(Estimator):
     """Delegates to ``rlr`` or to the member of the pathwise family that promises clearly more.
 
-    A reward without gradient, of which so few samples say nothing, is left to ``awm``, which gained most in races.
+    A reward without gradient, of which so few samples say nothing, is left to ``awm``, which gained more than
+    ``rlr`` in races.
 
     Args:
         rlr: the unbiased member, with its roulette.
