@@ -233,6 +233,7 @@ def build_run(
                 stages_from_config(config),
                 samples,
                 measures_batch=config.training.gradient_accumulation_steps == AUTO,
+                keeps_noise=_kl_penalty(config) is not None,
             )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
     known = [*run_prompts.training, *(run_prompts.evaluation or ())]

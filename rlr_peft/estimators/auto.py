@@ -186,7 +186,7 @@ class AutoEstimator(Estimator):
     def from_arguments(cls, arguments: AutoArguments, shape: RunShape) -> Self:
         most = arguments.calibration_samples if shape.measures_batch else None
         rlr = RLREstimator.from_arguments(arguments.rlr, shape)
-        awm = ForwardEstimator(forward_settings(AWMArguments()), draws_without_noise=True)
+        awm = ForwardEstimator(forward_settings(AWMArguments()), draws_without_noise=not shape.keeps_noise)
         return cls(rlr, awm, shape.num_inference_steps, shape.samples, most)
 
     @property

@@ -155,12 +155,14 @@ class RunShape:
         stages: those that ``ho_window`` may name.
         samples: of an update, in all processes.
         measures_batch: whether ``auto`` chooses how many times as many an update has, up to its calibration's samples.
+        keeps_noise: whether samples are to have the chain's noise, by which a divergence is measured.
     """
 
     num_inference_steps: int
     stages: Stages | None = None
     samples: int = 1
     measures_batch: bool = False
+    keeps_noise: bool = False
 
 
 class Estimator(ABC):
@@ -268,6 +270,7 @@ def build_estimator(
     stages: Stages | None = None,
     samples: int = 1,
     measures_batch: bool = False,
+    keeps_noise: bool = False,
 ) -> Estimator:
     """The estimator that ``arguments.made_by`` names; see ``RunShape`` for the others.
 
@@ -276,7 +279,8 @@ def build_estimator(
     """
     module, name = arguments.made_by.split(".")
     maker: type[Estimator] = getattr(importlib.import_module(f"rlr_peft.estimators.{module}"), name)
-    return maker.from_arguments(arguments, RunShape(num_inference_steps, stages, samples, measures_batch))
+    shape = RunShape(num_inference_steps, stages, samples, measures_batch, keeps_noise)
+    return maker.from_arguments(arguments, shape)
 
 
 def coverage_of(estimator: Estimator, chain: Chain, has_gradient: bool) -> Coverage:

@@ -211,6 +211,7 @@ class ForwardEstimator(Estimator):
         words += [f"pull to the base {s.base_pull:g}"] if s.base_pull else []
         words += [f"norm penalty {s.norm_penalty:g}"] if s.norm_penalty else []
         words += [f"{s.inner_epochs} inner epochs"] if s.inner_epochs > 1 else []
+        words += ["images drawn without noise"] if self.draws_without_noise else []
         return ", ".join(words)
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:

@@ -194,7 +194,7 @@ def _sample(run: Run, step: int) -> Batch:
     Whether the reward has a gradient may show only with the first.
     """
     estimator, chain = run.estimator.for_reward(run.objective.has_gradient), run.chain
-    if estimator.draws_without_noise and run.kl_penalty is None:
+    if estimator.draws_without_noise:
         chain = chain.at(step_kind="ode")
     accelerator = run.accelerator
     index, count = accelerator.process_index, accelerator.num_processes

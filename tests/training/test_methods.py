@@ -40,6 +40,10 @@ METHODS = {
     "auto in one step": ({"estimator": "auto", **FEW_STEPS, "num_inference_steps": 1}, "first_order"),
     "auto": ({"estimator": "auto", "fo_roulette": True, "calibration_samples": 4}, "first_order"),
     "auto without gradient": ({"estimator": "auto", "reward_fn": "jpeg-compressibility"}, "forward"),
+    "auto near the base": (
+        {"estimator": "auto", "reward_fn": "jpeg-compressibility", "kl_beta": 0.1, "kl_steps": 2},
+        "forward",
+    ),
     "truncated-bp, K random": ({"estimator": "truncated-bp", "fo_steps": "random"}, "first_order"),
     "rlr, mixed orders": (MIXED, "mixed_order"),
     "rlr, state baseline": (STATE_BASELINE, "half_order"),
@@ -84,6 +88,8 @@ def test_two_updates(workplace: Path, tmp_path: Path, name: str) -> None:
         assert any(run.chain.std(t) > 0 for t in (1, 2, 3, 4))
         # sampled, and by old, base and present weights at each of the four levels
         assert first["denoiser_evaluations"] == 4 * (4 + 3 * 4)
+    if name == "auto near the base":
+        assert first["kl"] < 1e-10 < second["kl"], "measured on paths with noise"
     if name == "d3po":
         assert first["preference_accuracy"] == 0 and 0 <= second["preference_accuracy"] <= 1
         assert math.isfinite(second["heldout"])
