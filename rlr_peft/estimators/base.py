@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -187,11 +187,6 @@ class Estimator(ABC):
     advantage_clip: float = math.inf
     draws_without_noise: bool = False
 
-    @classmethod
-    def from_arguments(cls, arguments: Any, shape: RunShape) -> Self:
-        """The estimator with the knobs of its method, for a run; one of your own that has no flags needs none."""
-        raise NotImplementedError
-
     @abstractmethod
     def describe(self, has_gradient: bool | None = None) -> str:
         """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
@@ -272,15 +267,16 @@ def build_estimator(
     measures_batch: bool = False,
     keeps_noise: bool = False,
 ) -> Estimator:
-    """The estimator that ``arguments.made_by`` names; see ``RunShape`` for the others.
+    """That of the class which ``arguments.made_by`` names, by its ``from_arguments``; see ``RunShape`` for the others.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
     """
     module, name = arguments.made_by.split(".")
-    maker: type[Estimator] = getattr(importlib.import_module(f"rlr_peft.estimators.{module}"), name)
+    maker: Any = getattr(importlib.import_module(f"rlr_peft.estimators.{module}"), name)
     shape = RunShape(num_inference_steps, stages, samples, measures_batch, keeps_noise)
-    return maker.from_arguments(arguments, shape)
+    estimator: Estimator = maker.from_arguments(arguments, shape)
+    return estimator
 
 
 def coverage_of(estimator: Estimator, chain: Chain, has_gradient: bool) -> Coverage:
