@@ -195,68 +195,6 @@ class ScoreTermArguments(EstimatorArguments):
 
 
 @dataclass(frozen=True)
-class ReusedSamplesArguments(ScoreTermArguments):
-    """Methods that take several optimiser steps on the same samples."""
-
-    trains_steps_alone = True
-
-    ho_start: Literal["uniform", "window"] = knob("uniform", "How the steps are drawn: evenly, or from ho_window.")
-    inner_epochs: int = knob(
-        1, "Optimiser steps on the same samples.", unit="optimiser steps", at_least=1, at_most=1000
-    )
-
-
-@dataclass(frozen=True)
-class PolicyGradientArguments(ReusedSamplesArguments):
-    """Clipped policy gradients."""
-
-    made_by = "policy.PolicyGradientEstimator"
-
-    clip_range: float = knob(
-        0.2,
-        "Density ratios are clipped to 1 minus to 1 plus this.",
-        unit="ratio of a step",
-        above=0,
-        at_most=1e6,
-        fine=True,
-    )
-    divergence_limit: float | None = knob(
-        None,
-        "In place of clip_range: a sample's step gives nothing where its divergence from the sampling weights is above "
-        "this and its ratio moves further away (Flow-DPPO); null clips.",
-        unit="nats, summed over the latents",
-        above=0,
-        at_most=1e9,
-    )
-    ratio_norm: bool = knob(
-        False,
-        "Take the bias off every step's density ratio and bring all steps to one scale, in ratio and gradient "
-        "(GRPO-Guard); clip_range bounds that ratio.",
-    )
-    advantage_clip: float = knob(
-        5.0,
-        "Advantages are clipped to plus or minus this.",
-        unit="standard deviations",
-        above=0,
-        at_most=1e6,
-        fine=True,
-    )
-
-    def check(self, config: "Config") -> Iterator[str]:
-        yield from super().check(config)
-        if self.divergence_limit is not None and self.inner_epochs == 1:
-            yield (
-                "divergence_limit: expected inner_epochs of 2 or more, without which the sampling weights are the "
-                "present ones, got 1; raise --inner_epochs or drop --divergence_limit."
-            )
-        if self.divergence_limit is not None and self.ratio_norm:
-            yield (
-                f"divergence_limit: expected none with ratio_norm, which clips, got {self.divergence_limit:g}; drop "
-                "one of the two."
-            )
-
-
-@dataclass(frozen=True)
 class MeasuringArguments(MirroredArguments):
     """Methods that measure the gradients of every step."""
 

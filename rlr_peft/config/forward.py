@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlr_peft.config.estimator import EstimatorArguments, PolicyGradientArguments, ReusedSamplesArguments
+from rlr_peft.config.estimator import EstimatorArguments
 from rlr_peft.config.knob import knob, preset
+from rlr_peft.config.policy import GRPOArguments, PolicyGradientArguments, ReusedSamplesArguments
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -33,11 +34,7 @@ class ForwardArguments(EstimatorArguments):
         at_most=100,
     )
     advantage_clip: float = preset(PolicyGradientArguments, "advantage_clip", 5.0)
-    advantage_std: Literal["prompt", "update"] = knob(
-        "prompt",
-        "Whose rewards' standard deviation advantages are divided by: of their prompt, or of the whole update.",
-        fine=True,
-    )
+    advantage_std: Literal["prompt", "update"] = preset(GRPOArguments, "advantage_std", "prompt")
     inner_epochs: int = preset(ReusedSamplesArguments, "inner_epochs", 1)
     old_decay: float = knob(
         0.5,

@@ -14,14 +14,13 @@ from rlr_peft.config.estimator import (
     MeasuringArguments,
     MirroredArguments,
     PathwiseArguments,
-    PolicyGradientArguments,
-    ReusedSamplesArguments,
     ThreeOrdersArguments,
     at_most_all_steps,
     needs_noise,
 )
-from rlr_peft.config.forward import AWMArguments, ForwardArguments, NFTArguments, RAMArguments
+from rlr_peft.config.forward import AWMArguments, NFTArguments, RAMArguments
 from rlr_peft.config.knob import knob, preset
+from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -242,74 +241,6 @@ class ReinforceArguments(CalibratedArguments):
     """Score terms alone."""
 
     estimator = "reinforce"
-
-
-@dataclass(frozen=True)
-class DDPOArguments(PolicyGradientArguments):
-    """Clipped policy gradient with the statistics of a prompt's past rewards."""
-
-    estimator = "ddpo"
-
-    inner_epochs: int = preset(ReusedSamplesArguments, "inner_epochs", 2)
-    per_prompt_stat_tracking_buffer_size: int = knob(
-        32,
-        "Latest rewards of a prompt from which mean and deviation are taken.",
-        unit="rewards",
-        at_least=2,
-        at_most=10**6,
-        fine=True,
-    )
-    per_prompt_stat_tracking_min_count: int = knob(
-        16,
-        "Rewards that a prompt needs for statistics of its own; before, the batch's are used.",
-        unit="rewards",
-        at_least=2,
-        at_most=10**6,
-        fine=True,
-    )
-
-    def check(self, config: "Config") -> Iterator[str]:
-        yield from super().check(config)
-        size, count = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
-        if count > size:
-            yield (
-                f"per_prompt_stat_tracking_min_count: expected at most per_prompt_stat_tracking_buffer_size ({size}), "
-                f"got {count}; lower it."
-            )
-
-    def check_groups(self, config: "Config") -> Iterator[str]:
-        """Any size will do: rewards are compared with those of the past."""
-        yield from ()
-
-
-@dataclass(frozen=True)
-class GRPOArguments(PolicyGradientArguments):
-    """Clipped policy gradient with advantages relative to a prompt's group."""
-
-    estimator = "grpo"
-    normalizes_groups = True
-
-    advantage_std: Literal["prompt", "update"] = preset(ForwardArguments, "advantage_std", "prompt")
-
-
-@dataclass(frozen=True)
-class D3POArguments(ReusedSamplesArguments):
-    """Direct preference optimisation of pairs."""
-
-    estimator = "d3po"
-    made_by = "policy.PreferenceEstimator"
-
-    dpo_beta: float = knob(
-        0.1, "Strength of the pull towards the base model.", unit="1 / nat", above=0, at_most=1e6, fine=True
-    )
-
-    def check_groups(self, config: "Config") -> Iterator[str]:
-        group, batch = config.training.num_images_per_prompt, config.training.train_batch_size
-        if group % 2 or batch % 2:
-            yield (
-                f"num_images_per_prompt: expected pairs with d3po, that is an even number beside an even "
-                f"train_batch_size, got {group} and {batch}; change them."
-            )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 
 from rlr_peft.chain.interface import Chain
 from rlr_peft.config import Config, EstimatorArguments
-from rlr_peft.config.estimator import ReusedSamplesArguments
-from rlr_peft.config.methods import METHODS, D3POArguments, DrawnStepsArguments, RLRPaperArguments
+from rlr_peft.config.methods import METHODS, DrawnStepsArguments, RLRPaperArguments
+from rlr_peft.config.policy import D3POArguments, ReusedSamplesArguments
 from rlr_peft.diagnose import estimates as estimates_of
 from rlr_peft.diagnose.costs import update_size
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates

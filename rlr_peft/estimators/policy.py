@@ -28,8 +28,7 @@ import torch
 from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
 from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.chain.path import PathPoint
-from rlr_peft.config.estimator import PolicyGradientArguments
-from rlr_peft.config.methods import D3POArguments, DDPOArguments, GRPOArguments
+from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments, PolicyGradientArguments
 from rlr_peft.estimators.advantages import DividedBy, PromptStatistics, group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.half_order import HalfOrder
