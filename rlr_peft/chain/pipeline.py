@@ -392,7 +392,11 @@ def steers_from_texts(
     Raises:
         ValueError: as ``DenoisingChain``.
     """
-    return CallArguments(PipelineDriver(pipeline, family_of(pipeline, denoisers)), arguments).steers
+    family = family_of(pipeline, denoisers)
+    # UNets of LCM take the guidance scale as an input, and have no negative branch.
+    if any(getattr(getattr(pipeline, name).config, "time_cond_proj_dim", None) for name in family.denoisers):
+        return False
+    return CallArguments(PipelineDriver(pipeline, family), arguments).steers
 
 
 def _denoisers_and_decoder(pipeline: Any, family: Family, reward_decoder: Any) -> Iterator[torch.nn.Module]:

@@ -76,6 +76,9 @@ def test_without_guidance_away_from_a_text_there_are_parts() -> None:
     assert told("auto", base, FITS, **sizes) == parts(FITS)
     assert told("auto", base, FITS, true_cfg_scale=2.0, **sizes)[0] == (FITS.text, "a cat, fur")
     assert told("auto", tiny_stable_diffusion(), FITS, guidance_scale=1.0) == parts(FITS)
+    consistency_model = tiny_stable_diffusion()
+    consistency_model.unet.register_to_config(time_cond_proj_dim=32)
+    assert told("auto", consistency_model, FITS) == parts(FITS)
     with pytest.raises(ValueError, match="dcot_form: expected guidance that leads away from a text with contrast, whi"):
         told("contrast", base, FITS, **sizes)
 
