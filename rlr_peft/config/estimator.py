@@ -171,7 +171,8 @@ class ScoreTermArguments(EstimatorArguments):
         if config.training.num_images_per_prompt == 1:
             yield (
                 f"num_images_per_prompt: expected 2 or more with {self.estimator}, whose score terms compare "
-                f"the images of a prompt with each other (leave-one-out), got 1; raise it or use --estimator full-bp."
+                "the images of a prompt with each other (leave-one-out), got 1; raise it or, for a reward with a "
+                "gradient, use --estimator full-bp."
             )
 
     def _check_window(self, config: "Config", window: tuple[int | str, ...]) -> Iterator[str]:

@@ -102,7 +102,10 @@ class TrainingArguments(Group):
             ("use_dora", lora.use_dora),
         ):
             if self.shard_denoiser and wanted:
-                yield f"shard_denoiser: expected none with {name}, got both; drop one of the two."
+                yield (
+                    f"shard_denoiser: expected none with {name}, got both; drop one of the two (--{name} null, if a "
+                    "config has it)."
+                )
 
     def _check_measured_batch(self, config: "Config") -> Iterator[str]:
         start = "gradient_accumulation_steps: expected a number"

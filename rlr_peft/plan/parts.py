@@ -363,4 +363,5 @@ def _without_gpu(plan: MemoryPlan) -> int:
         return sum(part.size for part in kept if host_phase in part.phases)
 
     most = max(round(plan.tensors(phase) * (1 + FRAGMENTATION)) + beside(phase) for phase in PHASES)
-    return LIBRARIES_BYTES + most
+    loading = sum(part.size for part in kept if LOADING in part.phases)
+    return LIBRARIES_BYTES + max(most, loading)

@@ -46,7 +46,8 @@ def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None = None, hos
     lines.append(f"{'total':<{width}}" + "".join(f"{_gib(host.total(phase)):>17}" for phase in HOST_PHASES))
     lines += [
         "",
-        f"Needs {_gib(host.peak)} GiB of host memory, in {host.peak_phase}. Without a GPU all of it is host memory: "
+        f"Needs {_gib(host.peak)} GiB of host memory{' for each process' if plan.options.shard_denoiser else ''}, in "
+        f"{host.peak_phase}. Without a GPU all of it is host memory: "
         f"{_gib(host.without_gpu)} GiB.",
     ]
     if gpu_memory is not None:

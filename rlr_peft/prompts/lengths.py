@@ -39,8 +39,8 @@ class OverLong:
         """One sentence for the log."""
         text = self.example if len(self.example) <= 80 else f"{self.example[:77]}..."
         return (
-            f"{self.count} of {self.checked} prompts are longer than the {self.limit} tokens that the text encoder "
-            f"sees and lose their end; the longest has {self.example_tokens}: {text!r}."
+            f"{self.count} of {self.checked} prompts and stage prompts are longer than the {self.limit} tokens that "
+            f"the text encoder sees and lose their end; the longest has {self.example_tokens}: {text!r}."
         )
 
 

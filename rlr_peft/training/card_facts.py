@@ -164,6 +164,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "method": run.method,
         "objects": dict(run.given),
         "terms": run.estimator.describe(run.objective.has_gradient),
+        "draws_without_noise": run.estimator.for_reward(run.objective.has_gradient).draws_without_noise,
         "steps": run.chain.num_steps,
         "guidance_scale": run.chain.guidance_scale,
         "samples": run.samples_per_update,

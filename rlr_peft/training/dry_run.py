@@ -82,6 +82,8 @@ def measure(run: Run) -> Seconds:
     if knobs is not None and calibration_due(run, 0):
         calibration = _seconds(lambda: calibrate(run, 0))
         calibrations = ceil(arithmetic.max_train_steps / calibration_interval(run, knobs))
+        if not run.estimator.wants_calibration(run.objective.has_gradient):
+            calibrations = 1  # whose images have shown that there is no gradient
     first = _seconds(lambda: take_update(run, 0))
     update = _seconds(lambda: take_update(run, 1))
     evaluated = shown = 0.0
@@ -108,6 +110,7 @@ def in_words(run: Run, plan: MemoryPlan | UserError, seconds: Seconds) -> str:
     lines = [
         "Dry run: everything works up to the second update; nothing was trained or saved.",
         *_memory(run, plan),
+        f"  Estimator = {run.method}: {run.estimator.describe(run.objective.has_gradient)}",
         f"  Update: the first {duration(seconds.first)}, then {duration(seconds.update)} each, for "
         f"{run.samples_per_update} samples on {describe_hardware(device, run.accelerator.num_processes)}.",
         f"  Whole run: about {duration(seconds.total)} for {seconds.updates} updates, after loading.",

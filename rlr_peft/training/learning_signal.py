@@ -60,7 +60,8 @@ class LearningSignal:
         lacks = [self._lack(record) for record in records]
         if not lacks or None in lacks:
             return None
-        return f"Nothing was learnt in {len(lacks)} updates: {lacks[-1]}."
+        last = "" if len(set(lacks)) == 1 else "in the last, "
+        return f"Nothing was learnt in {len(lacks)} updates: {last}{lacks[-1]}."
 
     def _lack(self, metrics: Mapping[str, float]) -> str | None:
         """Why an update teaches nothing, in words; None if it does."""
@@ -74,8 +75,9 @@ class LearningSignal:
             )
         if norm == 0:
             return (
-                f"the gradient of {who} is zero, or vanishes in float32; its scores have a standard error of "
-                f"{metrics['reward_se']:.1g}: if that is little, {FOR_FAINT_REWARDS}"
+                f"the gradient of {who} is zero: the images of each prompt scored the same, or it vanishes in float32; "
+                f"all scores have a standard error of {metrics['reward_se']:.1g}: if that is little, "
+                f"{FOR_FAINT_REWARDS}"
             )
         typical = norm / math.sqrt(self._num_parameters)
         if typical > FAINT * self._epsilon:

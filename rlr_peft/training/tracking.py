@@ -199,15 +199,14 @@ class RunLog:
             MetricsError: a number of it is not finite.
         """
         self._say_coverage(progress, update)
-        rate = self._run.lr_scheduler.get_last_lr()[0]
-        metrics: dict[str, Any] = update.metrics() | {"lr": rate, "denoiser_evaluations": progress.denoiser_evaluations}
+        metrics: dict[str, Any] = update.metrics() | {"denoiser_evaluations": progress.denoiser_evaluations}
         if self._lines is not None and self._page is not None:
             self._lines.log(metrics, progress.step)
             self._learning_signal.check(progress.step, metrics)
             self._page.record(progress, metrics)
         self._track(metrics | {"seconds": progress.seconds}, progress.step)
         self._bar.update()
-        self._bar.set_postfix(reward=f"{metrics['reward']:.4f}", lr=f"{rate:.2e}")
+        self._bar.set_postfix(reward=f"{metrics['reward']:.4f}", lr=f"{metrics['lr']:.2e}")
 
     def synchronize(self) -> None:
         """Waits until all lines are on the disk.

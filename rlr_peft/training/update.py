@@ -45,6 +45,7 @@ class Update:
         coverage: what the gradient estimate covered.
         books: of all processes' micro-batches, in the last inner epoch.
         gradient_norm: of the mean reward's gradient, before clipping, in the last inner epoch.
+        learning_rate: of the last optimiser step.
         info: means of the numbers that the rewards give beside their scores, `reward/NAME` and `heldout/NAME`.
     """
 
@@ -54,6 +55,7 @@ class Update:
     coverage: Coverage
     books: list[Book]
     gradient_norm: float
+    learning_rate: float
     info: dict[str, float]
 
     def metrics(self) -> dict[str, float]:
@@ -63,6 +65,7 @@ class Update:
             "reward_se": standard_error(self.rewards),
             "loss": -float(self.rewards.mean()),
             "gradient_norm": self.gradient_norm,
+            "lr": self.learning_rate,
             "first_order_steps": fmean(book.first_order_steps for book in self.books),
         }
         if self.heldout is not None:
@@ -120,12 +123,13 @@ def take_update(run: Run, step: int) -> Update:
         run.optimizer.zero_grad(set_to_none=True)
         if epoch == 0 and divergences:
             kl = run.processes.gather(torch.cat(divergences), "the divergences")
+    rate = float(run.optimizer.param_groups[0]["lr"])
     run.lr_scheduler.step()
     books = run.processes.gather_objects(books, "the estimator's numbers")
     run.estimator.learn(books)
     heldout = None if batch.heldout is None else run.processes.gather(batch.heldout.scores, "the held-out scores")
     shown = run.reward.scores_on_first_scales(scores, raw)
-    update = Update(shown, heldout, kl, coverage, books, gradient_norm, _logged_info(run, info, scores))
+    update = Update(shown, heldout, kl, coverage, books, gradient_norm, rate, _logged_info(run, info, scores))
     # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
     run.reward.learn(raw)
     if run.rollback is not None:

@@ -19,7 +19,7 @@ def test_prompts_and_stage_prompts_beyond_the_limit() -> None:
     assert over is not None
     assert (over.count, over.limit, over.example_tokens, over.example) == (2, PROMPT_LENGTH, 32, "b" * 30)
     assert over.checked == 5  # different texts; of a prompt with stages only these are encoded
-    assert over.describe().startswith("2 of 5 prompts are longer than the 16 tokens")
+    assert over.describe().startswith("2 of 5 prompts and stage prompts are longer than the 16 tokens")
 
 
 def test_repeated_prompts_do_not_hide_those_behind_them() -> None:

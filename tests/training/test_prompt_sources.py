@@ -273,7 +273,10 @@ def test_over_long_prompts_are_counted(workplace: Path, place: Path, caplog: pyt
     (place / "long.txt").write_text("cat\nthe longest of all prompts\nanother long prompt\n")
     with caplog.at_level(logging.WARNING):
         build(config_of(workplace, place, prompt_path="@long.txt"))
-    assert "2 of 3 prompts are longer than the 16 tokens that the text encoder sees and lose their end" in caplog.text
+    assert (
+        "2 of 3 prompts and stage prompts are longer than the 16 tokens that the text encoder sees and lose their end"
+        in caplog.text
+    )
 
 
 def test_two_processes_ask_once_and_train_on_the_same_answers(workplace: Path, place: Path) -> None:
