@@ -48,7 +48,7 @@ def group_normalized(rewards: torch.Tensor, group_size: int, over: DividedBy = "
         rewards: (N,), samples of one prompt side by side.
         group_size: n >= 2, samples per prompt.
         over: the std is that of the prompt's samples, so that every prompt counts alike, also one whose samples hardly
-            differ; or that of all samples, as in published runs of Flow-GRPO and DiffusionNFT.
+            differ; or that of all samples, as in published configs of Flow-GRPO and AWM.
 
     Raises:
         ValueError: N is not a multiple of the group size, or the group is a single sample.
