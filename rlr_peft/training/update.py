@@ -195,7 +195,7 @@ def calibrate(run: Run, step: int) -> None:
 def _sample(run: Run, step: int) -> Batch:
     """This process's samples of a step; a pure function of the config's seed, the weights and the step.
 
-    Whether the reward has a gradient may show only with the first.
+    Whether the reward has a gradient may show only with the first ones.
     """
     estimator, chain = run.estimator.for_reward(run.objective.has_gradient), run.chain
     if estimator.draws_without_noise:
