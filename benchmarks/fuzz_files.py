@@ -29,7 +29,7 @@ from rlr_peft.lora import (
     unload_lora,
 )
 from rlr_peft.prompts import load_prompts
-from rlr_peft.prompts.files import Columns
+from rlr_peft.prompts.rows import Columns
 from rlr_peft.training import CheckpointManager, read_manifest
 from rlr_peft.training.checkpoints import MANIFEST_NAME
 

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +25,12 @@ from rlr_peft.prompts.chain_of_thought import (
     decompose_by_rules,
     decompose_prompts,
 )
-from rlr_peft.prompts.files import Columns
+from rlr_peft.prompts.files import prompt_lines
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
 from rlr_peft.prompts.lengths import TextRoom, find_over_long
+from rlr_peft.prompts.rows import Columns
 from rlr_peft.prompts.sampler import MixedPromptSampler, PromptSampler, Sampler, StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec, dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows
-from rlr_peft.prompts.word_filter import filtered, word_filter
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ def _streamed(
     def is_trained_on(prompt: Prompt) -> bool:
         return percentage is None or not is_held_back(prompt, percentage)
 
-    is_clean = None if arguments.prompt_filter is None else word_filter(arguments.prompt_filter)
+    is_clean = None if arguments.prompt_filter is None else _word_filter(arguments.prompt_filter)
 
     size = arguments.shuffle_buffer_size
     training = list(itertools.islice(stream(is_trained_on), size))
@@ -289,8 +290,36 @@ def _streamed(
 
 
 def _filtered(config: Config, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts without those that hold words of the config's list: published adapters carry their prompts.
+
+    Raises:
+        PromptError: no such list, an empty one, or one that leaves no prompt.
+    """
     path = config.prompts.prompt_filter
-    return prompts if path is None else filtered(prompts, word_filter(path), path)
+    if path is None:
+        return prompts
+    kept = list(filter(_word_filter(path), prompts))
+    if not kept:
+        raise PromptError(f"prompt_filter '{path}': it leaves none of {len(prompts)} prompts; correct the list")
+    if len(kept) < len(prompts):
+        logger.info("%d of %d prompts are left out by %s.", len(prompts) - len(kept), len(prompts), path)
+    return kept
+
+
+def _word_filter(path: str) -> Callable[[Prompt], bool]:
+    """Whether a prompt and its stage prompts hold none of the words and phrases in a file, one a line.
+
+    In small or capital letters; a word counts where it stands alone, and not inside another one.
+    """
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            words = [word for word, _ in prompt_lines(file, path)]
+    except OSError as error:
+        raise PromptError(f"prompt_filter '{path}': cannot be read: {error.strerror}") from None
+    if not words:
+        raise PromptError(f"prompt_filter '{path}': the file holds no word; write one a line")
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+    return lambda prompt: not any(pattern.search(text) for text in (prompt.text, *prompt.stages))
 
 
 def _dataset(config: Config) -> DatasetSpec:

@@ -10,7 +10,7 @@ import torch
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.pipeline import DEFAULT_FPS
+from rlr_peft.chain.stepped_pipeline import DEFAULT_FPS
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.estimators.objective import DecodedReward, sample_batch
 from rlr_peft.prompts.sampler import Sampler

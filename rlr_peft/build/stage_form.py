@@ -7,7 +7,7 @@ from functools import lru_cache
 from diffusers import DiffusionPipeline
 
 from rlr_peft.build.pipeline import denoiser_names
-from rlr_peft.chain.pipeline import steers_from_texts
+from rlr_peft.chain.stepped_pipeline import steers_from_texts
 from rlr_peft.config import ChainArguments, Config
 from rlr_peft.config.chain import AUTO, StageFormName
 from rlr_peft.prompt import Prompt

@@ -10,7 +10,7 @@ does the same.
 import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -240,8 +240,8 @@ class InferenceScheduler:
     """
 
     class_name: str
-    options: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     sigmas: tuple[float, ...] = ()
     sigmas_in_call: bool = False
     eta: float = 0.0

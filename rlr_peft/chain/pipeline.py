@@ -3,7 +3,6 @@
 Which arguments the call takes is read off its signature, so that no argument of a family is written down here.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,23 +15,13 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
+from rlr_peft.chain.denoiser_forwards import DetachedNegative
 from rlr_peft.chain.encodings import EncodedImages, PromptMemory
-from rlr_peft.chain.families import DENOISERS, DetachedNegative, Family, ImagesOfCall, family_of, trained_module
+from rlr_peft.chain.families import DENOISERS, Family, ImagesOfCall, trained_module
 from rlr_peft.chain.memory import cast_inputs_to_weights, working_device
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
-from rlr_peft.config import ChainArguments
 from rlr_peft.extras import extra
 from rlr_peft.prompt import ConditionImage, Prompt
-
-DEFAULT_FPS = 8
-
-# Knobs that say how the chain steps; all others are arguments of the pipeline's call, by the same name.
-STEPPING = {
-    *("num_inference_steps", "step_kind", "eta", "timestep_spacing", "scheduler_type"),
-    *("noise_window", "noise_steps", "noise_slide"),
-}
-# Knobs that become arguments of another name, or only of some prompts.
-TRANSLATED = {"guidance_scale", "true_cfg_scale", "resolution", "fps", "negative_prompt"}
 
 FRAMES_ARGUMENTS = ("num_frames", "frames", "video_length")
 
@@ -277,126 +266,6 @@ class PipelineDriver:
                 del kind._execution_device
             else:
                 kind._execution_device = own
-
-
-class CallArguments:
-    """The arguments of a pipeline's call that the knobs of a chain ask for.
-
-    Args:
-        driver: of the pipeline.
-        knobs: of the chain.
-
-    Attributes:
-        guidance: the guidance arguments as the pipeline spells them.
-        guidance_scale: the scale in use; 1 if the pipeline has none.
-        fps: frames per second of the pipeline's videos.
-        for_card: what makes the pipeline draw the same without the chain.
-
-    Raises:
-        ValueError: an option that the pipeline does not take.
-    """
-
-    def __init__(self, driver: PipelineDriver, knobs: ChainArguments) -> None:
-        self._name, self._parameters = driver.name, driver.parameters
-        self._guidance_argument, self._no_guidance = driver.family.guidance_argument, driver.family.no_guidance
-        self.guidance = self._guidance(driver.family.guidance_argument, knobs)
-        self.guidance_scale = float(self.guidance.get(driver.family.guidance_argument, 1.0))
-        own = {name: value for name, value in vars(knobs).items() if name not in STEPPING | TRANSLATED}
-        own[driver.frames_argument or "num_frames"] = own.pop("num_frames")
-        own |= {"height": knobs.height or knobs.resolution, "width": knobs.width or knobs.resolution}
-        options = self._checked(own)
-        frame_rate = self._parameters.get("frame_rate")
-        if knobs.fps is not None and frame_rate is not None:
-            options["frame_rate"] = knobs.fps
-        self.fps: int = knobs.fps or (DEFAULT_FPS if frame_rate is None else frame_rate.default)
-        if "max_area" in self._parameters and {"height", "width"} <= options.keys():
-            # FLUX Kontext would scale what it draws, and what it draws from, to a million pixels
-            options |= {"max_area": options["height"] * options["width"], "_auto_resize": False}
-        if "use_resolution_binning" in self._parameters:  # it would resize the images after decoding
-            options["use_resolution_binning"] = False
-        self._negative_prompt = self._checked({"negative_prompt": knobs.negative_prompt}).get("negative_prompt")
-        if self._negative_prompt is None and self.guidance.get("true_cfg_scale", 1.0) > 1:
-            self._negative_prompt = " "  # without one these pipelines switch their guidance off
-        negative = {} if self._negative_prompt is None else {"negative_prompt": self._negative_prompt}
-        self.for_card: dict[str, Any] = {**self.guidance, **options, **negative}
-        self._fixed = {"num_inference_steps": knobs.num_inference_steps, **options, **self.guidance}
-
-    def of(self, prompts: Sequence[Prompt], output_type: str, **options: Any) -> dict[str, Any]:
-        """All arguments but prompts and latents of a call; ``output_type`` is ``latent`` or ``pt``."""
-        negative = self.negative_prompts(prompts)
-        given = {} if negative is None else {"negative_prompt": negative}
-        return {**self._fixed, **options, **given, "output_type": output_type}
-
-    def without_guidance(self) -> "CallArguments":
-        """The same call with guidance off; a scale that is built into the model stays."""
-        unguided, name = copy.copy(self), self._steering_argument
-        if name in self._parameters:
-            unguided._fixed, unguided._negative_prompt = {**self._fixed, name: self._no_guidance}, None
-        return unguided
-
-    @property
-    def steers(self) -> bool:
-        """Whether guidance leads away from a text: not where it is off, built into the model, or takes no text."""
-        name = self._steering_argument
-        if name not in self._parameters or "negative_prompt" not in self._parameters:
-            return False
-        scale = self._fixed.get(name, self._parameters[name].default)
-        return isinstance(scale, (int, float)) and scale > self._no_guidance
-
-    @property
-    def _steering_argument(self) -> str:
-        return "true_cfg_scale" if "true_cfg_scale" in self._parameters else self._guidance_argument
-
-    def negative_prompts(self, prompts: Sequence[Prompt]) -> list[str] | None:
-        """What guidance steers away from, one text per prompt: the prompt's own, else the chain's; None for nothing.
-
-        Raises:
-            ValueError: prompts with negative ones of their own, and a pipeline that takes none.
-        """
-        own = [prompt.negative_prompt for prompt in prompts]
-        if all(text is None for text in own):
-            return None if self._negative_prompt is None else [self._negative_prompt] * len(prompts)
-        if "negative_prompt" not in self._parameters:
-            raise ValueError(f"{self._name} takes no negative_prompt: leave --negative_prompt_column out.")
-        default = self._negative_prompt or ""
-        return [default if text is None else text for text in own]
-
-    def _guidance(self, name: str, knobs: ChainArguments) -> dict[str, float]:
-        given = {"true_cfg_scale": knobs.true_cfg_scale}
-        if knobs.guidance_scale is not None:
-            if name == "true_cfg_scale" and knobs.true_cfg_scale is not None:
-                raise ValueError(f"{self._name} has one guidance: give guidance_scale or true_cfg_scale, not both.")
-            given[name] = knobs.guidance_scale
-        guidance = self._checked(given)
-        if name in self._parameters and name not in guidance:
-            default = self._parameters[name].default
-            if isinstance(default, (int, float)):
-                guidance[name] = float(default)
-        return guidance
-
-    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that were given; those that the pipeline does not take are refused."""
-        given = {name: value for name, value in options.items() if value is not None}
-        for name in given:
-            if name not in self._parameters:
-                flag = "--resolution" if name in ("height", "width") else f"--{name}"
-                raise ValueError(f"{self._name} takes no {name}: leave {flag} out.")
-        return given
-
-
-def steers_from_texts(
-    pipeline: DiffusionPipeline, arguments: ChainArguments, denoisers: Sequence[str] | None = None
-) -> bool:
-    """Whether a chain with these arguments has guidance that leads away from a text.
-
-    Raises:
-        ValueError: as ``DenoisingChain``.
-    """
-    family = family_of(pipeline, denoisers)
-    # UNets of LCM take the guidance scale as an input, and have no negative branch.
-    if any(getattr(getattr(pipeline, name).config, "time_cond_proj_dim", None) for name in family.denoisers):
-        return False
-    return CallArguments(PipelineDriver(pipeline, family), arguments).steers
 
 
 def _denoisers_and_decoder(pipeline: Any, family: Family, reward_decoder: Any) -> Iterator[torch.nn.Module]:

@@ -20,18 +20,8 @@ from rlr_peft.config.prompts import BUILTIN_SETS, TABLES
 from rlr_peft.errors import UserError
 from rlr_peft.extras import extra
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError, as_prompts
-from rlr_peft.prompts.benchmarks import one_row_a_prompt
-from rlr_peft.prompts.files import (
-    Columns,
-    Row,
-    RowReader,
-    csv_rows,
-    in_words,
-    json_rows,
-    parquet_rows,
-    prompt_lines,
-    without_nulls,
-)
+from rlr_peft.prompts.files import csv_rows, json_rows, parquet_rows, prompt_lines, without_nulls
+from rlr_peft.prompts.rows import Columns, Row, RowReader, in_words, one_row_a_prompt
 from rlr_peft.recipes import prompt_sets
 from rlr_peft.tiny_shapes import scenes
 

@@ -140,7 +140,7 @@ def test_access_is_checked_before_training(hub: LoopbackHub, workplace: Path, tm
 READ_PROMPTS = """
 import json, sys
 from rlr_peft.prompt import PromptError, texts_of
-from rlr_peft.prompts.files import Columns
+from rlr_peft.prompts.rows import Columns
 from rlr_peft.prompts.tables import dataset_prompts
 from rlr_peft.prompts.tables import DatasetSpec
 for name, streaming in json.loads(sys.argv[1]):

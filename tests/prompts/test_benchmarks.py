@@ -9,7 +9,7 @@ from rlr_peft.build.prompts import read_prompts
 from rlr_peft.config import config_from_dict
 from rlr_peft.prompt import PromptError
 from rlr_peft.prompts import load_prompts
-from rlr_peft.prompts.files import Columns
+from rlr_peft.prompts.rows import Columns
 
 GENEVAL = {"tag": "counting", "include": [{"class": "bird", "count": 2}], "prompt": "a photo of two birds"}
 FILES = {

@@ -13,7 +13,7 @@ import pytest
 
 from rlr_peft.prompt import Prompt, PromptError, texts_of
 from rlr_peft.prompts import DatasetSpec, dataset_prompts, load_prompts
-from rlr_peft.prompts.files import MANY_ROWS, Columns
+from rlr_peft.prompts.rows import MANY_ROWS, Columns
 
 GENEVAL = """\
 {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}

@@ -10,7 +10,7 @@ import pytest
 from rlr_peft.config.prompts import BUILTIN_SETS
 from rlr_peft.prompt import Prompt, PromptError, texts_of
 from rlr_peft.prompts import DatasetSpec, dataset_prompts, load_prompts
-from rlr_peft.prompts.files import Columns
+from rlr_peft.prompts.rows import Columns
 
 ROWS = [
     {"text": "a cat", "ugly": "blurry", "far": "a room", "near": "fur", "points": 3, "tags": ["x", "y"]},
