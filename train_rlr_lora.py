@@ -4,7 +4,7 @@
 # ///
 """Fine-tunes LoRA weights of a diffusers pipeline on a reward; `rlr-peft train` without a checkout.
 
-accelerate launch train_rlr_lora.py --config configs/tiny_shapes.yaml
+python train_rlr_lora.py --config configs/tiny_shapes.yaml
 """
 
 import sys

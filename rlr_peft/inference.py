@@ -129,7 +129,7 @@ class DiffusiveChainOfThought:
             stages=stages.names,
             fractions=stages.fractions,
             decompose=decompose,
-            form=choose_stage_form(arguments.dcot_form, pipeline, trained, denoisers),
+            form=choose_stage_form(arguments.dcot_form, pipeline, trained, denoisers, by_rules=arguments.dcot_rules),
             **{**vars(trained), "denoisers": denoisers, **options},
         )
 

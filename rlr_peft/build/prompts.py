@@ -166,6 +166,12 @@ def columns_from_config(config: Config) -> Columns:
     )
 
 
+def source_shares(config: Config) -> dict[str, float]:
+    """Every source of training prompts and its share of the samples; shares sum to 1."""
+    weights = config.prompts.weights or dict.fromkeys(config.prompts.datasets, 1.0)
+    return {source: weight / sum(weights.values()) for source, weight in weights.items()}
+
+
 def warn_of_long_prompts(config: Config, pipeline: object, prompts: RunPrompts) -> None:
     """Says once how many prompts lose their end in the text encoder."""
     every = [*prompts.training, *(prompts.evaluation or ()), *prompts.validation]

@@ -260,10 +260,15 @@ class DenoisingChain(SteppedPipeline):
         for index, of_stage in enumerate(self._steps_of_stages):
             part = range(min(steps.start, of_stage.start), max(steps.stop, of_stage.stop), -1)
             if part:
-                yield part, [self._prompt_of_stage(prompt, index) for prompt in prompts]
+                yield part, [self.prompt_of_stage(prompt, index) for prompt in prompts]
 
-    def _prompt_of_stage(self, prompt: Prompt, index: int) -> Prompt:
-        """The prompt that conditions a stage; one without stage prompts conditions all of them."""
+    def prompt_of_stage(self, prompt: Prompt, index: int) -> Prompt:
+        """The prompt that conditions a stage, with all that guidance leads away from there.
+
+        Args:
+            prompt: one without stage prompts conditions all stages.
+            index: of the stage, noise first.
+        """
         if not prompt.stages:
             return prompt
         names = () if self._stages is None else self._stages.names

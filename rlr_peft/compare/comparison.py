@@ -14,7 +14,7 @@ from rlr_peft.compare.evaluation import Evaluation, independent_groups, paired_g
 from rlr_peft.config import ConfigError
 from rlr_peft.foreign_text import listed, one_line
 from rlr_peft.prompt import texts_of
-from rlr_peft.reports import direction, with_error
+from rlr_peft.reports import direction, half_width, with_error
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,15 @@ def _of_adapter(comparison: Comparison, index: int) -> list[str]:
     if fallen:
         sentences.append(f"{listed(fallen)} fell.")
     if not rose and not fell:
-        sentences.append("no reward changed clearly, as every 95 % interval contains 0.")
+        intervals = listed([f"{r.name} {_interval(gains[r.key], count)}" for r in comparison.rewards])
+        sentences.append(f"no reward changed clearly, as every 95 % interval of a gain contains 0: {intervals}.")
     return sentences + _variety_notes(comparison, index)
+
+
+def _interval(gain: Mapping[str, float], count: int) -> str:
+    """`-0.012 to +0.043`; the gain alone where its error is not known."""
+    value, width = gain["gain"], half_width(gain["gain_se"], count)
+    return f"{value - width:+.3g} to {value + width:+.3g}" if width > 0 else f"{value:+.3g}"
 
 
 def _variety_notes(comparison: Comparison, index: int) -> list[str]:

@@ -1,5 +1,6 @@
 """What is drawn while training: where prompts come from, and what of it cannot be together."""
 
+import difflib
 import math
 import os
 import re
@@ -28,6 +29,28 @@ def is_hub_dataset(source: str) -> bool:
     """Whether a source of prompts reads like a dataset of the Hub, `OWNER/NAME`, and nothing here has that name."""
     is_id = _HUB_ID.fullmatch(source) is not None and not source.lower().endswith((".txt", *TABLES))
     return is_id and source not in BUILTIN_SETS and not os.path.exists(source)
+
+
+def nearest_source(source: str) -> str | None:
+    """What a mistyped source of prompts most likely means: a built-in set or an existing path; None for no idea.
+
+    Of a path, the first part that is not there is looked for among its neighbours.
+    """
+    if near := difflib.get_close_matches(source, BUILTIN_SETS, n=1, cutoff=0.8):
+        return near[0]
+    *here, missing = _up_to_the_missing_part(Path(os.path.expanduser(source)))
+    folder = Path(*here)
+    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
+    if not (near := difflib.get_close_matches(missing, names, n=1)):
+        return None
+    found = folder / near[0]
+    rest = Path(os.path.expanduser(source)).parts[len(here) + 1 :]
+    return str(whole if (whole := found.joinpath(*rest)).exists() else found)
+
+
+def _up_to_the_missing_part(path: Path) -> tuple[str, ...]:
+    parts = path.parts
+    return next((parts[:n] for n in range(1, len(parts)) if not Path(*parts[:n]).exists()), parts)
 
 
 LEAST_SHARE = 0.001
@@ -148,11 +171,24 @@ class PromptArguments(Group):
                 f"prompt_path: expected weights above 0, none of them below {LEAST_SHARE} of their sum, got "
                 f"{dict(self.weights)}; write `{{NAME: WEIGHT, ...}}`, for example `{{simple-animals: 3, scenes: 1}}`."
             )
+        for source in self.datasets:
+            path = Path(os.path.expanduser(source))
+            near = source if path.is_file() else None if path.exists() else nearest_source(source)
+            # What lies here decides nothing of a single name, nor of an OWNER/NAME that only half of a path is like.
+            if near is not None and (path.is_file() or 1 < len(path.parts) == len(Path(near).parts)):
+                name = "dataset_name" if self.dataset_name is not None else "prompt_path"
+                hint = f"--prompt_path {near}" if near in BUILTIN_SETS or os.path.isfile(near) else near
+                yield (
+                    f"{name}: expected a Hub id or an existing folder, got {source}, seen from {Path.cwd()}; write "
+                    f"{hint} if you mean that."
+                )
         named = dict.fromkeys(self.weights, "prompt_path")
         for spec, name in (named if evaluation is None else named | {evaluation: "evaluation_prompt_path"}).items():
             is_dataset = name == "prompt_path" and spec in self.datasets
             if spec not in BUILTIN_SETS and not is_dataset and not os.path.isfile(os.path.expanduser(spec)):
+                near = nearest_source(spec)
+                hint = "check the path." if near is None else f"write {near} if you mean that."
                 yield (
                     f"{name}: expected an existing text file, .jsonl, .csv or .parquet, or one of "
-                    f"{', '.join(BUILTIN_SETS)}, got {spec}; check the path, seen from {Path.cwd()}."
+                    f"{', '.join(BUILTIN_SETS)}, got {spec}, seen from {Path.cwd()}; {hint}"
                 )

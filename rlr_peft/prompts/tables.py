@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlr_peft.config.prompts import BUILTIN_SETS, TABLES
+from rlr_peft.config.prompts import BUILTIN_SETS, TABLES, nearest_source
 from rlr_peft.errors import UserError
 from rlr_peft.extras import extra
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError, as_prompts
@@ -244,7 +244,9 @@ def _explained(source: str) -> Iterator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         words = " ".join(str(cause).split()) or type(cause).__name__
-        raise PromptError(f"{in_words(source)}: cannot be read: {words}") from error
+        near = None if os.path.exists(os.path.expanduser(source)) else nearest_source(source)
+        hint = "" if near is None else f"; did you mean {near}?"
+        raise PromptError(f"{in_words(source)}: cannot be read: {words}{hint}") from error
 
 
 @contextlib.contextmanager

@@ -125,7 +125,8 @@ class Prompts:
         datasets: Hub ids of the datasets that they come from.
         sources: name and share of the samples of every source, where there are several.
         stages: share of the steps by stage of a Diffusive Chain-of-Thought, noise first; empty without one.
-        stage_prompts: the stage prompts of one training prompt, as an example.
+        stage_prompts: the stage prompts of one training prompt, as an example; in a contrast that prompt as a whole.
+        away_from: what guidance leads away from in each of its stages, in a contrast; empty in parts.
     """
 
     shown: Sequence[str] = ()
@@ -135,6 +136,7 @@ class Prompts:
     sources: Sequence[tuple[str, float]] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
     stage_prompts: Sequence[str] = ()
+    away_from: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

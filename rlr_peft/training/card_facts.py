@@ -15,9 +15,10 @@ import rlr_peft
 from rlr_peft.build.chain import evaluation_chain, evaluation_in_words
 from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
-from rlr_peft.build.prompts import describe_chain_of_thought
+from rlr_peft.build.prompts import describe_chain_of_thought, source_shares
 from rlr_peft.build.run import Run
 from rlr_peft.build.single_file import place_of_configs
+from rlr_peft.build.stage_form import stage_form
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.config.model import is_single_file
 from rlr_peft.foreign_text import shown_name
@@ -140,20 +141,30 @@ def _prompts(run: Run) -> Prompts:
     trained_on = set(texts_of(run.prompts))
     unseen = run.evaluation_prompts is not None and trained_on.isdisjoint(texts_of(run.evaluation_prompts))
     stages = stages_from_config(run.config)
-    weights = run.config.prompts.weights
+    shares = source_shares(run.config)
     return Prompts(
         shown=texts_of(run.prompts[:SHOWN_PROMPTS]),
         count=None if run.config.prompts.streaming else len(run.prompts),
         evaluation="unseen prompts" if unseen else "the evaluation prompts",
-        sources=[
-            (shown_name(source), weight / sum(weights.values()))
-            for source, weight in weights.items()
-            if len(weights) > 1
-        ],
+        sources=[(shown_name(source), share) for source, share in shares.items()] if len(shares) > 1 else [],
         datasets=[name for name in run.config.prompts.datasets if not Path(name).expanduser().exists()],
         stages={} if stages is None else dict(zip(stages.names, stages.fractions, strict=True)),
-        stage_prompts=next((prompt.stages for prompt in run.prompts if prompt.stages), ()),
+        **_stage_prompts(run),
     )
+
+
+def _stage_prompts(run: Run) -> dict[str, list[str]]:
+    """An example of what conditions the stages, and of what guidance leads away from in them."""
+    stages = stages_from_config(run.config)
+    prompt = next((prompt for prompt in run.prompts if prompt.stages), None)
+    if stages is None or prompt is None:
+        return {}
+    told = [run.chain.prompt_of_stage(prompt, index) for index in range(stages.count)]
+    is_contrast = stage_form(run.config, run.pipeline).is_contrast(prompt)
+    return {
+        "stage_prompts": [one.text for one in told],
+        "away_from": [one.negative_prompt or "nothing" for one in told] if is_contrast else [],
+    }
 
 
 def _training(run: Run, progress: Progress) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -147,6 +148,7 @@ def _identity(run: Run) -> dict[str, str | int]:
     """What the running statistics belong to; another config's could not be used, or would mean something else."""
     return {
         "estimator": run.method,
+        "reward_fn": re.sub("://[^/ ]+", "://HOST", run.reward.name),  # a server may have moved
         "num_inference_steps": run.chain.num_steps,
         "denoiser": ", ".join(run.family.denoisers),
         "use_ema": str(run.config.optimizer.use_ema).lower(),
@@ -158,7 +160,8 @@ def _check_identity(run: Run, path: Path, written: dict[str, str | int]) -> None
         if written[name] != here:
             raise CheckpointError(
                 f"Expected a checkpoint of {name} {here}, got {path}, which is of {name} {str(written[name])[:80]}. "
-                f"Resume with --{name} {str(written[name])[:80]}, as in {path.parent / CONFIG}, or start a new run."
+                f"Resume with the {name} of {path.parent / CONFIG}, or start a new run; with --init_adapter {path} it "
+                "goes on from these weights."
             )
 
 

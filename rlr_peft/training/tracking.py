@@ -17,6 +17,7 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
+from rlr_peft.build.prompts import source_shares
 from rlr_peft.build.run import Run
 from rlr_peft.build.stage_form import stage_form
 from rlr_peft.config import stages_from_config
@@ -248,7 +249,7 @@ def _announce(run: Run, progress: Progress) -> None:
         "***** Running training *****",
         f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",
         f"  Trainable LoRA parameters = {trainable:,}",
-        f"  Prompts = {len(run.prompts)}",
+        f"  Prompts = {len(run.prompts):,} ({_sources(run)})",
         f"  Samples per update = {training.train_batch_size} on the tape x {run.gradient_accumulation_steps} "
         f"accumulation steps x {run.accelerator.num_processes} processes = {run.samples_per_update} "
         f"({training.num_images_per_prompt} per prompt{is_measured})",
@@ -261,17 +262,34 @@ def _announce(run: Run, progress: Progress) -> None:
         logger.info(line)
 
 
+def _sources(run: Run) -> str:
+    """Where the prompts come from, each source with its share of the samples: `75 % captions.parquet, 25 % scenes`."""
+    shares = source_shares(run.config)
+    if len(shares) > 1:
+        return ", ".join(f"{100 * share:.3g} % {source}" for source, share in shares.items())
+    return ("the first of the stream " if run.config.prompts.streaming else "") + "".join(shares)
+
+
 def form_in_words(run: Run) -> str:
     """How stage prompts condition the steps: `as a contrast`."""
     return stage_form(run.config, run.pipeline).describe(run.prompts)
 
 
 def stage_prompts_in_words(run: Run) -> list[str]:
-    """What the Chain-of-Thought makes of the first prompts: `a cat on a beach -> coarse: a beach; fine: a cat`."""
+    """What the Chain-of-Thought makes of the first prompts: `a cat on a beach -> coarse: a beach; fine: a cat`.
+
+    Of a contrast, what guidance leads away from: `... -> the whole, away from coarse: a cat; fine: a beach`.
+    """
     stages = stages_from_config(run.config)
     if stages is None:
         return []
-    return [
-        f"{prompt.text} -> " + "; ".join(f"{name}: {part}" for name, part in zip(stages.names, prompt.stages))
-        for prompt in run.prompts[:3]
-    ]
+    form, lines = stage_form(run.config, run.pipeline), []
+    for prompt in run.prompts[:3]:
+        told = [run.chain.prompt_of_stage(prompt, index) for index in range(stages.count)]
+        is_contrast = form.is_contrast(prompt)
+        texts = [one.negative_prompt or "nothing" if is_contrast else one.text for one in told]
+        parts = "; ".join(f"{name}: {text}" for name, text in zip(stages.names, texts, strict=True))
+        if is_contrast:
+            parts = f"the whole, away from {parts}" if len(set(texts)) > 1 else "the whole in every stage"
+        lines.append(f"{prompt.text} -> {parts}")
+    return lines

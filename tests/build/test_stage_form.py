@@ -17,6 +17,7 @@ from rlr_peft.config.chain import StageFormName
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt, make_stages
 from rlr_peft.prompts import decompose_by_rules
+from rlr_peft.prompts.chain_of_thought import without_stage
 from rlr_peft.tiny_shapes import pipeline_path, scenes
 from tests.families.image_pipelines import flux
 from tests.pipelines import tiny_stable_diffusion
@@ -54,8 +55,18 @@ def test_every_prompt_decides_for_itself(pipeline: StableDiffusionPipeline) -> N
     assert told("auto", pipeline, CUT) == parts(CUT) and told("contrast", pipeline, CUT)[0] == (CUT.text, "a cat, fur")
     assert told("auto", pipeline, WRITTEN) == parts(WRITTEN) and told("parts", pipeline, FITS) == parts(FITS)
     form = choose_stage_form("auto", pipeline, GUIDED)
-    assert form.describe([FITS, FITS, Prompt("plain")]) == "as a contrast" and form.describe([WRITTEN]) == "as parts"
-    assert form.describe([FITS, CUT]) == "as a contrast (1 of 2 prompts, else as parts)"
+    assert form.describe([FITS, FITS, Prompt("plain")]) == "as a contrast"
+    assert form.describe([WRITTEN]) == "as parts (1 with stage prompts that were edited)"
+    some = "as a contrast (1 of 2 prompts, else as parts: 1 longer than the text encoder holds)"
+    assert form.describe([FITS, CUT]) == some
+
+
+def test_what_columns_or_a_model_told_is_a_part_though_the_rules_would_say_the_same(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    form = choose_stage_form("auto", pipeline, GUIDED, by_rules=False)
+    assert form(FITS, 0) == Prompt(FITS.stages[0])
+    assert form.describe([FITS]) == "as parts (the rules did not split the prompts)"
 
 
 def test_a_negative_prompt_comes_before_the_contrast(pipeline: StableDiffusionPipeline) -> None:
@@ -75,12 +86,19 @@ def test_without_guidance_away_from_a_text_there_are_parts() -> None:
     sizes = {"height": 16, "width": 16, "max_sequence_length": 16}
     assert told("auto", base, FITS, **sizes) == parts(FITS)
     assert told("auto", base, FITS, true_cfg_scale=2.0, **sizes)[0] == (FITS.text, "a cat, fur")
-    assert told("auto", tiny_stable_diffusion(), FITS, guidance_scale=1.0) == parts(FITS)
+    unguided = tiny_stable_diffusion(), replace(GUIDED, guidance_scale=1.0)
+    assert told("auto", unguided[0], FITS, guidance_scale=1.0) == parts(FITS)
+    assert choose_stage_form("auto", *unguided).describe([FITS]) == "as parts (guidance leads away from no text)"
     consistency_model = tiny_stable_diffusion()
     consistency_model.unet.register_to_config(time_cond_proj_dim=32)
     assert told("auto", consistency_model, FITS) == parts(FITS)
     with pytest.raises(ValueError, match="dcot_form: expected guidance that leads away from a text with contrast, whi"):
         told("contrast", base, FITS, **sizes)
+
+
+def contrasts_in_words(caption: str) -> list[str]:
+    stages = decompose_by_rules(caption)
+    return [f"{name}: {without_stage(caption, stages, index)}" for index, name in enumerate(("coarse", "mid", "fine"))]
 
 
 def test_tiny_shapes_end_to_end(
@@ -100,7 +118,10 @@ def test_tiny_shapes_end_to_end(
     with caplog.at_level(logging.INFO):
         run_script(monkeypatch, tmp_path / "run.yaml")
     assert "  Chain-of-Thought as a contrast = coarse (steps 3-3), mid (2-2), fine (1-1)" in caplog.messages
+    away = contrasts_in_words(captions[0])
+    assert f"    {captions[0]} -> the whole, away from {'; '.join(away)}" in caplog.messages
     card = (tmp_path / "auto" / "README.md").read_text()
+    assert f"| coarse | 33% | {captions[0]} | {away[0].removeprefix('coarse: ')} |" in card
     assert "on the whole prompt, and steered away from it without the part of its stage: coarse (steps 3-3)" in card
     (tmp_path / "named").mkdir()
     shutil.copytree(tmp_path / "auto" / "checkpoint-1", tmp_path / "named" / "checkpoint-1")

@@ -175,7 +175,7 @@ def jittered(values: list[float]) -> list[float]:
         (-0.2, -0.1, "judge and other judge fell"),
         (0.0, -0.1, "other judge fell"),
         (0.0, 0.1, "other judge rose, which is held out"),
-        (0.0, 0.0, "no reward changed clearly, as every 95 % interval contains 0"),
+        (0.0, 0.0, "no reward changed clearly, as every 95 % interval of a gain contains 0: judge -"),
     ],
 )
 def test_gains_are_put_into_words(reward: float, heldout: float, sentence: str) -> None:

@@ -24,6 +24,7 @@ from tests.training.runs import WEIGHTS, build, run_on_two_processes, run_script
 
 REWARD = """
 import json
+import logging
 from pathlib import Path
 
 class Noted:
@@ -215,10 +216,11 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("source", RESUMED)
 def test_a_resumed_run_goes_on_at_its_place(
-    source: str, workplace: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, workplace: Path, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(workplace, place, max_train_steps=5, checkpointing_steps=3, **RESUMED[source])
-    run_script(monkeypatch, config)
+    with caplog.at_level(logging.INFO):
+        run_script(monkeypatch, config)
     whole, parts, told = place / "out", place / "parts", seen(place)
     parts.mkdir()
     shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
@@ -233,6 +235,8 @@ def test_a_resumed_run_goes_on_at_its_place(
     if source == "several":
         of_rows = [text for text, _ in told if text in TEXTS]
         assert len(told) == 20 and len(of_rows) == 15 and set(of_rows) == set(TEXTS), "three of every four"
+        line = next(message for message in caplog.messages if message.startswith("  Prompts = "))
+        assert "(25 % " in line and f", 50 % {place / 'rows.jsonl'}, 25 % " in line
         card = (whole / "README.md").read_text()
         assert "Drawn from 3 sources: 25% of the samples from `data`, 50% of the samples from `rows.jsonl`, 25%" in card
     if source == "window":
@@ -248,9 +252,7 @@ def test_a_stream_can_be_split_too(workplace: Path, place: Path) -> None:
     assert not set(texts_of(used)) & set(texts_of(run.evaluation_prompts))
     assert all(isinstance(prompt, Prompt) and len(prompt.stages) == 3 for prompt in [*used, *run.evaluation_prompts])
     first, *others = stage_prompts_in_words(run)
-    assert len(others) == 2 and first == "{} -> coarse: {}; mid: {}; fine: {}".format(
-        run.prompts[0].text, *run.prompts[0].stages
-    )
+    assert len(others) == 2 and first == f"{run.prompts[0].text} -> the whole in every stage"
     with pytest.raises(ConfigError, match="expected prompts on both sides of the split"):
         build(config_of(workplace, place, **SOURCES["streaming"], validation_split_percentage=0.001))
 

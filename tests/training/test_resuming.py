@@ -80,6 +80,10 @@ def test_a_reward_server_that_changed_in_between_is_noticed(
 
 OTHERS = {
     "estimator": (["--estimator", "full-bp"], "of estimator full-bp, got .*checkpoint-1, which is of estimator rlr"),
+    "reward": (
+        ["--reward_fn", "jpeg-compressibility"],
+        "of reward_fn jpeg-compressibility, got .*, which is of reward_fn rewards.py:redness. .*--init_adapter",
+    ),
     "steps": (["--num_inference_steps", "5"], "of num_inference_steps 5, got .* of num_inference_steps 4"),
     "rank": (["--rank", "2"], r"lora_A.* is \(2, \d+\) here and \(4, \d+\) there"),
     "targets": (["--lora_layers", "to_k"], r"the \d+ weights of this config, got \d+: .*to_.* is not in this run"),
