@@ -1,5 +1,10 @@
 """Errors that explain themselves to the user: what was expected, what was got, and what to do."""
 
+import difflib
+import os
+from collections.abc import Collection
+from pathlib import Path
+
 from rlr_peft.foreign_text import printable
 from rlr_peft.redaction import redacted
 
@@ -41,3 +46,26 @@ class RewardError(UserError, ValueError):
     def __init__(self, message: str, raised: BaseException | None = None) -> None:
         super().__init__(message)
         self.raised = raised
+
+
+def nearest_path(place: str) -> str | None:
+    """The existing path that a mistyped one most likely means; None where nothing is like it.
+
+    The first part that is not there is looked for among its neighbours; the rest is kept where that exists.
+    """
+    parts = Path(os.path.expanduser(place)).parts
+    # os.path.exists takes whatever people type, where Path.exists raises for a very long name.
+    depth = next((n for n in range(len(parts)) if not os.path.exists(Path(*parts[: n + 1]))), len(parts))
+    folder, rest = Path(*parts[:depth]), parts[depth:]
+    names = os.listdir(folder) if rest and folder.is_dir() and os.access(folder, os.R_OK) else []
+    near = difflib.get_close_matches(rest[0], names, n=1) if names else []
+    if not near:
+        return None
+    whole = folder.joinpath(near[0], *rest[1:])
+    return str(whole if os.path.exists(whole) else folder / near[0])
+
+
+def did_you_mean(place: str, names: Collection[str] = ()) -> str:
+    """` Did you mean sdxl?` for the end of a message, of what is neither one of the names nor a path; or nothing."""
+    near = (*difflib.get_close_matches(place, names, n=1, cutoff=0.8), nearest_path(place))[0]
+    return "" if near is None else f" Did you mean {near}?"

@@ -27,8 +27,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from rlr_peft.config import ConfigError
-from rlr_peft.errors import UserError
+from rlr_peft.errors import UserError, did_you_mean
 from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
+from rlr_peft.tiny_shapes import PIPELINE_NAME
 
 MODEL_INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -208,7 +209,7 @@ def _download(name: str, revision: str | None, cache_dir: str | None) -> Path:
     except HFValidationError as error:
         raise BaseModelError(
             f"The base {name}: there is no such folder (looked for it from {Path.cwd()}), and it is no Hub id "
-            "`user/name`."
+            f"`user/name`.{did_you_mean(name, [PIPELINE_NAME])}"
         ) from error
     except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         words = next(
@@ -216,6 +217,7 @@ def _download(name: str, revision: str | None, cache_dir: str | None) -> Path:
         )
         raise BaseModelError(
             f"The base {name}: there is no such folder here, and the Hub repository {words}."
+            f"{did_you_mean(name, [PIPELINE_NAME])}"
         ) from error
 
 

@@ -25,6 +25,7 @@ from rlr_peft.config.arguments import (
 from rlr_peft.config.knob import ConfigError, Group, Knob
 from rlr_peft.config.yaml_files import read_yaml
 from rlr_peft.durable_files import why_no_place
+from rlr_peft.errors import did_you_mean
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
 from rlr_peft.recipes import recipes
@@ -192,7 +193,10 @@ def _config_file(place: str) -> Path:
     if path.suffix or path.name != place or path.is_file():
         return path
     if place not in recipes():
-        raise ConfigError(f"--config: expected a YAML file, or one of {', '.join(recipes())}, got {place}; correct it.")
+        raise ConfigError(
+            f"--config: expected a YAML file, or one of {', '.join(recipes())}, got {place}; correct it."
+            f"{did_you_mean(place, recipes())}"
+        )
     return recipes()[place]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlr_peft.config.knob import Group, knob
+from rlr_peft.errors import nearest_path
 from rlr_peft.recipes import prompt_sets
 
 if TYPE_CHECKING:
@@ -32,25 +33,8 @@ def is_hub_dataset(source: str) -> bool:
 
 
 def nearest_source(source: str) -> str | None:
-    """What a mistyped source of prompts most likely means: a built-in set or an existing path; None for no idea.
-
-    Of a path, the first part that is not there is looked for among its neighbours.
-    """
-    if near := difflib.get_close_matches(source, BUILTIN_SETS, n=1, cutoff=0.8):
-        return near[0]
-    *here, missing = _up_to_the_missing_part(Path(os.path.expanduser(source)))
-    folder = Path(*here)
-    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
-    if not (near := difflib.get_close_matches(missing, names, n=1)):
-        return None
-    found = folder / near[0]
-    rest = Path(os.path.expanduser(source)).parts[len(here) + 1 :]
-    return str(whole if (whole := found.joinpath(*rest)).exists() else found)
-
-
-def _up_to_the_missing_part(path: Path) -> tuple[str, ...]:
-    parts = path.parts
-    return next((parts[:n] for n in range(1, len(parts)) if not Path(*parts[:n]).exists()), parts)
+    """What a mistyped source of prompts most likely means: a built-in set or an existing path; None for no idea."""
+    return (*difflib.get_close_matches(source, BUILTIN_SETS, n=1, cutoff=0.8), nearest_path(source))[0]
 
 
 LEAST_SHARE = 0.001
@@ -172,10 +156,10 @@ class PromptArguments(Group):
                 f"{dict(self.weights)}; write `{{NAME: WEIGHT, ...}}`, for example `{{simple-animals: 3, scenes: 1}}`."
             )
         for source in self.datasets:
-            path = Path(os.path.expanduser(source))
-            near = source if path.is_file() else None if path.exists() else nearest_source(source)
+            path = os.path.expanduser(source)
+            near = source if os.path.isfile(path) else None if os.path.exists(path) else nearest_source(source)
             # What lies here decides nothing of a single name, nor of an OWNER/NAME that only half of a path is like.
-            if near is not None and (path.is_file() or 1 < len(path.parts) == len(Path(near).parts)):
+            if near is not None and (near == source or 1 < len(Path(path).parts) == len(Path(near).parts)):
                 name = "dataset_name" if self.dataset_name is not None else "prompt_path"
                 hint = f"--prompt_path {near}" if near in BUILTIN_SETS or os.path.isfile(near) else near
                 yield (

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlr_peft.durable_files import ADAPTER_FILES, WEIGHT_NAME, stays_inside
-from rlr_peft.errors import UserError
+from rlr_peft.errors import UserError, did_you_mean
 from rlr_peft.foreign_text import printable
 from rlr_peft.plain_files import PlainFileError, parse_json
 
@@ -127,7 +127,7 @@ def find_adapter(place: str, *, token: str | None = None, cache_dir: str | None 
     if place.startswith(("/", ".", "~")) or place.partition("@")[0].count("/") != 1:
         raise AdapterNotFoundError(
             f"adapter {place}: expected a folder, a .safetensors file or a Hub repository `user/name`, got a path "
-            f"that does not exist (looked for it from {Path.cwd()})."
+            f"that does not exist (looked for it from {Path.cwd()}).{did_you_mean(place)}"
         )
     return _download(place, token, cache_dir)
 
@@ -157,6 +157,7 @@ def _download(place: str, token: str | None, cache_dir: str | None) -> AdapterFi
         words = next((text for kind, text in _IN_WORDS.items() if isinstance(error, kind)), f"cannot be read: {error}")
         raise AdapterNotFoundError(
             f"adapter {place}: there is no such folder or file here, and the Hub repository {repo} {words}."
+            f"{did_you_mean(place)}"
         ) from error
     return AdapterFiles(place, file.parent, file.name)
 

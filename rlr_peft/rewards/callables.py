@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_peft.errors import RewardError
+from rlr_peft.errors import RewardError, did_you_mean
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.scores import check_scores, info_of, is_attached
 from rlr_peft.rewards.user_code import loading_user_code, running_user_code
@@ -179,7 +179,10 @@ def load_callable_reward(spec: str, device: str | torch.device = "cpu") -> Calla
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise RewardError(f"reward file '{path}' {what} (looked for it from {Path.cwd()}); give the path of a .py file")
+        raise RewardError(
+            f"reward file '{path}' {what} (looked for it from {Path.cwd()}); give the path of a .py file."
+            f"{'' if path.is_dir() else did_you_mean(str(path))}"
+        )
     name = f"_rlr_peft_reward_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:

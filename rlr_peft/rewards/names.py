@@ -53,10 +53,13 @@ def available_rewards() -> list[str]:
 
 def unknown_reward(spec: str, known: Sequence[str]) -> str:
     """What to say of a reward that is not among the known ones."""
-    near = difflib.get_close_matches(spec, known, n=1)
+    near = difflib.get_close_matches(spec, known, n=1, cutoff=0.7)
+    module, _, attribute = spec.rpartition(".")
     hint = f" Did you mean '{near[0]}'?" if near else ""
     if spec.endswith(".py"):
         hint = f" To use a function in this file, name it: `{spec}:callable`."
+    elif module.isidentifier() and not near:
+        hint = f" To use a function of a module, write a colon before it: `{module}:{attribute}`."
     return f"unknown reward '{spec}'.{hint} There are: {', '.join(known)}; or your own as {OWN_FORMS}"
 
 

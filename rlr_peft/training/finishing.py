@@ -42,7 +42,7 @@ from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
 from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pairs
 from rlr_peft.publishing.record import Images, StoredCard
-from rlr_peft.reports import gain_with_error
+from rlr_peft.reports import counted, gain_with_error
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import logged_metrics, run_record
 from rlr_peft.training.learning_signal import LearningSignal
@@ -257,7 +257,7 @@ def _source(run: Run) -> str:
 def summary(run: Run, metrics: dict[str, float]) -> str:
     """The last lines that a run prints: what came out, and how to load it."""
     lines = [
-        f"Trained {metrics['steps']:.0f} steps in {metrics['seconds']:.0f} s of training time.",
+        f"Trained {counted(round(metrics['steps']), 'step')} in {metrics['seconds']:.0f} s of training time.",
         *filter(None, [LearningSignal.of(run).verdict(logged_metrics(run))]),
     ]
     for name, reward in (("reward", run.reward), ("heldout", run.heldout)):

@@ -6,6 +6,7 @@ import pytest
 
 from rlr_peft.config import ConfigError, load_config
 from rlr_peft.config.prompts import nearest_source
+from rlr_peft.errors import did_you_mean
 
 BASE = ["--pretrained_model_name_or_path", "tiny-shapes", "--reward_fn", "tiny-shapes"]
 
@@ -60,3 +61,10 @@ def test_a_mistyped_source_is_refused_with_the_nearest(flags: str, hint: str) ->
 def test_what_may_be_on_the_hub_is_asked_for(source: str) -> None:
     """Half of a path, or one name alone, is like much."""
     assert load_config([*BASE, "--dataset_name", source]).prompts.dataset_name == source
+
+
+def test_other_paths_and_names_that_are_not_there() -> None:
+    """Of a base, an adapter, a reward's file and a config the messages end with the same words."""
+    assert did_you_mean("data/captons") == " Did you mean data/captions?"
+    assert did_you_mean("tiny-shape", ["tiny-shapes"]) == " Did you mean tiny-shapes?"
+    assert did_you_mean("owner/name", ["tiny-shapes"]) == ""

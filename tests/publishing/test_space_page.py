@@ -1,4 +1,4 @@
-"""The page of `rlr-peft space` in a browser: it draws base and adapter. Gradio asks for an older Pillow than training."""
+"""The page of `rlr-peft space` in a browser draws base and adapter. Gradio asks for an older Pillow than training."""
 
 import io
 import os
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
