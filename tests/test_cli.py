@@ -64,7 +64,8 @@ def test_recipes_are_known_by_name_wherever_one_is() -> None:
     unknown = run("config", "--config", "sdx")
     assert unknown.returncode == 2
     assert unknown.stderr == (
-        f"error: --config: expected a YAML file, or one of {', '.join(names)}, got sdx; correct it. Did you mean sdxl?\n"
+        f"error: --config: expected a YAML file, or one of {', '.join(names)}, got sdx; correct it. "
+        "Did you mean sdxl?\n"
     )
 
 
