@@ -43,10 +43,12 @@ from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, eval
 MEASURED = ("--calibration_interval", "auto", "--fo_roulette")
 DRAWN_WINDOW = ("--noise_window", "{half}", "{top}", "--noise_steps", "{third}")
 # What selects each method, and how many images it makes of a prompt: pathwise gradients need no group.
-METHODS: dict[str, tuple[list[str], int]] = {
-    "rlr": (["--estimator", "rlr", *MEASURED, "true"], 2),
-    "rlr without roulette": (["--estimator", "rlr", *MEASURED, "false"], 2),
-    "auto": (["--estimator", "auto", *MEASURED, "true"], 2),
+METHODS: dict[str, tuple[list[str], int | str]] = {
+    "rlr": (["--estimator", "rlr", *MEASURED, "true"], AUTO),
+    "rlr, two of a prompt": (["--estimator", "rlr", *MEASURED, "true"], 2),
+    "rlr without roulette, two of a prompt": (["--estimator", "rlr", *MEASURED, "false"], 2),
+    "auto": (["--estimator", "auto", *MEASURED, "true"], AUTO),
+    "auto, two of a prompt": (["--estimator", "auto", *MEASURED, "true"], 2),
     "auto, groups of 4": (["--estimator", "auto", *MEASURED, "true"], 4),
     "full-bp": (["--estimator", "full-bp"], 1),
     "truncated-bp, K = 1": (["--estimator", "truncated-bp"], 1),

@@ -120,7 +120,7 @@ def measure_scales(
     if not reward.scales():
         return
     training = config.training
-    group_size = training.num_images_per_prompt
+    group_size = training.compared_images
     num_images = max(config.estimator.calibration_samples, MIN_SCORES)
     prompts = sampler.sample(0, math.ceil(num_images / group_size))
     repeated = [prompt for prompt in prompts for _ in range(group_size)]

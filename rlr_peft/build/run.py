@@ -45,7 +45,7 @@ from rlr_peft.build.rollback import Rollback
 from rlr_peft.build.sharding import ShardedDenoisers
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
-from rlr_peft.config import Config, ConfigError, TrainingArguments, stages_from_config
+from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
 from rlr_peft.estimators.base import Estimator, build_estimator
@@ -155,9 +155,9 @@ class Run:
         return self.config.training.train_batch_size * self.gradient_accumulation_steps
 
     @property
-    def prompts_per_process(self) -> int:
-        """Prompts that one process samples for one update."""
-        return self.samples_per_process // self.config.training.num_images_per_prompt
+    def num_images_per_prompt(self) -> int:
+        """Images of a prompt in the next update: the config's, or 1 where they are not compared."""
+        return _images_per_prompt(self.config, self.estimator, self.chain, self.objective)
 
     @property
     def samples_per_update(self) -> int:
@@ -224,7 +224,7 @@ def build_run(
     processes = Processes(accelerator)
     prepare_machine(config.model, accelerator.device)
     set_seed(derive_seed(config.training.seed, "process", accelerator.process_index) % 2**32)
-    samples = _fixed_samples(config.training) * accelerator.num_processes
+    samples = config.training.fixed_samples * accelerator.num_processes
     if estimator is None:
         with as_config_error():
             estimator = build_estimator(
@@ -240,7 +240,6 @@ def build_run(
     for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):
         part.check_prompts(texts_of(known), [dict(prompt.metadata) for prompt in as_prompts(known)])
     run_prompts = with_stage_prompts(config, run_prompts, accelerator, processes)
-    arithmetic = arithmetic_of(config, len(run_prompts.training), accelerator.num_processes)
     with as_config_error():
         if pipeline is None:
             pipeline = load_pipeline(config.model, accelerator.device, shards_denoisers=shards)
@@ -272,6 +271,8 @@ def build_run(
         logger.warning("%s", warning)
     decode_batch_size = config.reward.decode_batch_size or config.training.train_batch_size
     objective = DecodedReward(chain, trained_reward, decode_batch_size, heldout, config.reward.reward_limit)
+    images_per_prompt = _images_per_prompt(config, estimator, chain, objective)
+    arithmetic = arithmetic_of(config, len(run_prompts.training), images_per_prompt, accelerator.num_processes)
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     lr_scheduler = build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps)
     ema = build_ema(chain.parameters, config.optimizer)
@@ -357,17 +358,17 @@ def _shards(config: Config, accelerator: Accelerator) -> bool:
     return config.training.shard_denoiser
 
 
-def _fixed_samples(training: TrainingArguments) -> int:
-    """Samples of one process in one update; of one micro-batch where the number of those is measured."""
-    steps = training.gradient_accumulation_steps
-    return training.train_batch_size * (steps if isinstance(steps, int) else 1)
+def _images_per_prompt(config: Config, estimator: Estimator, chain: DenoisingChain, objective: DecodedReward) -> int:
+    asked = config.training.num_images_per_prompt
+    compared = asked != AUTO or estimator.compares_images(chain, objective.has_gradient)
+    return config.training.compared_images if compared else 1
 
 
-def arithmetic_of(config: Config, num_prompts: int, num_processes: int = 1) -> Arithmetic:
-    """What follows from the sizes in the config, from the number of prompts and of processes."""
+def arithmetic_of(config: Config, num_prompts: int, images_per_prompt: int, num_processes: int = 1) -> Arithmetic:
+    """What follows from the sizes in the config, from the number of prompts, of images of each, and of processes."""
     training = config.training
-    samples = _fixed_samples(training) * num_processes
-    steps_per_epoch = math.ceil(num_prompts / (samples // training.num_images_per_prompt))
+    samples = training.fixed_samples * num_processes
+    steps_per_epoch = math.ceil(num_prompts / (samples // images_per_prompt))
     steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
     # An image to look at costs less than a sample, which is also differentiated.
     images = max(2, min(MOST_EVALUATION_IMAGES, steps * samples // SHARE))

@@ -89,7 +89,7 @@ class MirroredArguments(EstimatorArguments):
 
     def check(self, config: "Config") -> Iterator[str]:
         yield from super().check(config)
-        group, batch = config.training.num_images_per_prompt, config.training.train_batch_size
+        group, batch = config.training.compared_images, config.training.train_batch_size
         if self.antithetic and (group % 2 or group < 4 or batch % 2):
             yield (
                 f"antithetic: expected pairs, that is an even train_batch_size and an even num_images_per_prompt of 4 "
@@ -168,11 +168,11 @@ class ScoreTermArguments(EstimatorArguments):
 
     def check_groups(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the size of a prompt's group."""
-        if config.training.num_images_per_prompt == 1:
+        if config.training.compared_images == 1:
             yield (
                 f"num_images_per_prompt: expected 2 or more with {self.estimator}, whose score terms compare "
-                "the images of a prompt with each other (leave-one-out), got 1; raise it or, for a reward with a "
-                "gradient, use --estimator full-bp."
+                "the images of a prompt with each other (leave-one-out), got 1; raise it, or the samples of an "
+                "update, or leave it out; for a reward with a gradient there is --estimator full-bp too."
             )
 
     def _check_window(self, config: "Config", window: tuple[int | str, ...]) -> Iterator[str]:

@@ -59,10 +59,10 @@ class ForwardArguments(EstimatorArguments):
 
     def check(self, config: "Config") -> Iterator[str]:
         yield from super().check(config)
-        if config.training.num_images_per_prompt == 1:
+        if config.training.compared_images == 1:
             yield (
                 f"num_images_per_prompt: expected 2 or more with {self.estimator}, which compares the images of a "
-                "prompt with each other, got 1; raise it."
+                "prompt with each other, got 1; raise it, or the samples of an update, or leave it out."
             )
         if config.training.detach_negative:
             yield (

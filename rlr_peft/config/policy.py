@@ -137,7 +137,7 @@ class D3POArguments(ReusedSamplesArguments):
     )
 
     def check_groups(self, config: "Config") -> Iterator[str]:
-        group, batch = config.training.num_images_per_prompt, config.training.train_batch_size
+        group, batch = config.training.compared_images, config.training.train_batch_size
         if group % 2 or batch % 2:
             yield (
                 f"num_images_per_prompt: expected pairs with d3po, that is an even number beside an even "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Images of the comparison where the run is long enough; their standard error is then 6 % of the scores' spread.
 MOST_EVALUATION_IMAGES = 256
 LONGEST_UNSAVED = 500  # optimiser steps
+COMPARED_IMAGES = 4  # of a prompt, where rewards are compared within it
 SHARE = 10  # of a run: the part that a crash may cost, and that evaluating the base may take
 
 
@@ -50,8 +51,13 @@ class TrainingArguments(Group):
         at_least=1,
         at_most=100_000,
     )
-    num_images_per_prompt: int = knob(
-        4, "Size of a prompt's group, within which rewards are compared.", unit="images", at_least=1, at_most=100_000
+    num_images_per_prompt: int | Literal["auto"] = knob(
+        AUTO,
+        "Images of a prompt in an update: its group, within which rewards are compared; `auto` draws 4 where they are, "
+        "or as many as divide the update, and else 1, since the reward's gradient hardly differs between them.",
+        unit="images",
+        at_least=1,
+        at_most=100_000,
     )
     num_train_epochs: int = knob(
         1, "Passes over the prompts; max_train_steps overrides it.", unit="epochs", at_least=1, at_most=10**9
@@ -78,16 +84,28 @@ class TrainingArguments(Group):
         "for gathering its blocks.",
     )
 
+    @property
+    def fixed_samples(self) -> int:
+        """Samples of one process in one update; of one micro-batch where the number of those is measured."""
+        steps = self.gradient_accumulation_steps
+        return self.train_batch_size * (steps if isinstance(steps, int) else 1)
+
+    @property
+    def compared_images(self) -> int:
+        """Images of a prompt where rewards are compared within it."""
+        if isinstance(self.num_images_per_prompt, int):
+            return self.num_images_per_prompt
+        return next(size for size in range(COMPARED_IMAGES, 0, -1) if self.fixed_samples % size == 0)
+
     def check(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the sizes, the output folder and the sharding."""
-        steps = self.gradient_accumulation_steps
-        yield from self._check_measured_batch(config) if steps == AUTO else ()
-        samples = self.train_batch_size * (steps if isinstance(steps, int) else 1)
-        if samples % self.num_images_per_prompt:
+        yield from self._check_measured_batch(config) if self.gradient_accumulation_steps == AUTO else ()
+        if self.fixed_samples % self.compared_images:
             yield (
-                f"num_images_per_prompt: expected a divisor of the {samples} samples of an update (train_batch_size "
-                f"{self.train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}), got "
-                f"{self.num_images_per_prompt}; change one of the three so that every prompt's group is whole."
+                f"num_images_per_prompt: expected a divisor of the {self.fixed_samples} samples of an update "
+                f"(train_batch_size {self.train_batch_size} x gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}), got {self.num_images_per_prompt}; change one of the three so "
+                "that every prompt's group is whole."
             )
         if reason := why_no_place(Path(self.output_dir)):
             yield (

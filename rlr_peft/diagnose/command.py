@@ -59,7 +59,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     if run.accelerator.num_processes > 1:
         raise ConfigError(f"{PROG}: expected one process, got {run.accelerator.num_processes}; start it by itself.")
     # Samples are compared with others of their prompt, also where training itself needs no comparison.
-    group_size = max(2, config.training.num_images_per_prompt)
+    group_size = max(2, config.training.compared_images)
     num_groups = math.ceil(samples / group_size)
     logger.info("Sampling %d images", num_groups * group_size)
     started = time.perf_counter()

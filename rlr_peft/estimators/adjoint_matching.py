@@ -35,6 +35,10 @@ class AdjointMatchingEstimator(Estimator):
     def from_arguments(cls, arguments: AdjointMatchingArguments, shape: RunShape) -> Self:
         return cls(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
 
+    def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
+        """Not: the base's reward gradient is all that it asks of an image."""
+        return False
+
     def describe(self, has_gradient: bool | None = None) -> str:
         return (
             f"the base's reward gradient and the pull to the base on "

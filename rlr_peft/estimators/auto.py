@@ -220,6 +220,10 @@ class AutoEstimator(Estimator):
         """``awm`` for a reward without gradient."""
         return self if has_gradient else self._awm
 
+    def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
+        """As the member in use does."""
+        return (self.chosen if has_gradient else self._awm).compares_images(chain, has_gradient)
+
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
         """That of the member in use."""
         return (self.chosen if has_gradient else self._awm).coverage(chain, has_gradient)

@@ -232,6 +232,14 @@ class Estimator(ABC):
     def _clipped_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
+    def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
+        """Whether the next update compares the rewards of a prompt's images with each other.
+
+        Where it does not, every image has a prompt of its own: the reward's gradient hardly differs between the images
+        of one.
+        """
+        return True
+
     def wants_calibration(self, has_gradient: bool) -> bool:
         """Whether ``calibrate`` is of use, before the first update and every so often."""
         return False

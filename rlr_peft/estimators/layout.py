@@ -206,6 +206,11 @@ class Layout:
     left: list[int]
     coverage: Coverage
 
+    @property
+    def uses_advantages(self) -> bool:
+        """Whether there are other terms than first order."""
+        return self.mixture is not None or bool(self.black_box_steps or self.blocks or self.left)
+
     def draw(self, generator: torch.Generator) -> tuple[list[tuple[Block, float]], list[int]]:
         """The blocks of one micro-batch with their weights, and the steps that are left to the zeroth order."""
         if self.probabilities is None:

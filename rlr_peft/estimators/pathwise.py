@@ -209,6 +209,10 @@ class PathwiseEstimator(Estimator):
         """The terms in words, for logs and cards."""
         return self.settings.describe()
 
+    def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
+        """Only mirrored noise needs a second image of the prompt."""
+        return self.settings.antithetic
+
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
         """The expected weight of every step; of drawn steps by simulation.
 

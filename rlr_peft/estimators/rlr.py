@@ -78,6 +78,14 @@ class RLREstimator(Estimator):
         """Leave-one-out advantages (N,) of rewards (N,)."""
         return leave_one_out(rewards, group_size, self.antithetic)
 
+    def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
+        """Where a term is weighted with advantages; until K is measured none is expected to be."""
+        if not has_gradient or self.antithetic:
+            return True
+        if self.wants_calibration(has_gradient) and not self.is_calibrated:
+            return False
+        return self.layout(chain, has_gradient).uses_advantages
+
     def wants_calibration(self, has_gradient: bool) -> bool:
         """Whether K, the mixture or the window is to be chosen by measurement."""
         return self.settings.measures_window or (self.settings.measures_steps and has_gradient)

@@ -179,6 +179,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "steps": run.chain.num_steps,
         "guidance_scale": run.chain.guidance_scale,
         "samples": run.samples_per_update,
+        "images_per_prompt": run.num_images_per_prompt,
         "processes": run.accelerator.num_processes,
         "learning_rate": run.lr_scheduler.base_lrs[0],
         "learning_rate_halvings": 0 if run.rollback is None else run.rollback.halvings,

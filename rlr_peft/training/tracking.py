@@ -252,7 +252,7 @@ def _announce(run: Run, progress: Progress) -> None:
         f"  Prompts = {len(run.prompts):,} ({_sources(run)})",
         f"  Samples per update = {training.train_batch_size} on the tape x {run.gradient_accumulation_steps} "
         f"accumulation steps x {run.accelerator.num_processes} processes = {run.samples_per_update} "
-        f"({training.num_images_per_prompt} per prompt{is_measured})",
+        f"({run.num_images_per_prompt} per prompt{is_measured})",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         *(f"  Chain-of-Thought {line}" for line in chain_of_thought),
         *(f"    {line}" for line in stage_prompts_in_words(run)),

@@ -13,6 +13,7 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError, Segment
+from rlr_peft.config.chain import AUTO
 from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Book, Coverage, Estimator, accumulate, coverage_of, over_updates
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 TINY_NORM = 1e-15
 # Of a run's cost, where calibrations are as frequent as that allows.
 CALIBRATION_SHARE = 0.05
+# Images of a prompt in a calibration, unless that is given: as few as can be compared, which are much alike.
+FEWEST_COMPARED = 2
 # The metric: share of the samples whose reward is at the limit or above.
 SATISFIED = "reward_satisfied"
 
@@ -92,13 +95,14 @@ def take_update(run: Run, step: int) -> Update:
     moving = run.chain.moving_window
     if moving is not None:
         run.chain.place_noise(*moving.at(step, derive_seed(run.config.training.seed, "noise_window", step)))
-    batch = _sample(run, step)
+    images_per_prompt = run.num_images_per_prompt
+    batch = _sample(run, step, images_per_prompt)
     prompts = run.processes.gather_objects(batch.prompts, "the prompts")
     scores = run.processes.gather(batch.scored.scores, "the rewards")
     info = _gather_info(run, batch)
     raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
     estimator = run.estimator.for_reward(run.objective.has_gradient)
-    advantages = _advantages(run, estimator, scores, raw, prompts)
+    advantages = _advantages(run, estimator, scores, raw, prompts, images_per_prompt)
     rollouts = batch.rollouts(advantages[_own_samples(run)])
     coverage = coverage_of(estimator, run.chain, rollouts[0].reward_gradient is not None)
     if moving is not None:
@@ -133,15 +137,19 @@ def take_update(run: Run, step: int) -> Update:
     # Only now: all that the update scored, mirrored samples too, is divided by the scales of earlier ones.
     run.reward.learn(raw)
     if run.rollback is not None:
-        run.rollback.see(update.rewards, run.config.training.num_images_per_prompt)
+        run.rollback.see(update.rewards, images_per_prompt)
     return update
 
 
 def _advantages(
-    run: Run, estimator: Estimator, scores: torch.Tensor, raw: Mapping[str, torch.Tensor], prompts: list[str]
+    run: Run,
+    estimator: Estimator,
+    scores: torch.Tensor,
+    raw: Mapping[str, torch.Tensor],
+    prompts: list[str],
+    group_size: int,
 ) -> torch.Tensor:
     """Advantages (N,) of all processes' samples, of their scores (N,) or, with GDPO, of every reward's by itself."""
-    group_size = run.config.training.num_images_per_prompt
     if run.config.reward.reward_scaling == "group":
         weights = dict(zip(run.reward.part_names, run.config.reward.weights.values(), strict=True))
         return estimator.advantages_of_each(raw, weights, group_size).to(scores)
@@ -176,11 +184,11 @@ def calibrate(run: Run, step: int) -> None:
     """Measures the terms' variances on samples of their own; every process measures the same ones."""
     arguments, training = run.config.estimator.calibration, run.config.training
     assert arguments is not None, "only methods that have the knobs ask for a calibration"
-    group_size = training.num_images_per_prompt
+    group_size = FEWEST_COMPARED if training.num_images_per_prompt == AUTO else training.compared_images
     # Single samples are replayed, and dropout's masks depend on the size of the batch.
     micro_batch_size = 1 if run.chain.denoiser.training else training.train_batch_size
     prompts = run.sampler.sample(step, math.ceil(arguments.calibration_samples / group_size))
-    repeated, seeds = _repeat(run, step, "calibration", prompts)
+    repeated, seeds = _repeat(run, step, "calibration", prompts, group_size)
     batch = sample_batch(run.chain, run.objective, repeated, seeds, micro_batch_size)
     rollouts = batch.rollouts(leave_one_out(batch.rewards, group_size))
     before = run.estimator.describe(run.objective.has_gradient)
@@ -192,7 +200,7 @@ def calibrate(run: Run, step: int) -> None:
         logger.info("Estimator = %s: %s.", run.method, after)
 
 
-def _sample(run: Run, step: int) -> Batch:
+def _sample(run: Run, step: int, images_per_prompt: int) -> Batch:
     """This process's samples of a step; a pure function of the config's seed, the weights and the step.
 
     Whether the reward has a gradient may show only with the first ones.
@@ -202,8 +210,8 @@ def _sample(run: Run, step: int) -> Batch:
         chain = chain.at(step_kind="ode")
     accelerator = run.accelerator
     index, count = accelerator.process_index, accelerator.num_processes
-    prompts = run.sampler.sample(step, run.prompts_per_process, index, count)
-    repeated, seeds = _repeat(run, step, "samples", prompts, first=_own_samples(run).start)
+    prompts = run.sampler.sample(step, run.samples_per_process // images_per_prompt, index, count)
+    repeated, seeds = _repeat(run, step, "samples", prompts, images_per_prompt, _own_samples(run).start)
     batch = sample_batch(
         chain,
         run.objective,
@@ -225,12 +233,11 @@ def _own_samples(run: Run) -> slice:
 
 
 def _repeat(
-    run: Run, step: int, purpose: Purpose, prompts: Sequence[Prompt], first: int = 0
+    run: Run, step: int, purpose: Purpose, prompts: Sequence[Prompt], images_per_prompt: int, first: int = 0
 ) -> tuple[list[Prompt], list[int]]:
     """Every prompt as often as it has samples, and a seed for each sample."""
-    training = run.config.training
-    repeated = [prompt for prompt in prompts for _ in range(training.num_images_per_prompt)]
-    return repeated, [derive_seed(training.seed, purpose, step, first + i) for i in range(len(repeated))]
+    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    return repeated, [derive_seed(run.config.training.seed, purpose, step, first + i) for i in range(len(repeated))]
 
 
 def _gather_info(run: Run, batch: Batch) -> dict[str, torch.Tensor]:

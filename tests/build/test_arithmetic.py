@@ -7,8 +7,8 @@ from rlr_peft.config import load_config
 from tests.config.loading import REQUIRED
 
 
-def of(flags: str, num_prompts: int = 100, num_processes: int = 1) -> Arithmetic:
-    return arithmetic_of(load_config([*REQUIRED, *flags.split()]), num_prompts, num_processes)
+def of(flags: str, num_prompts: int = 100, images_per_prompt: int = 1, num_processes: int = 1) -> Arithmetic:
+    return arithmetic_of(load_config([*REQUIRED, *flags.split()]), num_prompts, images_per_prompt, num_processes)
 
 
 @pytest.mark.parametrize(("steps", "interval"), [(1, 1), (9, 1), (25, 2), (300, 30), (4999, 499), (100_000, 500)])
@@ -18,8 +18,9 @@ def test_a_crash_costs_a_tenth_of_the_run_at_the_most(steps: int, interval: int)
 
 
 def test_epochs_count_as_the_steps_that_they_are() -> None:
-    assert of("--num_train_epochs 4", num_prompts=100).max_train_steps == 400
-    assert of("--num_train_epochs 4", num_prompts=100).checkpointing_steps == 40
+    assert of("--num_train_epochs 4", num_prompts=100).max_train_steps == 100, "four images an update, each of a prompt"
+    assert of("--num_train_epochs 4", num_prompts=100, images_per_prompt=4).max_train_steps == 400
+    assert of("--num_train_epochs 4", num_prompts=100, images_per_prompt=4).checkpointing_steps == 40
 
 
 @pytest.mark.parametrize(("processes", "size"), [(1, 4), (4, 1)])
@@ -28,7 +29,7 @@ def test_the_base_is_evaluated_on_a_tenth_of_what_training_draws(
     steps: int, images: int, processes: int, size: int
 ) -> None:
     """All processes draw, so that more of them evaluate the same images."""
-    flags = f"--max_train_steps {steps} --train_batch_size {size} --num_images_per_prompt 1 --estimator full-bp"
+    flags = f"--max_train_steps {steps} --train_batch_size {size} --estimator full-bp"
     found = of(flags, num_processes=processes)
     assert found.evaluation_images == images
     assert found.evaluation_share == images / (4 * steps)

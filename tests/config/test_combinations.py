@@ -16,7 +16,7 @@ def with_rlr(argv: str) -> list[str]:
 
 
 REFUSED = [
-    ("--train_batch_size 3", "num_images_per_prompt: expected a divisor of the 3 samples"),
+    ("--train_batch_size 3 --num_images_per_prompt 2", "num_images_per_prompt: expected a divisor of the 3 samples"),
     ("--train_batch_size 0", "train_batch_size: expected at least 1 and at most 4096, got 0"),
     ("--gradient_accumulation_steps=-1", "gradient_accumulation_steps: expected at least 1 and at most 100000, got -1"),
     ("--zo_scale 0", "zo_scale: expected above 0 and at most 1000, got 0.0"),
@@ -356,7 +356,7 @@ def test_possible_combination_is_accepted(argv: str) -> None:
 
 
 def test_several_problems_are_told_in_one_error() -> None:
-    got = refusal(*with_rlr("--train_batch_size 3 --eta 0 --ho_length 99"))
+    got = refusal(*with_rlr("--train_batch_size 3 --num_images_per_prompt 2 --eta 0 --ho_length 99"))
     assert got.splitlines()[0] == "3 problems in the configuration:"
     assert len(got.splitlines()) == 4
 
