@@ -23,7 +23,7 @@ from rlr_peft.rewards.model_files import (
     VIDEO_REWARD,
     VIDEO_REWARD_CODE,
 )
-from rlr_peft.rewards.video_reward import SCORES
+from rlr_peft.rewards.video_rewards import SCORES
 
 LABELS = ["cat", "dog"]
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.machine import write_results
 from rlr_peft.build import Run, build_run
-from rlr_peft.config import config_to_dict, load_config_or_exit
+from rlr_peft.config import config_to_dict, load_config
 from rlr_peft.training import calibrate, take_update, update
 
 STEPS = 5
@@ -59,7 +59,7 @@ def watch(run: Run) -> Stopwatch:
 
 def main() -> None:
     """Times a few updates after one to warm up."""
-    config = load_config_or_exit(sys.argv[1:], prog="python -m benchmarks.step_time")
+    config = load_config(sys.argv[1:], prog="python -m benchmarks.step_time")
     run = build_run(config)
     if run.estimator.wants_calibration(run.objective.has_gradient):
         calibrate(run, 0)

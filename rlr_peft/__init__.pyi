@@ -8,7 +8,7 @@ from .inference import DiffusiveChainOfThought as DiffusiveChainOfThought
 from .lora.loading import load_lora as load_lora
 from .prompt import Prompt as Prompt
 from .rewards.base import Reward as Reward
-from .training.api import Config as Config
-from .training.api import Trainer as Trainer
+from .training.trainer import Config as Config
+from .training.trainer import Trainer as Trainer
 
 __version__: str

@@ -1,9 +1,14 @@
-"""Errors that explain themselves to the user: what was expected, what was got, and what to do."""
+"""Errors that explain themselves to the user: what was expected, what was got, and what to do.
+
+Among them: packages that a plain install leaves out, because few runs need them.
+"""
 
 import difflib
+import importlib
 import os
 from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 
 from rlr_peft.foreign_text import printable
 from rlr_peft.redaction import redacted
@@ -69,3 +74,22 @@ def did_you_mean(place: str, names: Collection[str] = ()) -> str:
     """` Did you mean sdxl?` for the end of a message, of what is neither one of the names nor a path; or nothing."""
     near = (*difflib.get_close_matches(place, names, n=1, cutoff=0.8), nearest_path(place))[0]
     return "" if near is None else f" Did you mean {near}?"
+
+
+def extra(module: str, name: str, wanted_by: str) -> ModuleType:
+    """Imports an optional package.
+
+    Args:
+        name: the extra of `pip install 'rlr-peft[NAME]'` that brings it.
+        wanted_by: the option that cannot do without, as a user writes it.
+
+    Raises:
+        UserError: it is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{wanted_by}: expected the package {module}, which cannot be imported here ({error}). "
+            f"Run `pip install 'rlr-peft[{name}]'`, or leave {wanted_by} out."
+        ) from error

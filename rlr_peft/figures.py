@@ -93,7 +93,6 @@ def image_grid(
         images: (N, 3, H, W) in [0, 1], N >= 1; scaled to the width of a cell.
         captions: N texts, wrapped under their images, or None.
         columns: images per row, as far as cells of 96 pixels fit.
-        title: a line above all.
     """
     _check_lengths(images, captions=captions)
     columns = min(columns, len(images), (WIDTH - 2 * MARGIN + GAP) // (SMALLEST_CELL + GAP))
@@ -135,10 +134,8 @@ def save_before_after(
     """Base and adapter side by side for each prompt, with the score under each image and the prompt below.
 
     Args:
-        path: of the PNG.
         before: (N, 3, H, W) in [0, 1], drawn by the base.
         after: (N, 3, H, W) in [0, 1], drawn with the adapter from the same noise.
-        prompts: N prompts.
         scores_before: N scores of `before`.
         scores_after: N scores of `after`.
 
@@ -257,10 +254,8 @@ def save_reward_curve(
     far (at least 5, at most 50 steps). Where the points count denoiser evaluations, a second axis on top shows them.
 
     Args:
-        path: of the PNG.
         records: at least one point, in the order of steps.
         heldout: measurements at validation by name, each with its own panel as its scale may differ.
-        reward_name: title of the first panel.
 
     Returns:
         `path`.
@@ -345,9 +340,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
     """The figure as an `<svg>` element without background, with text as text and the page's variables as colours.
 
     Args:
-        figure: what is drawn.
         name: different for every figure of a page: ids inside are made of it.
-        label: what screen readers say.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

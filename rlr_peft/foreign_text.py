@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -137,9 +137,10 @@ def shown_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str], last: str = "and") -> str:
     """``a, b and c``, of one name or more."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    *others, end = names
+    return f"{', '.join(others)} {last} {end}" if others else end
 
 
 def fenced(text: str, language: str) -> str:

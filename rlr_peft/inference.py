@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
-from rlr_peft.build.stage_form import StageForm, choose_stage_form
+from rlr_peft.build.chain import StageForm, choose_stage_form
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.config import ChainArguments, ChainOfThoughtArguments
+from rlr_peft.config import ChainArguments, ChainOfThoughtArguments, LoraArguments
 from rlr_peft.config.chain import StageFormName
 from rlr_peft.config.parsing import read_config
 from rlr_peft.prompt import Prompt, PromptError, PromptLike, Stages, make_stages
@@ -122,8 +122,8 @@ class DiffusiveChainOfThought:
             )
         if decompose is None:
             decompose = _as_the_run(arguments, stages, Path(path).parent)
-        denoiser, trained = values.get("denoiser"), ChainArguments(**_group(ChainArguments, values))
-        denoisers = None if denoiser is None else [name.strip() for name in denoiser.split(",")]
+        trained = ChainArguments(**_group(ChainArguments, values))
+        denoisers = LoraArguments(**_group(LoraArguments, values)).denoisers
         return cls(
             pipeline,
             stages=stages.names,
@@ -217,7 +217,9 @@ def _as_the_run(arguments: ChainOfThoughtArguments, stages: Stages, folder: Path
     return decompose
 
 
-def _group(arguments: type[ChainArguments | ChainOfThoughtArguments], values: Mapping[str, Any]) -> dict[str, Any]:
+def _group(
+    arguments: type[ChainArguments | ChainOfThoughtArguments | LoraArguments], values: Mapping[str, Any]
+) -> dict[str, Any]:
     """The values of one group; those that the file leaves out keep their defaults."""
     return {field.name: values[field.name] for field in fields(arguments) if field.name in values}
 

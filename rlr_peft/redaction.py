@@ -59,7 +59,6 @@ def redacted(text: str, secrets: Iterable[str] = ()) -> str:
     """The text without what is secret in it; the same for a text that went through already.
 
     Args:
-        text: of any kind.
         secrets: further ones that are known, such as a token in use; crossed out wherever they stand.
     """
     for secret in secrets:

@@ -73,7 +73,6 @@ def half_width(error: float, count: int) -> float:
     """Half the width of the 95 % interval of a mean, by Student's distribution.
 
     Args:
-        error: standard error of the mean.
         count: independent values that it was taken of, at least 2.
     """
     from scipy.special import stdtrit  # a third of a second, for which no `--help` waits

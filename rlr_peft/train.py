@@ -9,8 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlr_peft.build.offline import refuse_missing_rewards, work_offline_without_hub
-from rlr_peft.build.reporting import AFTER_TRAINING, reporting_errors, set_up_logging
+from rlr_peft.build.reporting import (
+    AFTER_TRAINING,
+    refuse_missing_rewards,
+    reporting_errors,
+    set_up_logging,
+    work_offline_without_hub,
+)
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
@@ -65,7 +70,7 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
         open_publisher(config) as publisher,
     ):
         # Only now the heavy imports: a wrong flag or token is refused at once.
-        from rlr_peft.training.api import Trainer
+        from rlr_peft.training.trainer import Trainer
 
         trainer = Trainer(config=config, locks_folder=False)  # it is locked above
         progress = trainer.train(publisher.push_checkpoint if publisher else None)

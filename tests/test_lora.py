@@ -76,8 +76,9 @@ def test_the_saved_adapter_loads_exactly(variant: str, dtype: torch.dtype, tmp_p
     before = {name: parameter.detach().clone() for name, parameter in lora_parameters(pipeline.unet).items()}
     pipeline.unet.train()
     path = save_lora(pipeline, tmp_path / "adapter")
+    verify_lora_reloads(pipeline, tmp_path / "adapter", render)
     fresh = tiny_stable_diffusion(dtype=dtype)
-    verify_lora_reloads(pipeline, tmp_path / "adapter", render, fresh_pipeline=fresh)
+    fresh.load_lora_weights(tmp_path / "adapter")
 
     assert [file.name for file in (tmp_path / "adapter").iterdir()] == [WEIGHT_NAME]
     assert path.stat().st_mode & 0o077 == (tmp_path / "adapter").stat().st_mode & 0o066
@@ -175,7 +176,7 @@ def test_a_peft_folder_is_detected_as_loading_nothing(tmp_path: Path) -> None:
     unet = tiny_stable_diffusion().unet
     get_peft_model(unet, LoraConfig(target_modules=ATTENTION)).save_pretrained(tmp_path)
     with pytest.raises(AdapterMismatchError, match=r"loaded nothing.*expected 64 LoRA tensors.*save_lora"):
-        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=tiny_stable_diffusion())
+        verify_lora_reloads(pipeline, tmp_path, render)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object], *, keep_metadata: bool = True) -> None:
@@ -186,13 +187,12 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object], *, keep_m
     save_file(tensors, path, metadata=metadata if keep_metadata else {"format": "pt"})
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_one_changed_tensor_is_named(beside: bool, tmp_path: Path) -> None:
+def test_one_changed_tensor_is_named(tmp_path: Path) -> None:
     pipeline = trained_pipeline()
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_B.weight"
     rewrite(save_lora(pipeline, tmp_path), lambda tensors: tensors[f"unet.{key}"].mul_(1.5))
     with pytest.raises(AdapterMismatchError, match=rf"largest difference is \d.*1 LoRA tensors differ.*{key}"):
-        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=None if beside else tiny_stable_diffusion())
+        verify_lora_reloads(pipeline, tmp_path, render)
 
 
 def test_a_machines_own_rounding_is_no_other_adapter(tmp_path: Path) -> None:
@@ -211,8 +211,7 @@ def test_a_machines_own_rounding_is_no_other_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_missing_layer_is_named(beside: bool, tmp_path: Path) -> None:
+def test_a_missing_layer_is_named(tmp_path: Path) -> None:
     pipeline = trained_pipeline()
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 
@@ -221,22 +220,14 @@ def test_a_missing_layer_is_named(beside: bool, tmp_path: Path) -> None:
 
     rewrite(save_lora(pipeline, tmp_path), drop)
     with pytest.raises(AdapterMismatchError, match=rf"got 62; missing \['unet.{key}.lora_A"):
-        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=None if beside else tiny_stable_diffusion())
+        verify_lora_reloads(pipeline, tmp_path, render)
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_lost_scale_is_told_apart_from_changed_tensors(beside: bool, tmp_path: Path) -> None:
+def test_a_lost_scale_is_told_apart_from_changed_tensors(tmp_path: Path) -> None:
     pipeline = trained_pipeline(lora_alpha=8.0)
     rewrite(save_lora(pipeline, tmp_path), lambda tensors: None, keep_metadata=False)
     with pytest.raises(AdapterMismatchError, match=r"another scale .* in 32 of 32 layers.*expected 2, got 1.*metadata"):
-        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=None if beside else tiny_stable_diffusion())
-
-
-def test_a_pipeline_that_already_has_an_adapter_is_not_fresh(tmp_path: Path) -> None:
-    pipeline = trained_pipeline()
-    save_lora(pipeline, tmp_path)
-    with pytest.raises(ValueError, match="expects a fresh pipeline"):
-        verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=pipeline)
+        verify_lora_reloads(pipeline, tmp_path, render)
 
 
 @pytest.mark.parametrize("init_lora_weights", ["gaussian", "kaiming", "orthogonal"])
@@ -322,9 +313,7 @@ def test_a_tape_recorded_before_disabling_still_gives_the_adapters_gradients() -
             r"no layer for 'to_x', 'q'.*UNet2DConditionModel.*conv1,.*to_out\.0",
         ),
         ({"target_modules": []}, "no targets at all"),
-        ({"rank": 0}, "rank must be at least 1"),
         ({"rank": 3, "init_lora_weights": "orthogonal"}, "even for orthogonal"),
-        ({"init_lora_weights": "zeros"}, "gaussian, kaiming or orthogonal; got 'zeros'"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_changes(arguments: dict[str, Any], message: str) -> None:
@@ -336,11 +325,9 @@ def test_wrong_arguments_are_named_before_anything_changes(arguments: dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
-def test_an_adapter_name_is_taken_once_and_two_adapters_are_kept_apart() -> None:
+def test_a_second_adapter_is_kept_apart() -> None:
     unet = tiny_stable_diffusion().unet
     attach_lora(unet, target_modules=ATTENTION)
-    with pytest.raises(ValueError, match="already has an adapter named 'default'"):
-        attach_lora(unet, target_modules=ATTENTION)
-    attach_lora(unet, target_modules=["to_q"], adapter_name="second")
+    unet.add_adapter(LoraConfig(target_modules=["to_q"]), "second")
     assert len(lora_parameters(unet, "second")) == 16
     assert len(lora_parameters(unet)) == 64

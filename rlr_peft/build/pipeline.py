@@ -25,9 +25,9 @@ from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
 from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
-from rlr_peft.config import Config, ConfigError, ModelArguments
+from rlr_peft.config import ConfigError, ModelArguments
 from rlr_peft.config.model import is_single_file, read_quantization
-from rlr_peft.extras import extra
+from rlr_peft.errors import extra
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
 logger = logging.getLogger(__name__)
@@ -62,12 +62,6 @@ def load_pipeline(
     check_loaded(name, pipeline)
     prepare_pipeline(pipeline, arguments, device, shards_denoisers=shards_denoisers)
     return pipeline
-
-
-def denoiser_names(config: Config) -> list[str] | None:
-    """The attributes of the pipeline that the config says to train; None leaves it to the family."""
-    names = config.lora.denoiser
-    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -159,7 +153,6 @@ def described_by(pipeline: object, arguments: ModelArguments, denoisers: Sequenc
     Its safety checker, which is no part of the chain, is taken off.
 
     Args:
-        pipeline: what was given.
         arguments: the config's options of the base.
         denoisers: the names of what is trained; None leaves it to the family.
 
@@ -304,11 +297,6 @@ class PictureProcessor(Qwen2VLProcessor):
     """transformers' ``Qwen2VLProcessor`` without its part for videos, where there is no torchvision.
 
     A saved pipeline names transformers' own class.
-
-    Args:
-        image_processor: as there.
-        tokenizer: as there.
-        chat_template: as there.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:

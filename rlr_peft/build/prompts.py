@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from rlr_peft.build.chain import stage_form
 from rlr_peft.build.processes import Processes
-from rlr_peft.build.stage_form import stage_form
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.prompt import Prompt, PromptError, as_prompts
@@ -58,7 +58,6 @@ def read_prompts(config: Config, given: Sequence[Prompt] | None = None) -> RunPr
     """Reads all prompts, without stage prompts that a decomposer makes: these come last, and may cost time.
 
     Args:
-        config: names their sources.
         given: training prompts in place of what the config names.
 
     Raises:
@@ -184,8 +183,6 @@ def describe_chain_of_thought(config: Config, pipeline: DiffusionPipeline, promp
     """Stages, where their prompts come from and how they condition the steps, in words; None for a run without.
 
     Args:
-        config: of the run.
-        pipeline: that draws.
         prompts: that are drawn, with their stage prompts.
     """
     stages, arguments = stages_from_config(config), config.chain_of_thought

@@ -44,8 +44,6 @@ def load_rewards(
     """What is trained on, and what is only measured, if anything is.
 
     Args:
-        config: names them.
-        device: where they run.
         given: the object that the config names as `reward_fn`, see `name_reward`.
 
     Raises:

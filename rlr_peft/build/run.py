@@ -26,10 +26,9 @@ from rlr_peft.build.chain import (
     evaluation_chain,
 )
 from rlr_peft.build.machine import prepare_machine
-from rlr_peft.build.optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer
+from rlr_peft.build.optimizer import Rollback, averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
     compile_denoisers,
-    denoiser_names,
     denoisers_of,
     described_by,
     load_pipeline,
@@ -41,17 +40,16 @@ from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_pro
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object, name_reward
-from rlr_peft.build.rollback import Rollback
 from rlr_peft.build.sharding import ShardedDenoisers
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import Family, family_of
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
+from rlr_peft.errors import extra
 from rlr_peft.estimators.base import Estimator, build_estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
-from rlr_peft.extras import extra
 from rlr_peft.lora import AdapterFiles, check_adapter, check_adapter_saves, check_kohya, find_adapter, start_from
 from rlr_peft.prompt import Prompt, as_prompts, texts_of
 from rlr_peft.prompts.sampler import Sampler
@@ -187,7 +185,6 @@ def build_run(
     name: the pipeline's `name_or_path`, the function's `module:name`.
 
     Args:
-        config: what is asked for.
         pipeline: the base, loaded; it gets the adapter. Its models are frozen and moved to the run's device, and it
             keeps its number format.
         reward: a function or object as behind `--reward_fn file.py:NAME`, or a `Reward`.
@@ -204,7 +201,7 @@ def build_run(
     given = {}
     if pipeline is not None:
         with as_config_error():
-            config = replace(config, model=described_by(pipeline, config.model, denoiser_names(config)))
+            config = replace(config, model=described_by(pipeline, config.model, config.lora.denoisers))
         given["pipeline"] = config.model.pretrained_model_name_or_path
     training_prompts = None
     if prompts is not None:
@@ -245,7 +242,7 @@ def build_run(
             pipeline = load_pipeline(config.model, accelerator.device, shards_denoisers=shards)
         else:
             prepare_pipeline(pipeline, config.model, accelerator.device, shards_denoisers=shards)
-        family = family_of(pipeline, denoiser_names(config))
+        family = family_of(pipeline, config.lora.denoisers)
         parameters = attach_adapters(config, pipeline, family)
         if initial is not None:
             start_from(pipeline, initial)

@@ -31,7 +31,6 @@ class ShardedDenoisers:
 
     Args:
         denoisers: by name, with their adapters inside, on any device; they are moved to theirs block by block.
-        device: where they work.
         processes: which give their parts from now on.
 
     Raises:

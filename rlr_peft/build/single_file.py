@@ -57,8 +57,6 @@ def load_single_file(arguments: ModelArguments, dtype: torch.dtype, replaced: di
     """The pipeline of a single file.
 
     Args:
-        arguments: the base.
-        dtype: of its weights.
         replaced: parts that are used in place of the file's.
 
     Raises:

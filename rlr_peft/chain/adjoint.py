@@ -145,9 +145,6 @@ class ReplayedStep:
     """One step of the chain on the tape, from where cotangents are pulled back, as often as needed.
 
     Args:
-        chain: the chain.
-        trajectory: what was sampled.
-        t: the step.
         with_latents: whether cotangents will be pulled back into the step's input too.
         of_reference: replay it with the reference instead, whose parameters are not trained.
         leads_to: what is differentiated: the step's mean, its prediction of x_0, or, given a step nearer to the image,
@@ -205,9 +202,6 @@ def walk(
     """Differentiates a segment step by step; its weight is left to ``run``.
 
     Args:
-        chain: the chain.
-        trajectory: what was sampled.
-        segment: of it.
         probes: gives other cotangents at the mean of a step, (B, ...), to be pulled back on the same tape.
 
     Raises:

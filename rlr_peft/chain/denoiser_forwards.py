@@ -19,7 +19,6 @@ class DetachedNegative:
     one bit for bit, and both equal the undivided batch up to rounding.
 
     Args:
-        denoisers: of the pipeline.
         place: where its calls put the negative branch.
 
     Attributes:
@@ -123,7 +122,6 @@ def separate_weights(
         models: what is called with a batch of ``count`` samples, or of several times as many, as guidance calls it:
             first all samples without prompt, then all with it.
         parameters: for which ``can_separate`` holds; every one gets a copy per sample.
-        count: of samples.
 
     Yields:
         The copies, (count, ...) each, in the order of the parameters.

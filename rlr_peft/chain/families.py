@@ -359,12 +359,6 @@ class FirstFrames:
 def first_frames(pipeline: Any, family: Family, num_frames: int, latents_shape: Sequence[int]) -> FirstFrames:
     """The part of the latents that decodes to exactly the first frames of the whole video.
 
-    Args:
-        pipeline: makes videos.
-        family: its row.
-        num_frames: how many frames are wanted.
-        latents_shape: of one whole video's latents.
-
     Raises:
         ValueError: the family's decoder looks at later frames too, the frames do not fall on a latent frame's end, or
             the video has fewer.

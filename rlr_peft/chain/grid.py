@@ -32,7 +32,6 @@ def base_scheduler(
     """The scheduler that knows the path and the grid, made from the config of the one that the pipeline came with.
 
     Args:
-        scheduler: the pipeline's.
         timestep_spacing: where on the path the T steps lie; None keeps what the config says.
         scheduler_type: the kind of path; None reads it off the scheduler.
 
@@ -271,14 +270,9 @@ def inference_scheduler(
     """What draws like a chain.
 
     Args:
-        own_config: of the pipeline's own scheduler.
-        base: knows the chain's path.
-        grid: where the chain's steps lie.
         request: how the pipeline asked for its timesteps: num_inference_steps, sigmas and mu, those that it gave.
         timestep_spacing: of the grid, see ``make_grid``.
         noise: the kind of the chain's steps; None where they add no noise.
-        eta: amount of noise.
-        call_parameters: what the pipeline's call takes.
     """
     kind = type(base)
     options = _differing(base.config, kind.from_config(own_config).config, kind)
@@ -321,9 +315,6 @@ def build_scheduler(own_config: Any, class_name: str, options: Mapping[str, Any]
     """The scheduler that a record names, from the config of the pipeline's own.
 
     Args:
-        own_config: of the pipeline's own scheduler.
-        class_name: of diffusers.
-        options: over that config.
         sigmas: noise levels that it is to take whatever number of steps it is asked for.
 
     Raises:

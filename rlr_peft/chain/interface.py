@@ -87,12 +87,7 @@ class MovingWindow:
         return self.last - self.first - self.length + 2
 
     def at(self, update: int, seed: int) -> tuple[int, int]:
-        """First and last step with noise in an update.
-
-        Args:
-            update: those that are finished.
-            seed: of the draw.
-        """
+        """First and last step with noise in an update."""
         place = seed % self.places if self.slide is None else update // self.slide % self.places
         last = self.last - place
         return last - self.length + 1, last

@@ -23,7 +23,6 @@ class ModelOffload(ModelHook):
     that are trained stay on the device, beside their gradients and the optimiser's state.
 
     Args:
-        device: where the model works.
         peers: the hooks of all models of the pipeline; this one adds itself.
         movable: False for weights that must stay, such as bitsandbytes'.
 
@@ -83,7 +82,6 @@ def offload_models(pipeline: DiffusionPipeline, device: torch.device) -> list[Mo
 
     Args:
         pipeline: loaded, in host memory; trained weights are added to it afterwards.
-        device: where its models work.
 
     Returns:
         The hooks of whole models: of all but the text encoders.
@@ -108,7 +106,6 @@ class BlockOffload(ModelHook):
     """Accelerate's hook for one block of a text encoder, whose weights are on the device during its call alone.
 
     Args:
-        device: where it works.
         tensors: its weights and buffers, in host memory.
         peers: hooks of whole models, which leave before it comes.
 
@@ -189,8 +186,6 @@ def offload_text_encoders(
     The embeddings are those of encoders that are there as a whole: the same kernels see the same numbers.
 
     Args:
-        pipeline: loaded.
-        device: where prompts are encoded.
         peers: hooks of whole models, which leave before a block comes.
     """
     for encoder in text_encoders(pipeline).values():

@@ -126,7 +126,6 @@ def gaussian_step(
         kind: ``ancestral`` (equals DDIM with the same eta, Euler-ancestral and first-order SDE-DPM-Solver++),
             ``cps`` (coefficient-preserving sampling), ``flow-sde`` (Flow-GRPO, on any path by rescaling it to the
             flow-matching path) or ``ode`` (no noise).
-        prediction_type: what the denoiser outputs.
         sample: current latents x_t, (B, ...).
         model_output: output of the denoiser after guidance, (B, ...).
         current: path point of ``sample``.
@@ -207,7 +206,6 @@ def leap(
         latents: x at ``current``, (B, ...).
         pred_original_sample: the prediction of x_0 made from them, (B, ...).
         current: has noise, sigma > 0.
-        destination: a point with less noise.
     """
     noise_kept = destination.sigma / current.sigma
     return noise_kept * latents + (destination.alpha - noise_kept * current.alpha) * pred_original_sample

@@ -20,7 +20,7 @@ from rlr_peft.chain.encodings import EncodedImages, PromptMemory
 from rlr_peft.chain.families import DENOISERS, Family, ImagesOfCall, trained_module
 from rlr_peft.chain.memory import cast_inputs_to_weights, working_device
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
-from rlr_peft.extras import extra
+from rlr_peft.errors import extra
 from rlr_peft.prompt import ConditionImage, Prompt
 
 FRAMES_ARGUMENTS = ("num_frames", "frames", "video_length")
@@ -39,14 +39,10 @@ class PipelineDriver:
 
     Args:
         pipeline: a loaded pipeline without safety checker.
-        family: its row.
         reward_decoder: decodes in place of the pipeline's VAE where asked to; None leaves the VAE.
 
     Attributes:
-        pipeline: as given.
-        family: as given.
         name: the pipeline's class.
-        reward_decoder: as given.
         device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         latents_dtype: float32, or float64 if the denoiser is.

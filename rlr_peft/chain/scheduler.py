@@ -68,9 +68,6 @@ class RecordingScheduler:
     The first call settles the grid: pipelines pass noise levels and a shift that depend on the resolution.
 
     Args:
-        base: knows the noising path.
-        kind: which Gaussian step to take.
-        eta: amount of noise.
         timestep_spacing: of the grid; see ``make_grid``.
         noise_window: first and last step with noise; None for all.
 
@@ -161,11 +158,6 @@ class RecordingScheduler:
         self.sigmas = torch.tensor([point.sigma for point in grid.points[first:stop]])  # pipelines read them as numbers
         self._announce_step()
 
-    @property
-    def exposes_steps(self) -> bool:
-        """Whether the next call takes any step; else it only decodes, or draws noise."""
-        return len(self._exposed) > 0
-
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Part of the interface; the slice says where to begin."""
 
@@ -223,7 +215,6 @@ class RecordingScheduler:
 
         Args:
             own_config: of the scheduler that the pipeline came with.
-            call_parameters: what the pipeline's call takes.
         """
         is_noisy = any(self.std(t) > 0 for t in range(1, self.grid.num_steps + 1))
         return inference_scheduler(

@@ -37,14 +37,12 @@ class SteppedPipeline:
 
     Args:
         pipeline: loaded without safety checker.
-        arguments: steps, noise, guidance, sizes.
         denoisers: attributes of the pipeline that hold what is trained; None takes the family's.
         decoded_frames: decode only so many first frames of a video; None decodes all.
         reward_decoder: decodes in place of the pipeline's VAE, such as an AutoencoderTiny; None leaves the VAE.
         detach_negative: take no gradient through the negative branch of guidance.
 
     Attributes:
-        pipeline, arguments: as given.
         family: what is particular to the pipeline's class.
         device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
@@ -265,10 +263,6 @@ class SteppedPipeline:
 
 class CallArguments:
     """The arguments of a pipeline's call that the knobs of a chain ask for.
-
-    Args:
-        driver: of the pipeline.
-        knobs: of the chain.
 
     Attributes:
         guidance: the guidance arguments as the pipeline spells them.

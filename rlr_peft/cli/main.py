@@ -8,62 +8,36 @@ from collections.abc import Callable, Sequence
 from rlr_peft import __version__
 from rlr_peft.foreign_text import guard_terminal
 
-# name -> (one line for --help, module, its function of the remaining words that returns the exit code)
+# name -> (one line for --help, module with a function `NAME_command` of the remaining words that returns the exit code)
 COMMANDS = {
-    "train": (
-        "Train an adapter on a reward (on several GPUs: accelerate launch -m rlr_peft.train).",
-        "rlr_peft.train",
-        "train_command",
-    ),
+    "train": ("Train an adapter on a reward (on several GPUs: accelerate launch -m rlr_peft.train).", "rlr_peft.train"),
     "config": (
         "Check a configuration and print it in full as YAML; --list names the recipes.",
-        "rlr_peft.cli.config_command",
-        "config_command",
+        "rlr_peft.config.parsing",
     ),
-    "plan": (
-        "Add up the memory that a training needs, without weights or a GPU.",
-        "rlr_peft.plan.command",
-        "plan_command",
-    ),
+    "plan": ("Add up the memory that a training needs, without weights or a GPU.", "rlr_peft.plan.command"),
     "diagnose": (
         "Measure every gradient estimator on your pipeline and reward, and say which to use.",
         "rlr_peft.diagnose.command",
-        "diagnose_command",
     ),
     "compare": (
         "Compare base and adapters: tables, figures and a page of images side by side.",
         "rlr_peft.compare.command",
-        "compare_command",
     ),
     "card": (
         "Write the model card of an output folder again, with a template or text of your own.",
         "rlr_peft.publishing.commands",
-        "card_command",
     ),
-    "push": (
-        "Publish an output folder, or a checkpoint's adapter, on the Hub.",
-        "rlr_peft.publishing.commands",
-        "push_command",
-    ),
-    "merge": (
-        "Fuse an adapter into its base and save a full pipeline.",
-        "rlr_peft.publishing.commands",
-        "merge_command",
-    ),
-    "export": (
-        "Write an adapter as one file for ComfyUI and its kind.",
-        "rlr_peft.publishing.commands",
-        "export_command",
-    ),
+    "push": ("Publish an output folder, or a checkpoint's adapter, on the Hub.", "rlr_peft.publishing.commands"),
+    "merge": ("Fuse an adapter into its base and save a full pipeline.", "rlr_peft.publishing.commands"),
+    "export": ("Write an adapter as one file for ComfyUI and its kind.", "rlr_peft.publishing.commands"),
     "space": (
         "Write a Gradio page that shows base and adapter side by side, also as a Space of the Hub.",
         "rlr_peft.publishing.commands",
-        "space_command",
     ),
     "serve-reward": (
         "Serve a reward over HTTP, for --reward_fn http://HOST:PORT/.",
         "rlr_peft.cli.serve_reward_command",
-        "serve_reward_command",
     ),
 }
 
@@ -78,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="rlr-peft",
         usage="%(prog)s COMMAND [--name VALUE ...]",
         description="Train LoRA adapters of diffusers pipelines on rewards. `rlr-peft COMMAND --help` says more.",
-        epilog="commands:\n" + "\n".join(f"  {name:<13} {line}" for name, (line, _, _) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<13} {line}" for name, (line, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")
@@ -93,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rlr_peft.build.reporting import reporting_errors, set_up_logging
 
     set_up_logging()
-    _, module, function = COMMANDS[parsed.command]
+    _, module = COMMANDS[parsed.command]
+    function = f"{parsed.command.replace('-', '_')}_command"
     with reporting_errors():
         run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
         return run(parsed.words)

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from rlr_peft.build.offline import work_offline_without_hub
+from rlr_peft.build.reporting import work_offline_without_hub
 from rlr_peft.config import ConfigError, RewardArguments
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.parsing import read_words
@@ -30,20 +30,20 @@ class ServeFlags(Group):
 
     reward: str = knob(MISSING, "A name or callable, as for --reward_fn.")
     host: str = knob("127.0.0.1", "Address to listen at; there is no authentication, so open it to trusted nets only.")
-    port: int = knob(8000, "Port to listen at; 0 takes a free one.", at_least=0, at_most=65535)
+    port: int = knob(8000, "Port to listen at; 0 takes a free one.", within="[0, 65535]")
     device: str | None = knob(None, "Where the reward runs; null means a GPU if there is one.")
     reward_dtype: Literal["auto", "fp32", "fp16", "bf16"] = preset(RewardArguments, "reward_dtype", "auto")
     reward_model_path: dict[str, str] | None = preset(RewardArguments, "reward_model_path", None)
     vlm_question: str = preset(RewardArguments, "vlm_question", VLM_QUESTION)
     vlm_answers: tuple[str, ...] = preset(RewardArguments, "vlm_answers", VLM_ANSWERS)
     max_megapixels: float = knob(
-        70.0, "Pixels of all images of a request together.", unit="millions", above=0, at_most=1e6
+        70.0, "Pixels of all images of a request together.", unit="millions", within="(0, 1e6]"
     )
     max_waiting_megabytes: float = knob(
-        512.0, "Bytes of all requests together that arrive, wait or are scored.", unit="MB", above=0, at_most=1e6
+        512.0, "Bytes of all requests together that arrive, wait or are scored.", unit="MB", within="(0, 1e6]"
     )
     request_timeout: float = knob(
-        60.0, "Time in which a request must have arrived whole.", unit="seconds", above=0, at_most=86400
+        60.0, "Time in which a request must have arrived whole.", unit="seconds", within="(0, 86400]"
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.build.offline import work_offline_without_hub
+from rlr_peft.build.reporting import work_offline_without_hub
 from rlr_peft.config import Config, ConfigError, HubArguments, config_from_dict
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.chain import SOURCES
@@ -56,17 +56,16 @@ class CompareFlags(Group):
     prompts: str | None = knob(None, "File of prompts to draw, best ones that were never trained on.")
     reward: dict[str, float] | str | None = knob(None, "Reward that the adapter was trained on.")
     heldout: tuple[str, ...] | None = knob(None, "Rewards that it was not trained on.")
-    num_images: int | None = knob(None, "Images drawn by the base and by each adapter.", unit="images", at_least=2)
+    num_images: int | None = knob(
+        None, "Images drawn by the base and by each adapter.", unit="images", within="[2, inf)"
+    )
     images_per_prompt: int = knob(
         4,
         "Images of each prompt, which show the variety within a prompt; 1 draws what training's own evaluation draws.",
         unit="images",
-        at_least=1,
-        at_most=10**6,
+        within="[1, 1e6]",
     )
-    kl_images: int = knob(
-        32, "Samples for the divergence from the base, 0 for none.", unit="images", at_least=0, at_most=10**6
-    )
+    kl_images: int = knob(32, "Samples for the divergence from the base, 0 for none.", unit="images", within="[0, 1e6]")
     features: str = knob(
         "auto",
         "What variety is measured by: auto (the network of a reward that has one), thumbnails, or the Hub id or folder "

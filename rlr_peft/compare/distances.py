@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from rlr_peft.build.processes import Processes
 from rlr_peft.chain.interface import Chain
-from rlr_peft.compare.evaluation import FeatureExtractor, independent_groups, mean_and_standard_error
+from rlr_peft.compare.evaluation import FeatureExtractor, in_batches, independent_groups, mean_and_standard_error
 from rlr_peft.errors import RewardError
 from rlr_peft.estimators.kl import path_kl, reference_steps
 from rlr_peft.foreign_text import shown_name
@@ -190,22 +189,13 @@ def measure_divergence(
         measure: of one batch, such as `path_divergence` on a chain.
         prompts: n prompts.
         seeds: n seeds.
-        batch_size: samples at once.
-        description: of the tqdm bar.
         processes: share the batches out, and all get the whole; None for this process alone.
     """
-    starts, at_once = range(0, len(prompts), batch_size), 1 if processes is None else processes.count
-    with tqdm(total=len(prompts), desc=description, unit="image") as bar:
 
-        def of_batch(start: int) -> Tensor:
-            batch = list(prompts[start : start + batch_size])
-            measured = measure(batch, list(seeds[start : start + batch_size]))
-            bar.update(min(at_once * len(batch), len(prompts) - bar.n))
-            return measured
+    def of_batch(batch: slice) -> Tensor:
+        return measure(list(prompts[batch]), list(seeds[batch]))
 
-        if processes is None:
-            return torch.cat([of_batch(start) for start in starts])
-        return torch.cat(processes.map(of_batch, starts, "the divergence"))
+    return torch.cat(in_batches(of_batch, len(prompts), batch_size, description, processes, "the divergence"))
 
 
 class RewardFeatures:
@@ -242,7 +232,6 @@ class VisionModelFeatures:
     """A vision model of `transformers`: CLIP's projected image embedding, or the class token of a ViT or DINOv2.
 
     Args:
-        name: Hub id or local folder.
         settings: how it is held and where it runs.
 
     Raises:
@@ -297,7 +286,6 @@ def find_features(
         spec: `auto`, `thumbnails`, or the Hub id or folder of a vision model. `auto` takes the held-out judge on
             tiny-shapes; elsewhere the network of the last reward that has one, so that a held-out one comes before the
             one that was trained on; and thumbnails where there is none. It downloads nothing.
-        base: the name of the base.
         rewards: all that are measured, held-out ones last.
         settings: how a vision model is held.
 

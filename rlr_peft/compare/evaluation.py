@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy
 import torch
@@ -25,6 +25,9 @@ from rlr_peft.rewards.scores import Info, join_info
 # Draws one image per prompt, whose noise depends on its own seed alone: (prompts, seeds) -> (B, 3, H, W) in [0, 1],
 # or one video: (B, F, 3, H, W).
 Render = Callable[[list[Prompt], list[int]], Tensor]
+
+
+T = TypeVar("T")
 
 
 class FeatureExtractor(Protocol):
@@ -113,11 +116,9 @@ def evaluate(
         prompts: n prompts.
         seeds: n seeds.
         rewards: by the name under which the scores are kept, for example "reward" and "heldout".
-        batch_size: images drawn at once.
         num_kept_images: how many of the first images to keep.
         features: keeps the features of every image.
         with_pictures: whether to keep every image as a small file for a page.
-        description: of the tqdm bar.
         processes: share the batches out, and all get the whole evaluation; None for this process alone.
 
     Raises:
@@ -129,28 +130,23 @@ def evaluate(
             f"expected as many seeds as prompts, at least one, and batch_size >= 1; got {len(prompts)} prompts, "
             f"{len(seeds)} seeds, batch_size {batch_size}"
         )
-    starts, at_once = range(0, len(prompts), batch_size), 1 if processes is None else processes.count
-    with tqdm(total=len(prompts), desc=description, unit="image") as bar, torch.no_grad():
 
-        def measure(start: int) -> _Batch:
-            batch_prompts = list(prompts[start : start + batch_size])
-            images = render(batch_prompts, list(seeds[start : start + batch_size]))
-            _check_images(images, len(batch_prompts))
-            scored = {name: measure_images(reward, images, batch_prompts) for name, reward in rewards.items()}
-            bar.update(min(at_once * len(batch_prompts), len(prompts) - bar.n))
-            return _Batch(
-                len(batch_prompts),
-                {name: found.scores.cpu() for name, found in scored.items()},
-                {name: {key: value.cpu() for key, value in found.logged.items()} for name, found in scored.items()},
-                as_images(images[: num_kept_images - start].float().cpu()) if start < num_kept_images else None,
-                features(images) if features is not None else None,
-                make_pictures(images) if with_pictures else [],
-            )
+    def measure(batch: slice) -> _Batch:
+        batch_prompts, start = list(prompts[batch]), batch.start
+        images = render(batch_prompts, list(seeds[batch]))
+        _check_images(images, len(batch_prompts))
+        scored = {name: measure_images(reward, images, batch_prompts) for name, reward in rewards.items()}
+        return _Batch(
+            len(batch_prompts),
+            {name: found.scores.cpu() for name, found in scored.items()},
+            {name: {key: value.cpu() for key, value in found.logged.items()} for name, found in scored.items()},
+            as_images(images[: num_kept_images - start].float().cpu()) if start < num_kept_images else None,
+            features(images) if features is not None else None,
+            make_pictures(images) if with_pictures else [],
+        )
 
-        if processes is None:
-            batches = [measure(start) for start in starts]
-        else:
-            batches = processes.map(measure, starts, "the evaluation")
+    with torch.no_grad():
+        batches = in_batches(measure, len(prompts), batch_size, description, processes, "the evaluation")
     kept = [batch.images for batch in batches if batch.images is not None]
     seen = [batch.features for batch in batches if batch.features is not None]
     return Evaluation(
@@ -162,6 +158,30 @@ def evaluate(
         features=torch.cat(seen) if seen else None,
         pictures=[picture for batch in batches for picture in batch.pictures],
     )
+
+
+def in_batches(
+    measure: Callable[[slice], T], total: int, batch_size: int, description: str, processes: Processes | None, name: str
+) -> list[T]:
+    """What is measured of every batch of images, with a bar.
+
+    Args:
+        measure: of some of the images, neighbours.
+        processes: share the batches out, and all get all; None for this process alone.
+        name: what is measured, for processes that wait.
+    """
+    batches, at_once = [slice(i, min(i + batch_size, total)) for i in range(0, total, batch_size)], 1
+    with tqdm(total=total, desc=description, unit="image") as bar:
+
+        def counted(batch: slice) -> T:
+            found = measure(batch)
+            bar.update(min(at_once * (batch.stop - batch.start), total - bar.n))
+            return found
+
+        if processes is None:
+            return [counted(batch) for batch in batches]
+        at_once = processes.count
+        return processes.map(counted, batches, name)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,6 @@ class KeptImages:
 
     Args:
         folder: of this model's images; its name must hold the digest of all that would change them.
-        draw: draws what is not there.
     """
 
     def __init__(self, folder: Path, draw: Render) -> None:
@@ -135,8 +134,6 @@ class KeptReward(Reward):
     warning if the server does not say now which version it is: it may have changed since.
 
     Args:
-        reward: scores what is not there.
-        folder: of all kept numbers.
         identity: of the reward: all that would change its scores.
     """
 
@@ -197,8 +194,6 @@ class KeptFeatures:
     """A `FeatureExtractor` that looks at images once.
 
     Args:
-        extractor: computes what is not there.
-        folder: of all kept numbers.
         identity: all that would change the features.
     """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlr_peft.build.chain import build_chain, evaluation_chain, evaluation_in_words, render
 from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
-from rlr_peft.build.pipeline import denoiser_names, load_pipeline
+from rlr_peft.build.pipeline import load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
@@ -157,7 +157,6 @@ class _Comparer:
         """Draws and measures the pipeline as it is now.
 
         Args:
-            label: its name.
             fingerprint: of the adapter inside; None for the base.
         """
         output, (prompts, seeds) = self.options.output, self.drawn
@@ -277,7 +276,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
             *(config.validation.evaluation_guidance_scale, config.validation.evaluation_resolution),
             config.validation.evaluation_scheduler,
         ],
-        "denoisers": denoiser_names(config),
+        "denoisers": config.lora.denoisers,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": package_versions(),
     }

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_type_hints
 
 from rlr_peft.config.chain import ChainArguments, ChainOfThoughtArguments
 from rlr_peft.config.estimator import EstimatorArguments
-from rlr_peft.config.knob import ConfigError, Group, Knob, fits, join, match, out_of_range, said, type_in_words
+from rlr_peft.config.knob import ConfigError, Group, Knob, fits, match, out_of_range, said, type_in_words
 from rlr_peft.config.methods import DEFAULT_METHOD, METHOD_CHOICE, METHODS
 from rlr_peft.config.model import LoraArguments, ModelArguments
 from rlr_peft.config.prompts import PromptArguments
@@ -31,6 +31,7 @@ from rlr_peft.config.training import (
     TrainingArguments,
     ValidationArguments,
 )
+from rlr_peft.foreign_text import listed
 from rlr_peft.redaction import HIDDEN, redacted_values
 
 # No path or prompt holds them: control characters but the tab and the ends of lines, and halves of characters.
@@ -251,7 +252,7 @@ def _of_method(
             continue
         problems.append(
             f"{name}: expected {expected} with {method.estimator}, got {said(value)}; "
-            f"use --estimator {join(takers, ' or ')}."
+            f"use --estimator {listed(takers, 'or')}."
         )
     return kept, problems
 

@@ -22,16 +22,13 @@ SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
 class ChainArguments(Group):
     """Chain: how images are sampled while training"""
 
-    num_inference_steps: int = knob(
-        50, "Number T of denoising steps of a chain.", unit="steps", at_least=1, at_most=1000
-    )
+    num_inference_steps: int = knob(50, "Number T of denoising steps of a chain.", unit="steps", within="[1, 1000]")
     step_kind: StepKind = knob("ancestral", "Kind of denoising step; `ode` adds no noise at all.")
     eta: float = knob(
         1.0,
         "Noise added at each step relative to the kind's own: 0 is deterministic, 1 the full noise.",
         unit="factor",
-        at_least=0,
-        at_most=10,
+        within="[0, 10]",
     )
     noise_window: tuple[int, ...] | None = knob(
         None,
@@ -43,16 +40,14 @@ class ChainArguments(Group):
         None,
         "Neighbouring steps of noise_window that have noise in one update; null means all of them.",
         unit="steps",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
     noise_slide: int | None = knob(
         None,
         "Updates after which noise_steps move by one towards the clean end, from where they begin again at the noise "
         "(MixGRPO); null draws them for every update (Flow-GRPO-Fast).",
         unit="updates",
-        at_least=1,
-        at_most=10**9,
+        within="[1, 1e9]",
     )
     timestep_spacing: TimestepSpacing | None = knob(
         None, "Where the steps lie; null means the family's choice. `trailing` keeps the last step from being dead."
@@ -64,53 +59,37 @@ class ChainArguments(Group):
         None,
         "Classifier-free guidance scale; null means the pipeline's own default.",
         unit="factor",
-        at_least=0,
-        at_most=1000,
+        within="[0, 1000]",
     )
     true_cfg_scale: float | None = knob(
         None,
         "Classifier-free guidance of pipelines whose guidance_scale is built into the model, such as FLUX.",
         unit="factor",
-        at_least=0,
-        at_most=1000,
+        within="[0, 1000]",
     )
     resolution: int | None = knob(
-        None,
-        "Height and width of the images; null means the pipeline's default.",
-        unit="pixels",
-        at_least=1,
-        at_most=16384,
+        None, "Height and width of the images; null means the pipeline's default.", unit="pixels", within="[1, 16384]"
     )
     height: int | None = knob(
-        None,
-        "Height of images or videos, over resolution; null means resolution.",
-        unit="pixels",
-        at_least=1,
-        at_most=16384,
+        None, "Height of images or videos, over resolution; null means resolution.", unit="pixels", within="[1, 16384]"
     )
     width: int | None = knob(
-        None,
-        "Width of images or videos, over resolution; null means resolution.",
-        unit="pixels",
-        at_least=1,
-        at_most=16384,
+        None, "Width of images or videos, over resolution; null means resolution.", unit="pixels", within="[1, 16384]"
     )
     num_frames: int | None = knob(
-        None, "Frames of a video; null means the pipeline's default.", unit="frames", at_least=1, at_most=10_000
+        None, "Frames of a video; null means the pipeline's default.", unit="frames", within="[1, 10000]"
     )
     fps: int | None = knob(
         None,
         "Frame rate of the videos, for models that take it as input; null means the pipeline's default, or 8.",
         unit="frames per second",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
     max_sequence_length: int | None = knob(
         None,
         "Longest prompt that the text encoder sees; null means the pipeline's default.",
         unit="tokens",
-        at_least=1,
-        at_most=65536,
+        within="[1, 65536]",
     )
     negative_prompt: str | None = knob(
         None, "Text that guidance leads away from, used for every prompt.", found="words"

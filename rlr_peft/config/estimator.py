@@ -28,8 +28,7 @@ class EstimatorArguments(Group):
         16,
         "Images sampled for one measurement of the per-step variances, and for the first scales of several rewards.",
         unit="images",
-        at_least=2,
-        at_most=100_000,
+        within="[2, 100000]",
     )
 
     @classmethod
@@ -104,7 +103,7 @@ class PathwiseArguments(MirroredArguments):
     made_by = "pathwise.PathwiseEstimator"
 
     fo_coefficient: float = knob(
-        1.0, "Factor of the first-order term; not 1 is biased.", unit="factor", at_least=0, at_most=1e6
+        1.0, "Factor of the first-order term; not 1 is biased.", unit="factor", within="[0, 1e6]"
     )
 
 
@@ -116,8 +115,7 @@ class ScoreTermArguments(EstimatorArguments):
         "all",
         "Steps drawn for each micro-batch, weighted to stay unbiased; `all` takes every step.",
         unit="steps",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
     ho_window: tuple[int | str, ...] | None = knob(
         None,
@@ -203,16 +201,14 @@ class MeasuringArguments(MirroredArguments):
         "auto",
         "How often the steps are measured again; `auto` spends about 5 % of the run on it.",
         unit="optimiser steps",
-        at_least=1,
-        at_most=10**9,
+        within="[1, 1e9]",
         fine=True,
     )
     calibration_decay: float = knob(
         0.5,
         "Weight of the past in the running means of the per-step variances.",
         unit="fraction",
-        at_least=0,
-        below=1,
+        within="[0, 1)",
         fine=True,
     )
 
@@ -237,16 +233,13 @@ class CalibratedArguments(MeasuringArguments, ScoreTermArguments):
         "For a reward without gradient: how many last steps are covered by differences of rewards; 0 is off, `auto` as "
         "many as about double the cost.",
         unit="steps",
-        at_least=0,
-        at_most=1000,
+        within="[0, 1000]",
     )
     state_baseline: bool = knob(
         False,
         "Subtract the reward of the predicted image from the advantages of score terms: one reward call more per step.",
     )
-    ho_coefficient: float = knob(
-        1.0, "Factor of the score terms; not 1 is biased.", unit="factor", at_least=0, at_most=1e6
-    )
+    ho_coefficient: float = knob(1.0, "Factor of the score terms; not 1 is biased.", unit="factor", within="[0, 1e6]")
 
     @property
     def mirrors_steps(self) -> bool:
@@ -266,23 +259,20 @@ class ThreeOrdersArguments(CalibratedArguments):
         "auto",
         "Number K of last steps covered by the first-order term; `auto` measures the best K.",
         unit="steps",
-        at_least=0,
-        at_most=1000,
+        within="[0, 1000]",
     )
     ho_blocks: int | Literal["all"] = knob(
         "all",
         "Half-order blocks drawn for each micro-batch, weighted to stay unbiased; `all` takes every remaining step, 0 "
         "leaves the half order out.",
         unit="blocks",
-        at_least=0,
-        at_most=1000,
+        within="[0, 1000]",
     )
     ho_length: int | Literal["auto"] = knob(
         1,
         "Length h of a half-order block; `auto` derives it from nfe_budget and memory_budget.",
         unit="steps",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
     zo: Literal["none", "one-point", "two-point"] = knob(
         "none", "Zeroth-order term on the steps that no other term covers."
@@ -291,36 +281,33 @@ class ThreeOrdersArguments(CalibratedArguments):
         0.01,
         "Standard deviation s of the zeroth-order parameter perturbation.",
         unit="LoRA weight units",
-        above=0,
-        at_most=1000,
+        within="(0, 1000]",
         fine=True,
     )
     zo_samples: int = knob(
-        1, "Parameter perturbations drawn for each update.", unit="perturbations", at_least=1, at_most=10_000, fine=True
+        1, "Parameter perturbations drawn for each update.", unit="perturbations", within="[1, 10000]", fine=True
     )
     fo_coefficient: float = preset(PathwiseArguments, "fo_coefficient", 1.0)
     zo_coefficient: float = knob(
-        1.0, "Factor of the zeroth-order term; not 1 is biased.", unit="factor", at_least=0, at_most=1e6
+        1.0, "Factor of the zeroth-order term; not 1 is biased.", unit="factor", within="[0, 1e6]"
     )
     nfe_budget: float | None = knob(
         None,
         "Compute that `ho_length: auto` may spend.",
         unit="denoiser evaluations per sample and optimiser step",
-        above=0,
-        at_most=1e9,
+        within="(0, 1e9]",
     )
     memory_budget: float | None = knob(
         None,
         "Peak memory that `ho_length: auto` may use, by the paper's rule for a tape of h steps.",
         unit="GB",
-        above=0,
-        at_most=1e6,
+        within="(0, 1e6]",
     )
     ho_step_memory: float | None = knob(
-        None, "Memory of one half-order step on the tape, for memory_budget.", unit="GB", above=0, at_most=1e6
+        None, "Memory of one half-order step on the tape, for memory_budget.", unit="GB", within="(0, 1e6]"
     )
     zo_step_memory: float | None = knob(
-        None, "Memory of one zeroth-order step, for memory_budget.", unit="GB", at_least=0, at_most=1e6
+        None, "Memory of one zeroth-order step, for memory_budget.", unit="GB", within="[0, 1e6]"
     )
 
     @property

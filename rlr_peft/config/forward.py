@@ -23,15 +23,13 @@ class ForwardArguments(EstimatorArguments):
         8,
         "Levels, of the sampler's steps, at which every image is noised afresh; all of them if there are fewer.",
         unit="levels",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
     level_density: float = knob(
         0.0,
         "Levels are drawn in proportion to their share of noise to this power; 0 draws evenly.",
         unit="power",
-        at_least=0,
-        at_most=100,
+        within="[0, 100]",
     )
     advantage_clip: float = preset(PolicyGradientArguments, "advantage_clip", 5.0)
     advantage_std: Literal["prompt", "update"] = preset(GRPOArguments, "advantage_std", "prompt")
@@ -40,22 +38,18 @@ class ForwardArguments(EstimatorArguments):
         0.5,
         "Highest decay of the moving average of the adapter's weights that the loss compares with.",
         unit="fraction",
-        at_least=0,
-        below=1,
+        within="[0, 1)",
     )
     old_decay_growth: float = knob(
-        0.001, "After N updates that decay is at most N times this.", unit="fraction per update", at_least=0, at_most=1
+        0.001, "After N updates that decay is at most N times this.", unit="fraction per update", within="[0, 1]"
     )
     norm_penalty: float = knob(
         0.0,
         "Weight of the squared excess of the velocity's norm over the base's, against oversaturation; 0 is off.",
         unit="factor",
-        at_least=0,
-        at_most=1e6,
+        within="[0, 1e6]",
     )
-    norm_margin: float = knob(
-        0.0, "Excess of the norm that is not penalised.", unit="fraction", at_least=0, at_most=100
-    )
+    norm_margin: float = knob(0.0, "Excess of the norm that is not penalised.", unit="fraction", within="[0, 100]")
 
     def check(self, config: "Config") -> Iterator[str]:
         yield from super().check(config)
@@ -86,8 +80,7 @@ class RAMArguments(ForwardArguments):
         100.0,
         "The target moves by this times the advantage: the larger, the weaker the pull to the base.",
         unit="factor",
-        above=0,
-        at_most=1e9,
+        within="(0, 1e9]",
     )
 
 
@@ -96,7 +89,7 @@ class BasePulledArguments(ForwardArguments):
     """Losses without a pull to the base of their own."""
 
     base_pull: float = knob(
-        1e-4, "Weight of the squared distance from the base's output.", unit="factor", at_least=0, at_most=1e6
+        1e-4, "Weight of the squared distance from the base's output.", unit="factor", within="[0, 1e6]"
     )
 
 
@@ -108,7 +101,7 @@ class NFTArguments(BasePulledArguments):
 
     noise_levels: int = preset(ForwardArguments, "noise_levels", 9)
     nft_beta: float = knob(
-        1.0, "How far the outputs that are compared lie from the old one.", unit="factor", above=0, at_most=1
+        1.0, "How far the outputs that are compared lie from the old one.", unit="factor", within="(0, 1]"
     )
 
 
@@ -124,9 +117,5 @@ class AWMArguments(BasePulledArguments):
     base_pull: float = preset(BasePulledArguments, "base_pull", 1e-3)
     clip_range: float = preset(PolicyGradientArguments, "clip_range", 1.0)
     old_pull: float = knob(
-        1.0,
-        "Weight of the squared distance from the old weights' output.",
-        unit="factor",
-        at_least=0,
-        at_most=1e6,
+        1.0, "Weight of the squared distance from the old weights' output.", unit="factor", within="[0, 1e6]"
     )

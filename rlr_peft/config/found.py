@@ -39,7 +39,6 @@ def read_found_config(path: Path, names: Collection[str]) -> tuple[dict[str, Any
     """The plain values of a config that was found, and the names of those that were left out, in part or whole.
 
     Args:
-        path: the YAML file.
         names: those that matter; the others are passed over.
 
     Raises:

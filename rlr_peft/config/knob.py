@@ -5,6 +5,7 @@ Types are those of the fields: bool, int, float, str, fixed words (`Literal`), l
 another reader of YAML (0x10, 010, yes) is refused.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -13,6 +14,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rlr_peft.errors import UserError
+from rlr_peft.foreign_text import listed
 from rlr_peft.plain_files import AMBIGUOUS, MAX_DIGITS, YAML_VALUES, Ambiguous
 from rlr_peft.redaction import HIDDEN
 
@@ -50,10 +52,7 @@ def knob(
     sentence: str,
     *,
     unit: str | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    within: str = "(-inf, inf)",
     secret: bool = False,
     found: Found | None = None,
     fine: bool = False,
@@ -64,7 +63,7 @@ def knob(
         default: the default value; `MISSING` makes the knob required.
         sentence: one plain sentence, shown by `--help`.
         unit: what one of it is, shown by `--help` in brackets.
-        at_least, above, at_most, below: the allowed range of a number.
+        within: the allowed interval of a number, such as `[0, 1)`.
         found: what of its texts is taken from a config that was merely found, see `found.py`; None for nothing.
             Numbers, true and false, and choices of fixed words always are.
         secret: never shown or written: null stands for it in `repr`, YAML, trackers and cards.
@@ -77,7 +76,7 @@ def knob(
         "secret": secret,
         "found": found,
         "fine": fine,
-        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
+        "within": within,
     }
     if default is MISSING:
         return field(metadata=metadata, repr=not secret)
@@ -172,7 +171,7 @@ class Knob:
         if not self.methods or self.shared:
             words = [_sentence(self.field)]
             if self._is_long_choice:
-                words.append(f"One of {join(_choices(self.options), ' or ')}.")
+                words.append(f"One of {listed(_choices(self.options), 'or')}.")
             if self.required:
                 words.append("(required)")
             elif self.field.default is not None:
@@ -183,7 +182,7 @@ class Knob:
             defaults = meanings.setdefault(_sentence(declared), {})
             defaults.setdefault(said(declared.default), []).append(method)
         return " ".join(
-            f"{sentence} (default: {'; '.join(f'{value} with {join(names)}' for value, names in defaults.items())})"
+            f"{sentence} (default: {'; '.join(f'{value} with {listed(names)}' for value, names in defaults.items())})"
             for sentence, defaults in meanings.items()
         ).replace("%", "%%")
 
@@ -308,17 +307,14 @@ def out_of_range(name: str, value: object, declared: Field[Any]) -> str | None:
     """The sentence about a number outside of its knob's range; None where it is inside, and of what is no number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    holds = {
-        "at least": lambda bound: value >= bound,
-        "above": lambda bound: value > bound,
-        "at most": lambda bound: value <= bound,
-        "below": lambda bound: value < bound,
-    }
-    bounds = {word: bound for word, bound in declared.metadata["bounds"].items() if bound is not None}
-    if all(holds[word](bound) for word, bound in bounds.items()):
+    within = declared.metadata["within"]
+    low, high = (int(end) if end.isdigit() else float(end) for end in within[1:-1].split(", "))
+    is_above = value > low or (value == low and within[0] == "[")
+    if is_above and (value < high or (value == high and within[-1] == "]")):
         return None
+    ends = {"at least" if within[0] == "[" else "above": low, "at most" if within[-1] == "]" else "below": high}
     allowed = " and ".join(
-        f"{word} {f'{bound:.0f}' if bound == int(bound) else bound}" for word, bound in bounds.items()
+        f"{word} {end:.0f}" if end == int(end) else f"{word} {end}" for word, end in ends.items() if math.isfinite(end)
     )
     return f"{name}: expected {allowed}, got {value!s:.100}; change --{name}."
 
@@ -328,12 +324,6 @@ def said(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return shortened(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-
-
-def join(names: Iterable[str], last: str = " and ") -> str:
-    """`a, b and c`."""
-    *others, end = names
-    return f"{', '.join(others)}{last}{end}" if others else end
 
 
 def shortened(text: str) -> str:

@@ -107,8 +107,7 @@ class TruncatedBPArguments(PathwiseArguments):
         1,
         "Number K of last steps that are differentiated; `random` draws it for every micro-batch.",
         unit="steps",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -123,7 +122,7 @@ class DRaFTLVArguments(PathwiseArguments):
     estimator = "draft-lv"
 
     renoised_copies: int = knob(
-        2, "Re-noised copies of every image, each with a reward of its own.", unit="images", at_least=1, at_most=100
+        2, "Re-noised copies of every image, each with a reward of its own.", unit="images", within="[1, 100]"
     )
 
 
@@ -131,7 +130,7 @@ class DRaFTLVArguments(PathwiseArguments):
 class DrawnStepsArguments(PathwiseArguments):
     """Some steps of the whole chain, reached with the denoiser's velocity held fixed."""
 
-    fo_steps: int = knob(3, "Number K of steps that are differentiated.", unit="steps", at_least=1, at_most=1000)
+    fo_steps: int = knob(3, "Number K of steps that are differentiated.", unit="steps", within="[1, 1000]")
 
     def check(self, config: "Config") -> Iterator[str]:
         yield from super().check(config)
@@ -148,8 +147,7 @@ class DRTuneArguments(DrawnStepsArguments):
         0.4,
         "The step whose prediction is rewarded is drawn from this share of last steps.",
         unit="fraction",
-        above=0,
-        at_most=1,
+        within="(0, 1]",
     )
 
 
@@ -163,8 +161,7 @@ class LeapArguments(PathwiseArguments):
         0.3,
         "Factor of the gradient that passes through the denoiser at one of the steps; 0 holds the velocity there too.",
         unit="factor",
-        at_least=0,
-        at_most=1,
+        within="[0, 1]",
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -183,15 +180,13 @@ class FlowBPSparseArguments(DrawnStepsArguments):
         1.5,
         "Steps are drawn in proportion to (T - t + 1) to this power; 0 draws evenly.",
         unit="power",
-        at_least=0,
-        at_most=100,
+        within="[0, 100]",
     )
     step_correction: float = knob(
         1.0,
         "How far the drawn steps stand in for the others: 0 not at all, 1 in full.",
         unit="fraction",
-        at_least=0,
-        at_most=1,
+        within="[0, 1]",
     )
 
 
@@ -227,8 +222,7 @@ class AdjointMatchingArguments(DrawnStepsArguments):
         1000.0,
         "The objective is this times the reward minus the divergence from the base in nats.",
         unit="nats per unit of reward",
-        above=0,
-        at_most=1e9,
+        within="(0, 1e9]",
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -254,8 +248,7 @@ class ReFLArguments(MirroredArguments):
         None,
         "Number K of last steps, of which one is drawn; null means a quarter of them.",
         unit="steps",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
 
     def check(self, config: "Config") -> Iterator[str]:

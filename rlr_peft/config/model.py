@@ -141,15 +141,12 @@ def is_single_file(name: str) -> bool:
 class LoraArguments(Group):
     """LoRA: the adapter that is trained"""
 
-    rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", at_least=1, at_most=65536)
+    rank: int = knob(4, "Rank of the LoRA matrices.", unit="dimensions", within="[1, 65536]")
     lora_alpha: float | None = knob(
-        None,
-        "LoRA scale: the update is multiplied by lora_alpha / rank; null means equal to rank.",
-        above=0,
-        at_most=1e6,
+        None, "LoRA scale: the update is multiplied by lora_alpha / rank; null means equal to rank.", within="(0, 1e6]"
     )
     lora_dropout: float = knob(
-        0.0, "Share of the adapter's inputs dropped in training.", unit="fraction", at_least=0, below=1
+        0.0, "Share of the adapter's inputs dropped in training.", unit="fraction", within="[0, 1)"
     )
     lora_layers: str | None = knob(
         None,
@@ -179,6 +176,11 @@ class LoraArguments(Group):
     reference: Literal["base", "init_adapter"] = knob(
         "base", "What divergences, preferences and pulls are measured from: the base alone, or with the init_adapter."
     )
+
+    @property
+    def denoisers(self) -> list[str] | None:
+        """The attributes of the pipeline that are trained; None leaves it to the family."""
+        return None if self.denoiser is None else [name.strip() for name in self.denoiser.split(",")]
 
     def check(self, config: "Config") -> Iterator[str]:
         if self.reference == "init_adapter" and self.init_adapter is None:

@@ -1,6 +1,7 @@
 """From command line and YAML file to a checked Config. Flags win over the file, wherever they stand.
 
 All programs read their words here: the flags of training, and those that a command has of its own, which are knobs too.
+`rlr-peft config` prints what comes of them.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from rlr_peft.config.arguments import (
     refuse_gone,
     refuse_missing,
 )
-from rlr_peft.config.knob import ConfigError, Group, Knob
-from rlr_peft.config.yaml_files import read_yaml
+from rlr_peft.config.knob import ConfigError, Group, Knob, knob
+from rlr_peft.config.yaml_files import config_to_yaml, read_yaml
 from rlr_peft.durable_files import why_no_place
 from rlr_peft.errors import did_you_mean
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
-from rlr_peft.recipes import recipes
+from rlr_peft.recipes import first_comment, recipes
 from rlr_peft.redaction import redacted, secrets_of_command
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
@@ -108,14 +109,6 @@ def check_output(path: Path, is_file: bool = False) -> None:
     """Raises ConfigError where a report's file, or its folder, can be neither written nor made; nothing is made yet."""
     if reason := why_no_place(path, is_file):
         raise ConfigError(f"output: expected a place to write to, got {path}, where {reason}; choose another.")
-
-
-def load_config_or_exit(argv: Sequence[str], prog: str | None = None) -> Config:
-    """`load_config` for scripts: an error becomes one line on stderr and exit code 2, without a traceback."""
-    try:
-        return load_config(argv, prog)
-    except ConfigError as error:
-        exit_with(error)
 
 
 def exit_with(error: ConfigError) -> NoReturn:
@@ -295,15 +288,15 @@ def _build_parser(
     if takes_file:
         parser.add_argument("--config", action="append", metavar="FILE", help=_CONFIG_HELP)
     groups: dict[str, Any] = {}
-    for name, knob in {**shown, **known}.items():
-        title = knob.group_title if shows_all or name in own_names else _MOST_USED_TITLE
+    for name, one in {**shown, **known}.items():
+        title = one.group_title if shows_all or name in own_names else _MOST_USED_TITLE
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        options: dict[str, Any] = {"help": knob.help if name in shown else argparse.SUPPRESS}
-        options["metavar"] = knob.placeholder
-        if knob.element_type is not None:
+        options: dict[str, Any] = {"help": one.help if name in shown else argparse.SUPPRESS}
+        options["metavar"] = one.placeholder
+        if one.element_type is not None:
             options.update(nargs="+", action="extend")
-        elif bool in knob.options:
+        elif bool in one.options:
             options.update(nargs="?", const="true", metavar="true|false")
         if name == place:
             options["metavar"] = name.upper()
@@ -311,3 +304,28 @@ def _build_parser(
     if example:
         parser.epilog = f"example:\n  {parser.prog} {example}"
     return parser
+
+
+@dataclass(frozen=True)
+class ConfigFlags(Group):
+    """The command"""
+
+    list: bool = knob(False, "Name the recipes, for `--config NAME` of all commands, and stop.")
+
+
+def config_command(words: Sequence[str]) -> int:
+    """Prints the resolved YAML of `--config FILE` and flags, or the names of the recipes."""
+    asked = read_words(
+        words,
+        ConfigFlags,
+        "rlr-peft config",
+        "Check a configuration of training and print it in full as YAML.",
+        list(knobs()),
+        example="--config sdxl --rank 16",
+    )
+    if asked.own.list:
+        width = max(map(len, recipes()))
+        say("\n".join(f"{name:<{width}}  {first_comment(path)}" for name, path in recipes().items()))
+    else:
+        say(config_to_yaml(asked.config()).rstrip("\n"))
+    return 0

@@ -18,9 +18,7 @@ class ReusedSamplesArguments(ScoreTermArguments):
     trains_steps_alone = True
 
     ho_start: Literal["uniform", "window"] = knob("uniform", "How the steps are drawn: evenly, or from ho_window.")
-    inner_epochs: int = knob(
-        1, "Optimiser steps on the same samples.", unit="optimiser steps", at_least=1, at_most=1000
-    )
+    inner_epochs: int = knob(1, "Optimiser steps on the same samples.", unit="optimiser steps", within="[1, 1000]")
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,7 @@ class PolicyGradientArguments(ReusedSamplesArguments):
         0.2,
         "Density ratios are clipped to 1 minus to 1 plus this.",
         unit="ratio of a step",
-        above=0,
-        at_most=1e6,
+        within="(0, 1e6]",
         fine=True,
     )
     divergence_limit: float | None = knob(
@@ -42,8 +39,7 @@ class PolicyGradientArguments(ReusedSamplesArguments):
         "In place of clip_range: a sample's step gives nothing where its divergence from the sampling weights is above "
         "this and its ratio moves further away (Flow-DPPO); null clips.",
         unit="nats, summed over the latents",
-        above=0,
-        at_most=1e9,
+        within="(0, 1e9]",
     )
     ratio_norm: bool = knob(
         False,
@@ -51,12 +47,7 @@ class PolicyGradientArguments(ReusedSamplesArguments):
         "(GRPO-Guard); clip_range bounds that ratio.",
     )
     advantage_clip: float = knob(
-        5.0,
-        "Advantages are clipped to plus or minus this.",
-        unit="standard deviations",
-        above=0,
-        at_most=1e6,
-        fine=True,
+        5.0, "Advantages are clipped to plus or minus this.", unit="standard deviations", within="(0, 1e6]", fine=True
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -84,16 +75,14 @@ class DDPOArguments(PolicyGradientArguments):
         32,
         "Latest rewards of a prompt from which mean and deviation are taken.",
         unit="rewards",
-        at_least=2,
-        at_most=10**6,
+        within="[2, 1e6]",
         fine=True,
     )
     per_prompt_stat_tracking_min_count: int = knob(
         16,
         "Rewards that a prompt needs for statistics of its own; before, the batch's are used.",
         unit="rewards",
-        at_least=2,
-        at_most=10**6,
+        within="[2, 1e6]",
         fine=True,
     )
 
@@ -133,7 +122,7 @@ class D3POArguments(ReusedSamplesArguments):
     made_by = "policy.PreferenceEstimator"
 
     dpo_beta: float = knob(
-        0.1, "Strength of the pull towards the base model.", unit="1 / nat", above=0, at_most=1e6, fine=True
+        0.1, "Strength of the pull towards the base model.", unit="1 / nat", within="(0, 1e6]", fine=True
     )
 
     def check_groups(self, config: "Config") -> Iterator[str]:

@@ -62,8 +62,7 @@ class PromptArguments(Group):
         1000,
         "Prompts of a streamed dataset that are shuffled among each other, window by window.",
         unit="prompts",
-        at_least=1,
-        at_most=10**7,
+        within="[1, 1e7]",
     )
     caption_column: str = knob(
         "text", "Column of the prompts in a dataset or a .jsonl, .csv or .parquet file.", found="words"
@@ -89,15 +88,13 @@ class PromptArguments(Group):
         None,
         "Use only the first so many training prompts, of several sources those of each; null means all.",
         unit="prompts",
-        at_least=1,
-        at_most=10**9,
+        within="[1, 1e9]",
     )
     validation_split_percentage: float | None = knob(
         None,
         "Share of the prompts that is never trained on, but used to compare base and adapter; null means none.",
         unit="percent",
-        above=0,
-        below=100,
+        within="(0, 100)",
     )
 
     @property

@@ -46,16 +46,14 @@ class RewardArguments(Group):
         10.0,
         "Penalty for each standard deviation by which a reward is below its minimum.",
         unit="standard deviations of reward",
-        above=0,
-        at_most=1e6,
+        within="(0, 1e6]",
     )
     reward_limit: float | None = knob(
         None,
         "Highest reward (of several, their weighted sum) that is worth training for: images at or above it give no "
         "gradient; null means no limit.",
         unit="reward",
-        at_least=-1e9,
-        at_most=1e9,
+        within="[-1e9, 1e9]",
     )
     reward_dtype: Literal["auto", "fp32", "fp16", "bf16"] = knob(
         "auto", "Number format of the weights of built-in reward models; `auto` is fp16 on a GPU and fp32 on a CPU."
@@ -82,32 +80,28 @@ class RewardArguments(Group):
         120.0,
         "Time limit of one request to a reward server, answer included; after it the server is asked again.",
         unit="seconds",
-        above=0,
-        at_most=86400,
+        within="(0, 86400]",
     )
     reward_server_retries: int = knob(
         5,
         "Further tries when a reward server does not answer, or answers 429 or 5xx.",
         unit="tries",
-        at_least=0,
-        at_most=1000,
+        within="[0, 1000]",
     )
     reward_server_batch_size: int = knob(
-        16, "Images sent to a reward server at once.", unit="images", at_least=1, at_most=4096
+        16, "Images sent to a reward server at once.", unit="images", within="[1, 4096]"
     )
     decode_batch_size: int | None = knob(
         None,
         "Images decoded and scored at once while gradients are kept; null means train_batch_size.",
         unit="images",
-        at_least=1,
-        at_most=4096,
+        within="[1, 4096]",
     )
     decoded_frames: int | None = knob(
         None,
         "Train on the first so many frames of a video alone, for the decoder's memory; null decodes all.",
         unit="frames",
-        at_least=1,
-        at_most=10_000,
+        within="[1, 10000]",
     )
 
     def check(self, config: "Config") -> Iterator[str]:
@@ -170,37 +164,32 @@ class RegularizationArguments(Group):
         0.0,
         "Weight of the divergence from the base in the objective; 0 is off.",
         unit="reward per nat",
-        at_least=0,
-        at_most=1e6,
+        within="[0, 1e6]",
     )
     kl_steps: int | Literal["all"] = knob(
         4,
         "Steps drawn for one estimate of the divergence, weighted to stay unbiased.",
         unit="steps",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
     kl_interval: int | None = knob(
         None,
         "How often the divergence is measured where it is neither penalised nor limited; null means never.",
         unit="optimiser steps",
-        at_least=1,
-        at_most=10**9,
+        within="[1, 1e9]",
     )
     kl_limit: float | None = knob(
         None,
         "Stop once the divergence from the base, averaged over ten updates, is above this; null means never.",
         unit="nats",
-        above=0,
-        at_most=1e9,
+        within="(0, 1e9]",
     )
     early_stopping_steps: int | None = knob(
         None,
         "Stop, and go back to the best weights, once the held-out reward of this many updates is significantly below "
         "the best so far; null means never.",
         unit="optimiser steps",
-        at_least=5,
-        at_most=10**9,
+        within="[5, 1e9]",
     )
 
     def check(self, config: "Config") -> Iterator[str]:

@@ -39,38 +39,34 @@ class TrainingArguments(Group):
     """Training: batches, length and seed"""
 
     output_dir: str = knob("outputs/rlr-lora", "Folder that receives the adapter, checkpoints, logs and the card.")
-    seed: int = knob(0, "Seed of every random number; the same seed gives the same run.", at_least=0, at_most=2**63 - 1)
+    seed: int = knob(
+        0, "Seed of every random number; the same seed gives the same run.", within="[0, 9223372036854775807]"
+    )
     train_batch_size: int = knob(
-        4, "Images that each process samples and differentiates at once.", unit="samples", at_least=1, at_most=4096
+        4, "Images that each process samples and differentiates at once.", unit="samples", within="[1, 4096]"
     )
     gradient_accumulation_steps: int | Literal["auto"] = knob(
         1,
         "Micro-batches whose gradients are summed into one update; `auto`, for `--estimator auto`, measures how many "
         "are worth their cost.",
         unit="micro-batches",
-        at_least=1,
-        at_most=100_000,
+        within="[1, 100000]",
     )
     num_images_per_prompt: int | Literal["auto"] = knob(
         AUTO,
         "Images of a prompt in an update: its group, within which rewards are compared; `auto` draws 4 where they are, "
         "or as many as divide the update, and else 1, since the reward's gradient hardly differs between them.",
         unit="images",
-        at_least=1,
-        at_most=100_000,
+        within="[1, 100000]",
     )
     num_train_epochs: int = knob(
-        1, "Passes over the prompts; max_train_steps overrides it.", unit="epochs", at_least=1, at_most=10**9
+        1, "Passes over the prompts; max_train_steps overrides it.", unit="epochs", within="[1, 1e9]"
     )
     max_train_steps: int | None = knob(
-        None,
-        "Number of updates; null means num_train_epochs decides.",
-        unit="optimiser steps",
-        at_least=1,
-        at_most=10**9,
+        None, "Number of updates; null means num_train_epochs decides.", unit="optimiser steps", within="[1, 1e9]"
     )
     max_grad_norm: float = knob(
-        1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", above=0, at_most=1e9
+        1.0, "Gradients with a larger norm are scaled down to it.", unit="norm", within="(0, 1e9]"
     )
 
     detach_negative: bool = knob(
@@ -156,8 +152,7 @@ class OptimizerArguments(Group):
         "Peak learning rate of the optimiser; `auto` finds it by how far the first update changes the images, and "
         "halves it where the reward falls.",
         unit="weight units per step",
-        above=0,
-        at_most=10,
+        within="(0, 10]",
     )
     scale_lr: bool = knob(
         False, "Multiply the learning rate by the number of samples of an update (batch, accumulation, processes)."
@@ -168,32 +163,25 @@ class OptimizerArguments(Group):
         "takes it where the rate is measured, and `constant` where it is given.",
     )
     lr_warmup_steps: int = knob(
-        0, "Updates over which the learning rate rises from 0.", unit="optimiser steps", at_least=0, at_most=10**9
+        0, "Updates over which the learning rate rises from 0.", unit="optimiser steps", within="[0, 1e9]"
     )
     lr_num_cycles: int = knob(
-        1, "Hard restarts of the cosine_with_restarts schedule.", unit="cycles", at_least=1, at_most=10**6
+        1, "Hard restarts of the cosine_with_restarts schedule.", unit="cycles", within="[1, 1e6]"
     )
-    lr_power: float = knob(1.0, "Power of the polynomial schedule.", unit="exponent", above=0, at_most=100)
+    lr_power: float = knob(1.0, "Power of the polynomial schedule.", unit="exponent", within="(0, 100]")
     use_8bit_adam: bool = knob(False, "Keep AdamW's state in 8 bits (bitsandbytes): less memory.")
-    adam_beta1: float = knob(
-        0.9, "Decay of the mean of gradients (AdamW, Prodigy).", unit="fraction", at_least=0, below=1
-    )
+    adam_beta1: float = knob(0.9, "Decay of the mean of gradients (AdamW, Prodigy).", unit="fraction", within="[0, 1)")
     adam_beta2: float = knob(
-        0.999, "Decay of the mean of squared gradients (AdamW, Prodigy).", unit="fraction", at_least=0, below=1
+        0.999, "Decay of the mean of squared gradients (AdamW, Prodigy).", unit="fraction", within="[0, 1)"
     )
     adam_weight_decay: float = knob(
         1e-4,
         "Decoupled weight decay of the LoRA weights.",
         unit="fraction per unit of learning rate",
-        at_least=0,
-        at_most=1000,
+        within="[0, 1000]",
     )
     adam_epsilon: float = knob(
-        1e-8,
-        "Added to the divisor, which keeps it above 0 (AdamW, Prodigy).",
-        unit="gradient units",
-        above=0,
-        at_most=1,
+        1e-8, "Added to the divisor, which keeps it above 0 (AdamW, Prodigy).", unit="gradient units", within="(0, 1]"
     )
     use_ema: bool = knob(
         False, "Evaluate and save a moving average of the LoRA weights; training goes on with the weights themselves."
@@ -202,8 +190,7 @@ class OptimizerArguments(Group):
         0.995,
         "Decay of the average with use_ema; after N optimiser steps it is at most N / (9 + N).",
         unit="fraction",
-        at_least=0,
-        below=1,
+        within="[0, 1)",
     )
 
     @property
@@ -254,15 +241,12 @@ class ValidationArguments(Group):
     validation_prompt: tuple[str, ...] | None = knob(
         None, "One or more prompts drawn at fixed seeds while training; null means none.", found="words"
     )
-    num_validation_images: int = knob(
-        4, "Images for each validation prompt.", unit="images", at_least=1, at_most=10_000
-    )
+    num_validation_images: int = knob(4, "Images for each validation prompt.", unit="images", within="[1, 10000]")
     validation_steps: int | None = knob(
         None,
         "How often validation images are drawn; null means only at the end.",
         unit="optimiser steps",
-        at_least=1,
-        at_most=10**9,
+        within="[1, 1e9]",
     )
     evaluation_prompt_path: str | None = knob(
         None, "Unseen prompts on which base and adapter are compared; null means no comparison.", found="prompts"
@@ -272,40 +256,30 @@ class ValidationArguments(Group):
         "Images drawn from the base and from the adapter for the comparison; null means a tenth of what training "
         f"draws, at most {MOST_EVALUATION_IMAGES}.",
         unit="images",
-        at_least=2,
-        at_most=10**6,
+        within="[2, 1e6]",
     )
-    evaluation_batch_size: int = knob(
-        16, "Images drawn at once in the comparison.", unit="images", at_least=1, at_most=4096
-    )
+    evaluation_batch_size: int = knob(16, "Images drawn at once in the comparison.", unit="images", within="[1, 4096]")
     evaluation_eta: float = knob(
         0.0,
         "The chain's eta while evaluating; 0 is what a deterministic sampler draws.",
         unit="factor",
-        at_least=0,
-        at_most=10,
+        within="[0, 10]",
     )
     evaluation_steps: int | None = knob(
         None,
         "Denoising steps of images that are looked at: in the comparison, in validation and on the card; null means "
         "num_inference_steps.",
         unit="steps",
-        at_least=1,
-        at_most=1000,
+        within="[1, 1000]",
     )
     evaluation_guidance_scale: float | None = knob(
-        None,
-        "Guidance of images that are looked at; null means that of training.",
-        unit="factor",
-        at_least=0,
-        at_most=1000,
+        None, "Guidance of images that are looked at; null means that of training.", unit="factor", within="[0, 1000]"
     )
     evaluation_resolution: int | None = knob(
         None,
         "Height and width of images that are looked at; null means that of training.",
         unit="pixels",
-        at_least=1,
-        at_most=16384,
+        within="[1, 16384]",
     )
     evaluation_scheduler: str | None = knob(
         None,
@@ -338,11 +312,10 @@ class CheckpointingArguments(Group):
         None,
         f"How often a checkpoint is saved; null means every tenth of the run, and every {LONGEST_UNSAVED} at most.",
         unit="optimiser steps",
-        at_least=1,
-        at_most=10**9,
+        within="[1, 1e9]",
     )
     checkpoints_total_limit: int | None = knob(
-        None, "Checkpoints kept, the oldest go first; null means all.", unit="checkpoints", at_least=1, at_most=10**6
+        None, "Checkpoints kept, the oldest go first; null means all.", unit="checkpoints", within="[1, 1e6]"
     )
     resume_from_checkpoint: str | None = knob(
         None, "Checkpoint to go on from: `latest`, a name such as `checkpoint-500`, or a path."
@@ -381,8 +354,7 @@ class HubArguments(Group):
         "How often a checkpoint is saved and its adapter published while training, on a branch `checkpoint-STEP`; null "
         "means never.",
         unit="optimiser steps",
-        at_least=1,
-        at_most=10**9,
+        within="[1, 1e9]",
     )
 
     def check(self, config: "Config") -> Iterator[str]:

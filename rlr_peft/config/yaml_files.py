@@ -80,8 +80,6 @@ def save_config(config: Config, path: str | Path, objects: Mapping[str, str] | N
     """Writes the full resolved configuration; the file is complete or, after a crash, as it was before.
 
     Args:
-        config: of the run.
-        path: of the file.
         objects: what came as a Python object, which no file holds, with its name: a comment says so.
     """
     text = config_to_yaml(config)

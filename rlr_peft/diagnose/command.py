@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlr_peft.build.offline import refuse_missing_rewards, work_offline_without_hub
+from rlr_peft.build.reporting import refuse_missing_rewards, work_offline_without_hub
 from rlr_peft.config import Config, ConfigError
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
@@ -30,7 +30,7 @@ DESCRIPTION = "Measure every gradient estimator on your pipeline, prompts and re
 class DiagnoseFlags(Group):
     """The diagnosis"""
 
-    samples: int = knob(16, "Images to sample, rounded up to whole prompts.", unit="images", at_least=4, at_most=10**6)
+    samples: int = knob(16, "Images to sample, rounded up to whole prompts.", unit="images", within="[4, 1e6]")
     output: str = knob(
         "outputs/diagnosis/report.html", "HTML file of the report; numbers and figure go beside it as .json and .png."
     )

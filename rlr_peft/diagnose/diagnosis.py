@@ -9,15 +9,6 @@ from tqdm.auto import tqdm
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import DEAD_STEP
 from rlr_peft.config import Config
-from rlr_peft.diagnose.costs import (
-    Cost,
-    improvement_per_cost,
-    length_along,
-    measure_cost,
-    memory_in_words,
-    run_on_single_samples,
-    update_size,
-)
 from rlr_peft.diagnose.estimates import (
     Cosine,
     SampleEstimates,
@@ -26,7 +17,17 @@ from rlr_peft.diagnose.estimates import (
     first_half,
     squared_deviations,
 )
-from rlr_peft.diagnose.evidence import Evidence, gather_evidence
+from rlr_peft.diagnose.evidence import (
+    Cost,
+    Evidence,
+    gather_evidence,
+    improvement_per_cost,
+    length_along,
+    measure_cost,
+    memory_in_words,
+    run_on_single_samples,
+    update_size,
+)
 from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
 from rlr_peft.estimators.base import Coverage, hot_steps
 from rlr_peft.estimators.objective import Objective, Rollout
@@ -227,9 +228,7 @@ def diagnose(
 
     Args:
         chain: the chain that is to be trained.
-        objective: scores.
         rollouts: N samples in all, with leave-one-out advantages.
-        config: of the run.
         group_size: samples per prompt, side by side.
         sampling_seconds: what sampling and scoring took, per sample.
         facts: what is diagnosed, in words, by name.

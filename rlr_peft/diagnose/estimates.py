@@ -52,7 +52,6 @@ def sample_estimates(
     """Of estimates (n, d) that hold all randomness already.
 
     Args:
-        vectors: the estimates.
         samples: which of all samples they are of; 0..n - 1 by default.
         draws: which draw each is of, (n,), from 0 on; all different by default.
     """
@@ -77,7 +76,6 @@ def weighted_rows(gradients: StepGradients, weights: Weights, factors: torch.Ten
 
     Args:
         gradients: must hold the pathwise gradients and those with the velocity held fixed.
-        weights: of the rows.
         factors: of the samples' estimates, (N,); None for 1.
     """
     rows = rows_of(gradients).double()
@@ -141,7 +139,6 @@ def black_box_tail(gradients: StepGradients, mirrored: torch.Tensor) -> torch.Te
     """Score terms with mirrored advantages on steps 1..n and leave-one-out advantages beyond, (N, d).
 
     Args:
-        gradients: of the samples.
         mirrored: advantages by step, (n, N).
     """
     tail = (mirrored[:, :, None] * gradients.scores[: len(mirrored)]).sum(0)
@@ -157,10 +154,8 @@ def drawn_score_terms(
     without replacement, ``n^2 (1 / M - 1 / n) s^2`` with s^2 the variance among the sample's own steps.
 
     Args:
-        gradients: of the samples.
         first_order_steps: K; 0 for a reward without gradient.
         num_draws: M, fewer than the steps with noise beyond K.
-        generator: of the draws.
     """
     beyond = gradients.half_order[first_order_steps:][gradients.has_noise[first_order_steps:]]
     count = len(beyond)
@@ -266,7 +261,6 @@ def cosine_to_reference(
         estimates: of the method, of some of the samples.
         reference: of the reference, of all samples.
         is_first: which of all samples belong to the first half, (N,), bool.
-        seed: of the bootstrap.
     """
     generator = torch.Generator().manual_seed(seed)
     mine = [estimates.vectors[is_first[estimates.samples] == half].double() for half in (True, False)]

@@ -11,9 +11,8 @@ from rlr_peft.config import Config, EstimatorArguments
 from rlr_peft.config.methods import METHODS, DrawnStepsArguments, RLRPaperArguments
 from rlr_peft.config.policy import D3POArguments, ReusedSamplesArguments
 from rlr_peft.diagnose import estimates as estimates_of
-from rlr_peft.diagnose.costs import update_size
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
-from rlr_peft.diagnose.evidence import Evidence
+from rlr_peft.diagnose.evidence import Evidence, update_size
 from rlr_peft.estimators.auto import weights_of
 from rlr_peft.estimators.base import Estimator, build_estimator
 from rlr_peft.estimators.layout import RLRSettings
@@ -91,8 +90,6 @@ def methods_to_compare(chain: Chain, evidence: Evidence, config: Config) -> Comp
     """Every method that exists for the chain and the reward, with its estimates on the same samples.
 
     Args:
-        chain: the chain.
-        evidence: what was measured.
         config: lends the numbers that do not make a method another one, such as clips and scales, and the batch.
     """
     builder = _Builder(chain, evidence, config)

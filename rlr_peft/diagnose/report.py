@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlr_peft.config import config_to_dict
-from rlr_peft.diagnose.costs import update_size
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, StepProfile
 from rlr_peft.diagnose.estimates import gradient_norm, noise_scale
+from rlr_peft.diagnose.evidence import update_size
 from rlr_peft.diagnose.methods import Method, quoted
 from rlr_peft.diagnose.recommendation import Recommendation
 from rlr_peft.figures import (
@@ -146,8 +146,6 @@ def write_report(path: Path, diagnosis: Diagnosis, recommendation: Recommendatio
 
     Args:
         path: of the page, ending in ``.html``.
-        diagnosis: what was measured.
-        recommendation: what follows.
 
     Returns:
         The three paths.

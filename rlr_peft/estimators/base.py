@@ -211,7 +211,6 @@ class Estimator(ABC):
         Args:
             chain: the chain, in the weights that train.
             objective: scores clean latents, for terms that need other rewards than the samples' own.
-            rollout: the micro-batch.
             generator: of the estimator's draws, on the CPU.
         """
 
@@ -252,7 +251,6 @@ class Estimator(ABC):
 
         Args:
             parameters: with, as ``.grad``, the gradient of minus the mean reward over the samples of all processes.
-            samples: how many those are.
         """
 
     def learn(self, books: Sequence[Book]) -> None:  # noqa: B027

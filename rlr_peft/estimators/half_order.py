@@ -133,8 +133,6 @@ def draw_probabilities(
     """Probability of every block in a single draw, (len(blocks),), float64.
 
     Args:
-        blocks: candidates.
-        half_order: the sampler and its window.
         running_norms: running gradient norm by first step; blocks never drawn count as average.
         defensive_share: share of uniform probability mixed in, in [0, 1].
 

@@ -55,7 +55,6 @@ def reference_steps(
 
     Args:
         chain: with a reference.
-        trajectory: what was sampled.
         steps: how many are drawn, or "all".
         generator: of the draws, on the CPU.
 

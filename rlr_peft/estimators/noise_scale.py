@@ -33,7 +33,6 @@ class NoiseScale:
         """Learns from an update's mean gradient, given as a sketch (d,) that keeps inner products.
 
         Args:
-            sketch: of the gradient.
             samples: B of this update.
         """
         sketch = sketch.double()

@@ -52,8 +52,6 @@ class DecodedReward:
     """Decodes clean latents and scores the images; the tape lives for ``batch_size`` images and no longer.
 
     Args:
-        decoder: decodes latents.
-        reward: scores images.
         batch_size: images decoded and scored at once.
         heldout: a reward that is only measured, never differentiated.
         limit: rewards count up to it; None for no limit.
@@ -226,7 +224,6 @@ class Rollout:
         """``A eps_t / sigma_t``, the cotangent at the mean of step t of a score-function term, (B, ...).
 
         Args:
-            t: the step.
             advantages: A, (B,); the rollout's own if None.
 
         Raises:
@@ -291,8 +288,6 @@ def sample_batch(
     """Samples and scores every prompt; a reward that ``overlaps`` is asked while the next micro-batch is sampled.
 
     Args:
-        chain: the chain to sample.
-        objective: scores its clean latents.
         prompts: one per sample, those of a group side by side.
         seeds: one per sample.
         micro_batch_size: samples per trajectory.

@@ -364,7 +364,6 @@ def leap_weights(chain: Chain, rollout: Rollout, later: int, earlier: int) -> to
     """``1 / (max(d_j, .1) + max(d_0, .1))`` of every sample, (B,), with d the mean absolute error of its two leaps.
 
     Args:
-        chain: the chain.
         rollout: its samples hold what the leaps missed.
         later: step j, from where the second leap leads to the clean latents.
         earlier: step k > j, from where the first leap leads to x_j.

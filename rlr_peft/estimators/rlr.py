@@ -207,8 +207,6 @@ def mixed_segment(
     Args:
         rollout: must hold the reward's gradient.
         mixture: w_t of steps 1..K, (K,), in [0, 1]; 1 where a step has no noise.
-        first_order: coefficient of the pathwise parts.
-        half_order: coefficient of the score parts.
     """
 
     def into_parameters(

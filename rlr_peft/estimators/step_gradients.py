@@ -27,7 +27,6 @@ class GradientSketch:
     Args:
         parameters: lend the shapes and the device.
         dimension: d.
-        seed: of the hashing.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], dimension: int = 4096, seed: int = 0) -> None:
@@ -91,9 +90,7 @@ def measure_step_gradients(
     """Replays every step of every sample once, and pulls back the reward's gradient and the noise.
 
     Args:
-        chain: the chain.
         rollouts: of at least two samples in all.
-        sketch: projects the gradients.
         first_order_only: leave the scores at zero, where only the pathwise gradients are wanted.
         with_held: measure the gradients with the velocity held fixed too, of a reward with a gradient.
         description: of the progress bar; None for no bar.

@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ADAPTER = "default"
+"""What peft calls the adapter that is trained; it is not written to the file."""
 
 
 def denoiser_name(pipeline: Any) -> str:
@@ -22,12 +24,12 @@ def denoiser_name(pipeline: Any) -> str:
     raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer`: no denoiser to adapt.")
 
 
-def adapted_denoisers(pipeline: Any, adapter_name: str = "default") -> list[str]:
-    """The attributes of the pipeline whose module holds the adapter, in the pipeline's order."""
+def adapted_denoisers(pipeline: Any) -> list[str]:
+    """The attributes of the pipeline whose module holds the trained adapter, in the pipeline's order."""
     return [
         name
         for name, part in pipeline.components.items()
-        if isinstance(part, nn.Module) and adapter_name in getattr(part, "peft_config", {})
+        if isinstance(part, nn.Module) and ADAPTER in getattr(part, "peft_config", {})
     ]
 
 
@@ -42,7 +44,6 @@ def attach_lora(
     use_rslora: bool = False,
     init_lora_weights: str = "gaussian",
     seed: int = 0,
-    adapter_name: str = "default",
 ) -> list[nn.Parameter]:
     """Adds a trainable LoRA to the denoiser, in float32 whatever the base's dtype, and freezes everything else.
 
@@ -57,20 +58,15 @@ def attach_lora(
         use_rslora: scale by the square root of the rank (rank-stabilised LoRA).
         init_lora_weights: `gaussian` (std 1 / rank), `kaiming` (uniform) or `orthogonal`.
         seed: the same seed gives the same weights whatever was drawn before; the global random state is left as it was.
-        adapter_name: peft's name of the adapter inside the model; it is not written to the file.
 
     Returns:
         The trainable parameters, in the order of `lora_parameters`.
 
     Raises:
-        ValueError: a target that matches no adaptable layer, a rank or initialisation out of range, or a taken name.
+        ValueError: a target that matches no adaptable layer, or an odd rank for `orthogonal`.
     """
-    if init_lora_weights not in ("gaussian", "kaiming", "orthogonal"):
-        raise ValueError(f"init_lora_weights must be gaussian, kaiming or orthogonal; got {init_lora_weights!r}.")
-    if rank < 1 or (init_lora_weights == "orthogonal" and rank % 2):
-        raise ValueError(f"rank must be at least 1, and even for orthogonal initialisation; got {rank}.")
-    if adapter_name in getattr(denoiser, "peft_config", {}):
-        raise ValueError(f"The denoiser already has an adapter named {adapter_name!r}: choose another adapter_name.")
+    if init_lora_weights == "orthogonal" and rank % 2:
+        raise ValueError(f"rank must be even for orthogonal initialisation; got {rank}.")
     _check_targets(denoiser, target_modules)
     config = LoraConfig(
         r=rank,
@@ -86,15 +82,15 @@ def attach_lora(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         if hasattr(denoiser, "add_adapter"):
-            denoiser.add_adapter(config, adapter_name)  # type: ignore[operator]
+            denoiser.add_adapter(config, ADAPTER)  # type: ignore[operator]
         else:  # UNet3DConditionModel and PixArt have none
-            inject_adapter_in_model(config, denoiser, adapter_name)
-        parameters = lora_parameters(denoiser, adapter_name)
+            inject_adapter_in_model(config, denoiser, ADAPTER)
+        parameters = lora_parameters(denoiser)
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         if init_lora_weights == "orthogonal":
-            _initialise_orthogonally(denoiser, adapter_name)
+            _initialise_orthogonally(denoiser)
     return list(parameters.values())
 
 
@@ -109,7 +105,7 @@ def lora_size(denoiser: nn.Module, target_modules: Sequence[str], rank: int) -> 
     return size
 
 
-def lora_parameters(denoiser: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+def lora_parameters(denoiser: nn.Module, adapter_name: str = ADAPTER) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their names in the denoiser, in the denoiser's order: the same in every process."""
     of_adapter = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
     return {name: parameter for name, parameter in denoiser.named_parameters() if of_adapter.search(name)}
@@ -158,16 +154,16 @@ def _check_targets(denoiser: nn.Module, target_modules: Sequence[str]) -> None:
     )
 
 
-def _initialise_orthogonally(denoiser: nn.Module, adapter_name: str) -> None:
+def _initialise_orthogonally(denoiser: nn.Module) -> None:
     """A non-zero start whose product is zero: A and B use complementary halves of an orthonormal basis of R^rank.
 
     Drawn here because peft rounds its own to the base's dtype (in bf16 the product is then far from zero) and has none
     for convolutions.
     """
     for layer in denoiser.modules():
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        if not isinstance(layer, LoraLayer):
             continue
-        lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         rank = lora_a.shape[0]
         basis = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64)).Q
         down = basis[:, : rank // 2] @ torch.randn(rank // 2, lora_a[0].numel(), dtype=torch.float64) / 10

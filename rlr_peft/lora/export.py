@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rlr_peft.chain.families import adapter_folder, adapter_prefix
 from rlr_peft.durable_files import WEIGHT_NAME, replacing_file
-from rlr_peft.lora.attach import adapted_denoisers, denoiser_name
+from rlr_peft.lora.attach import ADAPTER, adapted_denoisers, denoiser_name
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, read_tensors
 from rlr_peft.lora.formats import apply_settings, format_name, layers_of
 
@@ -36,7 +36,7 @@ _OF_UNET = re.compile(r"unet\.(?!.*(?:motion_modules|temp_|transformer_in))")
 _OF_TRANSFORMER = re.compile(r"transformer\.(?!.*\.(?:attn[12]|attention)\.)(?!blocks\.|layers\.)")
 
 
-def save_lora(pipeline: Any, directory: str | Path, *, adapter_name: str = "default") -> Path:
+def save_lora(pipeline: Any, directory: str | Path) -> Path:
     """Writes `pytorch_lora_weights.safetensors`: native PEFT keys, float32, and the metadata to scale them by.
 
     The adapter of a second denoiser, `transformer_2`, goes into a file of the same name in the subfolder
@@ -45,21 +45,19 @@ def save_lora(pipeline: Any, directory: str | Path, *, adapter_name: str = "defa
     Args:
         pipeline: with the trained denoiser inside.
         directory: created when missing. An adapter file that is already there is replaced at once, or kept on an error.
-        adapter_name: peft's name of the adapter inside the denoiser.
 
     Returns:
         The path of the file, of two the first.
     """
-    paths = []
-    for name in adapted_denoisers(pipeline, adapter_name):
-        folder = Path(directory) / adapter_folder(name)
-        paths.append(_save_denoiser(pipeline, name, folder, adapter_name))
+    paths = [
+        _save_denoiser(pipeline, name, Path(directory) / adapter_folder(name)) for name in adapted_denoisers(pipeline)
+    ]
     if not paths:
-        raise ValueError(f"Expected an adapter {adapter_name!r} in the {denoiser_name(pipeline)}: attach one first.")
+        raise ValueError(f"Expected a trained adapter in the {denoiser_name(pipeline)}: attach one first.")
     return paths[0]
 
 
-def _save_denoiser(pipeline: Any, name: str, directory: Path, adapter_name: str) -> Path:
+def _save_denoiser(pipeline: Any, name: str, directory: Path) -> Path:
     denoiser = getattr(pipeline, name)
     prefix = adapter_prefix(name)
     save = getattr(pipeline, "save_lora_weights", None)
@@ -68,7 +66,7 @@ def _save_denoiser(pipeline: Any, name: str, directory: Path, adapter_name: str)
             f"{type(pipeline).__name__} cannot save a LoRA of its {name} with metadata: expected a pipeline "
             f"whose save_lora_weights takes {prefix}_lora_adapter_metadata. Use diffusers >= 0.35 and such a pipeline."
         )
-    tensors, metadata = _adapter(denoiser, adapter_name)
+    tensors, metadata = _adapter(denoiser)
     path = directory / WEIGHT_NAME
     with replacing_file(path) as aside:
         if save is None:
@@ -83,12 +81,12 @@ def _save_denoiser(pipeline: Any, name: str, directory: Path, adapter_name: str)
     return path
 
 
-def _adapter(denoiser: Any, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _adapter(denoiser: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The adapter's tensors by native PEFT keys, and its metadata."""
     # native keys: convert_state_dict_to_diffusers silently loses convolutions and projections
-    tensors = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     tensors = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
-    config = denoiser.peft_config[adapter_name].to_dict()
+    config = denoiser.peft_config[ADAPTER].to_dict()
     metadata = {key: config[key] for key in METADATA_KEYS}
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order changes from run to run
     return tensors, metadata
@@ -126,7 +124,7 @@ def check_kohya(pipeline: Any) -> None:
                 f"output_kohya_format: expected a pipeline with a UNet2DConditionModel, such as Stable Diffusion and "
                 f"SDXL, got {type(denoiser).__name__}, for which diffusers has no conversion; drop the option."
             )
-        if denoiser.peft_config["default"].use_dora:
+        if denoiser.peft_config[ADAPTER].use_dora:
             raise ValueError(
                 "output_kohya_format: expected plain LoRA, got use_dora, which diffusers cannot convert; drop one."
             )

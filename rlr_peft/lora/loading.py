@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rlr_peft.durable_files import SECOND_EXPERT
+from rlr_peft.lora.attach import ADAPTER
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, AdapterMismatchError, find_adapter, read_tensors
 from rlr_peft.lora.formats import AdapterLayer, apply_settings, format_name, layers_of
 from rlr_peft.lora.placing import LayerNames, place_layers, quiet_diffusers
@@ -106,22 +107,19 @@ def fitting_layers(pipeline: Any, files: AdapterFiles) -> dict[str, AdapterLayer
     return loaded
 
 
-def start_from(pipeline: Any, files: AdapterFiles, adapter_name: str = "default") -> None:
+def start_from(pipeline: Any, files: AdapterFiles) -> None:
     """Gives the adapter that is trained the weights of a saved one; layers that only it has keep their own.
 
     A smaller rank fits into a larger one, and another scale is multiplied into the weights: the pipeline draws what it
     draws with the saved adapter.
 
     Args:
-        pipeline: with the trainable adapter attached.
-        files: the saved one.
-        adapter_name: peft's name of the trainable one.
 
     Raises:
         AdapterFormatError: it is damaged or no adapter.
         AdapterMismatchError: it is of another base, or of a kind, rank or layers that the trainable one cannot hold.
     """
-    trained = _layers_with(pipeline, adapter_name)
+    trained = _layers_with(pipeline, ADAPTER)
     layers = fitting_layers(pipeline, files)
     if missing := sorted(layers.keys() - trained.keys()):
         raise AdapterMismatchError(
@@ -130,8 +128,8 @@ def start_from(pipeline: Any, files: AdapterFiles, adapter_name: str = "default"
         )
     for name, layer in layers.items():
         module = trained[name]
-        down, up = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-        if layer.magnitude is not None or layer.bias is not None or module.use_dora[adapter_name]:
+        down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        if layer.magnitude is not None or layer.bias is not None or module.use_dora[ADAPTER]:
             raise AdapterMismatchError(
                 f"init_adapter: expected plain LoRA here and there, got DoRA or biases at {name} of {files.place}; "
                 "merge it into the base with `rlr-peft merge`, and train on that."
@@ -144,7 +142,7 @@ def start_from(pipeline: Any, files: AdapterFiles, adapter_name: str = "default"
         with torch.no_grad():
             down[: layer.rank] = layer.down.to(down)
             up.zero_()
-            up[:, : layer.rank] = layer.up.to(up) * (layer.scale / module.scaling[adapter_name])
+            up[:, : layer.rank] = layer.up.to(up) * (layer.scale / module.scaling[ADAPTER])
 
 
 def _layers_with(pipeline: Any, adapter_name: str) -> dict[str, LoraLayer]:
@@ -170,7 +168,6 @@ def check_arrived(pipeline: Any, expected: Mapping[str, AdapterLayer], adapter_n
     Args:
         pipeline: with the adapter inside.
         expected: the file's layers by the names of the base's, such as `unet.mid_block.attentions.0.proj_in`.
-        adapter_name: peft's name of the adapter.
         place: what the user called it, for messages.
 
     Raises:

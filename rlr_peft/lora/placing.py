@@ -34,7 +34,6 @@ class LayerNames:
     """The adaptable layers of a pipeline by all their names.
 
     Args:
-        pipeline: the base.
         second_expert: whether `transformer` means the second denoiser, as in the file of its folder.
 
     Attributes:
@@ -89,11 +88,7 @@ def place_layers(
     """Finds the base's layer for each layer of the file, and gives the matrices its shapes.
 
     Args:
-        pipeline: the base.
-        names: of its layers.
-        layers: of one file.
         place: what the user called the adapter, for messages.
-        form: what its format is called.
 
     Returns:
         The layers by the base's names, `model.name`.

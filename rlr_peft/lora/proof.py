@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlr_peft.chain.families import adapter_folder, adapter_loading, adapter_prefix
 from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
-from rlr_peft.lora.attach import adapted_denoisers, lora_parameters
+from rlr_peft.lora.attach import ADAPTER, adapted_denoisers, lora_parameters
 from rlr_peft.lora.export import save_lora
 from rlr_peft.lora.files import AdapterMismatchError
 from rlr_peft.lora.loading import diffusers_loads, load_lora
@@ -57,7 +57,7 @@ def check_adapter_saves(pipeline: Any) -> None:
                     shell.__dict__[name] = type(module).from_config(module.config)
         adapters = _load_as_users_do(shell, Path(folder), names)
         fresh = nn.ModuleDict({name: getattr(shell, name) for name in names})
-        own = dict.fromkeys(names, "default")
+        own = dict.fromkeys(names, ADAPTER)
         expected, loaded = _same_layers((pipeline, trained, own), (shell, fresh, adapters), folder)
         saved = _saved(folder, names)
     differing = [
@@ -73,28 +73,24 @@ def check_adapter_saves(pipeline: Any) -> None:
 
 
 def verify_lora_reloads(
-    trained_pipeline: Any,
+    pipeline: Any,
     directory: str | Path,
     render: Callable[[Any], Tensor],
-    *,
-    fresh_pipeline: Any = None,
-    adapter_name: str = "default",
 ) -> float:
     """Loads the saved adapter as users do, and compares weights, scales and images with the trained adapter's.
+
+    It is loaded beside the trained one, whose place it takes for its images: nothing but the adapter is twice in
+    memory. diffusers casts a loaded adapter to the base's dtype, so on a half-precision base the trained weights are
+    rounded likewise for the comparison, and put back.
 
     Weights and scales must be equal bit for bit; so are the images on most machines. Some round the same product
     differently from call to call, by where its operands lie (MKL on AMD processors): with equal weights, images may
     differ by `ROUNDING`.
 
     Args:
-        trained_pipeline: as trained; rendered in eval mode, left in the mode it was in.
+        pipeline: as trained; rendered in eval mode, left in the mode it was in.
         directory: what `save_lora` wrote into.
         render: makes images from a pipeline, the same for the same weights: fixed seeds, eta = 0 or a fixed generator.
-        fresh_pipeline: the same base in the same dtype, on the same device, without any adapter, which gets the adapter
-            and keeps it; None loads it beside the trained one, whose place it takes for its images: nothing but the
-            adapter is twice in memory. diffusers casts a loaded adapter to the base's dtype, so on a half-precision
-            base the trained weights are rounded likewise for the comparison, and put back.
-        adapter_name: peft's name of the trained adapter inside the denoiser.
 
     Returns:
         The largest difference of the images; 0 where they are equal bit for bit.
@@ -102,21 +98,16 @@ def verify_lora_reloads(
     Raises:
         AdapterMismatchError: nothing was loaded, other layers were loaded than trained, or an image differs.
     """
-    names = adapted_denoisers(trained_pipeline, adapter_name)
-    pipeline = trained_pipeline if fresh_pipeline is None else fresh_pipeline
-    trained = nn.ModuleDict({part: getattr(trained_pipeline, part) for part in names})
-    reader = nn.ModuleDict({part: getattr(pipeline, part) for part in names})
-    if fresh_pipeline is not None and any(isinstance(module, LoraLayer) for module in reader.modules()):
-        raise ValueError("verify_lora_reloads expects a fresh pipeline without adapters, got one that has some.")
-    own = dict.fromkeys(names, adapter_name)
-    reloaded = _load_as_users_do(pipeline, Path(directory), names)
+    names = adapted_denoisers(pipeline)
+    denoisers = nn.ModuleDict({part: getattr(pipeline, part) for part in names})
+    own, reloaded = dict.fromkeys(names, ADAPTER), _load_as_users_do(pipeline, Path(directory), names)
     try:
-        pair = (trained_pipeline, trained, own), (pipeline, reader, reloaded)
-        images, others, differing = _both(*pair, directory, render)
+        images, others, differing = _both(
+            (pipeline, denoisers, own), (pipeline, denoisers, reloaded), directory, render
+        )
     finally:
-        if fresh_pipeline is None:
-            _activate(trained, own)
-            _delete(reader, reloaded)
+        _activate(denoisers, own)
+        _delete(denoisers, reloaded)
     if images.shape != others.shape:
         difference = f"their shapes are {tuple(images.shape)} and {tuple(others.shape)}"
     elif not images.isfinite().all():

@@ -145,11 +145,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 class BlankTokenizer:
-    """Stands in for a tokenizer, whose vocabulary is no small file: every prompt is as long as may be.
-
-    Args:
-        model_max_length: tokens of the longest prompt.
-    """
+    """Stands in for a tokenizer, whose vocabulary is no small file: every prompt is as long as may be."""
 
     bos_token_id, eos_token_id, pad_token_id = 0, 1, 1
     added_tokens_encoder: Mapping[str, int] = {}
@@ -206,10 +202,8 @@ def build_pipeline(
     """The pipeline with weights as they are initialised, in eval mode, without safety checker, frozen.
 
     Args:
-        architecture: its configs.
         device: meta for weights without bytes.
         dtype: of all weights, except of a VAE that overflows in half precision (as in training).
-        replaced: components that are given.
 
     Raises:
         ArchitectureError: a class that the installed libraries do not have.

@@ -21,11 +21,16 @@ class PlanFlags(Group):
     """The plan"""
 
     gpu_memory: float | None = knob(
-        None, "Your GPU's memory: say whether the training fits, and what helps if not.", unit="GiB", above=0
+        None, "Your GPU's memory: say whether the training fits, and what helps if not.", unit="GiB", within="(0, inf)"
     )
-    host_memory: float | None = knob(None, "Your machine's memory: say whether it is enough.", unit="GiB", above=0)
+    host_memory: float | None = knob(
+        None, "Your machine's memory: say whether it is enough.", unit="GiB", within="(0, inf)"
+    )
     num_processes: int = knob(
-        1, "Processes, each with a GPU, that share the denoiser with --shard_denoiser.", unit="processes", at_least=1
+        1,
+        "Processes, each with a GPU, that share the denoiser with --shard_denoiser.",
+        unit="processes",
+        within="[1, inf)",
     )
     output: str | None = knob(None, "JSON file that gets the numbers, in bytes.")
 

@@ -77,8 +77,6 @@ def measure(
     """Measures a chain whose pipeline is on the meta device; its gradient checkpointing is left switched off.
 
     Args:
-        chain: with its adapter attached.
-        batch_size: samples of a micro-batch.
         decode_batch_size: samples that are decoded at once.
         looking: the chain that draws images to look at, over the same pipeline.
         evaluation_batch_size: how many it draws at once for an evaluation; None where there is none.
@@ -232,7 +230,6 @@ def weight_bytes(
     """Bytes of parameters and buffers, each once.
 
     Args:
-        model: on any device.
         without: parameters that are counted elsewhere, the adapter's.
         quantization: arguments of BitsAndBytesConfig; its linear layers are then held in 4 or 8 bits.
     """

@@ -26,8 +26,6 @@ def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None = None, hos
     """The table of parts and phases, what checkpointing changes, and whether it fits.
 
     Args:
-        plan: what was added up.
-        title: what is planned, in words.
         gpu_memory: of the GPU in GiB; None gives no verdict.
         host_memory: of the machine in GiB; None gives no verdict.
     """
@@ -147,7 +145,6 @@ def suggestions(plan: MemoryPlan, gpu_memory: float) -> list[Suggestion]:
     """Options to switch on, one after the other, each of which lowers the peak; the last one fits, if any does.
 
     Args:
-        plan: as configured.
         gpu_memory: in GiB.
     """
     taken: list[Suggestion] = []

@@ -93,12 +93,9 @@ def reward_memory(
     """The memory of a registered reward or a judge; None where nothing is known about it.
 
     Args:
-        name: of a reward.
-        batch_size: images scored at once.
         dtype: of the network's weights; of judges, bf16 where it is fp16.
         pixels: of an image, for judges; all others bring it to a size of their own.
         files: where the configs of judges come from.
-        with_gradient: whether the score is differentiated.
     """
     base, _, _ = name.partition("/")
     if base.startswith(("jpeg-", "ocr", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):

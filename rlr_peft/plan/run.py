@@ -12,7 +12,7 @@ from rlr_peft.build.chain import (
     build_training_chain,
     evaluation_chain,
 )
-from rlr_peft.build.pipeline import DTYPES, check_reward_decoder, denoiser_names
+from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.sharding import sharded_bytes
 from rlr_peft.build.single_file import place_of_configs
@@ -54,7 +54,6 @@ def plan_memory(
     """Measures and adds up.
 
     Args:
-        config: of the run.
         chain: its chain, with the adapter attached, over a pipeline on the meta device.
         evaluation_chain: the chain that draws images to look at, over the same pipeline.
         quantization: arguments of BitsAndBytesConfig of the config's file; None without one.
@@ -180,7 +179,7 @@ def plan_run(config: Config, num_processes: int = 1) -> MemoryPlan:
         architecture, replaced = _architecture(model), _replaced(model, dtype)
         with loading_base(model.pretrained_model_name_or_path):
             pipeline = build_pipeline(architecture, META, dtype, replaced)
-        family = family_of(pipeline, denoiser_names(config))
+        family = family_of(pipeline, config.lora.denoisers)
         attach_adapters(config, pipeline, family)
         decoder = _reward_decoder(model, pipeline, dtype)
         try:

@@ -97,7 +97,6 @@ class RememberedStages:
     Args:
         decompose: splits what the file does not hold.
         path: the file; it need not exist.
-        names: of the stages.
 
     Raises:
         PromptError: the file cannot be read, or a line is not of this form; the message names it.
@@ -165,7 +164,6 @@ def staged_prompt(
         given: a text or a prompt without stage prompts, which is split; a prompt with them; a sequence of one text per
             stage; or a mapping of stage names to texts.
         names: of the stages, noise first.
-        decompose: splits texts.
 
     Raises:
         PromptError: another number of stages, other names, or something else than texts.
@@ -257,10 +255,8 @@ def without_stage(prompt: str, stages: Sequence[str], index: int) -> str | None:
     """A text without what one stage adds to those before it: what guidance steers away from there, in a contrast.
 
     Args:
-        prompt: the whole text.
         stages: what every stage tells of it, noise first, as rules, columns or models split it. One that tells all of
             it before the last adds nothing of its own.
-        index: of the stage.
 
     Returns:
         The rest of a caption of tiny-shapes or of a text's phrases; of a stage that was not cut out of the text, what

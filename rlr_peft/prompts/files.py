@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal
 
-from rlr_peft.extras import extra
+from rlr_peft.errors import extra
 from rlr_peft.prompt import PromptError
 from rlr_peft.prompts.rows import Columns, Row, in_words, problem_of, recognised
 
@@ -28,7 +28,6 @@ def text_lines(file: BinaryIO, source: str, prefix: str = "") -> Iterator[str]:
 
     Args:
         file: read to its end, and closed.
-        source: in words, for messages.
         prefix: of places in messages, such as the name of a file of several.
 
     Raises:

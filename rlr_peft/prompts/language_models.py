@@ -18,6 +18,8 @@ TRIES = 3
 """Answers asked for before a prompt is given up."""
 MAX_NEW_TOKENS = 400
 CONNECTION_RETRIES = 3
+# Seconds: for one try as a whole, until the answer's last byte, and of the first wait between tries, see `JsonServer`.
+TIMEOUT, BACKOFF = 120.0, 1.0
 
 
 class LanguageModel(Protocol):
@@ -39,15 +41,12 @@ class LanguageModelDecomposer:
     """Asks a language model for stage prompts; malformed answers are rejected and asked for again.
 
     Args:
-        model: the model.
         names: of the stages, noise first.
-        tries: answers asked for before a prompt is given up.
     """
 
-    def __init__(self, model: LanguageModel, names: Sequence[str], tries: int = TRIES) -> None:
+    def __init__(self, model: LanguageModel, names: Sequence[str]) -> None:
         self._model = model
         self._names = tuple(names)
-        self._tries = tries
 
     def __call__(self, prompt: str) -> tuple[str, ...]:
         """The stage prompts of a prompt.
@@ -55,7 +54,7 @@ class LanguageModelDecomposer:
         Raises:
             PromptError: no answer was of the right form, or the model cannot be reached.
         """
-        for attempt in range(self._tries):
+        for attempt in range(TRIES):
             answer = self._model.answer(instructions(self._names), prompt, attempt)
             try:
                 return parse_stages(answer, self._names)
@@ -63,10 +62,10 @@ class LanguageModelDecomposer:
                 problem = error
                 logger.warning(
                     "prompt %r: rejected answer %d of at most %d of %s: %s.",
-                    *(prompt, attempt + 1, self._tries, self._model.name, error),
+                    *(prompt, attempt + 1, TRIES, self._model.name, error),
                 )
         raise PromptError(
-            f"prompt {prompt!r}: {self._model.name} gave no stage prompts in {self._tries} tries; the last "
+            f"prompt {prompt!r}: {self._model.name} gave no stage prompts in {TRIES} tries; the last "
             f"answer: {problem}: {answer!r:.300}. Write its line into the file of stage prompts (--dcot_cache) by "
             "hand, or take another model"
         )
@@ -85,10 +84,6 @@ def instructions(names: Sequence[str]) -> str:
 
 class TransformersModel:
     """A local text-generation model: greedy at first, then at random with fixed seeds.
-
-    Args:
-        name: Hub id or local folder.
-        device: where it runs.
 
     Raises:
         PromptError: the model cannot be loaded.
@@ -145,16 +140,12 @@ class EndpointModel:
         url: up to and without ``/chat/completions``, for example ``http://localhost:8000/v1``.
         model: the name that the server knows it by.
         api_key: sent as bearer token; None for servers that want none.
-        timeout: seconds for one try as a whole, until the answer's last byte.
-        backoff: of the waits between tries on connection errors, 429 and 5xx, in seconds.
 
     Raises:
         PromptError: no URL.
     """
 
-    def __init__(
-        self, url: str, model: str, api_key: str | None = None, timeout: float = 120.0, backoff: float = 1.0
-    ) -> None:
+    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
         try:
             parts = read_address(url)
         except ValueError as error:
@@ -162,7 +153,7 @@ class EndpointModel:
         # A query, such as the version of the API that some servers ask for, stays at the end.
         asked = parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions").geturl()
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._server = JsonServer(asked, timeout, CONNECTION_RETRIES, backoff, headers)
+        self._server = JsonServer(asked, TIMEOUT, CONNECTION_RETRIES, BACKOFF, headers)
         self.name = f"{model} at {parts.hostname}"
         self._model = model
 

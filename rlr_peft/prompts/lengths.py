@@ -81,7 +81,6 @@ def find_over_long(prompts: Sequence[Prompt], room: TextRoom) -> OverLong | None
 
     Args:
         prompts: at most the first 10,000 different texts, stage prompts among them, are looked at.
-        room: what the text encoders see.
     """
     different = dict.fromkeys(text for prompt in prompts for text in (prompt.stages or (prompt.text,)))
     texts = list(itertools.islice(different, MAX_CHECKED))

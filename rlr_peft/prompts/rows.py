@@ -85,7 +85,6 @@ class RowReader:
 
     Args:
         source: the table in words, for messages.
-        columns: what to read.
     """
 
     def __init__(self, source: str, columns: Columns) -> None:
@@ -266,7 +265,6 @@ def recognised(columns: Columns, names: Iterable[str]) -> Columns:
     """The columns to read of a table: those of a published benchmark, if that is what it is and none were named.
 
     Args:
-        columns: as the config asks.
         names: of the table's columns, or of its first row.
     """
     there = set(names)

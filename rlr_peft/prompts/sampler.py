@@ -26,7 +26,6 @@ class PromptSampler:
 
     Args:
         prompts: at least one.
-        seed: of the permutations.
 
     Raises:
         PromptError: no prompts.
@@ -46,7 +45,6 @@ class PromptSampler:
             step: from 0. All steps of a run must use the same `num_prompts * num_processes`, else prompts repeat.
             num_prompts: per process.
             process_index: 0 .. num_processes - 1.
-            num_processes: number of processes.
 
         Returns:
             `num_prompts` prompts. Positions of different processes and steps never overlap within an epoch.
@@ -79,7 +77,6 @@ class MixedPromptSampler:
     Args:
         sources: at least one prompt each.
         weights: one for each source, above 0; each at least a thousandth of their sum.
-        seed: of the permutations.
 
     Raises:
         PromptError: a source without prompts.
@@ -158,7 +155,6 @@ class StreamingPromptSampler:
 
     Args:
         open_stream: starts the stream from its first prompt; it must give the same prompts every time.
-        seed: of the permutations.
         buffer_size: prompts of a window, all that is held in memory; two windows at most.
     """
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlr_peft.config.prompts import BUILTIN_SETS, TABLES, nearest_source
-from rlr_peft.errors import UserError
-from rlr_peft.extras import extra
+from rlr_peft.errors import UserError, extra
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError, as_prompts
 from rlr_peft.prompts.files import csv_rows, json_rows, parquet_rows, prompt_lines, without_nulls
 from rlr_peft.prompts.rows import Columns, Row, RowReader, in_words, one_row_a_prompt
@@ -280,7 +279,6 @@ def hold_back(prompts: Sequence[Prompt], percentage: float) -> tuple[list[Prompt
     same unseen prompts.
 
     Args:
-        prompts: all prompts.
         percentage: of the different texts, above 0 and below 100; at least one is held back and one is left.
 
     Raises:
@@ -344,8 +342,6 @@ def dataset_prompts(spec: DatasetSpec, columns: Columns, max_samples: int | None
     """The prompts of a dataset, row by row from the first.
 
     Args:
-        spec: which dataset.
-        columns: what to read of it.
         max_samples: only this many prompts; None for all.
 
     Raises:

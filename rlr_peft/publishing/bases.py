@@ -68,8 +68,6 @@ def base_license(base_model: str, *, revision: str | None = None, cache_dir: str
 
     Args:
         base_model: "tiny-shapes", a Hub id or a local folder.
-        revision: of the Hub repository.
-        cache_dir: where downloads are kept.
     """
     kind = base_kind(base_model)
     if kind == "embedded":

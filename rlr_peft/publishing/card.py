@@ -30,7 +30,7 @@ from yaml import YAMLError
 from rlr_peft.config.yaml_files import yaml_text
 from rlr_peft.durable_files import replacing_file, stays_inside
 from rlr_peft.errors import UserError
-from rlr_peft.foreign_text import fenced, in_cell, in_code, one_line, printable, printable_values
+from rlr_peft.foreign_text import fenced, in_cell, in_code, listed, one_line, printable, printable_values
 from rlr_peft.publishing.bases import License, base_kind, hub_link
 from rlr_peft.publishing.record import (
     RECORD_NAME,
@@ -258,9 +258,9 @@ def names_in_words(record: RunRecord) -> dict[str, str]:
         "hub": hub_link(label),
     }
     return {
-        "title": in_cell(f"{in_a_row(names)} LoRA for {label.rsplit('/', 1)[-1]}".strip()),
+        "title": in_cell(f"{listed(names)} LoRA for {label.rsplit('/', 1)[-1]}".strip()),
         "base_text": base_text[kind],
-        "reward_text": f"the {rewards} {in_a_row([in_code(name) for name in names])}",
+        "reward_text": f"the {rewards} {listed([in_code(name) for name in names])}",
     }
 
 
@@ -301,8 +301,8 @@ def render_template(template: str, metadata: ModelCardData, variables: Mapping[s
         why = f"it takes longer than {RENDERING_SECONDS:g} s" if isinstance(error, TimeoutError) else error
         raise TemplateError(f"The template of the card cannot be rendered ({why}); correct it.") from error
     near = [match for name in unknown for match in get_close_matches(name, given, 1)]
-    meant = f" Did you mean {in_a_row(near)}?" if near else f" Its variables are {', '.join(sorted(variables))}."
-    raise TemplateError(f"The template of the card names what is not there: {in_a_row(unknown)}.{meant}")
+    meant = f" Did you mean {listed(near)}?" if near else f" Its variables are {', '.join(sorted(variables))}."
+    raise TemplateError(f"The template of the card names what is not there: {listed(unknown)}.{meant}")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -328,11 +328,6 @@ def _in_time(render: Callable[[], str]) -> str:
 
     Thread(target=run, daemon=True).start()
     return rendered.result(RENDERING_SECONDS)
-
-
-def in_a_row(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _duration(seconds: float) -> str:
@@ -365,7 +360,7 @@ FILTERS = {
     "in_lines": _in_lines,
     "fenced": fenced,
     "yaml": lambda values: yaml_text(values).rstrip(),
-    "in_a_row": lambda names: in_a_row(list(names)),
+    "in_a_row": listed,
     "number": lambda value: f"{value:g}",
     "count": lambda value: f"{value:,.0f}",
     "percent": lambda share: f"{share:.0%}",

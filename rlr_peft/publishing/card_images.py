@@ -25,7 +25,6 @@ def save_gallery(output_dir: Path, images: Tensor, prompts: Sequence[str], fps: 
     """Saves the first image or video of every prompt as `images/validation_I.*`.
 
     Args:
-        output_dir: the card's folder.
         images: (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1].
         prompts: N prompts, equal ones beside each other.
         fps: frames per second of videos.
@@ -61,7 +60,6 @@ def save_pairs(
     they were drawn from, if there are any, as `images/condition_I.png`.
 
     Args:
-        output_dir: the card's folder.
         prompts: n of them.
         images: of base and adapter, each (k, 3, H, W) in [0, 1] of the first k <= n prompts.
         scores: of base and adapter, each (n,): the trained reward.

@@ -99,7 +99,6 @@ def write_space(folder: Path, files: AdapterFiles, base: str | None = None) -> N
 
     Args:
         folder: new or empty.
-        files: the adapter.
         base: Hub id or folder of the base; None for what the run's files beside the adapter say.
 
     Raises:

@@ -54,8 +54,6 @@ def push_folder(folder: Path, destination: Destination, message: str, *, card: s
 
     Args:
         folder: an output folder; only files of a fixed list are taken from it.
-        destination: where to.
-        message: of the commit.
         card: text of `README.md` in place of the file.
 
     Raises:
@@ -85,8 +83,6 @@ def push_files(
 
     Args:
         contents: path in the repository -> bytes or a file.
-        destination: where to.
-        message: of the commit.
         replaced: whether a file that is on the branch, and not among these, is deleted.
     """
     api, where = destination.api, {"repo_id": destination.repo_id, "revision": destination.revision}

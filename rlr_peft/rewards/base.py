@@ -158,7 +158,6 @@ def measure_images(
     """Call `reward` and check what it returns.
 
     Args:
-        reward: the reward.
         images: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1]. When they require grad and the reward is
             differentiable, the scores stay attached to them; otherwise the reward sees detached images and the scores
             carry no gradient. A reward without `takes_video` sees the frames as images; a video's score is their mean.

@@ -1,4 +1,4 @@
-"""Rewards with a CLIP model of `transformers`: CLIPScore, PickScore, HPSv2 and the LAION aesthetic predictor.
+"""Rewards with a CLIP or SigLIP model of `transformers`: CLIPScore, PickScore, HPSv2 and two aesthetic predictors.
 
 HPSv2's checkpoint is in open_clip's format: other names, the same numbers.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection, SiglipVisionModel
 
 from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_reward import (
@@ -25,18 +25,11 @@ from rlr_peft.rewards.model_reward import (
     loading,
     unit,
 )
-from rlr_peft.rewards.preprocessing import clip_pixels, padded_clip_pixels
+from rlr_peft.rewards.preprocessing import clip_pixels, padded_clip_pixels, squared_pixels
 
 
 class ClipReward(SeeingReward):
-    """A reward that compares image and prompt with a CLIPModel.
-
-    Args:
-        name: of the reward.
-        settings: how the network is held.
-        network: any dtype.
-        words: folder of its tokenizer.
-    """
+    """A reward that compares image and prompt with a CLIPModel."""
 
     def __init__(self, name: str, settings: ModelSettings, network: CLIPModel, words: Path) -> None:
         super().__init__(name, settings, network)
@@ -100,7 +93,6 @@ class HPSv2(ClipReward):
 
     Args:
         version: of the checkpoint, which is in open_clip's format and converted on load.
-        settings: how the network is held.
     """
 
     def __init__(self, version: Literal["v2.0", "v2.1"], settings: ModelSettings) -> None:
@@ -141,6 +133,31 @@ class Aesthetic(SeeingReward):
         pixels = clip_pixels(images, vision.config.image_size)
         embeddings: Tensor = vision(pixel_values=pixels.to(vision.dtype)).image_embeds
         return embeddings
+
+
+class AestheticV25(SeeingReward):
+    """Aesthetic Predictor V2.5 (discus0434, 2024): such a head on SigLIP's features, for photos and drawings."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        name = "aesthetic-v2.5"
+        folder, path = settings.files.of(name)
+        with loading(name, folder):
+            vision = SiglipVisionModel.from_pretrained(folder, dtype=settings.dtype)
+        weights = {key.replace("scoring_head.", "layers."): value for key, value in load_weights(name, path).items()}
+        head = LinearHead(name, path, weights, vision.config.hidden_size)
+        super().__init__(name, settings, nn.ModuleDict({"vision": vision, "head": head}))
+
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        """(B,) float32, on a scale of 1 to 10; 5.5 and more is very good."""
+        scores: Tensor = self.network["head"](unit(self.features(images)))
+        return scores
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) image embeddings."""
+        vision = self.network["vision"]
+        pixels = squared_pixels(images, vision.config.image_size)
+        features: Tensor = vision(pixel_values=pixels.to(vision.dtype)).pooler_output
+        return features
 
 
 def load_clip_vision(reward_name: str, folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
@@ -190,7 +207,6 @@ def clip_from_open_clip(reward_name: str, path: Path, checkpoint: Mapping[str, A
         reward_name: named in errors.
         path: of the checkpoint, named in errors.
         checkpoint: open_clip's weights, or a mapping that holds them as `state_dict`.
-        dtype: of the result.
 
     Raises:
         RewardError: weights are missing or unknown.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Qwen2VLModel
 
 from rlr_peft.rewards.base import Metadata
+from rlr_peft.rewards.model_files import constant_in
 from rlr_peft.rewards.model_reward import (
     ModelReward,
     ModelSettings,
@@ -18,7 +19,6 @@ from rlr_peft.rewards.model_reward import (
     load_weights,
     loading,
 )
-from rlr_peft.rewards.published_texts import constant_in
 from rlr_peft.rewards.vlm_inputs import QwenInputs
 
 REWARD_TOKEN = "<|Reward|>"

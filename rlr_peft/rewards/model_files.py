@@ -2,12 +2,14 @@
 before anything is loaded.
 
 Every file has an address, repository and name. A user may put a local folder (or file, or another repository) in the
-place of a repository, with the same file names inside.
+place of a repository, with the same file names inside. A model that was trained to answer one long question wants it
+letter by letter: it is read out of its authors' own file, which is parsed and never run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +140,6 @@ class ModelFiles:
 
         Args:
             reward_name: named in the error.
-            repo: the repository.
             alternatives: file names, the preferred first; the last one is certain to be in the repository.
             beside: what else is needed of the repository, for the command in the error.
 
@@ -268,3 +269,53 @@ def _check_hub_id(reward_name: str, expected: str, place: str) -> None:
 def _in_words(problem: Exception | None, place: str) -> str:
     reason = "cannot be read: " + next(iter(str(problem).splitlines()), "")
     return next((text.format(repo=place) for kind, text in _IN_WORDS.items() if isinstance(problem, kind)), reason)
+
+
+def constant_in(reward_name: str, path: Path, name: str) -> str:
+    """The text that a module assigns to a name.
+
+    Raises:
+        RewardError: it assigns none.
+    """
+    for node in _nodes(reward_name, path):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=target)], value=ast.Constant(value=str(text))) if target == name:
+                return text
+    raise _is_another(reward_name, path, f"a text called {name}")
+
+
+def template_in(reward_name: str, path: Path, variable: str) -> str:
+    """The longest f-string of a module in which a variable stands, with `{prompt}` in the variable's place.
+
+    Raises:
+        RewardError: there is none.
+    """
+    found = [text for node in _nodes(reward_name, path) if (text := _template(node, variable)) is not None]
+    if not found:
+        raise _is_another(reward_name, path, f"an f-string with {{{variable}}}")
+    return max(found, key=len)
+
+
+def _template(node: ast.AST, variable: str) -> str | None:
+    if not isinstance(node, ast.JoinedStr):
+        return None
+    parts = []
+    for part in node.values:
+        if isinstance(part, ast.Constant):
+            parts.append(str(part.value))
+        elif isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name) and part.value.id == variable:
+            parts.append("{prompt}")
+        else:
+            return None
+    return "".join(parts) if "{prompt}" in parts else None
+
+
+def _nodes(reward_name: str, path: Path) -> Iterator[ast.AST]:
+    try:
+        return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    except (SyntaxError, ValueError):
+        raise _is_another(reward_name, path, "Python code") from None
+
+
+def _is_another(reward_name: str, path: Path, expected: str) -> RewardError:
+    return RewardError(f"reward '{reward_name}': expected {expected} in {path}; it is another file: get it again")

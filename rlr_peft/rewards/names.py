@@ -13,26 +13,26 @@ from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
 
 MODEL_REWARDS: dict[str, tuple[Any, ...]] = {
     "aesthetic": ("clip_rewards", "Aesthetic"),
-    "aesthetic-v2.5": ("siglip_rewards", "AestheticV25"),
+    "aesthetic-v2.5": ("clip_rewards", "AestheticV25"),
     "clipscore": ("clip_rewards", "ClipScore"),
     "hpsv2": ("clip_rewards", "HPSv2", "v2.1"),
     "hpsv2/v2.0": ("clip_rewards", "HPSv2", "v2.0"),
     "hpsv2/v2.1": ("clip_rewards", "HPSv2", "v2.1"),
     "imagereward": ("image_reward", "ImageReward"),
     "pickscore": ("clip_rewards", "PickScore"),
-    "subject-consistency": ("video", "SubjectConsistency"),
+    "subject-consistency": ("video_rewards", "SubjectConsistency"),
 }
 LARGE_REWARDS: dict[str, tuple[Any, ...]] = {
     "detector": ("detector", "Detector"),
     "hpsv3": ("hpsv3", "HPSv3"),
-    "videoreward": ("video_reward", "VideoReward"),
+    "videoreward": ("video_rewards", "VideoReward"),
 }
 """Called with the settings of their networks, as those before."""
 PLAIN_REWARDS: dict[str, tuple[Any, ...]] = {
     "ocr": ("ocr", "OcrReward"),
     "jpeg-compressibility": ("embedded", "JpegReward", True),
     "jpeg-incompressibility": ("embedded", "JpegReward", False),
-    "temporal-flicker": ("video", "TemporalFlicker"),
+    "temporal-flicker": ("video_rewards", "TemporalFlicker"),
 }
 """Called without settings."""
 UNIFIED_REWARD = "unifiedreward"

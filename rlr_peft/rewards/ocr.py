@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_peft.errors import RewardError
-from rlr_peft.extras import extra
+from rlr_peft.errors import RewardError, extra
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import describe_samples

@@ -49,7 +49,6 @@ def questions_of(name: str, judge: JudgeSettings, prompts: list[str], metadata: 
 
     Args:
         name: of the reward, for errors.
-        judge: the template, and both answers.
         prompts: B texts.
         metadata: B dictionaries. `question` holds a text and `questions` a list, as a checklist does; so does
             `vqa_list`, as GenEval 2 calls it. An item is a text to which the good answer is right, or a pair of a text

@@ -87,7 +87,7 @@ def _vlm(model: str, settings: RewardSettings) -> Reward:
 
 
 def _unified(settings: RewardSettings) -> Reward:
-    module = import_module("rlr_peft.rewards.unified_reward")
+    module = import_module("rlr_peft.rewards.vlm")
     if settings.judge.endpoint is not None:
         reward: Reward = module.UnifiedRewardEndpoint(settings.judge.endpoint, settings.model.files, settings.remote)
     else:

@@ -60,7 +60,6 @@ class RemoteReward(Reward):
 
     Args:
         url: where to POST; a user name and password in it are sent, and said nowhere.
-        settings: how to ask.
 
     Attributes:
         version: what the latest answer said of the server's version; None where it said nothing. It warns when that
@@ -245,7 +244,6 @@ def read_request(body: Any, max_pixels: int) -> tuple[list[Tensor], list[str], l
     """Images, prompts and metadata of a request.
 
     Args:
-        body: its JSON.
         max_pixels: of all images together. PIL refuses a single image of more than twice its own `MAX_IMAGE_PIXELS`
             (179 megapixels) besides, and stays as it is: it holds for the whole process.
 

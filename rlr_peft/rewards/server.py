@@ -81,7 +81,6 @@ class RewardServer(ThreadingHTTPServer):
         host, port: where to listen; port 0 takes a free one.
         device: where images are put before scoring.
         version: stated in every answer; another one where scores may differ.
-        limits: what clients may ask for.
 
     Raises:
         RewardError: a reward of whole videos; only images travel.

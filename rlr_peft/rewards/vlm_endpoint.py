@@ -54,7 +54,6 @@ class Endpoint:
         Args:
             images: (B, 3, H, W) in [0, 1]; rounded to 8 bits.
             questions: B texts.
-            options: of the API.
 
         Raises:
             RewardError: the server cannot be reached, refuses, or answers in another form.
@@ -96,8 +95,6 @@ class VlmEndpoint(Reward):
 
     Args:
         model: the name that the server knows it by.
-        judge: what is asked, and where.
-        settings: how to ask.
 
     Raises:
         RewardError: no URL.

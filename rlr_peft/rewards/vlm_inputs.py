@@ -31,8 +31,6 @@ class ReadByProcessor:
 
     Args:
         name: of the reward, for errors.
-        folder: of the model.
-        config: of the model.
 
     Raises:
         RewardError: it has no chat template, or needs a package that is not there.
@@ -68,8 +66,6 @@ class ReadInTorch(ABC):
 
     Args:
         name: of the reward, for errors.
-        folder: of the model.
-        config: of the model.
         options: of the image processor, in place of its own.
 
     Raises:
@@ -191,8 +187,6 @@ def read_inputs(name: str, folder: Path, config: Any) -> ReadByProcessor | ReadI
 
     Args:
         name: of the reward, for errors.
-        folder: of the model.
-        config: of the model.
 
     Raises:
         RewardError: it has no chat template, or its processor needs a package that is not there.

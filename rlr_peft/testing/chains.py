@@ -160,7 +160,6 @@ class LinearGaussianChain(ReplicatedChain):
         last_std: sigma_1; 0 is legal, as for diffusers' default grids.
         decay: a_1 and a_T, linear in between; above 1 the chain amplifies what it is given.
         gain: b_1 and b_T, linear in between: how much the parameters matter at every step.
-        seed: seed of the constants.
     """
 
     def __init__(
@@ -245,7 +244,6 @@ class QuadraticReward:
     """``R(x_0) = w . x_0 - x_0^T Q x_0 / 2`` as an ``Objective``.
 
     Args:
-        chain: holds w and Q.
         differentiable: whether the estimators may use the gradient.
     """
 

@@ -57,7 +57,6 @@ def assert_unbiased(
             assert_unbiased(MyEstimator())
 
     Args:
-        estimator: a fresh one.
         confidence: in (0, 1): with which an unbiased estimator passes, all components of the gradient taken together.
         resolution: share of the gradient that a bias must not exceed; an estimator too noisy for a bias of this size to
             show fails too.
@@ -122,15 +121,12 @@ def measure_bias(
     learns from every call as it would from an update, so statistics that it keeps come from earlier calls.
 
     Args:
-        estimator: a fresh one.
         num_steps: T of the chain.
         group_size: samples per group (one prompt).
         replicates: groups per call; must be 1 with a zeroth-order term, whose perturbation serves the whole batch.
-        calls: independent estimates.
         differentiable: whether the estimator may use the reward's gradient.
         last_std: sigma_1 of the chain.
         antithetic: mirror the noises of neighbouring samples, as training does for an antithetic estimator.
-        seed: of all random numbers.
     """
     chain = LinearGaussianChain(num_steps=num_steps, replicates=replicates, last_std=last_std)
     objective = QuadraticReward(chain, differentiable)

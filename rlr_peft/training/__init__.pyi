@@ -9,8 +9,8 @@ from .finishing import divergence_from_base as divergence_from_base
 from .finishing import finish as finish
 from .finishing import summary as summary
 from .interruption import GracefulInterruption as GracefulInterruption
-from .learning_signal import LearningSignal as LearningSignal
 from .progress import EarlyStopping as EarlyStopping
+from .progress import LearningSignal as LearningSignal
 from .progress import Progress as Progress
 from .progress import Stop as Stop
 from .progress_page import PROGRESS_PAGE as PROGRESS_PAGE

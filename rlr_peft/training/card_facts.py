@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
-from rlr_peft.build.chain import evaluation_chain, evaluation_in_words
+from rlr_peft.build.chain import evaluation_chain, evaluation_in_words, stage_form
 from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought, source_shares
 from rlr_peft.build.run import Run
 from rlr_peft.build.single_file import place_of_configs
-from rlr_peft.build.stage_form import stage_form
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.config.model import is_single_file
 from rlr_peft.foreign_text import shown_name
@@ -36,8 +35,7 @@ from rlr_peft.publishing.record import (
     Sampling,
 )
 from rlr_peft.redaction import redacted_command
-from rlr_peft.training.learning_signal import LearningSignal
-from rlr_peft.training.progress import Progress
+from rlr_peft.training.progress import LearningSignal, Progress
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics
 
 
@@ -47,10 +45,7 @@ def run_record(
     """The record of a finished run.
 
     Args:
-        run: the run.
-        progress: how far it came.
         metrics: the contents of `metrics.json`.
-        images: what lies in its folder.
         compared_prompts: of the images of the comparison that are shown.
     """
     return RunRecord(

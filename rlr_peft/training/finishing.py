@@ -45,8 +45,7 @@ from rlr_peft.publishing.record import Images, StoredCard
 from rlr_peft.reports import counted, gain_with_error
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training.card_facts import logged_metrics, run_record
-from rlr_peft.training.learning_signal import LearningSignal
-from rlr_peft.training.progress import Progress
+from rlr_peft.training.progress import LearningSignal, Progress
 from rlr_peft.training.progress_page import ProgressPage
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
@@ -65,11 +64,6 @@ def finish(run: Run, progress: Progress, before: Evaluation | None) -> dict[str,
     """Saves the adapter, measures it, draws figures, checks that it reloads, and writes numbers and card.
 
     Every process must call it, and draws its share of the images; the main one writes.
-
-    Args:
-        run: the finished run.
-        progress: how far it came.
-        before: the base's evaluation.
 
     Returns:
         The contents of ``metrics.json``, in every process.

@@ -43,7 +43,6 @@ def take_first_step(run: Run, step: int) -> None:
 
     Args:
         run: its gradients are those of the first update.
-        step: number of the update.
     """
     parameters, trajectories = run.chain.parameters, _sample(run, step)
     start = [parameter.detach().clone() for parameter in parameters]

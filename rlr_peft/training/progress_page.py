@@ -36,7 +36,6 @@ class ProgressPage:
     """The page of one run; the main process writes it.
 
     Args:
-        run: the run.
         metrics: lines of its `metrics.jsonl` so far.
     """
 

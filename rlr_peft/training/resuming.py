@@ -248,7 +248,6 @@ def claim_output_dir(output_dir: Path, resumed_from: Path | None, step: int, *, 
     Args:
         output_dir: of this run; it exists.
         resumed_from: the checkpoint that it goes on from; None for a start from scratch.
-        step: finished steps.
         is_latest: whether that is the newest usable checkpoint of the folder.
 
     Returns:

@@ -23,7 +23,7 @@ from rlr_peft.estimators.zeroth_order import Perturbation
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.learning_rate import take_first_step
-from rlr_peft.training.progress import is_due_after
+from rlr_peft.training.progress import SATISFIED, is_due_after
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ TINY_NORM = 1e-15
 CALIBRATION_SHARE = 0.05
 # Images of a prompt in a calibration, unless that is given: as few as can be compared, which are much alike.
 FEWEST_COMPARED = 2
-# The metric: share of the samples whose reward is at the limit or above.
-SATISFIED = "reward_satisfied"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rlr_peft.rewards.base import Metadata, Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.training.progress_page import VALIDATION
 from rlr_peft.training.resuming import capture_random_states, restore_random_states
-from rlr_peft.training.trackers import track_images
+from rlr_peft.training.tracking import track_images
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ def save_validation_images(run: Run, step: int, phase: str) -> Path | None:
     Every process must call it, and draws its share; the main one writes.
 
     Args:
-        run: the run.
-        step: finished optimiser steps.
         phase: ``validation`` or ``test``, the images' name in the tracker.
 
     Returns:
@@ -165,7 +163,6 @@ def evaluate_adapter(run: Run, num_images: int | None = None) -> Evaluation | No
     Every process must call it, draws its share, and gets the whole.
 
     Args:
-        run: the run.
         num_images: None for as many as the base has.
     """
     if run.evaluation_prompts is None:

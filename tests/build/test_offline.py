@@ -5,12 +5,12 @@ import socket
 
 import pytest
 
-from rlr_peft.build.offline import work_offline_without_hub
+from rlr_peft.build.reporting import work_offline_without_hub
 
 
 @pytest.fixture
 def _open_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlr_peft.build.offline.getproxies", dict)
+    monkeypatch.setattr("rlr_peft.build.reporting.getproxies", dict)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
@@ -35,6 +35,6 @@ def test_an_address_at_which_nothing_listens_is_offline(
 @pytest.mark.usefixtures("_open_environment")
 def test_behind_a_proxy_the_client_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("rlr_peft.build.offline.getproxies", lambda: {"http": "http://proxy:3128"})
+    monkeypatch.setattr("rlr_peft.build.reporting.getproxies", lambda: {"http": "http://proxy:3128"})
     work_offline_without_hub()
     assert "HF_HUB_OFFLINE" not in os.environ

@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 
-from rlr_peft.build.stage_form import choose_stage_form
+from rlr_peft.build.chain import choose_stage_form
 from rlr_peft.chain import DenoisingChain
 from rlr_peft.config import ChainArguments
 from rlr_peft.config.chain import StageFormName

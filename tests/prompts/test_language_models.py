@@ -11,12 +11,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlr_peft.prompt import PromptError
-from rlr_peft.prompts import EndpointModel, LanguageModelDecomposer, TransformersModel, instructions
+from rlr_peft.prompts import EndpointModel, LanguageModelDecomposer, TransformersModel, instructions, language_models
 from tests.prompts.chat_server import chat_server, completion
 from tests.rewards.faulty_server import running
 
 NAMES = ("coarse", "fine")
 GOOD = completion('{"coarse": "a room", "fine": "fur"}')
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_models, "BACKOFF", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +66,15 @@ def test_malformed_answers_are_asked_for_again() -> None:
 
 def test_after_the_last_try_the_prompt_is_reported() -> None:
     with chat_server(completion("I only talk about fish.")) as server:
-        split = LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES, tries=2)
-        with pytest.raises(PromptError, match=r"prompt 'a cat': m at 127.0.0.1 gave no stage prompts in 2 tries.*fish"):
+        split = LanguageModelDecomposer(EndpointModel(server.url, "m"), NAMES)
+        with pytest.raises(PromptError, match=r"prompt 'a cat': m at 127.0.0.1 gave no stage prompts in 3 tries.*fish"):
             split("a cat")
-    assert len(server.requests) == 2
+    assert len(server.requests) == 3
 
 
 def test_a_busy_server_is_waited_for() -> None:
     with chat_server((503, b"busy"), (429, b"slow down"), GOOD) as server:
-        model = EndpointModel(server.url, "m", backoff=0.01)
+        model = EndpointModel(server.url, "m")
         assert LanguageModelDecomposer(model, NAMES)("a cat") == ("a room", "fur")
     assert len(server.requests) == 3
 
@@ -85,7 +90,7 @@ def test_a_busy_server_is_waited_for() -> None:
 )
 def test_refusals(answer: tuple[int, bytes], message: str, asked: int) -> None:
     with chat_server(answer) as server:
-        split = LanguageModelDecomposer(EndpointModel(server.url, "m", "secret", backoff=0.01), NAMES)
+        split = LanguageModelDecomposer(EndpointModel(server.url, "m", "secret"), NAMES)
         with pytest.raises(PromptError, match=f"prompt 'a cat': .*{message}") as caught:
             split("a cat")
     assert len(server.requests) == asked and "secret" not in str(caught.value)
@@ -95,7 +100,7 @@ def test_nobody_there_and_no_url() -> None:
     with chat_server(GOOD) as server:
         pass
     with pytest.raises(PromptError, match=r"m at 127\.0\.0\.1 gave no answer in 4 tries of 120 s each: ") as caught:
-        LanguageModelDecomposer(EndpointModel(f"{server.url}?key=secret", "m", backoff=0.01), NAMES)("a cat")
+        LanguageModelDecomposer(EndpointModel(f"{server.url}?key=secret", "m"), NAMES)("a cat")
     assert "secret" not in str(caught.value) and "object at 0x" not in str(caught.value)
     with pytest.raises(PromptError, match="expected http://HOST:PORT/PATH"):
         EndpointModel("localhost:8000/v1", "m")
@@ -114,9 +119,11 @@ def test_nobody_there_and_no_url() -> None:
         ("echo", r"answered 404 Not Found: .*\*\*\*"),
     ],
 )
-def test_an_endpoint_that_misbehaves_is_named_and_keeps_no_one_waiting(faulty: str, path: str, message: str) -> None:
-    timeout = 0.3 if "drip" in path else 10
-    model = EndpointModel(f"{faulty}/{path}?key=letmein", "m", "api-key", timeout=timeout, backoff=0.01)
+def test_an_endpoint_that_misbehaves_is_named_and_keeps_no_one_waiting(
+    faulty: str, path: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_models, "TIMEOUT", 0.3 if "drip" in path else 10)
+    model = EndpointModel(f"{faulty}/{path}?key=letmein", "m", "api-key")
     with pytest.raises(PromptError, match=rf"^prompt 'a cat': m at 127\.0\.0\.1 {message}") as caught:
         LanguageModelDecomposer(model, NAMES)("a cat")
     assert "letmein" not in str(caught.value) and "api-key" not in str(caught.value)

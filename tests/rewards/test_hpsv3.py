@@ -11,8 +11,7 @@ from benchmarks.reward_parity import mixed_images, to_tensor
 from benchmarks.vlm_parity import hpsv3_parity
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import ModelFiles, ModelSettings, RewardSettings, load_reward, score_images
-from rlr_peft.rewards.model_files import HPSV3, HPSV3_CODE, QWEN2_VL
-from rlr_peft.rewards.published_texts import constant_in, template_in
+from rlr_peft.rewards.model_files import HPSV3, HPSV3_CODE, QWEN2_VL, constant_in, template_in
 
 
 @pytest.fixture(scope="module")

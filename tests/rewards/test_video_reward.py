@@ -13,7 +13,7 @@ from rlr_peft.errors import RewardError
 from rlr_peft.plan import reward_memory
 from rlr_peft.rewards import measure_images, score_images
 from rlr_peft.rewards.model_files import QWEN2_VL_2B, VIDEO_REWARD, VIDEO_REWARD_CODE
-from rlr_peft.rewards.video_reward import frames_seen
+from rlr_peft.rewards.video_rewards import frames_seen
 
 
 @pytest.fixture(scope="module")

@@ -214,8 +214,6 @@ def test_the_limit_deletes_the_oldest_complete_ones_after_the_new_one_is_there(t
     (tmp_path / "checkpoint-notes").mkdir()
     save(manager, 12)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11", "checkpoint-12", "checkpoint-notes"]
-    with pytest.raises(ValueError, match="at least 1"):
-        CheckpointManager(tmp_path, total_limit=0)
 
 
 def test_a_state_that_cannot_be_read_back_safely_is_refused_when_saved(tmp_path: Path) -> None:
@@ -346,8 +344,6 @@ def test_every_process_gets_its_own_state_back_and_those_that_are_new_get_none(
         managers = [CheckpointManager(tmp_path, num_processes=number, process_index=index) for index in range(number)]
         assert [manager.load(path).process_state for manager in managers] == expected
         assert f"written by 2 processes and this run has {number}: its updates are those of then" in caplog.text
-    with pytest.raises(ValueError, match="states of 1 processes, expected 2"):
-        CheckpointManager(tmp_path, num_processes=2).save(5, {}, write_adapter(5))
 
 
 def test_the_manifest_tells_who_wrote_what(tmp_path: Path) -> None:
