@@ -6,6 +6,7 @@ another reader of YAML (0x10, 010, yes) is refused.
 """
 
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -303,18 +304,24 @@ def type_in_words(type_: Any) -> str:
     return " or ".join(sorted(dict.fromkeys(words), key="null".__eq__))
 
 
+def bounds_of(declared: Field[Any]) -> dict[str, float]:
+    """The ends of a knob's range in words: `{"at least": 0, "below": 1}`."""
+    within = declared.metadata["within"]
+    low, high = (int(end) if end.isdigit() else float(end) for end in within[1:-1].split(", "))
+    ends = {"at least" if within[0] == "[" else "above": low, "at most" if within[-1] == "]" else "below": high}
+    return {word: end for word, end in ends.items() if math.isfinite(end)}
+
+
 def out_of_range(name: str, value: object, declared: Field[Any]) -> str | None:
     """The sentence about a number outside of its knob's range; None where it is inside, and of what is no number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    within = declared.metadata["within"]
-    low, high = (int(end) if end.isdigit() else float(end) for end in within[1:-1].split(", "))
-    is_above = value > low or (value == low and within[0] == "[")
-    if is_above and (value < high or (value == high and within[-1] == "]")):
+    holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+    bounds = bounds_of(declared)
+    if all(holds[word](value, bound) for word, bound in bounds.items()):
         return None
-    ends = {"at least" if within[0] == "[" else "above": low, "at most" if within[-1] == "]" else "below": high}
     allowed = " and ".join(
-        f"{word} {end:.0f}" if end == int(end) else f"{word} {end}" for word, end in ends.items() if math.isfinite(end)
+        f"{word} {bound:.0f}" if bound == int(bound) else f"{word} {bound}" for word, bound in bounds.items()
     )
     return f"{name}: expected {allowed}, got {value!s:.100}; change --{name}."
 

@@ -11,7 +11,7 @@ import pytest
 from rlr_peft.config import Config, config_to_dict, save_config
 from rlr_peft.config import load_config as load
 from rlr_peft.config.arguments import knobs
-from rlr_peft.config.knob import Knob
+from rlr_peft.config.knob import Knob, bounds_of
 from rlr_peft.config.methods import METHODS
 from tests.config.loading import DEMO, REQUIRED, refusal
 
@@ -23,7 +23,7 @@ def test_every_knob_has_a_plain_sentence_and_numbers_a_range(knob: Knob) -> None
     assert sentence[0].isupper()
     assert sentence.endswith(".")
     if {int, float} & set(knob.options):
-        assert any(bound is not None for bound in knob.field.metadata["bounds"].values())
+        assert bounds_of(knob.field)
         assert knob.field.metadata["unit"] or knob.name in ("seed", "lora_alpha")
 
 
@@ -97,7 +97,7 @@ def test_every_number_out_of_all_reason_is_refused_with_its_range(value: str, na
         assert set(lines) == own
         for name in own:
             declared = knobs()[name].methods.get(method, knobs()[name].field)
-            bounds = {word: bound for word, bound in declared.metadata["bounds"].items() if bound is not None}
+            bounds = bounds_of(declared)
             expected = "expected a finite number" if value[-1].isalpha() or value == "1e400" else "expected "
             assert expected in lines[name] and "; " in lines[name]
             assert value[-1].isalpha() or value == "1e400" or all(f"{word} " in lines[name] for word in bounds)
