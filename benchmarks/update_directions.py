@@ -10,8 +10,11 @@ adapter are random and small, since at its start half of every gradient is zero.
 """
 
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -22,6 +25,7 @@ from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import load_config
 from rlr_peft.config.methods import METHODS
 from rlr_peft.estimators import Batch, build_estimator, sample_batch
+from rlr_peft.prompt import Prompt
 
 STEPS, SAMPLES, GROUP = 5, 8, 4
 TRUE_UPDATES, UPDATES = 32, 64
@@ -30,7 +34,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rlr": ("rlr", {}),
     "awm": ("awm", {}),
     "awm, advantages over the update's deviation": ("awm", {"advantage_std": "update"}),
+    "awm, noises of their own": ("awm", {}),
     "nft": ("nft", {}),
+    "nft, noises of their own": ("nft", {}),
     "grpo": ("grpo", {}),
 }
 
@@ -44,7 +50,13 @@ def main() -> None:
     batches = [_batch(run, update, GROUP, differentiate=False) for update in range(UPDATES)]
     rows = {}
     for name, (method, knobs) in ROWS.items():
-        rows[name] = row(run, batches, true.mean(0), method, knobs)
+        own = (
+            patch("rlr_peft.estimators.forward.shared_noise", noise_of_its_own)
+            if name.endswith("own")
+            else nullcontext()
+        )
+        with own:
+            rows[name] = row(run, batches, true.mean(0), method, knobs)
         print(name, rows[name], flush=True)
     print(write_results("update_directions", {"rows": rows, "cosine_of_halves": round(float(halves), 4)}))
 
@@ -64,7 +76,7 @@ def coarse_run() -> Run:
 
 
 def row(run: Run, batches: list[Batch], true: torch.Tensor, method: str, knobs: dict[str, Any]) -> dict[str, float]:
-    """Mean cosine of an update with the true gradient, with its standard error; evaluations and seconds of one."""
+    """Mean cosine of an update with the true gradient, with its standard error; its square, evaluations, seconds."""
     estimator = build_estimator(METHODS[method](**knobs), STEPS, samples=SAMPLES)
     generator = torch.Generator().manual_seed(0)
     gradients, before, began = [], run.chain.denoiser_evaluations, time.process_time()
@@ -82,9 +94,15 @@ def row(run: Run, batches: list[Batch], true: torch.Tensor, method: str, knobs: 
     return {
         "cosine": round(float(cosines.mean()), 4),
         "cosine_se": round(float(cosines.std()) / len(cosines) ** 0.5, 4),
+        "square": float(f"{updates.square().sum(1).mean():.3g}"),
         "replays": round((run.chain.denoiser_evaluations - before) / (SAMPLES * UPDATES), 2),
         "cpu_seconds": round(seconds / UPDATES, 2),
     }
+
+
+def noise_of_its_own(clean: torch.Tensor, prompts: Sequence[Prompt], generator: torch.Generator) -> torch.Tensor:
+    """For every image, as in the published methods."""
+    return torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
 
 
 def _batch(run: Run, update: int, group: int, differentiate: bool) -> Batch:

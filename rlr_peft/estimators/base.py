@@ -176,6 +176,7 @@ class Estimator(ABC):
         is_calibrated: whether ``calibrate`` has run, in this session or before the checkpoint that was loaded.
         micro_batches: that an update should have on every process, where the config leaves it to the estimator.
         advantage_clip: normalised advantages are clipped to plus or minus this.
+        shares_draws: whether the images of a prompt share the estimator's draws, also those of different micro-batches.
         draws_without_noise: whether samples are best drawn by the plain solver, whatever noise the chain has.
     """
 
@@ -184,6 +185,7 @@ class Estimator(ABC):
     is_calibrated: bool = True
     micro_batches: int = 1
     advantage_clip: float = math.inf
+    shares_draws: bool = False
     draws_without_noise: bool = False
 
     @abstractmethod

@@ -20,6 +20,9 @@ Losses live in the denoiser's own output, where the pretraining weighed the leve
 weighed by (sigma / alpha)^2, several hundred at the noisiest levels.) NFT's published loss is in the x_0 of flow
 models, which multiplies it by the share of noise s; so it does here for all models, ``s = sigma / (alpha + sigma)``.
 
+The images of a prompt get the same noises, at the same levels. Their advantages add up to zero, so that what a noise
+does to all of them alike cancels; the mean over the noises stays the same (`benchmarks/update_directions`).
+
 `old` is a copy of the adapter's weights that lags behind by a moving average, put in their place for its evaluations;
 `base` is the adapter switched off. Neither is a second model in memory.
 """
@@ -28,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -39,6 +43,7 @@ from rlr_peft.config.forward import AWMArguments, BasePulledArguments, ForwardAr
 from rlr_peft.estimators.advantages import DividedBy, group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.objective import Objective, Rollout
+from rlr_peft.prompt import Prompt, texts_of
 from rlr_peft.reports import counted
 
 # Keeps NFT's division by the size of its own error finite.
@@ -189,6 +194,8 @@ class ForwardEstimator(Estimator):
         draws_without_noise: whether the chain's noise, which the losses do not need, is left out.
     """
 
+    shares_draws = True
+
     def __init__(self, settings: ForwardSettings, draws_without_noise: bool = False) -> None:
         self.settings = settings
         self.draws_without_noise = draws_without_noise
@@ -231,7 +238,7 @@ class ForwardEstimator(Estimator):
         levels = self._draw(chain, generator)
         for t in levels:
             point = chain.path_point(t)
-            noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean)
+            noise = shared_noise(clean, trajectory.prompts, generator)
             noised = point.alpha * clean + point.sigma * noise
             at_level = replace(trajectory, latents=noised.expand(len(trajectory.latents), *noised.shape))
             with chain.without_guidance():
@@ -324,6 +331,13 @@ class ForwardEstimator(Estimator):
         numbers = {**numbers, "velocity_growth": float(growth.mean())}
         # Less prediction of x_0 is more velocity, by (alpha + sigma) / sigma.
         return cotangent + self.settings.norm_penalty * outward / noise_share(point), numbers
+
+
+def shared_noise(clean: torch.Tensor, prompts: Sequence[Prompt], generator: torch.Generator) -> torch.Tensor:
+    """Gaussian noise like the images (B, ...), the same for neighbours with one prompt."""
+    counts = [len(list(same)) for _, same in groupby(texts_of(prompts))]
+    noise = torch.randn((len(counts), *clean.shape[1:]), generator=generator, dtype=clean.dtype).to(clean)
+    return noise.repeat_interleave(torch.tensor(counts, device=clean.device), dim=0)
 
 
 def noise_share(point: PathPoint) -> float:

@@ -110,7 +110,9 @@ def take_update(run: Run, step: int) -> Update:
         books, divergences = [], []
         for i, rollout in enumerate(rollouts):
             micro_batch = run.accelerator.process_index * len(rollouts) + i
-            book, divergence = _add_gradients(run, estimator, rollout, step, micro_batch, epoch)
+            first_prompt = micro_batch * run.config.training.train_batch_size // images_per_prompt
+            draw = first_prompt if estimator.shares_draws else micro_batch
+            book, divergence = _add_gradients(run, estimator, rollout, step, draw, epoch)
             books.append(book)
             divergences += [] if divergence is None else [divergence]
         all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
@@ -256,14 +258,14 @@ def _logged_info(run: Run, info: Mapping[str, torch.Tensor], scores: torch.Tenso
 
 
 def _add_gradients(
-    run: Run, estimator: Estimator, rollout: Rollout, step: int, micro_batch: int, epoch: int
+    run: Run, estimator: Estimator, rollout: Rollout, step: int, draw: int, epoch: int
 ) -> tuple[Book, torch.Tensor | None]:
     """Adds the gradient of a micro-batch's summed objective; returns its book and, if measured, its KL (B,)."""
-    generator = _generator(run, "estimator", step, micro_batch, epoch)
+    generator = _generator(run, "estimator", step, draw, epoch)
     terms = [estimator.segments(run.chain, run.objective, rollout, generator)]
     beta, kl = 0.0 if run.kl_penalty is None else run.kl_penalty.beta, None
     if run.kl_penalty is not None and (beta > 0 or (epoch == 0 and _measures_kl(run, step))):
-        draws = _generator(run, "divergence", step, micro_batch, epoch)
+        draws = _generator(run, "divergence", step, draw, epoch)
         references = reference_steps(run.chain, rollout.trajectory, run.kl_penalty.steps, draws)
         kl = path_kl(rollout.trajectory, references)
         terms += [kl_segments(rollout.trajectory, references, beta)] if beta > 0 else []

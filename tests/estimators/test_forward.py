@@ -25,6 +25,7 @@ from rlr_peft.estimators import (
     ram_pull,
 )
 from rlr_peft.estimators.forward import Comparison
+from rlr_peft.prompt import as_prompts
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from rlr_peft.testing.chains import ReplicatedChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
@@ -32,6 +33,7 @@ from tests.estimators.chains import adapted_chain, flat, gradient_of, move_param
 SHAPE = (6, 2, 3)
 SIZE = 6
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.25, 0.0, 0.75], dtype=torch.float64)
+FREE = ForwardSettings("AWM", partial(awm_pull, clip=1.0, old_pull=0.0), 5, needs_base=True)
 METHODS = {"ram": RAMArguments, "nft": NFTArguments, "awm": AWMArguments}
 
 
@@ -93,7 +95,7 @@ def test_on_policy_all_three_follow_the_same_direction(name: str) -> None:
     clean = rollout.trajectory.latents[0]
     for t in (1, 2, 3):
         point = chain.path_point(t)
-        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        noise = torch.randn((1, *clean.shape[1:]), generator=generator, dtype=clean.dtype)  # all are of one prompt
         noised = point.alpha * clean + point.sigma * noise
         slope = 1 / chain.prediction_sensitivity(t)
         output = -slope * chain.step(noised, t, chain.parameters).pred_original_sample
@@ -151,7 +153,7 @@ class GaussianDataChain(ReplicatedChain):
 def directions(chain: GaussianDataChain, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Score-function gradient and AWM's on-policy direction of steps 2..T, (T - 1, parameters of a step)."""
     slope = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
-    trajectory = chain.sample([""] * samples, [0] * samples)
+    trajectory = chain.sample([str(i) for i in range(samples)], [0] * samples)  # each with noise of its own
     rewards = trajectory.latents[0] @ slope - 0.2 * trajectory.latents[0].square().sum(1)
     rollout = Rollout(trajectory, rewards, leave_one_out(rewards, samples), None)
     score = RLREstimator(RLRSettings(0, HalfOrder(1, "all")))
@@ -186,6 +188,26 @@ def test_where_the_model_is_not_exact_it_estimates_something_else() -> None:
     assert torch.cosine_similarity(score.flatten(), forward.flatten(), dim=0) < 0.6
 
 
+def test_noise_that_a_prompts_images_share_cancels_and_the_mean_stays() -> None:
+    """300 updates of two prompts with four images each, against noises of their own for the same images."""
+    chain, estimator = GaussianDataChain(5, [1.0, 0.5, 0.2]), ForwardEstimator(replace(FREE, needs_base=False))
+    move_parameters(chain, 0.3)
+    slope = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+    shared, own = [], []
+    for update in range(300):
+        trajectory = chain.sample(["red"] * 4 + ["blue"] * 4, list(range(8 * update, 8 * update + 8)))
+        advantages = leave_one_out(trajectory.latents[0] @ slope, 4)
+        for prompts, gradients in ((trajectory.prompts, shared), ([str(i) for i in range(8)], own)):
+            drawn = replace(trajectory, prompts=as_prompts(prompts))
+            rollout = Rollout(drawn, torch.zeros(8), advantages, None)
+            estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(update))
+            gradients.append(gradient_of(chain))
+    shared, own = torch.stack(shared), torch.stack(own)
+    errors = ((shared.var(0) + own.var(0)) / 300).sqrt()
+    assert ((shared.mean(0) - own.mean(0)).abs() < 4 * errors).all()
+    assert shared.var(0).sum() < 0.8 * own.var(0).sum()
+
+
 def trained(settings: ForwardSettings, updates: int, rate: float = 0.02) -> dict[str, float]:
     """The last numbers of a run by plain ascent on a linear reward; the base is what it started from."""
     chain, estimator = GaussianDataChain(5, [1.0, 0.5, 0.2]), ForwardEstimator(settings)
@@ -201,9 +223,6 @@ def trained(settings: ForwardSettings, updates: int, rate: float = 0.02) -> dict
                 parameter.add_(parameter.grad, alpha=rate / 64)
                 parameter.grad = None
     return book.numbers() | {"reward": float(rewards.mean())}
-
-
-FREE = ForwardSettings("AWM", partial(awm_pull, clip=1.0, old_pull=0.0), 5, needs_base=True)
 
 
 def test_each_guard_prevents_what_it_is_for() -> None:

@@ -35,3 +35,15 @@ def test_images_of_a_prompt_are_drawn_where_they_are_compared(workplace: Path, t
     assert all(len(set(group)) == 1 for group in groups)
     assert len({group[0] for group in groups}) == len(groups), "the prompts of the file are more than those"
     assert run.num_images_per_prompt == expected
+
+
+def test_images_of_a_prompt_share_their_noises_whatever_the_micro_batches(workplace: Path, tmp_path: Path) -> None:
+    """Forward-process methods: four images at once, or two and two, make the same update."""
+    norms = []
+    for size, name in ((4, "one"), (2, "two")):
+        values = {"estimator": "awm", "num_images_per_prompt": 4, "train_batch_size": size, "noise_levels": 2}
+        run = build(
+            config_file(workplace, tmp_path / name, **values, gradient_accumulation_steps=8 // size, **BLACK_BOX)
+        )
+        norms.append(take_update(run, 0).gradient_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0] > 0
