@@ -6,8 +6,8 @@ The config names the base, the reward and the prompts; in a notebook they may be
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,17 @@ class Run:
     def weights(self) -> list[torch.Tensor]:
         """All that optimiser steps move: the LoRA weights, and their average where there is one."""
         return [*self.chain.parameters, *(self.ema.shadow_params if self.ema is not None else ())]
+
+    @contextmanager
+    def sampling_chain(self) -> Iterator[DenoisingChain]:
+        """What an update's samples are drawn with: the chain, or one without noise where the method needs none."""
+        estimator = self.estimator.for_reward(self.objective.has_gradient)
+        if not estimator.draws_without_noise:
+            yield self.chain
+            return
+        noiseless = self.chain.at(step_kind="ode")
+        yield noiseless
+        self.chain.denoiser_evaluations += noiseless.denoiser_evaluations
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the pipeline has the weights that are evaluated and saved: with an average, that. Not nested."""

@@ -205,25 +205,19 @@ def _sample(run: Run, step: int, images_per_prompt: int) -> Batch:
 
     Whether the reward has a gradient may show only with the first ones.
     """
-    estimator, chain = run.estimator.for_reward(run.objective.has_gradient), run.chain
-    if estimator.draws_without_noise:
-        chain = chain.at(step_kind="ode")
-    accelerator = run.accelerator
-    index, count = accelerator.process_index, accelerator.num_processes
+    index, count = run.accelerator.process_index, run.accelerator.num_processes
     prompts = run.sampler.sample(step, run.samples_per_process // images_per_prompt, index, count)
     repeated, seeds = _repeat(run, step, "samples", prompts, images_per_prompt, _own_samples(run).start)
-    batch = sample_batch(
-        chain,
-        run.objective,
-        repeated,
-        seeds,
-        run.config.training.train_batch_size,
-        run.config.estimator.antithetic,
-        run.estimator.uses_reward_gradient,
-    )
-    if chain is not run.chain:
-        run.chain.denoiser_evaluations += chain.denoiser_evaluations
-    return batch
+    with run.sampling_chain() as chain:
+        return sample_batch(
+            chain,
+            run.objective,
+            repeated,
+            seeds,
+            run.config.training.train_batch_size,
+            run.config.estimator.antithetic,
+            run.estimator.uses_reward_gradient,
+        )
 
 
 def _own_samples(run: Run) -> slice:

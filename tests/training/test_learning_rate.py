@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlr_peft.build import Run, rollback
+from rlr_peft.build import Run, optimizer
 from rlr_peft.training import finish, read_metrics, resume, take_update
 from rlr_peft.training.learning_rate import CHANGE, SAMPLES
 from tests.training.runs import WEIGHTS, build, config_file, train_here
@@ -116,8 +116,8 @@ class Falling:
 def test_where_the_reward_falls_it_goes_back_and_the_card_says_so(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollback, "BLOCK_UPDATES", 2)
-    monkeypatch.setattr(rollback, "BLOCK_PROMPTS", 4)
+    monkeypatch.setattr(optimizer, "BLOCK_UPDATES", 2)
+    monkeypatch.setattr(optimizer, "BLOCK_PROMPTS", 4)
     (tmp_path / "falling.py").write_text(FALLING)
     values = VALUES | {"lr_scheduler": "constant", "checkpointing_steps": 1}
     config = config_file(workplace, tmp_path / "run", **values, reward_fn=f"{tmp_path / 'falling.py'}:Falling")
