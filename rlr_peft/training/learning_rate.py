@@ -27,8 +27,9 @@ from rlr_peft.chain.interface import Trajectory
 logger = logging.getLogger(__name__)
 
 # At 0.004, the best rate of a grid in the races on tiny-shapes, other samples change by 2.4 to 5.2 %, whatever the
-# method, reward, rank, guidance and number of steps (`benchmarks/first_step.py`). Those races, at 3.5 %, drew two images
-# of a prompt; as many of prompts of their own carry 1.25 times the signal or more, so that a lower rate goes as far.
+# method, reward, rank, guidance and number of steps (`benchmarks/first_step.py`). Those races drew two images of a
+# prompt, and did best at 3.5 %; as many of prompts of their own carry 1.25 times the signal or more, so that a lower
+# rate goes as far.
 CHANGE = 0.028
 # The first try, which moves the latents of no model far; how many more there are; what is near enough.
 FIRST, TRIES, NEAR = 1e-4, 4, 1.15
