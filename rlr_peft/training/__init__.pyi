@@ -5,6 +5,7 @@ from .checkpoints import load_tensors as load_tensors
 from .checkpoints import read_manifest as read_manifest
 from .checkpoints import write_manifest as write_manifest
 from .dry_run import Seconds as Seconds
+from .dry_run import dry_run as dry_run
 from .finishing import divergence_from_base as divergence_from_base
 from .finishing import finish as finish
 from .finishing import summary as summary

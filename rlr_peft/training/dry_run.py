@@ -59,20 +59,25 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: whatever would stop the run before its third update.
     """
-    try:
-        with errors_only():
-            plan: MemoryPlan | UserError = plan_run(config)
-    except UserError as error:  # some pipelines cannot be planned, and yet be trained
-        plan = error
     with tempfile.TemporaryDirectory(prefix="rlr-peft-dry-run-") as folder:
         training = replace(config.training, output_dir=folder)
         checkpointing = replace(config.checkpointing, resume_from_checkpoint=None)
         run = build_run(replace(config, training=training, checkpointing=checkpointing))
+        plan = _plan(config)  # now that all could be read: it may take longer than the rest
         seconds = measure(run)
         text = in_words(run, plan, seconds)
         run.processes.close()
         run.accelerator.end_training()
     return text
+
+
+def _plan(config: Config) -> MemoryPlan | UserError:
+    """Or why there is none: some pipelines cannot be planned, and yet be trained."""
+    try:
+        with errors_only():
+            return plan_run(config)
+    except UserError as error:
+        return error
 
 
 def measure(run: Run) -> Seconds:

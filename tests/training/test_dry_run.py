@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from rlr_peft.config import load_config
+from rlr_peft.prompt import PromptError
 from rlr_peft.reports import duration
-from rlr_peft.training import Seconds
+from rlr_peft.training import Seconds, dry_run
 from tests.training.runs import config_file, run_script
 
 
@@ -37,3 +39,13 @@ def test_times_are_as_people_say_them() -> None:
     assert [duration(seconds) for seconds in (0.25, 9.96, 59.6, 200, 3599.6, 7_500, 360_000)] == [
         *("0.2 s", "10 s", "1 min 0 s", "3 min 20 s", "1 h 00 min", "2 h 05 min", "100 h 00 min")
     ]
+
+
+def test_what_cannot_be_read_is_refused_before_the_memory_is_planned(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"a cat\x00")
+    config = config_file(workplace, tmp_path / "out", prompt_path=str(tmp_path / "bad.txt"), max_train_steps=2)
+    with pytest.raises(PromptError, match=r"bad\.txt"):
+        dry_run(load_config(["--config", str(config)]))
+    assert "Planning memory" not in capsys.readouterr().err
