@@ -53,8 +53,6 @@ EXPECTED_ARGUMENTS = "(images, prompts) or (images, prompts, metadata)"
 class CallableReward(Reward):
     """A user's callable as a reward.
 
-    Of a video pipeline it gets frames, or, if it has the attribute `takes_video = True`, videos (B, F, 3, H, W).
-
     Args:
         name: the reward's name in metrics and messages.
 
