@@ -214,7 +214,7 @@ class AutoEstimator(Estimator):
             return words
         if unbiased.improvement == 0:
             return f"{words}; {UNBIASED} promises nothing on them"
-        return f"{words}, {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
+        return f"{words}; {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
 
     def for_reward(self, has_gradient: bool) -> Estimator:
         """``awm`` for a reward without gradient."""

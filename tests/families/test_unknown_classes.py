@@ -98,7 +98,7 @@ def test_an_unknown_class_is_driven_trained_and_saved(
         chain = chain_over(pipeline, eta=0.0, **OPTIONS)
         return chain.decode(chain.sample(["sky"], [1]).latents[0], ["sky"])
 
-    verify_lora_reloads(pipeline, tmp_path, render, fresh_pipeline=load(str(folder)))
+    verify_lora_reloads(pipeline, tmp_path, render)
 
 
 def test_an_unknown_noising_path_names_its_option(chroma: Path) -> None:
