@@ -186,12 +186,14 @@ class Moments:
         variance = (self.squares - self.count * self.mean**2) / (self.count - 1)
         return max(math.sqrt(max(0.0, variance)), ROUNDING * abs(self.mean))
 
-    def is_clearly_below(self, mean: float, count: int) -> bool:
-        """Whether these are of a lower expectation than ``count`` others of that mean, if all have their deviation.
+    def is_clearly_below(self, other: "Moments") -> bool:
+        """Whether these are of a lower expectation than the others, if both have the larger of the two deviations.
 
-        The best block's own deviation says little: it may be the best because nothing went wrong in it.
+        A block may be the best because nothing went wrong in it, or the lowest because nothing succeeded: its own
+        deviation says little then.
         """
-        return mean - self.mean > CLEARLY * self.deviation * math.sqrt(1 / self.count + 1 / count)
+        deviation = max(self.deviation, other.deviation)
+        return other.mean - self.mean > CLEARLY * deviation * math.sqrt(1 / self.count + 1 / other.count)
 
 
 @dataclass(frozen=True)
@@ -200,16 +202,14 @@ class Block:
 
     Attributes:
         last: number of the last one.
-        mean: of the prompts' rewards.
-        count: of the prompts.
+        rewards: of its prompts.
         weights: mean of the weights after every update, in main memory like all that follows.
         optimizer: its state after the last update.
         estimator: the same.
     """
 
     last: int
-    mean: float
-    count: int
+    rewards: Moments
     weights: list[Tensor]
     optimizer: dict[str, Any]
     estimator: dict[str, Any]
@@ -271,7 +271,7 @@ class Rollback:
     def state_dict(self) -> dict[str, Any]:
         """All that still counts."""
         return {
-            "best": None if self._best is None else dict(vars(self._best)),
+            "best": None if self._best is None else vars(self._best) | {"rewards": dict(vars(self._best.rewards))},
             "halvings": self.halvings,
             "update": self._update,
             "count": self._count,
@@ -282,7 +282,8 @@ class Rollback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        self._best = None if state["best"] is None else Block(**state["best"])
+        best = state["best"]
+        self._best = None if best is None else Block(**best | {"rewards": Moments(**best["rewards"])})
         self.halvings, self._update, self._count = state["halvings"], state["update"], state["count"]
         self._rewards, self._since_best = Moments(**state["rewards"]), Moments(**state["since_best"])
         self._sum = list(state["sum"])
@@ -294,10 +295,10 @@ class Rollback:
         return [torch.zeros(parameter.shape) for parameter in self._parameters]
 
     def _end_block(self) -> None:
-        if self._best is None or self._rewards.mean >= self._best.mean:
+        if self._best is None or self._rewards.mean >= self._best.rewards.mean:
             weights = [total / self._count for total in self._sum]
             states = _copied(self._optimizer.state_dict()), _copied(self._estimator.state_dict())
-            self._best = Block(self._update, self._rewards.mean, self._rewards.count, weights, *states)
+            self._best = Block(self._update, self._rewards, weights, *states)
             self._since_best = Moments()
         else:
             self._go_back_if_fallen()
@@ -307,7 +308,7 @@ class Rollback:
         best = self._best
         if best is None:
             return
-        fallen = [m.mean for m in (self._rewards, self._since_best) if m.is_clearly_below(best.mean, best.count)]
+        fallen = [m.mean for m in (self._rewards, self._since_best) if m.is_clearly_below(best.rewards)]
         if not fallen:
             return
         with torch.no_grad():
@@ -320,12 +321,13 @@ class Rollback:
         self.halvings += 1
         halved = [rate / 2 for rate in self._lr_scheduler.base_lrs]
         _set_base_rates(self._optimizer, self._lr_scheduler, halved)
-        self._since_best = Moments()
+        # The best of many blocks was lucky too: what comes now is compared with the next one, not with it again.
+        self._best = None
         self._start_block()
         logger.info(
             "The reward fell from %.3g (updates up to %d) to %.3g: back to the weights of then, with half the learning "
             "rate, %.2g.",
-            *(best.mean, best.last, fallen[0], self._lr_scheduler.base_lrs[0]),
+            *(best.rewards.mean, best.last, fallen[0], self._lr_scheduler.base_lrs[0]),
         )
 
 
