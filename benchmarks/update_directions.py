@@ -39,6 +39,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "nft, noises of their own": ("nft", {}),
     "grpo": ("grpo", {}),
 }
+# Where the images of a prompt share no noises.
+OWN = ("awm, noises of their own", "nft, noises of their own")
 
 
 def main() -> None:
@@ -50,12 +52,8 @@ def main() -> None:
     batches = [_batch(run, update, GROUP, differentiate=False) for update in range(UPDATES)]
     rows = {}
     for name, (method, knobs) in ROWS.items():
-        own = (
-            patch("rlr_peft.estimators.forward.shared_noise", noise_of_its_own)
-            if name.endswith("own")
-            else nullcontext()
-        )
-        with own:
+        drawn = patch("rlr_peft.estimators.forward.shared_noise", noise_of_its_own) if name in OWN else nullcontext()
+        with drawn:
             rows[name] = row(run, batches, true.mean(0), method, knobs)
         print(name, rows[name], flush=True)
     print(write_results("update_directions", {"rows": rows, "cosine_of_halves": round(float(halves), 4)}))

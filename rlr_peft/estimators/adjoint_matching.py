@@ -23,6 +23,7 @@ class AdjointMatchingEstimator(Estimator):
     Args:
         num_steps: K, drawn evenly from the steps with noise.
         scale: of the reward against the divergence in nats.
+        coefficient: factor of the whole gradient.
     """
 
     uses_reward_gradient = True

@@ -254,7 +254,10 @@ def _logged_info(run: Run, info: Mapping[str, torch.Tensor], scores: torch.Tenso
 def _add_gradients(
     run: Run, estimator: Estimator, rollout: Rollout, step: int, draw: int, epoch: int
 ) -> tuple[Book, torch.Tensor | None]:
-    """Adds the gradient of a micro-batch's summed objective; returns its book and, if measured, its KL (B,)."""
+    """Adds the gradient of a micro-batch's summed objective; returns its book and, if measured, its KL (B,).
+
+    Micro-batches with the same ``draw`` get the same random numbers.
+    """
     generator = _generator(run, "estimator", step, draw, epoch)
     terms = [estimator.segments(run.chain, run.objective, rollout, generator)]
     beta, kl = 0.0 if run.kl_penalty is None else run.kl_penalty.beta, None
