@@ -47,12 +47,12 @@ METHODS: dict[str, tuple[list[str], int | str]] = {
     "rlr": (["--estimator", "rlr", *MEASURED, "true"], AUTO),
     "rlr, two of a prompt": (["--estimator", "rlr", *MEASURED, "true"], 2),
     "rlr without roulette, two of a prompt": (["--estimator", "rlr", *MEASURED, "false"], 2),
-    "auto": (["--estimator", "auto", *MEASURED, "true"], AUTO),
-    "auto, two of a prompt": (["--estimator", "auto", *MEASURED, "true"], 2),
-    "auto, groups of 4": (["--estimator", "auto", *MEASURED, "true"], 4),
+    "auto": (["--estimator", "auto", *MEASURED, "true", "--step_kind", "auto"], AUTO),
+    "auto, with noise": (["--estimator", "auto", *MEASURED, "true"], AUTO),
     "full-bp": (["--estimator", "full-bp"], 1),
     "truncated-bp, K = 1": (["--estimator", "truncated-bp"], 1),
     "refl": (["--estimator", "refl"], 1),
+    "refl, without noise": (["--estimator", "refl", "--step_kind", "auto"], 1),
     "draft-lv": (["--estimator", "draft-lv"], 1),
     "drtune": (["--estimator", "drtune"], 1),
     "leap": (["--estimator", "leap"], 1),
@@ -185,19 +185,19 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     if run.config.optimizer.schedule == "warmup_stable_decay":  # over the budget: how many updates it pays is not known
         run.lr_scheduler.lr_lambdas = [lambda _: max(0.0, min(1.0, 2 * (1 - cost / arguments.budget)))]
     while len(points) < MARKS:
-        started, before = os.times().user, run.chain.denoiser_evaluations
+        started, before = os.times().user, run.denoiser_evaluations
         if calibration_due(run, step):
             calibrate(run, step)
             samples = run.config.estimator.calibration_samples
-            replays = run.chain.denoiser_evaluations - before - samples * run.chain.num_steps
+            replays = run.denoiser_evaluations - before - samples * run.chain.num_steps
             # A replay is pulled back twice, for the reward's gradient and the noise, and once more by `auto`.
             pulled = 3 if isinstance(run.estimator, AutoEstimator) else 2
-            cost += run.chain.denoiser_evaluations - before + 2 * pulled * replays + samples * scoring
-            before = run.chain.denoiser_evaluations
+            cost += run.denoiser_evaluations - before + 2 * pulled * replays + samples * scoring
+            before = run.denoiser_evaluations
         update = take_update(run, step)
         samples = run.samples_per_update
         sampled, passes = samples * run.chain.num_steps, fmean(book.backward_passes for book in update.books)
-        replayed = run.chain.denoiser_evaluations - before - sampled + 2 * samples * passes
+        replayed = run.denoiser_evaluations - before - sampled + 2 * samples * passes
         # A guided pair counts once, and one alone half.
         at_work = run.estimator.for_reward(run.objective.has_gradient)
         cost += sampled + replayed * (0.5 if isinstance(at_work, ForwardEstimator) else 1) + samples * scoring

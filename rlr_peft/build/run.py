@@ -6,9 +6,10 @@ The config names the base, the reward and the prompts; in a notebook they may be
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,12 @@ class Run:
         return self.given.get("estimator", self.config.estimator.estimator)
 
     @property
+    def method_in_words(self) -> str:
+        """The terms of the gradient at present, and that samples come without noise where they do."""
+        terms = self.estimator.describe(self.objective.has_gradient)
+        return f"{terms}; images drawn without noise" if self.draws_without_noise else terms
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of a process in one update: the config's, or as many as the estimator asks for."""
         asked = self.config.training.gradient_accumulation_steps
@@ -167,16 +174,28 @@ class Run:
         """All that optimiser steps move: the LoRA weights, and their average where there is one."""
         return [*self.chain.parameters, *(self.ema.shadow_params if self.ema is not None else ())]
 
-    @contextmanager
-    def sampling_chain(self) -> Iterator[DenoisingChain]:
-        """What an update's samples are drawn with: the chain, or one without noise where the method needs none."""
-        estimator = self.estimator.for_reward(self.objective.has_gradient)
-        if not estimator.draws_without_noise:
-            yield self.chain
-            return
-        noiseless = self.chain.at(step_kind="ode")
-        yield noiseless
-        self.chain.denoiser_evaluations += noiseless.denoiser_evaluations
+    @property
+    def draws_without_noise(self) -> bool:
+        """Whether the next update's samples are drawn without noise: where nobody asked for it or needs it."""
+        chain = self.config.chain
+        if chain.step_kind != AUTO or chain.noise_window is not None or self.kl_penalty is not None:
+            return False
+        return not self.estimator.for_reward(self.objective.has_gradient).needs_noise
+
+    @property
+    def update_chain(self) -> DenoisingChain:
+        """What the next update samples and differentiates: `chain`, or the same without noise."""
+        return self._noiseless_chain if self.draws_without_noise else self.chain
+
+    @cached_property
+    def _noiseless_chain(self) -> DenoisingChain:
+        return self.chain.at(step_kind="ode")
+
+    @property
+    def denoiser_evaluations(self) -> int:
+        """Of this process so far, for training; a guided pair counts once."""
+        noiseless = self._noiseless_chain.denoiser_evaluations if self.config.chain.step_kind == AUTO else 0
+        return self.chain.denoiser_evaluations + noiseless
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the pipeline has the weights that are evaluated and saved: with an average, that. Not nested."""
@@ -241,7 +260,6 @@ def build_run(
                 stages_from_config(config),
                 samples,
                 measures_batch=config.training.gradient_accumulation_steps == AUTO,
-                keeps_noise=_kl_penalty(config) is not None,
             )
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
     known = [*run_prompts.training, *(run_prompts.evaluation or ())]

@@ -90,7 +90,8 @@ class SteppedPipeline:
         self._call = CallArguments(self._driver, arguments)
         spacing = arguments.timestep_spacing or self.family.timestep_spacing
         base = base_scheduler(self.pipeline.scheduler, spacing, arguments.scheduler_type)
-        self._scheduler = RecordingScheduler(base, arguments.step_kind, arguments.eta, spacing, arguments.noise_window)
+        kind, eta, window = arguments.kind_of_steps, arguments.eta, arguments.noise_window
+        self._scheduler = RecordingScheduler(base, kind, eta, spacing, window)
         with explaining_unknown_class(self.pipeline, self.family):
             # Asked of the pipeline itself, which thereby settles its grid.
             latents = self._pipeline_latents([Prompt("")])

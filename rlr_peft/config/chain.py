@@ -23,7 +23,11 @@ class ChainArguments(Group):
     """Chain: how images are sampled while training"""
 
     num_inference_steps: int = knob(50, "Number T of denoising steps of a chain.", unit="steps", within="[1, 1000]")
-    step_kind: StepKind = knob("ancestral", "Kind of denoising step; `ode` adds no noise at all.")
+    step_kind: StepKind | Literal["auto"] = knob(
+        AUTO,
+        "Kind of denoising step; `ode` adds no noise at all. `auto` is ancestral for methods that need noise and for a "
+        "measured KL, and ode for all others: they train what a deterministic sampler draws.",
+    )
     eta: float = knob(
         1.0,
         "Noise added at each step relative to the kind's own: 0 is deterministic, 1 the full noise.",
@@ -96,6 +100,11 @@ class ChainArguments(Group):
     )
 
     @property
+    def kind_of_steps(self) -> StepKind:
+        """Of the chain, as long as it has noise."""
+        return "ancestral" if self.step_kind == AUTO else self.step_kind
+
+    @property
     def why_noiseless(self) -> str | None:
         """The knob that takes all noise from the chain, in words; None where there is noise."""
         if self.step_kind == "ode":
@@ -114,10 +123,10 @@ class ChainArguments(Group):
             elif self.why_noiseless:
                 yield f"noise_window: expected noise in the chain, got {self.why_noiseless}; drop one of the two."
         yield from self._check_moving_noise(config)
-        if self.step_kind in ("ancestral", "cps"):
+        if self.kind_of_steps in ("ancestral", "cps"):
             for name, eta in (("eta", self.eta), ("evaluation_eta", config.validation.evaluation_eta)):
                 if eta > 1:
-                    yield f"{name}: expected 0 to 1 with step_kind {self.step_kind}, got {eta}; lower --{name}."
+                    yield f"{name}: expected 0 to 1 with step_kind {self.kind_of_steps}, got {eta}; lower --{name}."
 
     def _check_moving_noise(self, config: "Config") -> Iterator[str]:
         steps, window = self.noise_steps, self.noise_window

@@ -108,7 +108,7 @@ def _facts(run: "Run", batch: "Batch", num_groups: int, group_size: int) -> dict
         "base": shown_name(name),
         "reward": f"{run.reward.name}, {float(rewards.mean()):.3g} on average, standard deviation "
         f"{float(rewards.std()):.2g} over the samples",
-        "chain": f"T = {run.chain.num_steps} {config.chain.step_kind} steps, eta {config.chain.eta:g}, guidance "
+        "chain": f"T = {run.chain.num_steps} {config.chain.kind_of_steps} steps, eta {config.chain.eta:g}, guidance "
         f"{run.chain.guidance_scale:g}",
         "samples": f"{num_groups * group_size}, {group_size} for each of {num_groups} prompts",
         "trained": f"LoRA of rank {config.lora.rank}, {sum(p.numel() for p in run.chain.parameters):,} weights",

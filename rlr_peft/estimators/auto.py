@@ -186,7 +186,7 @@ class AutoEstimator(Estimator):
     def from_arguments(cls, arguments: AutoArguments, shape: RunShape) -> Self:
         most = arguments.calibration_samples if shape.measures_batch else None
         rlr = RLREstimator.from_arguments(arguments.rlr, shape)
-        awm = ForwardEstimator(forward_settings(AWMArguments()), draws_without_noise=not shape.keeps_noise)
+        awm = ForwardEstimator(forward_settings(AWMArguments()))
         return cls(rlr, awm, shape.num_inference_steps, shape.samples, most)
 
     @property
@@ -200,6 +200,11 @@ class AutoEstimator(Estimator):
     def chosen(self) -> Estimator:
         """The member in use."""
         return self._members[self._chosen]
+
+    @property
+    def needs_noise(self) -> bool:  # type: ignore[override]
+        """As the member in use does."""
+        return self.chosen.needs_noise
 
     def describe(self, has_gradient: bool | None = None) -> str:
         """The member in use and why, for logs and cards."""

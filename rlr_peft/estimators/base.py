@@ -154,14 +154,12 @@ class RunShape:
         stages: those that ``ho_window`` may name.
         samples: of an update, in all processes.
         measures_batch: whether ``auto`` chooses how many times as many an update has, up to its calibration's samples.
-        keeps_noise: whether samples are to have the chain's noise, by which a divergence is measured.
     """
 
     num_inference_steps: int
     stages: Stages | None = None
     samples: int = 1
     measures_batch: bool = False
-    keeps_noise: bool = False
 
 
 class Estimator(ABC):
@@ -177,7 +175,7 @@ class Estimator(ABC):
         micro_batches: that an update should have on every process, where the config leaves it to the estimator.
         advantage_clip: normalised advantages are clipped to plus or minus this.
         shares_draws: whether the images of a prompt share the estimator's draws, also those of different micro-batches.
-        draws_without_noise: whether samples are best drawn by the plain solver, whatever noise the chain has.
+        needs_noise: whether the samples of the next update must come from steps with noise.
     """
 
     inner_epochs: int = 1
@@ -186,7 +184,7 @@ class Estimator(ABC):
     micro_batches: int = 1
     advantage_clip: float = math.inf
     shares_draws: bool = False
-    draws_without_noise: bool = False
+    needs_noise: bool = True
 
     @abstractmethod
     def describe(self, has_gradient: bool | None = None) -> str:
@@ -272,7 +270,6 @@ def build_estimator(
     stages: Stages | None = None,
     samples: int = 1,
     measures_batch: bool = False,
-    keeps_noise: bool = False,
 ) -> Estimator:
     """That of the class which ``arguments.made_by`` names, by its ``from_arguments``; see ``RunShape`` for the others.
 
@@ -281,7 +278,7 @@ def build_estimator(
     """
     module, name = arguments.made_by.split(".")
     maker: Any = getattr(importlib.import_module(f"rlr_peft.estimators.{module}"), name)
-    shape = RunShape(num_inference_steps, stages, samples, measures_batch, keeps_noise)
+    shape = RunShape(num_inference_steps, stages, samples, measures_batch)
     estimator: Estimator = maker.from_arguments(arguments, shape)
     return estimator
 

@@ -191,14 +191,13 @@ class ForwardEstimator(Estimator):
 
     Args:
         settings: of the loss.
-        draws_without_noise: whether the chain's noise, which the losses do not need, is left out.
     """
 
     shares_draws = True
+    needs_noise = False
 
-    def __init__(self, settings: ForwardSettings, draws_without_noise: bool = False) -> None:
+    def __init__(self, settings: ForwardSettings) -> None:
         self.settings = settings
-        self.draws_without_noise = draws_without_noise
         self.advantage_clip = settings.advantage_clip
         self.inner_epochs = settings.inner_epochs
         self._old: list[torch.Tensor] = []
@@ -218,7 +217,6 @@ class ForwardEstimator(Estimator):
         words += [f"pull to the base {s.base_pull:g}"] if s.base_pull else []
         words += [f"norm penalty {s.norm_penalty:g}"] if s.norm_penalty else []
         words += [f"{s.inner_epochs} inner epochs"] if s.inner_epochs > 1 else []
-        words += ["images drawn without noise"] if self.draws_without_noise else []
         return ", ".join(words)
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:

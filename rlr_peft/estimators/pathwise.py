@@ -199,6 +199,8 @@ class PathwiseEstimator(Estimator):
 
     def __init__(self, settings: PathwiseSettings) -> None:
         self.settings = settings
+        # For mirrored noises, and for weights by the steps' noise.
+        self.needs_noise = settings.antithetic or settings.weighted_by_std
         self._norms: deque[float] = deque(maxlen=CLIP_WINDOW)
 
     @classmethod

@@ -170,7 +170,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "method": run.method,
         "objects": dict(run.given),
         "terms": run.estimator.describe(run.objective.has_gradient),
-        "draws_without_noise": run.estimator.for_reward(run.objective.has_gradient).draws_without_noise,
+        "step_kind": "ode" if run.draws_without_noise else run.config.chain.kind_of_steps,
         "steps": run.chain.num_steps,
         "guidance_scale": run.chain.guidance_scale,
         "samples": run.samples_per_update,

@@ -115,7 +115,7 @@ def in_words(run: Run, plan: MemoryPlan | UserError, seconds: Seconds) -> str:
     lines = [
         "Dry run: everything works up to the second update; nothing was trained or saved.",
         *_memory(run, plan),
-        f"  Estimator = {run.method}: {run.estimator.describe(run.objective.has_gradient)}",
+        f"  Estimator = {run.method}: {run.method_in_words}",
         f"  Update: the first {duration(seconds.first)}, then {duration(seconds.update)} each, for "
         f"{run.samples_per_update} samples on {describe_hardware(device, run.accelerator.num_processes)}.",
         f"  Whole run: about {duration(seconds.total)} for {seconds.updates} updates, after loading.",

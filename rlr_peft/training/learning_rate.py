@@ -47,12 +47,8 @@ def take_first_step(run: Run, step: int) -> None:
     Args:
         run: its gradients are those of the first update.
     """
-    with run.sampling_chain() as chain:
-        _take_first_step(run, chain, step)
-
-
-def _take_first_step(run: Run, chain: DenoisingChain, step: int) -> None:
-    parameters, trajectories = run.chain.parameters, _sample(run, chain, step)
+    chain = run.update_chain
+    parameters, trajectories = chain.parameters, _sample(run, chain, step)
     start = [parameter.detach().clone() for parameter in parameters]
     size = _root_mean_square(parameters)
     if size < FAINTEST:  # no gradient in this update, such as a group of equal rewards

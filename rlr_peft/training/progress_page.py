@@ -131,7 +131,7 @@ class ProgressPage:
     def _facts(self, progress: Progress, each: float) -> dict[str, str]:
         run = self._run
         return {
-            "method": f"{run.method}: {run.estimator.describe(run.objective.has_gradient)}",
+            "method": f"{run.method}: {run.method_in_words}",
             "coverage": progress.coverage,
             "samples per update": str(run.samples_per_update),
             "learning rate": f"{run.lr_scheduler.get_last_lr()[0]:.2g}",

@@ -257,7 +257,7 @@ def _announce(run: Run, progress: Progress) -> None:
         *(f"  Chain-of-Thought {line}" for line in chain_of_thought),
         *(f"    {line}" for line in stage_prompts_in_words(run)),
         f"  Optimization steps = {run.arithmetic.max_train_steps}, {progress.step} done",
-        f"  Estimator = {run.method}: {run.estimator.describe(run.objective.has_gradient)}",
+        f"  Estimator = {run.method}: {run.method_in_words}",
     ):
         logger.info(line)
 

@@ -252,10 +252,10 @@ def _validate(run: Run, progress: Progress) -> None:
 @contextmanager
 def _counting(run: Run, progress: Progress) -> Iterator[None]:
     """Adds what is done inside to the seconds, the denoiser evaluations of all processes and the peak memory."""
-    started, evaluated = time.monotonic(), run.chain.denoiser_evaluations
+    started, evaluated = time.monotonic(), run.denoiser_evaluations
     yield
     progress.seconds += time.monotonic() - started
-    count = torch.tensor(run.chain.denoiser_evaluations - evaluated, device=run.accelerator.device)
+    count = torch.tensor(run.denoiser_evaluations - evaluated, device=run.accelerator.device)
     progress.denoiser_evaluations += int(run.processes.sum(count, "the denoiser evaluations"))
     progress.peak_memory_mb = max(progress.peak_memory_mb, peak_memory_mb(run.accelerator.device))
 

@@ -13,6 +13,7 @@ from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError, Segment
+from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
@@ -94,7 +95,8 @@ def take_update(run: Run, step: int) -> Update:
     if moving is not None:
         run.chain.place_noise(*moving.at(step, derive_seed(run.config.training.seed, "noise_window", step)))
     images_per_prompt = run.num_images_per_prompt
-    batch = _sample(run, step, images_per_prompt)
+    chain = run.update_chain
+    batch = _sample(run, chain, step, images_per_prompt)
     prompts = run.processes.gather_objects(batch.prompts, "the prompts")
     scores = run.processes.gather(batch.scored.scores, "the rewards")
     info = _gather_info(run, batch)
@@ -102,7 +104,7 @@ def take_update(run: Run, step: int) -> Update:
     estimator = run.estimator.for_reward(run.objective.has_gradient)
     advantages = _advantages(run, estimator, scores, raw, prompts, images_per_prompt)
     rollouts = batch.rollouts(advantages[_own_samples(run)])
-    coverage = coverage_of(estimator, run.chain, rollouts[0].reward_gradient is not None)
+    coverage = coverage_of(estimator, chain, rollouts[0].reward_gradient is not None)
     if moving is not None:
         coverage = over_updates(coverage, moving)
     kl: torch.Tensor | None = None
@@ -112,7 +114,7 @@ def take_update(run: Run, step: int) -> Update:
             micro_batch = run.accelerator.process_index * len(rollouts) + i
             first_prompt = micro_batch * run.config.training.train_batch_size // images_per_prompt
             draw = first_prompt if estimator.shares_draws else micro_batch
-            book, divergence = _add_gradients(run, estimator, rollout, step, draw, epoch)
+            book, divergence = _add_gradients(run, chain, estimator, rollout, step, draw, epoch)
             books.append(book)
             divergences += [] if divergence is None else [divergence]
         all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
@@ -191,16 +193,16 @@ def calibrate(run: Run, step: int) -> None:
     repeated, seeds = _repeat(run, step, "calibration", prompts, group_size)
     batch = sample_batch(run.chain, run.objective, repeated, seeds, micro_batch_size)
     rollouts = batch.rollouts(leave_one_out(batch.rewards, group_size))
-    before = run.estimator.describe(run.objective.has_gradient)
+    before = run.method_in_words
     run.estimator.calibrate(run.chain, rollouts, arguments.calibration_decay)
     # Sums on GPUs differ in their last digits, which may tip the choice of K: all go by the main process's numbers.
     run.estimator.load_state_dict(run.processes.broadcast(run.estimator.state_dict(), "the calibration"))
-    after = run.estimator.describe(run.objective.has_gradient)
+    after = run.method_in_words
     if after != before:
         logger.info("Estimator = %s: %s.", run.method, after)
 
 
-def _sample(run: Run, step: int, images_per_prompt: int) -> Batch:
+def _sample(run: Run, chain: DenoisingChain, step: int, images_per_prompt: int) -> Batch:
     """This process's samples of a step; a pure function of the config's seed, the weights and the step.
 
     Whether the reward has a gradient may show only with the first ones.
@@ -208,16 +210,15 @@ def _sample(run: Run, step: int, images_per_prompt: int) -> Batch:
     index, count = run.accelerator.process_index, run.accelerator.num_processes
     prompts = run.sampler.sample(step, run.samples_per_process // images_per_prompt, index, count)
     repeated, seeds = _repeat(run, step, "samples", prompts, images_per_prompt, _own_samples(run).start)
-    with run.sampling_chain() as chain:
-        return sample_batch(
-            chain,
-            run.objective,
-            repeated,
-            seeds,
-            run.config.training.train_batch_size,
-            run.config.estimator.antithetic,
-            run.estimator.uses_reward_gradient,
-        )
+    return sample_batch(
+        chain,
+        run.objective,
+        repeated,
+        seeds,
+        run.config.training.train_batch_size,
+        run.config.estimator.antithetic,
+        run.estimator.uses_reward_gradient,
+    )
 
 
 def _own_samples(run: Run) -> slice:
@@ -252,21 +253,21 @@ def _logged_info(run: Run, info: Mapping[str, torch.Tensor], scores: torch.Tenso
 
 
 def _add_gradients(
-    run: Run, estimator: Estimator, rollout: Rollout, step: int, draw: int, epoch: int
+    run: Run, chain: DenoisingChain, estimator: Estimator, rollout: Rollout, step: int, draw: int, epoch: int
 ) -> tuple[Book, torch.Tensor | None]:
     """Adds the gradient of a micro-batch's summed objective; returns its book and, if measured, its KL (B,).
 
     Micro-batches with the same ``draw`` get the same random numbers.
     """
     generator = _generator(run, "estimator", step, draw, epoch)
-    terms = [estimator.segments(run.chain, run.objective, rollout, generator)]
+    terms = [estimator.segments(chain, run.objective, rollout, generator)]
     beta, kl = 0.0 if run.kl_penalty is None else run.kl_penalty.beta, None
     if run.kl_penalty is not None and (beta > 0 or (epoch == 0 and _measures_kl(run, step))):
         draws = _generator(run, "divergence", step, draw, epoch)
-        references = reference_steps(run.chain, rollout.trajectory, run.kl_penalty.steps, draws)
+        references = reference_steps(chain, rollout.trajectory, run.kl_penalty.steps, draws)
         kl = path_kl(rollout.trajectory, references)
         terms += [kl_segments(rollout.trajectory, references, beta)] if beta > 0 else []
-    return accumulate(run.chain, run.objective, rollout, _in_step(run, itertools.chain(*terms)), generator), kl
+    return accumulate(chain, run.objective, rollout, _in_step(run, itertools.chain(*terms)), generator), kl
 
 
 def _in_step(run: Run, terms: Iterable[Segment | Perturbation]) -> Iterator[Segment | Perturbation]:
