@@ -176,9 +176,13 @@ class Run:
 
     @property
     def draws_without_noise(self) -> bool:
-        """Whether the next update's samples are drawn without noise: where nobody asked for it or needs it."""
+        """Whether the next update's samples are drawn without noise: where nobody asked for it or needs it.
+
+        A deterministic sampler is then what base and adapter are looked at with, too.
+        """
         chain = self.config.chain
-        if chain.step_kind != AUTO or chain.noise_window is not None or self.kl_penalty is not None:
+        is_asked_for = chain.step_kind != AUTO or chain.noise_window is not None
+        if is_asked_for or self.kl_penalty is not None or self.config.validation.evaluation_eta > 0:
             return False
         return not self.estimator.for_reward(self.objective.has_gradient).needs_noise
 

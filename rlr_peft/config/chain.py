@@ -25,8 +25,8 @@ class ChainArguments(Group):
     num_inference_steps: int = knob(50, "Number T of denoising steps of a chain.", unit="steps", within="[1, 1000]")
     step_kind: StepKind | Literal["auto"] = knob(
         AUTO,
-        "Kind of denoising step; `ode` adds no noise at all. `auto` is ancestral for methods that need noise and for a "
-        "measured KL, and ode for all others: they train what a deterministic sampler draws.",
+        "Kind of denoising step; `ode` adds no noise at all. `auto` is ancestral for methods that need noise, measured "
+        "KL and evaluation_eta above 0, and ode for the others: they train what a deterministic sampler draws.",
     )
     eta: float = knob(
         1.0,

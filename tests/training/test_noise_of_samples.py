@@ -22,6 +22,7 @@ NOISY: dict[str, dict[str, Any]] = {
     "grpo": {"estimator": "grpo"},
     "mirrored noises": {"estimator": "full-bp", "antithetic": True, "num_images_per_prompt": 4},
     "a divergence is measured": {"estimator": "full-bp", "kl_interval": 1},
+    "looked at with noise": {"estimator": "full-bp", "evaluation_eta": 1.0},
     "asked for": {"estimator": "full-bp", "step_kind": "ancestral"},
     "asked for in some steps": {"estimator": "full-bp", "noise_window": [2, 3]},
 }
