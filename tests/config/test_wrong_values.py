@@ -1,5 +1,6 @@
 """Names and values that cannot be read, and what a person is told."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ def test_names_of_other_trainers_lead_to_ours(theirs: str, tmp_path: Path) -> No
     expected = f"unknown name {theirs}; here it is {ELSEWHERE[theirs]}."
     assert refusal(f"--{theirs}", "1") == f"command line: {expected}"
     assert refusal("--config", write(tmp_path, f"{theirs}: 1\n")).endswith(expected)
+
+
+def test_the_docs_have_the_names_of_other_trainers() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (`--.+`) \| `--(\w+)` \|$", text, re.MULTILINE)
+    assert {theirs: ours for names, ours in rows for theirs in re.findall(r"`--(\w+)`", names)} == ELSEWHERE
 
 
 def test_kinds_of_adapters_that_are_not_trained_are_told(tmp_path: Path) -> None:
