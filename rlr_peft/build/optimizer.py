@@ -155,8 +155,10 @@ logger = logging.getLogger(__name__)
 
 # A block has this many prompts and updates at least; the last one of a run counts from half of it.
 BLOCK_PROMPTS, BLOCK_UPDATES = 32, 8
+# So many successive blocks are judged together: rewards near the top differ by much in a few prompts.
+WINDOW_BLOCKS = 4
 # Standard errors of the difference. Halving a good rate by mistake costs little; the best of many blocks is lucky.
-CLEARLY = 3.0
+CLEARLY = 4.0
 ROUNDING = 1e-6
 
 
@@ -175,24 +177,27 @@ class Moments:
         self.total += float(rewards.sum())
         self.squares += float(rewards.square().sum())
 
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
     @property
     def mean(self) -> float:
         """Of the rewards."""
         return self.total / self.count
 
     @property
-    def deviation(self) -> float:
-        """Standard deviation of the rewards, which are rounded to float32."""
-        variance = (self.squares - self.count * self.mean**2) / (self.count - 1)
-        return max(math.sqrt(max(0.0, variance)), ROUNDING * abs(self.mean))
+    def deviations(self) -> float:
+        """Sum of the squared deviations from the mean."""
+        return max(0.0, self.squares - self.count * self.mean**2)
 
     def is_clearly_below(self, other: "Moments") -> bool:
-        """Whether these are of a lower expectation than the others, if both have the larger of the two deviations.
+        """Whether these are of a lower expectation than the others, if both have one deviation (pooled t-test).
 
-        A block may be the best because nothing went wrong in it, or the lowest because nothing succeeded: its own
-        deviation says little then.
+        A few rewards may be the best because nothing went wrong in them: their own deviation says little then. Rewards
+        are rounded to float32.
         """
-        deviation = max(self.deviation, other.deviation)
+        pooled = math.sqrt((self.deviations + other.deviations) / (self.count + other.count - 2))
+        deviation = max(pooled, ROUNDING * abs(other.mean))
         return other.mean - self.mean > CLEARLY * deviation * math.sqrt(1 / self.count + 1 / other.count)
 
 
@@ -202,7 +207,7 @@ class Block:
 
     Attributes:
         last: number of the last one.
-        rewards: of its prompts.
+        rewards: of the prompts of this block and those before it in its window.
         weights: mean of the weights after every update, in main memory like all that follows.
         optimizer: its state after the last update.
         estimator: the same.
@@ -245,6 +250,7 @@ class Rollback:
         self._best: Block | None = None
         self._update = self._count = 0
         self._rewards, self._since_best = Moments(), Moments()
+        self._earlier: list[Moments] = []
         self._sum = self._zeros()
 
     def see(self, rewards: Tensor, group_size: int) -> None:
@@ -277,6 +283,7 @@ class Rollback:
             "count": self._count,
             "rewards": dict(vars(self._rewards)),
             "since_best": dict(vars(self._since_best)),
+            "earlier": [dict(vars(block)) for block in self._earlier],
             "sum": self._sum,
         }
 
@@ -286,6 +293,7 @@ class Rollback:
         self._best = None if best is None else Block(**best | {"rewards": Moments(**best["rewards"])})
         self.halvings, self._update, self._count = state["halvings"], state["update"], state["count"]
         self._rewards, self._since_best = Moments(**state["rewards"]), Moments(**state["since_best"])
+        self._earlier = [Moments(**block) for block in state["earlier"]]
         self._sum = list(state["sum"])
 
     def _start_block(self) -> None:
@@ -295,10 +303,12 @@ class Rollback:
         return [torch.zeros(parameter.shape) for parameter in self._parameters]
 
     def _end_block(self) -> None:
-        if self._best is None or self._rewards.mean >= self._best.rewards.mean:
+        window = sum(self._earlier, self._rewards)
+        self._earlier = [*self._earlier, self._rewards][1 - WINDOW_BLOCKS :]
+        if self._best is None or window.mean >= self._best.rewards.mean:
             weights = [total / self._count for total in self._sum]
             states = _copied(self._optimizer.state_dict()), _copied(self._estimator.state_dict())
-            self._best = Block(self._update, self._rewards, weights, *states)
+            self._best = Block(self._update, window, weights, *states)
             self._since_best = Moments()
         else:
             self._go_back_if_fallen()
@@ -322,7 +332,7 @@ class Rollback:
         halved = [rate / 2 for rate in self._lr_scheduler.base_lrs]
         _set_base_rates(self._optimizer, self._lr_scheduler, halved)
         # The best of many blocks was lucky too: what comes now is compared with the next one, not with it again.
-        self._best = None
+        self._best, self._earlier = None, []
         self._start_block()
         logger.info(
             "The reward fell from %.3g (updates up to %d) to %.3g: back to the weights of then, with half the learning "
