@@ -1,5 +1,7 @@
 """What ships beside the code, in `configs/`: recipes, prompts and settings of quantisation, each known by its name."""
 
+import re
+from itertools import takewhile
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "configs"
@@ -20,10 +22,11 @@ def quantizations() -> dict[str, Path]:
     return _files("quantization/*.json")
 
 
-def first_comment(recipe: Path) -> str:
-    """What a recipe says of itself in its first line."""
-    with recipe.open(encoding="utf-8") as file:
-        return file.readline().removeprefix("#").strip()
+def first_sentence(recipe: Path) -> str:
+    """What a recipe says of itself in the first sentence of the comment that it begins with."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=\.)\s", comment, maxsplit=1)[0]
 
 
 def _files(pattern: str) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Loads the base pipeline as the config asks for it."""
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     AutoModel,
     BitsAndBytesConfig,
@@ -25,7 +27,7 @@ from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
 from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
-from rlr_peft.config import ConfigError, ModelArguments
+from rlr_peft.config import Config, ConfigError, ModelArguments
 from rlr_peft.config.model import is_single_file, read_quantization
 from rlr_peft.errors import extra
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 QWEN_PROCESSOR = ["transformers", "Qwen2VLProcessor"]
 Precision = Literal["no", "fp16", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+UNET_MULTIPLE = 8  # of pixels: diffusers' pipelines with a UNet refuse another height or width, whatever their VAE
 # Options about loading, which an object leaves no choice of.
 LOADING_OPTIONS = (
     *("revision", "variant", "pretrained_vae_model_name_or_path", "pretrained_motion_adapter_name_or_path"),
@@ -62,6 +65,39 @@ def load_pipeline(
     check_loaded(name, pipeline)
     prepare_pipeline(pipeline, arguments, device, shards_denoisers=shards_denoisers)
     return pipeline
+
+
+def check_image_sizes(config: Config) -> None:
+    """Refuses sizes that the base cannot draw, by its small files alone, before models are loaded.
+
+    An AutoencoderKL halves an image once for every level but the first, and pipelines of one with a UNet want multiples
+    of `UNET_MULTIPLE`. What else a pipeline wants shows when it is called.
+
+    Raises:
+        BaseModelError: the base is not there, or its files cannot be read.
+        ConfigError: a height or width, in pixels, that is no multiple.
+    """
+    chain, model = config.chain, config.model
+    sizes = {"resolution": chain.resolution, "height": chain.height, "width": chain.width}
+    sizes["evaluation_resolution"] = config.validation.evaluation_resolution
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if not given or is_single_file(model.pretrained_model_name_or_path):
+        return
+    source, where = place_of_configs(model), {"revision": model.revision, "cache_dir": model.cache_dir}
+    index = read_model_index(source, **where)
+    if index.get("vae") != ["diffusers", "AutoencoderKL"]:
+        return
+    with loading_base(model.pretrained_model_name_or_path):
+        levels = AutoencoderKL.load_config(source, subfolder="vae", **where)["block_out_channels"]
+    multiple = math.lcm(2 ** (len(levels) - 1), UNET_MULTIPLE if index.get("unet") else 1)
+    for name, size in given.items():
+        if size % multiple:
+            below = size - size % multiple
+            near = f"{below} or {below + multiple}" if below else f"{multiple}"
+            raise ConfigError(
+                f"{name}: expected a multiple of {multiple} pixels, as {index['_class_name']} needs here, got {size}; "
+                f"take {near}."
+            )
 
 
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

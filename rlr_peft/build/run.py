@@ -29,6 +29,7 @@ from rlr_peft.build.chain import (
 from rlr_peft.build.machine import prepare_machine
 from rlr_peft.build.optimizer import Rollback, averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
+    check_image_sizes,
     compile_denoisers,
     denoisers_of,
     described_by,
@@ -249,6 +250,8 @@ def build_run(
             raise ConfigError(f"estimator: expected an rlr_peft.Estimator, got {type(estimator).__name__}.")
         given["estimator"] = name_of_object(estimator)
     run_prompts = read_prompts(config, training_prompts)
+    if pipeline is None:
+        check_image_sizes(config)
     initial = _initial_adapter(config)
     accelerator = _accelerator(config)
     shards = _shards(config, accelerator)

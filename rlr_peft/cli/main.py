@@ -4,9 +4,10 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from rlr_peft import __version__
-from rlr_peft.foreign_text import guard_terminal
+from rlr_peft.foreign_text import guard_terminal, listed
 
 # name -> (one line for --help, module with a function `NAME_command` of the remaining words that returns the exit code)
 COMMANDS = {
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     guard_terminal()
     words = sys.argv[1:] if argv is None else argv
@@ -64,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     parsed = parser.parse_args(words)
+    if parsed.command not in COMMANDS:
+        from rlr_peft.config.knob import ConfigError
+        from rlr_peft.config.parsing import exit_with
+
+        near = [f"did you mean {name}?" for name in get_close_matches(parsed.command, COMMANDS, n=1)]
+        advice = near[0] if near else "see rlr-peft --help."
+        exit_with(ConfigError(f"command: expected {listed(COMMANDS, 'or')}, got {parsed.command}; {advice}"))
     from rlr_peft.build.reporting import reporting_errors, set_up_logging
 
     set_up_logging()

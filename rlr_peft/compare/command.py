@@ -12,6 +12,7 @@ from rlr_peft.config.chain import SOURCES
 from rlr_peft.config.found import config_beside, read_found_config
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.parsing import Words, check_output, read_words
+from rlr_peft.errors import did_you_mean
 from rlr_peft.foreign_text import say
 
 PROG = "rlr-peft compare"
@@ -65,7 +66,12 @@ class CompareFlags(Group):
         unit="images",
         within="[1, 1e6]",
     )
-    kl_images: int = knob(32, "Samples for the divergence from the base, 0 for none.", unit="images", within="[0, 1e6]")
+    kl_images: int | None = knob(
+        None,
+        "Samples for the divergence from the base, 0 for none; null means as many as num_images, 32 at the most.",
+        unit="images",
+        within="[0, 1e6]",
+    )
     features: str = knob(
         "auto",
         "What variety is measured by: auto (the network of a reward that has one), thumbnails, or the Hub id or folder "
@@ -81,7 +87,7 @@ class CompareFlags(Group):
 
 def compare_command(words: Sequence[str]) -> int:
     """Draws or finds what is there already, prints the tables and writes the report."""
-    said = read_words(words, CompareFlags, PROG, DESCRIPTION, _names(), example="--adapter outputs/aesthetic")
+    said = read_words(words, CompareFlags, PROG, DESCRIPTION, _names(), "adapter", example="outputs/aesthetic")
     own, output = said.own, Path(said.own.output)
     check_output(output)
     config = _config(said)
@@ -137,12 +143,24 @@ def _config(said: Words[CompareFlags]) -> Config:
     for alias, name in ALIASES.items():
         needed = alias in ("base", "reward") or (alias == "prompts" and not source)
         if values[name] is None and needed:
+            if found is None:
+                _refuse_missing_files(own.adapter)
             file = f"--config {found}, if you trust it" if found is not None else f"--config with {name}"
             raise ConfigError(f"{alias}: expected a value, got none; give it, or {file}.")
     values["prompt_path"] = values["prompt_path"] if source else values["evaluation_prompt_path"]
     _choose_stages(own.dcot, values)
     # An estimator without demands on the chain, since nothing is estimated.
     return config_from_dict({**values, "estimator": "full-bp", "output_dir": own.output})
+
+
+def _refuse_missing_files(adapters: Collection[str]) -> None:
+    """Raises ConfigError for a mistyped path, beside which no settings can be found; `user/name` may be on the Hub."""
+    for place in adapters:
+        if place.partition("@")[0].count("/") != 1 and not Path(place).expanduser().exists():
+            raise ConfigError(
+                f"adapter: expected a folder, a .safetensors file or a Hub repository `user/name`, got {place}, which "
+                f"does not exist (looked for it from {Path.cwd()}).{did_you_mean(place)}"
+            )
 
 
 def _plain_settings(found: Path, flags: Collection[str]) -> dict[str, Any]:

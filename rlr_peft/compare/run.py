@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlr_peft.build.chain import build_chain, evaluation_chain, evaluation_in_words, render
 from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
-from rlr_peft.build.pipeline import load_pipeline
+from rlr_peft.build.pipeline import check_image_sizes, load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
@@ -48,6 +48,7 @@ from rlr_peft.rewards.registry import load_reward
 logger = logging.getLogger(__name__)
 
 IMAGES, KEPT = "images", "kept"
+MOST_KL_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class CompareOptions:
         adapters: folders, files or Hub repositories.
         output: folder of the report, of the images and of all that is kept.
         images_per_prompt: images drawn of every prompt that is used.
-        kl_images: samples for the divergence from the base; 0 leaves it out.
+        kl_images: samples for the divergence from the base, 0 leaves it out; None for `MOST_KL_IMAGES`, or as many as
+            images are drawn if those are fewer.
         features: by what variety is measured, see `find_features`.
         hub_token: for private repositories; None takes the one that the machine is logged in with.
     """
@@ -66,7 +68,7 @@ class CompareOptions:
     adapters: Sequence[str]
     output: Path
     images_per_prompt: int = 4
-    kl_images: int = 32
+    kl_images: int | None = None
     features: str = "auto"
     hub_token: str | None = None
 
@@ -82,6 +84,7 @@ def compare_adapters(config: Config, options: CompareOptions) -> Comparison:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_machine(config.model, device)
+    check_image_sizes(config)
     labels = unique_labels(options.adapters)
     prompts = comparison_prompts(config, device)
     adapters = [
@@ -189,6 +192,7 @@ class _Comparer:
     def _divergence(self, label: str, identity: str, chain: DenoisingChain) -> Tensor | None:
         """KL from the base of the adapter that is in the pipeline; None where it is not defined."""
         count, seed = self.options.kl_images, derive_seed(self.config.training.seed, "divergence")
+        count = min(MOST_KL_IMAGES, len(self.drawn[0])) if count is None else count
         if count == 0 or not has_noise(chain):
             return None
         if set(adapted_parts(self.pipeline)) - set(chain.family.denoisers):

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
 from functools import cached_property
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -251,7 +252,9 @@ class Knob:
             got = shortened(given[is_right.index(False)])
         if given is None:
             advice = "give a value"
-        return f"{self.name}: expected {self.type_in_words()}, got {HIDDEN if self.secret else got}; {advice}."
+        near = get_close_matches(got, _choices(_options(self.element_type or self.type)), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{self.name}: expected {self.type_in_words()}, got {HIDDEN if self.secret else got}; {advice}.{hint}"
 
     def type_in_words(self) -> str:
         """`a whole number or auto or null`."""

@@ -27,9 +27,9 @@ from rlr_peft.config.knob import ConfigError, Group, Knob, knob
 from rlr_peft.config.yaml_files import config_to_yaml, read_yaml
 from rlr_peft.durable_files import why_no_place
 from rlr_peft.errors import did_you_mean
-from rlr_peft.foreign_text import say
+from rlr_peft.foreign_text import listed, say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
-from rlr_peft.recipes import first_comment, recipes
+from rlr_peft.recipes import first_sentence, recipes
 from rlr_peft.redaction import redacted, secrets_of_command
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
@@ -146,7 +146,7 @@ def read_words(
         prog: the program's name in `--help`; None takes it from `sys.argv`.
         description: of the program in `--help`.
         names: flags of training that it takes besides, and that `--config FILE` may give.
-        place: which of its own values stands alone, without a flag.
+        place: which of its own values may stand alone, without its flag; of several values all.
         example: the words of a command line, for `--help`.
 
     Raises:
@@ -160,11 +160,7 @@ def read_words(
     parser = _build_parser(prog, own, known, description, place, example, shows_all=_ALL in argv)
     try:
         found, stray = parser.parse_known_args(["--help" if word == _ALL else word for word in argv])
-        if stray:
-            raise ConfigError(
-                f"expected --name VALUE, got the stray {' '.join(stray)}; put quotes around a value that holds spaces."
-            )
-        written = vars(found)
+        written = vars(found) | _placed(stray, place, known, vars(found))
         files = written.pop("config", [])
         typed = {name: _read_flag(known[name], words) for name, words in written.items()}
     except argparse.ArgumentError as error:
@@ -174,10 +170,26 @@ def read_words(
     if len(files) > 1:
         raise ConfigError(f"--config: expected one file, got {' and '.join(files)}; merge them into one.")
     own_values = {name: typed.pop(name) for name in knobs_of(own) if name in typed}
-    refuse_missing(knobs_of(own), own_values)
+    alone = f"; {place} also as a word of its own" if place and place not in own_values else ""
+    refuse_missing(knobs_of(own), own_values, alone)
     group = own(**own_values)
     check_group(group)
     return Words(group, typed, names, _config_file(files[0]) if files else None)
+
+
+def _placed(stray: list[str], place: str | None, known: Mapping[str, Knob], written: Collection[str]) -> dict[str, Any]:
+    """What words without a flag say: the value of `place`, where no flag gives it."""
+    if stray and place and place not in written and not any(word.startswith("-") for word in stray):
+        if known[place].element_type is not None:
+            return {place: stray}
+        if len(stray) == 1:
+            return {place: stray[0]}
+        raise ConfigError(f"{place}: expected one, got {listed(stray)}; put quotes around one that holds spaces.")
+    if stray:
+        raise ConfigError(
+            f"expected --name VALUE, got the stray {' '.join(stray)}; put quotes around a value that holds spaces."
+        )
+    return {}
 
 
 def _config_file(place: str) -> Path:
@@ -250,10 +262,10 @@ class _Formatter(argparse.HelpFormatter):
         return text if text.startswith("example:") else super()._fill_text(text, width, indent)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """What argparse leaves the program for, such as a path that is missing."""
-        raise ConfigError(f"command line: {message}; give it before the flags, see {self.prog} --help.")
+def _usage(knob: Knob, stands_alone: bool) -> str:
+    if not stands_alone:
+        return f"--{knob.name} {knob.placeholder}"
+    return knob.name.upper() if knob.element_type is None else f"{knob.name.upper()} [{knob.name.upper()} ...]"
 
 
 def _build_parser(
@@ -267,14 +279,14 @@ def _build_parser(
 ) -> argparse.ArgumentParser:
     """Reads every value as text; `Knob.read` gives the types."""
     own_names = knobs_of(own)
-    required = [f"--{knob.name} {knob.placeholder}" for knob in own_names.values() if knob.required]
+    required = [_usage(knob, knob.name == place) for knob in own_names.values() if knob.required]
     most_used = MOST_USED if set(MOST_USED) <= set(known) else ()
     shown = known if shows_all else {name: known[name] for name in (*own_names, *most_used)}
     takes_file = len(known) > len(own_names)
-    usage = [place.upper()] if place else required
-    parser = _Parser(
+    required.sort(key=lambda word: word.startswith("-"))
+    parser = argparse.ArgumentParser(
         prog=prog,
-        usage=" ".join(["%(prog)s", *usage, *(["[--config FILE]"] if takes_file else []), "[--name VALUE ...]"]),
+        usage=" ".join(["%(prog)s", *required, *(["[--config FILE]"] if takes_file else []), "[--name VALUE ...]"]),
         description=description,
         formatter_class=_Formatter,
         exit_on_error=False,
@@ -298,9 +310,7 @@ def _build_parser(
             options.update(nargs="+", action="extend")
         elif bool in one.options:
             options.update(nargs="?", const="true", metavar="true|false")
-        if name == place:
-            options["metavar"] = name.upper()
-        groups[title].add_argument(name if name == place else f"--{name}", **options)
+        groups[title].add_argument(f"--{name}", **options)
     if example:
         parser.epilog = f"example:\n  {parser.prog} {example}"
     return parser
@@ -325,7 +335,7 @@ def config_command(words: Sequence[str]) -> int:
     )
     if asked.own.list:
         width = max(map(len, recipes()))
-        say("\n".join(f"{name:<{width}}  {first_comment(path)}" for name, path in recipes().items()))
+        say("\n".join(f"{name:<{width}}  {first_sentence(path)}" for name, path in recipes().items()))
     else:
         say(config_to_yaml(asked.config()).rstrip("\n"))
     return 0

@@ -156,7 +156,8 @@ def merge_command(words: Sequence[str]) -> int:
         MergeFlags,
         "rlr-peft merge",
         "Fuse an adapter into its base and save a full pipeline.",
-        example="--base stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter outputs/aesthetic --output merged",
+        place="adapter",
+        example="outputs/aesthetic --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output merged",
     ).own
     output = Path(own.output)
     _check_new_folder(output)

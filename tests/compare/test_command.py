@@ -227,10 +227,11 @@ def test_an_adapter_without_effect_is_told(workplace: Path, tmp_path: Path, caps
     save_file(still, tmp_path / "still" / WEIGHT_NAME)
     config = str(workplace / "run" / "config.yaml")
     flags = ["--adapter", str(tmp_path / "still"), "--config", config, "--output", str(tmp_path / "out")]
-    assert main(["compare", *flags, "--num_images", "2", "--kl_images", "2"]) == 0
+    assert main(["compare", *flags, "--num_images", "2"]) == 0
     assert "still draws exactly the base's images: it has no effect" in capsys.readouterr().out
     (adapter,) = json.loads((tmp_path / "out" / "compare.json").read_text())["adapters"]
     assert adapter["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert adapter["kl_samples"] == 2, "no more than there are images"
     assert adapter["rewards"]["rewards.py:redness"]["win_rate"] == 0.5
 
 

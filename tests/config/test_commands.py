@@ -29,6 +29,21 @@ def test_a_text_arrives_as_it_is_written(text: str) -> None:
     assert read(CompareFlags, f"--adapter={text}", "--adapter", "b", "c").adapter == (text, "b", "c")
 
 
+def test_what_stands_alone_may_have_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--base=b", "--output=o")
+    for given in (["a", *words], [*words, "a"], ["--adapter", "a", *words]):
+        assert read(MergeFlags, *given, place="adapter") == MergeFlags(base="b", adapter="a", output="o")
+    for given in (["a", "b"], ["--adapter", "a", "b"], ["--adapter", "a", "--adapter=b"]):
+        assert read(CompareFlags, *given, place="adapter").adapter == ("a", "b")
+    for command, usage in (
+        ("merge", "merge ADAPTER --base TEXT --output TEXT [--name"),
+        ("compare", "compare ADAPTER [ADAPTER ...] [--config"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"usage: rlr-peft {usage}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_null_and_nothing_are_the_default() -> None:
     assert read(PushFlags, "folder", "--hub_model_id", "null", place="folder") == PushFlags("folder")
     assert read(ServeFlags, "--reward", "x", "--reward_model_path", "{a: '1e3', b: c d}").reward_model_path == {
@@ -62,20 +77,26 @@ def test_null_and_nothing_are_the_default() -> None:
         ("serve-reward", "missing reward; give it as a flag (--reward VALUE)."),
         ("merge --base x", "missing adapter, output; give each as a flag"),
         ("merge --base x --adapter y --output z --dtype no", "dtype: expected fp32 or fp16 or bf16, got no"),
-        ("card", "command line: the following arguments are required: FOLDER; give it before the flags, see "),
+        ("card", "missing folder; give it as a flag (--folder VALUE); folder also as a word of its own."),
+        ("merge --base x --adapter y z", "expected --name VALUE, got the stray z"),
         ("card FILE --template", "template: expected a text or null, got nothing; write --template VALUE"),
         ("card FILE --plain maybe", "plain: expected true or false, got maybe"),
         ("card FILE --plain --template FILE", "plain: expected no template and no extra_text with it, got one"),
-        ("card FILE other", "expected --name VALUE, got the stray other"),
+        ("card FILE other", "folder: expected one, got "),
         ("push FILE --hub_private_repo yes", "hub_private_repo: expected true or false, got yes; write true or false."),
         ("push FILE --hub_modelid x", "command line: unknown name hub_modelid; did you mean hub_model_id?"),
-        ("push --hub_private_repo FILE", "command line: the following arguments are required: FOLDER; give it before"),
+        ("push --hub_private_repo FILE", "hub_private_repo: expected true or false, got "),
         ("push FILE --rank 3", "command line: unknown name rank; "),
         ("plan --gpu_memory inf", "gpu_memory: expected a number or null, got inf"),
         ("plan --output FOLDER", "output: expected a place to write to, got "),
         ("diagnose --output FOLDER/" + "x" * 255 + ".html", "output: expected a place to write to, got "),
         ("diagnose --output FOLDER/a.png", "output: expected a file that ends in .html, got "),
         ("compare --adapter x --images_per_prompt 1.5", "images_per_prompt: expected a whole number, got 1.5"),
+        (
+            "compare missing",
+            "adapter: expected a folder, a .safetensors file or a Hub repository `user/name`, got missi",
+        ),
+        ("trian --config x", "command: expected train, config, plan, "),
         ("compare --adapter x --output FILE", "output: expected a place to write to, got "),
     ],
 )

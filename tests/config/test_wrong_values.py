@@ -59,6 +59,7 @@ def test_unknown_name_like_nothing_points_to_help() -> None:
     ("argv", "message"),
     [
         ("--rank four", "rank: expected a whole number, got four; write --rank VALUE."),
+        ("--lr_scheduler cosin", "write --lr_scheduler VALUE. Did you mean cosine?"),
         ("--rank 4.5", "rank: expected a whole number, got 4.5; write --rank VALUE."),
         ("--rank null", "rank: expected a whole number, got null; write --rank VALUE."),
         ("--learning_rate fast", "learning_rate: expected a number or auto, got fast; write --learning_rate VALUE."),

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -61,7 +62,10 @@ def test_a_template_that_came_with_a_run_reaches_no_python(
 @pytest.mark.parametrize(
     ("waste", "why"),
     [
-        ("{% for i in range(99999) %}{% for j in range(200) %}{% endfor %}{% endfor %}", "it takes longer than 0.2 s"),
+        (
+            "{% for i in range(99999) %}{% for j in range(200) %}{% endfor %}{% endfor %}",
+            "takes more than 0.2 s of work",
+        ),
         ("{{ 10 ** 10 ** 10 }}", "a template's ** of such numbers may take too long"),
         ("{% set n = namespace(x=10) %}{% for i in range(50) %}{% set n.x = n.x * n.x %}{% endfor %}", "'s * of such"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth exceeded"),
@@ -73,6 +77,13 @@ def test_a_template_that_came_with_a_run_takes_no_time(
     monkeypatch.setattr("rlr_peft.publishing.card.RENDERING_SECONDS", 0.2)
     with pytest.raises(TemplateError, match=f"cannot be rendered .*{re.escape(why)}"):
         write(folder, FULL, f"---\n{{{{ card_data }}}}\n---\n{waste}")
+
+
+def test_a_template_that_waits_for_a_busy_machine_is_rendered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlr_peft.publishing.card.RENDERING_SECONDS", 0.2)
+    monkeypatch.setattr("rlr_peft.publishing.card.FILTERS", {"waits": lambda text: sleep(0.4) or text})
+    write(folder, FULL, "---\n{{ card_data }}\n---\n{{ 'its turn came' | waits }}")
+    assert "its turn came" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
