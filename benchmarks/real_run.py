@@ -34,7 +34,7 @@ from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithPro
 from benchmarks.machine import describe_machine, read_results, write_results
 from rlr_peft.build import Run, build_run, peak_memory_mb
 from rlr_peft.config import load_config
-from rlr_peft.estimators import build_estimator
+from rlr_peft.estimators import RunShape, build_estimator
 from rlr_peft.plan import BlankTokenizer, build_pipeline, find_architecture
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training import calibrate, take_update
@@ -147,7 +147,7 @@ def measure_updates(case: str, folder: Path) -> None:
         if method in measured or (case in UPDATES_ONLY and method not in UPDATES_ONLY_METHODS):
             continue
         config = load_config([*_flags(case, folder), *flags.split(), *output])
-        estimator = build_estimator(config.estimator, config.chain.num_inference_steps, None)
+        estimator = build_estimator(config.estimator, RunShape(config.chain.num_inference_steps))
         try:
             measured[method] = _time_updates(dataclasses.replace(run, config=config, estimator=estimator))
         except (RuntimeError, ValueError) as error:

@@ -22,6 +22,7 @@ from rlr_peft.estimators import (
     PreferenceSettings,
     RLREstimator,
     RLRSettings,
+    RunShape,
     ZerothOrder,
     build_estimator,
 )
@@ -110,7 +111,7 @@ PATHWISE: dict[str, dict[str, Any]] = {
     "`refl` from the last 2 steps (biased)": {"estimator": "refl", "fo_steps": 2},
 }
 OTHERS |= {
-    name: (partial(build_estimator, METHODS[str(knobs.pop("estimator"))](**knobs), T), {})
+    name: (partial(build_estimator, METHODS[str(knobs.pop("estimator"))](**knobs), RunShape(T)), {})
     for name, knobs in PATHWISE.items()
 }
 

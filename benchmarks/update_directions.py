@@ -24,7 +24,7 @@ from rlr_peft.build import Run, build_run
 from rlr_peft.build.randomness import derive_seed
 from rlr_peft.config import load_config
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators import Batch, build_estimator, sample_batch
+from rlr_peft.estimators import Batch, RunShape, build_estimator, sample_batch
 from rlr_peft.prompt import Prompt
 
 STEPS, SAMPLES, GROUP = 5, 8, 4
@@ -75,7 +75,7 @@ def coarse_run() -> Run:
 
 def row(run: Run, batches: list[Batch], true: torch.Tensor, method: str, knobs: dict[str, Any]) -> dict[str, float]:
     """Mean cosine of an update with the true gradient, with its standard error; its square, evaluations, seconds."""
-    estimator = build_estimator(METHODS[method](**knobs), STEPS, samples=SAMPLES)
+    estimator = build_estimator(METHODS[method](**knobs), RunShape(STEPS, samples=SAMPLES))
     generator = torch.Generator().manual_seed(0)
     gradients, before, began = [], run.chain.denoiser_evaluations, time.process_time()
     for batch in batches:

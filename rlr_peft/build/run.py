@@ -49,7 +49,7 @@ from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
 from rlr_peft.errors import extra
-from rlr_peft.estimators.base import Estimator, build_estimator
+from rlr_peft.estimators.base import Estimator, RunShape, build_estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.lora import AdapterFiles, check_adapter, check_adapter_saves, check_kohya, find_adapter, start_from
@@ -261,13 +261,13 @@ def build_run(
     samples = config.training.fixed_samples * accelerator.num_processes
     if estimator is None:
         with as_config_error():
-            estimator = build_estimator(
-                config.estimator,
+            shape = RunShape(
                 config.chain.num_inference_steps,
                 stages_from_config(config),
                 samples,
                 measures_batch=config.training.gradient_accumulation_steps == AUTO,
             )
+            estimator = build_estimator(config.estimator, shape)
     trained_reward, heldout = load_rewards(config, accelerator.device, reward)
     known = [*run_prompts.training, *(run_prompts.evaluation or ())]
     for part in (*trained_reward.parts, *(heldout.parts if heldout is not None else ())):

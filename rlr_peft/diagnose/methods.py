@@ -14,7 +14,7 @@ from rlr_peft.diagnose import estimates as estimates_of
 from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
 from rlr_peft.diagnose.evidence import Evidence, update_size
 from rlr_peft.estimators.auto import weights_of
-from rlr_peft.estimators.base import Estimator, build_estimator
+from rlr_peft.estimators.base import Estimator, RunShape, build_estimator
 from rlr_peft.estimators.layout import RLRSettings
 from rlr_peft.estimators.pathwise import CLIP_QUANTILE
 from rlr_peft.estimators.rlr import RLREstimator
@@ -184,15 +184,14 @@ class _Builder:
             drawn = estimates_of.drawn_score_terms(gradients, tail, NUM_DRAWN_STEPS, self.generator)
             self._add(name, drawn, {"estimator": "rlr", **changes, "ho_blocks": NUM_DRAWN_STEPS})
         else:
-            self.left_out[name] = (
-                f"{beyond} of the steps are left for score terms, too few to draw {NUM_DRAWN_STEPS} from"
-            )
+            few = f"only {beyond} of the steps are left for score terms, too few to draw {NUM_DRAWN_STEPS} from"
+            self.left_out[name] = few if beyond else "no step is left for score terms"
 
     def score_function(self) -> None:
         """Methods of score terms alone, with their own advantages."""
         evidence = self.evidence
         for name in ("reinforce", "ddpo", "grpo"):
-            estimator = build_estimator(self._arguments({"estimator": name}), evidence.num_steps)
+            estimator = build_estimator(self._arguments({"estimator": name}), RunShape(evidence.num_steps))
             advantages = estimator.advantages(evidence.rewards, evidence.prompts, evidence.group_size)
             vectors = estimates_of.score_terms(evidence.gradients, advantages)
             self._add(name, vectors, {"estimator": name}, own_units=name != "reinforce")
@@ -257,9 +256,8 @@ class _Builder:
         self._add(name, estimates_of.weighted_rows(self.evidence.gradients, weights, factors), changes)
 
     def _estimator(self, changes: Changes) -> Estimator:
-        estimator = build_estimator(
-            self._arguments(changes), self.evidence.num_steps, samples=update_size(self.config).samples
-        )
+        shape = RunShape(self.evidence.num_steps, samples=update_size(self.config).samples)
+        estimator = build_estimator(self._arguments(changes), shape)
         if isinstance(estimator, RLREstimator):
             estimator.statistics.variances = self.evidence.variances
             estimator.statistics.moments = self.moments

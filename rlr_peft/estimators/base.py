@@ -264,21 +264,14 @@ class Estimator(ABC):
         """Restores what ``state_dict`` returned."""
 
 
-def build_estimator(
-    arguments: EstimatorArguments,
-    num_inference_steps: int,
-    stages: Stages | None = None,
-    samples: int = 1,
-    measures_batch: bool = False,
-) -> Estimator:
-    """That of the class which ``arguments.made_by`` names, by its ``from_arguments``; see ``RunShape`` for the others.
+def build_estimator(arguments: EstimatorArguments, shape: RunShape) -> Estimator:
+    """That of the class which ``arguments.made_by`` names, by its ``from_arguments``.
 
     Raises:
         ValueError: a budget that does not allow a block of one step, or one that cannot decide the length.
     """
     module, name = arguments.made_by.split(".")
     maker: Any = getattr(importlib.import_module(f"rlr_peft.estimators.{module}"), name)
-    shape = RunShape(num_inference_steps, stages, samples, measures_batch)
     estimator: Estimator = maker.from_arguments(arguments, shape)
     return estimator
 

@@ -27,7 +27,7 @@ from rlr_peft.config.model import read_quantization
 from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
-from rlr_peft.estimators.base import build_estimator
+from rlr_peft.estimators.base import RunShape, build_estimator
 from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
 from rlr_peft.plan.measurements import (
     largest_quantized,
@@ -72,7 +72,7 @@ def plan_memory(
     from_images = chain.family.needs_image or config.prompts.image_column is not None
     largest = max(counts, default=None)
     is_forward = isinstance(config.estimator, ForwardArguments)
-    estimator = build_estimator(config.estimator, chain.num_steps, stages_from_config(config))
+    estimator = build_estimator(config.estimator, RunShape(chain.num_steps, stages_from_config(config)))
     with_gradient = estimator.uses_reward_gradient
     measured = measure(
         *(chain, batch_size, decode_batch_size, evaluation_chain, largest, from_images, with_gradient), not is_forward

@@ -110,22 +110,23 @@ class HPSv2(ClipReward):
         return self.cosine(images, prompts)
 
 
-class Aesthetic(SeeingReward):
-    """How beautiful people find the image: the LAION aesthetic predictor V2 (Schuhmann, 2022) on CLIP ViT-L/14.
+class HeadReward(SeeingReward):
+    """How beautiful people find the image, by a head on its unit feature; the head is kept in float32."""
 
-    Its head reads the unit image feature and is kept in float32; the prompt is not looked at.
-    """
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        """(B,) float32, on a scale of 1 to 10."""
+        scores: Tensor = self.network["head"](unit(self.features(images)))
+        return scores
+
+
+class Aesthetic(HeadReward):
+    """The LAION aesthetic predictor V2 (Schuhmann, 2022) on CLIP ViT-L/14; photographs and paintings get 4 to 7."""
 
     def __init__(self, settings: ModelSettings) -> None:
         folder, path = settings.files.of("aesthetic")
         vision = load_clip_vision("aesthetic", folder, settings.dtype)
         head = LinearHead("aesthetic", path, load_weights("aesthetic", path), vision.config.projection_dim)
         super().__init__("aesthetic", settings, nn.ModuleDict({"vision": vision, "head": head}))
-
-    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
-        """(B,) float32, on a scale of 1 to 10; photographs and paintings lie at 4 to 7."""
-        scores: Tensor = self.network["head"](unit(self.features(images)))
-        return scores
 
     def features(self, images: Tensor) -> Tensor:
         """(B, D) image embeddings."""
@@ -135,8 +136,8 @@ class Aesthetic(SeeingReward):
         return embeddings
 
 
-class AestheticV25(SeeingReward):
-    """Aesthetic Predictor V2.5 (discus0434, 2024): such a head on SigLIP's features, for photos and drawings."""
+class AestheticV25(HeadReward):
+    """Aesthetic Predictor V2.5 (discus0434, 2024) on SigLIP, for photos and drawings; 5.5 and more is very good."""
 
     def __init__(self, settings: ModelSettings) -> None:
         name = "aesthetic-v2.5"
@@ -146,11 +147,6 @@ class AestheticV25(SeeingReward):
         weights = {key.replace("scoring_head.", "layers."): value for key, value in load_weights(name, path).items()}
         head = LinearHead(name, path, weights, vision.config.hidden_size)
         super().__init__(name, settings, nn.ModuleDict({"vision": vision, "head": head}))
-
-    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
-        """(B,) float32, on a scale of 1 to 10; 5.5 and more is very good."""
-        scores: Tensor = self.network["head"](unit(self.features(images)))
-        return scores
 
     def features(self, images: Tensor) -> Tensor:
         """(B, D) image embeddings."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators import AutoEstimator, GradientMoments, Weights, build_estimator, promise
+from rlr_peft.estimators import AutoEstimator, GradientMoments, RunShape, Weights, build_estimator, promise
 from rlr_peft.estimators.rlr import STEP_COST
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
@@ -76,7 +76,7 @@ def test_without_signal_members_are_judged_by_what_they_share_with_the_samples_g
 
 
 def auto(samples: int = 16, measures_batch: bool = False, **knobs: object) -> AutoEstimator:
-    built = build_estimator(METHODS["auto"](**knobs), 6, samples=samples, measures_batch=measures_batch)
+    built = build_estimator(METHODS["auto"](**knobs), RunShape(6, samples=samples, measures_batch=measures_batch))
     assert isinstance(built, AutoEstimator)
     return built
 
@@ -111,7 +111,7 @@ def test_the_choice_is_restored_and_its_segments_are_the_members() -> None:
     estimator.calibrate(chain, [rollout], decay=0.0)
     restored.load_state_dict(estimator.state_dict())
     assert restored.describe(True) == estimator.describe(True)
-    truncated = build_estimator(METHODS["truncated-bp"](), 6)
+    truncated = build_estimator(METHODS["truncated-bp"](), RunShape(6))
     for one in (restored, truncated):
         one.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
     both = gradient_of(chain)
@@ -123,7 +123,7 @@ def test_a_reward_without_gradient_is_left_to_awm() -> None:
     chain = LinearGaussianChain(num_steps=6)
     reward, rollout = QuadraticReward(chain, differentiable=False), rollout_of(chain, 32, 4)
     rollout = replace(rollout, reward_gradient=None)
-    estimator, awm = auto(), build_estimator(METHODS["awm"](), 6)
+    estimator, awm = auto(), build_estimator(METHODS["awm"](), RunShape(6))
     assert not estimator.wants_calibration(False) and estimator.for_reward(True) is estimator
     estimator.calibrate(chain, [rollout], decay=0.0)
     assert not estimator.is_calibrated, "there is nothing to measure"

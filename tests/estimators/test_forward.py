@@ -17,6 +17,7 @@ from rlr_peft.estimators import (
     RLREstimator,
     RLRSettings,
     Rollout,
+    RunShape,
     awm_pull,
     build_estimator,
     leave_one_out,
@@ -87,7 +88,7 @@ def test_on_policy_all_three_follow_the_same_direction(name: str) -> None:
     chain = LinearGaussianChain(num_steps=3)
     rollout = rollout_of(chain, 8, 4)
     rollout = replace(rollout, advantages=rollout.advantages.clamp(-1, 1))
-    estimator = build_estimator(METHODS[name](noise_levels=3), 3)
+    estimator = build_estimator(METHODS[name](noise_levels=3), RunShape(3))
     estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(1))
     got = gradient_of(chain)
     generator, expected = torch.Generator().manual_seed(1), torch.zeros_like(got)
@@ -267,7 +268,7 @@ def test_of_a_pipeline_the_conditional_prediction_is_trained(name: str) -> None:
     move_parameters(chain, 0.05)
     trajectory = chain.sample(["red", "red", "blue b", "blue b"], [0, 1, 2, 3])
     rollout = Rollout(trajectory, torch.zeros(4), torch.tensor([1.0, -1.0, 0.5, -0.5]), None)
-    estimator = build_estimator(METHODS[name](noise_levels=2), 3)
+    estimator = build_estimator(METHODS[name](noise_levels=2), RunShape(3))
     with counted_tape() as one_step, chain.without_guidance():
         ReplayedStep(chain, trajectory, 1, "prediction", with_latents=False)
     before = chain.denoiser_evaluations
@@ -277,7 +278,7 @@ def test_of_a_pipeline_the_conditional_prediction_is_trained(name: str) -> None:
     gradient = gradient_of(chain)
     assert book.backward_passes == 2 and gradient.norm() > 0
     assert chain.denoiser_evaluations - before == 4 * 2 * 3  # present, old and base
-    unguided = build_estimator(METHODS[name](noise_levels=2), 3)
+    unguided = build_estimator(METHODS[name](noise_levels=2), RunShape(3))
     unguided.accumulate(chain.at(guidance=1.0), None, rollout, torch.Generator().manual_seed(0))
     torch.testing.assert_close(gradient_of(chain), gradient)
     assert torch.equal(chain.sample(trajectory.prompts, [0, 1, 2, 3]).latents, trajectory.latents), "all is put back"

@@ -15,6 +15,7 @@ from rlr_peft.estimators import (
     DecodedReward,
     PathwiseEstimator,
     Rollout,
+    RunShape,
     build_estimator,
     leap_weights,
     step_sizes,
@@ -25,7 +26,7 @@ from tests.estimators.chains import adapted_chain, flat, gradient_of, move_param
 
 
 def member(estimator: str, **knobs: Any) -> PathwiseEstimator:
-    built = build_estimator(METHODS[estimator](**knobs), 6)
+    built = build_estimator(METHODS[estimator](**knobs), RunShape(6))
     assert isinstance(built, PathwiseEstimator)
     return built
 
@@ -85,7 +86,7 @@ PATHWISE = ["full-bp", "truncated-bp", "draft-lv", "drtune", "leap", "flowbp-spa
 @pytest.mark.parametrize("name", [*PATHWISE, "adjoint-matching"])
 def test_a_reward_without_gradient_is_refused(name: str) -> None:
     with pytest.raises(CoverageError, match=f"differentiable reward for {name}"):
-        build_estimator(METHODS[name](), 6).coverage(LinearGaussianChain(), has_gradient=False)
+        build_estimator(METHODS[name](), RunShape(6)).coverage(LinearGaussianChain(), has_gradient=False)
 
 
 def held_through(
@@ -248,7 +249,7 @@ def test_adjoint_matching_sweeps_through_the_base_and_pulls_towards_it() -> None
         chain.parameters[0].add_(0.1)
     rollout = rollout_of(chain, 8, 8)
     trajectory = rollout.trajectory
-    estimator = build_estimator(METHODS["adjoint-matching"](fo_steps=3, reward_scale=10.0), 3)
+    estimator = build_estimator(METHODS["adjoint-matching"](fo_steps=3, reward_scale=10.0), RunShape(3))
     estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
     actual = gradient_of(chain)
     total, cotangent = 0, rollout.reward_gradient
@@ -265,7 +266,7 @@ def test_adjoint_matching_sweeps_through_the_base_and_pulls_towards_it() -> None
 def test_at_the_base_adjoint_matching_is_full_backpropagation() -> None:
     chain = LinearGaussianChain(num_steps=3, last_std=0.2)
     rollout = rollout_of(chain, 8, 8)
-    for estimator in (build_estimator(METHODS["adjoint-matching"](fo_steps=3), 3), member("full-bp")):
+    for estimator in (build_estimator(METHODS["adjoint-matching"](fo_steps=3), RunShape(3)), member("full-bp")):
         estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
     both = gradient_of(chain)
     member("full-bp").accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())

@@ -41,18 +41,18 @@ def test_presets_of_the_rlr_family() -> None:
 
 
 def test_the_other_methods_are_built_from_their_knobs() -> None:
-    ddpo = build_estimator(method(estimator="ddpo", clip_range=0.1, ho_blocks=3), 50)
+    ddpo = build_estimator(method(estimator="ddpo", clip_range=0.1, ho_blocks=3), RunShape(50))
     assert isinstance(ddpo, PolicyGradientEstimator) and ddpo.inner_epochs == 2
     assert ddpo.settings == PolicyGradientSettings("prompt-statistics", HalfOrder(1, 3), inner_epochs=2, clip_range=0.1)
-    grpo = build_estimator(method(estimator="grpo", inner_epochs=3, advantage_clip=2.0), 50)
+    grpo = build_estimator(method(estimator="grpo", inner_epochs=3, advantage_clip=2.0), RunShape(50))
     assert isinstance(grpo, PolicyGradientEstimator) and grpo.inner_epochs == 3
     assert grpo.settings == PolicyGradientSettings("prompt", SINGLE, inner_epochs=3, advantage_clip=2.0)
     arguments = method(estimator="d3po", dpo_beta=0.3, ho_blocks=2, ho_start="window", ho_window=(5, 9))
-    d3po = build_estimator(arguments, 50)
+    d3po = build_estimator(arguments, RunShape(50))
     assert isinstance(d3po, PreferenceEstimator) and d3po.inner_epochs == 1
     assert d3po.settings == PreferenceSettings(0.3, HalfOrder(1, 2, "window", (5, 9)))
     for fo_steps in (None, 3):
-        refl = build_estimator(method(estimator="refl", fo_steps=fo_steps), 50)
+        refl = build_estimator(method(estimator="refl", fo_steps=fo_steps), RunShape(50))
         assert isinstance(refl, PathwiseEstimator)
         assert refl.settings == PathwiseSettings("refl", "late", fo_steps, sees_prediction=True)
 
@@ -84,11 +84,11 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
     arguments = method(
         step_choice="inverse-variance", antithetic=True, fo_coefficient=0.5, ho_coefficient=2.0, zo_coefficient=3.0
     )
-    estimator = build_estimator(arguments, 50)
+    estimator = build_estimator(arguments, RunShape(50))
     assert isinstance(estimator, RLREstimator) and estimator.antithetic
     assert estimator.settings.step_choice == "inverse-variance"
     assert estimator.settings.coefficients == Coefficients(0.5, 2.0, 3.0)
-    with_baseline = build_estimator(method(state_baseline=True), 50)
+    with_baseline = build_estimator(method(state_baseline=True), RunShape(50))
     assert isinstance(with_baseline, RLREstimator) and with_baseline.settings.state_baseline
 
 
@@ -134,15 +134,15 @@ def test_the_options_of_the_rlr_family_reach_the_estimator() -> None:
     ],
 )
 def test_every_estimator_describes_itself(arguments: dict, words: str) -> None:
-    assert words in build_estimator(method(**arguments), 50).describe()
+    assert words in build_estimator(method(**arguments), RunShape(50)).describe()
 
 
 def test_a_description_follows_the_reward_once_that_is_known() -> None:
-    estimator = build_estimator(method(fo_roulette=False), 50)
+    estimator = build_estimator(method(fo_roulette=False), RunShape(50))
     beyond = "; score terms on all other steps"
     assert estimator.describe(has_gradient=True) == "backpropagation through the last K steps, K measured" + beyond
     assert estimator.describe(has_gradient=False) == "antithetic noise on the last 17 steps" + beyond
-    plain = build_estimator(method(estimator="reinforce"), 50)
+    plain = build_estimator(method(estimator="reinforce"), RunShape(50))
     assert plain.describe(has_gradient=False) == "score terms on all steps"
 
 
@@ -162,7 +162,7 @@ def test_a_description_follows_the_reward_once_that_is_known() -> None:
     ],
 )
 def test_only_estimators_that_use_a_rewards_gradient_ask_for_it(arguments: dict, expected: bool) -> None:
-    assert build_estimator(method(**arguments), 50).uses_reward_gradient == expected
+    assert build_estimator(method(**arguments), RunShape(50)).uses_reward_gradient == expected
 
 
 def test_a_budget_that_cannot_decide_the_length_is_refused() -> None:

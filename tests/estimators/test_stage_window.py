@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from rlr_peft.config.methods import RLRArguments
-from rlr_peft.estimators import RLREstimator, StageWindow, StepGradients, build_estimator, choose_stage, step_energies
+from rlr_peft.estimators import (
+    RLREstimator,
+    RunShape,
+    StageWindow,
+    StepGradients,
+    build_estimator,
+    choose_stage,
+    step_energies,
+)
 from rlr_peft.prompt import make_stages
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import rollout_of
@@ -15,7 +23,7 @@ STAGES = (StageWindow("coarse", 5, 6), StageWindow("mid", 3, 4), StageWindow("fi
 def estimator_of(*window: str | int, **arguments: object) -> RLREstimator:
     values = {"fo_steps": 1, "ho_length": 1, "ho_blocks": 1, "zo": "none", **arguments}
     settings = RLRArguments(ho_start="window", ho_window=window, **values)
-    estimator = build_estimator(settings, 6, make_stages())
+    estimator = build_estimator(settings, RunShape(6, make_stages()))
     assert isinstance(estimator, RLREstimator)
     return estimator
 
