@@ -2,9 +2,11 @@
 
     python -m benchmarks.reward_costs
 
-Memory is what `rlr-peft plan` counts: weights, and the most besides while an image is scored and differentiated. The
-operations (a multiplication and an addition are two) are those of the part that sees the image, forward and backward;
-texts are few tokens. Nothing is downloaded and nothing computed, all is on the meta device. Writes
+Memory is what `rlr-peft plan` counts: weights, and the most besides while an image is scored and, where it can be,
+differentiated. The
+operations (a multiplication and an addition are two) are those of the part that sees the image, forward and backward,
+forward alone of `unifiedreward` (before it writes) and `detector`; texts are few tokens. Nothing is downloaded and
+nothing computed, all is on the meta device. Writes
 ``benchmarks/results/reward_costs.json``.
 """
 
@@ -43,18 +45,15 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def cost(name: str) -> dict[str, float | None]:
-    """Of one image of 512 x 512 pixels in fp16 (judges: bf16), of `videoreward` ten frames.
-
-    Operations are None where no gradient passes.
-    """
+def cost(name: str) -> dict[str, float]:
+    """Of one image of 512 x 512 pixels in fp16 (judges: bf16), of `videoreward` ten frames."""
     with Operations() as operations:
         memory = reward_memory(name, batch_size=1, dtype=torch.float16)
     assert memory is not None
     return {
         "weights_gib": round(memory.weights / 2**30, 3),
         "scoring_gib": round(memory.scoring / 2**30, 3),
-        "tera_operations": round(operations.total / 1e12, 2) or None,
+        "tera_operations": round(operations.total / 1e12, 2),
     }
 
 

@@ -10,6 +10,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    GenerationConfig,
+    GotOcr2Config,
+    GotOcr2ForConditionalGeneration,
+    GotOcr2ImageProcessorPil,
+    GotOcr2Processor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -21,6 +26,12 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessorPil,
+    TrOCRConfig,
+    TrOCRProcessor,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessorPil,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -130,6 +141,52 @@ def _smol(tokenizer: PreTrainedTokenizerFast) -> Any:
         pad_token_id=tokenizer.pad_token_id,
     )
     return SmolVLMForConditionalGeneration(config)
+
+
+def write_trocr(folder: Path) -> tuple[Any, Any]:
+    """TrOCR's files, small; returns the network and its processor."""
+    tokenizer = _tokenizer(["<s>", "</s>"])
+    start, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = ViTConfig(**small, image_size=32, patch_size=8)
+    decoder = TrOCRConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        cross_attention_hidden_size=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=start,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+    )
+    model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+    model.generation_config = GenerationConfig.from_model_config(decoder)
+    processor = TrOCRProcessor(ViTImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
+    return _written(folder, model, processor)
+
+
+def write_got_ocr(folder: Path) -> tuple[Any, Any]:
+    """GOT-OCR 2's files, small but for the 256 tokens of an image; returns the network and its processor."""
+    tokenizer = _tokenizer(["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"])
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32, "output_channels": 16}
+    config = GotOcr2Config(
+        text_config=_text(tokenizer) | {"model_type": "qwen2"},
+        vision_config=vision | {"image_size": 256, "patch_size": 4, "global_attn_indexes": []},
+        image_token_index=tokenizer.convert_tokens_to_ids("<imgpad>"),
+        tie_word_embeddings=False,
+    )
+    images = GotOcr2ImageProcessorPil(size={"height": 256, "width": 256})
+    return _written(folder, GotOcr2ForConditionalGeneration(config), GotOcr2Processor(images, tokenizer))
+
+
+def _written(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:
+    transformers_logging.disable_progress_bar()
+    _spread(model)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
 
 
 def write_hpsv3(base: Path, checkpoint: Path, code: Path) -> tuple[Any, nn.Module]:

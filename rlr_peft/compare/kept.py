@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rlr_peft.compare.distances import MeasureDivergence
 from rlr_peft.compare.evaluation import FeatureExtractor, Render
-from rlr_peft.config.reward import VLM_PREFIX
+from rlr_peft.config.reward import model_in
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, Scored, measure_images
@@ -76,8 +76,9 @@ def reward_identity(spec: str) -> Any:
     """Of a reward: its spec, and the files of a judge or the source of a user's callable. A server is asked for its
     version besides.
     """
-    if spec.startswith(VLM_PREFIX):
-        return [spec, model_identity(spec.removeprefix(VLM_PREFIX))]
+    model = model_in(spec)
+    if model is not None:
+        return [spec, model_identity(model)]
     source, _, _ = spec.rpartition(":")
     if not source or spec.startswith(("http://", "https://")):
         return [spec]

@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 
 
 VLM_PREFIX = "vlm:"
+OCR_PREFIX = "ocr:"
 VLM_QUESTION = 'Does this image show "{prompt}"? Answer with one word, yes or no.'
 VLM_ANSWERS = ("yes", "no")
+
+
+def model_in(spec: str) -> str | None:
+    """The Hub id or the folder in `vlm:MODEL` and `ocr:MODEL`; None in rewards of other forms."""
+    return next((spec.removeprefix(prefix) for prefix in (VLM_PREFIX, OCR_PREFIX) if spec.startswith(prefix)), None)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class RewardArguments(Group):
 
     reward_fn: dict[str, float] | str = knob(
         MISSING,
-        "Reward: a registered name, `vlm:MODEL` (a vision-language model judges), `package.module:callable`, "
+        "Reward: a registered name, `vlm:MODEL` or `ocr:MODEL` (judges, reads), `package.module:callable`, "
         "`file.py:callable` or http(s) URL; or several and their weights, `{NAME: WEIGHT, ...}`.",
         found="reward",
     )

@@ -11,6 +11,7 @@ from rlr_peft.config.model import read_quantization
 from rlr_peft.config.parsing import check_output, read_words
 from rlr_peft.foreign_text import say, shown_name
 from rlr_peft.reports import write_numbers
+from rlr_peft.rewards.names import refuse_unknown
 
 PROG = "rlr-peft plan"
 DESCRIPTION = "Add up the GPU and host memory that a training needs, without weights or a GPU."
@@ -39,6 +40,7 @@ def plan_command(words: Sequence[str]) -> int:
     """Prints the plan; exit code 1 where it does not fit the memory that was given."""
     said = read_words(words, PlanFlags, PROG, DESCRIPTION, list(knobs()), example="--config sdxl --gpu_memory 24")
     own, config = said.own, said.config()
+    refuse_unknown(config.reward.specs)
     if own.output is not None:
         check_output(Path(own.output), is_file=True)
 

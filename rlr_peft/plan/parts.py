@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.plan.measurements import Measurements
+from rlr_peft.plan.reward_memory import RewardMemory
 
 PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation", "verification")
 ENCODING, SAMPLING, DECODE, ADJOINT, EVALUATION, VERIFICATION = PHASES
@@ -61,6 +62,7 @@ class Facts:
         rewards: weights of the rewards' networks.
         rewards_at_once: of those that score together: all that are trained on, or one that is held out.
         scoring: the rewards' peak besides, by the number of images scored at once.
+        each_reward: of one image, by name; without those about whose networks nothing is known.
         rewards_on_cpu: how many times as much the rewards take without a GPU, where `auto` keeps them in float32.
         compared: images of the evaluation; 0 without one.
         validated: validation images that are drawn together; 0 without them.
@@ -80,6 +82,7 @@ class Facts:
     rewards: int
     rewards_at_once: int
     scoring: Mapping[int, int]
+    each_reward: Mapping[str, RewardMemory] = field(default_factory=dict)
     rewards_on_cpu: int = 1
     compared: int = 0
     validated: int = 0
@@ -163,6 +166,7 @@ class MemoryPlan(Phased):
             **super().as_plain(),
             "tensors": {phase: self.tensors(phase) for phase in PHASES},
             **{kind: self._steps_and_decodes(kind) for kind in ("saved", "peak")},
+            "rewards": {name: asdict(memory) for name, memory in self.facts.each_reward.items()},
         }
 
     def _steps_and_decodes(self, kind: Literal["saved", "peak"]) -> dict[str, dict[str, int]]:

@@ -37,7 +37,7 @@ def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None = None, hos
         f"{allowance:<{width}}" + "".join(f"{_gib(plan.total(phase) - plan.tensors(phase)):>17}" for phase in PHASES)
     )
     lines.append(f"{'total':<{width}}" + "".join(f"{_gib(plan.total(phase)):>17}" for phase in PHASES))
-    lines += ["", f"Peak: {_gib(plan.peak)} GiB, in {plan.peak_phase}.", *_checkpointing(plan)]
+    lines += ["", f"Peak: {_gib(plan.peak)} GiB, in {plan.peak_phase}.", *_checkpointing(plan), *_rewards(plan, width)]
     if plan.unknown:
         lines.append(f"Not counted, because nothing is known of their networks: {', '.join(plan.unknown)}.")
     lines += ["", *_rows("peak host memory in GiB", host.parts, HOST_PHASES, width)]
@@ -121,6 +121,17 @@ def _checkpointing(plan: MemoryPlan) -> list[str]:
             other = by_choice[True]
             text += f"; with {flag} {_gib(other.saved)} on the tape, peak {_gib(other.peak)}"
         lines.append(f"{text} (GiB).")
+    return lines
+
+
+def _rewards(plan: MemoryPlan, width: int) -> list[str]:
+    """What each reward with a network takes."""
+    found = {name: memory for name, memory in plan.facts.each_reward.items() if memory.weights}
+    if not found:
+        return []
+    columns = ("weights", "scoring an image")
+    lines = ["", f"{'rewards, in GiB':<{width}}" + "".join(f"{column:>17}" for column in columns)]
+    lines += [f"{name:<{width}}{_gib(memory.weights):>17}{_gib(memory.scoring):>17}" for name, memory in found.items()]
     return lines
 
 

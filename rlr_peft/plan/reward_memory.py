@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     BlipTextConfig,
     BlipTextModel,
@@ -31,10 +35,11 @@ from transformers import (
 )
 
 from rlr_peft.byte_counters import LiveMemory, fused_attention
-from rlr_peft.config.reward import VLM_PREFIX
+from rlr_peft.config.reward import OCR_PREFIX, model_in
 from rlr_peft.errors import RewardError
 from rlr_peft.plan.measurements import weight_bytes
 from rlr_peft.rewards.model_files import ModelFiles
+from rlr_peft.rewards.vlm_inputs import SMOL
 
 VIT_L_14 = {
     "hidden_size": 1024,
@@ -98,30 +103,18 @@ def reward_memory(
         files: where the configs of judges come from.
     """
     base, _, _ = name.partition("/")
-    if base.startswith(("jpeg-", "ocr", "tiny-shapes", "temporal-flicker")) or base.startswith(("http:", "https:")):
+    if name == "ocr" or base.startswith(("jpeg-", "tiny-shapes", "temporal-flicker", "http:", "https:")):
         return RewardMemory(0, 0)  # small, on the CPU, or elsewhere
-    if name.startswith(VLM_PREFIX) or name in ("hpsv3", "unifiedreward", "videoreward"):
-        with torch.device("meta"):
-            judge = _judge(name, files or ModelFiles())
-        if judge is None:
-            return None
-        judge.to(torch.bfloat16 if dtype == torch.float16 else dtype).requires_grad_(False).eval()
-        seen = SEEN_PIXELS.get(name, min(pixels, MOST_PIXELS))
-        asking = (
-            0 if name == "unifiedreward" else _asking(judge, batch_size, seen, with_gradient)
-        )  # the former has no gradient
-        return RewardMemory(weight_bytes(judge), asking)
-    if name == "detector":  # it has no gradient
-        with torch.device("meta"):
-            boxes = Owlv2ForObjectDetection(Owlv2Config(vision_config={"image_size": 960, "patch_size": 16}))
-            colors = CLIPModel(CLIPConfig(text_config=TEXT_L, vision_config=VIT_L_14, projection_dim=768))
-        return RewardMemory(weight_bytes(boxes.to(dtype)) + weight_bytes(colors.to(dtype)), 0)
+    if model_in(name) is not None or name in QUESTION_TOKENS:
+        return _judge_memory(name, batch_size, dtype, pixels, files or ModelFiles(), with_gradient)
     with torch.device("meta"):
         model = _network(base)
     if model is None:
         return None
     model.to(dtype).requires_grad_(False).eval()
-    vision: Any = getattr(model, "vision_model", model)
+    with_gradient &= name != "detector"
+    vision: Any = model.get_submodule("boxes.owlv2") if name == "detector" else model
+    vision = getattr(vision, "vision_model", vision)
     side = vision.config.image_size
     images = torch.zeros(batch_size, 3, side, side, device="meta", dtype=dtype, requires_grad=with_gradient)
     with fused_attention(), LiveMemory() as memory:
@@ -134,7 +127,29 @@ def reward_memory(
 # Whatever the size of the image; of a video of five seconds ten frames, two of which make a patch.
 SEEN_PIXELS = {"hpsv3": 256 * 28 * 28, "videoreward": 5 * 200_704}
 MOST_PIXELS = 1280 * 28 * 28  # that the Qwen-VL processors take by default
-QUESTION_TOKENS = {True: 700, False: 60}  # of HPSv3 and VideoReward, and of a question of one sentence
+QUESTION_TOKENS = {"hpsv3": 700, "unifiedreward": 700, "videoreward": 700}
+SENTENCE_TOKENS = 60
+
+
+def _judge_memory(
+    name: str, batch_size: int, dtype: torch.dtype, pixels: int, files: ModelFiles, with_gradient: bool
+) -> RewardMemory | None:
+    with torch.device("meta"):
+        judge = _judge(name, files)
+    if judge is None:
+        return None
+    judge.to(torch.bfloat16 if dtype == torch.float16 else dtype).requires_grad_(False).eval()
+    model = getattr(judge, "model", judge)
+    with_gradient &= name != "unifiedreward" and not name.startswith(OCR_PREFIX)
+    if hasattr(model, "visual"):
+        seen = SEEN_PIXELS.get(name, min(pixels, MOST_PIXELS))
+        given, see = _qwen_patches(model, batch_size, seen, with_gradient), partial(_qwen_sees, model, batch_size)
+    elif judge.config.model_type in SMOL:
+        given = _smol_tiles(model, batch_size, _tiles(name, files), with_gradient)
+        see = partial(_smol_sees, model, batch_size)
+    else:
+        return RewardMemory(weight_bytes(judge), 0)  # a black box of unknown parts
+    return RewardMemory(weight_bytes(judge), _asking(model, given, see, QUESTION_TOKENS.get(name, SENTENCE_TOKENS)))
 
 
 def _judge(name: str, files: ModelFiles) -> Any:
@@ -150,41 +165,71 @@ def _judge(name: str, files: ModelFiles) -> Any:
         text = QWEN2_7B | {"vocab_size": 152064}
         return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     try:
-        folder = files.find(name, name.removeprefix(VLM_PREFIX), "config.json").parent
+        folder = files.find(name, str(model_in(name)), "config.json").parent
     except RewardError:
         return None  # the plan says that it is not known
     return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
-def _asking(judge: Any, batch_size: int, pixels: int, with_gradient: bool) -> int:
-    """The most bytes while questions are answered; 0 for families that are not differentiable.
+def _asking(model: Any, given: Tensor, see: Callable[[Tensor], Tensor], words: int) -> int:
+    """The most bytes while questions of so many words are answered, and differentiated where ``given`` is.
 
     The parts are called one by one: on the meta device the whole model would look at values.
     """
-    model = getattr(judge, "model", judge)
-    is_qwen = hasattr(model, "visual")
-    if not is_qwen:
-        return 0
-    vision, text = model.visual, model.language_model
-    config = vision.config
+    text = model.language_model if hasattr(model, "language_model") else model.text_model
+    with fused_attention(), LiveMemory() as memory:
+        seen = see(given)
+        asked = torch.zeros(len(seen), words, seen.shape[-1], device="meta", dtype=seen.dtype)
+        tokens = torch.cat([seen, asked], 1)
+        order = torch.arange(tokens.shape[1], device="meta").expand(len(seen), -1)
+        places = order.expand(3, -1, -1) if hasattr(model, "visual") else order
+        answers: Tensor = text(inputs_embeds=tokens, position_ids=places).last_hidden_state
+        if given.requires_grad:
+            torch.autograd.grad(answers, given, torch.zeros_like(answers))
+    return memory.peak
+
+
+def _qwen_patches(model: Any, batch_size: int, pixels: int, with_gradient: bool) -> Tensor:
+    """Of a batch of images, as the processors of Qwen-VL cut them: (B * patches, values of a patch)."""
+    config = model.visual.config
     each = 4 * round(pixels / config.patch_size**2 / 4)
     values = 3 * config.temporal_patch_size * config.patch_size**2
-    patches = torch.zeros(batch_size * each, values, device="meta", dtype=text.dtype, requires_grad=with_gradient)
-    with fused_attention(), LiveMemory() as memory:
-        states = vision.patch_embed(patches)
-        places = torch.zeros(len(states), states.shape[-1] // config.num_heads, device="meta")
-        for block in vision.blocks:
-            states = block(states, cu_seqlens=each * torch.arange(batch_size + 1), position_embeddings=(places, places))
-        seen = vision.merger(states).unflatten(0, (batch_size, -1))
-        words = torch.zeros(
-            batch_size, QUESTION_TOKENS[judge is model], seen.shape[-1], device="meta", dtype=seen.dtype
-        )
-        tokens = torch.cat([seen, words], 1)
-        order = torch.arange(tokens.shape[1], device="meta").expand(3, batch_size, -1)
-        answers: Tensor = text(inputs_embeds=tokens, position_ids=order).last_hidden_state
-        if with_gradient:
-            torch.autograd.grad(answers, patches, torch.zeros_like(answers))
-    return memory.peak
+    dtype = model.language_model.dtype
+    return torch.zeros(batch_size * each, values, device="meta", dtype=dtype, requires_grad=with_gradient)
+
+
+def _qwen_sees(model: Any, batch_size: int, patches: Tensor) -> Tensor:
+    """(B, tokens, features) of the image."""
+    vision = model.visual
+    states = vision.patch_embed(patches)
+    places = torch.zeros(len(states), states.shape[-1] // vision.config.num_heads, device="meta")
+    ends = len(patches) // batch_size * torch.arange(batch_size + 1)
+    for block in vision.blocks:
+        states = block(states, cu_seqlens=ends, position_embeddings=(places, places))
+    merged: Tensor = vision.merger(states)
+    return merged.unflatten(0, (batch_size, -1))
+
+
+def _tiles(name: str, files: ModelFiles) -> int:
+    """Into how many tiles the processors of SmolVLM and Idefics3 cut a square image, the whole one among them."""
+    folder = files.find(name, str(model_in(name)), "preprocessor_config.json").parent
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    along = math.ceil(processor.size["longest_edge"] / processor.max_image_size["longest_edge"])
+    return along**2 + 1 if processor.do_image_splitting and along > 1 else 1
+
+
+def _smol_tiles(model: Any, batch_size: int, tiles: int, with_gradient: bool) -> Tensor:
+    side, dtype = model.vision_model.config.image_size, model.text_model.dtype
+    return torch.zeros(batch_size * tiles, 3, side, side, device="meta", dtype=dtype, requires_grad=with_gradient)
+
+
+def _smol_sees(model: Any, batch_size: int, tiles: Tensor) -> Tensor:
+    """(B, tokens, features) of the image's tiles."""
+    vision = model.vision_model
+    patches = vision.embeddings.patch_embedding(tiles).flatten(2).transpose(1, 2)
+    states = vision.post_layernorm(vision.encoder(inputs_embeds=patches).last_hidden_state)
+    merged: Tensor = model.connector(states)
+    return merged.unflatten(0, (batch_size, -1)).flatten(1, 2)
 
 
 def reward_names(spec: Any) -> list[str]:
@@ -203,6 +248,11 @@ def _network(name: str) -> nn.Module | None:
         return CLIPModel(CLIPConfig(text_config=TEXT_L, vision_config=VIT_L_14, projection_dim=768))
     if name in ("pickscore", "hpsv2"):
         return CLIPModel(CLIPConfig(text_config=TEXT_H, vision_config=VIT_H_14, projection_dim=1024))
+    if name == "detector":
+        both = nn.Module()
+        both.boxes = Owlv2ForObjectDetection(Owlv2Config(vision_config={"image_size": 960, "patch_size": 16}))
+        both.colors = CLIPModel(CLIPConfig(text_config=TEXT_L, vision_config=VIT_L_14, projection_dim=768))
+        return both
     if name == "imagereward":
         vision = BlipVisionModel(BlipVisionConfig(**BLIP_VISION))
         vision.text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)

@@ -119,6 +119,7 @@ def plan_memory(
         rewards=sum(weights.values()),
         rewards_at_once=max(sum(weights[name] for name in trained), *(weights[name] for name in heldout), 0),
         scoring={count: max((memory.scoring for memory in found), default=0) for count, found in known.items()},
+        each_reward={name: memory for name, memory in rewards[1].items() if memory},
         rewards_on_cpu=on_cpu.itemsize // dtype.itemsize,
         compared=compared,
         validated=validated,

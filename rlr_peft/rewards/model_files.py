@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from rlr_peft.config.reward import VLM_PREFIX
+from rlr_peft.config.reward import VLM_PREFIX, model_in
 from rlr_peft.errors import RewardError
 
 GITHUB = "github:"  # of repositories that are not on the Hub: `github:owner/name`
@@ -242,8 +242,9 @@ class ModelFiles:
         Raises:
             RewardError: as `find`.
         """
-        if spec.startswith(VLM_PREFIX) and endpoint is None:
-            self.snapshot(spec, spec.removeprefix(VLM_PREFIX))
+        model = model_in(spec)
+        if model is not None and (endpoint is None or not spec.startswith(VLM_PREFIX)):
+            self.snapshot(spec, model)
         elif spec in PARTS and not (spec == "unifiedreward" and endpoint is not None):
             self.of(spec)
 

@@ -43,7 +43,7 @@ JUDGES = {
     for attribute in (None, *ATTRIBUTES)
 }
 """The embedded judges, of all attributes or of one."""
-OWN_FORMS = "`vlm:MODEL`, `package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
+OWN_FORMS = "`vlm:MODEL`, `ocr:MODEL`, `package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
 
 
 def available_rewards() -> list[str]:

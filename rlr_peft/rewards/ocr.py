@@ -11,7 +11,7 @@ from torch import Tensor
 from rlr_peft.errors import RewardError, extra
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.preprocessing import to_8_bit
-from rlr_peft.rewards.scores import describe_samples
+from rlr_peft.rewards.scores import Info, describe_samples
 
 TEXT = "text"  # in the metadata
 # Straight, curly and pointed ones. Single ones count only at the edges of words: elsewhere they are apostrophes.
@@ -35,7 +35,7 @@ class OcrReward(Reward):
 
     def __init__(self) -> None:
         rapidocr = extra("rapidocr", "ocr", "--reward_fn ocr")
-        self._similarity = extra("rapidfuzz.distance", "ocr", "--reward_fn ocr").Levenshtein.normalized_similarity
+        self._similarity = similarity()
         # As many threads as torch has: left to itself it takes every core, whose idle threads wait in a loop.
         engine = {"intra_op_num_threads": torch.get_num_threads(), "inter_op_num_threads": 1}
         params = {f"EngineConfig.onnxruntime.{name}": value for name, value in engine.items()}
@@ -52,33 +52,57 @@ class OcrReward(Reward):
         Returns:
             (B,) float32 on the CPU, and as info `exact`: 1 where nothing but what is asked is read, else 0.
         """
-        asked = self._asked(prompts, metadata)
-        read = [plain(self._read(pixels)) for pixels in to_8_bit(images)]
-        scores = [self._similarity(a, b) for a, b in zip(asked, read)]
-        exact = torch.tensor([float(a == b) for a, b in zip(asked, read)])
-        return Scored(torch.tensor(scores, dtype=torch.float32), info={"exact": exact})
+        asked = asked_texts(self.name, prompts, metadata)
+        scores, info = compared(self._similarity, asked, [self._read(pixels) for pixels in to_8_bit(images)])
+        return Scored(scores, info=info)
 
     def check_prompts(self, prompts: list[str], metadata: Metadata) -> None:
         """Refuses those that ask for no text."""
-        self._asked(prompts, metadata)
-
-    def _asked(self, prompts: list[str], metadata: Metadata) -> list[str]:
-        texts = [
-            plain(str(entry.get(TEXT) or " ".join(map("".join, _QUOTED.findall(prompt)))))
-            for prompt, entry in zip(prompts, metadata, strict=True)
-        ]
-        missing = [index for index, text in enumerate(texts) if not text]
-        if missing:
-            raise RewardError(
-                f"reward 'ocr': expected the text to be written in quotes (\"OPEN\"), or as `{TEXT}` in the metadata "
-                f"(--metadata_columns {TEXT}), got neither for {describe_samples(missing, prompts)}"
-            )
-        return texts
+        asked_texts(self.name, prompts, metadata)
 
     def _read(self, pixels: Any) -> str:
         """All text of an image (H, W, 3) uint8, from top to bottom."""
         found = self._recognizer(pixels[..., ::-1].copy())  # it wants blue first
         return "".join(found.txts or ())
+
+
+def similarity() -> Any:
+    """1 - Levenshtein's distance / length of the longer of two texts.
+
+    Raises:
+        UserError: rapidfuzz is not installed.
+    """
+    return extra("rapidfuzz.distance", "ocr", "--reward_fn ocr").Levenshtein.normalized_similarity
+
+
+def asked_texts(name: str, prompts: list[str], metadata: Metadata) -> list[str]:
+    """What each image should say, in the form of `plain`.
+
+    Args:
+        name: of the reward, for errors.
+
+    Raises:
+        RewardError: a prompt asks for no text.
+    """
+    texts = [
+        plain(str(entry.get(TEXT) or " ".join(map("".join, _QUOTED.findall(prompt)))))
+        for prompt, entry in zip(prompts, metadata, strict=True)
+    ]
+    missing = [index for index, text in enumerate(texts) if not text]
+    if missing:
+        raise RewardError(
+            f"reward '{name}': expected the text to be written in quotes (\"OPEN\"), or as `{TEXT}` in the metadata "
+            f"(--metadata_columns {TEXT}), got neither for {describe_samples(missing, prompts)}"
+        )
+    return texts
+
+
+def compared(like: Any, asked: list[str], read: list[str]) -> tuple[Tensor, Info]:
+    """(B,) float32 on the CPU of how much what was read is like what was asked for, and where it is the same."""
+    found = [plain(text) for text in read]
+    scores = [like(a, b) for a, b in zip(asked, found, strict=True)]
+    exact = torch.tensor([float(a == b) for a, b in zip(asked, found, strict=True)])
+    return torch.tensor(scores, dtype=torch.float32), {"exact": exact}
 
 
 def plain(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from rlr_peft.config.reward import VLM_PREFIX
+from rlr_peft.config.reward import OCR_PREFIX, VLM_PREFIX
 from rlr_peft.errors import RewardError
 from rlr_peft.redaction import is_address
 from rlr_peft.rewards.base import Reward
@@ -47,8 +47,8 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
     """Load a reward.
 
     Args:
-        spec: one of `available_rewards()`, `vlm:MODEL`, `package.module:callable`, `path/to/file.py:callable`, or an
-            http(s) URL.
+        spec: one of `available_rewards()`, `vlm:MODEL`, `ocr:MODEL`, `package.module:callable`,
+            `path/to/file.py:callable`, or an http(s) URL.
         settings: how networks are held and where they run (a user's module too), and how servers are asked.
 
     Raises:
@@ -68,6 +68,8 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
         return RemoteReward(spec, settings.remote)
     if spec.startswith(VLM_PREFIX):
         return _vlm(spec.removeprefix(VLM_PREFIX), settings)
+    if spec.startswith(OCR_PREFIX):
+        return _load("ocr_model", "OcrModel", spec.removeprefix(OCR_PREFIX), settings.model)
     if ":" in spec:
         return load_callable_reward(spec, settings.model.device)
     raise RewardError(unknown_reward(spec, available_rewards()))

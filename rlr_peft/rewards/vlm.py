@@ -41,8 +41,7 @@ class VlmJudge(ModelReward):
     """
 
     def __init__(self, model: str, judge: JudgeSettings, settings: ModelSettings) -> None:
-        place = Path(model).expanduser()
-        name = f"{VLM_PREFIX}{place.resolve().name if place.is_dir() else model}"
+        name = shown_spec(VLM_PREFIX, model)
         folder = settings.files.snapshot(name, model)
         network = load_judge(name, folder, settings)
         super().__init__(name, settings, network)
@@ -89,6 +88,12 @@ class VlmJudge(ModelReward):
 
     def _begin(self, answer: str) -> set[int]:
         return {self._inputs.tokenizer(text, add_special_tokens=False).input_ids[0] for text in spellings(answer)}
+
+
+def shown_spec(prefix: str, model: str) -> str:
+    """The reward's name: of a model in a folder without the path to it."""
+    place = Path(model).expanduser()
+    return f"{prefix}{place.resolve().name if place.is_dir() else model}"
 
 
 def load_judge(name: str, folder: Path, settings: ModelSettings) -> Any:

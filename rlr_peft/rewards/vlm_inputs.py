@@ -31,6 +31,7 @@ class ReadByProcessor:
 
     Args:
         name: of the reward, for errors.
+        only_reads: a model that writes down the text of images, and needs no question where it has no chat template.
 
     Raises:
         RewardError: it has no chat template, or needs a package that is not there.
@@ -38,7 +39,7 @@ class ReadByProcessor:
 
     differentiable = False
 
-    def __init__(self, name: str, folder: Path, config: Any) -> None:
+    def __init__(self, name: str, folder: Path, config: Any, only_reads: bool = False) -> None:
         try:
             self._processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         except ImportError as error:
@@ -47,17 +48,21 @@ class ReadByProcessor:
                 f"reward '{name}': the processor of its model needs more than is installed: {wanted:.200}; take a "
                 f"model of another family, such as {' or '.join((*QWEN[1:3], SMOL[0]))}, or one behind --vlm_endpoint"
             ) from None
-        _check_template(name, folder, self._processor)
+        self._asks = not only_reads or self._processor.chat_template is not None
+        if self._asks:
+            _check_template(name, folder, self._processor)
         self.tokenizer = self._processor.tokenizer
         self._dtype = config.dtype
 
     def __call__(self, images: Tensor, questions: list[str]) -> dict[str, Any]:
         """The model's arguments, for as many images (B, 3, H, W) as questions; padded on the left."""
-        text = [_ask(self._processor, question) for question in questions]
-        pictures = [[Image.fromarray(pixels)] for pixels in to_8_bit(images)]
-        read = self._processor(
-            text=text, images=pictures, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
-        )
+        pictures = [Image.fromarray(pixels) for pixels in to_8_bit(images)]
+        if self._asks:
+            text = [_ask(self._processor, question) for question in questions]
+            words = {"text": text, "padding": True, "padding_side": "left", "add_special_tokens": False}
+            read = self._processor(images=[[picture] for picture in pictures], return_tensors="pt", **words)
+        else:
+            read = self._processor(images=pictures, return_tensors="pt")
         return dict(read.to(images.device, self._dtype))  # of ids and masks the dtype stays
 
 
@@ -182,18 +187,21 @@ class SmolInputs(ReadInTorch):
         return f"{text}{chr(10) if rows else ''}{around}<global-img>{tile}{around}"
 
 
-def read_inputs(name: str, folder: Path, config: Any) -> ReadByProcessor | ReadInTorch:
+def read_inputs(name: str, folder: Path, config: Any, only_reads: bool = False) -> ReadByProcessor | ReadInTorch:
     """How a model reads images and questions.
 
     Args:
         name: of the reward, for errors.
+        only_reads: as of `ReadByProcessor`.
 
     Raises:
         RewardError: it has no chat template, or its processor needs a package that is not there.
     """
     if config.model_type in QWEN:
         return QwenInputs(name, folder, config)
-    return (SmolInputs if config.model_type in SMOL else ReadByProcessor)(name, folder, config)
+    if config.model_type in SMOL:
+        return SmolInputs(name, folder, config)
+    return ReadByProcessor(name, folder, config, only_reads)
 
 
 def _ask(templated: Any, question: str, kind: str = "image") -> str:

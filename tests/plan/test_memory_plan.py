@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.vlm_checkpoints import write_vlm
 from rlr_peft.build import build_optimizer
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain import DenoisingChain, ReplayedStep
@@ -300,30 +300,6 @@ def test_the_optimisers_state_takes_what_the_optimisers_hold() -> None:
         assert optimizer_bytes(parameters, name, use_8bit) == pytest.approx(held, rel=0.01)
 
 
-def test_rewards_of_known_size_and_of_the_users_own() -> None:
-    aesthetic, preference = reward_memory("aesthetic", 1), reward_memory("pickscore", 1)
-    assert aesthetic is not None and preference is not None
-    assert aesthetic.weights / 4e6 == pytest.approx(304, rel=0.01)
-    assert preference.weights / 4e6 == pytest.approx(986, rel=0.01)
-    half = reward_memory("pickscore", 1, torch.float16)
-    assert half is not None and half.weights == pytest.approx(preference.weights / 2, rel=1e-3)
-    assert preference.scoring > aesthetic.scoring > 0
-    assert reward_memory("mine.py:reward", 1) is None
-
-
-def test_a_judge_of_7_billion_weights_and_one_whose_config_is_at_hand(tmp_path: Path) -> None:
-    judge = reward_memory("hpsv3", 1, torch.float16)
-    # 7.6 billion of the language model, less the words' second matrix, and the image tower; in bf16.
-    assert judge is not None and judge.weights / 2e9 == pytest.approx(7.75, rel=0.01)
-    assert 2 * judge.scoring > judge.weights > judge.scoring
-    written = write_vlm(tmp_path, "qwen2_5_vl")
-    small = reward_memory(f"vlm:{tmp_path}", 2, torch.float32, 64 * 64)
-    assert small is not None and small.weights == pytest.approx(4 * written.num_parameters(), rel=0.01)
-    larger = reward_memory(f"vlm:{tmp_path}", 2, torch.float32, 128 * 128)
-    assert larger is not None and larger.scoring > small.scoring > 0
-    assert reward_memory(f"vlm:{tmp_path}/none", 1) is None
-
-
 @pytest.fixture(scope="module")
 def facts(pipeline_of: Callable[[str], Any]) -> Facts:
     """SD1.5's decode and step at made-up sizes that make each phase easy to tell."""
@@ -451,19 +427,31 @@ def test_the_command_prints_parts_and_a_verdict(
 
     monkeypatch.setattr("rlr_peft.plan.run.plan_run", plan_once)
     output = tmp_path / "plan.json"
-    batch = ["--evaluation_prompt_path", "tiny-shapes/test", "--rank", "8"]
+    batch = ["--evaluation_prompt_path", "tiny-shapes/test", "--rank", "8", "--heldout_reward_fn", "clipscore"]
     assert main(command(tiny_folder, *batch, "--gpu_memory", "24", "--output", str(output))) == 0
     printed = capsys.readouterr().out
     for words in ("weights: unet", "optimiser state", "VAE decode + reward", "evaluation", "Fits 24 GiB"):
         assert words in printed
+    clip = reward_memory("clipscore", 1, torch.float16)
+    assert clip is not None
+    row = f"{clip.weights / GIB:.2f} {clip.scoring / GIB:>16.2f}"
+    assert re.search(rf"rewards, in GiB +weights +scoring an image\nclipscore +{row}\n", printed)
     assert str(Path(tiny_folder).parent) not in printed
     plan = json.loads(output.read_text())
     assert sum(part["bytes"] for part in plan["parts"] if ADJOINT in part["phases"]) == plan["tensors"][ADJOINT]
+    assert plan["rewards"]["clipscore"] == {"weights": clip.weights, "scoring": clip.scoring}
     for work in ("denoiser step", "decode of one"):
         assert 0 < plan["saved"][work]["plain"] < plan["peak"][work]["plain"]
     assert main(command(tiny_folder, "--gpu_memory", "0.1")) == 1
     assert "Does not fit 0.1 GiB" in capsys.readouterr().out
     assert logging.getLogger("rlr_peft").level == logging.INFO  # Quiet while it plans, not for ever after.
+
+
+def test_an_unknown_reward_is_refused_before_planning(tiny_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(command(tiny_folder, "--heldout_reward_fn", "pikscore"))
+    assert left.value.code == 2
+    assert "unknown reward 'pikscore'. Did you mean 'pickscore'?" in capsys.readouterr().err
 
 
 def test_an_unknown_checkpoint_without_network_is_explained() -> None:
