@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlr_peft.compare import Comparison, Evaluation, MeasuredReward, Model, make_pictures
+from rlr_peft.prompt import PromptLike
 
 TRAINED, HELDOUT = MeasuredReward("reward", "judge"), MeasuredReward("heldout", "other judge", heldout=True)
 
@@ -21,7 +22,7 @@ def evaluation(
     scores: Mapping[str, Sequence[float]],
     *,
     images: Tensor | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[PromptLike] | None = None,
     info: Mapping[str, Sequence[float]] | None = None,
     features: Tensor | None = None,
 ) -> Evaluation:

@@ -13,6 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from rlr_peft.compare import Comparison, Model, write_page_and_scores
+from rlr_peft.prompt import ConditionImage, Prompt
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -278,6 +279,24 @@ def test_videos_are_strips_below_each_other(browser: Browser, tmp_path: Path) ->
         assert after["y"] >= before["y"] + before["height"]
         assert before["width"] / before["height"] == pytest.approx(4 * 20 / 16, rel=0.02)  # four frames
         assert page.locator("h2").nth(1).inner_text() == "Videos, side by side"
+
+
+def test_the_picture_that_a_pair_was_drawn_from_stands_above_it(browser: Browser, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (48, 24), "blue").save(file, "PNG")
+    prompts = [Prompt("make it green", image=ConditionImage(data=file.getvalue())), "a boat"]
+    base = evaluation({"reward": [0.0, 1.0]}, prompts=prompts)
+    drawn = evaluation({"reward": [1.0, 0.5]}, prompts=prompts, images=flat_images([0.3, 0.4]))
+    (path, *_) = write_page_and_scores(tmp_path, comparison(base, drawn))
+    for page in opened(browser, path):
+        card = page.locator(".card", has_text="make it green")
+        given, pair = (card.locator(part) for part in (".condition img", ".pair"))
+        expect(given).to_have_attribute("alt", "drawn from this picture: make it green")
+        above, below = given.bounding_box(), pair.bounding_box()
+        assert above is not None and below is not None and above["y"] + above["height"] <= below["y"]
+        shot = Image.open(io.BytesIO(given.screenshot())).convert("RGB")
+        assert shot.getpixel((shot.width // 2, shot.height // 2)) == BLUE
+        assert page.locator(".condition").count() == 1
 
 
 def test_one_adapter_and_one_reward_leave_nothing_to_choose(browser: Browser, tmp_path: Path) -> None:
