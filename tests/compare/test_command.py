@@ -345,7 +345,7 @@ def test_ctrl_c_is_answered_with_what_to_do(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "error: missing adapter; give it as a flag (--adapter VALUE).\n"),
+        ([], "error: missing adapter; give it as a flag (--adapter VALUE); adapter also as a word of its own.\n"),
         (["--adapter", "a/b"], "error: base: expected a value, got none; give it, or --config with "),
         (["--adapter", "a/b", "--base", "tiny-shapes"], "error: prompts: expected a value, got none"),
         (["--adapter", "a/b", "--images_per_prompt", "0"], "error: images_per_prompt: expected at least 1 and at most"),
