@@ -58,6 +58,10 @@ METHODS: dict[str, tuple[list[str], int | str]] = {
     "leap": (["--estimator", "leap"], 1),
     "flowbp-sparse": (["--estimator", "flowbp-sparse"], 1),
     "flowbp-sparse, drawn evenly": (["--estimator", "flowbp-sparse", "--step_density", "0"], 1),
+    "flowbp-sparse, drawn evenly, without noise": (
+        ["--estimator", "flowbp-sparse", "--step_density", "0", "--step_kind", "auto"],
+        1,
+    ),
     "flowbp-bridge": (["--estimator", "flowbp-bridge"], 1),
     "rsm": (["--estimator", "rsm"], 1),
     "adjoint-matching": (["--estimator", "adjoint-matching"], 1),
