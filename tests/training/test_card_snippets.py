@@ -151,7 +151,7 @@ def test_the_snippet_draws_what_was_measured(
             "6 DDIM steps (DDIMScheduler, timestep_spacing trailing), eta 0 and guidance scale 2, at 32 x 32 pixels."
         )
         assert words in text
-        assert "over a chain of 4 ancestral steps with eta 1 and guidance scale 3, at 16 x 16 pixels." in text
+        assert "over a chain of 4 steps without noise and guidance scale 3, at 16 x 16 pixels." in text
         images = Image.open(run.output_dir / "before_after.png")
         assert all(side > 0 for side in images.size)
     snippet = snippet_of(run.output_dir)
