@@ -1,4 +1,4 @@
-"""The page of `rlr-peft space` in a browser draws base and adapter. Gradio asks for an older Pillow than training."""
+"""The page of `rlr-peft space` in a browser draws base and adapter."""
 
 import io
 import os
