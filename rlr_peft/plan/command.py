@@ -40,9 +40,9 @@ def plan_command(words: Sequence[str]) -> int:
     """Prints the plan; exit code 1 where it does not fit the memory that was given."""
     said = read_words(words, PlanFlags, PROG, DESCRIPTION, list(knobs()), example="--config sdxl --gpu_memory 24")
     own, config = said.own, said.config()
-    refuse_unknown(config.reward.specs)
     if own.output is not None:
         check_output(Path(own.output), is_file=True)
+    refuse_unknown(config.reward.specs)
 
     # Only now the heavy imports: a wrong flag is refused at once.
     from rlr_peft.build.reporting import errors_only

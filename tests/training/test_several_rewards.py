@@ -156,7 +156,7 @@ def variance_of_first_update(config: Path) -> float:
     from rlr_peft.training.update import _sample
 
     run = build(config)
-    batch = _sample(run, 0, run.num_images_per_prompt)
+    batch = _sample(run, run.update_chain, 0, run.num_images_per_prompt)
     return float(batch.scored.raw["rewards.py:redness"].double().var())
 
 
