@@ -3,11 +3,9 @@
     python -m benchmarks.reward_costs
 
 Memory is what `rlr-peft plan` counts: weights, and the most besides while an image is scored and, where it can be,
-differentiated. The
-operations (a multiplication and an addition are two) are those of the part that sees the image, forward and backward,
-forward alone of `unifiedreward` (before it writes) and `detector`; texts are few tokens. Nothing is downloaded and
-nothing computed, all is on the meta device. Writes
-``benchmarks/results/reward_costs.json``.
+differentiated. The operations (a multiplication and an addition are two) are those of the part that sees the image,
+forward and backward, forward alone of `unifiedreward` (before it writes) and `detector`; texts are few tokens. Nothing
+is downloaded and nothing computed, all is on the meta device. Writes ``benchmarks/results/reward_costs.json``.
 """
 
 from typing import Any
