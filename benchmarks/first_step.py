@@ -21,7 +21,7 @@ CASES: list[tuple[str, str, str]] = [
     ("rlr", "coarse", ""),
     ("grpo", "coarse", ""),
     ("refl", "all", ""),
-    ("refl", "coarse", "--train_batch_size 16"),
+    ("refl", "coarse", "--train_batch_size 16 --max_train_steps 75"),
     ("refl", "coarse", "--rank 2"),
     ("refl", "coarse", "--rank 32"),
     ("refl", "coarse", "--lora_alpha 64"),
@@ -62,7 +62,16 @@ def first_step(method: str, reward: str, flags: str, learning_rate: str) -> tupl
     """The rate, and the change of the clean latents of other samples than those of the update."""
     own, group = METHODS[method]
     words = ["--config", "benchmarks/laboratory.yaml", "--report_to", "none", "--heldout_reward_fn", "null", *own]
-    words += ["--train_batch_size", "4", "--num_images_per_prompt", str(group), "--reward_fn", REWARDS[reward][0]]
+    words += [
+        "--max_train_steps",
+        "300",
+        "--train_batch_size",
+        "4",
+        "--num_images_per_prompt",
+        str(group),
+        "--reward_fn",
+        REWARDS[reward][0],
+    ]
     words += ["--learning_rate", learning_rate, "--seed", "1"]
     # Later words would be refused beside the same flag: they take its place.
     for flag, value in zip(flags.split()[::2], flags.split()[1::2], strict=True):

@@ -124,7 +124,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.collect:
         runs = finished_runs(folder)
-        write_results(f"race_{folder.name}", {"rows": report(runs, f"race_{folder.name}"), "runs": runs})
+        write_results(f"race_{folder.name}", {"rows": report(runs, f"race_{folder.name}", METHODS), "runs": runs})
         return
     for seed in arguments.seeds:
         for setting in settings(folder, arguments):
@@ -177,6 +177,9 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     words += ["--num_images_per_prompt", str(group), "--train_batch_size", *in_micro_batches]
     words += ["--num_evaluation_images", str(arguments.images), "--evaluation_batch_size", "32"]
     words += ["--num_inference_steps", str(arguments.steps)]
+    # About as many updates as the budget pays, with a short way back: a measured rate goes by them.
+    images = 4 if batch == AUTO else int(batch)
+    words += ["--max_train_steps", str(round(arguments.budget / (images * (arguments.steps + 5))))]
     words += [] if arguments.evaluation_steps is None else ["--evaluation_steps", str(arguments.evaluation_steps)]
     words += ["--reward_fn", REWARDS[reward][0], "--heldout_reward_fn", REWARDS[reward][1]]
     number, *course = rate.partition(",")

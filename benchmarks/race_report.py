@@ -1,6 +1,7 @@
 """Table and figure of a race: means over seeds with 95 % intervals."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-# How many methods the figure shows.
-DRAWN = 8
+# How many methods the figure shows, and how far apart their intervals stand, as a share of its width.
+DRAWN = 6
+APART = 0.012
 
 
-def report(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def report(runs: list[dict[str, Any]], name: str, drawn: Collection[str]) -> list[dict[str, Any]]:
     """One row for the best setting of every method; prints them and draws ``docs/images/{name}.png``.
 
-    The best setting is that with the highest mean gain, among those with the most seeds.
+    The best setting is that with the highest mean gain, among those with the most seeds. Methods that are not `drawn`
+    are in the tables alone.
     """
     settings: defaultdict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -27,7 +30,8 @@ def report(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     rows.sort(key=lambda row: -row["reward_gain"])
     _print(rows)
     _print_rates(settings)
-    _draw({row["method"]: best[row["method"]] for row in rows[:DRAWN]}, Path("docs/images") / f"{name}.png")
+    shown = [row["method"] for row in rows if row["method"] in drawn][:DRAWN]
+    _draw({method: best[method] for method in shown}, Path("docs/images") / f"{name}.png")
     return [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN is no JSON
 
 
@@ -112,12 +116,13 @@ def _draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     ends = []
     for i, (method, group) in enumerate(groups.items()):
         marks = range(len(group[0]["points"]))
-        cost = [0.0, *(float(numpy.mean([run["points"][j]["cost"] for run in group])) for j in marks)]
+        cost = numpy.array([0.0, *(float(numpy.mean([run["points"][j]["cost"] for run in group])) for j in marks)])
         gains = [0.0, *(float(_gains(group, "reward", j).mean()) for j in marks)]
-        widths = numpy.nan_to_num([0.0, *(interval(_gains(group, "reward", j)) for j in marks)])
         axes.plot(cost, gains, marker="o", markersize=3, color=f"C{i}")
         if len(group) > 2:  # the interval of two seeds says nothing and hides all else
-            axes.fill_between(cost, gains - widths, gains + widths, color=f"C{i}", alpha=0.08, linewidth=0)
+            widths = numpy.nan_to_num([0.0, *(interval(_gains(group, "reward", j)) for j in marks)])
+            beside = cost + APART * cost[-1] * (i - (len(groups) - 1) / 2)
+            axes.errorbar(beside[1:], gains[1:], widths[1:], color=f"C{i}", linestyle="none", linewidth=1, capsize=2)
         ends.append((gains[-1], method, f"C{i}", cost[-1]))
     _label(axes, ends)
     axes.axhline(0, color="#cccccc", linewidth=1, zorder=0)
@@ -134,5 +139,5 @@ def _label(axes: Any, ends: list[tuple[float, str, str, float]]) -> None:
     gap, place = 0.05 * (high - low), -float("inf")
     for gain, method, color, cost in sorted(ends):
         place = max(gain, place + gap)
-        axes.annotate(method, (cost, gain), (1.02 * cost, place), color=color, va="center", fontsize=9)
-    axes.set_xlim(0, 1.35 * max(cost for *_, cost in ends))
+        axes.annotate(method, (cost, gain), (1.04 * cost, place), color=color, va="center", fontsize=9)
+    axes.set_xlim(0, 1.03 * max(cost for *_, cost in ends))

@@ -3,8 +3,11 @@
 Adam's first step moves every weight by the learning rate, whatever the gradient's size. What that does to the images
 depends on the base, on rank and alpha and on the chain, so that good rates lie a hundred times apart; how much a good
 first step changes the images does not. So some samples are drawn before and after the first update, with the same
-noises, and the rate is the one at which their clean latents change by `CHANGE` of their standard deviation. They are
+noises, and the rate is the one at which their clean latents change by a set share of their standard deviation. They are
 not the update's own, which may answer to it far more than others. The schedule starts from that rate.
+
+The share is `CHANGE` in a run of `OF_SAMPLES` samples. Adam's steps have one length, and what is noise in them adds up
+with the square root of their number; so a run of four times as many samples takes half of it.
 
 Adam divides a gradient g by |g| + epsilon. Where all samples of the first update are near the top of the reward, g may
 be far below the usual epsilon and the step with it, and a rate that makes up for it would be ruinous in the next
@@ -29,8 +32,10 @@ logger = logging.getLogger(__name__)
 # At 0.004, the best rate of a grid in the races on tiny-shapes, other samples change by 2.4 to 5.2 %, whatever the
 # method, reward, rank, guidance and number of steps (`benchmarks/first_step.py`). Those races drew two images of a
 # prompt, and did best at 3.5 %; as many of prompts of their own carry 1.25 times the signal or more, so that a lower
-# rate goes as far.
-CHANGE = 0.028
+# rate goes as far. Most of them see about as many samples.
+CHANGE, OF_SAMPLES = 0.028, 1_200
+# The length of a run raises or lowers it by no more: beyond that nothing was tried.
+LARGEST_CORRECTION = 3.0
 # The first try, which moves the latents of no model far; how many more there are; what is near enough.
 FIRST, TRIES, NEAR = 1e-4, 4, 1.15
 # Drawn for every try, and what a sample that rounds to none of the change counts as.
@@ -39,6 +44,12 @@ SAMPLES, TINIEST = 8, 1e-9
 EPSILON, FAINTEST = 1e-3, 1e-18
 # One try raises or lowers the rate by no more: a change below the rounding of 16 bits says little.
 LARGEST_FACTOR = 30.0
+
+
+def aimed_change(samples: int) -> float:
+    """Of the clean latents by the first step of a run that sees so many samples, over their standard deviation."""
+    correction = math.sqrt(OF_SAMPLES / samples)
+    return CHANGE * min(max(correction, 1 / LARGEST_CORRECTION), LARGEST_CORRECTION)
 
 
 def take_first_step(run: Run, step: int) -> None:
@@ -58,11 +69,12 @@ def take_first_step(run: Run, step: int) -> None:
     with _epsilon_at_most(run, EPSILON * size):
         run.optimizer.step()
     direction = [(parameter.detach() - before) / FIRST for parameter, before in zip(parameters, start, strict=True)]
+    aim = aimed_change(run.arithmetic.max_train_steps * run.samples_per_update)
     rate, change = FIRST, _relative_change(run, chain, trajectories)
     for _ in range(TRIES):
-        if change == 0 or 1 / NEAR < change / CHANGE < NEAR:
+        if change == 0 or 1 / NEAR < change / aim < NEAR:
             break
-        rate *= min(max(CHANGE / change, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+        rate *= min(max(aim / change, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
         _move(parameters, start, direction, rate)
         change = _relative_change(run, chain, trajectories)
     if change == 0:  # a gradient that moves nothing

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from rlr_peft.build import Run, optimizer
 from rlr_peft.training import finish, read_metrics, resume, take_update
-from rlr_peft.training.learning_rate import CHANGE, SAMPLES
+from rlr_peft.training.learning_rate import CHANGE, SAMPLES, aimed_change
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 VALUES = {"estimator": "full-bp", "learning_rate": "auto", "max_train_steps": 4, "num_inference_steps": 3}
@@ -28,14 +28,24 @@ def rate_of(run: Run) -> float:
 
 
 def test_the_first_update_changes_the_images_by_the_set_amount(workplace: Path, tmp_path: Path) -> None:
-    run = build(config_file(workplace, tmp_path / "run", gradient_accumulation_steps=1, **VALUES))
+    values = VALUES | {"max_train_steps": 120}
+    run = build(config_file(workplace, tmp_path / "run", gradient_accumulation_steps=1, **values))
     prompts = run.sampler.sample(7, SAMPLES)
     before = run.chain.sample(prompts, range(SAMPLES)).latents[0]
     take_update(run, 0)
     after = run.chain.sample(prompts, range(SAMPLES)).latents[0]
     changes = (after - before).flatten(1).pow(2).mean(1).sqrt() / before.flatten(1).std(1)
-    assert float(changes.log().mean().exp()) == pytest.approx(CHANGE, rel=0.3)  # on other samples than its own
+    aim = aimed_change(120 * run.samples_per_update)
+    assert aim > 1.5 * CHANGE
+    assert float(changes.log().mean().exp()) == pytest.approx(aim, rel=0.3)  # on other samples than its own
     assert run.lr_scheduler.get_last_lr() == [rate_of(run)]
+
+
+def test_a_longer_run_takes_smaller_steps_whose_noise_adds_up_to_the_same() -> None:
+    noise = [aimed_change(samples) * samples**0.5 for samples in (300, 1200, 4800)]
+    assert noise == pytest.approx([noise[0]] * 3)
+    assert aimed_change(1) == aimed_change(100) == pytest.approx(9 * aimed_change(20_000))
+    assert aimed_change(20_000) == aimed_change(10**9)
 
 
 def test_the_rate_makes_up_for_what_scales_the_adapter(workplace: Path, tmp_path: Path) -> None:
