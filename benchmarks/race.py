@@ -37,7 +37,14 @@ from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators import AutoEstimator, ForwardEstimator
 from rlr_peft.tiny_shapes import pipeline_path
-from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, evaluate_base, take_update
+from rlr_peft.training import (
+    calibrate,
+    calibration_due,
+    calibration_samples,
+    evaluate_adapter,
+    evaluate_base,
+    take_update,
+)
 
 # The methods' own defaults instead of the demo's.
 MEASURED = ("--calibration_interval", "auto", "--fo_roulette")
@@ -195,7 +202,9 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
         started, before = os.times().user, run.denoiser_evaluations
         if calibration_due(run, step):
             calibrate(run, step)
-            samples = run.config.estimator.calibration_samples
+            knobs = run.config.estimator.calibration
+            assert knobs is not None  # as one is due
+            samples = calibration_samples(run, knobs)
             replays = run.denoiser_evaluations - before - samples * run.chain.num_steps
             # A replay is pulled back twice, for the reward's gradient and the noise, and once more by `auto`.
             pulled = 3 if isinstance(run.estimator, AutoEstimator) else 2

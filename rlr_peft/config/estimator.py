@@ -26,7 +26,8 @@ class EstimatorArguments(Group):
 
     calibration_samples: int = knob(
         16,
-        "Images sampled for one measurement of the per-step variances, and for the first scales of several rewards.",
+        "Images sampled for one measurement of the per-step variances, fewer in a run too short to pay for them, and "
+        "for the first scales of several rewards.",
         unit="images",
         within="[2, 100000]",
     )

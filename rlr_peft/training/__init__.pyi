@@ -30,6 +30,7 @@ from .tracking import stage_prompts_in_words as stage_prompts_in_words
 from .trainer import train as train
 from .update import calibrate as calibrate
 from .update import calibration_due as calibration_due
+from .update import calibration_samples as calibration_samples
 from .update import take_update as take_update
 from .validation import evaluate_adapter as evaluate_adapter
 from .validation import evaluate_base as evaluate_base

@@ -30,8 +30,12 @@ logger = logging.getLogger(__name__)
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15
-# Of a run's cost, where calibrations are as frequent as that allows.
+# Of a run's cost, where calibrations are as frequent and as large as that allows; and their fewest samples.
 CALIBRATION_SHARE = 0.05
+FEWEST_MEASURED = 4
+# A measured sample costs its chain of T steps and T replays with up to three backward passes each, 8 T; a trained one
+# with a short tail about 2 T.
+COST_OF_MEASURING = 4
 # Images of a prompt in a calibration, unless that is given: as few as can be compared, which are much alike.
 FEWEST_COMPARED = 2
 
@@ -171,15 +175,20 @@ def calibration_due(run: Run, step: int) -> bool:
 
 
 def calibration_interval(run: Run, knobs: MeasuringArguments) -> int:
-    """Updates between two calibrations.
-
-    A measured sample costs its chain and T replays with up to three backward passes each, 8 T; a trained one with a
-    short tail about 2 T.
-    """
+    """Updates between two calibrations."""
     if knobs.calibration_interval != "auto":
         return knobs.calibration_interval
-    share = 8 * knobs.calibration_samples / (2 * run.samples_per_update)
+    share = COST_OF_MEASURING * calibration_samples(run, knobs) / run.samples_per_update
     return math.ceil(share / CALIBRATION_SHARE)
+
+
+def calibration_samples(run: Run, knobs: MeasuringArguments) -> int:
+    """Of one calibration; a run that is too short for the given number, and may choose how often, takes fewer."""
+    if knobs.calibration_interval != "auto":
+        return knobs.calibration_samples
+    trained = run.arithmetic.max_train_steps * run.samples_per_update
+    paid_for = int(CALIBRATION_SHARE * trained / COST_OF_MEASURING)
+    return min(knobs.calibration_samples, max(FEWEST_MEASURED, paid_for))
 
 
 def calibrate(run: Run, step: int) -> None:
@@ -189,7 +198,7 @@ def calibrate(run: Run, step: int) -> None:
     group_size = FEWEST_COMPARED if training.num_images_per_prompt == AUTO else training.compared_images
     # Single samples are replayed, and dropout's masks depend on the size of the batch.
     micro_batch_size = 1 if run.chain.denoiser.training else training.train_batch_size
-    prompts = run.sampler.sample(step, math.ceil(arguments.calibration_samples / group_size))
+    prompts = run.sampler.sample(step, math.ceil(calibration_samples(run, arguments) / group_size))
     repeated, seeds = _repeat(run, step, "calibration", prompts, group_size)
     batch = sample_batch(run.chain, run.objective, repeated, seeds, micro_batch_size)
     rollouts = batch.rollouts(leave_one_out(batch.rewards, group_size))

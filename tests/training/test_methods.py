@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlr_peft.training import CheckpointError, LearningSignal, finish, read_metrics, take_update
+from rlr_peft.training import CheckpointError, LearningSignal, calibrate, finish, read_metrics, take_update
 from rlr_peft.training.update import _sample
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
@@ -235,6 +235,19 @@ def test_a_mapping_of_one_reward_divides_its_gradient_and_leaves_the_penaltys_we
     assert gradient_norm(scaled, *penalty_alone) == pytest.approx(plain, rel=1e-4) and plain > 0
     twice = gradient_norm(config, *penalty_alone, "--kl_beta", "1.0")
     assert twice == pytest.approx(2 * plain, rel=1e-4)
+
+
+def test_a_short_run_measures_on_fewer_samples(workplace: Path, tmp_path: Path) -> None:
+    """On as many as a twentieth of its cost pays for, but at least four; a given interval leaves their number alone."""
+    values = {"estimator": "auto", "calibration_samples": 16, "num_inference_steps": 3}
+    cases = {"short": (10, {}, 4), "longer": (200, {}, 10), "long": (1000, {}, 16)}
+    cases["given"] = (10, {"calibration_interval": 5}, 16)
+    for name, (length, given, samples) in cases.items():
+        run = build(config_file(workplace, tmp_path / name, max_train_steps=length, **values, **given))
+        calibrate(run, 0)
+        assert run.denoiser_evaluations == samples * (3 + 3), (
+            name
+        )  # every step once to sample it, and once to replay it
 
 
 def test_a_run_with_a_measured_batch_says_so_and_resumes_with_it(
