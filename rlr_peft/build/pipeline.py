@@ -2,14 +2,13 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import diffusers
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderTiny,
     AutoModel,
     BitsAndBytesConfig,
@@ -70,8 +69,9 @@ def load_pipeline(
 def check_image_sizes(config: Config) -> None:
     """Refuses sizes that the base cannot draw, by its small files alone, before models are loaded.
 
-    An AutoencoderKL halves an image once for every level but the first, and pipelines of one with a UNet want multiples
-    of `UNET_MULTIPLE`. What else a pipeline wants shows when it is called.
+    An AutoencoderKL halves an image once for every level but the first; pipelines of one with a UNet want multiples of
+    `UNET_MULTIPLE`, and a transformer sees its latents in whole patches. What else a pipeline wants shows when it is
+    called.
 
     Raises:
         BaseModelError: the base is not there, or its files cannot be read.
@@ -88,8 +88,10 @@ def check_image_sizes(config: Config) -> None:
     if index.get("vae") != ["diffusers", "AutoencoderKL"]:
         return
     with loading_base(model.pretrained_model_name_or_path):
-        levels = AutoencoderKL.load_config(source, subfolder="vae", **where)["block_out_channels"]
-    multiple = math.lcm(2 ** (len(levels) - 1), UNET_MULTIPLE if index.get("unet") else 1)
+        vae = AutoModel.load_config(source, subfolder="vae", **where)
+        seen = AutoModel.load_config(source, subfolder="transformer", **where) if index.get("transformer") else {}
+    latent = 2 ** (len(vae["block_out_channels"]) - 1)
+    multiple = math.lcm(latent * patch_side(seen, vae), UNET_MULTIPLE if index.get("unet") else 1)
     for name, size in given.items():
         if size % multiple:
             below = size - size % multiple
@@ -98,6 +100,17 @@ def check_image_sizes(config: Config) -> None:
                 f"{name}: expected a multiple of {multiple} pixels, as {index['_class_name']} needs here, got {size}; "
                 f"take {near}."
             )
+
+
+def patch_side(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+    """The side, in latents, of what a transformer takes as one: its own patches, of what its pipeline packs before.
+
+    Args:
+        transformer, vae: their configs. As many latents are packed into one as the transformer has more channels.
+    """
+    patch = transformer.get("patch_size", transformer.get("all_patch_size", 1))
+    packed = (transformer.get("in_channels") or 0) // vae.get("latent_channels", 4)
+    return max(patch if isinstance(patch, list | tuple) else [patch]) * max(1, math.isqrt(packed))
 
 
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -34,8 +34,8 @@ class Family:
     Attributes:
         name: the family's short name.
         pipeline_classes: names of the diffusers pipeline classes that belong to it.
-        tags: the Hub's tags of the family.
-        denoisers: attributes of the pipeline that may hold a denoiser; those that are None are left out.
+        own_tags: the Hub's tags of the family; None for its name, alone and with ``-diffusers`` behind it.
+        denoisers: attributes of the pipeline that may hold a denoiser; those that it lacks are left out.
         lora_targets: modules of the denoiser that get LoRA layers by default.
         pipeline_tag: the Hub's task name.
         timestep_spacing: where the T steps lie if the config does not say so; None keeps what the pipeline asks for.
@@ -54,8 +54,8 @@ class Family:
 
     name: str
     pipeline_classes: tuple[str, ...]
-    tags: tuple[str, ...] = ()
-    denoisers: tuple[str, ...] = ("transformer",)
+    own_tags: tuple[str, ...] | None = None
+    denoisers: tuple[str, ...] = ("unet", "transformer")
     lora_targets: tuple[str, ...] = ATTENTION
     pipeline_tag: str = "text-to-image"
     timestep_spacing: TimestepSpacing | None = None
@@ -69,6 +69,11 @@ class Family:
     starts_with_image: bool = False
     needs_package: str | None = None
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The Hub's tags of the family."""
+        return (self.name, f"{self.name}-diffusers") if self.own_tags is None else self.own_tags
+
 
 # VAEs that decode one video at a time, because the mask of their attention fits a single one; by their classes, which
 # pipelines of any family may have.
@@ -77,33 +82,28 @@ FAMILIES = (
     Family(  # its grid is the checkpoint's own, so that runs repeat published ones
         name="stable-diffusion",
         pipeline_classes=("StableDiffusionPipeline",),
-        tags=("stable-diffusion", "stable-diffusion-diffusers"),
-        denoisers=("unet",),
     ),
     Family(
         name="stable-diffusion-xl",
         pipeline_classes=("StableDiffusionXLPipeline",),
-        tags=("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
-        denoisers=("unet",),
         timestep_spacing="trailing",
     ),
     Family(
         name="stable-diffusion-3",
         pipeline_classes=("StableDiffusion3Pipeline",),
-        tags=("sd3.5", "sd3.5-diffusers"),
+        own_tags=("sd3.5", "sd3.5-diffusers"),
         lora_targets=JOINT_ATTENTION,
     ),
     Family(
         name="flux",
         pipeline_classes=("FluxPipeline",),
-        tags=("flux", "flux-diffusers"),
         lora_targets=(*JOINT_ATTENTION, *FLUX_FEED_FORWARD),
         negative_branch="second call",
     ),
     Family(
         name="flux-kontext",
         pipeline_classes=("FluxKontextPipeline",),
-        tags=("flux", "flux-diffusers", "flux-kontext"),
+        own_tags=("flux", "flux-diffusers", "flux-kontext"),
         lora_targets=(*JOINT_ATTENTION, *FLUX_FEED_FORWARD),
         pipeline_tag="image-to-image",
         negative_branch="second call",
@@ -111,7 +111,6 @@ FAMILIES = (
     Family(
         name="qwen-image",
         pipeline_classes=("QwenImagePipeline",),
-        tags=("qwen-image", "qwen-image-diffusers"),
         lora_targets=JOINT_ATTENTION,
         timestep_spacing="trailing",
         guidance_argument="true_cfg_scale",
@@ -120,7 +119,7 @@ FAMILIES = (
     Family(
         name="qwen-image-edit",
         pipeline_classes=("QwenImageEditPipeline",),
-        tags=("qwen-image", "qwen-image-diffusers"),
+        own_tags=("qwen-image", "qwen-image-diffusers"),
         lora_targets=JOINT_ATTENTION,
         pipeline_tag="image-to-image",
         timestep_spacing="trailing",
@@ -132,7 +131,7 @@ FAMILIES = (
     Family(
         name="qwen-image-edit-plus",
         pipeline_classes=("QwenImageEditPlusPipeline",),
-        tags=("qwen-image", "qwen-image-diffusers"),
+        own_tags=("qwen-image", "qwen-image-diffusers"),
         lora_targets=JOINT_ATTENTION,
         pipeline_tag="image-to-image",
         timestep_spacing="trailing",
@@ -145,26 +144,23 @@ FAMILIES = (
     Family(
         name="pixart-sigma",
         pipeline_classes=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
-        tags=("pixart-sigma",),
+        own_tags=("pixart-sigma",),
         timestep_spacing="trailing",
     ),
     Family(
         name="sana",
         pipeline_classes=("SanaPipeline",),
-        tags=("sana", "sana-diffusers"),
     ),
     Family(
         name="z-image",
         pipeline_classes=("ZImagePipeline",),
-        tags=("z-image", "z-image-diffusers"),
         no_guidance=0.0,
         negative_branch="second half",
     ),
     Family(
         name="text-to-video-sd",
         pipeline_classes=("TextToVideoSDPipeline",),
-        tags=("text-to-video-sd",),
-        denoisers=("unet",),
+        own_tags=("text-to-video-sd",),
         pipeline_tag="text-to-video",
         timestep_spacing="trailing",
         frame_axis=2,
@@ -172,8 +168,7 @@ FAMILIES = (
     Family(
         name="animatediff",
         pipeline_classes=("AnimateDiffPipeline",),
-        tags=("animatediff",),
-        denoisers=("unet",),
+        own_tags=("animatediff",),
         pipeline_tag="text-to-video",
         timestep_spacing="trailing",
         frame_axis=2,
@@ -181,7 +176,6 @@ FAMILIES = (
     Family(
         name="wan",
         pipeline_classes=("WanPipeline",),
-        tags=("wan", "wan-diffusers"),
         denoisers=("transformer", SECOND_EXPERT),
         pipeline_tag="text-to-video",
         frame_axis=2,
@@ -190,7 +184,7 @@ FAMILIES = (
     Family(
         name="wan-image-to-video",
         pipeline_classes=("WanImageToVideoPipeline",),
-        tags=("wan", "wan-diffusers"),
+        own_tags=("wan", "wan-diffusers"),
         denoisers=("transformer", SECOND_EXPERT),
         pipeline_tag="image-to-video",
         frame_axis=2,
@@ -202,29 +196,25 @@ FAMILIES = (
     Family(
         name="cogvideox",
         pipeline_classes=("CogVideoXPipeline",),
-        tags=("cogvideox", "cogvideox-diffusers"),
         pipeline_tag="text-to-video",
         timestep_spacing="trailing",
     ),
     Family(
         name="ltx-video",
         pipeline_classes=("LTXPipeline",),
-        tags=("ltx-video", "ltx-video-diffusers"),
         pipeline_tag="text-to-video",
     ),
     Family(
         name="ltx-image-to-video",
         pipeline_classes=("LTXImageToVideoPipeline",),
-        tags=("ltx-video", "ltx-video-diffusers"),
+        own_tags=("ltx-video", "ltx-video-diffusers"),
         pipeline_tag="image-to-video",
         needs_image=True,
         starts_with_image=True,
     ),
 )
 
-GENERIC = Family(
-    name="generic", pipeline_classes=(), denoisers=("unet", "transformer"), lora_targets=(), negative_branch=None
-)
+GENERIC = Family(name="generic", pipeline_classes=(), own_tags=(), lora_targets=(), negative_branch=None)
 """The row that an unknown pipeline class is tried with."""
 
 GENERIC_TARGETS = (

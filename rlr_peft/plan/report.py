@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from rlr_peft.config.reward import model_in
 from rlr_peft.plan.parts import (
     ADJOINT,
     DECODE,
@@ -39,7 +40,12 @@ def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None = None, hos
     lines.append(f"{'total':<{width}}" + "".join(f"{_gib(plan.total(phase)):>17}" for phase in PHASES))
     lines += ["", f"Peak: {_gib(plan.peak)} GiB, in {plan.peak_phase}.", *_checkpointing(plan), *_rewards(plan, width)]
     if plan.unknown:
-        lines.append(f"Not counted, because nothing is known of their networks: {', '.join(plan.unknown)}.")
+        judged = " (or no config.json was found)" if any(map(model_in, plan.unknown)) else ""
+        names = ", ".join(plan.unknown)
+        lines.append(f"Not counted, because nothing is known of their networks{judged}: {names}.")
+    weights_alone = [name for name, memory in plan.facts.each_reward.items() if memory.weights and not memory.scoring]
+    if weights_alone:
+        lines.append(f"Counted by their weights alone, without what they need to score: {', '.join(weights_alone)}.")
     lines += ["", *_rows("peak host memory in GiB", host.parts, HOST_PHASES, width)]
     lines.append(f"{'total':<{width}}" + "".join(f"{_gib(host.total(phase)):>17}" for phase in HOST_PHASES))
     lines += [
@@ -131,7 +137,9 @@ def _rewards(plan: MemoryPlan, width: int) -> list[str]:
         return []
     columns = ("weights", "scoring an image")
     lines = ["", f"{'rewards, in GiB':<{width}}" + "".join(f"{column:>17}" for column in columns)]
-    lines += [f"{name:<{width}}{_gib(memory.weights):>17}{_gib(memory.scoring):>17}" for name, memory in found.items()]
+    for name, memory in found.items():
+        scoring = _gib(memory.scoring) if memory.scoring else "not known"
+        lines.append(f"{name:<{width}}{_gib(memory.weights):>17}{scoring:>17}")
     return lines
 
 

@@ -35,11 +35,13 @@ from transformers import (
 )
 
 from rlr_peft.byte_counters import LiveMemory, fused_attention
-from rlr_peft.config.reward import OCR_PREFIX, model_in
+from rlr_peft.config.reward import OCR_PREFIX, VLM_PREFIX, model_in
 from rlr_peft.errors import RewardError
 from rlr_peft.plan.measurements import weight_bytes
+from rlr_peft.redaction import is_address
 from rlr_peft.rewards.model_files import ModelFiles
-from rlr_peft.rewards.vlm_inputs import SMOL
+from rlr_peft.rewards.names import BLACK_BOXES
+from rlr_peft.rewards.vlm_inputs import QWEN, SMOL
 
 VIT_L_14 = {
     "hidden_size": 1024,
@@ -80,11 +82,29 @@ class RewardMemory:
 
     Attributes:
         weights: all the time.
-        scoring: the most, besides, while images are scored and, where asked for, differentiated.
+        scoring: the most, besides, while images are scored and, where asked for, differentiated; 0 where only the
+            weights are known.
     """
 
     weights: int
     scoring: int
+
+
+def is_black_box(name: str, files: ModelFiles, endpoint: str | None) -> bool:
+    """Whether a reward is known to have no gradient.
+
+    It is not of people's own, and of judges whose config is not at hand.
+
+    Args:
+        files: where the configs of judges come from.
+        endpoint: behind which judges are; None where they are loaded.
+    """
+    if name in BLACK_BOXES or is_address(name) or name.startswith(OCR_PREFIX):
+        return True
+    if not name.startswith(VLM_PREFIX) or endpoint is not None:
+        return name.startswith(VLM_PREFIX)
+    config = _config_of(name, files)
+    return config is not None and config.model_type not in (*QWEN, *SMOL)
 
 
 def reward_memory(
@@ -112,7 +132,7 @@ def reward_memory(
     if model is None:
         return None
     model.to(dtype).requires_grad_(False).eval()
-    with_gradient &= name != "detector"
+    with_gradient &= name not in BLACK_BOXES
     vision: Any = model.get_submodule("boxes.owlv2") if name == "detector" else model
     vision = getattr(vision, "vision_model", vision)
     side = vision.config.image_size
@@ -140,7 +160,7 @@ def _judge_memory(
         return None
     judge.to(torch.bfloat16 if dtype == torch.float16 else dtype).requires_grad_(False).eval()
     model = getattr(judge, "model", judge)
-    with_gradient &= name != "unifiedreward" and not name.startswith(OCR_PREFIX)
+    with_gradient &= name not in BLACK_BOXES and not name.startswith(OCR_PREFIX)
     if hasattr(model, "visual"):
         seen = SEEN_PIXELS.get(name, min(pixels, MOST_PIXELS))
         given, see = _qwen_patches(model, batch_size, seen, with_gradient), partial(_qwen_sees, model, batch_size)
@@ -164,11 +184,17 @@ def _judge(name: str, files: ModelFiles) -> Any:
         vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
         text = QWEN2_7B | {"vocab_size": 152064}
         return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    config = _config_of(name, files)
+    return None if config is None else AutoModelForImageTextToText.from_config(config)
+
+
+def _config_of(name: str, files: ModelFiles) -> Any:
+    """Of the model in ``vlm:MODEL`` or ``ocr:MODEL``; None if it cannot be had, which the plan says."""
     try:
         folder = files.find(name, str(model_in(name)), "config.json").parent
     except RewardError:
-        return None  # the plan says that it is not known
-    return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        return None
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _asking(model: Any, given: Tensor, see: Callable[[Tensor], Tensor], words: int) -> int:

@@ -22,12 +22,12 @@ from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of
 from rlr_peft.chain.memory import largest_block
 from rlr_peft.config import Config, ConfigError, ModelArguments, stages_from_config
-from rlr_peft.config.forward import ForwardArguments
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.reward import VLM_PREFIX
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.base import RunShape, build_estimator
+from rlr_peft.estimators.forward import ForwardEstimator
 from rlr_peft.plan.blueprint import KnownValues, build_model, build_pipeline, find_architecture, find_component
 from rlr_peft.plan.measurements import (
     largest_quantized,
@@ -36,7 +36,7 @@ from rlr_peft.plan.measurements import (
     weight_bytes,
 )
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
-from rlr_peft.plan.reward_memory import RewardMemory, reward_memory, reward_names
+from rlr_peft.plan.reward_memory import RewardMemory, is_black_box, reward_memory, reward_names
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import weights_dtype
 
@@ -71,9 +71,12 @@ def plan_memory(
     counts = [min(number, validation.evaluation_batch_size) for number in (compared, validated) if number]
     from_images = chain.family.needs_image or config.prompts.image_column is not None
     largest = max(counts, default=None)
-    is_forward = isinstance(config.estimator, ForwardArguments)
-    estimator = build_estimator(config.estimator, RunShape(chain.num_steps, stages_from_config(config)))
-    with_gradient = estimator.uses_reward_gradient
+    trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
+    files = ModelFiles(config.reward.reward_model_path, config.model.cache_dir)
+    has_gradient = not any(is_black_box(name, files, config.reward.vlm_endpoint) for name in trained)
+    shape = RunShape(chain.num_steps, stages_from_config(config))
+    estimator = build_estimator(config.estimator, shape).for_reward(has_gradient)
+    is_forward, with_gradient = isinstance(estimator, ForwardEstimator), has_gradient and estimator.uses_reward_gradient
     measured = measure(
         *(chain, batch_size, decode_batch_size, evaluation_chain, largest, from_images, with_gradient), not is_forward
     )
@@ -85,13 +88,14 @@ def plan_memory(
         models[TINY_VAE] = chain.reward_decoder
     denoisers = {name: models[name] for name in chain.family.denoisers}
     held = quantization or NF4
-    trained, heldout = reward_names(config.reward.reward_fn), reward_names(config.reward.heldout_reward_fn)
-    names = list(dict.fromkeys((*trained, *heldout)))
+    differentiated = dict.fromkeys(heldout, False) | dict.fromkeys(trained, with_gradient)
     dtype, on_cpu = (weights_dtype(config.reward.reward_dtype, torch.device(kind)) for kind in ("cuda", "cpu"))
-    files = ModelFiles(config.reward.reward_model_path, config.model.cache_dir)
     pixels = measured.images // PIXEL_BYTES
     rewards = {
-        count: {name: _reward_memory(config, name, count, dtype, pixels, files, with_gradient) for name in names}
+        count: {
+            name: _reward_memory(config, name, count, dtype, pixels, files, wanted)
+            for name, wanted in differentiated.items()
+        }
         for count in {1, decode_batch_size}
     }
     known = {count: [memory for memory in found.values() if memory] for count, found in rewards.items()}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from rlr_peft.config import ConfigError
+from rlr_peft.config.reward import OCR_PREFIX, model_in
 from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
 
 MODEL_REWARDS: dict[str, tuple[Any, ...]] = {
@@ -43,6 +44,8 @@ JUDGES = {
     for attribute in (None, *ATTRIBUTES)
 }
 """The embedded judges, of all attributes or of one."""
+BLACK_BOXES = frozenset({"detector", UNIFIED_REWARD, *PLAIN_REWARDS} - {"temporal-flicker"})
+"""Registered ones without a gradient."""
 OWN_FORMS = "`vlm:MODEL`, `ocr:MODEL`, `package.module:callable`, `path/to/file.py:callable` or `http(s)://host:port/`"
 
 
@@ -67,5 +70,10 @@ def refuse_unknown(specs: Iterable[str]) -> None:
     """Raises ConfigError for the first that is neither registered nor of a form of people's own."""
     known = available_rewards()
     for spec in specs:
+        if model_in(spec) == "":
+            raise ConfigError(f"reward '{spec}': expected a Hub id or a folder behind the colon, got none")
+        name, _, behind = spec.partition(":")
+        if behind and name in known and name != OCR_PREFIX[:-1]:
+            raise ConfigError(f"reward '{spec}': a weight is written as --reward_fn '{{{name}: {behind}}}'")
         if ":" not in spec and spec not in known:
             raise ConfigError(unknown_reward(spec, known))

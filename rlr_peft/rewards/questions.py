@@ -11,6 +11,10 @@ from rlr_peft.rewards.scores import describe_samples
 
 QUESTIONS = ("questions", "vqa_list", "question")  # in the metadata
 ONE_WORD = " Answer in one word."
+DIGITS = {
+    word: str(number)
+    for number, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), 1)
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def _question(item: object, judge: JudgeSettings) -> Question | None:
 
 
 def spellings(answer: str) -> list[str]:
-    """How a model may write an answer: small or capitalised, at once or after a space."""
-    forms = dict.fromkeys((answer, answer.lower(), answer.capitalize()))
+    """How a model may write an answer: small or capitalised, a number as a digit too, at once or after a space."""
+    digit = [DIGITS[answer.lower()]] if answer.lower() in DIGITS else []
+    forms = dict.fromkeys((answer, answer.lower(), answer.capitalize(), *digit))
     return [space + form for form in forms for space in ("", " ")]

@@ -205,7 +205,7 @@ def compute_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
         images: (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1]; rounded to 8 bits.
         prompts: B prompts.
         metadata: B dictionaries that JSON can hold. `condition_images`, lists of base64 PNGs, go to their own field;
-            what all others have becomes a column of `kwargs`.
+            what all others have becomes a column of `extra`.
     """
     is_video, metadata = images.ndim == 5, [_for_json(entry) for entry in metadata]
     pixels = to_8_bit(images)
@@ -218,7 +218,7 @@ def compute_body(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict
         "video": encoded if is_video else None,
         CONDITION_IMAGES: conditions if any(conditions) else None,
         "condition_videos": None,
-        "kwargs": {name: [entry[name] for entry in metadata] for name in columns} or None,
+        "extra": {name: [entry[name] for entry in metadata] for name in columns} or None,
     }
 
 

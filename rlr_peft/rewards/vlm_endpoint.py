@@ -18,7 +18,7 @@ from rlr_peft.json_server import JsonServer, read_address
 from rlr_peft.redaction import redacted_address
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.preprocessing import to_8_bit
-from rlr_peft.rewards.questions import JudgeSettings, Question, questions_of
+from rlr_peft.rewards.questions import JudgeSettings, Question, questions_of, spellings
 from rlr_peft.rewards.remote import RemoteSettings, encode_png, explaining
 
 TOP_LOGPROBS = 20  # as many as the API gives
@@ -141,11 +141,11 @@ class VlmEndpoint(Reward):
                 f"reward '{self.name}': expected `logprobs` with `top_logprobs` of the first token, got none in "
                 f"{choice!r:.200}; the server must give log-probabilities"
             ) from None
-        right = [value for token, value in likeliest if token == question.right.casefold()]
+        right = _of(question.right, likeliest)
         if question.wrong is None:
             probability = math.exp(logsumexp(right or [floor]))
             return math.log(probability) - math.log(max(1 - probability, LEAST))
-        wrong = [value for token, value in likeliest if token == question.wrong.casefold()]
+        wrong = _of(question.wrong, likeliest)
         if not right and not wrong:
             raise RewardError(
                 f"reward '{self.name}': expected {question.right} or {question.wrong} among the likeliest answers, got "
@@ -153,3 +153,9 @@ class VlmEndpoint(Reward):
                 "--vlm_answers"
             )
         return float(logsumexp(right or [floor]) - logsumexp(wrong or [floor]))
+
+
+def _of(answer: str, likeliest: list[tuple[str, float]]) -> list[float]:
+    """The log-probabilities of an answer's spellings, among tokens without spaces and case."""
+    forms = {form.strip().casefold() for form in spellings(answer)}
+    return [value for token, value in likeliest if token in forms]

@@ -398,8 +398,19 @@ def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
 
 
 def command(folder: str, *more: str) -> list[str]:
-    required = ["--prompt_path", "tiny-shapes/train", "--reward_fn", "jpeg-compressibility"]
+    required = ["--prompt_path", "tiny-shapes/train", "--reward_fn", "tiny-shapes"]
     return ["plan", "--pretrained_model_name_or_path", folder, *required, "--resolution", "16", *more]
+
+
+def test_a_reward_without_gradient_leaves_no_tape_whatever_auto_would_choose(tiny_folder: str) -> None:
+    with_gradient = plan_run(load_config(command(tiny_folder)[1:]))
+    assert with_gradient.options.reward_gradient and not with_gradient.options.keeps_old_weights
+    for reward in ("jpeg-compressibility", "{tiny-shapes: 1, ocr: 1}", "http://127.0.0.1:1/"):
+        black_box = plan_run(load_config([*command(tiny_folder)[1:], "--reward_fn", reward]))
+        assert not black_box.options.reward_gradient and black_box.options.keeps_old_weights, reward
+        assert not black_box.facts.measured.decode[1, False].saved, reward
+    rlr = plan_run(load_config([*command(tiny_folder)[1:], "--reward_fn", "ocr", "--estimator", "rlr"]))
+    assert not rlr.options.reward_gradient and not rlr.options.keeps_old_weights
 
 
 def test_processes_that_share_the_denoiser_hold_a_part_of_it(tmp_path: Path) -> None:
@@ -432,7 +443,7 @@ def test_the_command_prints_parts_and_a_verdict(
     printed = capsys.readouterr().out
     for words in ("weights: unet", "optimiser state", "VAE decode + reward", "evaluation", "Fits 24 GiB"):
         assert words in printed
-    clip = reward_memory("clipscore", 1, torch.float16)
+    clip = reward_memory("clipscore", 1, torch.float16, with_gradient=False)  # held out
     assert clip is not None
     row = f"{clip.weights / GIB:.2f} {clip.scoring / GIB:>16.2f}"
     assert re.search(rf"rewards, in GiB +weights +scoring an image\nclipscore +{row}\n", printed)

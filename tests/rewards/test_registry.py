@@ -36,11 +36,20 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_the_list(spec: str, ne
     assert "file.py:callable" in str(caught.value)
 
 
-def test_training_knows_the_names_before_torch_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pickscor", "unknown reward 'pickscor'. Did you mean 'pickscore'?"),
+        ("vlm:", "reward 'vlm:': expected a Hub id or a folder behind the colon, got none"),
+        ("pickscore:0.5", "reward 'pickscore:0.5': a weight is written as --reward_fn '{pickscore: 0.5}'"),
+    ],
+)
+def test_training_knows_the_names_before_torch_is_there(
+    spec: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
-        train_command(["--config", "tiny_shapes", "--output_dir", "none", "--heldout_reward_fn", "pickscor"])
-    printed = capsys.readouterr().err
-    assert left.value.code == 2 and "unknown reward 'pickscor'. Did you mean 'pickscore'?" in printed
+        train_command(["--config", "tiny_shapes", "--output_dir", "none", "--heldout_reward_fn", spec])
+    assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_missing_file_is_told_before_torch_is_there(tmp_path: Path) -> None:

@@ -380,7 +380,7 @@ class Compute(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-FIELDS = {"prompt", "image", "video", "condition_images", "condition_videos", "kwargs"}
+FIELDS = {"prompt", "image", "video", "condition_images", "condition_videos", "extra"}
 
 
 def green(image: str) -> float:
@@ -411,7 +411,7 @@ def test_flow_factorys_servers_get_images_condition_images_and_columns(compute: 
     scores = score_images(reward, levels((3, 4, 6), 100, 50), PROMPTS[:2], metadata)
     assert scores.tolist() == pytest.approx([150 / 255, 50 / 255])
     assert asked[0]["prompt"] == PROMPTS[:2] and asked[0]["video"] is None
-    assert asked[0]["condition_images"] == [given, []] and asked[0]["kwargs"] == {"kind": ["a", "b"]}
+    assert asked[0]["condition_images"] == [given, []] and asked[0]["extra"] == {"kind": ["a", "b"]}
 
 
 def test_flow_factorys_servers_get_videos_whole(compute: Any) -> None:

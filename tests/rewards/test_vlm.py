@@ -110,11 +110,11 @@ def test_a_pair_gives_the_odds_of_its_own_answer(folder: Path, parity: Any) -> N
         metadata = [{"vqa_list": [["Is it so?", answer]]}]
         pair = score_images(reward, pixels(1), ["x"], metadata)
         assert pair.item() == pytest.approx(sign * plain, abs=1e-5)
-    # Of another answer: its probability against all others, by the first letter, small or large.
+    # Of another answer: its probability against all others, by the first letter, small or large, or a number's digit.
     with torch.no_grad():
         inputs = reward._inputs(pixels(1), ["How many? Answer in one word."])
         probabilities = reward.network(**inputs).logits[0, -1].softmax(0)
-    right = sum(float(probabilities[reward._inputs.tokenizer.convert_tokens_to_ids(letter)]) for letter in "fF")
+    right = sum(float(probabilities[reward._inputs.tokenizer.convert_tokens_to_ids(letter)]) for letter in "fF4")
     odds = score_images(reward, pixels(1), ["x"], [{"questions": [[asked[1], "four"]]}]).item()
     assert odds == pytest.approx(math.log(right / (1 - right)), abs=1e-4)
 

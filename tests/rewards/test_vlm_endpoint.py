@@ -61,7 +61,7 @@ def test_every_question_of_a_checklist_is_asked_and_several_at_once() -> None:
 
 
 def test_pairs_of_geneval_2_are_odds_of_their_own_answers() -> None:
-    answers = [likely(four=0.5, _Four=0.3, three=0.1), likely(Yes=0.8, No=0.2), likely(no=0.6, yes=0.3)]
+    answers = [likely(four=0.5, _Four=0.2, **{"4": 0.1}, three=0.1), likely(Yes=0.8, No=0.2), likely(no=0.6, yes=0.3)]
     pairs = [["How many bicycles?", "four"], ["Are they white?", "Yes"], ["Are there cows?", "No"]]
     with chat_server(*answers) as server:
         scores = [
