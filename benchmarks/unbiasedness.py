@@ -12,14 +12,11 @@ from typing import Any
 
 from benchmarks.machine import write_results
 from rlr_peft.config.methods import METHODS
+from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments
 from rlr_peft.estimators import (
     Coefficients,
     Estimator,
     HalfOrder,
-    PolicyGradientEstimator,
-    PolicyGradientSettings,
-    PreferenceEstimator,
-    PreferenceSettings,
     RLREstimator,
     RLRSettings,
     RunShape,
@@ -81,15 +78,15 @@ OTHERS: dict[str, tuple[Callable[[], Estimator], dict]] = {
         {"antithetic": True},
     ),
     "`ddpo` on policy, sigma_1 > 0 (biased)": (
-        lambda: PolicyGradientEstimator(PolicyGradientSettings("prompt-statistics", SINGLE)),
+        lambda: build_estimator(DDPOArguments(inner_epochs=1), RunShape(T)),
         {"last_std": 0.2, "calls": 100},  # its statistics are kept prompt by prompt, in Python
     ),
     "`grpo` on policy, sigma_1 > 0 (biased)": (
-        lambda: PolicyGradientEstimator(PolicyGradientSettings("prompt", SINGLE)),
+        lambda: build_estimator(GRPOArguments(), RunShape(T)),
         {"last_std": 0.2},
     ),
     "`d3po`, sigma_1 > 0 (another objective)": (
-        lambda: PreferenceEstimator(PreferenceSettings(0.1, SINGLE)),
+        lambda: build_estimator(D3POArguments(), RunShape(T)),
         {"last_std": 0.2},
     ),
 }

@@ -11,13 +11,11 @@ from .base import Estimator as Estimator
 from .base import RunShape as RunShape
 from .base import build_estimator as build_estimator
 from .forward import ForwardEstimator as ForwardEstimator
-from .forward import ForwardSettings as ForwardSettings
 from .forward import awm_pull as awm_pull
 from .forward import nft_pull as nft_pull
 from .forward import noise_share as noise_share
 from .forward import ram_pull as ram_pull
 from .half_order import BaselineObservation as BaselineObservation
-from .half_order import Block as Block
 from .half_order import HalfOrder as HalfOrder
 from .half_order import StageWindow as StageWindow
 from .half_order import StateBaseline as StateBaseline
@@ -51,9 +49,7 @@ from .pathwise import PathwiseSettings as PathwiseSettings
 from .pathwise import leap_weights as leap_weights
 from .pathwise import step_sizes as step_sizes
 from .policy import PolicyGradientEstimator as PolicyGradientEstimator
-from .policy import PolicyGradientSettings as PolicyGradientSettings
 from .policy import PreferenceEstimator as PreferenceEstimator
-from .policy import PreferenceSettings as PreferenceSettings
 from .policy import clipped_cotangent as clipped_cotangent
 from .policy import preference_cotangent as preference_cotangent
 from .policy import single_steps as single_steps

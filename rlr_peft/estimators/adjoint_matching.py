@@ -19,21 +19,17 @@ class AdjointMatchingEstimator(Estimator):
     The cotangent c_t of the reward is swept back through the BASE, the lean adjoint; at a drawn step the mean is pulled
     by ``scale c_{t-1} - (mu_t - mu_base,t) / std_t^2``, which vanishes at the optimum. The sum is divided by the scale,
     so that it is a gradient of the reward in the reward's own units.
-
-    Args:
-        num_steps: K, drawn evenly from the steps with noise.
-        scale: of the reward against the divergence in nats.
-        coefficient: factor of the whole gradient.
     """
 
     uses_reward_gradient = True
 
-    def __init__(self, num_steps: int, scale: float, coefficient: float = 1.0) -> None:
-        self.num_steps, self.scale, self.coefficient = num_steps, scale, coefficient
+    def __init__(self, arguments: AdjointMatchingArguments) -> None:
+        self.num_steps, self.scale = arguments.fo_steps, arguments.reward_scale
+        self.coefficient = arguments.fo_coefficient
 
     @classmethod
     def from_arguments(cls, arguments: AdjointMatchingArguments, shape: RunShape) -> Self:
-        return cls(arguments.fo_steps, arguments.reward_scale, arguments.fo_coefficient)
+        return cls(arguments)
 
     def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
         """Not: the base's reward gradient is all that it asks of an image."""

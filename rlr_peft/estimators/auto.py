@@ -34,7 +34,7 @@ from rlr_peft.chain.interface import Chain
 from rlr_peft.config.forward import AWMArguments
 from rlr_peft.config.methods import AutoArguments
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
-from rlr_peft.estimators.forward import ForwardEstimator, forward_settings
+from rlr_peft.estimators.forward import ForwardEstimator
 from rlr_peft.estimators.noise_scale import FIRST_PAIRS, NoiseScale
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
@@ -186,7 +186,7 @@ class AutoEstimator(Estimator):
     def from_arguments(cls, arguments: AutoArguments, shape: RunShape) -> Self:
         most = arguments.calibration_samples if shape.measures_batch else None
         rlr = RLREstimator.from_arguments(arguments.rlr, shape)
-        awm = ForwardEstimator(forward_settings(AWMArguments()))
+        awm = ForwardEstimator(AWMArguments())
         return cls(rlr, awm, shape.num_inference_steps, shape.samples, most)
 
     @property

@@ -40,7 +40,7 @@ from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import PathPoint
 from rlr_peft.config.forward import AWMArguments, BasePulledArguments, ForwardArguments, NFTArguments, RAMArguments
-from rlr_peft.estimators.advantages import DividedBy, group_normalized, normalised_in_words
+from rlr_peft.estimators.advantages import group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.prompt import Prompt, texts_of
@@ -51,8 +51,8 @@ SMALLEST_ERROR = 1e-5
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One level of one micro-batch, in units of the denoiser's output.
+class LevelOutputs:
+    """What the denoiser outputs at one level of one micro-batch, compared.
 
     Attributes:
         moved: d, present output minus that of the old weights, (B, ...).
@@ -70,17 +70,17 @@ class Comparison:
 
 
 # Minus the derivative of a loss, times D, by the present output, (B, ...); and numbers for the logs.
-Pull = Callable[[Comparison], tuple[torch.Tensor, Mapping[str, float]]]
+Pull = Callable[[LevelOutputs], tuple[torch.Tensor, Mapping[str, float]]]
 
 
-def ram_pull(compared: Comparison, *, scale: float) -> tuple[torch.Tensor, Mapping[str, float]]:
+def ram_pull(compared: LevelOutputs, *, scale: float) -> tuple[torch.Tensor, Mapping[str, float]]:
     """RAM: the base's output, moved by ``scale`` times the advantage towards the image."""
     assert compared.from_base is not None
     wanted = per_sample(scale * compared.advantages, compared.residual) * compared.residual
     return 2 * (wanted - compared.from_base), {}
 
 
-def nft_pull(compared: Comparison, *, beta: float, clip: float) -> tuple[torch.Tensor, Mapping[str, float]]:
+def nft_pull(compared: LevelOutputs, *, beta: float, clip: float) -> tuple[torch.Tensor, Mapping[str, float]]:
     """NFT: good images attract, and bad ones attract the mirror image of the present output.
 
     Args:
@@ -95,7 +95,7 @@ def nft_pull(compared: Comparison, *, beta: float, clip: float) -> tuple[torch.T
     return 2 * clip * compared.noise_share * difference, {}
 
 
-def awm_pull(compared: Comparison, *, clip: float, old_pull: float) -> tuple[torch.Tensor, Mapping[str, float]]:
+def awm_pull(compared: LevelOutputs, *, clip: float, old_pull: float) -> tuple[torch.Tensor, Mapping[str, float]]:
     """AWM: the likelihood ratio of a policy gradient, with the matching error in place of minus the log likelihood.
 
     Args:
@@ -112,111 +112,54 @@ def awm_pull(compared: Comparison, *, clip: float, old_pull: float) -> tuple[tor
     return 2 * (per_sample(factor, error) * error - old_pull * compared.moved), numbers
 
 
-@dataclass(frozen=True)
-class ForwardSettings:
-    """What the three losses share.
-
-    Attributes:
-        name: of the loss, for the words.
-        pull: the loss.
-        levels: K, how many levels are drawn for every micro-batch, without replacement; all if there are fewer.
-        level_density: they are drawn in proportion to the share of noise to this power.
-        advantage_clip: advantages are clipped to plus or minus this.
-        advantage_std: whose rewards' standard deviation they are divided by.
-        old_decay, old_decay_growth: after N updates the old weights are a moving average with the decay
-            ``min(old_decay, N old_decay_growth)``.
-        base_pull: weight of the squared distance from the base's output.
-        norm_penalty: weight of the squared excess of the velocity's norm over the base's (2606.27771).
-        norm_margin: relative excess that is free.
-        needs_base: whether the loss itself asks for the base.
-        inner_epochs: optimiser steps on the same images.
-    """
-
-    name: str
-    pull: Pull
-    levels: int
-    level_density: float = 0.0
-    advantage_clip: float = 5.0
-    advantage_std: DividedBy = "prompt"
-    old_decay: float = 0.0
-    old_decay_growth: float = 0.0
-    base_pull: float = 0.0
-    norm_penalty: float = 0.0
-    norm_margin: float = 0.0
-    needs_base: bool = False
-    inner_epochs: int = 1
-
-    @property
-    def asks_base(self) -> bool:
-        """Whether the base is evaluated."""
-        return self.needs_base or self.base_pull > 0 or self.norm_penalty > 0
-
-
-def forward_settings(arguments: ForwardArguments) -> ForwardSettings:
-    """Those of a method: its loss and its knobs."""
-    own: dict[str, Any]
+def pull_and_name(arguments: ForwardArguments) -> tuple[Pull, str]:
+    """A method's loss, by its knobs, and in words."""
     match arguments:
         case RAMArguments():
-            scale = arguments.reward_scale
-            own = {"name": f"RAM with scale {scale:g}", "pull": partial(ram_pull, scale=scale), "needs_base": True}
+            return partial(ram_pull, scale=arguments.reward_scale), f"RAM with scale {arguments.reward_scale:g}"
         case NFTArguments():
-            own = {
-                "name": f"DiffusionNFT with beta {arguments.nft_beta:g}",
-                "pull": partial(nft_pull, beta=arguments.nft_beta, clip=arguments.advantage_clip),
-            }
+            pull = partial(nft_pull, beta=arguments.nft_beta, clip=arguments.advantage_clip)
+            return pull, f"DiffusionNFT with beta {arguments.nft_beta:g}"
         case AWMArguments():
-            own = {
-                "name": f"AWM with ratios clipped at {arguments.clip_range:g}, pull to the old {arguments.old_pull:g}",
-                "pull": partial(awm_pull, clip=arguments.clip_range, old_pull=arguments.old_pull),
-            }
+            pull = partial(awm_pull, clip=arguments.clip_range, old_pull=arguments.old_pull)
+            return pull, f"AWM with ratios clipped at {arguments.clip_range:g}, pull to the old {arguments.old_pull:g}"
         case _:
             raise TypeError(f"expected a forward-process method, got {arguments.estimator}")
-    return ForwardSettings(
-        **own,
-        levels=arguments.noise_levels,
-        level_density=arguments.level_density,
-        advantage_clip=arguments.advantage_clip,
-        advantage_std=arguments.advantage_std,
-        old_decay=arguments.old_decay,
-        old_decay_growth=arguments.old_decay_growth,
-        base_pull=arguments.base_pull if isinstance(arguments, BasePulledArguments) else 0.0,
-        norm_penalty=arguments.norm_penalty,
-        norm_margin=arguments.norm_margin,
-        inner_epochs=arguments.inner_epochs,
-    )
 
 
 class ForwardEstimator(Estimator):
     """RAM, DiffusionNFT or AWM: one segment for every drawn level, of the prediction made from a fresh noising.
 
-    Args:
-        settings: of the loss.
+    After N updates the old weights are a moving average with the decay ``min(old_decay, N old_decay_growth)``.
     """
 
     shares_draws = True
     needs_noise = False
 
-    def __init__(self, settings: ForwardSettings) -> None:
-        self.settings = settings
-        self.advantage_clip = settings.advantage_clip
-        self.inner_epochs = settings.inner_epochs
+    def __init__(self, arguments: ForwardArguments) -> None:
+        self.arguments = arguments
+        self.advantage_clip = arguments.advantage_clip
+        self.inner_epochs = arguments.inner_epochs
+        self.base_pull = arguments.base_pull if isinstance(arguments, BasePulledArguments) else 0.0
+        self.asks_base = isinstance(arguments, RAMArguments) or self.base_pull > 0 or arguments.norm_penalty > 0
+        self._pull, self._name = pull_and_name(arguments)
         self._old: list[torch.Tensor] = []
         self._updates = self._followed = 0
 
     @classmethod
     def from_arguments(cls, arguments: ForwardArguments, shape: RunShape) -> Self:
-        return cls(forward_settings(arguments))
+        return cls(arguments)
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        s = self.settings
+        knobs = self.arguments
         words = [
-            f"{s.name} on {counted(s.levels, 'fresh noising')} of every image",
-            f"{normalised_in_words(s.advantage_std)} advantages clipped at {s.advantage_clip:g}",
-            f"old weights with decay up to {s.old_decay:g}",
+            f"{self._name} on {counted(knobs.noise_levels, 'fresh noising')} of every image",
+            f"{normalised_in_words(knobs.advantage_std)} advantages clipped at {knobs.advantage_clip:g}",
+            f"old weights with decay up to {knobs.old_decay:g}",
         ]
-        words += [f"pull to the base {s.base_pull:g}"] if s.base_pull else []
-        words += [f"norm penalty {s.norm_penalty:g}"] if s.norm_penalty else []
-        words += [f"{s.inner_epochs} inner epochs"] if s.inner_epochs > 1 else []
+        words += [f"pull to the base {self.base_pull:g}"] if self.base_pull else []
+        words += [f"norm penalty {knobs.norm_penalty:g}"] if knobs.norm_penalty else []
+        words += [f"{knobs.inner_epochs} inner epochs"] if knobs.inner_epochs > 1 else []
         return ", ".join(words)
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
@@ -225,7 +168,7 @@ class ForwardEstimator(Estimator):
         return Coverage(torch.zeros(chain.num_steps, dtype=torch.float64), {}, departures=(departure,))
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        return self._clipped_advantages(group_normalized(rewards, group_size, self.settings.advantage_std))
+        return self._clipped_advantages(group_normalized(rewards, group_size, self.arguments.advantage_std))
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
@@ -243,8 +186,7 @@ class ForwardEstimator(Estimator):
                 with torch.no_grad():
                     with holding(chain.parameters, old):
                         of_old = chain.replay(at_level, t).pred_original_sample
-                    asks = self.settings.asks_base
-                    of_base = chain.replay_reference(at_level, t).pred_original_sample if asks else None
+                    of_base = chain.replay_reference(at_level, t).pred_original_sample if self.asks_base else None
                 pull = partial(
                     self._cotangent,
                     rollout.advantages,
@@ -285,7 +227,7 @@ class ForwardEstimator(Estimator):
             self._old = [weight.clone() for weight in present]
         self._old = [old.to(weight) for old, weight in zip(self._old, present, strict=True)]
         if self._followed < self._updates:
-            decay = min(self.settings.old_decay, self._updates * self.settings.old_decay_growth)
+            decay = min(self.arguments.old_decay, self._updates * self.arguments.old_decay_growth)
             self._old = [old.lerp(weight, 1 - decay) for old, weight in zip(self._old, present, strict=True)]
             self._followed = self._updates
         return self._old
@@ -293,8 +235,8 @@ class ForwardEstimator(Estimator):
     def _draw(self, chain: Chain, generator: torch.Generator) -> list[int]:
         steps = range(1, chain.num_steps + 1)
         density = torch.tensor([noise_share(chain.path_point(t)) for t in steps], dtype=torch.float64)
-        count = min(self.settings.levels, chain.num_steps)
-        drawn = torch.multinomial(density**self.settings.level_density, count, generator=generator)
+        count = min(self.arguments.noise_levels, chain.num_steps)
+        drawn = torch.multinomial(density**self.arguments.level_density, count, generator=generator)
         return sorted((1 + drawn).tolist())
 
     def _cotangent(
@@ -316,19 +258,19 @@ class ForwardEstimator(Estimator):
         """
         moved, residual = -slope * (prediction - of_old), -slope * (clean - of_old)
         from_base = None if of_base is None else -slope * (prediction - of_base)
-        compared = Comparison(moved, residual, from_base, advantages, noise_share(point))
-        pull, numbers = self.settings.pull(compared)
+        compared = LevelOutputs(moved, residual, from_base, advantages, noise_share(point))
+        pull, numbers = self._pull(compared)
         if from_base is not None:
-            pull = pull - 2 * self.settings.base_pull * from_base
+            pull = pull - 2 * self.base_pull * from_base
             numbers = {**numbers, "base_distance": float(_mean_square(from_base).mean())}
         cotangent = -slope / clean[0].numel() * pull
         if of_base is None:
             return cotangent, numbers
         velocity, of_base = flow_velocity(noised, prediction, point), flow_velocity(noised, of_base, point)
-        growth, outward = norm_excess(velocity, of_base, self.settings.norm_margin)
+        growth, outward = norm_excess(velocity, of_base, self.arguments.norm_margin)
         numbers = {**numbers, "velocity_growth": float(growth.mean())}
         # Less prediction of x_0 is more velocity, by (alpha + sigma) / sigma.
-        return cotangent + self.settings.norm_penalty * outward / noise_share(point), numbers
+        return cotangent + self.arguments.norm_penalty * outward / noise_share(point), numbers
 
 
 def shared_noise(clean: torch.Tensor, prompts: Sequence[Prompt], generator: torch.Generator) -> torch.Tensor:

@@ -93,20 +93,7 @@ class HalfOrder:
         return self.start != "window" or self.window is None or self.window[1] > covered_tail
 
 
-@dataclass(frozen=True)
-class Block:
-    """Steps ``first_step, ..., first_step + length - 1``."""
-
-    first_step: int
-    length: int
-
-    @property
-    def steps(self) -> range:
-        """The steps t of the block."""
-        return range(self.first_step, self.first_step + self.length)
-
-
-def tiles(first_step: int, last_step: int, length: int, noiseless: Container[int] = ()) -> list[Block]:
+def tiles(first_step: int, last_step: int, length: int, noiseless: Container[int] = ()) -> list[range]:
     """Disjoint blocks that cover ``first_step..last_step``; the last one is shorter if need be.
 
     No block starts at a noiseless step, which has no likelihood ratio: such a step is skipped unless a block that
@@ -117,18 +104,18 @@ def tiles(first_step: int, last_step: int, length: int, noiseless: Container[int
         if t in noiseless:
             t += 1
             continue
-        blocks.append(Block(t, min(length, last_step - t + 1)))
+        blocks.append(range(t, min(t + length, last_step + 1)))
         t += length
     return blocks
 
 
-def free_blocks(first_step: int, last_step: int, length: int) -> list[Block]:
+def free_blocks(first_step: int, last_step: int, length: int) -> list[range]:
     """Every block of the given length within ``first_step..last_step``; they overlap."""
-    return [Block(j, length) for j in range(first_step, last_step - length + 2)]
+    return [range(j, j + length) for j in range(first_step, last_step - length + 2)]
 
 
 def draw_probabilities(
-    blocks: Sequence[Block], half_order: HalfOrder, running_norms: Mapping[int, float], defensive_share: float = 0.0
+    blocks: Sequence[range], half_order: HalfOrder, running_norms: Mapping[int, float], defensive_share: float = 0.0
 ) -> torch.Tensor:
     """Probability of every block in a single draw, (len(blocks),), float64.
 
@@ -143,20 +130,20 @@ def draw_probabilities(
         if half_order.window is None:
             raise ValueError("Expected a window (a, b) for start='window', got none.")
         low, high = half_order.window
-        inside = torch.tensor([float(low <= block.first_step <= high) for block in blocks], dtype=torch.float64)
+        inside = torch.tensor([float(low <= block[0] <= high) for block in blocks], dtype=torch.float64)
         if inside.sum() == 0:
             raise CoverageError(
                 f"Expected a block that starts within steps {low}..{high}, got starts "
-                f"{[block.first_step for block in blocks]}. Widen ho_window, or lower "
+                f"{[block[0] for block in blocks]}. Widen ho_window, or lower "
                 "fo_steps, black_box_steps or ho_length."
             )
         return inside / inside.sum()
     uniform = torch.full((len(blocks),), 1 / len(blocks), dtype=torch.float64)
-    known = [running_norms[block.first_step] for block in blocks if block.first_step in running_norms]
+    known = [running_norms[block[0]] for block in blocks if block[0] in running_norms]
     if half_order.start == "uniform" or not known:
         return uniform
     average = sum(known) / len(known)
-    norms = torch.tensor([running_norms.get(block.first_step, average) for block in blocks], dtype=torch.float64)
+    norms = torch.tensor([running_norms.get(block[0], average) for block in blocks], dtype=torch.float64)
     return (1 - defensive_share) * norms.softmax(0) + defensive_share * uniform
 
 
@@ -174,12 +161,11 @@ def draw(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator
 
 
 def half_order_segment(
-    rollout: Rollout, block: Block, weight: float = 1.0, advantages: torch.Tensor | None = None, note: Any = None
+    rollout: Rollout, block: range, weight: float = 1.0, advantages: torch.Tensor | None = None, note: Any = None
 ) -> Segment:
     """The segment of a block; its weight is 1 for a block that is always used, 1 / q for one drawn with chance q."""
-    t = block.first_step
-    cotangent = rollout.score_cotangent(t, advantages)
-    return Segment(HALF_ORDER, block.steps, cotangent, weight, score_steps=(t,), note=note)
+    cotangent = rollout.score_cotangent(block[0], advantages)
+    return Segment(HALF_ORDER, block, cotangent, weight, score_steps=(block[0],), note=note)
 
 
 def black_box_segment(chain: Chain, objective: Objective, rollout: Rollout, t: int, weight: float = 1.0) -> Segment:

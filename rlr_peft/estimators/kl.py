@@ -13,7 +13,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.errors import UserError
-from rlr_peft.estimators.half_order import Block, HalfOrder, draw, draw_probabilities, expected_draws
+from rlr_peft.estimators.half_order import HalfOrder, draw, draw_probabilities, expected_draws
 
 
 class NoDivergenceError(UserError, ValueError):
@@ -61,7 +61,7 @@ def reference_steps(
     Raises:
         NoDivergenceError: no step of the chain has noise.
     """
-    blocks = [Block(t, 1) for t in range(1, chain.num_steps + 1) if chain.std(t) > 0]
+    blocks = [range(t, t + 1) for t in range(1, chain.num_steps + 1) if chain.std(t) > 0]
     if not blocks:
         raise NoDivergenceError(
             f"Expected noise in the chain, without which the divergence from the base is not defined, got none in its "
@@ -72,10 +72,8 @@ def reference_steps(
         probabilities = draw_probabilities(blocks, HalfOrder(1, steps), {})
         weights = [1 / chance for chance in expected_draws(probabilities, steps).tolist()]
         chosen = draw(probabilities, steps, generator)
-    return [
-        ReferenceStep(blocks[i].first_step, chain.reference_mean(trajectory, blocks[i].first_step), weights[i])
-        for i in chosen
-    ]
+    drawn = [(blocks[i][0], weights[i]) for i in chosen]
+    return [ReferenceStep(t, chain.reference_mean(trajectory, t), weight) for t, weight in drawn]
 
 
 def path_kl(trajectory: Trajectory, references: Sequence[ReferenceStep]) -> torch.Tensor:

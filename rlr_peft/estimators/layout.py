@@ -16,7 +16,6 @@ from rlr_peft.config.estimator import CalibratedArguments, ThreeOrdersArguments
 from rlr_peft.estimators.base import Coverage, CoverageError, RunShape
 from rlr_peft.estimators.half_order import (
     DEFENSIVE_SHARE,
-    Block,
     HalfOrder,
     draw,
     draw_probabilities,
@@ -198,7 +197,7 @@ class Layout:
     first_order_steps: int
     mixture: torch.Tensor | None
     black_box_steps: list[int]
-    blocks: list[Block]
+    blocks: list[range]
     weights: list[float]
     probabilities: torch.Tensor | None
     num_draws: int
@@ -210,12 +209,12 @@ class Layout:
         """Whether there are other terms than first order."""
         return self.mixture is not None or bool(self.black_box_steps or self.blocks or self.left)
 
-    def draw(self, generator: torch.Generator) -> tuple[list[tuple[Block, float]], list[int]]:
+    def draw(self, generator: torch.Generator) -> tuple[list[tuple[range, float]], list[int]]:
         """The blocks of one micro-batch with their weights, and the steps that are left to the zeroth order."""
         if self.probabilities is None:
             return list(zip(self.blocks, self.weights, strict=True)), self.left
         chosen = [(self.blocks[i], self.weights[i]) for i in draw(self.probabilities, self.num_draws, generator)]
-        return chosen, [t for t in self.left if not any(t in block.steps for block, _ in chosen)]
+        return chosen, [t for t in self.left if not any(t in block for block, _ in chosen)]
 
 
 class _Weights:
@@ -277,7 +276,7 @@ def lay_out(
     if not (tail or black_box or blocks or left):
         raise CoverageError(f"Expected an estimator with a term for this reward, got none: {_why_none(settings)}")
     # Blocks are all as long, so that the first tells whether one leaves anything to the zeroth order.
-    is_smoothed = bool(set(left) - {t for block in blocks[:1] for t in block.steps})
+    is_smoothed = bool(set(left) - {t for block in blocks[:1] for t in block})
     smoothing = settings.zeroth_order.scale if settings.zeroth_order is not None and is_smoothed else None
     coverage = weights.coverage(smoothing)
     coverage.check()
@@ -285,7 +284,7 @@ def lay_out(
 
 
 def _cover_by_tiles(
-    settings: RLRSettings, blocks: list[Block], block_norms: Mapping[int, float], weights: _Weights
+    settings: RLRSettings, blocks: list[range], block_norms: Mapping[int, float], weights: _Weights
 ) -> tuple[list[float], torch.Tensor | None, int]:
     """All blocks with weight 1, or M drawn ones with weight 1 / q: weights, probabilities, number of draws."""
     half_order, coefficient = settings.half_order, settings.coefficients.half_order
@@ -297,12 +296,12 @@ def _cover_by_tiles(
     block_weights = [coefficient / chance if chance > 0 else 0.0 for chance in expectations]
     for block, chance, weight in zip(blocks, expectations, block_weights, strict=True):
         if chance > 0:
-            weights.cover(block.steps, chance * weight, COEFFICIENTS)
+            weights.cover(block, chance * weight, COEFFICIENTS)
     return block_weights, probabilities, num_draws
 
 
 def _cover_by_one_block(
-    settings: RLRSettings, blocks: list[Block], block_norms: Mapping[int, float], left: list[int], weights: _Weights
+    settings: RLRSettings, blocks: list[range], block_norms: Mapping[int, float], left: list[int], weights: _Weights
 ) -> tuple[list[float], torch.Tensor | None, int]:
     """The paper's form: one block anywhere beyond the covered tail, the zeroth order on whatever else is left."""
     c = settings.coefficients
@@ -311,12 +310,12 @@ def _cover_by_one_block(
         return [], None, 0
     probabilities = draw_probabilities(blocks, settings.half_order, block_norms)
     for block, probability in zip(blocks, probabilities.tolist(), strict=True):
-        weights.cover(block.steps, probability * c.half_order, COEFFICIENTS)
-        weights.cover(set(left) - set(block.steps), probability * c.zeroth_order, COEFFICIENTS)
+        weights.cover(block, probability * c.half_order, COEFFICIENTS)
+        weights.cover(set(left) - set(block), probability * c.zeroth_order, COEFFICIENTS)
     return [c.half_order] * len(blocks), probabilities, 1
 
 
-def _candidates(settings: RLRSettings, chain: Chain, covered_tail: int) -> list[Block]:
+def _candidates(settings: RLRSettings, chain: Chain, covered_tail: int) -> list[range]:
     """The half-order blocks beyond the covered tail: tiles, or with a zeroth order any block that starts with noise."""
     half_order, num_steps = settings.half_order, chain.num_steps
     if half_order is None or covered_tail >= num_steps or not half_order.draws_beyond(covered_tail):
@@ -325,7 +324,7 @@ def _candidates(settings: RLRSettings, chain: Chain, covered_tail: int) -> list[
         noiseless = [t for t in range(1, num_steps + 1) if chain.std(t) == 0]
         return tiles(covered_tail + 1, num_steps, half_order.length, noiseless)
     blocks = free_blocks(covered_tail + 1, num_steps, min(half_order.length, num_steps - covered_tail))
-    return [block for block in blocks if chain.std(block.first_step) > 0]
+    return [block for block in blocks if chain.std(block[0]) > 0]
 
 
 def _why_left_out(settings: RLRSettings, chain: Chain, t: int) -> str | None:

@@ -19,17 +19,17 @@ CVPR 2024).
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
 from rlr_peft.chain.interface import Chain, Trajectory
 from rlr_peft.chain.path import PathPoint
-from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments, PolicyGradientArguments
-from rlr_peft.estimators.advantages import DividedBy, PromptStatistics, group_normalized, normalised_in_words
+from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments, ReusedSamplesArguments
+from rlr_peft.estimators.advantages import PromptStatistics, group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.half_order import HalfOrder
 from rlr_peft.estimators.kl import step_kl
@@ -41,11 +41,8 @@ from rlr_peft.reports import counted
 class SingleStepsEstimator(Estimator):
     """One segment for every step that trains: all with noise, or some that are drawn for every micro-batch.
 
-    Args:
-        steps: which train; single steps.
-        inner_epochs: optimiser steps on the same samples.
-
     Attributes:
+        steps: which train; single steps.
         term: name of the segments.
         departures: what makes the estimate another than the gradient of the expected reward, one clause each.
     """
@@ -53,9 +50,13 @@ class SingleStepsEstimator(Estimator):
     term: str
     departures: tuple[str, ...]
 
-    def __init__(self, steps: HalfOrder, inner_epochs: int) -> None:
-        self.steps = steps
-        self.inner_epochs = inner_epochs
+    def __init__(self, arguments: ReusedSamplesArguments, shape: RunShape) -> None:
+        self.steps = HalfOrder.from_arguments(arguments, shape)
+        self.inner_epochs = arguments.inner_epochs
+
+    @classmethod
+    def from_arguments(cls, arguments: ReusedSamplesArguments, shape: RunShape) -> Self:
+        return cls(arguments, shape)
 
     @abstractmethod
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
@@ -71,41 +72,12 @@ class SingleStepsEstimator(Estimator):
         """The gradient of the method's own objective, summed over samples, step by step."""
         blocks, _ = single_steps(self.steps, chain).draw(generator)
         for block, weight in blocks:
-            t = block.first_step
-            pull = self.pull(chain, rollout, t)
-            yield Segment(self.term, (t,), None, weight, into_parameters=pull, score_steps=(t,))
+            pull = self.pull(chain, rollout, block[0])
+            yield Segment(self.term, block, None, weight, into_parameters=pull, score_steps=(block[0],))
 
     def steps_in_words(self) -> str:
         """Which train."""
         return "all steps" if self.steps.blocks == "all" else counted(self.steps.blocks, "drawn step")
-
-
-@dataclass(frozen=True)
-class PolicyGradientSettings:
-    """How DDPO and GRPO differ, and what they share.
-
-    Attributes:
-        advantage: "prompt-statistics" (DDPO), or whose rewards' standard deviation it is divided by (GRPO).
-        steps: which steps train, all or some drawn for every micro-batch; single steps.
-        inner_epochs: optimiser steps on the same samples.
-        clip_range: the density ratio of a step is clipped to 1 - c .. 1 + c.
-        ratio_norm: clip GRPO-Guard's ratio in place of the density ratio.
-        divergence_limit: in place of clipping, a step's KL from the sampling weights, in nats, above which a sample
-            gives nothing if its ratio would move further away (Flow-DPPO 2606.11025); None clips.
-        advantage_clip: advantages are clipped to -a .. a.
-        prompt_buffer_size: rewards remembered per prompt, for "prompt-statistics".
-        prompt_min_count: rewards a prompt needs for statistics of its own.
-    """
-
-    advantage: Literal["prompt-statistics"] | DividedBy
-    steps: HalfOrder
-    inner_epochs: int = 1
-    clip_range: float = 0.2
-    ratio_norm: bool = False
-    divergence_limit: float | None = None
-    advantage_clip: float = 5.0
-    prompt_buffer_size: int = 32
-    prompt_min_count: int = 16
 
 
 class PolicyGradientEstimator(SingleStepsEstimator):
@@ -113,74 +85,49 @@ class PolicyGradientEstimator(SingleStepsEstimator):
 
     term = "policy_gradient"
 
-    def __init__(self, settings: PolicyGradientSettings) -> None:
-        super().__init__(settings.steps, settings.inner_epochs)
-        self.settings = settings
-        self.advantage_clip = settings.advantage_clip
+    def __init__(self, arguments: DDPOArguments | GRPOArguments, shape: RunShape) -> None:
+        super().__init__(arguments, shape)
+        self.arguments = arguments
+        self.advantage_clip = arguments.advantage_clip
         self.departures = ("advantages are divided by a standard deviation that contains the sample's own reward",)
-        if settings.inner_epochs > 1:
+        if arguments.inner_epochs > 1:
             self.departures += ("later inner epochs use samples of earlier weights, with clipped ratios",)
-        if settings.ratio_norm:
+        if arguments.ratio_norm:
             self.departures += ("every step is weighted by its noise over its length",)
-        self._prompt_statistics = PromptStatistics(settings.prompt_buffer_size, settings.prompt_min_count)
-
-    @classmethod
-    def from_arguments(cls, arguments: PolicyGradientArguments, shape: RunShape) -> Self:
-        own: dict[str, Any]
-        match arguments:
-            case DDPOArguments():
-                own = {
-                    "advantage": "prompt-statistics",
-                    "prompt_buffer_size": arguments.per_prompt_stat_tracking_buffer_size,
-                    "prompt_min_count": arguments.per_prompt_stat_tracking_min_count,
-                }
-            case GRPOArguments():
-                own = {"advantage": arguments.advantage_std}
-            case _:
-                raise TypeError(f"expected a policy gradient, got {arguments.estimator}")
-        settings = PolicyGradientSettings(
-            steps=HalfOrder.from_arguments(arguments, shape),
-            inner_epochs=arguments.inner_epochs,
-            clip_range=arguments.clip_range,
-            ratio_norm=arguments.ratio_norm,
-            divergence_limit=arguments.divergence_limit,
-            advantage_clip=arguments.advantage_clip,
-            **own,
+        ddpo = arguments if isinstance(arguments, DDPOArguments) else DDPOArguments()  # of GRPO they stay empty
+        self._prompt_statistics = PromptStatistics(
+            ddpo.per_prompt_stat_tracking_buffer_size, ddpo.per_prompt_stat_tracking_min_count
         )
-        return cls(settings)
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        s = self.settings
-        normalised = "per-prompt statistics"
-        if s.advantage != "prompt-statistics":
-            normalised = normalised_in_words(s.advantage)
-        trust = f"{'normalised ' if s.ratio_norm else ''}ratios clipped at {s.clip_range:g}"
-        if s.divergence_limit is not None:
-            trust = f"masked beyond {s.divergence_limit:g} nats"
+        knobs, normalised = self.arguments, "per-prompt statistics"
+        if isinstance(knobs, GRPOArguments):
+            normalised = normalised_in_words(knobs.advantage_std)
+        trust = f"{'normalised ' if knobs.ratio_norm else ''}ratios clipped at {knobs.clip_range:g}"
+        if knobs.divergence_limit is not None:
+            trust = f"masked beyond {knobs.divergence_limit:g} nats"
         return (
             f"clipped policy gradient on {self.steps_in_words()}, {normalised} advantages, {trust}, "
-            f"{counted(s.inner_epochs, 'inner epoch')}"
+            f"{counted(self.inner_epochs, 'inner epoch')}"
         )
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        if self.settings.advantage == "prompt-statistics":
-            advantages = self._prompt_statistics.normalized(rewards, prompts)
+        if isinstance(self.arguments, GRPOArguments):
+            advantages = group_normalized(rewards, group_size, self.arguments.advantage_std)
         else:
-            advantages = group_normalized(rewards, group_size, self.settings.advantage)
+            advantages = self._prompt_statistics.normalized(rewards, prompts)
         return self._clipped_advantages(advantages)
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
-        settings = self.settings
-        if settings.ratio_norm:
+        knobs = self.arguments
+        if knobs.ratio_norm:
             points = chain.path_point(t), chain.path_point(t - 1)
-            return partial(normalized_cotangent, rollout, clip_range=settings.clip_range, points=points)
-        return partial(
-            clipped_cotangent, rollout, clip_range=settings.clip_range, divergence_limit=settings.divergence_limit
-        )
+            return partial(normalized_cotangent, rollout, clip_range=knobs.clip_range, points=points)
+        return partial(clipped_cotangent, rollout, clip_range=knobs.clip_range, divergence_limit=knobs.divergence_limit)
 
     def learn(self, books: Sequence[Book]) -> None:
         """Adds the rewards of all processes to the prompts' statistics."""
-        if self.settings.advantage == "prompt-statistics":
+        if isinstance(self.arguments, DDPOArguments):
             for book in books:
                 self._prompt_statistics.observe(book.prompts, book.rewards)
 
@@ -286,21 +233,6 @@ def standardized_noise(trajectory: Trajectory, t: int, mean: torch.Tensor) -> to
     return (trajectory.latents[t - 1] - mean) / trajectory.std(t)
 
 
-@dataclass(frozen=True)
-class PreferenceSettings:
-    """How preferences are turned into gradients.
-
-    Attributes:
-        beta: strength of the pull towards the reference; small values follow the preferences further.
-        steps: which steps train, all or some drawn for every micro-batch; single steps.
-        inner_epochs: optimiser steps on the same pairs.
-    """
-
-    beta: float
-    steps: HalfOrder
-    inner_epochs: int = 1
-
-
 class PreferenceEstimator(SingleStepsEstimator):
     """Trains on neighbouring samples as pairs; a prompt's samples must be an even number, side by side.
 
@@ -310,24 +242,19 @@ class PreferenceEstimator(SingleStepsEstimator):
     term = "preference"
     departures = ("the likelihood of pairwise preferences is raised, not the expected reward",)
 
-    def __init__(self, settings: PreferenceSettings) -> None:
-        super().__init__(settings.steps, settings.inner_epochs)
-        self.settings = settings
-
-    @classmethod
-    def from_arguments(cls, arguments: D3POArguments, shape: RunShape) -> Self:
-        steps = HalfOrder.from_arguments(arguments, shape)
-        return cls(PreferenceSettings(arguments.dpo_beta, steps, arguments.inner_epochs))
+    def __init__(self, arguments: D3POArguments, shape: RunShape) -> None:
+        super().__init__(arguments, shape)
+        self.beta = arguments.dpo_beta
 
     def describe(self, has_gradient: bool | None = None) -> str:
         return (
-            f"direct preference optimisation of pairs on {self.steps_in_words()}, beta {self.settings.beta:g}, "
+            f"direct preference optimisation of pairs on {self.steps_in_words()}, beta {self.beta:g}, "
             f"{counted(self.inner_epochs, 'inner epoch')}, the base as reference"
         )
 
     def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
         reference_mean = chain.reference_mean(rollout.trajectory, t)
-        return partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.settings.beta)
+        return partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.beta)
 
 
 def preference_cotangent(

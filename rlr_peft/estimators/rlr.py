@@ -157,7 +157,7 @@ class RLREstimator(Estimator):
         for block, weight in blocks:
             advantages, seen = None, None
             if self.statistics.state_baseline is not None:
-                advantages, seen = self.statistics.state_baseline.correct(objective, rollout, block.first_step)
+                advantages, seen = self.statistics.state_baseline.correct(objective, rollout, block[0])
             yield half_order_segment(rollout, block, weight, advantages, seen)
         if left and self.settings.zeroth_order is not None:
             baseline = rollout.rewards - rollout.advantages

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,9 +137,9 @@ def measure_bias(
     prompts = as_prompts(texts)
     estimates = []
     for _ in range(calls):
-        sampled = _sampled(chain, objective, prompts, antithetic, generator)
-        advantages = estimator.advantages(sampled.rewards, texts, group_size)
-        rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
+        rollout = _rollout(
+            chain, objective, prompts, antithetic, generator, lambda r: estimator.advantages(r, texts, group_size)
+        )
         estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
         estimates.append(_gradients_by_replicate(chain) / group_size)
     exact = torch.cat([gradient.flatten() for gradient in chain.exact_gradient()])
@@ -156,25 +156,24 @@ def _calibrate(
 ) -> None:
     """On 64 samples of a single copy of the chain: calibration gives each sample a copy of its own."""
     chain = LinearGaussianChain(num_steps=num_steps, last_std=last_std)
-    sampled = _sampled(chain, QuadraticReward(chain, differentiable), [""] * 64, False, generator)
-    advantages = leave_one_out(sampled.rewards, group_size)
-    rollout = Rollout(sampled.trajectory, sampled.rewards, advantages, sampled.reward_gradient)
+    objective = QuadraticReward(chain, differentiable)
+    rollout = _rollout(chain, objective, [""] * 64, False, generator, lambda r: leave_one_out(r, group_size))
     estimator.calibrate(chain, [rollout], decay=0.0)
 
 
-def _sampled(
+def _rollout(
     chain: LinearGaussianChain,
     objective: QuadraticReward,
     prompts: Sequence[PromptLike],
     antithetic: bool,
     generator: torch.Generator,
+    advantages: Callable[[torch.Tensor], torch.Tensor],
 ) -> Rollout:
-    """A rollout whose advantages are still the rewards."""
     seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
     noises = mirrored_pairs(chain.draw_noises(seeds[::2])) if antithetic else None
     trajectory = chain.sample(prompts, seeds, noises)
     rewards, gradient = objective.score_with_gradient(trajectory.latents[0], prompts)
-    return Rollout(trajectory, rewards, rewards, gradient if objective.differentiable else None)
+    return Rollout(trajectory, rewards, advantages(rewards), gradient if objective.differentiable else None)
 
 
 def _gradients_by_replicate(chain: LinearGaussianChain) -> torch.Tensor:

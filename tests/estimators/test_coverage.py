@@ -76,7 +76,7 @@ def _realised_weights(layout: Layout, coefficients: Coefficients, generator: tor
     for t in left:
         weights[t - 1] += coefficients.zeroth_order
     for block, weight in blocks:
-        weights[block.first_step - 1 : block.steps[-1]] += weight
+        weights[block[0] - 1 : block[-1]] += weight
     return weights
 
 
@@ -104,7 +104,7 @@ def test_a_mixture_is_complete_and_its_coefficients_count_by_their_shares() -> N
         return lay_out(settings, chain, first_order_steps=4, has_gradient=True, mixture=mixture)
 
     assert layout(Coefficients()).coverage.unbiased
-    assert [block.first_step for block in layout(Coefficients()).blocks] == [5, 6]
+    assert [block[0] for block in layout(Coefficients()).blocks] == [5, 6]
     weights = layout(Coefficients(first_order=3.0, half_order=2.0)).coverage.weights
     assert weights.tolist() == [3.0, 2.25, 2.0, 2.75, 2.0, 2.0]
 

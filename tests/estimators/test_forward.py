@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from rlr_peft.chain import GaussianStep, PathPoint, ReplayedStep, step_std
 from rlr_peft.config.forward import AWMArguments, NFTArguments, RAMArguments
 from rlr_peft.estimators import (
     ForwardEstimator,
-    ForwardSettings,
     HalfOrder,
     RLREstimator,
     RLRSettings,
@@ -25,7 +23,7 @@ from rlr_peft.estimators import (
     noise_share,
     ram_pull,
 )
-from rlr_peft.estimators.forward import Comparison
+from rlr_peft.estimators.forward import LevelOutputs
 from rlr_peft.prompt import as_prompts
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from rlr_peft.testing.chains import ReplicatedChain
@@ -34,7 +32,9 @@ from tests.estimators.chains import adapted_chain, flat, gradient_of, move_param
 SHAPE = (6, 2, 3)
 SIZE = 6
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.25, 0.0, 0.75], dtype=torch.float64)
-FREE = ForwardSettings("AWM", partial(awm_pull, clip=1.0, old_pull=0.0), 5, needs_base=True)
+FREE = AWMArguments(
+    noise_levels=5, advantage_clip=5.0, old_pull=0.0, old_decay=0.0, base_pull=1e-30
+)  # so faint that the base is asked, and nothing pulls
 METHODS = {"ram": RAMArguments, "nft": NFTArguments, "awm": AWMArguments}
 
 
@@ -74,7 +74,7 @@ def test_a_pull_is_minus_the_losss_derivative(name: str, pull) -> None:
     output = (old + 0.2 * step).requires_grad_()
     (expected,) = torch.autograd.grad(loss_of(name, output, old, base, target, 0.3).sum(), output)
     now = output.detach()
-    got, numbers = pull(Comparison(now - old, target - old, now - base, ADVANTAGES, 0.3))
+    got, numbers = pull(LevelOutputs(now - old, target - old, now - base, ADVANTAGES, 0.3))
     torch.testing.assert_close(got / SIZE, -expected, rtol=1e-9, atol=1e-12)
     if name == "awm":
         assert numbers["policy_ratio_deviation"] > 0.05
@@ -158,9 +158,7 @@ def directions(chain: GaussianDataChain, samples: int) -> tuple[torch.Tensor, to
     rewards = trajectory.latents[0] @ slope - 0.2 * trajectory.latents[0].square().sum(1)
     rollout = Rollout(trajectory, rewards, leave_one_out(rewards, samples), None)
     score = RLREstimator(RLRSettings(0, HalfOrder(1, "all")))
-    forward = ForwardEstimator(
-        ForwardSettings("AWM", lambda compared: awm_pull(compared, clip=1, old_pull=0), chain.num_steps)
-    )
+    forward = ForwardEstimator(replace(FREE, noise_levels=chain.num_steps, base_pull=0.0))
     gradients = []
     for estimator in (score, forward):
         estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(1))
@@ -191,7 +189,7 @@ def test_where_the_model_is_not_exact_it_estimates_something_else() -> None:
 
 def test_noise_that_a_prompts_images_share_cancels_and_the_mean_stays() -> None:
     """300 updates of two prompts with four images each, against noises of their own for the same images."""
-    chain, estimator = GaussianDataChain(5, [1.0, 0.5, 0.2]), ForwardEstimator(replace(FREE, needs_base=False))
+    chain, estimator = GaussianDataChain(5, [1.0, 0.5, 0.2]), ForwardEstimator(replace(FREE, base_pull=0.0))
     move_parameters(chain, 0.3)
     slope = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
     shared, own = [], []
@@ -209,9 +207,9 @@ def test_noise_that_a_prompts_images_share_cancels_and_the_mean_stays() -> None:
     assert shared.var(0).sum() < 0.8 * own.var(0).sum()
 
 
-def trained(settings: ForwardSettings, updates: int, rate: float = 0.02) -> dict[str, float]:
+def trained(knobs: AWMArguments, updates: int, rate: float = 0.02) -> dict[str, float]:
     """The last numbers of a run by plain ascent on a linear reward; the base is what it started from."""
-    chain, estimator = GaussianDataChain(5, [1.0, 0.5, 0.2]), ForwardEstimator(settings)
+    chain, estimator = GaussianDataChain(5, [1.0, 0.5, 0.2]), ForwardEstimator(knobs)
     slope = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
     for update in range(updates):
         trajectory = chain.sample([""] * 64, [update] * 64)
@@ -233,15 +231,15 @@ def test_each_guard_prevents_what_it_is_for() -> None:
     assert short["velocity_growth"] < 0.1 and short["reward"] > 0.25
     near = trained(replace(FREE, base_pull=1.0), 60)
     assert near["base_distance"] < 0.03 and near["reward"] > 0.2
-    clipping = replace(FREE, pull=partial(awm_pull, clip=0.01, old_pull=0.0), old_decay=0.9, old_decay_growth=0.9)
-    clipped, lagging = trained(clipping, 60), trained(replace(clipping, pull=FREE.pull), 60)
+    clipping = replace(FREE, clip_range=0.01, old_decay=0.9, old_decay_growth=0.9)
+    clipped, lagging = trained(clipping, 60), trained(replace(clipping, clip_range=1.0), 60)
     assert clipped["policy_ratio_deviation"] < 0.01 < 0.02 < lagging["policy_ratio_deviation"]
 
 
 def test_old_weights_lag_behind_and_are_restored() -> None:
     """``old <- a old + (1 - a) present`` with ``a = min(limit, N growth)`` after N updates, once an update."""
-    chain, settings = LinearGaussianChain(num_steps=3), replace(FREE, old_decay=0.5, old_decay_growth=0.2)
-    estimator, rollout = ForwardEstimator(settings), rollout_of(chain, 8, 4)
+    chain, knobs = LinearGaussianChain(num_steps=3), replace(FREE, old_decay=0.5, old_decay_growth=0.2)
+    estimator, rollout = ForwardEstimator(knobs), rollout_of(chain, 8, 4)
     expected = [parameter.detach().clone() for parameter in chain.parameters]
     for update in range(1, 5):
         for _ in range(2):  # micro-batches
@@ -252,7 +250,7 @@ def test_old_weights_lag_behind_and_are_restored() -> None:
         decay = min(0.5, 0.2 * update)
         expected = [decay * old + (1 - decay) * now.detach() for old, now in zip(expected, chain.parameters)]
     gradient_of(chain)
-    again = ForwardEstimator(settings)
+    again = ForwardEstimator(knobs)
     again.load_state_dict(estimator.state_dict())
     for each in (estimator, again):
         each.accumulate(chain, None, rollout, torch.Generator())

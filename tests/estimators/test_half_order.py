@@ -8,23 +8,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlr_peft.estimators import Block, HalfOrder, draw, draw_probabilities, expected_draws, free_blocks, tiles
+from rlr_peft.estimators import HalfOrder, draw, draw_probabilities, expected_draws, free_blocks, tiles
 
 
 @given(first=st.integers(1, 5), extent=st.integers(1, 30), length=st.integers(1, 8))
 def test_tiles_partition_the_steps(first: int, extent: int, length: int) -> None:
     blocks = tiles(first, first + extent - 1, length)
-    assert [t for block in blocks for t in block.steps] == list(range(first, first + extent))
-    assert all(block.length == length for block in blocks[:-1])
+    assert [t for block in blocks for t in block] == list(range(first, first + extent))
+    assert all(len(block) == length for block in blocks[:-1])
 
 
 def test_no_tile_starts_at_a_noiseless_step() -> None:
-    assert tiles(1, 6, 4, noiseless=[1]) == [Block(2, 4), Block(6, 1)]
-    assert tiles(1, 6, 2, noiseless=[1, 3]) == [Block(2, 2), Block(4, 2), Block(6, 1)]
+    assert tiles(1, 6, 4, noiseless=[1]) == [range(2, 6), range(6, 7)]
+    assert tiles(1, 6, 2, noiseless=[1, 3]) == [range(2, 4), range(4, 6), range(6, 7)]
 
 
 def test_free_blocks_start_anywhere_they_fit() -> None:
-    assert free_blocks(2, 5, 3) == [Block(2, 3), Block(3, 3)]
+    assert free_blocks(2, 5, 3) == [range(2, 5), range(3, 6)]
 
 
 @pytest.mark.parametrize("num_draws", [1, 3])

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from rlr_peft.chain import Chain
+from rlr_peft.config.policy import DDPOArguments, GRPOArguments
 from rlr_peft.estimators import (
     Book,
     HalfOrder,
     PolicyGradientEstimator,
-    PolicyGradientSettings,
     RLREstimator,
     RLRSettings,
     Rollout,
+    RunShape,
     clipped_cotangent,
     group_normalized,
     single_steps,
@@ -31,8 +32,9 @@ def sampled(samples: int = 16) -> tuple[LinearGaussianChain, Rollout]:
     return chain, replace(rollout, advantages=group_normalized(rollout.rewards, 4))
 
 
-def policy_gradient(steps: HalfOrder = SINGLE, **settings) -> PolicyGradientEstimator:
-    return PolicyGradientEstimator(PolicyGradientSettings("prompt", steps, clip_range=CLIP, **settings))
+def policy_gradient(steps: HalfOrder = SINGLE, **knobs) -> PolicyGradientEstimator:
+    drawn = {"ho_blocks": steps.blocks, "ho_start": steps.start, "ho_window": steps.window}
+    return PolicyGradientEstimator(GRPOArguments(**{"clip_range": CLIP, **drawn, **knobs}), RunShape(4))
 
 
 def log_density(chain: Chain, rollout: Rollout, t: int) -> torch.Tensor:
@@ -141,8 +143,8 @@ def test_the_normalised_ratio_is_grpo_guards(clip_range: float) -> None:
         kept = torch.minimum(rollout.advantages * ratios[-1], rollout.advantages * clipped)
         surrogate = surrogate + kept.sum() / length
     expected = flat(torch.autograd.grad(surrogate, chain.parameters))
-    settings = PolicyGradientSettings("prompt", SINGLE, clip_range=clip_range, ratio_norm=True)
-    book = PolicyGradientEstimator(settings).accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    estimator = policy_gradient(clip_range=clip_range, ratio_norm=True)
+    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
     torch.testing.assert_close(gradient_of(chain), expected, rtol=1e-9, atol=1e-9)
     share = float(((torch.stack(ratios) - 1).abs() > clip_range).double().mean())
     assert book.numbers()["policy_clip_fraction"] == pytest.approx(share) and (share > 0.1) == (clip_range < 1)
@@ -168,10 +170,10 @@ def test_drawn_steps_average_to_all_steps() -> None:
     by_step: dict[int, torch.Tensor] = {}
     for seed in range(20):
         estimator = policy_gradient(HalfOrder(1, 1))
-        ((block, weight),) = single_steps(estimator.settings.steps, chain).draw(torch.Generator().manual_seed(seed))[0]
+        ((block, weight),) = single_steps(estimator.steps, chain).draw(torch.Generator().manual_seed(seed))[0]
         assert weight == pytest.approx(3)  # steps 2, 3 and 4 have noise, one of them is drawn
         estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(seed))
-        by_step[block.first_step] = gradient_of(chain)
+        by_step[block[0]] = gradient_of(chain)
     assert set(by_step) == {2, 3, 4}
     torch.testing.assert_close(torch.stack(list(by_step.values())).mean(0), expected)
 
@@ -181,14 +183,14 @@ def test_advantages_are_clipped_and_ddpo_keeps_statistics() -> None:
     prompts = ["a"] * 4 + ["b"] * 4
     grpo = policy_gradient(advantage_clip=1.0)
     torch.testing.assert_close(grpo.advantages(rewards, prompts, 4), group_normalized(rewards, 4).clamp(-1, 1))
-    settings = PolicyGradientSettings("prompt-statistics", SINGLE, prompt_buffer_size=8, prompt_min_count=6)
-    ddpo = PolicyGradientEstimator(settings)
+    knobs = DDPOArguments(per_prompt_stat_tracking_buffer_size=8, per_prompt_stat_tracking_min_count=6)
+    ddpo = PolicyGradientEstimator(knobs, RunShape(4))
     first = ddpo.advantages(rewards, prompts, 4)
     torch.testing.assert_close(ddpo.advantages(rewards, prompts, 4), first, msg="asking teaches nothing")
     ddpo.learn([Book(prompts, rewards.tolist(), first.tolist(), None, [], {})])
     torch.testing.assert_close(first, (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4))
     ddpo.learn([Book(["a"], [5.0], [0.0], None, [], {})])
-    restored = PolicyGradientEstimator(settings)
+    restored = PolicyGradientEstimator(knobs, RunShape(4))
     restored.load_state_dict(ddpo.state_dict())
     known = torch.tensor([0.0, 0.0, 0.0, 10.0, 5.0, 5.0])
     for each in (ddpo, restored):

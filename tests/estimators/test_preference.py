@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlr_peft.config.policy import D3POArguments
 from rlr_peft.estimators import (
     HalfOrder,
     PreferenceEstimator,
-    PreferenceSettings,
     Rollout,
+    RunShape,
     preference_cotangent,
     single_steps,
 )
@@ -18,6 +19,10 @@ from tests.estimators.chains import adapted_chain, flat, gradient_of, move_param
 
 SINGLE = HalfOrder(1, "all")
 BETA = 0.3
+
+
+def preference(**knobs) -> PreferenceEstimator:
+    return PreferenceEstimator(D3POArguments(dpo_beta=BETA, **knobs), RunShape(4))
 
 
 def log_likelihood(chain, rollout: Rollout, t: int, mean: torch.Tensor) -> torch.Tensor:
@@ -61,17 +66,17 @@ def test_the_estimate_is_the_gradient_by_the_parameters() -> None:
     chain, rollout = moved_chain()
     total = sum(log_likelihood(chain, rollout, t, chain.replay(rollout.trajectory, t).mean) for t in (2, 3, 4))
     expected = flat(torch.autograd.grad(total, chain.parameters))
-    estimator = PreferenceEstimator(PreferenceSettings(BETA, SINGLE))
+    estimator = preference()
     book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
     torch.testing.assert_close(gradient_of(chain), expected, rtol=1e-9, atol=1e-12)
     assert 0 < book.numbers()["preference_accuracy"] < 1
 
     by_step = {}
-    drawn = PreferenceEstimator(PreferenceSettings(BETA, HalfOrder(1, 1)))
+    drawn = preference(ho_blocks=1)
     for seed in range(20):
-        ((block, _),) = single_steps(drawn.settings.steps, chain).draw(torch.Generator().manual_seed(seed))[0]
+        ((block, _),) = single_steps(drawn.steps, chain).draw(torch.Generator().manual_seed(seed))[0]
         drawn.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(seed))
-        by_step[block.first_step] = gradient_of(chain)
+        by_step[block[0]] = gradient_of(chain)
     assert set(by_step) == {2, 3, 4}
     torch.testing.assert_close(torch.stack(list(by_step.values())).mean(0), expected)
 
@@ -79,7 +84,7 @@ def test_the_estimate_is_the_gradient_by_the_parameters() -> None:
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_only_the_order_of_the_rewards_counts(scale: float) -> None:
     chain, rollout = moved_chain()
-    estimator = PreferenceEstimator(PreferenceSettings(BETA, SINGLE))
+    estimator = preference()
     gradients = []
     for rewards in (rollout.rewards, scale * rollout.rewards.exp()):
         scaled = replace(rollout, rewards=rewards, advantages=scale * rollout.advantages)
@@ -92,7 +97,7 @@ def test_at_the_reference_no_pair_has_a_margin_and_a_step_along_the_gradient_giv
     chain = adapted_chain(3)
     trajectory = chain.sample(["red", "red", "blue b", "blue b"], [0, 1, 2, 3])
     rollout = Rollout(trajectory, torch.tensor([1.0, 0.0, 0.0, 2.0]), torch.zeros(4), None)
-    estimator = PreferenceEstimator(PreferenceSettings(BETA, SINGLE))
+    estimator = preference()
     for t in (2, 3):
         mean = chain.replay(trajectory, t).mean.detach()
         reference = chain.reference_mean(trajectory, t)

@@ -12,9 +12,7 @@ from rlr_peft.estimators import (
     PathwiseEstimator,
     PathwiseSettings,
     PolicyGradientEstimator,
-    PolicyGradientSettings,
     PreferenceEstimator,
-    PreferenceSettings,
     RLREstimator,
     RLRSettings,
     RunShape,
@@ -43,14 +41,14 @@ def test_presets_of_the_rlr_family() -> None:
 def test_the_other_methods_are_built_from_their_knobs() -> None:
     ddpo = build_estimator(method(estimator="ddpo", clip_range=0.1, ho_blocks=3), RunShape(50))
     assert isinstance(ddpo, PolicyGradientEstimator) and ddpo.inner_epochs == 2
-    assert ddpo.settings == PolicyGradientSettings("prompt-statistics", HalfOrder(1, 3), inner_epochs=2, clip_range=0.1)
+    assert ddpo.steps == HalfOrder(1, 3) and ddpo.arguments.clip_range == 0.1
     grpo = build_estimator(method(estimator="grpo", inner_epochs=3, advantage_clip=2.0), RunShape(50))
     assert isinstance(grpo, PolicyGradientEstimator) and grpo.inner_epochs == 3
-    assert grpo.settings == PolicyGradientSettings("prompt", SINGLE, inner_epochs=3, advantage_clip=2.0)
+    assert grpo.steps == SINGLE and grpo.advantage_clip == 2.0
     arguments = method(estimator="d3po", dpo_beta=0.3, ho_blocks=2, ho_start="window", ho_window=(5, 9))
     d3po = build_estimator(arguments, RunShape(50))
     assert isinstance(d3po, PreferenceEstimator) and d3po.inner_epochs == 1
-    assert d3po.settings == PreferenceSettings(0.3, HalfOrder(1, 2, "window", (5, 9)))
+    assert d3po.beta == 0.3 and d3po.steps == HalfOrder(1, 2, "window", (5, 9))
     for fo_steps in (None, 3):
         refl = build_estimator(method(estimator="refl", fo_steps=fo_steps), RunShape(50))
         assert isinstance(refl, PathwiseEstimator)

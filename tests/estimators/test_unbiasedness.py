@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlr_peft.chain import Chain, Trajectory
+from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments
 from rlr_peft.estimators import (
     Coefficients,
     Estimator,
@@ -19,15 +20,14 @@ from rlr_peft.estimators import (
     PathwiseEstimator,
     PathwiseSettings,
     PolicyGradientEstimator,
-    PolicyGradientSettings,
-    PreferenceEstimator,
-    PreferenceSettings,
     RLREstimator,
     RLRSettings,
     Rollout,
+    RunShape,
     StateBaseline,
     StepVariances,
     ZerothOrder,
+    build_estimator,
     leave_one_out,
 )
 from rlr_peft.testing import EstimatorBias, LinearGaussianChain, measure_bias
@@ -158,7 +158,7 @@ def test_a_state_baseline_lowers_the_variance_and_one_that_sees_the_noise_is_bia
 
 @pytest.mark.parametrize("steps", [SINGLE, HalfOrder(1, 2)], ids=["all steps", "2 drawn steps"])
 def test_a_policy_gradient_is_unbiased_but_for_the_division_by_the_deviation(steps: HalfOrder) -> None:
-    estimator = UndividedPolicyGradient(PolicyGradientSettings("prompt", steps))
+    estimator = UndividedPolicyGradient(GRPOArguments(ho_blocks=steps.blocks), RunShape(T))
     assert_unbiased(bias_of(estimator, last_std=0.2))
 
 
@@ -199,17 +199,17 @@ BIASED: dict[str, tuple[Callable[[], Estimator], dict, str]] = {
         "steps 2-6 of 6 are given another weight than 1 by the chosen coefficients",
     ),
     "grpo": (
-        lambda: PolicyGradientEstimator(PolicyGradientSettings("prompt", SINGLE)),
+        lambda: build_estimator(GRPOArguments(), RunShape(T)),
         {"last_std": 0.2},
         "advantages are divided by a standard deviation that contains the sample's own reward",
     ),
     "ddpo": (
-        lambda: PolicyGradientEstimator(PolicyGradientSettings("prompt-statistics", SINGLE, inner_epochs=2)),
+        lambda: build_estimator(DDPOArguments(), RunShape(T)),
         {"last_std": 0.2, "calls": 30},
         "own reward; later inner epochs use samples of earlier weights, with clipped ratios",
     ),
     "d3po": (
-        lambda: PreferenceEstimator(PreferenceSettings(0.1, SINGLE)),
+        lambda: build_estimator(D3POArguments(), RunShape(T)),
         {"last_std": 0.2},
         "the likelihood of pairwise preferences is raised, not the expected reward",
     ),
