@@ -70,11 +70,9 @@ class AutoArguments(MeasuringArguments):
         return RLRArguments(**{name: getattr(self, name) for name in self.knobs()})
 
     def has_score_terms(self, num_inference_steps: int) -> bool:
-        """Those of `rlr`."""
         return self.rlr.has_score_terms(num_inference_steps)
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with `rlr`, which is used until another member is known to be better."""
         yield from self.rlr.check(config)
 
 

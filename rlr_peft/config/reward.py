@@ -111,7 +111,6 @@ class RewardArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with names, weights and minimums."""
         trained, heldout = self.weights, self.heldout_reward_fn or ()
         for name in heldout:
             if name in trained:
@@ -199,7 +198,6 @@ class RegularizationArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what cannot be measured."""
         asked = {"kl_beta": self.kl_beta, "kl_interval": self.kl_interval, "kl_limit": self.kl_limit}
         wanted = next((name for name, value in asked.items() if value), None)
         noiseless = config.chain.why_noiseless

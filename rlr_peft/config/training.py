@@ -94,7 +94,6 @@ class TrainingArguments(Group):
         return next(size for size in range(COMPARED_IMAGES, 0, -1) if self.fixed_samples % size == 0)
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the sizes, the output folder and the sharding."""
         yield from self._check_measured_batch(config) if self.gradient_accumulation_steps == AUTO else ()
         if self.fixed_samples % self.compared_images:
             yield (
@@ -201,7 +200,6 @@ class OptimizerArguments(Group):
         return "warmup_stable_decay" if self.learning_rate == AUTO else "constant"
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the rate and its schedule."""
         if self.learning_rate == AUTO and self.scale_lr:
             yield "scale_lr: expected none with learning_rate auto, got true; drop one of the two."
         if self.optimizer != "AdamW":
@@ -290,7 +288,6 @@ class ValidationArguments(Group):
     skip_final_inference: bool = knob(False, "Draw no validation images after training.")
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what a scheduler of the pipeline does not know."""
         scheduler, sources = self.evaluation_scheduler, config.chain_of_thought.sources()
         if scheduler is not None and self.evaluation_eta:
             yield (
@@ -322,7 +319,6 @@ class CheckpointingArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the checkpoint to go on from."""
         given = self.resume_from_checkpoint
         if given is None or len(PurePath(given).parts) == 1:
             return
@@ -358,7 +354,6 @@ class HubArguments(Group):
     )
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what is wrong with the branch and the publishing of checkpoints."""
         if self.hub_revision is not None:
             yield from check_revision("hub_revision", self.hub_revision)
         if self.push_every is not None and not self.push_to_hub:
@@ -378,7 +373,6 @@ class LoggingArguments(Group):
     tracker_name: str = knob("rlr-lora", "Name of the run's project in the tracker.")
 
     def check(self, config: "Config") -> Iterator[str]:
-        """Yields what would be written elsewhere."""
         for name, inside in (("logging_dir", self.logging_dir), ("tracker_name", self.tracker_name)):
             if not stays_inside(inside):
                 yield f"{name}: expected a relative folder inside output_dir, got {inside}; drop the leading part."

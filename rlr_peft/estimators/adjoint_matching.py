@@ -60,7 +60,6 @@ class AdjointMatchingEstimator(Estimator):
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterator[Segment]:
-        """One segment for every drawn step."""
         assert rollout.reward_gradient is not None  # as the coverage has checked
         trajectory, cotangent = rollout.trajectory, rollout.reward_gradient
         noisy = _noisy(chain)

@@ -226,21 +226,17 @@ class AutoEstimator(Estimator):
         return self if has_gradient else self._awm
 
     def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
-        """As the member in use does."""
         return (self.chosen if has_gradient else self._awm).compares_images(chain, has_gradient)
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
-        """That of the member in use."""
         return (self.chosen if has_gradient else self._awm).coverage(chain, has_gradient)
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterator[Segment | Perturbation]:
-        """Those of the member in use, for a reward with a gradient."""
         yield from self.chosen.segments(chain, objective, rollout, generator)
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        """Leave-one-out advantages (N,), which ``rlr`` needs."""
         return self.rlr.advantages(rewards, prompts, group_size)
 
     def wants_calibration(self, has_gradient: bool) -> bool:
@@ -291,11 +287,9 @@ class AutoEstimator(Estimator):
             self._share_batch()
 
     def learn(self, books: Sequence[Book]) -> None:
-        """What ``rlr`` learns, or ``awm`` of a reward without gradient."""
         (self._awm if books[0].reward_gradient_square is None else self.rlr).learn(books)
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurements and the choice."""
         return {
             "rlr": self.rlr.state_dict(),
             "awm": self._awm.state_dict(),
@@ -308,7 +302,6 @@ class AutoEstimator(Estimator):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
         self.rlr.load_state_dict(state["rlr"])
         self._awm.load_state_dict(state["awm"])
         self._moments = None if state["moments"] is None else GradientMoments(**state["moments"])

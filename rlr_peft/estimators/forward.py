@@ -212,7 +212,6 @@ class ForwardEstimator(Estimator):
         self._updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The old weights, and how far they have followed."""
         old = [weight.cpu() for weight in self._old]
         return {"old": old, "updates": self._updates, "followed": self._followed}
 

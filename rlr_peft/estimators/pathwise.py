@@ -208,7 +208,6 @@ class PathwiseEstimator(Estimator):
         return cls(pathwise_settings(arguments))
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        """The terms in words, for logs and cards."""
         return self.settings.describe()
 
     def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
@@ -298,11 +297,9 @@ class PathwiseEstimator(Estimator):
             self._norms.extend(booking.note or ())
 
     def state_dict(self) -> dict[str, Any]:
-        """The latest norms of the rewards' gradients."""
         return {"norms": list(self._norms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
         self._norms = deque(state["norms"], maxlen=CLIP_WINDOW)
 
     def _clipped(self, cotangent: torch.Tensor, norms: list[float]) -> torch.Tensor:

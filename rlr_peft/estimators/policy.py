@@ -63,7 +63,6 @@ class SingleStepsEstimator(Estimator):
         """What makes the cotangent of step t."""
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
-        """All steps with noise, or those that are drawn."""
         return replace(single_steps(self.steps, chain).coverage, departures=self.departures)
 
     def segments(
@@ -126,7 +125,6 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         return partial(clipped_cotangent, rollout, clip_range=knobs.clip_range, divergence_limit=knobs.divergence_limit)
 
     def learn(self, books: Sequence[Book]) -> None:
-        """Adds the rewards of all processes to the prompts' statistics."""
         if isinstance(self.arguments, DDPOArguments):
             for book in books:
                 self._prompt_statistics.observe(book.prompts, book.rewards)

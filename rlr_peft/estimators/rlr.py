@@ -71,11 +71,9 @@ class RLREstimator(Estimator):
         return cls(settings_from_arguments(arguments, shape), arguments.antithetic, shape.samples)
 
     def describe(self, has_gradient: bool | None = None) -> str:
-        """The terms in words, for logs and cards; `has_gradient` is the reward's, None where that is not known."""
         return self.settings.describe(has_gradient) + ("; antithetic noises" if self.antithetic else "")
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
-        """Leave-one-out advantages (N,) of rewards (N,)."""
         return leave_one_out(rewards, group_size, self.antithetic)
 
     def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
@@ -102,7 +100,6 @@ class RLREstimator(Estimator):
         self.statistics.calibrate(gradients, decay)
 
     def learn(self, books: Sequence[Book]) -> None:
-        """Blends what a finished update showed into the running statistics."""
         self.statistics.learn(books)
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
@@ -141,7 +138,6 @@ class RLREstimator(Estimator):
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
     ) -> Iterator[Segment | Perturbation]:
-        """The terms of one micro-batch."""
         c = self.settings.coefficients
         layout = self.layout(chain, rollout.reward_gradient is not None)
         blocks, left = layout.draw(generator)
@@ -164,11 +160,9 @@ class RLREstimator(Estimator):
             yield Perturbation(frozenset(left), self.settings.zeroth_order, baseline, c.zeroth_order)
 
     def state_dict(self) -> dict[str, Any]:
-        """Running statistics, of plain types and tensors."""
         return self.statistics.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
         self.statistics.load_state_dict(state)
 
     def _with_measured_window(self, covered_tail: int) -> RLRSettings:

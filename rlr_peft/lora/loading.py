@@ -113,8 +113,6 @@ def start_from(pipeline: Any, files: AdapterFiles) -> None:
     A smaller rank fits into a larger one, and another scale is multiplied into the weights: the pipeline draws what it
     draws with the saved adapter.
 
-    Args:
-
     Raises:
         AdapterFormatError: it is damaged or no adapter.
         AdapterMismatchError: it is of another base, or of a kind, rank or layers that the trainable one cannot hold.

@@ -3,26 +3,47 @@
 import itertools
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Protocol
 
 from rlr_peft.prompt import Prompt, PromptError
 
 
-class Sampler(Protocol):
-    """Which prompts a step uses, as a pure function of the step: a resumed run needs no stored position."""
-
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
-        """The prompts of one process in one step; see ``PromptSampler.sample``."""
-
-
-class PromptSampler:
+class Sampler(ABC):
     """Which prompts a step uses, as a pure function of the step: a resumed run needs no stored position.
 
-    The prompts are dealt out without gaps from one endless row of epochs; each epoch is a permutation of all prompts
-    that depends on the seed and the epoch's number only. A step of n prompts in each of P processes takes the next
+    Prompts are dealt out without gaps from one endless row. A step of n prompts in each of P processes takes the next
     n * P prompts of the row, process p the p-th n of them: the same global batch for every P.
+    """
+
+    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
+        """The prompts of one process in one step.
+
+        Args:
+            step: from 0. All steps of a run must use the same `num_prompts * num_processes`, else prompts repeat.
+            num_prompts: per process.
+            process_index: 0 .. num_processes - 1.
+
+        Raises:
+            PromptError: a stream that is empty, or holds less than the first time.
+            ValueError: an argument out of its range.
+        """
+        if step < 0 or num_prompts < 1 or num_processes < 1 or not 0 <= process_index < num_processes:
+            raise ValueError(
+                "expected step >= 0, num_prompts >= 1 and 0 <= process_index < num_processes, got "
+                f"step={step}, num_prompts={num_prompts}, process_index={process_index}, num_processes={num_processes}"
+            )
+        start = (step * num_processes + process_index) * num_prompts
+        return [self.prompt_at(position) for position in range(start, start + num_prompts)]
+
+    @abstractmethod
+    def prompt_at(self, position: int) -> Prompt:
+        """The prompt at a place, from 0, of the endless row."""
+
+
+class PromptSampler(Sampler):
+    """A row of epochs, each a permutation of all prompts that depends on the seed and the epoch's number only.
 
     Args:
         prompts: at least one.
@@ -38,25 +59,7 @@ class PromptSampler:
         self.seed = seed
         self._last_permutation: tuple[int, list[int]] = (-1, [])
 
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
-        """The prompts of one process in one step.
-
-        Args:
-            step: from 0. All steps of a run must use the same `num_prompts * num_processes`, else prompts repeat.
-            num_prompts: per process.
-            process_index: 0 .. num_processes - 1.
-
-        Returns:
-            `num_prompts` prompts. Positions of different processes and steps never overlap within an epoch.
-
-        Raises:
-            ValueError: an argument out of its range.
-        """
-        places = positions(step, num_prompts, process_index, num_processes)
-        return [self.prompt_at(position) for position in places]
-
     def prompt_at(self, position: int) -> Prompt:
-        """The prompt at a place, from 0, of the endless row."""
         epoch, offset = divmod(position, len(self.prompts))
         if self._last_permutation[0] != epoch:
             self._last_permutation = (epoch, permutation(len(self.prompts), f"prompts/{self.seed}/{epoch}"))
@@ -67,10 +70,10 @@ LONGEST_PATTERN = 1000
 """Places after which shares that are no simpler fractions repeat: they are rounded to thousandths."""
 
 
-class MixedPromptSampler:
+class MixedPromptSampler(Sampler):
     """Prompts of several sources, every source in its share of them.
 
-    The endless row of prompts repeats a pattern of sources, spread as evenly as their shares allow (3 : 1 is A A B A),
+    The row repeats a pattern of sources, spread as evenly as their shares allow (3 : 1 is A A B A),
     so that every few updates have the shares. Each source fills its places as if it were alone: no prompt of it comes
     twice before all others came once.
 
@@ -88,15 +91,7 @@ class MixedPromptSampler:
         self._counts = [self._pattern.count(source) for source in range(len(sources))]
         self._before = [self._pattern[:place].count(source) for place, source in enumerate(self._pattern)]
 
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
-        """The prompts of one process in one step; see ``PromptSampler.sample``.
-
-        Raises:
-            ValueError: an argument out of its range.
-        """
-        return [self._prompt_at(place) for place in positions(step, num_prompts, process_index, num_processes)]
-
-    def _prompt_at(self, position: int) -> Prompt:
+    def prompt_at(self, position: int) -> Prompt:
         repetition, place = divmod(position, len(self._pattern))
         source = self._pattern[place]
         return self._samplers[source].prompt_at(repetition * self._counts[source] + self._before[place])
@@ -118,21 +113,6 @@ def pattern_of(weights: Sequence[float]) -> list[int]:
     return pattern
 
 
-def positions(step: int, num_prompts: int, process_index: int, num_processes: int) -> range:
-    """Where in the endless row of prompts the share of one process in one step lies.
-
-    Raises:
-        ValueError: an argument out of its range.
-    """
-    if step < 0 or num_prompts < 1 or num_processes < 1 or not 0 <= process_index < num_processes:
-        raise ValueError(
-            "expected step >= 0, num_prompts >= 1 and 0 <= process_index < num_processes, got "
-            f"step={step}, num_prompts={num_prompts}, process_index={process_index}, num_processes={num_processes}"
-        )
-    start = (step * num_processes + process_index) * num_prompts
-    return range(start, start + num_prompts)
-
-
 def permutation(length: int, key: str) -> list[int]:
     """A shuffled 0, ..., length - 1; the same for the same key."""
     # A generator of its own, seeded by text: touches no global state and mixes the parts of the key well.
@@ -145,7 +125,7 @@ def permutation(length: int, key: str) -> list[int]:
 CURSORS = 2
 
 
-class StreamingPromptSampler:
+class StreamingPromptSampler(Sampler):
     """Shuffles a stream within consecutive windows.
 
     The stream is cut into windows of ``buffer_size`` prompts; each is shuffled in itself, by a permutation that depends
@@ -165,26 +145,11 @@ class StreamingPromptSampler:
         self._cursors: list[_Cursor] = []
         self._length: int | None = None
 
-    def sample(self, step: int, num_prompts: int, process_index: int = 0, num_processes: int = 1) -> list[Prompt]:
-        """The prompts of one process in one step; see ``PromptSampler.sample``.
-
-        Raises:
-            PromptError: the stream is empty.
-            ValueError: an argument out of its range.
-        """
-        return [self._prompt_at(place) for place in positions(step, num_prompts, process_index, num_processes)]
-
-    def _prompt_at(self, position: int) -> Prompt:
-        if self._length is not None:
-            epoch, place = divmod(position, self._length)
-            return self._within_epoch(epoch, place)
-        found = self._read(0, position)
-        if found is not None:
+    def prompt_at(self, position: int) -> Prompt:
+        if self._length is None and (found := self._read(0, position)) is not None:
             return found
-        return self._prompt_at(position)  # the end came first, so that the length is known now
-
-    def _within_epoch(self, epoch: int, place: int) -> Prompt:
-        found = self._read(epoch, place)
+        assert self._length is not None  # the end came first, so that it is known now
+        found = self._read(*divmod(position, self._length))
         if found is None:
             raise PromptError(f"the stream of prompts held {self._length} the first time and fewer now")
         return found

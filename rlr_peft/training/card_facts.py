@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import rlr_peft
-from rlr_peft.build.chain import evaluation_chain, evaluation_in_words, stage_form
+from rlr_peft.build.chain import evaluation_chain, evaluation_in_words
 from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought, source_shares
@@ -36,7 +36,7 @@ from rlr_peft.publishing.record import (
 )
 from rlr_peft.redaction import redacted_command
 from rlr_peft.training.progress import LearningSignal, Progress
-from rlr_peft.training.tracking import METRICS_LOG, read_metrics
+from rlr_peft.training.tracking import METRICS_LOG, read_metrics, stage_conditions
 
 
 def run_record(
@@ -154,12 +154,8 @@ def _stage_prompts(run: Run) -> dict[str, list[str]]:
     prompt = next((prompt for prompt in run.prompts if prompt.stages), None)
     if stages is None or prompt is None:
         return {}
-    told = [run.chain.prompt_of_stage(prompt, index) for index in range(stages.count)]
-    is_contrast = stage_form(run.config, run.pipeline).is_contrast(prompt)
-    return {
-        "stage_prompts": [one.text for one in told],
-        "away_from": [one.negative_prompt or "nothing" for one in told] if is_contrast else [],
-    }
+    conditions, away_from = stage_conditions(run, stages, prompt)
+    return {"stage_prompts": conditions, "away_from": away_from}
 
 
 def _training(run: Run, progress: Progress) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from rlr_peft.config.chain import AUTO
 from rlr_peft.durable_files import flush_to_disk, replacing_file
 from rlr_peft.errors import UserError, extra
 from rlr_peft.foreign_text import printable
+from rlr_peft.prompt import Prompt, Stages
 from rlr_peft.redaction import redacted, secrets_of_command
 from rlr_peft.training.progress import LearningSignal, Progress
 from rlr_peft.training.progress_page import ProgressPage
@@ -280,19 +281,24 @@ def stage_prompts_in_words(run: Run) -> list[str]:
 
     Of a contrast, what guidance leads away from: `... -> the whole, away from coarse: a cat; fine: a beach`.
     """
-    stages = stages_from_config(run.config)
+    stages, lines = stages_from_config(run.config), []
     if stages is None:
         return []
-    form, lines = stage_form(run.config, run.pipeline), []
     for prompt in run.prompts[:3]:
-        told = [run.chain.prompt_of_stage(prompt, index) for index in range(stages.count)]
-        is_contrast = form.is_contrast(prompt)
-        texts = [one.negative_prompt or "nothing" if is_contrast else one.text for one in told]
+        conditions, away_from = stage_conditions(run, stages, prompt)
+        texts, is_contrast = away_from or conditions, bool(away_from)
         parts = "; ".join(f"{name}: {text}" for name, text in zip(stages.names, texts, strict=True))
         if is_contrast:
             parts = f"the whole, away from {parts}" if len(set(texts)) > 1 else "the whole in every stage"
         lines.append(f"{prompt.text} -> {parts}")
     return lines
+
+
+def stage_conditions(run: Run, stages: Stages, prompt: Prompt) -> tuple[list[str], list[str]]:
+    """What conditions the stages of a prompt; and of a contrast, what guidance leads away from in them."""
+    told = [run.chain.prompt_of_stage(prompt, index) for index in range(stages.count)]
+    is_contrast = stage_form(run.config, run.pipeline).is_contrast(prompt)
+    return [one.text for one in told], [one.negative_prompt or "nothing" for one in told] if is_contrast else []
 
 
 class TrackerError(UserError, RuntimeError):
