@@ -81,7 +81,7 @@ def costs(plain: DenoisingChain, detached: DenoisingChain, batch: int) -> dict[s
         ReplayedStep(chain, trajectory, t).into_both(cotangent)
 
     def sample(chain: DenoisingChain) -> None:
-        chain.rollout(trajectory, t, trajectory.latents[t], t - 1)
+        chain.denoise(trajectory, t, trajectory.latents[t], t - 1)
 
     tapes = []
     for chain in chains:

@@ -227,7 +227,7 @@ class DenoisingChain(SteppedPipeline):
     def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
         return self.replay_reference(trajectory, t).mean
 
-    def rollout(
+    def denoise(
         self,
         trajectory: Trajectory,
         start: int,

@@ -28,7 +28,7 @@ Key: TypeAlias = tuple[Any, ...]
 MAX_PROMPTS, MAX_IMAGES, JOINED_BATCHES = 256, 128, 4
 
 
-class PromptMemory:
+class PromptCache:
     """Replaces a pipeline's ``encode_prompt``.
 
     Args:
@@ -152,14 +152,14 @@ class EncodedImages:
         return encode_image
 
 
-def _remembered(memory: OrderedDict[Key, Any], key: Key, make: Callable[[], Any], most: int) -> Any:
+def _remembered(cache: OrderedDict[Key, Any], key: Key, make: Callable[[], Any], most: int) -> Any:
     """What is remembered under a key, or is made now; least recently used entries are forgotten first."""
-    if key not in memory:
-        memory[key] = make()
-        if len(memory) > most:
-            memory.popitem(last=False)
-    memory.move_to_end(key)
-    return memory[key]
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > most:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def _join(rows: list[Embeddings]) -> Embeddings:

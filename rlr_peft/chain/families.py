@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from rlr_peft.config.chain import TimestepSpacing
 from rlr_peft.durable_files import SECOND_EXPERT
 
-DENOISERS = ("unet", "transformer", SECOND_EXPERT)
+EXPERTS = ("transformer", SECOND_EXPERT)
+DENOISERS = ("unet", *EXPERTS)
 """The parts that denoise step by step, and whose adapters pipelines load."""
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -176,7 +178,7 @@ FAMILIES = (
     Family(
         name="wan",
         pipeline_classes=("WanPipeline",),
-        denoisers=("transformer", SECOND_EXPERT),
+        denoisers=EXPERTS,
         pipeline_tag="text-to-video",
         frame_axis=2,
         negative_branch="second call",
@@ -185,7 +187,7 @@ FAMILIES = (
         name="wan-image-to-video",
         pipeline_classes=("WanImageToVideoPipeline",),
         own_tags=("wan", "wan-diffusers"),
-        denoisers=("transformer", SECOND_EXPERT),
+        denoisers=EXPERTS,
         pipeline_tag="image-to-video",
         frame_axis=2,
         negative_branch="second call",
@@ -274,6 +276,13 @@ def adapter_folder(denoiser: str) -> str:
 def adapter_prefix(denoiser: str) -> str:
     """What the keys of a denoiser's adapter start with: both experts have those of the first."""
     return "transformer" if denoiser == SECOND_EXPERT else denoiser
+
+
+def denoiser_of_file(path: Path, folder: Path, pipeline: Any) -> str | None:
+    """The second expert, where a file of an adapter's folder is for that: its keys are those of the first."""
+    has_second = getattr(pipeline, SECOND_EXPERT, None) is not None
+    is_for_second = path.parent != folder or (folder.name == SECOND_EXPERT and has_second)
+    return SECOND_EXPERT if is_for_second else None
 
 
 def adapter_loading(denoiser: str) -> dict[str, bool]:

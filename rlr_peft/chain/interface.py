@@ -178,7 +178,7 @@ class Chain(Protocol):
     def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
         """The mean of step t, (B, ...), that the reference gives from the same x_t, without a tape."""
 
-    def rollout(
+    def denoise(
         self,
         trajectory: Trajectory,
         start: int,

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
 from rlr_peft.chain.denoiser_forwards import DetachedNegative
-from rlr_peft.chain.encodings import EncodedImages, PromptMemory
+from rlr_peft.chain.encodings import EncodedImages, PromptCache
 from rlr_peft.chain.families import DENOISERS, Family, ImagesOfCall, trained_module
 from rlr_peft.chain.memory import cast_inputs_to_weights, working_device
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
@@ -87,7 +87,7 @@ class PipelineDriver:
         self.device = working_device(first)
         self.denoiser = trained_module(pipeline, family.denoisers)
         self.latents_dtype = torch.promote_types(first.dtype, torch.float32)
-        self._encode_prompt = PromptMemory(pipeline.encode_prompt, self.latents_dtype)
+        self._encode_prompt = PromptCache(pipeline.encode_prompt, self.latents_dtype)
         self._encoded_images = EncodedImages(pipeline)
         self._given = 0
         self.negative_branch = None

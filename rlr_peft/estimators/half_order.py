@@ -185,7 +185,7 @@ def mirrored_advantages(chain: Chain, objective: Objective, rollout: Rollout, t:
     """
     trajectory = rollout.trajectory
     mirrored = trajectory.latents[t - 1] - 2 * trajectory.std(t) * trajectory.noise(t)
-    mirrored_rewards = objective.score(chain.rollout(trajectory, t - 1, mirrored), trajectory.prompts)
+    mirrored_rewards = objective.score(chain.denoise(trajectory, t - 1, mirrored), trajectory.prompts)
     return (rollout.rewards - mirrored_rewards) / 2
 
 

@@ -385,7 +385,7 @@ def renoised_segment(
     noised = point.alpha * clean + point.sigma * noise
     latents = torch.cat([clean[None], noised[None], rollout.trajectory.latents[2:]])
     copies = replace(rollout.trajectory, latents=latents)
-    _, cotangent = objective.score_with_gradient(chain.rollout(copies, 1, noised), copies.prompts)
+    _, cotangent = objective.score_with_gradient(chain.denoise(copies, 1, noised), copies.prompts)
     return Segment(FIRST_ORDER, (1,), cotangent, weight, trajectory=copies)
 
 

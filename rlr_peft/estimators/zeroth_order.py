@@ -82,7 +82,7 @@ def _slope(
         latents = noises[chain.num_steps]
         for start, stop, is_moved in _runs(chain.num_steps, term.steps):
             with _moved(chain.parameters, direction, signed_scale if is_moved else 0.0):
-                latents = chain.rollout(trajectory, start, latents, stop, noises)
+                latents = chain.denoise(trajectory, start, latents, stop, noises)
         return objective.score(latents, prompts)
 
     if term.how.form == "two-point":

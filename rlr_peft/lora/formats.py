@@ -15,7 +15,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from rlr_peft.durable_files import SECOND_EXPERT
+from rlr_peft.chain.families import adapter_prefix
 from rlr_peft.lora.files import AdapterFormatError
 
 # How a tensor's name ends: the layer, and which of its tensors this is. Between `lora_A` and `weight` peft may put the
@@ -280,9 +280,7 @@ def apply_settings(
         AdapterFormatError: they contradict the tensors.
     """
     for part in {name.split(".")[0] for name in layers}:
-        prefix = part
-        if part == SECOND_EXPERT and f"{part}.r" not in settings:
-            prefix = "transformer"
+        prefix = part if f"{part}.r" in settings else adapter_prefix(part)
         own = _under(settings, f"{prefix}.") if prefixed else settings
         of_part = {
             name.removeprefix(f"{part}."): layer for name, layer in layers.items() if name.startswith(f"{part}.")

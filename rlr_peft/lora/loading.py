@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlr_peft.durable_files import SECOND_EXPERT
+from rlr_peft.chain.families import denoiser_of_file
 from rlr_peft.lora.attach import ADAPTER
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, AdapterMismatchError, find_adapter, read_tensors
 from rlr_peft.lora.formats import AdapterLayer, apply_settings, format_name, layers_of
@@ -91,7 +91,7 @@ def fitting_layers(pipeline: Any, files: AdapterFiles) -> dict[str, AdapterLayer
     loaded: dict[str, AdapterLayer] = {}
     for path in files.paths:
         tensors, settings = read_tensors(path, files.place)
-        names = LayerNames(pipeline, second_expert=is_second_expert(path, files.folder, pipeline))
+        names = LayerNames(pipeline, denoiser_of_file(path, files.folder, pipeline))
         form = format_name(tensors)
         found = place_layers(pipeline, names, layers_of(tensors, files.place), files.place, form)
         of_folder = files.settings()
@@ -152,12 +152,6 @@ def _layers_with(pipeline: Any, adapter_name: str) -> dict[str, LoraLayer]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.scaling
     }
-
-
-def is_second_expert(path: Path, folder: Path, pipeline: Any) -> bool:
-    """Whether a file of an adapter's folder is for the second denoiser."""
-    has_second = getattr(pipeline, SECOND_EXPERT, None) is not None
-    return path.parent != folder or (folder.name == SECOND_EXPERT and has_second)
 
 
 def check_arrived(pipeline: Any, expected: Mapping[str, AdapterLayer], adapter_name: str, place: str) -> None:

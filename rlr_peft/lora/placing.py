@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import DENOISERS
-from rlr_peft.durable_files import SECOND_EXPERT
+from rlr_peft.chain.families import DENOISERS, adapter_prefix
 from rlr_peft.lora.attach import ADAPTABLE
 from rlr_peft.lora.files import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.formats import AdapterLayer, layers_of
@@ -34,21 +33,21 @@ class LayerNames:
     """The adaptable layers of a pipeline by all their names.
 
     Args:
-        second_expert: whether `transformer` means the second denoiser, as in the file of its folder.
+        denoiser: what the adapter is for, where its keys do not say so; None where they do.
 
     Attributes:
         layers: linear layers and convolutions by `model.name`, such as `unet.mid_block.attentions.0.proj_in`.
     """
 
-    def __init__(self, pipeline: Any, *, second_expert: bool = False) -> None:
+    def __init__(self, pipeline: Any, denoiser: str | None = None) -> None:
         self.layers: dict[str, nn.Module] = {}
         self._full_names: dict[str, str] = {}
         parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
         # A name without its model is the denoiser's, if that has such a layer.
         for part_name, part in sorted(parts, key=lambda item: item[0] not in DENOISERS):
             label = part_name
-            if second_expert and part_name in ("transformer", SECOND_EXPERT):
-                label = "transformer" if part_name == SECOND_EXPERT else ""
+            if denoiser is not None and part_name in (denoiser, adapter_prefix(denoiser)):
+                label = adapter_prefix(denoiser) if part_name == denoiser else ""
             for name, module in part.named_modules():
                 if isinstance(module, ADAPTABLE) and ".lora_" not in name and label:
                     self._add(label, name.removesuffix(".base_layer"), f"{part_name}.", module)

@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import adapter_folder, adapter_loading, adapter_prefix
-from rlr_peft.durable_files import SECOND_EXPERT, WEIGHT_NAME
+from rlr_peft.chain.families import EXPERTS, adapter_folder, adapter_loading, adapter_prefix
+from rlr_peft.durable_files import WEIGHT_NAME
 from rlr_peft.lora.attach import ADAPTER, adapted_denoisers, lora_parameters
 from rlr_peft.lora.export import save_lora
 from rlr_peft.lora.files import AdapterMismatchError
@@ -50,7 +50,7 @@ def check_adapter_saves(pipeline: Any) -> None:
         warnings.simplefilter("ignore")  # of parameters without weights
         save_lora(pipeline, folder)
         # The other expert too: diffusers looks at its config, whichever of the two an adapter is for.
-        for name in {*names, SECOND_EXPERT, "transformer"}:
+        for name in {*names, *EXPERTS}:
             module = getattr(pipeline, name, None)
             if module is not None:
                 with torch.device("meta"):
@@ -139,10 +139,8 @@ def _load_as_users_do(pipeline: Any, directory: Path, denoisers: list[str]) -> d
     with _without_text_encoder_notice(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the trained one, as is meant
         if all(diffusers_loads(pipeline, getattr(pipeline, name)) for name in denoisers):
-            if denoisers != [SECOND_EXPERT]:
-                pipeline.load_lora_weights(str(directory))
-            if SECOND_EXPERT in denoisers:
-                pipeline.load_lora_weights(str(directory / SECOND_EXPERT), **adapter_loading(SECOND_EXPERT))
+            for folder, options in {adapter_folder(name): adapter_loading(name) for name in denoisers}.items():
+                pipeline.load_lora_weights(str(directory / folder), **options)
         else:
             load_lora(pipeline, directory)
     return {name: adapter for name in denoisers for adapter in adapters(name) - there[name]}

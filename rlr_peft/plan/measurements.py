@@ -161,7 +161,7 @@ def differentiated_step(chain: DenoisingChain, trajectory: Trajectory) -> Differ
 
 def _sampling(chain: DenoisingChain, trajectory: Trajectory) -> int:
     with LiveMemory() as memory:
-        chain.rollout(trajectory, chain.num_steps, trajectory.latents[chain.num_steps], chain.num_steps - 1)
+        chain.denoise(trajectory, chain.num_steps, trajectory.latents[chain.num_steps], chain.num_steps - 1)
     return memory.peak
 
 

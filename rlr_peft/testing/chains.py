@@ -128,7 +128,7 @@ class ReplicatedChain(ABC):
         return self.replay_reference(trajectory, t).mean
 
     @torch.no_grad()
-    def rollout(
+    def denoise(
         self,
         trajectory: Trajectory,
         start: int,

@@ -140,7 +140,7 @@ def _relative_change(run: Run, chain: DenoisingChain, trajectories: Sequence[Tra
     own: list[float] = []
     for trajectory in trajectories:
         clean = trajectory.latents[0].float()
-        again = chain.rollout(trajectory, trajectory.num_steps, trajectory.latents[trajectory.num_steps]).float()
+        again = chain.denoise(trajectory, trajectory.num_steps, trajectory.latents[trajectory.num_steps]).float()
         own += ((again - clean).flatten(1).pow(2).mean(1).sqrt() / clean.flatten(1).std(1)).tolist()
     changes = run.processes.gather_objects(own, "the change of the first step")
     if not any(changes):

@@ -63,7 +63,7 @@ def test_replay_is_bit_exact(kind: str, prediction_type: str) -> None:
             assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1])
             assert torch.equal(step.pred_original_sample, trajectory.pred_original_samples[t - 1])
             assert step.std == trajectory.std(t)
-    assert torch.equal(chain.rollout(trajectory, 4, trajectory.latents[4], 1), trajectory.latents[1])
+    assert torch.equal(chain.denoise(trajectory, 4, trajectory.latents[4], 1), trajectory.latents[1])
 
 
 def test_a_sample_depends_on_its_own_seed_only() -> None:
@@ -219,7 +219,7 @@ def test_denoiser_evaluations_are_counted() -> None:
     chain = chain_over(pipeline, num_inference_steps=3)
     trajectory = chain.sample(PROMPTS, [0, 1])
     chain.replay(trajectory, 2)
-    chain.rollout(trajectory, 2, trajectory.latents[2])
+    chain.denoise(trajectory, 2, trajectory.latents[2])
     assert chain.denoiser_evaluations == sum(rows) // 2 == 2 * (3 + 1 + 2)  # a guided pair counts once
 
 

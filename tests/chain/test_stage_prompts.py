@@ -33,7 +33,7 @@ def test_sampling_is_one_plain_chain_after_the_other(staged: DenoisingChain, pla
     latents = trajectory.latents[5]
     for text, start, stop in zip(TEXTS, (5, 3, 2), (3, 2, 0), strict=True):
         of_text = plain.sample([text] * 2, SEEDS, trajectory.noises)
-        latents = plain.rollout(of_text, start, latents, stop)
+        latents = plain.denoise(of_text, start, latents, stop)
         assert torch.equal(latents, trajectory.latents[stop]), text
     assert not torch.equal(latents, plain.sample(["whole"] * 2, SEEDS).latents[0])
 
@@ -43,8 +43,8 @@ def test_replays_and_rollouts_see_the_text_of_their_step(staged: DenoisingChain)
     for t in range(1, 6):
         step = staged.replay(trajectory, t)
         assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1]), t
-        assert torch.equal(staged.rollout(trajectory, t, trajectory.latents[t]), trajectory.latents[0]), t
-    assert torch.equal(staged.rollout(trajectory, 4, trajectory.latents[4], 2), trajectory.latents[2])
+        assert torch.equal(staged.denoise(trajectory, t, trajectory.latents[t]), trajectory.latents[0]), t
+    assert torch.equal(staged.denoise(trajectory, 4, trajectory.latents[4], 2), trajectory.latents[2])
 
 
 def test_prompts_without_stages_are_drawn_as_ever(staged: DenoisingChain, plain: DenoisingChain) -> None:

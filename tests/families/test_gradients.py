@@ -57,7 +57,7 @@ def test_segment_gradients_equal_central_differences(name: str, folder_of: Calla
         originals = [weight.clone() for weight in chain.parameters]
         for weight, direction in zip(chain.parameters, directions, strict=True):
             weight.add_(direction.to(weight.dtype), alpha=shift)
-        latents = chain.rollout(trajectory, NUM_STEPS, trajectory.latents[NUM_STEPS])
+        latents = chain.denoise(trajectory, NUM_STEPS, trajectory.latents[NUM_STEPS])
         value = (chain.decode(latents, trajectory.prompts).double() * pixels.double()).sum().item()
         for weight, original in zip(chain.parameters, originals, strict=True):
             weight.copy_(original)

@@ -46,7 +46,7 @@ def test_replay_is_bit_exact_with_every_kind_of_step(name: str, folder_of: Calla
             step = chain.replay(trajectory, t)
             assert torch.equal(step.next_latents(trajectory.noise(t)), trajectory.latents[t - 1]), (kind, t)
             assert torch.equal(step.pred_original_sample, trajectory.pred_original_samples[t - 1])
-        assert torch.equal(chain.rollout(trajectory, 2, trajectory.latents[2]), trajectory.latents[0])
+        assert torch.equal(chain.denoise(trajectory, 2, trajectory.latents[2]), trajectory.latents[0])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "sd-epsilon"])

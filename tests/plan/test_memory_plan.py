@@ -224,7 +224,7 @@ def test_the_plan_foresees_what_a_real_step_holds_and_allocates(tiny_folder: str
         del images
         assert measured.step[checkpointed].peak == pytest.approx(allocated_peak(step), rel=0.15)
         assert measured.decode[2, checkpointed].peak == pytest.approx(allocated_peak(decode), rel=0.15)
-    sampled = allocated_peak(lambda: chain.rollout(trajectory, 3, trajectory.latents[3], 2))
+    sampled = allocated_peak(lambda: chain.denoise(trajectory, 3, trajectory.latents[3], 2))
     assert measured.sampling == pytest.approx(sampled, rel=0.15)
     assert measured.trajectory == sum(
         tensor.nbytes for tensor in (trajectory.latents, trajectory.noises, trajectory.pred_original_samples)
