@@ -14,7 +14,7 @@ from rlr_peft.diagnose.evidence import agreement, update_size
 from rlr_peft.diagnose.methods import quoted
 from rlr_peft.estimators.auto import WORTH_A_BIAS
 from rlr_peft.estimators.base import step_ranges
-from rlr_peft.estimators.layout import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
 from rlr_peft.reports import counted, short_number
 

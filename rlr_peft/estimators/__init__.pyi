@@ -10,6 +10,8 @@ from .base import CoverageError as CoverageError
 from .base import Estimator as Estimator
 from .base import RunShape as RunShape
 from .base import build_estimator as build_estimator
+from .block_length import half_order_length_for_compute as half_order_length_for_compute
+from .block_length import half_order_length_for_memory as half_order_length_for_memory
 from .forward import ForwardEstimator as ForwardEstimator
 from .forward import awm_pull as awm_pull
 from .forward import nft_pull as nft_pull
@@ -34,8 +36,6 @@ from .kl import step_kl as step_kl
 from .layout import Coefficients as Coefficients
 from .layout import Layout as Layout
 from .layout import RLRSettings as RLRSettings
-from .layout import half_order_length_for_compute as half_order_length_for_compute
-from .layout import half_order_length_for_memory as half_order_length_for_memory
 from .layout import lay_out as lay_out
 from .layout import settings_from_arguments as settings_from_arguments
 from .objective import Batch as Batch

@@ -35,12 +35,13 @@ from rlr_peft.config.forward import AWMArguments
 from rlr_peft.config.methods import AutoArguments
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.forward import ForwardEstimator
-from rlr_peft.estimators.noise_scale import FIRST_PAIRS, NoiseScale
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
 from rlr_peft.estimators.rlr import STEP_COST, RLREstimator
 from rlr_peft.estimators.step_gradients import (
+    FIRST_PAIRS,
     GradientSketch,
+    NoiseScale,
     StepGradients,
     check_gradient,
     measure_step_gradients,

@@ -14,6 +14,7 @@ import torch
 from rlr_peft.chain.interface import Chain
 from rlr_peft.config.estimator import CalibratedArguments, ThreeOrdersArguments
 from rlr_peft.estimators.base import Coverage, CoverageError, RunShape
+from rlr_peft.estimators.block_length import half_order_length
 from rlr_peft.estimators.half_order import (
     DEFENSIVE_SHARE,
     HalfOrder,
@@ -128,7 +129,7 @@ def settings_from_arguments(arguments: CalibratedArguments, shape: RunShape) -> 
 def _three_orders(arguments: ThreeOrdersArguments, shape: RunShape) -> RLRSettings:
     half_order = None
     if arguments.ho_blocks != 0:
-        length = _half_order_length(arguments, shape.num_inference_steps)
+        length = half_order_length(arguments, shape.num_inference_steps)
         half_order = HalfOrder.from_arguments(arguments, shape, length)
     perturbed = ZerothOrder(arguments.zo, arguments.zo_scale, arguments.zo_samples) if arguments.zo != "none" else None
     return RLRSettings(
@@ -151,31 +152,6 @@ def _black_box_steps(arguments: CalibratedArguments, num_inference_steps: int) -
     if arguments.black_box_steps == "auto":
         return min(num_inference_steps, round(math.sqrt(6 * num_inference_steps)))
     return arguments.black_box_steps
-
-
-def _half_order_length(arguments: ThreeOrdersArguments, num_inference_steps: int) -> int:
-    if arguments.ho_length != "auto":
-        return arguments.ho_length
-    fo_steps, blocks, lengths = arguments.fo_steps, arguments.ho_blocks, []
-    if arguments.nfe_budget is not None:
-        if blocks == "all" or fo_steps == "auto":
-            raise ValueError(
-                "Expected numbers for ho_blocks and fo_steps beside ho_length auto and nfe_budget, got "
-                f"ho_blocks = {blocks} and fo_steps = {fo_steps}: tiling every step costs the same for every "
-                "length, and a measured K is not known beforehand. Set both, or use --estimator rlr-paper."
-            )
-        evaluations = arguments.zo_chains * num_inference_steps
-        lengths.append(
-            half_order_length_for_compute(arguments.nfe_budget, num_inference_steps, fo_steps, blocks, evaluations)
-        )
-    if arguments.memory_budget is not None:
-        assert arguments.ho_step_memory is not None and arguments.zo_step_memory is not None  # the config's checks
-        lengths.append(
-            half_order_length_for_memory(
-                arguments.memory_budget, arguments.ho_step_memory, arguments.zo_step_memory, num_inference_steps
-            )
-        )
-    return min(lengths)
 
 
 @dataclass(frozen=True)
@@ -349,52 +325,3 @@ def _why_none(settings: RLRSettings) -> str:
         f"{no_gradient} and score terms need noise, which no step has: eta is 0, or the chain's only step ends clean. "
         "Raise eta or num_inference_steps, or use a differentiable reward with first-order steps."
     )
-
-
-def half_order_length_for_compute(
-    nfe_budget: float, num_steps: int, first_order_steps: int, num_blocks: int, zeroth_order_evaluations: int
-) -> int:
-    """The longest block that a compute budget allows, at least 1.
-
-    Args:
-        nfe_budget: denoiser evaluations per sample and update.
-        num_steps: T, spent on sampling.
-        first_order_steps: K, replayed by the first-order term.
-        num_blocks: M, half-order blocks per update.
-        zeroth_order_evaluations: denoiser evaluations of the zeroth-order term.
-
-    Raises:
-        ValueError: the budget does not even allow h = 1.
-    """
-    fixed = num_steps + first_order_steps + zeroth_order_evaluations
-    length = math.floor((nfe_budget - fixed) / num_blocks)
-    if length < 1:
-        raise ValueError(
-            f"Expected nfe_budget >= {fixed + num_blocks} (sampling {num_steps}, first order {first_order_steps}, "
-            f"zeroth order {zeroth_order_evaluations}, one step for each of {num_blocks} blocks), got {nfe_budget}."
-        )
-    return max(1, min(length, num_steps - first_order_steps))
-
-
-def half_order_length_for_memory(
-    memory_budget: float, half_order_step: float, zeroth_order_step: float, num_steps: int
-) -> int:
-    """The paper's budget rule ``h* = floor((B - B_z (T - 1)) / (B_h - B_z))``, within 1..T - 1 (1 for T = 1).
-
-    It is about a tape that holds all h steps. Ours holds one (see ``rlr_peft.chain.adjoint``), so memory never forces a
-    small h here; the rule is kept for comparison with the paper, whose second bound never acts.
-
-    Args:
-        memory_budget: B in GB.
-        half_order_step: B_h, GB per half-order step on the tape.
-        zeroth_order_step: B_z, GB per zeroth-order step.
-        num_steps: T.
-
-    Raises:
-        ValueError: the budget does not allow h = 1.
-    """
-    length = math.floor((memory_budget - zeroth_order_step * (num_steps - 1)) / (half_order_step - zeroth_order_step))
-    if length < 1:
-        needed = half_order_step + zeroth_order_step * (num_steps - 2)
-        raise ValueError(f"Expected memory_budget >= {needed:.2f} GB for h = 1, got {memory_budget} GB.")
-    return max(1, min(length, num_steps - 1))
