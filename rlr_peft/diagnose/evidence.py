@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.interface import Chain
@@ -20,7 +19,7 @@ from rlr_peft.errors import UserError
 from rlr_peft.estimators.base import Coverage, Estimator, coverage_of
 from rlr_peft.estimators.half_order import mirrored_advantages
 from rlr_peft.estimators.objective import Objective, Rollout
-from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, measure_step_gradients
+from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients, check_gradient, measure_step_gradients
 from rlr_peft.estimators.variance import StepVariances, step_variances
 from rlr_peft.reports import half_width
 
@@ -94,31 +93,20 @@ def gather_evidence(
         group_size: samples per prompt.
 
     Raises:
-        DiagnosisError: too few samples, rewards that do not differ, or gradients that are zero.
+        DiagnosisError: too few samples, or rewards that do not differ.
+        CoverageError: the gradients are zero.
     """
     rewards = torch.cat([rollout.rewards for rollout in rollouts]).float().cpu()
     _check(rewards, group_size)
-    samples = [rollout.select([i]) for rollout in rollouts for i in range(len(rollout.rewards))]
-    parts, mirrored = [], []
-    is_differentiable = samples[0].reward_gradient is not None
-    with tqdm(total=len(samples), desc="Gradients of single samples", unit="sample") as bar:
-        # A measurement needs two samples, so an odd one joins the pair before it.
-        starts = list(range(0, len(samples) - 1, 2))
-        for start, stop in zip(starts, [*starts[1:], len(samples)], strict=True):
-            parts.append(measure_step_gradients(chain, samples[start:stop], sketch, with_held=is_differentiable))
-            for sample in samples[start:stop]:
-                mirrored.append(_mirrored(chain, objective, sample))
-            bar.update(stop - start)
-    gradients = _joined(parts)
-    if gradients.pathwise is not None and not bool(gradients.pathwise.any()):
-        raise DiagnosisError(
-            "Expected a reward whose gradient is not zero, got zeros for every sample although rewards differ: a "
-            "pathwise gradient would train nothing. Mark the reward with `differentiable = False`."
-        )
+    is_differentiable = rollouts[0].reward_gradient is not None
+    gradients = measure_step_gradients(
+        chain, rollouts, sketch, with_held=is_differentiable, description="Gradients of single samples"
+    )
+    check_gradient(gradients, rollouts)
     return Evidence(
         gradients=gradients,
         variances=step_variances(gradients),
-        mirrored=torch.cat(mirrored, dim=1),
+        mirrored=torch.cat([_mirrored(chain, objective, rollout) for rollout in rollouts], dim=1),
         rewards=rewards,
         prompts=[prompt.text for rollout in rollouts for prompt in rollout.trajectory.prompts],
         group_size=group_size,
@@ -137,28 +125,14 @@ def _check(rewards: torch.Tensor, group_size: int) -> None:
         )
 
 
-def _mirrored(chain: Chain, objective: Objective, sample: Rollout) -> torch.Tensor:
-    """(n, 1)."""
-    steps = 0 if sample.reward_gradient is not None else min(MAX_BLACK_BOX_STEPS, chain.num_steps)
-    advantages = torch.zeros(steps, 1)
+def _mirrored(chain: Chain, objective: Objective, rollout: Rollout) -> torch.Tensor:
+    """(n, B)."""
+    steps = 0 if rollout.reward_gradient is not None else min(MAX_BLACK_BOX_STEPS, chain.num_steps)
+    advantages = torch.zeros(steps, len(rollout.rewards))
     for t in range(1, steps + 1):
         if chain.std(t) > 0:
-            advantages[t - 1] = mirrored_advantages(chain, objective, sample, t).float().cpu()
+            advantages[t - 1] = mirrored_advantages(chain, objective, rollout, t).float().cpu()
     return advantages
-
-
-def _joined(parts: Sequence[StepGradients]) -> StepGradients:
-    pathwise = [part.pathwise for part in parts if part.pathwise is not None]
-    squares = [part.cotangent_squares for part in parts if part.cotangent_squares is not None]
-    held = [part.held for part in parts if part.held is not None]
-    return StepGradients(
-        pathwise=torch.cat(pathwise, dim=1) if pathwise else None,
-        scores=torch.cat([part.scores for part in parts], dim=1),
-        advantages=torch.cat([part.advantages for part in parts]),
-        has_noise=parts[0].has_noise,
-        cotangent_squares=torch.cat(squares, dim=1) if squares else None,
-        held=torch.cat(held, dim=1) if held else None,
-    )
 
 
 GPU_MEMORY = "peak of all memory allocated on the GPU while the gradient is estimated, model included"

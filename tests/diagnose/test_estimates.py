@@ -23,7 +23,15 @@ from rlr_peft.diagnose import (
     sample_estimates,
     score_terms,
 )
-from rlr_peft.estimators import GradientSketch, HalfOrder, RLREstimator, RLRSettings, StepGradients, variance_and_error
+from rlr_peft.estimators import (
+    CoverageError,
+    GradientSketch,
+    HalfOrder,
+    RLREstimator,
+    RLRSettings,
+    StepGradients,
+    variance_and_error,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.diagnose.diagnoses import GROUP, SAMPLES, config_with, evidence_of, rollout_of, sketch_of
 
@@ -230,5 +238,5 @@ def test_samples_that_cannot_tell_anything_are_refused() -> None:
         (equal, "rewards that differ"),
         (zero, "gradient is not zero"),
     ]:
-        with pytest.raises(DiagnosisError, match=message):
+        with pytest.raises((DiagnosisError, CoverageError), match=message):
             gather_evidence(chain, objective, [bad], sketch, 2)
