@@ -124,7 +124,7 @@ class Progress:
         seconds: time spent training.
         denoiser_evaluations: of all processes, for training.
         peak_memory_mb: peak memory of the main process, in MB (2**20 bytes).
-        coverage: what the estimator's last plan covers, in words.
+        coverage: what the estimator's last update covered, in words.
         stopped_early: why training was stopped before its last step, in one sentence; empty if it was not.
         interrupted_by: exit code of the signal that ended this session early; 0 for none.
         resumed_from: the checkpoint that this session goes on from; None for a start from scratch.
