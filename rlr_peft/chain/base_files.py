@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from rlr_peft.chain.families import models_of
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError, did_you_mean
 from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
@@ -134,14 +135,13 @@ def check_loaded(name: str, pipeline: Any) -> None:
     Raises:
         BaseModelError: a model has parameters without values.
     """
-    for part, model in pipeline.components.items():
-        if isinstance(model, torch.nn.Module):
-            missing = [key for key, value in model.named_parameters() if value.is_meta]
-            if missing:
-                raise BaseModelError(
-                    f"The base {name} lacks {len(missing)} tensors of its {part}, the first is {missing[0]}: the file "
-                    "is damaged, or of another model than its config says; get it again."
-                )
+    for part, model in models_of(pipeline).items():
+        missing = [key for key, value in model.named_parameters() if value.is_meta]
+        if missing:
+            raise BaseModelError(
+                f"The base {name} lacks {len(missing)} tensors of its {part}, the first is {missing[0]}: the file is "
+                "damaged, or of another model than its config says; get it again."
+            )
 
 
 def check_no_adapter(name: str, file: Path) -> None:

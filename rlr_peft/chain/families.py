@@ -258,6 +258,11 @@ def family_of(pipeline: Any, denoisers: Sequence[str] | None = None) -> Family:
     return replace(family, denoisers=present)
 
 
+def models_of(pipeline: Any) -> dict[str, nn.Module]:
+    """All models of a pipeline, text encoders and VAE among them, by its names of them."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
 def trained_module(pipeline: Any, denoisers: Sequence[str]) -> nn.Module:
     """What is trained: the denoiser, or a ``ModuleDict`` of several that share the work."""
     modules = {name: getattr(pipeline, name) for name in denoisers}

@@ -15,6 +15,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from rlr_peft.chain.families import models_of
+
 
 class ModelOffload(ModelHook):
     """Accelerate's hook for one model; those of one pipeline know each other.
@@ -88,8 +90,8 @@ def offload_models(pipeline: DiffusionPipeline, device: torch.device) -> list[Mo
     """
     peers: list[ModelOffload] = []
     encoders = text_encoders(pipeline)
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name not in encoders:
+    for name, part in models_of(pipeline).items():
+        if name not in encoders:
             hook = ModelOffload(device, peers, movable=not getattr(part, "is_quantized", False))
             add_hook_to_module(part, hook)
     offload_text_encoders(pipeline, device, peers)
@@ -138,11 +140,7 @@ class BlockOffload(ModelHook):
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The pipeline's text encoders, by its names of them."""
-    return {
-        name: part
-        for name, part in pipeline.components.items()
-        if name.startswith("text_encoder") and isinstance(part, nn.Module)
-    }
+    return {name: part for name, part in models_of(pipeline).items() if name.startswith("text_encoder")}
 
 
 def blocks(model: nn.Module) -> list[tuple[nn.Module, list[torch.Tensor]]]:

@@ -1,7 +1,6 @@
 from .attach import adapted_denoisers as adapted_denoisers
 from .attach import adapter_disabled as adapter_disabled
 from .attach import attach_lora as attach_lora
-from .attach import denoiser_name as denoiser_name
 from .attach import lora_parameters as lora_parameters
 from .attach import lora_size as lora_size
 from .export import check_kohya as check_kohya

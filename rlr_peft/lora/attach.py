@@ -11,26 +11,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from rlr_peft.chain.families import models_of
+
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADAPTER = "default"
 """What peft calls the adapter that is trained; it is not written to the file."""
 
 
-def denoiser_name(pipeline: Any) -> str:
-    """The attribute that holds the pipeline's denoiser: `unet` or `transformer`."""
-    for name in ("unet", "transformer"):
-        if getattr(pipeline, name, None) is not None:
-            return name
-    raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer`: no denoiser to adapt.")
-
-
 def adapted_denoisers(pipeline: Any) -> list[str]:
     """The attributes of the pipeline whose module holds the trained adapter, in the pipeline's order."""
-    return [
-        name
-        for name, part in pipeline.components.items()
-        if isinstance(part, nn.Module) and ADAPTER in getattr(part, "peft_config", {})
-    ]
+    return [name for name, part in models_of(pipeline).items() if ADAPTER in getattr(part, "peft_config", {})]
 
 
 def attach_lora(

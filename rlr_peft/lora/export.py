@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rlr_peft.chain.families import adapter_folder, adapter_prefix
 from rlr_peft.durable_files import WEIGHT_NAME, replacing_file
-from rlr_peft.lora.attach import ADAPTER, adapted_denoisers, denoiser_name
+from rlr_peft.lora.attach import ADAPTER, adapted_denoisers
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, read_tensors
 from rlr_peft.lora.formats import apply_settings, format_name, layers_of
 
@@ -53,7 +53,7 @@ def save_lora(pipeline: Any, directory: str | Path) -> Path:
         _save_denoiser(pipeline, name, Path(directory) / adapter_folder(name)) for name in adapted_denoisers(pipeline)
     ]
     if not paths:
-        raise ValueError(f"Expected a trained adapter in the {denoiser_name(pipeline)}: attach one first.")
+        raise ValueError(f"Expected a trained adapter in the {type(pipeline).__name__}: attach one first.")
     return paths[0]
 
 

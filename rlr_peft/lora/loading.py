@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import denoiser_of_file
+from rlr_peft.chain.families import denoiser_of_file, models_of
 from rlr_peft.lora.attach import ADAPTER
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, AdapterMismatchError, find_adapter, read_tensors
 from rlr_peft.lora.formats import AdapterLayer, apply_settings, format_name, layers_of
@@ -145,12 +145,15 @@ def start_from(pipeline: Any, files: AdapterFiles) -> None:
 
 def _layers_with(pipeline: Any, adapter_name: str) -> dict[str, LoraLayer]:
     """The layers that hold the adapter, by their names such as `unet.mid_block.attentions.0.proj_in`."""
+    return {name: layer for name, layer in _lora_layers(pipeline).items() if adapter_name in layer.scaling}
+
+
+def _lora_layers(pipeline: Any) -> dict[str, LoraLayer]:
     return {
         f"{part}.{name}": module
-        for part, model in pipeline.components.items()
-        if isinstance(model, nn.Module)
+        for part, model in models_of(pipeline).items()
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+        if isinstance(module, LoraLayer)
     }
 
 
@@ -198,12 +201,7 @@ def _equal(expected: Tensor | None, loaded: Tensor | None) -> bool:
 
 
 def _free_name(pipeline: Any) -> str:
-    taken = {
-        name
-        for part in pipeline.components.values()
-        if isinstance(part, nn.Module)
-        for name in getattr(part, "peft_config", {})
-    }
+    taken = {name for part in models_of(pipeline).values() for name in getattr(part, "peft_config", {})}
     return next(name for number in range(len(taken) + 1) if (name := f"default_{number}") not in taken)
 
 
@@ -283,8 +281,8 @@ def unload_lora(pipeline: Any) -> None:
 
     Not through `pipeline.unload_lora_weights`, which fails where diffusers has no loader for the denoiser.
     """
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module) and any(isinstance(module, LoraLayer) for module in part.modules()):
+    for part in models_of(pipeline).values():
+        if any(isinstance(module, LoraLayer) for module in part.modules()):
             recurse_remove_peft_layers(part)
             for attribute in ("peft_config", "_hf_peft_config_loaded"):
                 part.__dict__.pop(attribute, None)
@@ -296,13 +294,8 @@ def adapted_parts(pipeline: Any) -> list[str]:
 
 
 def _adapted_layers(pipeline: Any) -> list[str]:
-    return [
-        f"{part}.{name}"
-        for part, model in pipeline.components.items()
-        if isinstance(model, nn.Module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (len(module.lora_A) or len(module.lora_embedding_A))
-    ]
+    layers = _lora_layers(pipeline).items()
+    return [name for name, layer in layers if len(layer.lora_A) or len(layer.lora_embedding_A)]
 
 
 def merge_lora(pipeline: Any) -> list[str]:
@@ -320,9 +313,7 @@ def merge_lora(pipeline: Any) -> list[str]:
         AdapterFormatError: the adapter has a bias for a layer of the base that has none.
     """
     changed = []
-    for name, part in pipeline.components.items():
-        if not isinstance(part, nn.Module):
-            continue
+    for name, part in models_of(pipeline).items():
         layers = {path: layer for path, layer in part.named_modules() if isinstance(layer, LoraLayer)}
         if layers:
             _check_biases(name, layers)

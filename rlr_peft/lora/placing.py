@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import DENOISERS, adapter_prefix
+from rlr_peft.chain.families import DENOISERS, adapter_prefix, models_of
 from rlr_peft.lora.attach import ADAPTABLE
 from rlr_peft.lora.files import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.formats import AdapterLayer, layers_of
@@ -42,9 +42,8 @@ class LayerNames:
     def __init__(self, pipeline: Any, denoiser: str | None = None) -> None:
         self.layers: dict[str, nn.Module] = {}
         self._full_names: dict[str, str] = {}
-        parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
         # A name without its model is the denoiser's, if that has such a layer.
-        for part_name, part in sorted(parts, key=lambda item: item[0] not in DENOISERS):
+        for part_name, part in sorted(models_of(pipeline).items(), key=lambda item: item[0] not in DENOISERS):
             label = part_name
             if denoiser is not None and part_name in (denoiser, adapter_prefix(denoiser)):
                 label = adapter_prefix(denoiser) if part_name == denoiser else ""

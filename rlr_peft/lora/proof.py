@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlr_peft.chain.families import EXPERTS, adapter_folder, adapter_loading, adapter_prefix
+from rlr_peft.chain.families import EXPERTS, adapter_folder, adapter_loading, adapter_prefix, models_of
 from rlr_peft.durable_files import WEIGHT_NAME
 from rlr_peft.lora.attach import ADAPTER, adapted_denoisers, lora_parameters
 from rlr_peft.lora.export import save_lora
@@ -45,7 +45,7 @@ def check_adapter_saves(pipeline: Any) -> None:
     trained = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
     # Nothing but the denoisers: loading takes the hooks off offloaded models, and these are the pipeline's own.
     shell = copy.copy(pipeline)
-    shell.__dict__.update({name: None for name, part in pipeline.components.items() if isinstance(part, nn.Module)})
+    shell.__dict__.update(dict.fromkeys(models_of(pipeline)))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of parameters without weights
         save_lora(pipeline, folder)

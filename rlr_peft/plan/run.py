@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlr_peft.build.chain import (
     attach_adapters,
@@ -19,7 +18,7 @@ from rlr_peft.build.single_file import place_of_configs
 from rlr_peft.byte_counters import fused_attention
 from rlr_peft.chain.base_files import loading_base
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.families import family_of
+from rlr_peft.chain.families import family_of, models_of
 from rlr_peft.chain.memory import largest_block
 from rlr_peft.config import Config, ConfigError, ModelArguments, stages_from_config
 from rlr_peft.config.model import read_quantization
@@ -81,9 +80,7 @@ def plan_memory(
         *(chain, batch_size, decode_batch_size, evaluation_chain, largest, from_images, with_gradient), not is_forward
     )
     parameters = list(chain.parameters)
-    models: dict[str, Any] = {
-        name: part for name, part in chain.pipeline.components.items() if isinstance(part, nn.Module)
-    }
+    models: dict[str, Any] = models_of(chain.pipeline)
     if chain.reward_decoder is not None:
         models[TINY_VAE] = chain.reward_decoder
     denoisers = {name: models[name] for name in chain.family.denoisers}
