@@ -1,4 +1,4 @@
-"""Diagnoses of a calm chain, of a chaotic one and of a reward without gradient."""
+"""Diagnoses of a linear chain, of a chaotic one and of a reward without gradient."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.diagnose.diagnoses import WavyReward, chaotic_chain, diagnosis_of
 
 
 @pytest.fixture(scope="session")
-def calm() -> Diagnosis:
+def linear() -> Diagnosis:
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
     return diagnosis_of(chain, QuadraticReward(chain), 32)
 
@@ -20,6 +20,6 @@ def chaotic() -> Diagnosis:
 
 
 @pytest.fixture(scope="session")
-def blind() -> Diagnosis:
+def without_gradient() -> Diagnosis:
     chain = LinearGaussianChain(num_steps=6, last_std=0.0)
     return diagnosis_of(chain, QuadraticReward(chain, differentiable=False), 32, differentiable=False)

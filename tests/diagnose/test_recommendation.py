@@ -32,7 +32,7 @@ def test_stages_are_the_thirds_of_the_chain() -> None:
     assert len(stages_of(1, None)) == 1
 
 
-def test_costs_are_what_running_costs(calm: Diagnosis) -> None:
+def test_costs_are_what_running_costs(linear: Diagnosis) -> None:
     expected = {
         "full-bp": (12, 6),
         "truncated-bp, K = 1": (7, 1),
@@ -56,13 +56,13 @@ def test_costs_are_what_running_costs(calm: Diagnosis) -> None:
         "rsm": (9, 3),
     }
     for name, (evaluations, backwards) in expected.items():
-        cost = result_of(calm, name).cost
+        cost = result_of(linear, name).cost
         assert (cost.denoiser_evaluations, cost.backward_passes) == (evaluations, backwards), name
         assert cost.work == evaluations + 2 * backwards
         assert 0.5 < cost.seconds < 5
         assert (cost.peak_bytes > 0) == (backwards > 0), name
-    assert calm.cost_samples == 4
-    assert {result.method.name for result in calm.results} >= set(expected)
+    assert linear.cost_samples == 4
+    assert {result.method.name for result in linear.results} >= set(expected)
 
 
 def test_weights_and_gradients_are_left_as_they_were() -> None:
@@ -98,21 +98,24 @@ def test_a_pipelines_weights_are_left_as_they_were() -> None:
         assert parameter.grad is None
 
 
-def test_the_reference_is_the_least_noisy_unbiased_method(calm: Diagnosis, blind: Diagnosis) -> None:
-    unbiased = [r for r in calm.results if r.coverage.unbiased and len(r.estimates.samples) == 32]
-    assert calm.reference.estimates.variance == min(r.estimates.variance for r in unbiased)
+def test_the_reference_is_the_least_noisy_unbiased_method(linear: Diagnosis, without_gradient: Diagnosis) -> None:
+    unbiased = [r for r in linear.results if r.coverage.unbiased and len(r.estimates.samples) == 32]
+    assert linear.reference.estimates.variance == min(r.estimates.variance for r in unbiased)
     # Nothing can cover the last step of this chain, so the reference leaves out that one and nothing else.
-    assert not any(r.coverage.unbiased for r in blind.results)
-    assert blind.reference.coverage.weights.tolist() == [0, 1, 1, 1, 1, 1]
-    assert not blind.reference.coverage.departures
+    assert not any(r.coverage.unbiased for r in without_gradient.results)
+    assert without_gradient.reference.coverage.weights.tolist() == [0, 1, 1, 1, 1, 1]
+    assert not without_gradient.reference.coverage.departures
 
 
-def test_the_whole_chain_is_differentiated_where_pathwise_gradients_are_calm(calm: Diagnosis) -> None:
-    advice = recommend(calm)
+def test_the_whole_chain_is_differentiated_where_pathwise_gradients_are_calm(linear: Diagnosis) -> None:
+    advice = recommend(linear)
     assert "`--estimator rlr --fo_steps 6`" in advice.advice["First order"]
     assert "full backpropagation" in advice.advice["First order"]
     assert advice.advice["Score terms"] == "No step needs a score term."
-    assert result_of(calm, "rlr, K = 6 (measured)").estimates.variance < result_of(calm, "reinforce").estimates.variance
+    assert (
+        result_of(linear, "rlr, K = 6 (measured)").estimates.variance
+        < result_of(linear, "reinforce").estimates.variance
+    )
 
 
 def test_chaotic_steps_get_score_terms(chaotic: Diagnosis) -> None:
@@ -157,8 +160,10 @@ def test_weak_evidence_is_called_weak(chaotic: Diagnosis) -> None:
     assert "Cosines say little here" in recommend(few).advice["Evidence"]
 
 
-def test_recommended_flags_can_be_trained_with(calm: Diagnosis, chaotic: Diagnosis, blind: Diagnosis) -> None:
-    for diagnosis in (calm, chaotic, blind):
+def test_recommended_flags_can_be_trained_with(
+    linear: Diagnosis, chaotic: Diagnosis, without_gradient: Diagnosis
+) -> None:
+    for diagnosis in (linear, chaotic, without_gradient):
         advice = recommend(diagnosis)
         told = " ".join(advice.advice.values())
         texts = [advice.flags, *re.findall(r"`(--estimator rlr --fo_steps \d+ --ho_blocks[^`]*)`", told)]
@@ -166,20 +171,20 @@ def test_recommended_flags_can_be_trained_with(calm: Diagnosis, chaotic: Diagnos
             load_config([*REQUIRED, "--num_inference_steps", "6", *flags.split()])
 
 
-def test_a_reward_without_gradient_gets_a_black_box_tail(blind: Diagnosis) -> None:
-    left_out = blind.compared.left_out
+def test_a_reward_without_gradient_gets_a_black_box_tail(without_gradient: Diagnosis) -> None:
+    left_out = without_gradient.compared.left_out
     for name in ("full-bp", "truncated-bp", "refl"):
         assert left_out[name] == "the reward has no gradient"
-    assert not any("pathwise" in r.method.name or "refl" in r.method.name for r in blind.results)
-    steps = blind.compared.black_box_steps
+    assert not any("pathwise" in r.method.name or "refl" in r.method.name for r in without_gradient.results)
+    steps = without_gradient.compared.black_box_steps
     assert steps >= 2
-    advice = recommend(blind)
+    advice = recommend(without_gradient)
     assert advice.flags == f"--estimator rlr --black_box_steps {steps}"
     assert "of the least biased methods" in advice.answer[0]
     assert "Nothing can cover step 1, where there is no noise" in advice.advice["Score terms"]
-    chosen = result_of(blind, f"rlr, black-box tail of {steps} (measured)")
+    chosen = result_of(without_gradient, f"rlr, black-box tail of {steps} (measured)")
     assert chosen.cost.denoiser_evaluations == 6 + 5 + sum(t - 1 for t in range(2, steps + 1))
-    numbers = plain_numbers(blind, advice)
+    numbers = plain_numbers(without_gradient, advice)
     assert numbers["profile"]["energy"] is None and numbers["first_order_steps"] is None
 
 

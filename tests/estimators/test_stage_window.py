@@ -85,7 +85,7 @@ def test_a_black_box_tail_covers_its_stages_as_first_order_steps_do() -> None:
     energies = torch.tensor([9.0, 9.0, 1.0, 2.0, 0.0, 4.0], dtype=torch.float64)
     estimator.load_state_dict(estimator.state_dict() | {"energies": energies})
     layout = estimator.layout(chain, False)
-    assert {block.first_step for block, _ in layout.draw(torch.Generator().manual_seed(0))[0]} <= {5, 6}
+    assert {block[0] for block, _ in layout.draw(torch.Generator().manual_seed(0))[0]} <= {5, 6}
     assert "measured: stage coarse" in layout.coverage.describe()
     every_step = estimator_of("auto", black_box_steps=6)
     every_step.load_state_dict(estimator.state_dict())

@@ -9,7 +9,7 @@ from rlr_peft.training import EarlyStopping, Stop
 from rlr_peft.training.progress import KL_WINDOW
 
 
-def heard(stopping: EarlyStopping, heldout: list[float], first_step: int = 1) -> Stop | None:
+def watched(stopping: EarlyStopping, heldout: list[float], first_step: int = 1) -> Stop | None:
     """The first decision to stop; the weights are the number of the update that they come from."""
     for step, value in enumerate(heldout, start=first_step):
         stop = stopping.check(step, value, None, [torch.tensor([float(step)])])
@@ -25,7 +25,7 @@ def rising_then_falling() -> list[float]:
 
 
 def test_a_decline_brings_back_the_weights_of_the_best_window() -> None:
-    stop = heard(EarlyStopping(5, None), rising_then_falling())
+    stop = watched(EarlyStopping(5, None), rising_then_falling())
     assert stop is not None and stop.weights is not None
     assert stop.weights[0].tolist() == [25.0]
     assert "Stopped at update 35 because the held-out reward fell from 0.8981 (updates up to 25)" in stop.sentence
@@ -44,16 +44,16 @@ def test_weights_are_kept_as_they_were() -> None:
 def test_noise_alone_stops_about_one_run_in_a_hundred_and_a_fall_stops_them_all(window: int) -> None:
     """Of 400 runs of 50 windows 4 are to stop at 1 %, with a standard deviation of 2; 12 are not to be exceeded."""
     runs = torch.randn(400, 50, window, generator=torch.Generator().manual_seed(0))
-    assert sum(heard(EarlyStopping(window, None), run.flatten().tolist()) is not None for run in runs) <= 12
+    assert sum(watched(EarlyStopping(window, None), run.flatten().tolist()) is not None for run in runs) <= 12
     # eight standard errors of the difference of two windows
     runs[:, 2:] -= 8 * (2 / window) ** 0.5
-    assert sum(heard(EarlyStopping(window, None), run[:6].flatten().tolist()) is not None for run in runs) > 380
+    assert sum(watched(EarlyStopping(window, None), run[:6].flatten().tolist()) is not None for run in runs) > 380
 
 
 def test_a_plateau_after_the_best_window_is_no_decline() -> None:
     generator = torch.Generator().manual_seed(1)
     values = [0.0] * 5 + (1 + 0.1 * torch.randn(200, generator=generator)).tolist()
-    assert heard(EarlyStopping(5, None), values) is None
+    assert watched(EarlyStopping(5, None), values) is None
 
 
 def test_the_divergence_stops_where_its_mean_over_ten_updates_passes_the_limit() -> None:
@@ -70,15 +70,15 @@ def test_the_divergence_stops_where_its_mean_over_ten_updates_passes_the_limit()
 
 def test_the_state_survives_a_round_trip_in_the_middle_of_a_window(tmp_path: Path) -> None:
     values = rising_then_falling()
-    whole = heard(EarlyStopping(5, None), values)
+    whole = watched(EarlyStopping(5, None), values)
     stopping = EarlyStopping(5, None)
-    assert heard(stopping, values[:23]) is None
+    assert watched(stopping, values[:23]) is None
     assert stopping.check(23, None, 1.5, []) is None
     torch.save(stopping.state_dict(), tmp_path / "state.pt")
     restored = EarlyStopping(5, None)
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert str(restored.state_dict()) == str(stopping.state_dict())
-    resumed = heard(restored, values[23:], first_step=24)
+    resumed = watched(restored, values[23:], first_step=24)
     assert whole is not None and resumed is not None
     assert resumed.sentence == whole.sentence
     assert resumed.weights is not None and whole.weights is not None
