@@ -107,7 +107,7 @@ def test_the_reference_is_the_least_noisy_unbiased_method(linear: Diagnosis, wit
     assert not without_gradient.reference.coverage.departures
 
 
-def test_the_whole_chain_is_differentiated_where_pathwise_gradients_are_calm(linear: Diagnosis) -> None:
+def test_the_whole_chain_is_differentiated_where_pathwise_gradients_hardly_vary(linear: Diagnosis) -> None:
     advice = recommend(linear)
     assert "`--estimator rlr --fo_steps 6`" in advice.advice["First order"]
     assert "full backpropagation" in advice.advice["First order"]
