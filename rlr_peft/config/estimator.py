@@ -70,15 +70,6 @@ def at_most_all_steps(config: "Config", name: str, value: object) -> Iterator[st
         yield f"{name}: expected at most num_inference_steps ({steps}), got {value}; lower --{name}."
 
 
-def needs_noise(arguments: EstimatorArguments, config: "Config") -> Iterator[str]:
-    """Yields what is wrong with a chain without noise."""
-    if why := config.chain.why_noiseless:
-        yield (
-            f"estimator: expected noise in the chain with {arguments.estimator}, got {why}; raise --eta with a "
-            "stochastic --step_kind, or use --estimator full-bp."
-        )
-
-
 @dataclass(frozen=True)
 class MirroredArguments(EstimatorArguments):
     """Methods whose samples may be mirrored."""

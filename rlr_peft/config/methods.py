@@ -6,7 +6,7 @@ default, range or meaning there.
 
 from collections.abc import Iterator
 from dataclasses import Field, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlr_peft.config.estimator import (
     CalibratedArguments,
@@ -16,7 +16,6 @@ from rlr_peft.config.estimator import (
     PathwiseArguments,
     ThreeOrdersArguments,
     at_most_all_steps,
-    needs_noise,
 )
 from rlr_peft.config.forward import AWMArguments, NFTArguments, RAMArguments
 from rlr_peft.config.knob import knob, preset
@@ -128,11 +127,19 @@ class DRaFTLVArguments(PathwiseArguments):
 class DrawnStepsArguments(PathwiseArguments):
     """Some steps of the whole chain, reached with the denoiser's velocity held fixed."""
 
+    weighs_by_noise: ClassVar[bool] = False
+    """Whether a step's weight is 0 without noise."""
+
     fo_steps: int = knob(3, "Number K of steps that are differentiated.", unit="steps", within="[1, 1000]")
 
     def check(self, config: "Config") -> Iterator[str]:
         yield from super().check(config)
         yield from at_most_all_steps(config, "fo_steps", self.fo_steps)
+        if self.weighs_by_noise and (why := config.chain.why_noiseless):
+            yield (
+                f"estimator: expected noise in the chain with {self.estimator}, got {why}; raise --eta with a "
+                "stochastic --step_kind, or use --estimator full-bp."
+            )
 
 
 @dataclass(frozen=True)
@@ -203,10 +210,7 @@ class RSMArguments(DrawnStepsArguments):
     """Drawn steps weighted by their noise, with a clipped reward gradient (RSM, first order)."""
 
     estimator = "rsm"
-
-    def check(self, config: "Config") -> Iterator[str]:
-        yield from super().check(config)
-        yield from needs_noise(self, config)
+    weighs_by_noise = True
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ class AdjointMatchingArguments(DrawnStepsArguments):
 
     estimator = "adjoint-matching"
     made_by = "adjoint_matching.AdjointMatchingEstimator"
+    weighs_by_noise = True
 
     reward_scale: float = knob(
         1000.0,
@@ -222,10 +227,6 @@ class AdjointMatchingArguments(DrawnStepsArguments):
         unit="nats per unit of reward",
         within="(0, 1e9]",
     )
-
-    def check(self, config: "Config") -> Iterator[str]:
-        yield from super().check(config)
-        yield from needs_noise(self, config)
 
 
 @dataclass(frozen=True)
