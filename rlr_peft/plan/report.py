@@ -75,7 +75,9 @@ def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
             for step in steps
         ]
     best = steps[-1].plan if steps else plan
-    if not best.fits(gpu_memory):
+    if best.fits(gpu_memory):
+        lines.append(f"All of them: add {' '.join(step.flag for step in steps)} to the command.")
+    else:
         lines.append(
             "That is not enough: lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, "
             "of a video, --num_frames and --decoded_frames; use --mixed_precision bf16; or decode with "
@@ -196,7 +198,7 @@ def _alternatives(plan: MemoryPlan) -> Iterator[Suggestion]:
     candidates.append(("--offload_rewards", replace(options, offload_rewards=True)))
     candidates.append(("--offload", replace(options, offload=True)))
     if phase != ENCODING:
-        candidates.append(("--bnb_quantization_config_path (NF4)", replace(options, quantized=True)))
+        candidates.append(("--bnb_quantization_config_path nf4", replace(options, quantized=True)))
     for flag, changed in candidates:
         if changed != options:
             yield Suggestion(flag, add_up(plan.facts, changed, plan.unknown))

@@ -381,6 +381,9 @@ def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
     peaks = [plan.peak, *(step.plan.peak for step in steps)]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
     assert steps[-1].plan.fits(26)
+    flags = [step.flag for step in steps]
+    assert verdict(plan, 26)[-1] == f"All of them: add {' '.join(flags)} to the command."
+    assert load_config(command("base", *" ".join(flags).split())[1:]).model.gradient_checkpointing
     assert suggestions(plan, 100) == []
     hopeless = suggestions(plan, 1)
     assert hopeless and not hopeless[-1].plan.fits(1)
