@@ -258,6 +258,9 @@ BENCHMARKS = (
     Benchmark(frozenset({"Prompts", "Category"}), "Prompts", ("Category",)),
     # PartiPrompts, PartiPrompts.tsv
     Benchmark(frozenset({"Prompt", "Category", "Challenge"}), "Prompt", ("Category", "Challenge")),
+    # HPDv2, train.json and test.json; its benchmark's files are lists of texts
+    Benchmark(frozenset({"prompt", "human_preference"}), "prompt", ()),
+    Benchmark(frozenset({"prompt", "raw_annotations"}), "prompt", ()),
 )
 
 

@@ -29,10 +29,20 @@ FILES = {
         'Prompt\tCategory\tChallenge\tNote\na "tall" tree\tArts\tBasic\t\n',
         [('a "tall" tree', {"Category": "Arts", "Challenge": "Basic"})],
     ),
+    "train.json": (
+        json.dumps([{"human_preference": [1, 0], "prompt": "a sea", "file_path": ["1.jpg", "2.jpg"]}]),
+        [("a sea", {})],
+    ),
+    "test.json": (
+        json.dumps([{"prompt": "a sea", "image_path": ["1.jpg"], "rank": [1], "raw_annotations": []}]),
+        [("a sea", {})],
+    ),
     "anime.json": ('["a girl on a cliff",\n "a knight"]', [("a girl on a cliff", {}), ("a knight", {})]),
     "dpg_bench.csv": (
-        "item_id,text,proposition_id,question_natural_language\n"
-        "p1,a cat and a hat,1,Is there a cat?\np1,a cat and a hat,2,Is there a hat?\np2,a sea,1,Is there a sea?\n",
+        "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+        "p1,a cat and a hat,,1,0,entity,whole,entity - whole (cat),Is there a cat?\n"
+        "p1,a cat and a hat,,2,0,entity,whole,entity - whole (hat),Is there a hat?\n"
+        "p2,a sea,,1,0,entity,whole,entity - whole (sea),Is there a sea?\n",
         [
             ("a cat and a hat", {"item_id": "p1", "questions": ["Is there a cat?", "Is there a hat?"]}),
             ("a sea", {"item_id": "p2", "questions": ["Is there a sea?"]}),
