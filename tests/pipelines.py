@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rlr_peft.chain import DenoisingChain
 from rlr_peft.config import ChainArguments
 
 PROMPT_LENGTH = 16
 """Tokens in an encoded prompt, start and end included."""
+WIDTH = 16
+"""Features of every token."""
 
 
 def letter_tokenizer() -> CLIPTokenizer:
@@ -20,6 +22,40 @@ def letter_tokenizer() -> CLIPTokenizer:
     tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=PROMPT_LENGTH)
+
+
+def clip_text_model(
+    projection: bool = False, width: int = WIDTH, layers: int = 2
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """CLIP's text tower; with ``projection`` the class that SDXL and SD3 use."""
+    tokenizer = letter_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        projection_dim=width,
+        max_position_embeddings=PROMPT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def image_vae(latent_channels: int, sample_size: int = 16, **arguments: Any) -> AutoencoderKL:
+    """An ``AutoencoderKL`` that halves height and width."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=sample_size,
+        **arguments,
+    )
 
 
 def tiny_stable_diffusion(
@@ -42,22 +78,9 @@ def tiny_stable_diffusion(
     `save_pretrained(folder)` and `StableDiffusionPipeline.from_pretrained(folder)` give the same pipeline back, so the
     folder serves as a model id in tests.
     """
-    tokenizer = letter_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=8,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=PROMPT_LENGTH,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        text_encoder = clip_text_model(width=8, layers=1)
         unet = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=4,
@@ -70,17 +93,7 @@ def tiny_stable_diffusion(
             cross_attention_dim=8,
             norm_num_groups=4,
         )
-        vae = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            block_out_channels=(4, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=2 * sample_size,
-        )
+        vae = image_vae(4, 2 * sample_size)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -94,7 +107,7 @@ def tiny_stable_diffusion(
     pipeline = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
+        tokenizer=letter_tokenizer(),
         unet=unet.eval(),
         scheduler=scheduler,
         safety_checker=None,

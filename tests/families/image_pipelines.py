@@ -33,8 +33,6 @@ from diffusers import (
 from transformers import Qwen3ForCausalLM
 
 from tests.families.text_encoders import (
-    WIDTH,
-    clip_text_model,
     gemma_encoder,
     gemma_tokenizer,
     qwen3_config,
@@ -45,23 +43,9 @@ from tests.families.text_encoders import (
     t5_encoder,
     t5_tokenizer,
 )
-from tests.pipelines import letter_tokenizer
+from tests.pipelines import WIDTH, clip_text_model, image_vae, letter_tokenizer
 
 DYNAMIC_SHIFT = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
-
-
-def image_vae(latent_channels: int, **arguments: Any) -> AutoencoderKL:
-    """An ``AutoencoderKL`` that halves height and width."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=16,
-        **arguments,
-    )
 
 
 def flow_vae(latent_channels: int) -> AutoencoderKL:

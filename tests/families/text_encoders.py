@@ -1,9 +1,6 @@
 """Tokenizers and text encoders of every family, made in memory and as small as their classes allow."""
 
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
@@ -21,30 +18,11 @@ from transformers import (
 )
 
 from rlr_peft.build.pipeline import PictureProcessor
-from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
+from tests.pipelines import WIDTH
 
-WIDTH = 16
-"""Features of every token."""
+SMALL = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2}
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def clip_text_model(projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """CLIP's text tower; with ``projection`` the class that SDXL and SD3 use."""
-    tokenizer = letter_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=WIDTH,
-        max_position_embeddings=PROMPT_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -84,15 +62,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
 def gemma_encoder() -> Gemma2Model:
     """Sana's encoder."""
     return Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(gemma_tokenizer()),
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
+        Gemma2Config(vocab_size=len(gemma_tokenizer()), **SMALL, num_hidden_layers=1, num_key_value_heads=2, head_dim=8)
     )
 
 
@@ -120,10 +90,8 @@ def qwen_vl_encoder() -> Qwen2_5_VLForConditionalGeneration:
     """Qwen-Image's encoder."""
     text = {
         "vocab_size": len(qwen_tokenizer()),
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
+        **SMALL,
         "num_hidden_layers": 1,
-        "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
         "rope_theta": 1000000.0,
@@ -149,10 +117,8 @@ def qwen3_config(num_hidden_layers: int = 2) -> Qwen3Config:
     """Of Z-Image's and FLUX.2 Klein's encoder."""
     return Qwen3Config(
         vocab_size=len(qwen_tokenizer()),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
+        **SMALL,
         num_hidden_layers=num_hidden_layers,
-        num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
     )

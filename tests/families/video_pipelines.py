@@ -26,9 +26,9 @@ from diffusers import (
 )
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from tests.families.image_pipelines import DYNAMIC_SHIFT, image_vae
-from tests.families.text_encoders import WIDTH, clip_text_model, t5_encoder, t5_tokenizer, umt5_encoder
-from tests.pipelines import letter_tokenizer
+from tests.families.image_pipelines import DYNAMIC_SHIFT
+from tests.families.text_encoders import t5_encoder, t5_tokenizer, umt5_encoder
+from tests.pipelines import WIDTH, clip_text_model, image_vae, letter_tokenizer
 
 
 def text_to_video_sd() -> TextToVideoSDPipeline:
