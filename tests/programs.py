@@ -1,4 +1,4 @@
-"""Python programs in processes of their own, whose imports are already made (`zygote.py`)."""
+"""Python programs in processes of their own, whose imports are already made (`zygote.py`); servers in threads."""
 
 import functools
 import json
@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from socketserver import BaseServer
+from threading import Thread
+from typing import TextIO, TypeVar
 
 from tests.zygote import ANSWER
 
@@ -129,3 +132,19 @@ def _zygote(modules: tuple[str, ...], hub_settings: tuple[tuple[str, str], ...])
     subprocess.Popen(words, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
     return ours
+
+
+S = TypeVar("S", bound=BaseServer)
+
+
+@contextmanager
+def serving(server: S) -> Iterator[S]:
+    """Inside, a thread answers what the server is asked."""
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    with server:
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

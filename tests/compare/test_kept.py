@@ -2,9 +2,6 @@
 
 import math
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from rlr_peft.compare import KeptFeatures, KeptImages, KeptReward, Thumbnails, k
 from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards import RemoteReward, Reward, RewardServer, Scored, measure_images
+from tests.programs import serving
 
 PROMPTS, SEEDS = [Prompt("a cat"), Prompt("a dog, “quoted” 日本")], [7, 4294967295]
 
@@ -137,17 +135,6 @@ def test_damaged_numbers_are_measured_again(tmp_path: Path) -> None:
     assert torch.equal(measure_images(kept, images, PROMPTS).scores, first) and reward.calls == 2
 
 
-@contextmanager
-def serving(reward: Redness, version: str | None) -> Iterator[RewardServer]:
-    """The reward behind HTTP."""
-    with RewardServer(reward, "127.0.0.1", 0, version=version) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
 def test_scores_of_a_server_are_found_again_under_its_version_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -156,7 +143,7 @@ def test_scores_of_a_server_are_found_again_under_its_version_only(
     def measure(url: str) -> Tensor:
         return measure_images(KeptReward(RemoteReward(url), tmp_path, url), images, PROMPTS).scores
 
-    with serving(reward, "v1") as server:
+    with serving(RewardServer(reward, "127.0.0.1", 0, version="v1")) as server:
         first = measure(server.url)
         assert torch.equal(measure(server.url), first) and reward.calls == 1 and not caplog.messages
         server.stated["version"] = "v2"
@@ -181,7 +168,7 @@ def test_scores_of_a_server_are_found_again_under_its_version_only(
 
 def test_a_server_that_changes_between_two_answers_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     images = Draw(3, 8, 8)(PROMPTS, SEEDS)
-    with serving(Redness(), "v1") as server:
+    with serving(RewardServer(Redness(), "127.0.0.1", 0, version="v1")) as server:
         reward = RemoteReward(server.url)
         for version in ("v1", "v1", "v2", "v2"):
             server.stated["version"] = version

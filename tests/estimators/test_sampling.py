@@ -21,6 +21,7 @@ from rlr_peft.rewards import (
     WeightedRewards,
 )
 from tests.pipelines import chain_over, tiny_stable_diffusion
+from tests.programs import serving
 
 PROMPTS = ["red"] * 4 + ["blue"] * 4
 
@@ -103,10 +104,8 @@ class _Judge(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[SlowServer]:
-    with SlowServer() as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    with serving(SlowServer()) as server:
         yield server
-        server.shutdown()
 
 
 class CountingChain:

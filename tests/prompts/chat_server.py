@@ -1,12 +1,13 @@
 """An OpenAI-compatible chat server on loopback that gives prepared answers."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.programs import serving
 
 
 @dataclass
@@ -47,11 +48,5 @@ def chat_server(*answers: tuple[int, bytes]) -> Iterator[ChatServer]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state = ChatServer(f"http://127.0.0.1:{server.server_address[1]}/v1", list(answers))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server):
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

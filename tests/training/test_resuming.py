@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from rlr_peft.config import ConfigError
 from rlr_peft.rewards import JpegReward, RewardServer, score_images
 from rlr_peft.training import CheckpointError, MetricsError, evaluate_base, finish, read_metrics, resume, write_manifest
+from tests.programs import serving
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 FAST = {"estimator": "full-bp", "checkpointing_steps": 1}
@@ -55,9 +55,7 @@ def test_a_heldout_reward_may_come_later(workplace: Path, tmp_path: Path) -> Non
 def test_a_reward_server_that_changed_in_between_is_noticed(
     workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with RewardServer(JpegReward(compressible=True), "127.0.0.1", 0, version="v1") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serving(RewardServer(JpegReward(compressible=True), "127.0.0.1", 0, version="v1")) as server:
         config = config_file(
             workplace,
             tmp_path / "out",
@@ -74,8 +72,6 @@ def test_a_reward_server_that_changed_in_between_is_noticed(
             score_images(run.reward, torch.rand(1, 3, 8, 8), ["a cat"])
             told = [message for message in caplog.messages if "it is of version v2 now and was of v1" in message]
             assert len(told) == messages
-        server.shutdown()
-        thread.join()
 
 
 OTHERS = {
