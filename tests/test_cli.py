@@ -65,8 +65,8 @@ def test_recipes_are_known_by_name_wherever_one_is() -> None:
     unknown = run("config", "--config", "sdx")
     assert unknown.returncode == 2
     assert unknown.stderr == (
-        f"error: --config: expected a YAML file, or one of {', '.join(names)}, got sdx; correct it. "
-        "Did you mean sdxl?\n"
+        "error: --config sdx: expected a YAML file or a recipe (`rlr-peft config --list`), got neither, seen from "
+        f"{Path.cwd()}; correct it. Did you mean sdxl?\n"
     )
 
 
@@ -95,15 +95,24 @@ def test_wrong_command_is_exit_code_2_and_names_the_commands(capsys: pytest.Capt
     assert error.startswith("error: command: expected train, config, plan, ") and error.count("\n") == 1
 
 
+def test_flags_before_the_command_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--config", "sdxl"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.count("\n") == 1
+    assert error.endswith("got --config; write a command before it: rlr-peft train --config ...\n")
+
+
 def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     printed = capsys.readouterr()
     assert "\n  plan " in printed.err and printed.out == ""
 
 
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("word", ["--help", "-h", "help", "--help-all"])
+def test_help_lists_the_commands(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main(["--help"])
+        main([word])
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in ("card", "compare", "merge", "push", "space"))

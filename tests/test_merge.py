@@ -55,6 +55,20 @@ def test_it_draws_what_base_and_adapter_draw(tmp_path: Path, case: str) -> None:
     assert not list(tmp_path.glob(".merging-*"))
 
 
+def test_the_base_is_that_of_the_run_beside_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folders(tmp_path, "alpha")
+    words = ["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2 and capsys.readouterr().err.endswith("adapter does not say it; give --base.\n")
+    (tmp_path / "adapter" / "config.yaml").write_text(f"pretrained_model_name_or_path: {tmp_path / 'base'}\n")
+    assert main(words) == 0
+    assert f"The base is {tmp_path / 'base'}, that of the adapter's run" in capsys.readouterr().out
+    assert merge(tmp_path, f"--output={tmp_path / 'same'}") == 0
+    weights = [load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("out", "same")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_half_precision_and_a_folder_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folders(tmp_path, "alpha")
     assert merge(tmp_path, "--dtype", "bf16") == 0

@@ -94,7 +94,7 @@ def test_another_encoding_and_what_is_no_file_are_named(tmp_path: Path) -> None:
     assert "expected a file, got a device or a pipe" in refusal(Path("/dev/zero"))
     (tmp_path / "broken").symlink_to("nowhere")
     assert "cannot be read (No such file or directory)" in refusal(tmp_path / "broken")
-    assert "cannot be read (File name too long)" in refusal(tmp_path / ("x" * 300))
+    assert "got neither" in refusal(tmp_path / ("x" * 300))
     with pytest.raises(PlainFileError, match="embedded null"):
         read_plain_text(Path("a\0b"))
 

@@ -139,7 +139,7 @@ def _load_folder(arguments: ModelArguments, dtype: torch.dtype, replaced: dict[s
     index = read_model_index(source, **where)
     of_videos = "motion_adapter" in replaced
     pipeline_class: Any = diffusers.AnimateDiffPipeline if of_videos else getattr(diffusers, index["_class_name"])
-    with loading_base(arguments.pretrained_model_name_or_path):
+    with loading_base(arguments.pretrained_model_name_or_path, arguments.variant):
         if index.get("processor") == QWEN_PROCESSOR and not is_torchvision_available():
             processor = PictureProcessor.from_pretrained(source, subfolder="processor", **where)
             replaced = {**replaced, "processor": processor}

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from rlr_peft.chain.families import models_of
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError, did_you_mean
+from rlr_peft.foreign_text import listed
 from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 
@@ -101,8 +102,11 @@ def check_model_index(name: str, index: Any) -> None:
 
 
 @contextmanager
-def loading_base(name: str) -> Iterator[None]:
+def loading_base(name: str, variant: str | None = None) -> Iterator[None]:
     """Inside, diffusers and transformers load a base; whatever they raise on its files is one sentence.
+
+    Args:
+        variant: of the files that are asked for.
 
     Raises:
         BaseModelError: it cannot be loaded.
@@ -112,12 +116,16 @@ def loading_base(name: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        variants = _variants(Path(name))
-        if variants:
-            kinds = ", ".join(sorted(variants))
+        kinds = _variants(Path(name))
+        if only := {kind for of_part in kinds if None not in of_part for kind in of_part if kind}:
+            words = ", ".join(sorted(only))
             raise BaseModelError(
-                f"The base {name} has weights of the variant {kinds} only: give --variant {min(variants)}."
+                f"The base {name} has weights of the variant {words} only: give --variant {min(only)}."
             ) from error
+        if kinds and variant is not None and not any(variant in of_part for of_part in kinds):
+            others = sorted({f"give --variant {kind}" for of_part in kinds for kind in of_part if kind})
+            advice = listed(["leave --variant out", *others], "or")
+            raise BaseModelError(f"The base {name} has no weights of the variant {variant}: {advice}.") from error
         reason, advice = " ".join(str(error).split()) or type(error).__name__, "get it again, or take another."
         if isinstance(error, UnpicklingError) or "Unable to load weights" in reason:
             where = "" if isinstance(error, UnpicklingError) else f" ({reason[:200]})"
@@ -236,13 +244,12 @@ def _check_component(name: str, part: str, library: str | None, class_name: str 
         )
 
 
-def _variants(folder: Path) -> set[str]:
-    """The variants of a local base of which a model has no other weights, such as fp16."""
-    found: set[str] = set()
+def _variants(folder: Path) -> list[set[str | None]]:
+    """Of each model of a local base the variants of its weights, such as fp16; None for those of no variant."""
+    found = []
     for part in folder.iterdir() if folder.is_dir() else ():
         names = [file.name for file in part.iterdir() if file.suffix in WEIGHTS] if part.is_dir() else []
         # diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
-        kinds = {name.split(".")[1].split("-")[0] if name.count(".") > 1 else "" for name in names}
-        if kinds and "" not in kinds:
-            found |= kinds
+        kinds = {name.split(".")[1].split("-")[0] if name.count(".") > 1 else None for name in names}
+        found += [kinds] if kinds else []
     return found

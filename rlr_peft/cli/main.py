@@ -57,26 +57,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rlr-peft {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     guard_terminal()
     words = sys.argv[1:] if argv is None else argv
     if not words:
         parser.print_help(sys.stderr)
         return 2
-    parsed = parser.parse_args(words)
-    if parsed.command not in COMMANDS:
+    command, *rest = words
+    if command in ("-h", "--help", "--help-all", "help", "--version"):
+        parser.parse_args(["--version" if command == "--version" else "--help"])
+    if command not in COMMANDS:
         from rlr_peft.config.knob import ConfigError
         from rlr_peft.config.parsing import exit_with
 
-        near = [f"did you mean {name}?" for name in get_close_matches(parsed.command, COMMANDS, n=1)]
+        near = [f"did you mean {name}?" for name in get_close_matches(command, COMMANDS, n=1)]
         advice = near[0] if near else "see rlr-peft --help."
-        exit_with(ConfigError(f"command: expected {listed(COMMANDS, 'or')}, got {parsed.command}; {advice}"))
+        if command.startswith("-"):
+            advice = f"write a command before it: rlr-peft train {command} ..."
+        exit_with(ConfigError(f"command: expected {listed(COMMANDS, 'or')}, got {command}; {advice}"))
     from rlr_peft.build.reporting import reporting_errors, set_up_logging
 
     set_up_logging()
-    _, module = COMMANDS[parsed.command]
-    function = f"{parsed.command.replace('-', '_')}_command"
+    _, module = COMMANDS[command]
     with reporting_errors():
-        run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
-        return run(parsed.words)
+        run: Callable[[Sequence[str]], int]
+        run = getattr(importlib.import_module(module), f"{command.replace('-', '_')}_command")
+        return run(rest)

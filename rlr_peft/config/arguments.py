@@ -212,7 +212,11 @@ def config_from_dict(values: Mapping[str, Any], flags: Collection[str] = ()) -> 
     """
     check_names(values, "config")
     refuse_gone(values, "")
-    refuse_missing(knobs(), values, " or in the YAML file ({name}: VALUE)")
+    refuse_missing(
+        knobs(),
+        values,
+        " or in the YAML file ({name}: VALUE); --config NAME takes a recipe, see `rlr-peft config --list`",
+    )
     grouped: dict[str, dict[str, Any]] = {knob.group: {} for knob in knobs().values()}
     for name, value in values.items():
         if name in GONE:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Found = Literal["words", "model", "prompts", "dataset", "reward"]
 
+_WITH_A_UNIT = re.compile(r"([-+]?[0-9]+(?:\.[0-9]+)?) ?[a-zA-Z%]+")
 _NUMBER = re.compile("|".join(pattern for tag, pattern, _ in YAML_VALUES if tag in ("int", "float")))
 _PLAIN = [(tag, re.compile(pattern)) for tag, pattern, _ in YAML_VALUES]
 _NO_MATCH = object()
@@ -249,11 +250,15 @@ class Knob:
             advice = "put quotes around it" if is_text else f"write {self.name}: VALUE"
         elif isinstance(given, list):  # of a flag's words the first that is wrong
             is_right = [match(self.element_type, self._plain([part], "")[0]) is not _NO_MATCH for part in given]
-            got = shortened(given[is_right.index(False)])
+            got = shortened(str(given[is_right.index(False)]))
         if given is None:
             advice = "give a value"
-        near = get_close_matches(got, _choices(_options(self.element_type or self.type)), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        elif not {int, float}.isdisjoint(self.options) and (found := _WITH_A_UNIT.fullmatch(str(given))):
+            unit = self.field.metadata["unit"]
+            advice = f"write the number alone: {found[1]}{f' [{unit}]' if unit else ''}"
+        words = {word.casefold(): word for word in _choices(_options(self.element_type or self.type))}
+        near = get_close_matches(got.casefold(), words, n=1)
+        hint = f" Did you mean {words[near[0]]}?" if near else ""
         return f"{self.name}: expected {self.type_in_words()}, got {HIDDEN if self.secret else got}; {advice}.{hint}"
 
     def type_in_words(self) -> str:

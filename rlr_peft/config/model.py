@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlr_peft.config.knob import ConfigError, Group, knob
 from rlr_peft.durable_files import stays_inside
+from rlr_peft.errors import did_you_mean
+from rlr_peft.foreign_text import listed
 from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
 from rlr_peft.recipes import quantizations
 
@@ -215,7 +217,8 @@ def read_quantization(place: str) -> dict[str, Any]:
         arguments = parse_json(read_plain_text(quantization_file(place)))
     except PlainFileError as error:
         raise ConfigError(
-            f"bnb_quantization_config_path: expected a JSON file, got {place} ({error}); check the path and its text."
+            f"bnb_quantization_config_path: expected a JSON file or {listed(quantizations(), 'or')}, got {place} "
+            f"({error}); check the path and its text.{did_you_mean(place, quantizations())}"
         ) from error
     chosen = [name for name in _WIDTHS if isinstance(arguments, dict) and arguments.get(name) is True]
     if len(chosen) != 1:

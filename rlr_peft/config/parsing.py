@@ -5,9 +5,12 @@ All programs read their words here: the flags of training, and those that a comm
 """
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -26,7 +29,7 @@ from rlr_peft.config.arguments import (
 from rlr_peft.config.knob import ConfigError, Group, Knob, knob
 from rlr_peft.config.yaml_files import config_to_yaml, read_yaml
 from rlr_peft.durable_files import why_no_place
-from rlr_peft.errors import did_you_mean
+from rlr_peft.errors import nearest_path
 from rlr_peft.foreign_text import listed, say
 from rlr_peft.plain_files import PlainFileError, parse_yaml
 from rlr_peft.recipes import first_sentence, recipes
@@ -186,23 +189,35 @@ def _placed(stray: list[str], place: str | None, known: Mapping[str, Knob], writ
             return {place: stray[0]}
         raise ConfigError(f"{place}: expected one, got {listed(stray)}; put quotes around one that holds spaces.")
     if stray:
-        raise ConfigError(
-            f"expected --name VALUE, got the stray {' '.join(stray)}; put quotes around a value that holds spaces."
-        )
+        raise ConfigError(f"expected --name VALUE, got the stray {' '.join(stray)}; {_meant(stray[0], known)}.")
     return {}
+
+
+def _meant(stray: str, known: Collection[str]) -> str:
+    """What to write in place of a word that is neither a flag nor a value."""
+    name = stray.lstrip("-").partition("=")[0].replace("-", "_")
+    if stray in recipes() and set(MOST_USED) <= set(known):
+        return f"write --config {stray} for the recipe"
+    if stray == "help" or (stray.startswith("-") and name in known):
+        return f"write --{name}"
+    return "put quotes around a value that holds spaces"
 
 
 def _config_file(place: str) -> Path:
     """The file itself, or the recipe of that name."""
     path = Path(place).expanduser()
-    if path.suffix or path.name != place or path.is_file():
+    if os.path.isfile(path) or (place not in recipes() and os.path.lexists(path)):
         return path
-    if place not in recipes():
-        raise ConfigError(
-            f"--config: expected a YAML file, or one of {', '.join(recipes())}, got {place}; correct it."
-            f"{did_you_mean(place, recipes())}"
-        )
-    return recipes()[place]
+    if place in recipes():
+        return recipes()[place]
+    file = nearest_path(place)
+    is_near = file is not None and bool(path.suffix) and bool(get_close_matches(Path(file).stem, [path.stem]))
+    near = [file] if file and is_near else get_close_matches(path.stem, recipes(), n=2)
+    hint = f" Did you mean {listed(near, 'or')}?" if near else ""
+    raise ConfigError(
+        f"--config {place}: expected a YAML file or a recipe (`rlr-peft config --list`), got neither, seen from "
+        f"{Path.cwd()}; correct it.{hint}"
+    )
 
 
 def _with_underscores(word: str) -> str:
@@ -238,9 +253,15 @@ def _check_flags(flags: Sequence[str], known: Mapping[str, Knob], with_file: boo
 
 
 def _read_flag(knob: Knob, given: str | list[str]) -> Any:
-    if knob.takes_mapping and isinstance(given, str) and given.lstrip().startswith("{"):
+    """Mappings and lists also as in YAML, `{a: 1}` and `[a, b]`; prompts may be in brackets themselves."""
+    written = given
+    if isinstance(given, list) and len(given) == 1 and knob.name not in MAY_BE_EMPTY:
+        written = given[0].strip()
+    is_mapping = knob.takes_mapping and isinstance(written, str) and written.lstrip().startswith("{")
+    is_list = isinstance(given, list) and isinstance(written, str) and re.fullmatch(r"\[.*\]", written, re.DOTALL)
+    if is_mapping or is_list:
         try:
-            return knob.read(parse_yaml(given))
+            return knob.read(parse_yaml(str(written)))
         except PlainFileError as error:
             raise ConfigError(f"{knob.name}: {error}.") from error
     return knob.read(given)

@@ -7,6 +7,7 @@ from .blueprint import find_architecture as find_architecture
 from .blueprint import find_component as find_component
 from .blueprint import shipped_ids as shipped_ids
 from .command import PlanFlags as PlanFlags
+from .command import last_resorts as last_resorts
 from .measurements import Differentiated as Differentiated
 from .measurements import Measurements as Measurements
 from .measurements import blank_trajectory as blank_trajectory

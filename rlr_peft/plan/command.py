@@ -9,7 +9,7 @@ from rlr_peft.config.arguments import knobs
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.model import read_quantization
 from rlr_peft.config.parsing import check_output, read_words
-from rlr_peft.foreign_text import say, shown_name
+from rlr_peft.foreign_text import listed, say, shown_name
 from rlr_peft.reports import write_numbers
 from rlr_peft.rewards.names import refuse_unknown
 
@@ -53,11 +53,24 @@ def plan_command(words: Sequence[str]) -> int:
     with errors_only():
         plan = plan_run(config, own.num_processes)
     host = host_plan(plan)
-    say(plan_text(plan, _title(config, own.num_processes), own.gpu_memory, own.host_memory))
+    title = _title(config, own.num_processes)
+    say(plan_text(plan, title, own.gpu_memory, own.host_memory, last_resorts(config)))
     if own.output is not None:
         write_numbers(Path(own.output), {**plan.as_plain(), "host": host.as_plain()})
     fits = (own.gpu_memory is None or plan.fits(own.gpu_memory), own.host_memory is None or host.fits(own.host_memory))
     return 0 if all(fits) else 1
+
+
+def last_resorts(config: Config) -> str:
+    """What may be made smaller, or cheaper, at the price of another training."""
+    is_batch = config.training.train_batch_size > 1
+    ways = ["lower --train_batch_size (and raise --gradient_accumulation_steps)"] if is_batch else []
+    ways.append("lower --resolution or, of a video, --num_frames and --decoded_frames")
+    if config.model.mixed_precision == "no":
+        ways.append("use --mixed_precision bf16")
+    if config.model.pretrained_tiny_vae_name_or_path is None:
+        ways.append("decode with --pretrained_tiny_vae_name_or_path")
+    return listed(ways, "or")
 
 
 def _title(config: Config, num_processes: int) -> str:

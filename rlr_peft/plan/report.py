@@ -23,10 +23,17 @@ from rlr_peft.plan.parts import (
 UNIT = 2**30
 
 
-def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None = None, host_memory: float | None = None) -> str:
+def plan_text(
+    plan: MemoryPlan,
+    title: str,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    last_resorts: str = "",
+) -> str:
     """The table of parts and phases, what checkpointing changes, and whether it fits.
 
     Args:
+        last_resorts: what of the run itself may be made smaller, where no option brings it under the limit.
         gpu_memory: of the GPU in GiB; None gives no verdict.
         host_memory: of the machine in GiB; None gives no verdict.
     """
@@ -55,14 +62,14 @@ def plan_text(plan: MemoryPlan, title: str, gpu_memory: float | None = None, hos
         f"{_gib(host.without_gpu)} GiB.",
     ]
     if gpu_memory is not None:
-        lines += ["", *verdict(plan, gpu_memory)]
+        lines += ["", *verdict(plan, gpu_memory, last_resorts)]
     if host_memory is not None:
         lines += ["", host_verdict(host, host_memory)]
     return "\n".join(lines)
 
 
-def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
-    """Whether it fits into so many GiB, and if not what to switch on."""
+def verdict(plan: MemoryPlan, gpu_memory: float, last_resorts: str) -> list[str]:
+    """Whether it fits into so many GiB, and if not what to switch on, and what to make smaller."""
     if plan.fits(gpu_memory):
         return [f"Fits {gpu_memory:g} GiB, with {_gib(round(gpu_memory * UNIT) - plan.peak)} GiB to spare."]
     steps = suggestions(plan, gpu_memory)
@@ -78,11 +85,7 @@ def verdict(plan: MemoryPlan, gpu_memory: float) -> list[str]:
     if best.fits(gpu_memory):
         lines.append(f"All of them: add {' '.join(step.flag for step in steps)} to the command.")
     else:
-        lines.append(
-            "That is not enough: lower --train_batch_size (and raise --gradient_accumulation_steps), --resolution or, "
-            "of a video, --num_frames and --decoded_frames; use --mixed_precision bf16; or decode with "
-            "--pretrained_tiny_vae_name_or_path."
-        )
+        lines.append(f"That is not enough: {last_resorts}.")
     return lines
 
 

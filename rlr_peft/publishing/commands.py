@@ -7,16 +7,25 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlr_peft.config import ConfigError, HubArguments
-from rlr_peft.config.found import read_found_config
+from rlr_peft.config.found import config_beside, read_found_config
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.model import check_revision
 from rlr_peft.config.parsing import check_output, read_words
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import say
 from rlr_peft.plain_files import PlainFileError, read_plain_text
+
+if TYPE_CHECKING:
+    from rlr_peft.publishing.record import RunRecord
+
+BASE_FILES = (
+    *("pretrained_model_name_or_path", "single_file_config", "revision", "variant"),
+    *("pretrained_vae_model_name_or_path", "pretrained_motion_adapter_name_or_path"),
+)
+"""Knobs of a run that say which files its pipeline is of."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +149,11 @@ def _text_of(config: dict[str, Any], name: str, folder: Path) -> str | None:
 class MergeFlags(Group):
     """The merged pipeline"""
 
-    base: str = knob(MISSING, "Hub id or folder of the base, or tiny-shapes.")
     adapter: str = knob(MISSING, "Folder, file or Hub id of the adapter.")
     output: str = knob(MISSING, "New folder of the pipeline.")
+    base: str | None = knob(
+        None, "Hub id or folder of the base, or tiny-shapes; null means that of the run beside the adapter."
+    )
     dtype: Literal["fp32", "fp16", "bf16"] = knob("fp32", "Number format of the saved weights.")
     revision: str | None = knob(None, "Branch, tag or commit of the base.")
     variant: str | None = knob(None, "Variant of the base's weights, such as fp16.")
@@ -157,7 +168,7 @@ def merge_command(words: Sequence[str]) -> int:
         "rlr-peft merge",
         "Fuse an adapter into its base and save a full pipeline.",
         place="adapter",
-        example="outputs/aesthetic --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output merged",
+        example="outputs/aesthetic --output merged",
     ).own
     output = Path(own.output)
     _check_new_folder(output)
@@ -180,10 +191,10 @@ def merge_command(words: Sequence[str]) -> int:
         revision = own.adapter_revision
         adapter = find_adapter(own.adapter if revision is None else f"{own.adapter}@{revision}")
         check_adapter(adapter)
-        base = ModelArguments(pretrained_model_name_or_path=own.base, revision=own.revision, variant=own.variant)
+        record = stored_record(adapter.folder)  # of the adapter's run, where it lies beside it
+        base = ModelArguments(**_merged_base(own, adapter.folder, record))
         pipeline = load_pipeline(base, torch.device("cpu"))
         load_fitting_lora(pipeline, adapter)
-        record = stored_record(adapter.folder)  # of the adapter's run, where it lies beside it
         if record is not None and record.sampling.scheduler is not None:
             pipeline.scheduler = build_scheduler(
                 pipeline.scheduler.config, record.sampling.scheduler, record.sampling.scheduler_options
@@ -196,8 +207,8 @@ def merge_command(words: Sequence[str]) -> int:
             pipeline.save_pretrained(Path(aside) / "pipeline")
             family = family_of_class(type(pipeline).__name__) or GENERIC
             facts = Merged(
-                base=own.base,
-                base_revision=own.revision,
+                base=base.pretrained_model_name_or_path,
+                base_revision=base.revision,
                 adapter=own.adapter,
                 adapter_revision=revision,
                 parts=merged,
@@ -213,6 +224,24 @@ def merge_command(words: Sequence[str]) -> int:
     say(f"Merged the adapter into the {' and the '.join(merged)}. Load the pipeline with")
     say(f"  pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
     return 0
+
+
+def _merged_base(own: MergeFlags, folder: Path, record: "RunRecord | None") -> dict[str, Any]:
+    """What picks the base's files: what is given, or what the adapter's run says, its own VAE included."""
+    given = {name: getattr(own, name) for name in ("revision", "variant") if getattr(own, name) is not None}
+    if own.base is not None:
+        return {"pretrained_model_name_or_path": own.base, **given}
+    found = config_beside(str(folder))
+    settings = {} if found is None else read_found_config(found, BASE_FILES)[0]
+    if "pretrained_model_name_or_path" not in settings and record is not None:  # a pipeline that Python gave
+        settings["pretrained_model_name_or_path"] = record.base.model
+    base = settings.get("pretrained_model_name_or_path")
+    if base is None:
+        raise ConfigError(
+            f"base: expected a Hub id or a folder, got none, and {own.adapter} does not say it; give --base."
+        )
+    say(f"The base is {base}, that of the adapter's run; --base takes another.")
+    return settings | given
 
 
 @dataclass(frozen=True)

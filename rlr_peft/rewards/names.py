@@ -61,6 +61,8 @@ def unknown_reward(spec: str, known: Sequence[str]) -> str:
     hint = f" Did you mean '{near[0]}'?" if near else ""
     if spec.endswith(".py"):
         hint = f" To use a function in this file, name it: `{spec}:callable`."
+    elif "," in spec:
+        hint = " Write several with a space between them, or with weights as `{NAME: 1, NAME: 1}`."
     elif module.isidentifier() and not near:
         hint = f" To use a function of a module, write a colon before it: `{module}:{attribute}`."
     return f"unknown reward '{spec}'.{hint} There are: {', '.join(known)}; or your own as {OWN_FORMS}"

@@ -187,7 +187,7 @@ def _load_adapter(run: Run, path: Path, saved: dict[str, torch.Tensor]) -> None:
     here = {name: tuple(value.shape) for name, value in current.items()}
     if there != here:
         raise CheckpointError(
-            f"Expected the adapter of {path} to have the {len(here)} weights of this config, got {len(there)}: "
+            f"Expected the adapter of {path} to be that of this config, got another: "
             f"{_first_difference(here, there)}. Resume with the rank, lora_layers, denoiser, use_dora and base that it "
             f"was trained with, see {path.parent / CONFIG}, or start a new run."
         )
@@ -207,13 +207,17 @@ def _check_optimizer(run: Run, path: Path, written_by: str) -> None:
 
 def _first_difference(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> str:
     """Of two adapters' weights, name -> shape, in words."""
+    ranks = [{shape[0] for name, shape in shapes.items() if ".lora_A." in name} for shapes in (here, there)]
+    if here.keys() == there.keys() and all(len(found) == 1 for found in ranks) and ranks[0] != ranks[1]:
+        return f"rank {ranks[0].pop()} here, {ranks[1].pop()} there"
     for name in here:
         if name in there and there[name] != here[name]:
             return f"{name} is {here[name]} here and {there[name]} there"
     missing = [name for name in here if name not in there]
     if missing:
-        return f"{missing[0]} is not in the checkpoint"
-    return f"{next(name for name in there if name not in here)} is not in this run"
+        return f"{len(missing)} of {len(here)} weights, the first {missing[0]}, are not in the checkpoint"
+    others = [name for name in there if name not in here]
+    return f"{len(others)} of its {len(there)} weights, the first {others[0]}, are not in this run"
 
 
 def _warn_of_changes(run: Run, saved: Path) -> None:

@@ -150,6 +150,11 @@ def test_weights_that_are_not_there_or_not_whole(base: Path) -> None:
         load(base)
     save_file(tensors, base / f"{UNET}.fp16.safetensors")
     assert load(base, variant="fp16").unet.conv_in.bias is not None
+    save_file(tensors, file)
+    with pytest.raises(
+        BaseModelError, match=r"no weights of the variant fp32: leave --variant out or give --variant fp16\.$"
+    ):
+        load(base, variant="fp32")
 
 
 @pytest.mark.parametrize("change", [{"beta_schedule": "nope"}, {"beta_start": -1.0}])

@@ -280,8 +280,14 @@ REFUSED = [
     ("--tracker_name=", "tracker_name: expected a text, got an empty one"),
     ("--heldout_reward_fn=", "heldout_reward_fn: expected a text, got an empty one"),
     ("--config=", "config: expected a text, got an empty one"),
-    ("--bnb_quantization_config_path nowhere.json", "bnb_quantization_config_path: expected a JSON file, got nowhere"),
-    ("--bnb_quantization_config_path README.md", "bnb_quantization_config_path: expected a JSON file, got README.md"),
+    (
+        "--bnb_quantization_config_path nowhere.json",
+        "bnb_quantization_config_path: expected a JSON file or nf4, got nowhere",
+    ),
+    (
+        "--bnb_quantization_config_path README.md",
+        "bnb_quantization_config_path: expected a JSON file or nf4, got README",
+    ),
     ("--offload --torch_compile", "torch_compile: expected weights that stay where they are, got offload"),
 ]
 

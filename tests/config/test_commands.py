@@ -32,16 +32,21 @@ def test_a_text_arrives_as_it_is_written(text: str) -> None:
 def test_what_stands_alone_may_have_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--base=b", "--output=o")
     for given in (["a", *words], [*words, "a"], ["--adapter", "a", *words]):
-        assert read(MergeFlags, *given, place="adapter") == MergeFlags(base="b", adapter="a", output="o")
+        assert read(MergeFlags, *given, place="adapter") == MergeFlags(adapter="a", output="o", base="b")
     for given in (["a", "b"], ["--adapter", "a", "b"], ["--adapter", "a", "--adapter=b"]):
         assert read(CompareFlags, *given, place="adapter").adapter == ("a", "b")
     for command, usage in (
-        ("merge", "merge ADAPTER --base TEXT --output TEXT [--name"),
+        ("merge", "merge ADAPTER --output TEXT [--name"),
         ("compare", "compare ADAPTER [ADAPTER ...] [--config"),
     ):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"usage: rlr-peft {usage}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_may_be_one_list_as_in_yaml() -> None:
+    for given in (["[a, b c]"], ["a", "b c"], ['["a", "b c"]']):
+        assert read(CompareFlags, "--adapter", *given).adapter == ("a", "b c")
 
 
 def test_null_and_nothing_are_the_default() -> None:
@@ -88,6 +93,24 @@ def test_null_and_nothing_are_the_default() -> None:
         ("push --hub_private_repo FILE", "hub_private_repo: expected true or false, got "),
         ("push FILE --rank 3", "command line: unknown name rank; "),
         ("plan --gpu_memory inf", "gpu_memory: expected a number or null, got inf"),
+        (
+            "plan --gpu_memory 12.5GB",
+            "gpu_memory: expected a number or null, got 12.5GB; write the number alone: 12.5 [GiB].",
+        ),
+        ("plan --samples 1", "command line: unknown name samples; "),
+        ("plan sdxl", "expected --name VALUE, got the stray sdxl; write --config sdxl for the recipe."),
+        ("plan help", "expected --name VALUE, got the stray help; write --help."),
+        ("plan -rank 4", "expected --name VALUE, got the stray -rank 4; write --rank."),
+        ("compare --adapter [a", "adapter: expected a folder, a .safetensors file or a Hub repository"),
+        (
+            "compare --adapter [a,{b:1}]",
+            "adapter: expected one or more texts, got {'b:1': None}; write --adapter VALUE",
+        ),
+        (
+            "diagnose --optimizer adamww",
+            "optimizer: expected AdamW or Adafactor or Lion or Muon or Prodigy, got adamww; "
+            "write --optimizer VALUE. Did you mean AdamW?",
+        ),
         ("plan --output FOLDER", "output: expected a place to write to, got "),
         ("diagnose --output FOLDER/" + "x" * 255 + ".html", "output: expected a place to write to, got "),
         ("diagnose --output FOLDER/a.png", "output: expected a file that ends in .html, got "),

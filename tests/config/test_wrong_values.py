@@ -126,7 +126,17 @@ def test_a_checkpoint_may_be_named_from_the_output_folder(tmp_path: Path) -> Non
 
 
 def test_missing_config_file(tmp_path: Path) -> None:
-    assert "cannot be read (No such file or directory)" in refusal("--config", str(tmp_path / "none.yaml"))
+    (tmp_path / "mine.yaml").touch()
+    for name, hint in (
+        ("none.yml", ""),
+        ("mien.yaml", f" Did you mean {tmp_path / 'mine.yaml'}?"),
+        ("sdlx.yaml", " Did you mean sdxl?"),
+    ):
+        message = refusal("--config", str(tmp_path / name))
+        assert message.startswith(
+            f"--config {tmp_path / name}: expected a YAML file or a recipe (`rlr-peft config --list`)"
+        )
+        assert message.endswith(f"seen from {Path.cwd()}; correct it.{hint}")
 
 
 def test_empty_yaml_file_is_no_settings(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from rlr_peft.plan import (
     build_pipeline,
     find_architecture,
     find_component,
+    last_resorts,
     measure,
     optimizer_bytes,
     plan_run,
@@ -394,10 +395,18 @@ def test_a_hopeless_plan_is_told_what_is_left(facts: Facts) -> None:
         name: replace(work, saved=100 * work.saved, peak=100 * work.peak) for name, work in facts.measured.step.items()
     }
     plan = add_up(replace(facts, measured=replace(facts.measured, step=steps)), Options(decode_batch_size=4))
-    assert "--train_batch_size" in verdict(plan, 1)[-1]
+    assert verdict(plan, 1, "lower --resolution")[-1] == "That is not enough: lower --resolution."
     large_encoder = add_up(replace(facts, weights={**facts.weights, "text_encoder": 90 * GIB}), Options())
     first, *others = suggestions(large_encoder, 40)
     assert "--offload_text_encoders" in [first.flag, *(step.flag for step in others)]
+
+
+def test_what_is_as_small_as_it_can_be_is_no_last_resort() -> None:
+    words = [*"--pretrained_model_name_or_path x/y --prompt_path tiny-shapes/train --reward_fn z".split()]
+    assert "lower --train_batch_size" in last_resorts(load_config(words)) and "bf16" in last_resorts(load_config(words))
+    smallest = [*words, *"--train_batch_size 1 --gradient_accumulation_steps 4 --mixed_precision bf16".split()]
+    smallest += ["--pretrained_tiny_vae_name_or_path", "x/z"]
+    assert last_resorts(load_config(smallest)) == "lower --resolution or, of a video, --num_frames and --decoded_frames"
 
 
 def command(folder: str, *more: str) -> list[str]:

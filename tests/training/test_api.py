@@ -22,6 +22,22 @@ def load(workplace: Path) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(workplace / "base", dtype=torch.float32)
 
 
+def documented(part: str) -> str:
+    """The code of `docs/python.md` that holds these words."""
+    text = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    return next(code for code in text.split("```python\n") if part in code).split("```")[0]
+
+
+def test_the_documented_lines_train_measure_and_save_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = documented("trainer.train()")
+    assert lines.count("max_train_steps=20, ") == 1
+    exec(lines.replace("max_train_steps=20, ", "max_train_steps=1, num_evaluation_images=2, "), {})
+    assert (tmp_path / "outputs" / "sharp" / "README.md").is_file()
+
+
 def test_ten_lines_train_measure_and_save(workplace: Path, tmp_path: Path) -> None:
     pipeline = load(workplace)
     config = rlr_peft.Config(
@@ -97,10 +113,8 @@ def test_the_package_itself_imports_no_torch() -> None:
 
 def test_the_documented_estimator_trains_and_is_unbiased(workplace: Path, tmp_path: Path) -> None:
     """The code of `docs/python.md`, as it stands there."""
-    text = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
-    code = next(part for part in text.split("```python\n") if "class ScoreFunction" in part).split("```")[0]
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(documented("class ScoreFunction"), names)
     assert_unbiased(names["ScoreFunction"](), last_std=0.2, calls=60)
     config = rlr_peft.Config(
         max_train_steps=1,

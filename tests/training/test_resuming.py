@@ -81,9 +81,12 @@ OTHERS = {
         "of reward_fn jpeg-compressibility, got .*, which is of reward_fn rewards.py:redness. .*--init_adapter",
     ),
     "steps": (["--num_inference_steps", "5"], "of num_inference_steps 5, got .* of num_inference_steps 4"),
-    "rank": (["--rank", "2"], r"lora_A.* is \(2, \d+\) here and \(4, \d+\) there"),
-    "targets": (["--lora_layers", "to_k"], r"the \d+ weights of this config, got \d+: .*to_.* is not in this run"),
-    "DoRA": (["--use_dora"], "lora_magnitude_vector.* is not in the checkpoint"),
+    "rank": (["--rank", "2"], r"that of this config, got another: rank 2 here, 4 there\. Resume with"),
+    "targets": (
+        ["--lora_layers", "to_k"],
+        r"got another: \d+ of its \d+ weights, the first .*to_.*, are not in this run",
+    ),
+    "DoRA": (["--use_dora"], r"\d+ of \d+ weights, the first .*lora_magnitude_vector.*, are not in the checkpoint"),
 }
 
 
