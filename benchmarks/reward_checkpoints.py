@@ -90,10 +90,10 @@ def write_siglip(folder: Path, head: Path, sizes: Sizes) -> tuple[SiglipModel, d
     widths = [sizes.vision_width, 1024, 128, 64, 16, 1]
     weights = {}
     for number, inputs, outputs in zip((0, 2, 4, 6, 8), widths, widths[1:], strict=False):
-        weights[f"scoring_head.{number}.weight"] = (torch.randn(outputs, inputs) * inputs**-0.5).bfloat16()
-        weights[f"scoring_head.{number}.bias"] = (torch.randn(outputs) * 0.1).bfloat16()
+        weights[f"scoring_head.{number}.weight"] = torch.randn(outputs, inputs) * inputs**-0.5
+        weights[f"scoring_head.{number}.bias"] = torch.randn(outputs) * 0.1
     torch.save(OrderedDict(weights), head)
-    return model, {name: value.float() for name, value in weights.items()}
+    return model, weights
 
 
 def write_hpsv2(folder: Path, sizes: Sizes, file: str = "HPS_v2.1_compressed.pt") -> OpenClip:
