@@ -18,12 +18,12 @@ LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands
 class GracefulInterruption:
     """Inside this context, SIGTERM and SIGINT set a flag instead of ending the process.
 
-    The training loop looks at `requested` after every step; when it is set, the loop saves a checkpoint, leaves the
-    context and exits with `exit_code`. A SIGINT after that first signal raises KeyboardInterrupt at once. The former
-    handlers are back when the context ends. Only the main thread can enter it (as Python demands for signals).
+    The training loop looks at `exit_code` after every step; where it is not 0, the loop saves a checkpoint, leaves the
+    context and exits with it. A SIGINT after that first signal raises KeyboardInterrupt at once. The former handlers
+    are back when the context ends. Only the main thread can enter it (as Python demands for signals).
 
-    With several processes a signal may reach one of them a step before the others: combine `requested` over all
-    processes (any of them) at the same place of every step before acting on it.
+    With several processes a signal may reach one of them a step before the others: take the largest `exit_code` of all
+    processes at the same place of every step before acting on it.
 
     Attributes:
         signal_number: the first signal that came, or None.
@@ -32,11 +32,6 @@ class GracefulInterruption:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._former_handlers: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal_number is not None
 
     @property
     def exit_code(self) -> int:
@@ -57,7 +52,7 @@ class GracefulInterruption:
         self._former_handlers.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.signal_number is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return

@@ -24,7 +24,7 @@ with GracefulInterruption() as interruption:
         while time.monotonic() < deadline:
             time.sleep(0.01)
         print("finish", step, flush=True)
-        if interruption.requested:
+        if interruption.exit_code:
             break
     print("checkpoint", step, flush=True)
 assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
@@ -81,7 +81,7 @@ def test_further_sigterms_do_not_cut_the_step_short() -> None:
 def test_without_a_signal_nothing_is_requested_and_handlers_come_back_after_an_error() -> None:
     former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with contextlib.suppress(KeyError), GracefulInterruption() as interruption:
-        assert not interruption.requested
+        assert not interruption.exit_code
         raise KeyError
     assert interruption.exit_code == 0
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
