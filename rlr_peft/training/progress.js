@@ -63,9 +63,13 @@
 
     const say = (index, isHere) => {
       const [step, mean, error] = points[index];
-      const interval = error > 0 ? ` \u00b1 ${short(WIDE * error)}` : "";
+      // Two digits of the interval, and all numbers to the same place.
+      const decimals = Math.max(0, 1 - Math.floor(Math.log10(WIDE * error)));
+      const hasInterval = error > 0 && decimals < 7;
+      const say = (value) => (hasInterval ? value.toFixed(decimals) : short(value));
+      const interval = hasInterval ? ` \u00b1 ${say(WIDE * error)}` : "";
       panel.querySelector("output").textContent =
-        `update ${Math.round(step)}: ${short(mean)}${interval}, running mean ${short(smooth[index])}`;
+        `update ${Math.round(step)}: ${say(mean)}${interval}, running mean ${say(smooth[index])}`;
       dot.setAttribute("cx", x(step));
       dot.setAttribute("cy", y(smooth[index]));
       here.setAttribute("x1", x(step));

@@ -383,7 +383,7 @@ def test_suggestions_act_on_the_peak_until_it_fits(facts: Facts) -> None:
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
     assert steps[-1].plan.fits(26)
     flags = [step.flag for step in steps]
-    assert verdict(plan, 26)[-1] == f"All of them: add {' '.join(flags)} to the command."
+    assert verdict(plan, 26, "")[-1] == f"All of them: add {' '.join(flags)} to the command."
     assert load_config(command("base", *" ".join(flags).split())[1:]).model.gradient_checkpointing
     assert suggestions(plan, 100) == []
     hopeless = suggestions(plan, 1)

@@ -1,6 +1,7 @@
 """The page of a run's progress: what it shows, in a browser too, and that training does not need it."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def test_a_resumed_run_in_a_browser(page_of_a_run: Path, width: int) -> None:
         ]
         assert page.evaluate("JSON.parse(document.getElementById('data').textContent).curves[0].points.length") == 3
         assert [panel.locator("path").count() for panel in page.locator(".panel").all()] == [3, 3, 2], "KL has no band"
+        numbers = re.fullmatch(
+            r"update 3: -?\d+\.?(\d*) \u00b1 \d+\.?(\d*), running mean -?\d+\.?(\d*)",
+            page.locator(".panel output").first.inner_text(),
+        )
+        assert numbers is not None and len({len(decimals) for decimals in numbers.groups()}) == 1
         assert page.locator(".prompt").all_inner_texts() == PROMPTS and page.locator(".card b").count() == 0
         first = page.locator(".shown").first
         expect(first).to_have_attribute("src", "validation/step-000003/000.png")
