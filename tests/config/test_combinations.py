@@ -33,6 +33,12 @@ REFUSED = [
     ("--max_grad_norm .inf", "max_grad_norm: expected a finite number"),
     ("--lora_dropout 1", "lora_dropout: expected at least 0 and below 1, got 1.0"),
     ("--num_images_per_prompt 1", "num_images_per_prompt: expected 2 or more with rlr"),
+    (
+        "--estimator auto --train_batch_size 1",
+        "train_batch_size: expected samples of an update that 2, 3 or 4 divides with auto, whose score terms compare "
+        "the images of a prompt with each other (leave-one-out), got 1 (train_batch_size 1 x "
+        "gradient_accumulation_steps 1); change one of the two",
+    ),
     ("--num_images_per_prompt 1 --estimator reinforce", "num_images_per_prompt: expected 2 or more with reinforce"),
     ("--eta 0", "estimator: expected noise in the chain for the score terms of rlr, got eta 0.0"),
     ("--step_kind ode --estimator reinforce", "score terms of reinforce, got step_kind ode"),
