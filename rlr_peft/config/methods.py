@@ -56,7 +56,7 @@ class RLRArguments(ThreeOrdersArguments):
 
 @dataclass(frozen=True)
 class AutoArguments(MeasuringArguments):
-    """The default: what promises the most improvement per cost, `rlr` among them; without a gradient `awm`."""
+    """The default: what promises the most improvement per cost, `rlr` among them; without a gradient `ram`."""
 
     estimator = "auto"
     made_by = "auto.AutoEstimator"

@@ -222,7 +222,7 @@ class _Builder:
         alone = RLREstimator(RLRSettings(first_order_steps=0, half_order=None, zeroth_order=perturbed))
         self.methods.append(Method("zeroth order on all steps", "", alone, max_samples=MAX_ZEROTH_ORDER_SAMPLES))
         # Of the three losses one: they share their direction. What it draws, noises, is of every sample by itself.
-        self._add("awm", None, {"estimator": "awm"}, shares_draws=False, own_units=True)
+        self._add("ram", None, {"estimator": "ram"}, shares_draws=False, own_units=True)
         if not differentiable:
             return
         self._add("refl", None, {"estimator": "refl"})

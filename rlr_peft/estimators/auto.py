@@ -31,7 +31,7 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
-from rlr_peft.config.forward import AWMArguments
+from rlr_peft.config.forward import RAMArguments
 from rlr_peft.config.methods import AutoArguments
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.forward import ForwardEstimator
@@ -142,12 +142,12 @@ def promise(
 class AutoEstimator(Estimator):
     """Delegates to ``rlr`` or to the member of the pathwise family that promises clearly more.
 
-    A reward without gradient, of which so few samples say nothing, is left to ``awm``, which gained more than
+    A reward without gradient, of which so few samples say nothing, is left to ``ram``, which gained more than
     ``rlr`` in races.
 
     Args:
         rlr: the unbiased member, with its roulette.
-        awm: for a reward without gradient.
+        ram: for a reward without gradient.
         num_steps: T.
         samples: B, of an update; of one micro-batch in every process where B is measured.
         most_samples: the largest B where it is measured, in whole micro-batches; None for a B that is given.
@@ -161,12 +161,12 @@ class AutoEstimator(Estimator):
     def __init__(
         self,
         rlr: RLREstimator,
-        awm: ForwardEstimator,
+        ram: ForwardEstimator,
         num_steps: int,
         samples: int,
         most_samples: int | None = None,
     ) -> None:
-        self._awm = awm
+        self._ram = ram
         self.micro_batches = 1
         self._samples = samples
         self._most_samples = most_samples
@@ -187,8 +187,8 @@ class AutoEstimator(Estimator):
     def from_arguments(cls, arguments: AutoArguments, shape: RunShape) -> Self:
         most = arguments.calibration_samples if shape.measures_batch else None
         rlr = RLREstimator.from_arguments(arguments.rlr, shape)
-        awm = ForwardEstimator(AWMArguments())
-        return cls(rlr, awm, shape.num_inference_steps, shape.samples, most)
+        ram = ForwardEstimator(RAMArguments())
+        return cls(rlr, ram, shape.num_inference_steps, shape.samples, most)
 
     @property
     def rlr(self) -> RLREstimator:
@@ -210,7 +210,7 @@ class AutoEstimator(Estimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         """The member in use and why, for logs and cards."""
         if has_gradient is False:
-            return f"as the reward has no gradient, awm: {self._awm.describe(has_gradient)}"
+            return f"as the reward has no gradient, ram: {self._ram.describe(has_gradient)}"
         if not self._promises:
             return f"the method that promises most for its cost is measured in the first update; until then {UNBIASED}"
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
@@ -223,14 +223,14 @@ class AutoEstimator(Estimator):
         return f"{words}; {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
 
     def for_reward(self, has_gradient: bool) -> Estimator:
-        """``awm`` for a reward without gradient."""
-        return self if has_gradient else self._awm
+        """``ram`` for a reward without gradient."""
+        return self if has_gradient else self._ram
 
     def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
-        return (self.chosen if has_gradient else self._awm).compares_images(chain, has_gradient)
+        return (self.chosen if has_gradient else self._ram).compares_images(chain, has_gradient)
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
-        return (self.chosen if has_gradient else self._awm).coverage(chain, has_gradient)
+        return (self.chosen if has_gradient else self._ram).coverage(chain, has_gradient)
 
     def segments(
         self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
@@ -288,12 +288,12 @@ class AutoEstimator(Estimator):
             self._share_batch()
 
     def learn(self, books: Sequence[Book]) -> None:
-        (self._awm if books[0].reward_gradient_square is None else self.rlr).learn(books)
+        (self._ram if books[0].reward_gradient_square is None else self.rlr).learn(books)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "rlr": self.rlr.state_dict(),
-            "awm": self._awm.state_dict(),
+            "ram": self._ram.state_dict(),
             "moments": None if self._moments is None else dict(vars(self._moments)),
             "promises": {name: dict(vars(promised)) for name, promised in self._promises.items()},
             "chosen": self._chosen,
@@ -304,7 +304,7 @@ class AutoEstimator(Estimator):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rlr.load_state_dict(state["rlr"])
-        self._awm.load_state_dict(state["awm"])
+        self._ram.load_state_dict(state["ram"])
         self._moments = None if state["moments"] is None else GradientMoments(**state["moments"])
         self._promises = {name: Promise(**promised) for name, promised in state["promises"].items()}
         self._chosen = state["chosen"]

@@ -31,7 +31,7 @@ _COMPLETE_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.replaced-\d+"
 _LEFTOVER_NAME = re.compile(r"\.checkpoint-\d+\.(tmp|replaced)-\d+")
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 # Far more than any checkpoint's: a crafted manifest is not read whole, and no number in it is used as it is.
 _MOST_BYTES, _LARGEST = 1 << 24, 1 << 53
 

@@ -234,7 +234,7 @@ class RunLog:
         if coverage != progress.coverage:
             logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
             if self._run.method == AUTO and not self._run.objective.has_gradient:
-                logger.info("The reward has no gradient: %s is awm; --estimator rlr is unbiased, and slower.", AUTO)
+                logger.info("The reward has no gradient: %s is ram; --estimator rlr is unbiased, and slower.", AUTO)
             for t, ratio in update.books[0].hot_steps.items():
                 logger.warning("The score term of step %d is noisy: |d mean / d output| / std is %.1f there.", t, ratio)
         progress.coverage = coverage

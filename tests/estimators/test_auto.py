@@ -119,19 +119,19 @@ def test_the_choice_is_restored_and_its_segments_are_the_members() -> None:
     torch.testing.assert_close(both, 2 * gradient_of(chain))
 
 
-def test_a_reward_without_gradient_is_left_to_awm() -> None:
+def test_a_reward_without_gradient_is_left_to_ram() -> None:
     chain = LinearGaussianChain(num_steps=6)
     reward, rollout = QuadraticReward(chain, differentiable=False), rollout_of(chain, 32, 4)
     rollout = replace(rollout, reward_gradient=None)
-    estimator, awm = auto(), build_estimator(METHODS["awm"](), RunShape(6))
+    estimator, ram = auto(), build_estimator(METHODS["ram"](), RunShape(6))
     assert not estimator.wants_calibration(False) and estimator.for_reward(True) is estimator
     estimator.calibrate(chain, [rollout], decay=0.0)
     assert not estimator.is_calibrated, "there is nothing to measure"
-    assert estimator.describe(False) == f"as the reward has no gradient, awm: {awm.describe()}"
+    assert estimator.describe(False) == f"as the reward has no gradient, ram: {ram.describe()}"
     assert "is measured in the first update; until then rlr" in estimator.describe(True)
-    assert estimator.coverage(chain, False).describe() == awm.coverage(chain, False).describe()
+    assert estimator.coverage(chain, False).describe() == ram.coverage(chain, False).describe()
     gradients = []
-    for one in (estimator.for_reward(False), awm):
+    for one in (estimator.for_reward(False), ram):
         one.accumulate(chain, reward, rollout, torch.Generator().manual_seed(0))
         gradients.append(gradient_of(chain))
     assert torch.equal(*gradients) and gradients[0].any()

@@ -173,7 +173,7 @@ def test_other_versions_of_the_format_and_of_packages_are_said(
     monkeypatch.setattr("rlr_peft.training.checkpoints.FORMAT_VERSION", 99)
     save(manager, 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format version is 99, this program reads 8"):
+    with pytest.raises(CheckpointError, match="format version is 99, this program reads 9"):
         manager.resolve("checkpoint-1")
     monkeypatch.setattr("rlr_peft.build.machine.version", lambda package: "0.1")
     path = save(manager, 2)

@@ -261,7 +261,7 @@ def test_a_run_with_a_measured_batch_says_so_and_resumes_with_it(
     assert whole.samples_per_update == 2 * whole.gradient_accumulation_steps > 2
     assert f"An update has {whole.samples_per_update} samples from now on" in caplog.text
     assert "the accumulation steps are measured" in caplog.text
-    assert "The reward has no gradient: auto is awm" in caplog.text
+    assert "The reward has no gradient: auto is ram" in caplog.text
     parts = config_file(workplace, tmp_path / "parts", **values)
     train_here(parts, "--max_train_steps", "5")
     resumed, _ = train_here(parts, "--resume_from_checkpoint", "latest")
