@@ -99,7 +99,7 @@ def measure_case(name: str) -> dict[str, Any]:
 
 def _config(base: str, resolution: int, flags: Sequence[str], folder: Path) -> Config:
     words = ["--pretrained_model_name_or_path", base, "--resolution", str(resolution)]
-    words += ["--prompt_path", "tiny-shapes/train", "--reward_fn", "jpeg-compressibility", *BATCH]
+    words += ["--prompt_path", "tiny-shapes/train", "--reward_fn", "benchmarks.rewards:Centered", *BATCH]
     words += ["--mixed_precision", "no" if base == PIPELINE_NAME else "bf16"]
     if "nf4" in flags:
         path = folder / "nf4.json"
