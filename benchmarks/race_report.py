@@ -137,7 +137,8 @@ def _label(axes: Any, ends: list[tuple[float, str, str, float]]) -> None:
     """Every line's name at its end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap, place = 0.05 * (high - low), -float("inf")
+    last = max(cost for *_, cost in ends)
     for gain, method, color, cost in sorted(ends):
         place = max(gain, place + gap)
-        axes.annotate(method, (cost, gain), (1.04 * cost, place), color=color, va="center", fontsize=9)
-    axes.set_xlim(0, 1.03 * max(cost for *_, cost in ends))
+        axes.annotate(method, (cost, gain), (1.05 * last, place), color=color, va="center", fontsize=9)
+    axes.set_xlim(0, 1.03 * last)

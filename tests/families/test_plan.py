@@ -19,7 +19,7 @@ from tests.families.table import CASES
 
 def config_of(name: str, folder: str, *more: str) -> Config:
     options = [word for key, value in CASES[name].options.items() for word in (f"--{key}", str(value))]
-    required = ["--prompt_path", "tiny-shapes/train", "--reward_fn", "jpeg-compressibility"]
+    required = ["--prompt_path", "tiny-shapes/train", "--reward_fn", "benchmarks.rewards:Centered"]  # with a gradient
     base = ["--pretrained_model_name_or_path", folder, "--num_inference_steps", "3"]
     return load_config([*base, *required, *options, *more])
 
