@@ -52,7 +52,6 @@ DRAWN_WINDOW = ("--noise_window", "{half}", "{top}", "--noise_steps", "{third}")
 # What selects each method, and how many images it makes of a prompt: pathwise gradients need no group.
 METHODS: dict[str, tuple[list[str], int | str]] = {
     "rlr": (["--estimator", "rlr", *MEASURED, "true"], AUTO),
-    "rlr, two of a prompt": (["--estimator", "rlr", *MEASURED, "true"], 2),
     "rlr without roulette, two of a prompt": (["--estimator", "rlr", *MEASURED, "false"], 2),
     "auto": (["--estimator", "auto", *MEASURED, "true", "--step_kind", "auto"], AUTO),
     "auto, with noise": (["--estimator", "auto", *MEASURED, "true"], AUTO),
