@@ -97,6 +97,8 @@ def test_a_full_card_tells_what_was_measured(folder: Path) -> None:
         "Every step has weight 1."
     )
     assert f"\n\n{told}\n\n" in text
+    measured = changed(FULL, config=FULL.config | {"num_images_per_prompt": "auto"}, training={"images_per_prompt": 2})
+    assert "Every update used 16 samples, 2 for each prompt." in write(folder, measured)
     assert "| adapter | LoRA of rank 4, alpha 4, 25,088 weights in the unet |" in text
     assert "| update | 16 samples (4 prompts x 4) on 2 processes |" in text
     assert "| optimiser | AdamW, learning rate 0.002 (constant), gradients clipped to norm 1 |" in text
