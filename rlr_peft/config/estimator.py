@@ -158,22 +158,9 @@ class ScoreTermArguments(EstimatorArguments):
 
     def check_groups(self, config: "Config") -> Iterator[str]:
         """Yields what is wrong with the size of a prompt's group."""
-        training = config.training
-        if training.compared_images > 1:
-            return
         method = config.estimator.estimator  # `auto`, of which this may be a member
-        why = "whose score terms compare the images of a prompt with each other (leave-one-out)"
-        instead = "for a reward with a gradient there is --estimator full-bp too."
-        if training.num_images_per_prompt == AUTO:
-            yield (
-                f"train_batch_size: expected samples of an update that 2, 3 or 4 divides with {method}, {why}, got "
-                f"{training.fixed_samples} (train_batch_size {training.train_batch_size} x gradient_accumulation_steps "
-                f"{training.gradient_accumulation_steps}); change one of the two; {instead}"
-            )
-            return
-        yield (
-            f"num_images_per_prompt: expected 2 or more with {method}, {why}, got 1; raise it, or the samples of an "
-            f"update, or leave it out; {instead}"
+        yield from config.training.check_compared(
+            method, " For a reward with a gradient there is --estimator full-bp too, which compares none."
         )
 
     def _check_window(self, config: "Config", window: tuple[int | str, ...]) -> Iterator[str]:

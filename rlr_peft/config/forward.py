@@ -53,11 +53,7 @@ class ForwardArguments(EstimatorArguments):
 
     def check(self, config: "Config") -> Iterator[str]:
         yield from super().check(config)
-        if config.training.compared_images == 1:
-            yield (
-                f"num_images_per_prompt: expected 2 or more with {self.estimator}, which compares the images of a "
-                "prompt with each other, got 1; raise it, or the samples of an update, or leave it out."
-            )
+        yield from config.training.check_compared(self.estimator)
         if config.training.detach_negative:
             yield (
                 f"detach_negative: expected none with {self.estimator}, which trains without guidance, got true; drop "

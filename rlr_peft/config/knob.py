@@ -170,7 +170,7 @@ class Knob:
 
     @property
     def help(self) -> str:
-        """Sentence, unit and default, as `--help` shows them; once for each way in which methods mean it."""
+        """Sentence, unit and default, as `--help` shows them; a line for each way in which methods mean it."""
         if not self.methods or self.shared:
             words = [_sentence(self.field)]
             if self._is_long_choice:
@@ -184,7 +184,7 @@ class Knob:
         for method, declared in self.methods.items():
             defaults = meanings.setdefault(_sentence(declared), {})
             defaults.setdefault(said(declared.default), []).append(method)
-        return " ".join(
+        return "\n".join(
             f"{sentence} (default: {'; '.join(f'{value} with {listed(names)}' for value, names in defaults.items())})"
             for sentence, defaults in meanings.items()
         ).replace("%", "%%")

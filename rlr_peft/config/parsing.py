@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Generic, NoReturn, TypeVar
 
 from rlr_peft.config.arguments import (
@@ -277,7 +278,10 @@ def _nothing_given(name: str, known: Mapping[str, Knob]) -> str:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Fills all texts but an example, whose lines are kept."""
+    """Fills all texts but an example, whose lines are kept; words with a hyphen stay whole, as they may be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [line for part in text.splitlines() for line in wrap(part, width, break_on_hyphens=False)]
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("example:") else super()._fill_text(text, width, indent)

@@ -126,9 +126,14 @@ class D3POArguments(ReusedSamplesArguments):
     )
 
     def check_groups(self, config: "Config") -> Iterator[str]:
-        group, batch = config.training.compared_images, config.training.train_batch_size
-        if group % 2 or batch % 2:
+        training = config.training
+        if training.train_batch_size % 2:
             yield (
-                f"num_images_per_prompt: expected pairs with d3po, that is an even number beside an even "
-                f"train_batch_size, got {group} and {batch}; change them."
+                "train_batch_size: expected an even number with d3po, which compares the images of a prompt in pairs, "
+                f"got {training.train_batch_size}; give --train_batch_size {training.train_batch_size + 1}."
+            )
+        elif training.compared_images % 2:
+            yield (
+                "num_images_per_prompt: expected an even number with d3po, which compares the images of a prompt in "
+                f"pairs, got {training.compared_images}; give --num_images_per_prompt 2."
             )

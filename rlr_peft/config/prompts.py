@@ -48,8 +48,7 @@ class PromptArguments(Group):
     prompt_path: dict[str, float] | str | None = knob(
         None,
         "Training prompts: a `.txt` (one a line), `.jsonl`, `.csv` or `.parquet` file, or the built-in "
-        "`simple-animals/train` or `tiny-shapes/train` (also `/test`); or several, also datasets, "
-        "as `{NAME: WEIGHT, ...}`.",
+        "`simple-animals/train` or `tiny-shapes/train`; or several files and datasets, `{NAME: WEIGHT, ...}`.",
         found="prompts",
     )
     dataset_name: str | None = knob(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil, gcd
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
@@ -93,14 +94,41 @@ class TrainingArguments(Group):
             return self.num_images_per_prompt
         return next(size for size in range(COMPARED_IMAGES, 0, -1) if self.fixed_samples % size == 0)
 
+    def check_compared(self, method: str, instead: str = "") -> Iterator[str]:
+        """Yields what to change where `method` has no two images of a prompt to compare."""
+        if self.compared_images > 1:
+            return
+        why = f"with {method}, which compares the images of a prompt with each other"
+        if self.num_images_per_prompt != AUTO:
+            yield f"num_images_per_prompt: expected 2 or more {why}, got 1; leave it out, or give 4.{instead}"
+            return
+        yield (
+            f"train_batch_size: expected a number of images in an update that 2, 3 or 4 divides {why}, got "
+            f"{self._samples_in_words}; give {self._more_samples(COMPARED_IMAGES)}.{instead}"
+        )
+
+    @property
+    def _samples_in_words(self) -> str:
+        return (
+            f"{self.fixed_samples} (train_batch_size {self.train_batch_size} x gradient_accumulation_steps "
+            f"{self.gradient_accumulation_steps})"
+        )
+
+    def _more_samples(self, multiple_of: int) -> str:
+        """The flag that gives an update the next larger number of images that this one divides."""
+        steps, batch = self.gradient_accumulation_steps, self.train_batch_size
+        if not isinstance(steps, int):
+            return f"--train_batch_size {ceil(batch / multiple_of) * multiple_of}"
+        unit = multiple_of // gcd(multiple_of, batch)
+        return f"--gradient_accumulation_steps {ceil(steps / unit) * unit}"
+
     def check(self, config: "Config") -> Iterator[str]:
         yield from self._check_measured_batch(config) if self.gradient_accumulation_steps == AUTO else ()
         if self.fixed_samples % self.compared_images:
             yield (
-                f"num_images_per_prompt: expected a divisor of the {self.fixed_samples} samples of an update "
-                f"(train_batch_size {self.train_batch_size} x gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}), got {self.num_images_per_prompt}; change one of the three so "
-                "that every prompt's group is whole."
+                "num_images_per_prompt: expected a number that divides the images of an update, "
+                f"{self._samples_in_words}, got {self.num_images_per_prompt}; leave it out, or give "
+                f"{self._more_samples(self.compared_images)}."
             )
         if reason := why_no_place(Path(self.output_dir)):
             yield (

@@ -16,7 +16,10 @@ def with_rlr(argv: str) -> list[str]:
 
 
 REFUSED = [
-    ("--train_batch_size 3 --num_images_per_prompt 2", "num_images_per_prompt: expected a divisor of the 3 samples"),
+    (
+        "--train_batch_size 3 --num_images_per_prompt 2",
+        "num_images_per_prompt: expected a number that divides the images of an update, 3 (",
+    ),
     ("--train_batch_size 0", "train_batch_size: expected at least 1 and at most 4096, got 0"),
     ("--gradient_accumulation_steps=-1", "gradient_accumulation_steps: expected at least 1 and at most 100000, got -1"),
     ("--zo_scale 0", "zo_scale: expected above 0 and at most 1000, got 0.0"),
@@ -35,9 +38,23 @@ REFUSED = [
     ("--num_images_per_prompt 1", "num_images_per_prompt: expected 2 or more with rlr"),
     (
         "--estimator auto --train_batch_size 1",
-        "train_batch_size: expected samples of an update that 2, 3 or 4 divides with auto, whose score terms compare "
-        "the images of a prompt with each other (leave-one-out), got 1 (train_batch_size 1 x "
-        "gradient_accumulation_steps 1); change one of the two",
+        "train_batch_size: expected a number of images in an update that 2, 3 or 4 divides with auto, which compares "
+        "the images of a prompt with each other, got 1 (train_batch_size 1 x gradient_accumulation_steps 1); give "
+        "--gradient_accumulation_steps 4. For a reward with a gradient there is --estimator full-bp too",
+    ),
+    (
+        "--estimator grpo --train_batch_size 1 --gradient_accumulation_steps 5",
+        "got 5 (train_batch_size 1 x gradient_accumulation_steps 5); give --gradient_accumulation_steps 8.",
+    ),
+    ("--estimator nft --train_batch_size 1", "train_batch_size: expected a number of images in an update"),
+    (
+        "--estimator grpo --train_batch_size 6 --num_images_per_prompt 4",
+        "num_images_per_prompt: expected a number that divides the images of an update, 6 (train_batch_size 6 x "
+        "gradient_accumulation_steps 1), got 4; leave it out, or give --gradient_accumulation_steps 2.",
+    ),
+    (
+        "--estimator auto --train_batch_size 5 --gradient_accumulation_steps auto --max_train_steps 9",
+        "gradient_accumulation_steps auto); give --train_batch_size 8.",
     ),
     ("--num_images_per_prompt 1 --estimator reinforce", "num_images_per_prompt: expected 2 or more with reinforce"),
     ("--eta 0", "estimator: expected noise in the chain for the score terms of rlr, got eta 0.0"),
@@ -165,10 +182,11 @@ REFUSED = [
         "--antithetic --train_batch_size 3 --gradient_accumulation_steps 4",
         "antithetic: expected pairs, that is an even train_batch_size",
     ),
-    ("--estimator d3po --num_images_per_prompt 1", "num_images_per_prompt: expected pairs with d3po"),
+    ("--estimator d3po --num_images_per_prompt 1", "num_images_per_prompt: expected an even number with d3po"),
     (
         "--estimator d3po --train_batch_size 3 --gradient_accumulation_steps 2 --num_images_per_prompt 2",
-        "num_images_per_prompt: expected pairs with d3po, that is an even number beside an even train_batch_size",
+        "train_batch_size: expected an even number with d3po, which compares the images of a prompt in pairs, got 3; "
+        "give --train_batch_size 4.",
     ),
     ("--reference init_adapter", "reference: expected base without an init_adapter, got init_adapter; give --init_ad"),
     (
