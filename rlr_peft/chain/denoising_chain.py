@@ -106,6 +106,11 @@ class DenoisingChain(SteppedPipeline):
             chain._decodes_for_rewards, chain._first_frames, chain._detach_negative = False, None, False
         chain._arrange(replace(self.arguments, **changed))
         chain._own_scheduler = scheduler
+        if scheduler is not None and self.family.has_sound:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} returns a video's latents without those of its sound, which stay here "
+                "with the chain's own steps: leave --evaluation_scheduler out."
+            )
         if scheduler is not None:
             own_scheduler(self.pipeline.scheduler, scheduler)  # raises where there is none
         return chain

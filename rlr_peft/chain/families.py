@@ -51,6 +51,9 @@ class Family:
         image_area: pixels that the call scales a picture to, whatever size it draws; None for the size that is drawn.
         starts_with_image: whether the latents (B, S, C) start with those of the picture, as a mask (B, S) says that
             ``prepare_latents`` returns beside them, and steps are taken on the others, unpacked to (B, C, F, h, w).
+        has_sound: whether sound is drawn in the same loop, whose tokens (B, S_sound, C), made by
+            ``prepare_audio_latents``, are the last ones of the chain's latents (B, S, C).
+        other_guidance: further arguments of guidance, with the values at which they are off.
         needs_package: what the pipeline's code cannot do without, by its name and that of our extra; None for nothing.
     """
 
@@ -69,6 +72,8 @@ class Family:
     images_of_call: ImagesOfCall = "any"
     image_area: int | None = None
     starts_with_image: bool = False
+    has_sound: bool = False
+    other_guidance: tuple[tuple[str, float], ...] = ()
     needs_package: str | None = None
 
     @property
@@ -213,6 +218,19 @@ FAMILIES = (
         pipeline_tag="image-to-video",
         needs_image=True,
         starts_with_image=True,
+    ),
+    Family(
+        name="ltx-2",
+        pipeline_classes=("LTX2Pipeline",),
+        pipeline_tag="text-to-video",
+        has_sound=True,
+        other_guidance=(
+            ("stg_scale", 0.0),
+            ("modality_scale", 1.0),
+            ("audio_guidance_scale", 1.0),
+            ("audio_stg_scale", 0.0),
+            ("audio_modality_scale", 1.0),
+        ),
     ),
 )
 

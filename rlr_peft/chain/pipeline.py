@@ -74,10 +74,10 @@ class PipelineDriver:
         for needed in ("prompt", "latents", "num_inference_steps", "output_type"):
             if needed not in self.parameters:
                 raise ValueError(f"{self.name} cannot be driven as a chain: its call takes no `{needed}`.")
-        if "audio_latents" in self.parameters:
+        if "audio_latents" in self.parameters and not family.has_sound:
             raise ValueError(
-                f"{self.name} cannot be driven as a chain: it draws sound in the loop of its pictures, and a chain has "
-                "one kind of latents."
+                f"{self.name} cannot be driven as a chain: it draws sound in the loop of its pictures; of such classes "
+                "LTX2Pipeline alone is known here."
             )
         if family.needs_package is not None:
             extra(family.needs_package, family.needs_package, self.name)
@@ -145,9 +145,13 @@ class PipelineDriver:
         images = self.condition_images(prompts, arguments)
         encoded = self._encoded_images.of(images) if images else nullcontext()
         options = {**self._as_argument(images), **arguments}
-        with self._driven_by(scheduler) as pipeline, detached, encoded, self._entering_as(latents) as given:
+        is_decoded = arguments["output_type"] != "latent"
+        sound = self._sound_entering_as(latents, on_tape=not is_decoded) if self.family.has_sound else nullcontext()
+        with self._driven_by(scheduler) as pipeline, detached, encoded, self._entering_as(latents) as given, sound:
             returned = self._undecorated(pipeline, prompt=texts, latents=given, return_dict=False, **options)[0]
-        return returned[:, self._given :] if self._given and arguments["output_type"] == "latent" else returned
+        if isinstance(scheduler, RecordingScheduler) and scheduler.sound is not None:
+            scheduler.recorded = RecordedSteps.joined([scheduler.recorded, scheduler.sound.recorded], axis=1)
+        return returned[:, self._given :] if self._given and not is_decoded else returned
 
     @contextmanager
     def decoding_for_rewards(self) -> Iterator[None]:
@@ -222,7 +226,8 @@ class PipelineDriver:
             if latents is None:
                 self.prepared = first
                 return made
-            entering = latents.clone()  # Kandinsky 5 writes into them
+            tokens = first.shape[1] if self.family.has_sound else latents.shape[1]
+            entering = latents[:, :tokens].clone()  # Kandinsky 5 writes into them
             if self._given:
                 entering = torch.cat([first[:, : self._given].to(latents), latents], dim=1)
             if first.shape[:-1] == latents.shape[:-1]:  # else latents of another size than the call's are decoded
@@ -235,6 +240,32 @@ class PipelineDriver:
             yield None
         finally:
             del self.pipeline.prepare_latents
+
+    @contextmanager
+    def _sound_entering_as(self, latents: torch.Tensor | None, on_tape: bool) -> Iterator[None]:
+        """Inside, the pipeline starts its sound from the last tokens of these latents.
+
+        Args:
+            on_tape: False where the sound is decoded, which no reward hears.
+        """
+        prepare = self.pipeline.prepare_audio_latents
+        devices = [self.device] if self.device.type == "cuda" else []
+
+        @wraps(prepare)
+        def prepared(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with torch.random.fork_rng(devices, enabled=latents is not None):
+                made: torch.Tensor = prepare(*args, **kwargs)
+            if latents is None:
+                self.prepared = made if self.prepared is None else torch.cat([self.prepared, made], dim=1)
+                return made
+            sound = latents[:, -made.shape[1] :]
+            return sound.clone() if on_tape else sound.detach()
+
+        self.pipeline.prepare_audio_latents = prepared
+        try:
+            yield
+        finally:
+            del self.pipeline.prepare_audio_latents
 
     @contextmanager
     def _driven_by(self, scheduler: RecordingScheduler | SchedulerMixin) -> Iterator[DiffusionPipeline]:
@@ -265,10 +296,11 @@ class PipelineDriver:
 
 
 def _denoisers_and_decoder(pipeline: Any, family: Family, reward_decoder: Any) -> Iterator[torch.nn.Module]:
-    """Every module that latents enter: a second expert too that is not trained."""
+    """Every module that latents or embeddings enter: a second expert too that is not trained."""
     vae = getattr(pipeline, "vae", None)
     places = [(pipeline, name) for name in dict.fromkeys((*family.denoisers, *DENOISERS))]
-    for owner, name in [*places, (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]:
+    places += [(pipeline, "connectors"), (vae, "decoder"), (vae, "post_quant_conv"), (reward_decoder, "decoder")]
+    for owner, name in places:
         module = getattr(owner, name, None)
         if isinstance(module, torch.nn.Module):
             yield module

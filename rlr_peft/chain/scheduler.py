@@ -47,18 +47,18 @@ class RecordedSteps:
         self.steps += later.steps
 
     @staticmethod
-    def joined(parts: Sequence[RecordedSteps]) -> RecordedSteps:
-        """One record of a batch whose parts took the same steps one after another."""
+    def joined(parts: Sequence[RecordedSteps], axis: int = 0) -> RecordedSteps:
+        """One record of latents (B, ...) whose parts along an axis took the same steps one after another."""
         steps = [
             GaussianStep(
-                torch.cat([step.mean for step in same]),
+                torch.cat([step.mean for step in same], axis),
                 same[0].std,
-                torch.cat([step.pred_original_sample for step in same]),
+                torch.cat([step.pred_original_sample for step in same], axis),
             )
             for same in zip(*(part.steps for part in parts), strict=True)
         ]
         latents = zip(*(part.latents for part in parts), strict=True)
-        return RecordedSteps([torch.cat(same) for same in latents], steps)
+        return RecordedSteps([torch.cat(same, axis) for same in latents], steps)
 
 
 class RecordingScheduler:
@@ -73,6 +73,7 @@ class RecordingScheduler:
 
     Attributes:
         noise_window: as given; it may change between two samples.
+        sound: steps the last tokens of the latents, the sound of a video; None where the pipeline made no copy for it.
     """
 
     order = 1
@@ -95,6 +96,8 @@ class RecordingScheduler:
         self.recorded = RecordedSteps()
         self.on_step: Callable[[int], object] | None = None
         self.latents_shape: tuple[int, ...] | None = None
+        self.sound: RecordingScheduler | None = None
+        self._is_sound = False
         self._base = base
         self._timestep_spacing = timestep_spacing
         self.noise_window = noise_window
@@ -124,7 +127,13 @@ class RecordingScheduler:
         self._exposed = range(start, stop, -1)
         self._noises = noises
         self._next_step = start
-        self.recorded = RecordedSteps()
+        self.recorded, self.sound = RecordedSteps(), None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecordingScheduler:
+        """What a pipeline steps its sound with, after its pictures: the same steps on the last tokens."""
+        self.sound = sound = copy.copy(self)
+        sound.recorded, sound.on_step, sound._is_sound = RecordedSteps(), None, True
+        return sound
 
     def of_samples(self, samples: slice) -> RecordingScheduler:
         """Another one that exposes the same steps for a part of the batch, and has recorded none."""
@@ -180,7 +189,7 @@ class RecordingScheduler:
         latents, output = self._unfolded(sample.to(dtype)), self._unfolded(model_output.to(dtype))
         kind = self._kind(t, following)
         step = gaussian_step(kind, self.prediction_type, latents, output, current, following, self.eta)
-        latents = step.mean if self._noises is None else step.next_latents(self._noises[t - 1])
+        latents = step.mean if self._noises is None else step.next_latents(self._own(self._noises[t - 1], latents))
         self.recorded.steps.append(step)
         self.recorded.latents.append(latents)
         self._next_step = t - 1
@@ -242,6 +251,11 @@ class RecordingScheduler:
         if alternative >= 2 * sensitivity:
             text += f" With --timestep_spacing trailing it is {alternative:.3f}."
         return text
+
+    def _own(self, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The noise of these latents: of a video with sound that of its first tokens, of its sound that of the last."""
+        tokens = latents.shape[1]
+        return noise[:, -tokens:] if self._is_sound else noise[:, :tokens]
 
     def _kind(self, t: int, following: PathPoint) -> StepKind:
         """A flow-SDE step is noisier than where it leads: at the end, even one just short of clean, that would stay."""

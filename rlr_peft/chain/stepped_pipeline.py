@@ -280,6 +280,11 @@ class CallArguments:
         self._guidance_argument, self._no_guidance = driver.family.guidance_argument, driver.family.no_guidance
         self.guidance = self._guidance(driver.family.guidance_argument, knobs)
         self.guidance_scale = float(self.guidance.get(driver.family.guidance_argument, 1.0))
+        if knobs.num_frames is None and getattr(driver.pipeline, "duration_head", None) is not None:
+            raise ValueError(f"{self._name} would choose another length for every prompt: give --num_frames.")
+        self._off = {self._steering_argument: self._no_guidance, **dict(driver.family.other_guidance)}
+        if self.guidance_scale <= self._no_guidance:
+            self.guidance |= dict(driver.family.other_guidance)
         own = {name: value for name, value in vars(knobs).items() if name not in STEPPING | TRANSLATED}
         own[driver.frames_argument or "num_frames"] = own.pop("num_frames")
         own |= {"height": knobs.height or knobs.resolution, "width": knobs.width or knobs.resolution}
@@ -308,9 +313,9 @@ class CallArguments:
 
     def without_guidance(self) -> "CallArguments":
         """The same call with guidance off; a scale that is built into the model stays."""
-        unguided, name = copy.copy(self), self._steering_argument
-        if name in self._parameters:
-            unguided._fixed, unguided._negative_prompt = {**self._fixed, name: self._no_guidance}, None
+        unguided = copy.copy(self)
+        if self._steering_argument in self._parameters:
+            unguided._fixed, unguided._negative_prompt = {**self._fixed, **self._off}, None
         return unguided
 
     @property

@@ -147,7 +147,7 @@ def _json(path: Path) -> dict[str, Any]:
 class BlankTokenizer:
     """Stands in for a tokenizer, whose vocabulary is no small file: every prompt is as long as may be."""
 
-    bos_token_id, eos_token_id, pad_token_id = 0, 1, 1
+    bos_token_id, eos_token_id, pad_token_id, pad_token = 0, 1, 1, ""
     added_tokens_encoder: Mapping[str, int] = {}
 
     def __init__(self, model_max_length: int) -> None:
@@ -230,9 +230,15 @@ def build_pipeline(
     return pipeline
 
 
-def build_model(config: Mapping[str, Any], class_name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """One diffusers model from its config, frozen, in eval mode."""
-    model_class = getattr(diffusers, class_name)
+def build_model(
+    config: Mapping[str, Any], class_name: str, device: torch.device, dtype: torch.dtype, library: Any = diffusers
+) -> nn.Module:
+    """One diffusers model from its config, frozen, in eval mode.
+
+    Args:
+        library: diffusers, or the module of a pipeline that has models of its own.
+    """
+    model_class = getattr(library, class_name)
     with _quiet(), _made_in(dtype), device:
         model: nn.Module = model_class.from_config(dict(config))
     # As loading does: what comes from a file has the dtype, except what the class wants in float32.
@@ -254,6 +260,9 @@ def _component(
     needs_image = family is not None and family.needs_image
     if library is None or name in ABSENT or (name in OF_IMAGES and not needs_image):
         return None
+    pipeline_class = getattr(diffusers, architecture.model_index["_class_name"])
+    if "Processor" in class_name and name in pipeline_class._optional_components:
+        return None
     config = architecture.components.get(name, {})
     if name == "image_processor":
         return BlankImageProcessor(architecture.components["image_encoder"]["image_size"])
@@ -268,6 +277,8 @@ def _component(
         if "Scheduler" in class_name:
             return getattr(diffusers, class_name).from_config(dict(config))
         return build_model(config, class_name, device, dtype)
+    if hasattr(own := getattr(diffusers.pipelines, library, None), class_name):
+        return build_model(config, class_name, device, dtype, own)
     model_class = getattr(transformers, class_name, None)
     if library != "transformers" or model_class is None:
         raise ArchitectureError(

@@ -63,6 +63,7 @@ CASES = {
     "wan-i2v": Case(videos.wan_image_to_video, SMALL | {"num_frames": 5}, needs_image=True),
     "cogvideox": Case(videos.cogvideox, SMALL | {"num_frames": 9, "max_sequence_length": 16}),
     "ltx": Case(videos.ltx, LARGER | {"num_frames": 9}),
+    "ltx-2": Case(videos.ltx_2, LARGER | {"num_frames": 5, "max_sequence_length": 16}),
     "ltx-i2v": Case(videos.ltx_image_to_video, LARGER | {"num_frames": 9}, needs_image=True),
 }
 COLOURS = {"red": (200, 30, 30), "blue": (20, 40, 220)}

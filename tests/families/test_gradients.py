@@ -16,7 +16,8 @@ def trained_chain(name: str, folder_of: Callable[[str], str]) -> DenoisingChain:
     case = CASES[name]
     pipeline = load(folder_of(name))
     if case.double:
-        for part in ("unet", "transformer", "transformer_2", "vae"):  # a text encoder's attention mask may overflow
+        # not the text encoders: their attention masks may overflow
+        for part in ("unet", "transformer", "transformer_2", "connectors", "vae", "audio_vae", "vocoder"):
             if getattr(pipeline, part, None) is not None:
                 getattr(pipeline, part).double()
     chain = chain_over(pipeline, num_inference_steps=NUM_STEPS, **case.options)

@@ -24,7 +24,7 @@ def config_of(name: str, folder: str, *more: str) -> Config:
     return load_config([*base, *required, *options, *more])
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux-true-cfg", "text-to-video-sd", "wan-i2v", "ltx-i2v"])
+@pytest.mark.parametrize("name", ["sdxl", "flux-true-cfg", "text-to-video-sd", "wan-i2v", "ltx-i2v", "ltx-2"])
 def test_a_familys_folder_is_planned(name: str, folder_of: Callable[[str], str]) -> None:
     plan = plan_run(config_of(name, folder_of(name)))
     assert all(plan.tensors(phase) > 0 for phase in PHASES)

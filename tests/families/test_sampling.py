@@ -122,3 +122,23 @@ def test_half_precision_keeps_float32_latents_and_gradients(name: str, folder_of
     latents = trajectory.latents[0].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(chain.decode(latents, prompts).float().sum(), latents)
     assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+def test_sound_is_sampled_beside_its_video_and_not_decoded_for_the_reward(folder_of: Callable[[str], str]) -> None:
+    pipeline, options = load(folder_of("ltx-2")), CASES["ltx-2"].options
+    chain, prompts = chain_over(pipeline, num_inference_steps=2, eta=0.7, **options), prompts_of("ltx-2")
+    trajectory = chain.sample(prompts, SEEDS)
+    latents = trajectory.latents[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(chain.decode(latents, prompts).sum(), latents)
+    pictures = 3 * 16 * 16  # latent frames of 5 frames, and of 32 pixels
+    assert chain.latents_shape == (pictures + 5, 4), "25 latent frames of sound a second"
+    assert gradient[:, :pictures].abs().sum() > 0 and not gradient[:, pictures:].any()
+    other = trajectory.latents[1].clone()
+    other[:, pictures:] += 1.0
+    changed = chain.replay(trajectory, 1, other).mean - chain.replay(trajectory, 1).mean
+    assert changed[:, :pictures].abs().max() > 1e-6, "pictures hear their sound in the transformer"
+    with pytest.raises(ValueError, match="LTX2Pipeline returns a video's latents without those of its sound"):
+        chain.at(scheduler="FlowMatchEulerDiscreteScheduler")
+    pipeline.duration_head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="choose another length for every prompt: give --num_frames"):
+        chain_over(pipeline, num_inference_steps=2, **{**options, "num_frames": None})

@@ -3,6 +3,8 @@
 from transformers import (
     Gemma2Config,
     Gemma2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -64,6 +66,13 @@ def gemma_encoder() -> Gemma2Model:
     return Gemma2Model(
         Gemma2Config(vocab_size=len(gemma_tokenizer()), **SMALL, num_hidden_layers=1, num_key_value_heads=2, head_dim=8)
     )
+
+
+def gemma3_encoder() -> Gemma3ForConditionalGeneration:
+    """LTX-2's encoder, of which every hidden state is used."""
+    text = {"vocab_size": len(gemma_tokenizer()), **SMALL, "num_hidden_layers": 1, "num_key_value_heads": 2}
+    vision = {"image_size": 16, "patch_size": 8, **SMALL, "num_hidden_layers": 1}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text | {"head_dim": 8}, vision_config=vision))
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
