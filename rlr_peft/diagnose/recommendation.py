@@ -12,7 +12,6 @@ from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, bias_rank, squa
 from rlr_peft.diagnose.estimates import Cosine, is_clearly_larger, noise_scale, paired_difference
 from rlr_peft.diagnose.evidence import agreement, update_size
 from rlr_peft.diagnose.methods import quoted
-from rlr_peft.estimators.auto import WORTH_A_BIAS
 from rlr_peft.estimators.base import step_ranges
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
@@ -297,8 +296,8 @@ def steps_in_words(steps: Sequence[int]) -> str:
 def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
     """The flags of the method to take, and three sentences at the most: which and why, how biased, what batch.
 
-    A biased method is taken where it promises WORTH_A_BIAS times what the best unbiased one does and the samples show
-    beyond doubt that it points along the reference. Where no method is unbiased, the least biased ones count as such.
+    A biased method is taken where it promises more than the best unbiased one and the samples show beyond doubt that
+    it points along the reference. Where no method is unbiased, the least biased ones count as such.
     """
     # What was measured on fewer samples, or cannot be chosen by flags, is no candidate.
     whole = diagnosis.evidence.num_samples
@@ -316,7 +315,7 @@ def answer_of(diagnosis: Diagnosis) -> tuple[str, list[str]]:
         ]
     safe, best = _best(unbiased), _best(candidates)
     for rival in sorted(candidates, key=lambda r: -r.improvement):
-        if rival.improvement < WORTH_A_BIAS * safe.improvement:
+        if rival.improvement <= safe.improvement:
             break
         cosine = _agreement(diagnosis, rival)
         if cosine is not None and cosine.low > 0:
@@ -370,12 +369,10 @@ def _why_not(diagnosis: Diagnosis, safe: MethodResult, best: MethodResult) -> st
     if best is safe:
         biased = "unbiased" if safe.coverage.unbiased else "as little biased as can be here"
         return f"It is {biased}, and no biased method promises more."
-    promised = f"{quoted(best.method.name)} promises {short_number(best.improvement / safe.improvement)} times as much"
-    if best.improvement < WORTH_A_BIAS * safe.improvement:
-        return f"{promised}, but is biased. A biased method is taken from {WORTH_A_BIAS:g} times on."
     cosine = _agreement(diagnosis, best)
     unsure = "shows no signal of its own" if cosine is None else f"may point elsewhere (cosine {cosine})"
-    return f"{promised}, but is biased and {unsure}: raise `--samples`."
+    times = short_number(best.improvement / safe.improvement)
+    return f"{quoted(best.method.name)} promises {times} times as much, but is biased and {unsure}: raise `--samples`."
 
 
 def _batch(diagnosis: Diagnosis, chosen: MethodResult) -> str:

@@ -51,8 +51,6 @@ from rlr_peft.estimators.zeroth_order import Perturbation
 
 logger = logging.getLogger(__name__)
 
-# A biased member must promise this many times the improvement of the unbiased one: few samples measure roughly.
-WORTH_A_BIAS = 1.25
 UNBIASED = "rlr"
 # Samples of an update, where they are measured, as a share of the noise scale; and how fast they may grow or shrink.
 BATCH_OF_NOISE_SCALE = 0.25
@@ -140,7 +138,7 @@ def promise(
 
 
 class AutoEstimator(Estimator):
-    """Delegates to ``rlr`` or to the member of the pathwise family that promises clearly more.
+    """Delegates to ``rlr`` or to the member of the pathwise family that promises more.
 
     A reward without gradient, of which so few samples say nothing, is left to ``ram``, which gained more than
     ``rlr`` in races.
@@ -322,9 +320,7 @@ class AutoEstimator(Estimator):
             name: promise(moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps, experts)
             for name, member in self._members.items()
         }
-        best = max(self._promises, key=lambda name: self._promises[name].improvement)
-        clearly = self._promises[best].improvement > WORTH_A_BIAS * self._promises[UNBIASED].improvement
-        self._chosen = best if clearly else UNBIASED
+        self._chosen = max(self._promises, key=lambda name: self._promises[name].improvement)
 
     def _share_batch(self) -> None:
         """The roulette's chances depend on B."""

@@ -71,14 +71,10 @@ def test_truncation_is_not_named_where_it_leads_astray() -> None:
     assert recommend(diagnosis).flags.split()[1] not in astray
 
 
-def test_a_bias_must_be_worth_it(short: Diagnosis) -> None:
-    for promised, named in ((1.2, "rlr"), (1.3, "refl")):
+def test_a_biased_method_is_named_only_where_it_promises_more(short: Diagnosis) -> None:
+    for promised, named in ((1.0, "rlr"), (1.1, "refl")):
         advice = recommend(with_improvements(short, rlr=1.0, refl=promised))
         assert advice.flags.startswith(f"--estimator {named}")
-    assert (
-        "A biased method is taken from 1.25 times on"
-        in recommend(with_improvements(short, rlr=1.0, refl=1.2)).answer[1]
-    )
     alone = recommend(with_improvements(short, rlr=1.0))
     assert (
         alone.answer[1] == "It is unbiased, and no biased method promises more."
