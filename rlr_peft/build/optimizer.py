@@ -158,7 +158,7 @@ BLOCK_PROMPTS, BLOCK_UPDATES = 32, 8
 # So many successive blocks are judged together: rewards near the top differ by much in a few prompts.
 WINDOW_BLOCKS = 4
 # Standard errors of the difference. Halving a good rate by mistake costs little; the best of many blocks is lucky.
-CLEARLY = 4.0
+CLEARLY = 3.5
 ROUNDING = 1e-6
 
 

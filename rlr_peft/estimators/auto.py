@@ -8,10 +8,10 @@ same length whatever the estimate, so that an update of B independent samples ra
 
 which is |gradient| for a full gradient without noise and less for one that is biased or noisy. Divided by the cost of B
 samples it is the expected improvement per cost. Where several models share out the steps, as in Wan 2.2, each takes
-steps of that length by itself, so that their improvements add up, and a member that never reaches one gains nothing
-there. The gradient is that of the measured samples' own mean reward: so few
-do not tell the true one, which is often too small to be seen in them at all, but a member that misses theirs sample by
-sample will miss it too.
+steps of that length by itself, so that their improvements add up. A member that never reaches one gains nothing there,
+but a rate that is measured by the change of the images is higher for it, by the root of how many fewer it moves. The
+gradient is that of the measured samples' own mean reward: so few do not tell the true one, which is often too small to
+be seen in them at all, but a member that misses theirs sample by sample will miss it too.
 
 The batch may be chosen too. With N the noise scale, tr(covariance) / |mean|^2 of a single sample's estimate, a step of
 the best length improves the reward in proportion to ``B / (B + N)`` (McCandlish et al. 2018, arXiv:1812.06162): per
@@ -92,7 +92,7 @@ class Promise:
 
     Attributes:
         cosine: between its expectation and the full gradient.
-        improvement: in [0, 1], of an update, over the number of evaluations that it costs.
+        improvement: of an update, over the number of evaluations that it costs.
     """
 
     cosine: float
@@ -131,9 +131,11 @@ def promise(
     alike = squares(weights.square * moments.means) if weights.shared else expected
     square = (single + (samples - 1) * alike) / samples
     cost = samples * (fixed_cost + STEP_COST * weights.replays)
+    moved = (of_expert @ weights.square.diagonal() > 0).sum()
+    per_step = (along.clamp(min=0) / square.sqrt()).sum() / length.sqrt().sum() * (len(of_expert) / moved).sqrt()
     return Promise(
         cosine=float((along.sum() / (length.sum() * expected.sum()).sqrt()).clamp(-1, 1)),
-        improvement=float((along.clamp(min=0) / square.sqrt()).sum() / length.sqrt().sum() / cost),
+        improvement=float(per_step / cost),
     )
 
 

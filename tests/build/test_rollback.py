@@ -98,7 +98,7 @@ def test_a_slow_fall_shows_in_all_that_came_since_the_best_block() -> None:
     rewards = torch.Generator().manual_seed(1)
     halved = []
     for reward in (0.6, *[0.51] * 8):
-        noise = 0.15 * torch.randn(BLOCK_UPDATES, SAMPLES, generator=rewards)
+        noise = 0.18 * torch.randn(BLOCK_UPDATES, SAMPLES, generator=rewards)
         for update in reward + noise - noise.mean():
             training.rollback.see(update, 1)
         halved.append(training.rollback.halvings)

@@ -49,7 +49,7 @@ def test_a_promise_is_what_simulated_batches_keep() -> None:
 
 
 def test_experts_improve_each_by_itself() -> None:
-    """Two rows of noiseless gradients 3 and 1: whoever leaves one expert out has 3/4 or 1/4, whatever its length."""
+    """Two rows of noiseless gradients 3 and 1: with one expert alone 3/4 or 1/4 are left, in steps longer by a root."""
     rows = torch.zeros(2, 8, 2)
     rows[0, :, 0], rows[1, :, 1] = 3, 1
     moments, experts = GradientMoments.of(rows), torch.tensor([0, 1])
@@ -59,7 +59,7 @@ def test_experts_improve_each_by_itself() -> None:
     promises = [promise(moments, Weights.fixed(w), full, 1, 7.0, experts) for w in (full, first, second, skewed)]
     costs = [7.0 + STEP_COST * n for n in (2, 1, 1, 2)]
     improvements = [promised.improvement * cost for promised, cost in zip(promises, costs, strict=True)]
-    assert improvements == pytest.approx([1, 3 / 4, 1 / 4, 1])
+    assert improvements == pytest.approx([1, 2**0.5 * 3 / 4, 2**0.5 / 4, 1])
     assert promises[1].cosine == pytest.approx(3 / 10**0.5)
 
 
