@@ -77,8 +77,8 @@ def step_gradients(name: str, flags: list[str], folder: Path, samples: int) -> S
     prompts = [prompt for prompt in run.sampler.sample(0, samples // GROUP) for _ in range(GROUP)]
     seeds = [derive_seed(1, "calibration", 0, i) for i in range(samples)]
     batch = sample_batch(run.chain, run.objective, prompts, seeds, 16)
-    rollouts = batch.rollouts(leave_one_out(batch.rewards, GROUP))
-    gradients = measure_step_gradients(run.chain, rollouts, GradientSketch(run.chain.parameters, 1024))
+    advantages, sketch = leave_one_out(batch.rewards, GROUP), GradientSketch(run.chain.parameters, 1024)
+    gradients = measure_step_gradients(run.chain, batch.rollouts, advantages, sketch)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as aside:
         torch.save(vars(gradients), aside)
@@ -98,13 +98,12 @@ def judge(gradients: StepGradients) -> dict[str, Any]:
     for calibration, past in splits(gradients):
         measured, gains = step_variances(calibration), StepGains.of(calibration)
         chosen = {
-            SMALLEST: best_first_order_steps(measured.first_order, measured.half_order, worth_leaving_full=1.0),
-            HALVED: best_first_order_steps(measured.first_order, measured.half_order),
+            SMALLEST: best_first_order_steps(measured, worth_leaving_full=1.0),
+            HALVED: best_first_order_steps(measured),
         }
         for samples, rule in INFORMED.items():
             sizes = [SignalSizes.of_calibration(part) for part in (calibration, select(past, torch.arange(samples)))]
-            variance = gains.variances(SignalSizes().blend(sizes, decay=1.0))
-            chosen[rule] = best_first_order_steps(variance.first_order, variance.half_order)
+            chosen[rule] = best_first_order_steps(gains.variances(SignalSizes().blend(sizes, decay=1.0)))
         for rule, k in chosen.items():
             costs[rule].append(variances[k] / variances[best_k])
     return {

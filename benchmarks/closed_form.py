@@ -140,17 +140,18 @@ def measure(estimator: RLREstimator, bed: Bed, num_steps: int, groups: int, past
     """Variances of one group's estimate of the mean reward's gradient, cost of a sample, and K of the last estimate."""
     generator = torch.Generator().manual_seed(0)
 
-    def rollout(chain: ClosedFormChain, samples: int, seed: int) -> Rollout:
+    def rollout(chain: ClosedFormChain, samples: int, seed: int) -> tuple[Rollout, torch.Tensor]:
         trajectory = chain.sample([""] * samples, [seed] * samples)
         rewards, gradient = bed.objective(chain).score_with_gradient(trajectory.latents[0], trajectory.prompts)
         advantages = estimator.advantages(rewards, texts_of(trajectory.prompts), GROUP)
-        return Rollout(trajectory, rewards, advantages, gradient if bed.differentiable else None)
+        return Rollout(trajectory, rewards, gradient if bed.differentiable else None), advantages
 
     single = bed.chain(num_steps, 1)
     if bed.differentiable and estimator.wants_calibration(True):
-        estimator.calibrate(single, [rollout(single, 16, seed=0)], decay=0.0)
+        calibration, advantages = rollout(single, 16, seed=0)
+        estimator.calibrate(single, [calibration], advantages, decay=0.0)
     for update in range(past_updates):
-        past = estimator.accumulate(single, bed.objective(single), rollout(single, 16, seed=1 + update), generator)
+        past = estimator.accumulate(single, bed.objective(single), *rollout(single, 16, seed=1 + update), generator)
         estimator.learn([past])
     # A perturbation and drawn steps serve a whole batch: one group at a time shows their noise.
     draws = estimator.settings.zeroth_order is not None or estimator.settings.half_order not in (None, SINGLE)
@@ -159,7 +160,7 @@ def measure(estimator: RLREstimator, bed: Bed, num_steps: int, groups: int, past
     for call in range(calls):
         before = chain.denoiser_evaluations
         batch = rollout(chain, replicates * GROUP, seed=1000 + call)  # the same samples for every estimator
-        book = estimator.accumulate(chain, bed.objective(chain), batch, generator)
+        book = estimator.accumulate(chain, bed.objective(chain), *batch, generator)
         if estimator.settings.state_baseline:  # the others are measured as they are
             estimator.learn([book])
         evaluations = num_steps + (chain.denoiser_evaluations - before) / (replicates * GROUP)

@@ -38,9 +38,8 @@ def step_gradients(reward: str) -> torch.Tensor:
     prompts = [prompt for prompt in run.sampler.sample(0, PROMPTS) for _ in range(IMAGES)]
     seeds = [derive_seed(0, "calibration", i) for i in range(len(prompts))]
     batch = sample_batch(run.chain, run.objective, prompts, seeds, 8)
-    rollouts = batch.rollouts(torch.zeros(len(prompts)))
     sketch = GradientSketch(run.chain.parameters)
-    measured = measure_step_gradients(run.chain, rollouts, sketch, first_order_only=True).pathwise
+    measured = measure_step_gradients(run.chain, batch.rollouts, batch.rewards, sketch, first_order_only=True).pathwise
     assert measured is not None  # as the rewards have a gradient
     return measured
 

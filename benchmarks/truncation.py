@@ -53,8 +53,7 @@ def pathwise_gradients(num_steps: int, reward: str, samples: int) -> torch.Tenso
     prompts = run.sampler.sample(0, samples)
     batch = sample_batch(run.chain, run.objective, prompts, seeds, 16)
     sketch = GradientSketch(run.chain.parameters, DIMENSION)
-    rollouts = batch.rollouts(batch.rewards)
-    pathwise = measure_step_gradients(run.chain, rollouts, sketch, first_order_only=True).pathwise
+    pathwise = measure_step_gradients(run.chain, batch.rollouts, batch.rewards, sketch, first_order_only=True).pathwise
     assert pathwise is not None
     return pathwise.double()
 

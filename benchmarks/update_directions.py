@@ -80,9 +80,9 @@ def row(run: Run, batches: list[Batch], true: torch.Tensor, method: str, knobs: 
     gradients, before, began = [], run.chain.denoiser_evaluations, time.process_time()
     for batch in batches:
         advantages = estimator.advantages(batch.rewards, batch.prompts, GROUP)
-        for rollout in batch.rollouts(advantages):
+        for rollout in batch.rollouts:  # one micro-batch
             blind = replace(rollout, reward_gradient=None)
-            estimator.accumulate(run.chain, run.objective, blind, generator)
+            estimator.accumulate(run.chain, run.objective, blind, advantages, generator)
         gradients.append(_gradient(run))
     seconds = time.process_time() - began
     updates = torch.stack(gradients)
@@ -110,8 +110,8 @@ def _batch(run: Run, update: int, group: int, differentiate: bool) -> Batch:
 
 
 def _true_gradient(run: Run, update: int) -> torch.Tensor:
-    for rollout in _batch(run, update, 1, differentiate=True).rollouts(torch.zeros(SAMPLES)):
-        run.estimator.accumulate(run.chain, run.objective, rollout, torch.Generator())
+    for rollout in _batch(run, update, 1, differentiate=True).rollouts:
+        run.estimator.accumulate(run.chain, run.objective, rollout, rollout.rewards, torch.Generator())
     return _gradient(run)
 
 

@@ -121,7 +121,7 @@ class Booking:
     """What came of a segment: the one place where its norm and its costs are written down.
 
     Attributes:
-        term, steps, weight, note: the segment's.
+        term, steps, weight, score_steps, note: the segment's.
         norm: Euclidean norm of the gradient that was added, summed over the batch's samples, weights included.
         replays: of a denoiser step, per sample of the batch.
         backward_passes: through a denoiser step, per sample of the batch.
@@ -138,6 +138,7 @@ class Booking:
     backward_passes: float = 0.0
     cotangent_squares: tuple[float, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
+    score_steps: tuple[int, ...] = ()
     note: Any = None
 
 
@@ -320,6 +321,7 @@ def run(chain: Chain, trajectory: Trajectory, segment: Segment) -> Booking:
         passes / trajectory.batch_size,
         tuple(squares.values()),
         {name: fmean(values) for name, values in numbers.items()},
+        segment.score_steps,
         segment.note,
     )
 

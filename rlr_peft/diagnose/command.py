@@ -53,7 +53,6 @@ def diagnose_command(words: Sequence[str]) -> int:
     from rlr_peft.diagnose.diagnosis import diagnose
     from rlr_peft.diagnose.recommendation import recommend
     from rlr_peft.diagnose.report import console_text, write_report
-    from rlr_peft.estimators.advantages import leave_one_out
 
     run = build_run(config)
     if run.accelerator.num_processes > 1:
@@ -68,7 +67,7 @@ def diagnose_command(words: Sequence[str]) -> int:
     diagnosis = diagnose(
         run.chain,
         run.objective,
-        batch.rollouts(leave_one_out(batch.rewards, group_size)),
+        batch.rollouts,
         config,
         group_size=group_size,
         sampling_seconds=sampling_seconds,

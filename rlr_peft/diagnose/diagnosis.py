@@ -29,6 +29,7 @@ from rlr_peft.diagnose.evidence import (
     update_size,
 )
 from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
+from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Coverage, hot_steps
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch, StepGradients
@@ -72,8 +73,8 @@ class StepProfile:
         half_order: V_H(t) and its standard error, (2, T); zeros where a step has no noise.
         black_box: the same of the black-box tail's terms, for the steps tried, (2, n); zeros where a step has no noise.
         has_noise: whether step t has a score term, (T,), bool.
-        by_first_order_steps: variance of the whole estimate with K = 0..T and its standard error, (2, T + 1), infinite
-            where a step beyond K has no noise; None without gradient.
+        by_first_order_steps: variance of the whole estimate and its standard error, for every K in 0..T beyond which
+            all steps have noise; None without gradient.
         hot_steps: ``|d mean / d output| / std`` of the steps whose mean reacts too strongly for a score term.
         last_step_sensitivity: ``|d x_0 / d output|`` of the last step.
         stages: coarse, mid and fine.
@@ -85,7 +86,7 @@ class StepProfile:
     half_order: torch.Tensor
     black_box: torch.Tensor
     has_noise: torch.Tensor
-    by_first_order_steps: torch.Tensor | None
+    by_first_order_steps: dict[int, tuple[float, float]] | None
     hot_steps: dict[int, float]
     last_step_sensitivity: float
     stages: list[Stage]
@@ -135,22 +136,20 @@ def stages_of(num_steps: int, energy: torch.Tensor | None) -> list[Stage]:
     return stages[::-1]
 
 
-def squares_by_first_order_steps(gradients: StepGradients) -> list[torch.Tensor | None]:
-    """Squared deviations (N,) of the whole estimate for K = 0..T; None where a step beyond K has no noise."""
-    return [
-        squared_deviations(first_and_half_order(gradients, k)) if bool(gradients.has_noise[k:].all()) else None
+def squares_by_first_order_steps(gradients: StepGradients) -> dict[int, torch.Tensor]:
+    """Squared deviations (N,) of the whole estimate, for every K in 0..T beyond which all steps have noise."""
+    return {
+        k: squared_deviations(first_and_half_order(gradients, k))
         for k in range(len(gradients.scores) + 1)
-    ]
+        if bool(gradients.has_noise[k:].all())
+    }
 
 
-def _by_first_order_steps(gradients: StepGradients) -> torch.Tensor:
-    columns = []
-    for squares in squares_by_first_order_steps(gradients):
-        if squares is None:
-            columns.append(torch.tensor([torch.inf, torch.inf], dtype=torch.float64))
-        else:
-            columns.append(torch.stack([squares.mean(), squares.std() / len(squares) ** 0.5]))
-    return torch.stack(columns, dim=1)
+def _by_first_order_steps(gradients: StepGradients) -> dict[int, tuple[float, float]]:
+    return {
+        k: (float(squares.mean()), float(squares.std()) / len(squares) ** 0.5)
+        for k, squares in squares_by_first_order_steps(gradients).items()
+    }
 
 
 def _variances(steps: torch.Tensor) -> torch.Tensor:
@@ -228,7 +227,7 @@ def diagnose(
 
     Args:
         chain: the chain that is to be trained.
-        rollouts: N samples in all, with leave-one-out advantages.
+        rollouts: N samples in all.
         group_size: samples per prompt, side by side.
         sampling_seconds: what sampling and scoring took, per sample.
         facts: what is diagnosed, in words, by name.
@@ -238,20 +237,30 @@ def diagnose(
     """
     seed = config.training.seed
     sketch = GradientSketch(chain.parameters)
-    evidence = gather_evidence(chain, objective, rollouts, sketch, group_size)
+    advantages = leave_one_out(torch.cat([rollout.rewards for rollout in rollouts]), group_size)
+    evidence = gather_evidence(chain, objective, rollouts, advantages, sketch, group_size)
     compared = methods_to_compare(chain, evidence, config)
     batch = cost_batch(rollouts)
+    of_batch = advantages[: batch.trajectory.batch_size]
     generator = torch.Generator().manual_seed(seed)
     # The first run with a new size of batch is slower than all others.
-    measure_cost(chain, objective, compared.methods[0].estimator, batch, generator, sampling_seconds)
+    measure_cost(chain, objective, compared.methods[0].estimator, batch, of_batch, generator, sampling_seconds)
     measured: list[tuple[Method, Cost, Coverage, SampleEstimates]] = []
     with tqdm(compared.methods, desc="Methods", unit="method") as bar:
         for method in bar:
             estimator, estimates = method.estimator, method.estimates
-            cost, coverage = measure_cost(chain, objective, estimator, batch, generator, sampling_seconds)
+            cost, coverage = measure_cost(chain, objective, estimator, batch, of_batch, generator, sampling_seconds)
             if estimates is None:
                 estimates = run_on_single_samples(
-                    chain, objective, estimator, rollouts, sketch, seed, method.max_samples, method.shares_draws
+                    chain,
+                    objective,
+                    estimator,
+                    rollouts,
+                    advantages,
+                    sketch,
+                    seed,
+                    method.max_samples,
+                    method.shares_draws,
                 )
             measured.append((method, cost, coverage, estimates))
     reference = min(measured, key=lambda row: _rank_as_reference(row[2], row[3], evidence))[3]

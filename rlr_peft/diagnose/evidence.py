@@ -82,6 +82,7 @@ def gather_evidence(
     chain: Chain,
     objective: Objective,
     rollouts: Sequence[Rollout],
+    advantages: torch.Tensor,
     sketch: GradientSketch,
     group_size: int,
 ) -> Evidence:
@@ -89,7 +90,8 @@ def gather_evidence(
 
     Args:
         objective: asked for the rewards of mirrored samples where the reward has no gradient.
-        rollouts: N samples in all, with leave-one-out advantages.
+        rollouts: N samples in all.
+        advantages: of the samples, leaving one out, (N,).
         group_size: samples per prompt.
 
     Raises:
@@ -100,7 +102,7 @@ def gather_evidence(
     _check(rewards, group_size)
     is_differentiable = rollouts[0].reward_gradient is not None
     gradients = measure_step_gradients(
-        chain, rollouts, sketch, with_held=is_differentiable, description="Gradients of single samples"
+        chain, rollouts, advantages, sketch, with_held=is_differentiable, description="Gradients of single samples"
     )
     check_gradient(gradients, rollouts)
     return Evidence(
@@ -199,6 +201,7 @@ def measure_cost(
     objective: Objective,
     estimator: Estimator,
     rollout: Rollout,
+    advantages: torch.Tensor,
     generator: torch.Generator,
     sampling_seconds: float,
 ) -> tuple[Cost, Coverage]:
@@ -206,13 +209,14 @@ def measure_cost(
 
     Args:
         rollout: the micro-batch, B samples.
+        advantages: of these, (B,).
         sampling_seconds: what sampling and scoring took, per sample.
     """
     clear_gradients(chain)
     evaluations, batch_size = chain.denoiser_evaluations, rollout.trajectory.batch_size
     with measured_memory(chain.parameters[0].device) as memory:
         started = time.perf_counter()
-        book = estimator.accumulate(chain, objective, rollout, generator)
+        book = estimator.accumulate(chain, objective, rollout, advantages, generator)
     # The GPU has been waited for by now.
     seconds = time.perf_counter() - started
     clear_gradients(chain)
@@ -231,6 +235,7 @@ def run_on_single_samples(
     objective: Objective,
     estimator: Estimator,
     rollouts: Sequence[Rollout],
+    advantages: torch.Tensor,
     sketch: GradientSketch,
     seed: int,
     max_samples: int | None = None,
@@ -242,6 +247,7 @@ def run_on_single_samples(
     the noise more samples would not average out.
 
     Args:
+        advantages: of all samples, (N,).
         max_samples: take only so many of the samples, evenly spread; None takes all.
         shares_draws: whether the samples of a micro-batch share what the estimator draws.
     """
@@ -251,7 +257,8 @@ def run_on_single_samples(
     vectors = []
     for i, draw in zip(chosen, draws.tolist(), strict=True):
         clear_gradients(chain)
-        estimator.accumulate(chain, objective, samples[i], torch.Generator().manual_seed(seed + draw))
+        generator = torch.Generator().manual_seed(seed + draw)
+        estimator.accumulate(chain, objective, samples[i], advantages[i : i + 1], generator)
         vectors.append(sketch([torch.zeros_like(p) if p.grad is None else p.grad for p in chain.parameters]).float())
     clear_gradients(chain)
     return sample_estimates(torch.stack(vectors), chosen, draws)

@@ -117,11 +117,9 @@ class _Builder:
         self.generator = torch.Generator().manual_seed(config.training.seed)
         self.methods: list[Method] = []
         self.left_out: dict[str, str] = {}
-        pathwise, variances = evidence.gradients.pathwise, evidence.variances
+        pathwise = evidence.gradients.pathwise
         self.moments = None if pathwise is None else GradientMoments.of(pathwise)
-        self.first_order_steps = (
-            best_first_order_steps(variances.first_order, variances.half_order) if evidence.differentiable else 0
-        )
+        self.first_order_steps = best_first_order_steps(evidence.variances)
         self.black_box_steps = 0 if evidence.differentiable else best_black_box_steps(evidence)
 
     def pathwise(self) -> None:
@@ -135,7 +133,7 @@ class _Builder:
         self._add(
             f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr", "fo_steps": best, "fo_roulette": "false"}
         )
-        weights = inverse_variance_weights(self.evidence.variances.first_order, self.evidence.variances.half_order)
+        weights = inverse_variance_weights(self.evidence.variances)
         if best > 1:
             roulette: Changes = {"estimator": "rlr", "fo_steps": best, "fo_roulette": "true"}
             self._add_weighted(f"rlr, K = {best}, roulette", roulette)

@@ -79,11 +79,7 @@ def _first_order(diagnosis: Diagnosis) -> Iterator[str]:
     against = f", against {listed(compared)}" if compared else ""
     yield f"A single sample's estimate then has variance {short_number(chosen.estimates.variance)}{against}."
     squares = squares_by_first_order_steps(diagnosis.evidence.gradients)
-    mine = squares[best]
-    assert mine is not None
-    tied = [
-        k for k, other in enumerate(squares) if other is not None and k != best and not is_clearly_larger(other, mine)
-    ]
+    tied = [k for k, other in squares.items() if k != best and not is_clearly_larger(other, squares[best])]
     if tied:
         yield (
             f"The evidence for this K is weak: with {diagnosis.evidence.num_samples} samples, K = "

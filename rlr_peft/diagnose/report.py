@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +262,17 @@ def _plain_profile(profile: StepProfile) -> dict[str, Any]:
         "half_order_variance": _plain(profile.half_order),
         "black_box_variance": _plain(profile.black_box),
         "has_noise": profile.has_noise.tolist(),
-        "variance_by_first_order_steps": _plain(profile.by_first_order_steps),
+        "variance_by_first_order_steps": _plain_choices(profile.by_first_order_steps),
         "hot_steps": {str(t): ratio for t, ratio in profile.hot_steps.items()},
         "last_step_sensitivity": profile.last_step_sensitivity,
         "last_step_is_dead": profile.last_step_is_dead,
         "stages": [vars(stage) for stage in profile.stages],
     }
+
+
+def _plain_choices(by_first_order_steps: Mapping[int, tuple[float, float]] | None) -> Any:
+    """Variance and standard error by K."""
+    return None if by_first_order_steps is None else {str(k): list(row) for k, row in by_first_order_steps.items()}
 
 
 def _plain(values: torch.Tensor | None) -> Any:
@@ -283,7 +288,7 @@ def step_profile(diagnosis: Diagnosis) -> Figure:
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_steps(axes[0], profile)
     if profile.by_first_order_steps is not None:
-        _draw_choices(axes[1], profile.by_first_order_steps, diagnosis.compared.first_order_steps)
+        _draw_choices(axes[1], profile.by_first_order_steps, profile.num_steps, diagnosis.compared.first_order_steps)
     return figure
 
 
@@ -324,19 +329,20 @@ def _draw_steps(axes: Axes, profile: StepProfile) -> None:
     _mark_steps(axes, list(steps))
 
 
-def _draw_choices(axes: Axes, by_first_order_steps: torch.Tensor, chosen: int) -> None:
-    values, errors = by_first_order_steps
-    possible = [k for k in range(len(values)) if bool(values[k].isfinite())]
-    _draw_curve(axes, possible, torch.stack([values[possible], errors[possible]]), ACCENT, "o", None)
-    height = float(values[chosen])
+def _draw_choices(
+    axes: Axes, by_first_order_steps: Mapping[int, tuple[float, float]], num_steps: int, chosen: int
+) -> None:
+    curve = torch.tensor(list(by_first_order_steps.values()), dtype=torch.float64).T
+    _draw_curve(axes, list(by_first_order_steps), curve, ACCENT, "o", None)
+    height, _ = by_first_order_steps[chosen]
     axes.plot([chosen], [height], "o", markersize=12, markerfacecolor="none", markeredgewidth=1.6, color=INK)
     axes.annotate(f"K = {chosen}", (chosen, height), (0, 14), textcoords="offset points", ha="center", color=INK)
     axes.set_yscale("log")
     axes.margins(y=0.25)
-    axes.set_xlim(len(values) - 0.5, -0.5)
+    axes.set_xlim(num_steps + 0.5, -0.5)
     axes.set_xlabel("K, steps next to the image with the pathwise gradient; score terms on the others", color=QUIET_INK)
     restrain(axes, "Variance of the whole estimate", "y")
-    _mark_steps(axes, list(range(len(values))))
+    _mark_steps(axes, list(range(num_steps + 1)))
 
 
 def _draw_curve(

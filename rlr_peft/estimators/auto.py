@@ -233,9 +233,14 @@ class AutoEstimator(Estimator):
         return (self.chosen if has_gradient else self._ram).coverage(chain, has_gradient)
 
     def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
     ) -> Iterator[Segment | Perturbation]:
-        yield from self.chosen.segments(chain, objective, rollout, generator)
+        yield from self.chosen.segments(chain, objective, rollout, advantages, generator)
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
         return self.rlr.advantages(rewards, prompts, group_size)
@@ -249,12 +254,12 @@ class AutoEstimator(Estimator):
         """Whether the steps have been measured, in this session or before the checkpoint that was loaded."""
         return self.rlr.is_calibrated
 
-    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
+    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], advantages: torch.Tensor, decay: float) -> None:
         """Measures all rows on rollouts that no update uses, and chooses; nothing if these show no gradient."""
         if rollouts[0].reward_gradient is None:
             return
         gradients = measure_step_gradients(
-            chain, rollouts, GradientSketch(chain.parameters), with_held=True, description="Calibrating"
+            chain, rollouts, advantages, GradientSketch(chain.parameters), with_held=True, description="Calibrating"
         )
         check_gradient(gradients, rollouts)
         self.rlr.statistics.calibrate(gradients, decay)
@@ -270,19 +275,20 @@ class AutoEstimator(Estimator):
         if self._sketch is None:
             self._sketch = GradientSketch(parameters)
         self._noise_scale.see(self._sketch([p.grad for p in parameters if p.grad is not None]), samples)
-        noise_scale = self._noise_scale.value()
-        if noise_scale is None or self._noise_scale.pairs - self._unchanged_since < FIRST_PAIRS:
+        if self._noise_scale.pairs - self._unchanged_since < FIRST_PAIRS:
             return
+        noise_scale, wanted = self._noise_scale.value(), float(self._most_samples)
+        if noise_scale is not None:
+            wanted = min(BATCH_OF_NOISE_SCALE * noise_scale, wanted)
         per_micro_batch = samples / self.micro_batches
-        wanted = min(BATCH_OF_NOISE_SCALE * noise_scale, self._most_samples) / per_micro_batch
+        wanted /= per_micro_batch
         slowest, fastest = self.micro_batches / FASTEST_GROWTH, self.micro_batches * FASTEST_GROWTH
         chosen = max(1, round(min(max(wanted, slowest), fastest)))
         if chosen != self.micro_batches:
-            logger.info(
-                "An update has %d samples from now on, by a noise scale of %.2g samples.",
-                round(chosen * per_micro_batch),
-                noise_scale,
-            )
+            shown = "as no signal shows above the noise"
+            if noise_scale is not None:
+                shown = f"by a noise scale of {noise_scale:.2g} samples"
+            logger.info("An update has %d samples from now on, %s.", round(chosen * per_micro_batch), shown)
             self.micro_batches = chosen
             self._unchanged_since = self._noise_scale.pairs
             self._share_batch()

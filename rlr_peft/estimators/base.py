@@ -1,7 +1,7 @@
 """What an estimator is: a list of backward segments over a chain, and one book of what came of them."""
 
 import importlib
-import math
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +108,7 @@ class Book:
     Attributes:
         prompts: of the B samples.
         rewards: of the samples.
-        advantages: of the samples.
+        advantages: of the samples, as the estimator made them of the rewards of all processes.
         reward_gradient_square: squared norm of dR/dx_0, summed over samples; None for a reward without gradient.
         bookings: one for every term that was run.
         hot_steps: ``|d mean / d output| / std`` of the steps with a score term whose mean reacts too strongly to the
@@ -131,6 +131,19 @@ class Book:
     def first_order_steps(self) -> float:
         """K, steps that the pathwise gradient was taken through, on average over samples."""
         return sum(booking.replays for booking in self.bookings if booking.term in (FIRST_ORDER, MIXED_ORDER))
+
+    @classmethod
+    def of(cls, chain: Chain, rollout: Rollout, advantages: torch.Tensor, bookings: list[Booking]) -> "Book":
+        """Of a micro-batch, its samples' advantages (B,), and the terms that were run on it."""
+        gradient = rollout.reward_gradient
+        return cls(
+            texts_of(rollout.trajectory.prompts),
+            rollout.rewards.tolist(),
+            advantages.tolist(),
+            None if gradient is None else float(gradient.double().square().sum()),
+            bookings,
+            hot_steps(chain, itertools.chain.from_iterable(booking.score_steps for booking in bookings)),
+        )
 
     def norms(self) -> dict[str, float]:
         """Euclidean norms of each term's parts for the mean reward of the micro-batch, summed by term."""
@@ -173,7 +186,7 @@ class Estimator(ABC):
         uses_reward_gradient: whether a reward's gradient is of use; without, its tape and the decoder's are spared.
         is_calibrated: whether ``calibrate`` has run, in this session or before the checkpoint that was loaded.
         micro_batches: that an update should have on every process, where the config leaves it to the estimator.
-        advantage_clip: normalised advantages are clipped to plus or minus this.
+        advantage_clip: normalised advantages are clipped to plus or minus this; None leaves them.
         shares_draws: whether the images of a prompt share the estimator's draws, also those of different micro-batches.
         needs_noise: whether the samples of the next update must come from steps with noise.
     """
@@ -182,7 +195,7 @@ class Estimator(ABC):
     uses_reward_gradient: bool = False
     is_calibrated: bool = True
     micro_batches: int = 1
-    advantage_clip: float = math.inf
+    advantage_clip: float | None = None
     shares_draws: bool = False
     needs_noise: bool = True
 
@@ -204,19 +217,35 @@ class Estimator(ABC):
 
     @abstractmethod
     def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
     ) -> Iterable[Segment | Perturbation]:
         """The terms of the gradient of the micro-batch's SUMMED reward, made one by one as they are run.
 
         Args:
             chain: the chain, in the weights that train.
             objective: scores clean latents, for terms that need other rewards than the samples' own.
+            rollout: the samples of the micro-batch, B of them.
+            advantages: of these samples, (B,): their part of what ``advantages`` made of the rewards of all processes.
             generator: of the estimator's draws, on the CPU.
         """
 
-    def accumulate(self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator) -> Book:
+    def accumulate(
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
+    ) -> Book:
         """Runs the segments of a micro-batch: adds its gradient to ``.grad`` of the chain's parameters."""
-        return accumulate(chain, objective, rollout, self.segments(chain, objective, rollout, generator), generator)
+        terms = self.segments(chain, objective, rollout, advantages, generator)
+        bookings = [add_term(chain, objective, rollout, term, generator) for term in terms]
+        return Book.of(chain, rollout, advantages, bookings)
 
     def advantages(self, rewards: torch.Tensor, prompts: Sequence[str], group_size: int) -> torch.Tensor:
         """Advantages (N,) of the rewards (N,) of all processes, the samples of one prompt side by side."""
@@ -229,6 +258,8 @@ class Estimator(ABC):
         return self._clipped_advantages(separately_normalized(rewards, weights, group_size))
 
     def _clipped_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
+        if self.advantage_clip is None:
+            return advantages
         return advantages.clamp(-self.advantage_clip, self.advantage_clip)
 
     def compares_images(self, chain: Chain, has_gradient: bool) -> bool:
@@ -243,8 +274,14 @@ class Estimator(ABC):
         """Whether ``calibrate`` is of use, before the first update and every so often."""
         return False
 
-    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:  # noqa: B027
-        """Measures on rollouts that no update uses; ``decay`` is the weight of the past."""
+    def calibrate(  # noqa: B027
+        self, chain: Chain, rollouts: Sequence[Rollout], advantages: torch.Tensor, decay: float
+    ) -> None:
+        """Measures on rollouts that no update uses, of samples with these advantages (N,).
+
+        Args:
+            decay: weight of the past.
+        """
 
     def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:  # noqa: B027
         """Looks at what an update is about to follow, before it is clipped.
@@ -295,35 +332,17 @@ def over_updates(coverage: Coverage, moving: MovingWindow) -> Coverage:
     return replace(coverage, weights=weights, gaps=gaps)
 
 
-def accumulate(
-    chain: Chain,
-    objective: Objective,
-    rollout: Rollout,
-    terms: Iterable[Segment | Perturbation],
-    generator: torch.Generator,
-) -> Book:
-    """Runs the terms one by one, adds their gradients to ``.grad`` of the chain's parameters, and books them.
+def add_term(
+    chain: Chain, objective: Objective, rollout: Rollout, term: Segment | Perturbation, generator: torch.Generator
+) -> Booking:
+    """Runs one term: adds its gradient to ``.grad`` of the chain's parameters.
 
     Raises:
         DerivativeError: a derivative is not finite.
     """
-    bookings: list[Booking] = []
-    score_steps: list[int] = []
-    for term in terms:
-        if isinstance(term, Segment):
-            bookings.append(adjoint.run(chain, rollout.trajectory, term))
-            score_steps += term.score_steps
-        else:
-            bookings.append(perturb(chain, objective, rollout.trajectory, term, generator))
-    gradient = rollout.reward_gradient
-    return Book(
-        texts_of(rollout.trajectory.prompts),
-        rollout.rewards.tolist(),
-        rollout.advantages.tolist(),
-        None if gradient is None else float(gradient.double().square().sum()),
-        bookings,
-        hot_steps(chain, score_steps),
-    )
+    if isinstance(term, Segment):
+        return adjoint.run(chain, rollout.trajectory, term)
+    return perturb(chain, objective, rollout.trajectory, term, generator)
 
 
 def hot_steps(chain: Chain, steps: Iterable[int]) -> dict[int, float]:

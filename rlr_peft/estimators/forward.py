@@ -171,7 +171,12 @@ class ForwardEstimator(Estimator):
         return self._clipped_advantages(group_normalized(rewards, group_size, self.arguments.advantage_std))
 
     def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
     ) -> Iterator[Segment]:
         """One segment for every drawn level, without guidance, of the loss's mean over levels and latents."""
         old = self._following(chain)
@@ -189,7 +194,7 @@ class ForwardEstimator(Estimator):
                     of_base = chain.replay_reference(at_level, t).pred_original_sample if self.asks_base else None
                 pull = partial(
                     self._cotangent,
-                    rollout.advantages,
+                    advantages,
                     clean,
                     noised,
                     of_old,

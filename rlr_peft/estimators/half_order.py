@@ -161,7 +161,7 @@ def draw(probabilities: torch.Tensor, num_draws: int, generator: torch.Generator
 
 
 def half_order_segment(
-    rollout: Rollout, block: range, weight: float = 1.0, advantages: torch.Tensor | None = None, note: Any = None
+    rollout: Rollout, block: range, advantages: torch.Tensor, weight: float = 1.0, note: Any = None
 ) -> Segment:
     """The segment of a block; its weight is 1 for a block that is always used, 1 / q for one drawn with chance q."""
     cotangent = rollout.score_cotangent(block[0], advantages)
@@ -237,13 +237,15 @@ class StateBaseline:
         variance = square - mean**2
         return product / variance if variance > ROUNDING * square else 0.0
 
-    def correct(self, objective: Objective, rollout: Rollout, t: int) -> tuple[torch.Tensor, BaselineObservation]:
+    def correct(
+        self, objective: Objective, rollout: Rollout, advantages: torch.Tensor, t: int
+    ) -> tuple[torch.Tensor, BaselineObservation]:
         """Advantages (B,) for the score term of step t, and what to remember of them."""
         predicted = objective.score(rollout.trajectory.pred_original_samples[t - 1], rollout.trajectory.prompts)
-        predictions = predicted - (rollout.rewards - rollout.advantages)  # relative to the others of the prompt
+        predictions = predicted - (rollout.rewards - advantages)  # relative to the others of the prompt
         mean = self._moments.get(t, (0.0, 0.0, 0.0))[0]
-        corrected = rollout.advantages - self.kappa(t) * (predictions - mean)
-        return corrected, BaselineObservation(t, rollout.advantages.tolist(), predictions.tolist())
+        corrected = advantages - self.kappa(t) * (predictions - mean)
+        return corrected, BaselineObservation(t, advantages.tolist(), predictions.tolist())
 
     def learn(self, observations: Iterable[BaselineObservation]) -> None:
         """Blends the observations of a finished update into the running moments."""

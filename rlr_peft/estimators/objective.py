@@ -197,18 +197,16 @@ class DecodedReward:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One micro-batch of scored samples: all that an estimator gets to see of an update.
+    """One micro-batch of scored samples.
 
     Attributes:
         trajectory: the samples, batch size B.
         rewards: R(x_0) of every sample, (B,).
-        advantages: rewards minus a baseline, as the estimator makes them of the rewards of all processes, (B,).
         reward_gradient: dR/dx_0 of every sample, (B, ...); None for a reward without gradient.
     """
 
     trajectory: Trajectory
     rewards: torch.Tensor
-    advantages: torch.Tensor
     reward_gradient: torch.Tensor | None
 
     def select(self, samples: list[int]) -> "Rollout":
@@ -216,15 +214,14 @@ class Rollout:
         return Rollout(
             trajectory=self.trajectory.select(samples),
             rewards=self.rewards[samples],
-            advantages=self.advantages[samples],
             reward_gradient=None if self.reward_gradient is None else self.reward_gradient[samples],
         )
 
-    def score_cotangent(self, t: int, advantages: torch.Tensor | None = None) -> torch.Tensor:
+    def score_cotangent(self, t: int, advantages: torch.Tensor) -> torch.Tensor:
         """``A eps_t / sigma_t``, the cotangent at the mean of step t of a score-function term, (B, ...).
 
         Args:
-            advantages: A, (B,); the rollout's own if None.
+            advantages: A, (B,).
 
         Raises:
             ValueError: step t is deterministic, so that it has no likelihood ratio.
@@ -232,7 +229,6 @@ class Rollout:
         std = self.trajectory.std(t)
         if std == 0:
             raise ValueError(f"Expected noise at step {t}, got std = 0: a score-function term is undefined there.")
-        advantages = self.advantages if advantages is None else advantages
         return per_sample(advantages, self.trajectory.noise(t)) * self.trajectory.noise(t) / std
 
 
@@ -267,12 +263,12 @@ class Batch:
         parts = [measured.heldout for _, measured in self.micro_batches if measured.heldout is not None]
         return join_scored(parts) if parts else None
 
-    def rollouts(self, advantages: torch.Tensor) -> list[Rollout]:
-        """What an estimator gets to see, given the advantages of all samples, (N,)."""
-        parts = advantages.split([len(measured.rewards) for _, measured in self.micro_batches])
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """What an estimator gets to see, micro-batch by micro-batch."""
         return [
-            Rollout(trajectory, measured.rewards, part, measured.reward_gradient)
-            for (trajectory, measured), part in zip(self.micro_batches, parts, strict=True)
+            Rollout(trajectory, measured.rewards, measured.reward_gradient)
+            for trajectory, measured in self.micro_batches
         ]
 
 

@@ -59,19 +59,24 @@ class SingleStepsEstimator(Estimator):
         return cls(arguments, shape)
 
     @abstractmethod
-    def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
+    def pull(self, chain: Chain, rollout: Rollout, advantages: torch.Tensor, t: int) -> IntoParameters:
         """What makes the cotangent of step t."""
 
     def coverage(self, chain: Chain, has_gradient: bool) -> Coverage:
         return replace(single_steps(self.steps, chain).coverage, departures=self.departures)
 
     def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
     ) -> Iterator[Segment]:
         """The gradient of the method's own objective, summed over samples, step by step."""
         blocks, _ = single_steps(self.steps, chain).draw(generator)
         for block, weight in blocks:
-            pull = self.pull(chain, rollout, block[0])
+            pull = self.pull(chain, rollout, advantages, block[0])
             yield Segment(self.term, block, None, weight, into_parameters=pull, score_steps=(block[0],))
 
     def steps_in_words(self) -> str:
@@ -117,12 +122,18 @@ class PolicyGradientEstimator(SingleStepsEstimator):
             advantages = self._prompt_statistics.normalized(rewards, prompts)
         return self._clipped_advantages(advantages)
 
-    def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
-        knobs = self.arguments
+    def pull(self, chain: Chain, rollout: Rollout, advantages: torch.Tensor, t: int) -> IntoParameters:
+        knobs, trajectory = self.arguments, rollout.trajectory
         if knobs.ratio_norm:
             points = chain.path_point(t), chain.path_point(t - 1)
-            return partial(normalized_cotangent, rollout, clip_range=knobs.clip_range, points=points)
-        return partial(clipped_cotangent, rollout, clip_range=knobs.clip_range, divergence_limit=knobs.divergence_limit)
+            return partial(normalized_cotangent, trajectory, advantages, clip_range=knobs.clip_range, points=points)
+        return partial(
+            clipped_cotangent,
+            trajectory,
+            advantages,
+            clip_range=knobs.clip_range,
+            divergence_limit=knobs.divergence_limit,
+        )
 
     def learn(self, books: Sequence[Book]) -> None:
         if isinstance(self.arguments, DDPOArguments):
@@ -142,7 +153,8 @@ def single_steps(steps: HalfOrder, chain: Chain) -> Layout:
 
 
 def clipped_cotangent(
-    rollout: Rollout,
+    trajectory: Trajectory,
+    advantages: torch.Tensor,
     t: int,
     mean: torch.Tensor,
     _: torch.Tensor | None = None,
@@ -153,7 +165,8 @@ def clipped_cotangent(
     """Derivative of ``min(A r, A clip(r, 1 - c, 1 + c))`` by the present mean of step t; or, masked, of ``A r``.
 
     Args:
-        rollout: sampled with earlier weights, or the present ones.
+        trajectory: sampled with earlier weights, or the present ones.
+        advantages: A, (B,).
         t: a step with noise.
         mean: of step t under the present weights, (B, ...).
         clip_range: c.
@@ -164,21 +177,20 @@ def clipped_cotangent(
         ``A r z / sigma`` with the present standardised noise z, (B, ...), zero for samples that are clipped or masked;
         and how far the ratios r are from 1, for the logs.
     """
-    trajectory = rollout.trajectory
-    noise = standardized_noise(rollout.trajectory, t, mean)
-    ratio = ((rollout.trajectory.noise(t).square() - noise.square()).flatten(1).sum(1) / 2).exp()
-    advantages = rollout.advantages.to(ratio.dtype)
+    noise = standardized_noise(trajectory, t, mean)
+    ratio = ((trajectory.noise(t).square() - noise.square()).flatten(1).sum(1) / 2).exp()
     if divergence_limit is None:
         outside = (ratio - 1).abs() > clip_range
     else:
         sampled_mean = trajectory.latents[t - 1] - trajectory.std(t) * trajectory.noise(t)
         outside = step_kl(mean, sampled_mean, trajectory.std(t)) > divergence_limit
-    factor = _kept(advantages, ratio, outside)
+    factor = _kept(advantages.to(ratio.dtype), ratio, outside)
     return per_sample(factor, noise) * noise / trajectory.std(t), _numbers(ratio, outside)
 
 
 def normalized_cotangent(
-    rollout: Rollout,
+    trajectory: Trajectory,
+    advantages: torch.Tensor,
     t: int,
     mean: torch.Tensor,
     _: torch.Tensor | None = None,
@@ -189,7 +201,8 @@ def normalized_cotangent(
     """Derivative of ``min(A r, A clip(r, 1 - c, 1 + c)) / dt`` by the present mean of step t, ``r = exp(<d, eps>)``.
 
     Args:
-        rollout: sampled with earlier weights, or the present ones.
+        trajectory: sampled with earlier weights, or the present ones.
+        advantages: A, (B,).
         t: a step with noise.
         mean: of step t under the present weights, (B, ...).
         clip_range: c.
@@ -199,7 +212,6 @@ def normalized_cotangent(
     Returns:
         As ``clipped_cotangent``.
     """
-    trajectory = rollout.trajectory
     eps = trajectory.noise(t)
     moved = mean - (trajectory.latents[t - 1] - trajectory.std(t) * eps)
     start, end = points
@@ -207,7 +219,7 @@ def normalized_cotangent(
     length = start.sigma / (start.alpha + start.sigma) - end.sigma / scale
     ratio = ((moved * eps).flatten(1).sum(1) / scale).exp()
     outside = (ratio - 1).abs() > clip_range
-    factor = _kept(rollout.advantages.to(ratio.dtype), ratio, outside) / (scale * length)
+    factor = _kept(advantages.to(ratio.dtype), ratio, outside) / (scale * length)
     return per_sample(factor, eps) * eps, _numbers(ratio, outside)
 
 
@@ -250,7 +262,7 @@ class PreferenceEstimator(SingleStepsEstimator):
             f"{counted(self.inner_epochs, 'inner epoch')}, the base as reference"
         )
 
-    def pull(self, chain: Chain, rollout: Rollout, t: int) -> IntoParameters:
+    def pull(self, chain: Chain, rollout: Rollout, advantages: torch.Tensor, t: int) -> IntoParameters:
         reference_mean = chain.reference_mean(rollout.trajectory, t)
         return partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.beta)
 

@@ -30,12 +30,7 @@ from rlr_peft.estimators.half_order import black_box_segment, choose_stage, half
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out, settings_from_arguments
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.estimators.step_gradients import GradientSketch, check_gradient, measure_step_gradients
-from rlr_peft.estimators.variance import (
-    GradientMoments,
-    StepStatistics,
-    best_first_order_steps,
-    inverse_variance_weights,
-)
+from rlr_peft.estimators.variance import GradientMoments, StepStatistics
 from rlr_peft.estimators.zeroth_order import Perturbation
 
 # No step is walked more rarely: weights stay below 1 / this where few measured samples showed nothing.
@@ -93,9 +88,10 @@ class RLREstimator(Estimator):
         """Whether the steps have been measured, in this session or before the checkpoint that was loaded."""
         return self.statistics.energies is not None
 
-    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
+    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], advantages: torch.Tensor, decay: float) -> None:
         """Measures the gains of all steps on rollouts that no update uses, and blends them into the running ones."""
-        gradients = measure_step_gradients(chain, rollouts, GradientSketch(chain.parameters), description="Calibrating")
+        sketch = GradientSketch(chain.parameters)
+        gradients = measure_step_gradients(chain, rollouts, advantages, sketch, description="Calibrating")
         check_gradient(gradients, rollouts)
         self.statistics.calibrate(gradients, decay)
 
@@ -136,13 +132,18 @@ class RLREstimator(Estimator):
         return roulette_probabilities(self.statistics.moments.first(length), self.samples, chain.num_steps)
 
     def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
     ) -> Iterator[Segment | Perturbation]:
         c = self.settings.coefficients
         layout = self.layout(chain, rollout.reward_gradient is not None)
         blocks, left = layout.draw(generator)
         if layout.mixture is not None:
-            yield mixed_segment(rollout, layout.mixture, c.first_order, c.half_order)
+            yield mixed_segment(rollout, advantages, layout.mixture, c.first_order, c.half_order)
         elif layout.first_order_steps:
             length, walked = layout.first_order_steps, None
             if self.walks_by_roulette(chain, length):
@@ -151,12 +152,12 @@ class RLREstimator(Estimator):
         for t in layout.black_box_steps:
             yield black_box_segment(chain, objective, rollout, t, c.half_order)
         for block, weight in blocks:
-            advantages, seen = None, None
+            corrected, seen = advantages, None
             if self.statistics.state_baseline is not None:
-                advantages, seen = self.statistics.state_baseline.correct(objective, rollout, block[0])
-            yield half_order_segment(rollout, block, weight, advantages, seen)
+                corrected, seen = self.statistics.state_baseline.correct(objective, rollout, advantages, block[0])
+            yield half_order_segment(rollout, block, corrected, weight, seen)
         if left and self.settings.zeroth_order is not None:
-            baseline = rollout.rewards - rollout.advantages
+            baseline = rollout.rewards - advantages
             yield Perturbation(frozenset(left), self.settings.zeroth_order, baseline, c.zeroth_order)
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,19 +181,15 @@ class RLREstimator(Estimator):
         chosen = self.settings.first_order_steps
         if chosen != "auto":
             return min(chosen, num_steps), None
-        if self.statistics.variances is None:
-            raise RuntimeError("Expected calibrate() before the first update with first_order_steps='auto'.")
-        variances = self.statistics.variances.first_order, self.statistics.variances.half_order
-        if self.settings.step_choice == "crossing":
-            return best_first_order_steps(*variances), None
-        weights = inverse_variance_weights(*variances)
-        pathwise = weights.nonzero()
-        length = int(pathwise.max()) + 1 if len(pathwise) else 0
-        return length, None if bool((weights[:length] == 1).all()) else weights[:length]
+        return self.statistics.tail(self.settings.step_choice)
 
 
 def mixed_segment(
-    rollout: Rollout, mixture: torch.Tensor, first_order: float = 1.0, half_order: float = 1.0
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    mixture: torch.Tensor,
+    first_order: float = 1.0,
+    half_order: float = 1.0,
 ) -> Segment:
     """First and half order mixed in one walk: ``w_t c_t + (1 - w_t) A eps_t / sigma_t`` goes into the parameters.
 
@@ -200,6 +197,7 @@ def mixed_segment(
 
     Args:
         rollout: must hold the reward's gradient.
+        advantages: A, (B,).
         mixture: w_t of steps 1..K, (K,), in [0, 1]; 1 where a step has no noise.
     """
 
@@ -211,7 +209,7 @@ def mixed_segment(
         if share == 1 and first_order == 1:
             return cotangent, {}
         mixed = first_order * share * cotangent
-        return (mixed if share == 1 else mixed + half_order * (1 - share) * rollout.score_cotangent(t)), {}
+        return (mixed if share == 1 else mixed + half_order * (1 - share) * rollout.score_cotangent(t, advantages)), {}
 
     return Segment(
         MIXED_ORDER,

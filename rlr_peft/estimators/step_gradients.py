@@ -1,6 +1,5 @@
 """Sketches of gradients: of single samples through every step, what calibrations measure; and of whole updates."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +83,7 @@ class StepGradients:
 def measure_step_gradients(
     chain: Chain,
     rollouts: Sequence[Rollout],
+    advantages: torch.Tensor,
     sketch: GradientSketch,
     first_order_only: bool = False,
     with_held: bool = False,
@@ -93,6 +93,7 @@ def measure_step_gradients(
 
     Args:
         rollouts: of at least two samples in all.
+        advantages: of all samples, (N,).
         first_order_only: leave the scores at zero, where only the pathwise gradients are wanted.
         with_held: measure the gradients with the velocity held fixed too, of a reward with a gradient.
         description: of the progress bar; None for no bar.
@@ -115,7 +116,7 @@ def measure_step_gradients(
             for i in range(size):
                 measured.add(part.select([i]), lambda gradients: sketch(gradients)[None])
                 bar.update()
-    advantages = torch.cat([rollout.advantages for rollout in rollouts]).float().cpu()
+    advantages = advantages.float().cpu()
     if rollouts[0].reward_gradient is None:
         return StepGradients(None, measured.scores, advantages, measured.has_noise)
     return StepGradients(
@@ -260,10 +261,8 @@ class NoiseScale:
         self._last, self._last_samples = sketch, samples
 
     def value(self) -> float | None:
-        """N in samples; infinite while no signal shows; None before enough updates were seen."""
-        if self.pairs < FIRST_PAIRS:
-            return None
-        return max(0.0, self._noise) / self._signal if self._signal > 0 else math.inf
+        """N in samples; None while no signal shows above the noise."""
+        return max(0.0, self._noise) / self._signal if self._signal > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """The running means and the last gradient's sketch."""

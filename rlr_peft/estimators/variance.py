@@ -15,7 +15,7 @@ Everything comes from past updates and from calibrations, so that what it choose
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,23 +37,25 @@ SIZE_DECAY = 0.99
 
 @dataclass(frozen=True)
 class StepVariances:
-    """Variances (traces of covariances) of a single sample's gradient through every step.
+    """Variances (traces of covariances) of a single sample's gradient through every step, at index t - 1.
 
     Attributes:
-        first_order: V_G(t) at index t - 1, (T,), float64; infinite without a reward gradient.
-        half_order: V_H(t) at index t - 1, (T,), float64; infinite where the step has no noise.
+        first_order: V_G(t), (T,), float64; None without a reward gradient.
+        half_order: V_H(t), (T,), float64; it says nothing where a step has no noise.
+        has_noise: whether step t has a score term, (T,), bool.
     """
 
-    first_order: torch.Tensor
+    first_order: torch.Tensor | None
     half_order: torch.Tensor
+    has_noise: torch.Tensor
 
 
 def step_variances(gradients: StepGradients) -> StepVariances:
     """The variances that the samples of a calibration show by themselves."""
-    infinite = torch.full((len(gradients.scores),), torch.inf, dtype=torch.float64)
     return StepVariances(
-        first_order=infinite if gradients.pathwise is None else _by_step(gradients.pathwise),
-        half_order=torch.where(gradients.has_noise, _by_step(gradients.half_order), infinite),
+        first_order=None if gradients.pathwise is None else _by_step(gradients.pathwise),
+        half_order=_by_step(gradients.half_order),
+        has_noise=gradients.has_noise,
     )
 
 
@@ -71,42 +73,46 @@ def _by_step(vectors: torch.Tensor) -> torch.Tensor:
     return torch.stack([variance_and_error(step)[0] for step in vectors])
 
 
-def best_first_order_steps(
-    first_order: torch.Tensor, half_order: torch.Tensor, worth_leaving_full: float = WORTH_LEAVING_FULL
-) -> int:
+def best_first_order_steps(variances: StepVariances, worth_leaving_full: float = WORTH_LEAVING_FULL) -> int:
     """The K in 0..T with the smallest sum of variances if steps 1..K are first order and the rest half order.
+
+    No step without noise is among the rest, and without a reward gradient K is 0.
 
     Every step costs one denoiser evaluation and one backward pass, whatever its term, so variance alone decides. The
     whole estimate's variance would be the better criterion if it were known: the terms of different steps are
     correlated. Measured on few samples it is noisier than the two sums, whose errors go together, and chose worse.
 
     Args:
-        first_order: V_G(t) at index t - 1, (T,); infinite without a reward gradient.
-        half_order: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
         worth_leaving_full: factor by which a smaller K must lower the sum.
 
     Returns:
         K; T unless a smaller K lowers the sum by that factor.
     """
+    if variances.first_order is None:
+        return 0
+    noiseless = (~variances.has_noise).nonzero()
+    least = int(noiseless.max()) + 1 if len(noiseless) else 0
     zero = torch.zeros(1, dtype=torch.float64)
-    pathwise = torch.cat([zero, first_order.double().cumsum(0)])
-    score = torch.cat([half_order.double().flip(0).cumsum(0).flip(0), zero])
-    sums = (pathwise + score).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    pathwise = torch.cat([zero, variances.first_order.double().cumsum(0)])
+    score = torch.cat([variances.half_order.double().flip(0).cumsum(0).flip(0), zero])
+    sums = (pathwise + score)[least:]
     best = int(sums.argmin())
-    return best if worth_leaving_full * sums[best] < sums[-1] else len(first_order)
+    return least + best if worth_leaving_full * sums[best] < sums[-1] else len(variances.first_order)
 
 
-def inverse_variance_weights(first_order: torch.Tensor, half_order: torch.Tensor) -> torch.Tensor:
+def inverse_variance_weights(variances: StepVariances) -> torch.Tensor:
     """``w_t = V_H / (V_G + V_H)``, the weight of the pathwise term of every step; ``1 - w_t`` is the score term's.
 
     Args:
-        first_order: V_G(t) at index t - 1, (T,).
-        half_order: V_H(t) at index t - 1, (T,); infinite where a step has no noise.
+        variances: of a reward with a gradient.
 
     Returns:
-        (T,), float64, in [0, 1]; weights next to 0 or 1 are rounded.
+        (T,), float64, in [0, 1]: all the weight is the pathwise term's where a step has no noise, and weights next to 0
+        or 1 are rounded.
     """
-    weights = torch.where(half_order.isinf(), 1.0, half_order / (first_order + half_order).clamp(min=1e-300)).double()
+    assert variances.first_order is not None  # as the reward has a gradient
+    total = (variances.first_order + variances.half_order).clamp(min=1e-300)
+    weights = torch.where(variances.has_noise, variances.half_order / total, 1.0).double()
     weights[weights < NEGLIGIBLE_WEIGHT] = 0.0
     weights[weights > 1 - NEGLIGIBLE_WEIGHT] = 1.0
     return weights
@@ -235,14 +241,14 @@ class StepGains:
 
     def variances(self, sizes: SignalSizes) -> StepVariances:
         """``V_G(t) = gain E |c_t|^2`` and ``V_H(t) = E A^2 E |S_t|^2``, taking size and gain as independent."""
-        half_order = torch.where(self.has_noise, self.scores * sizes.mean_squared_advantage(), torch.inf)
+        half_order = self.scores * sizes.mean_squared_advantage()
         if self.first_order is None or self.cotangents is None:
-            return StepVariances(torch.full_like(self.scores, torch.inf), half_order)
+            return StepVariances(None, half_order, self.has_noise)
         seen = sizes.mean_squared_cotangents()
-        scale = torch.ones_like(self.scores)
+        scale = torch.ones_like(self.scores)  # steps that no walk has reached keep the calibration's own variance
         own = self.cotangents[: len(seen)]
         scale[: len(seen)] = torch.where(own > 0, seen / own, 1.0)
-        return StepVariances(self.first_order * scale, half_order)
+        return StepVariances(self.first_order * scale, half_order, self.has_noise)
 
 
 @dataclass(frozen=True)
@@ -319,6 +325,17 @@ class StepStatistics:
             moments = GradientMoments.of(gradients.pathwise)
             self.moments = moments if self.moments is None else self.moments.blend(moments, decay)
         self._see([SignalSizes.of_calibration(gradients)])
+
+    def tail(self, choice: Literal["crossing", "inverse-variance"]) -> tuple[int, torch.Tensor | None]:
+        """K, and with inverse variances the weights of the pathwise terms of steps 1..K, (K,); None where all are 1."""
+        if self.variances is None:
+            raise RuntimeError("Expected calibrate() before the first update with first_order_steps='auto'.")
+        if choice == "crossing":
+            return best_first_order_steps(self.variances), None
+        weights = inverse_variance_weights(self.variances)
+        pathwise = weights.nonzero()
+        length = int(pathwise.max()) + 1 if len(pathwise) else 0
+        return length, None if bool((weights[:length] == 1).all()) else weights[:length]
 
     def learn(self, books: Sequence[Book]) -> None:
         """Blends what a finished update showed into the running statistics."""

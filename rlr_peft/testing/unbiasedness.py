@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,10 +137,9 @@ def measure_bias(
     prompts = as_prompts(texts)
     estimates = []
     for _ in range(calls):
-        rollout = _rollout(
-            chain, objective, prompts, antithetic, generator, lambda r: estimator.advantages(r, texts, group_size)
-        )
-        estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
+        rollout = _rollout(chain, objective, prompts, antithetic, generator)
+        advantages = estimator.advantages(rollout.rewards, texts, group_size)
+        estimator.learn([estimator.accumulate(chain, objective, rollout, advantages, generator)])
         estimates.append(_gradients_by_replicate(chain) / group_size)
     exact = torch.cat([gradient.flatten() for gradient in chain.exact_gradient()])
     return _compare(torch.stack(estimates), exact, estimator.coverage(chain, differentiable))
@@ -157,8 +156,8 @@ def _calibrate(
     """On 64 samples of a single copy of the chain: calibration gives each sample a copy of its own."""
     chain = LinearGaussianChain(num_steps=num_steps, last_std=last_std)
     objective = QuadraticReward(chain, differentiable)
-    rollout = _rollout(chain, objective, [""] * 64, False, generator, lambda r: leave_one_out(r, group_size))
-    estimator.calibrate(chain, [rollout], decay=0.0)
+    rollout = _rollout(chain, objective, [""] * 64, False, generator)
+    estimator.calibrate(chain, [rollout], leave_one_out(rollout.rewards, group_size), decay=0.0)
 
 
 def _rollout(
@@ -167,13 +166,12 @@ def _rollout(
     prompts: Sequence[PromptLike],
     antithetic: bool,
     generator: torch.Generator,
-    advantages: Callable[[torch.Tensor], torch.Tensor],
 ) -> Rollout:
     seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
     noises = mirrored_pairs(chain.draw_noises(seeds[::2])) if antithetic else None
     trajectory = chain.sample(prompts, seeds, noises)
     rewards, gradient = objective.score_with_gradient(trajectory.latents[0], prompts)
-    return Rollout(trajectory, rewards, advantages(rewards), gradient if objective.differentiable else None)
+    return Rollout(trajectory, rewards, gradient if objective.differentiable else None)
 
 
 def _gradients_by_replicate(chain: LinearGaussianChain) -> torch.Tensor:

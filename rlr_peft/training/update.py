@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -12,15 +12,14 @@ import torch
 from rlr_peft.build.processes import Processes
 from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
-from rlr_peft.chain.adjoint import DerivativeError, Segment
+from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.estimator import MeasuringArguments
 from rlr_peft.estimators.advantages import leave_one_out
-from rlr_peft.estimators.base import Book, Coverage, Estimator, accumulate, coverage_of, over_updates
+from rlr_peft.estimators.base import Book, Coverage, Estimator, add_term, coverage_of, over_updates
 from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
-from rlr_peft.estimators.zeroth_order import Perturbation
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
 from rlr_peft.training.learning_rate import take_first_step
@@ -107,18 +106,19 @@ def take_update(run: Run, step: int) -> Update:
     raw = {name: info[f"reward/{name}"] for name in batch.scored.raw}
     estimator = run.estimator.for_reward(run.objective.has_gradient)
     advantages = _advantages(run, estimator, scores, raw, prompts, images_per_prompt)
-    rollouts = batch.rollouts(advantages[_own_samples(run)])
+    rollouts, micro_batch_size = batch.rollouts, run.config.training.train_batch_size
+    own_advantages = advantages[_own_samples(run)].split(micro_batch_size)
     coverage = coverage_of(estimator, chain, rollouts[0].reward_gradient is not None)
     if moving is not None:
         coverage = over_updates(coverage, moving)
     kl: torch.Tensor | None = None
     for epoch in range(estimator.inner_epochs):
         books, divergences = [], []
-        for i, rollout in enumerate(rollouts):
+        for i, (rollout, own) in enumerate(zip(rollouts, own_advantages, strict=True)):
             micro_batch = run.accelerator.process_index * len(rollouts) + i
-            first_prompt = micro_batch * run.config.training.train_batch_size // images_per_prompt
+            first_prompt = micro_batch * micro_batch_size // images_per_prompt
             draw = first_prompt if estimator.shares_draws else micro_batch
-            book, divergence = _add_gradients(run, chain, estimator, rollout, step, draw, epoch)
+            book, divergence = _add_gradients(run, chain, estimator, rollout, own, step, draw, epoch)
             books.append(book)
             divergences += [] if divergence is None else [divergence]
         all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
@@ -201,9 +201,9 @@ def calibrate(run: Run, step: int) -> None:
     prompts = run.sampler.sample(step, math.ceil(calibration_samples(run, arguments) / group_size))
     repeated, seeds = _repeat(run, step, "calibration", prompts, group_size)
     batch = sample_batch(run.chain, run.objective, repeated, seeds, micro_batch_size)
-    rollouts = batch.rollouts(leave_one_out(batch.rewards, group_size))
+    advantages = leave_one_out(batch.rewards, group_size)
     before = run.method_in_words
-    run.estimator.calibrate(run.chain, rollouts, arguments.calibration_decay)
+    run.estimator.calibrate(run.chain, batch.rollouts, advantages, arguments.calibration_decay)
     # Sums on GPUs differ in their last digits, which may tip the choice of K: all go by the main process's numbers.
     run.estimator.load_state_dict(run.processes.broadcast(run.estimator.state_dict(), "the calibration"))
     after = run.method_in_words
@@ -262,28 +262,32 @@ def _logged_info(run: Run, info: Mapping[str, torch.Tensor], scores: torch.Tenso
 
 
 def _add_gradients(
-    run: Run, chain: DenoisingChain, estimator: Estimator, rollout: Rollout, step: int, draw: int, epoch: int
+    run: Run,
+    chain: DenoisingChain,
+    estimator: Estimator,
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    step: int,
+    draw: int,
+    epoch: int,
 ) -> tuple[Book, torch.Tensor | None]:
     """Adds the gradient of a micro-batch's summed objective; returns its book and, if measured, its KL (B,).
 
     Micro-batches with the same ``draw`` get the same random numbers.
     """
     generator = _generator(run, "estimator", step, draw, epoch)
-    terms = [estimator.segments(chain, run.objective, rollout, generator)]
+    terms = [estimator.segments(chain, run.objective, rollout, advantages, generator)]
     beta, kl = 0.0 if run.kl_penalty is None else run.kl_penalty.beta, None
     if run.kl_penalty is not None and (beta > 0 or (epoch == 0 and _measures_kl(run, step))):
         draws = _generator(run, "divergence", step, draw, epoch)
         references = reference_steps(chain, rollout.trajectory, run.kl_penalty.steps, draws)
         kl = path_kl(rollout.trajectory, references)
         terms += [kl_segments(rollout.trajectory, references, beta)] if beta > 0 else []
-    return accumulate(chain, run.objective, rollout, _in_step(run, itertools.chain(*terms)), generator), kl
-
-
-def _in_step(run: Run, terms: Iterable[Segment | Perturbation]) -> Iterator[Segment | Perturbation]:
-    """The terms, one by one, each begun by all processes at once where they need each other's parts of the denoiser."""
-    for term in terms:
-        run.processes.keep_pace()
-        yield term
+    bookings = []
+    for term in itertools.chain(*terms):
+        run.processes.keep_pace()  # begun by all at once, where they need each other's parts of the denoiser
+        bookings.append(add_term(chain, run.objective, rollout, term, generator))
+    return Book.of(chain, rollout, advantages, bookings), kl
 
 
 def _measures_kl(run: Run, step: int) -> bool:

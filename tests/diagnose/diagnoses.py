@@ -32,7 +32,7 @@ def rollout_of(
 ) -> Rollout:
     trajectory = chain.sample([f"prompt {i // GROUP}" for i in range(samples)], list(range(seed, seed + samples)))
     rewards, gradient = objective.score_with_gradient(trajectory.latents[0], trajectory.prompts)
-    return Rollout(trajectory, rewards, leave_one_out(rewards, GROUP), gradient if differentiable else None)
+    return Rollout(trajectory, rewards, gradient if differentiable else None)
 
 
 def chaotic_chain() -> LinearGaussianChain:
@@ -49,7 +49,8 @@ def evidence_of(samples: int, differentiable: bool = True, seed: int = 0) -> Evi
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
     objective = QuadraticReward(chain)
     rollout = rollout_of(chain, objective, samples, seed, differentiable)
-    return gather_evidence(chain, objective, [rollout], sketch_of(chain), GROUP)
+    advantages = leave_one_out(rollout.rewards, GROUP)
+    return gather_evidence(chain, objective, [rollout], advantages, sketch_of(chain), GROUP)
 
 
 def config_with(*flags: str) -> Config:

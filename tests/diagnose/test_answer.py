@@ -20,8 +20,10 @@ from rlr_peft.diagnose import (
     recommend,
     sample_estimates,
 )
+from rlr_peft.estimators import leave_one_out
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.diagnose.diagnoses import (
+    GROUP,
     REQUIRED,
     config_with,
     diagnosis_of,
@@ -153,13 +155,14 @@ def test_drawn_steps_from_sketches_are_what_running_gives(name: str) -> None:
     objective = QuadraticReward(chain)
     method = next(m for m in methods_to_compare(chain, evidence, config_with()).methods if m.name == name)
     assert method.estimates is not None
-    sample = rollout_of(chain, objective, 16).select([3])
+    rollout = rollout_of(chain, objective, 16)
+    sample, advantages = rollout.select([3]), leave_one_out(rollout.rewards, GROUP)[[3]]
     if name == "rsm":
         assert evidence.gradients.cotangent_squares is not None
         method.estimator.load_state_dict({"norms": evidence.gradients.cotangent_squares[0].sqrt().tolist()})
     runs, sketch, generator, ran = 400, sketch_of(chain), torch.Generator().manual_seed(0), []
     for _ in range(runs):
-        method.estimator.accumulate(chain, objective, sample, generator)
+        method.estimator.accumulate(chain, objective, sample, advantages, generator)
         ran.append(sketch([p.grad for p in chain.parameters]).double())
         clear_gradients(chain)
     variance, mean = torch.stack(ran).var(0).sum(), method.estimates.vectors[3].double()

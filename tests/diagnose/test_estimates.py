@@ -30,6 +30,7 @@ from rlr_peft.estimators import (
     RLREstimator,
     RLRSettings,
     StepGradients,
+    leave_one_out,
     variance_and_error,
 )
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
@@ -58,7 +59,7 @@ def run_many(
     generator, rows = torch.Generator().manual_seed(1), []
     for call in range(calls):
         rollout = rollout_of(chain, objective, replicates, 10_000 + call * replicates, differentiable)
-        estimator.accumulate(chain, objective, rollout, generator)
+        estimator.accumulate(chain, objective, rollout, leave_one_out(rollout.rewards, GROUP), generator)
         rows.append(torch.cat([p.grad.reshape(replicates, -1) for p in chain.parameters], dim=1))
         for parameter in chain.parameters:
             parameter.grad = None
@@ -105,6 +106,7 @@ def test_variance_from_sketches_is_that_of_running_the_estimator(evidence: Evide
 def test_mixed_orders_from_sketches_are_what_the_estimator_gives(evidence: Evidence) -> None:
     chain = LinearGaussianChain(num_steps=6, last_std=0.2)
     rollout = rollout_of(chain, QuadraticReward(chain), SAMPLES)
+    advantages = leave_one_out(rollout.rewards, GROUP)
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all"), step_choice="inverse-variance"))
     estimator.statistics.variances = evidence.variances
     mixture = estimator.layout(chain, True).mixture
@@ -113,7 +115,7 @@ def test_mixed_orders_from_sketches_are_what_the_estimator_gives(evidence: Evide
     weights[: len(mixture)] = mixture
     sketch = sketch_of(chain)
     for i in (0, 7):
-        estimator.accumulate(chain, QuadraticReward(chain), rollout.select([i]), torch.Generator())
+        estimator.accumulate(chain, QuadraticReward(chain), rollout.select([i]), advantages[[i]], torch.Generator())
         ran = sketch([p.grad for p in chain.parameters]).float()
         torch.testing.assert_close(mixed_orders(evidence.gradients, weights)[i], ran, rtol=1e-4, atol=1e-4)
         for parameter in chain.parameters:
@@ -222,7 +224,7 @@ def test_d3po_is_what_its_estimator_gives() -> None:
     chain, evidence = LinearGaussianChain(num_steps=6, last_std=0.2), evidence_of(32)
     rollout = rollout_of(chain, QuadraticReward(chain), 32).select([4, 5])
     method = next(m for m in methods_to_compare(chain, evidence, config_with()).methods if m.name == "d3po")
-    method.estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    method.estimator.accumulate(chain, QuadraticReward(chain), rollout, rollout.rewards, torch.Generator())
     ran = sketch_of(chain)([p.grad for p in chain.parameters]).float()
     torch.testing.assert_close(method.estimates.vectors[4:6].sum(0), ran, rtol=1e-4, atol=1e-4)
 
@@ -239,4 +241,4 @@ def test_samples_that_cannot_tell_anything_are_refused() -> None:
         (zero, "gradient is not zero"),
     ]:
         with pytest.raises((DiagnosisError, CoverageError), match=message):
-            gather_evidence(chain, objective, [bad], sketch, 2)
+            gather_evidence(chain, objective, [bad], leave_one_out(bad.rewards, 2), sketch, 2)

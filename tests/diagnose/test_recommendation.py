@@ -8,7 +8,7 @@ import torch
 
 from rlr_peft.config import load_config
 from rlr_peft.diagnose import Diagnosis, diagnose, plain_numbers, recommend, stages_of
-from rlr_peft.estimators import DecodedReward, leave_one_out, sample_batch
+from rlr_peft.estimators import DecodedReward, sample_batch
 from rlr_peft.lora import adapter_disabled, attach_lora
 from rlr_peft.rewards import CallableReward
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
@@ -87,7 +87,7 @@ def test_a_pipelines_weights_are_left_as_they_were() -> None:
     diagnose(
         chain,
         objective,
-        batch.rollouts(leave_one_out(batch.scored.scores, 2)),
+        batch.rollouts,
         config,
         group_size=2,
         sampling_seconds=0.0,

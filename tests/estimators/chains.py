@@ -13,12 +13,12 @@ from tests.pipelines import chain_over, tiny_stable_diffusion
 
 def rollout_of(
     chain: LinearGaussianChain, samples: int, group_size: int, seed: int = 0, objective: Objective | None = None
-) -> Rollout:
-    """Samples of one seed, scored by the quadratic reward or another, with leave-one-out advantages."""
+) -> tuple[Rollout, torch.Tensor]:
+    """Samples of one seed, scored by the quadratic reward or another, and their leave-one-out advantages."""
     trajectory = chain.sample([""] * samples, list(range(seed, seed + samples)))
     objective = QuadraticReward(chain) if objective is None else objective
     rewards, gradient = objective.score_with_gradient(trajectory.latents[0], trajectory.prompts)
-    return Rollout(trajectory, rewards, leave_one_out(rewards, group_size), gradient)
+    return Rollout(trajectory, rewards, gradient), leave_one_out(rewards, group_size)
 
 
 def book_of_blocks(norms: Mapping[int, float]) -> Book:

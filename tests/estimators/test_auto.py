@@ -84,7 +84,8 @@ def auto(samples: int = 16, measures_batch: bool = False, **knobs: object) -> Au
 def calibrated(chain: LinearGaussianChain, **knobs: object) -> AutoEstimator:
     estimator = auto(**knobs)
     assert estimator.wants_calibration(True) and not estimator.is_calibrated
-    estimator.calibrate(chain, [rollout_of(chain, 32, 4)], decay=0.0)
+    rollout, advantages = rollout_of(chain, 32, 4)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     return estimator
 
 
@@ -106,36 +107,36 @@ def test_truncation_is_left_where_it_leads_astray() -> None:
 
 def test_the_choice_is_restored_and_its_segments_are_the_members() -> None:
     chain = LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05))
-    rollout = rollout_of(chain, 32, 4)
+    rollout, advantages = rollout_of(chain, 32, 4)
     estimator, restored = auto(fo_roulette=False), auto(fo_roulette=False)
-    estimator.calibrate(chain, [rollout], decay=0.0)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     restored.load_state_dict(estimator.state_dict())
     assert restored.describe(True) == estimator.describe(True)
     truncated = build_estimator(METHODS["truncated-bp"](), RunShape(6))
     for one in (restored, truncated):
-        one.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+        one.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))
     both = gradient_of(chain)
-    truncated.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+    truncated.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))
     torch.testing.assert_close(both, 2 * gradient_of(chain))
 
 
 def test_a_reward_without_gradient_is_left_to_ram() -> None:
     chain = LinearGaussianChain(num_steps=6)
-    reward, rollout = QuadraticReward(chain, differentiable=False), rollout_of(chain, 32, 4)
+    reward, (rollout, advantages) = QuadraticReward(chain, differentiable=False), rollout_of(chain, 32, 4)
     rollout = replace(rollout, reward_gradient=None)
     estimator, ram = auto(), build_estimator(METHODS["ram"](), RunShape(6))
     assert not estimator.wants_calibration(False) and estimator.for_reward(True) is estimator
-    estimator.calibrate(chain, [rollout], decay=0.0)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     assert not estimator.is_calibrated, "there is nothing to measure"
     assert estimator.describe(False) == f"as the reward has no gradient, ram: {ram.describe()}"
     assert "is measured in the first update; until then rlr" in estimator.describe(True)
     assert estimator.coverage(chain, False).describe() == ram.coverage(chain, False).describe()
     gradients = []
     for one in (estimator.for_reward(False), ram):
-        one.accumulate(chain, reward, rollout, torch.Generator().manual_seed(0))
+        one.accumulate(chain, reward, rollout, advantages, torch.Generator().manual_seed(0))
         gradients.append(gradient_of(chain))
     assert torch.equal(*gradients) and gradients[0].any()
-    book = estimator.for_reward(False).accumulate(chain, reward, rollout, torch.Generator().manual_seed(0))
+    book = estimator.for_reward(False).accumulate(chain, reward, rollout, advantages, torch.Generator().manual_seed(0))
     estimator.learn([book])
     restored = auto()
     restored.load_state_dict(estimator.state_dict())

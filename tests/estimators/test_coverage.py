@@ -119,7 +119,8 @@ def test_a_window_that_the_tail_has_come_to_cover_is_drawn_from_no_more(
     settings = RLRSettings("auto", HalfOrder(1, 1, "window", (2, 3)), perturbed, black_box_steps=4)
     estimator = RLREstimator(settings)
     quiet, noisy = torch.full((6,), 1e-3), torch.ones(6)
-    estimator.statistics.variances = StepVariances(torch.cat([quiet[:4], noisy[4:]]), torch.cat([noisy[:4], quiet[4:]]))
+    first_order, half_order = torch.cat([quiet[:4], noisy[4:]]), torch.cat([noisy[:4], quiet[4:]])
+    estimator.statistics.variances = StepVariances(first_order, half_order, torch.ones(6, dtype=torch.bool))
     layout = estimator.layout(chain, differentiable)
     assert (layout.first_order_steps, layout.black_box_steps) == ((4, []) if differentiable else (0, [1, 2, 3, 4]))
     assert layout.blocks == []
@@ -166,7 +167,6 @@ def test_coverage_is_checked_and_described() -> None:
 
 def test_hot_steps_under_a_score_term_are_named() -> None:
     chain = LinearGaussianChain(last_std=0.01)  # gain .3 against a noise of .01
-    estimator, rollout = RLREstimator(RLRSettings(0, HalfOrder(1, "all"))), rollout_of(chain, 4, 4)
-    assert estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator()).hot_steps == pytest.approx(
-        {1: 30.0}
-    )
+    estimator = RLREstimator(RLRSettings(0, HalfOrder(1, "all")))
+    book = estimator.accumulate(chain, QuadraticReward(chain), *rollout_of(chain, 4, 4), torch.Generator())
+    assert book.hot_steps == pytest.approx({1: 30.0})

@@ -86,10 +86,10 @@ def test_a_pull_is_minus_the_losss_derivative(name: str, pull) -> None:
 def test_on_policy_all_three_follow_the_same_direction(name: str) -> None:
     """``sum_i c_i A_i J^T (u - o_old)``, with c = 2 m / D, 2 s / (D w) and 2 / D of RAM, NFT and AWM."""
     chain = LinearGaussianChain(num_steps=3)
-    rollout = rollout_of(chain, 8, 4)
-    rollout = replace(rollout, advantages=rollout.advantages.clamp(-1, 1))
+    rollout, advantages = rollout_of(chain, 8, 4)
+    advantages = advantages.clamp(-1, 1)
     estimator = build_estimator(METHODS[name](noise_levels=3), RunShape(3))
-    estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(1))
+    estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(1))
     got = gradient_of(chain)
     generator, expected = torch.Generator().manual_seed(1), torch.zeros_like(got)
     assert estimator._draw(chain, generator) == [1, 2, 3]
@@ -106,7 +106,7 @@ def test_on_policy_all_three_follow_the_same_direction(name: str) -> None:
             "nft": 2 * noise_share(point) / residual.abs().mean(1),
             "awm": torch.full((8,), 2.0),
         }[name]
-        weighted = (factors * rollout.advantages)[:, None] * residual / chain.dimension / 3
+        weighted = (factors * advantages)[:, None] * residual / chain.dimension / 3
         expected += flat(torch.autograd.grad((weighted * output).sum(), chain.parameters))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
@@ -156,12 +156,12 @@ def directions(chain: GaussianDataChain, samples: int) -> tuple[torch.Tensor, to
     slope = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
     trajectory = chain.sample([str(i) for i in range(samples)], [0] * samples)  # each with noise of its own
     rewards = trajectory.latents[0] @ slope - 0.2 * trajectory.latents[0].square().sum(1)
-    rollout = Rollout(trajectory, rewards, leave_one_out(rewards, samples), None)
+    rollout, advantages = Rollout(trajectory, rewards, None), leave_one_out(rewards, samples)
     score = RLREstimator(RLRSettings(0, HalfOrder(1, "all")))
     forward = ForwardEstimator(replace(FREE, noise_levels=chain.num_steps, base_pull=0.0))
     gradients = []
     for estimator in (score, forward):
-        estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(1))
+        estimator.accumulate(chain, None, rollout, advantages, torch.Generator().manual_seed(1))
         matrices, shifts = (parameter.grad[0] for parameter in chain.parameters)
         gradients.append(torch.cat([matrices.flatten(1), shifts], dim=1)[1:])
         for parameter in chain.parameters:
@@ -198,8 +198,8 @@ def test_noise_that_a_prompts_images_share_cancels_and_the_mean_stays() -> None:
         advantages = leave_one_out(trajectory.latents[0] @ slope, 4)
         for prompts, gradients in ((trajectory.prompts, shared), ([str(i) for i in range(8)], own)):
             drawn = replace(trajectory, prompts=as_prompts(prompts))
-            rollout = Rollout(drawn, torch.zeros(8), advantages, None)
-            estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(update))
+            rollout = Rollout(drawn, torch.zeros(8), None)
+            estimator.accumulate(chain, None, rollout, advantages, torch.Generator().manual_seed(update))
             gradients.append(gradient_of(chain))
     shared, own = torch.stack(shared), torch.stack(own)
     errors = ((shared.var(0) + own.var(0)) / 300).sqrt()
@@ -214,8 +214,8 @@ def trained(knobs: AWMArguments, updates: int, rate: float = 0.02) -> dict[str, 
     for update in range(updates):
         trajectory = chain.sample([""] * 64, [update] * 64)
         rewards = trajectory.latents[0] @ slope
-        rollout = Rollout(trajectory, rewards, estimator.advantages(rewards, [""] * 64, 64), None)
-        book = estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(update))
+        rollout, advantages = Rollout(trajectory, rewards, None), estimator.advantages(rewards, [""] * 64, 64)
+        book = estimator.accumulate(chain, None, rollout, advantages, torch.Generator().manual_seed(update))
         estimator.learn([book])
         with torch.no_grad():
             for parameter in chain.parameters:
@@ -239,11 +239,11 @@ def test_each_guard_prevents_what_it_is_for() -> None:
 def test_old_weights_lag_behind_and_are_restored() -> None:
     """``old <- a old + (1 - a) present`` with ``a = min(limit, N growth)`` after N updates, once an update."""
     chain, knobs = LinearGaussianChain(num_steps=3), replace(FREE, old_decay=0.5, old_decay_growth=0.2)
-    estimator, rollout = ForwardEstimator(knobs), rollout_of(chain, 8, 4)
+    estimator, (rollout, advantages) = ForwardEstimator(knobs), rollout_of(chain, 8, 4)
     expected = [parameter.detach().clone() for parameter in chain.parameters]
     for update in range(1, 5):
         for _ in range(2):  # micro-batches
-            estimator.accumulate(chain, None, rollout, torch.Generator())
+            estimator.accumulate(chain, None, rollout, advantages, torch.Generator())
         torch.testing.assert_close(estimator.state_dict()["old"], expected)
         move_parameters(chain, 0.1, seed=update)
         estimator.learn([])
@@ -253,9 +253,9 @@ def test_old_weights_lag_behind_and_are_restored() -> None:
     again = ForwardEstimator(knobs)
     again.load_state_dict(estimator.state_dict())
     for each in (estimator, again):
-        each.accumulate(chain, None, rollout, torch.Generator())
+        each.accumulate(chain, None, rollout, advantages, torch.Generator())
     twice = gradient_of(chain)
-    estimator.accumulate(chain, None, rollout, torch.Generator())
+    estimator.accumulate(chain, None, rollout, advantages, torch.Generator())
     torch.testing.assert_close(twice, 2 * gradient_of(chain))
 
 
@@ -265,18 +265,18 @@ def test_of_a_pipeline_the_conditional_prediction_is_trained(name: str) -> None:
     chain = adapted_chain(3, step_kind="ode")
     move_parameters(chain, 0.05)
     trajectory = chain.sample(["red", "red", "blue b", "blue b"], [0, 1, 2, 3])
-    rollout = Rollout(trajectory, torch.zeros(4), torch.tensor([1.0, -1.0, 0.5, -0.5]), None)
+    rollout, advantages = Rollout(trajectory, torch.zeros(4), None), torch.tensor([1.0, -1.0, 0.5, -0.5])
     estimator = build_estimator(METHODS[name](noise_levels=2), RunShape(3))
     with counted_tape() as one_step, chain.without_guidance():
         ReplayedStep(chain, trajectory, 1, "prediction", with_latents=False)
     before = chain.denoiser_evaluations
     with counted_tape() as tape:
-        book = estimator.accumulate(chain, None, rollout, torch.Generator().manual_seed(0))
+        book = estimator.accumulate(chain, None, rollout, advantages, torch.Generator().manual_seed(0))
     assert tape.peak == one_step.peak > 0, "old and base leave nothing on the tape, and levels come one by one"
     gradient = gradient_of(chain)
     assert book.backward_passes == 2 and gradient.norm() > 0
     assert chain.denoiser_evaluations - before == 4 * 2 * 3  # present, old and base
     unguided = build_estimator(METHODS[name](noise_levels=2), RunShape(3))
-    unguided.accumulate(chain.at(guidance=1.0), None, rollout, torch.Generator().manual_seed(0))
+    unguided.accumulate(chain.at(guidance=1.0), None, rollout, advantages, torch.Generator().manual_seed(0))
     torch.testing.assert_close(gradient_of(chain), gradient)
     assert torch.equal(chain.sample(trajectory.prompts, [0, 1, 2, 3]).latents, trajectory.latents), "all is put back"

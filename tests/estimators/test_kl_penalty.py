@@ -15,7 +15,7 @@ BETA = 0.3
 def moved_chain() -> tuple[LinearGaussianChain, Rollout]:
     chain = LinearGaussianChain(num_steps=4)
     move_parameters(chain, 0.2)
-    return chain, rollout_of(chain, 8, 4)
+    return chain, rollout_of(chain, 8, 4)[0]
 
 
 def exact_kl(chain: LinearGaussianChain, rollout: Rollout) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_value_and_gradient_are_those_of_the_closed_form() -> None:
 def test_a_chain_whose_only_step_ends_clean_has_no_divergence(steps) -> None:
     chain = LinearGaussianChain(num_steps=1)
     with pytest.raises(NoDivergenceError, match=r"Expected noise in the chain.*got none in its 1 step\(s\)"):
-        accumulate(chain, rollout_of(chain, 4, 4), KLPenalty(BETA, steps))
+        accumulate(chain, rollout_of(chain, 4, 4)[0], KLPenalty(BETA, steps))
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -82,12 +82,12 @@ def test_drawn_steps_average_to_all_steps(steps: int) -> None:
 def test_on_stable_diffusion_it_is_zero_at_the_start_and_positive_after_an_update() -> None:
     chain = adapted_chain(4)
     for beta in (BETA, 0.0):
-        rollout = Rollout(chain.sample(["red", "blue b"], [0, 1]), torch.zeros(2), torch.zeros(2), None)
+        rollout = Rollout(chain.sample(["red", "blue b"], [0, 1]), torch.zeros(2), None)
         divergence = accumulate(chain, rollout, KLPenalty(beta, "all"))
         assert torch.all(divergence < 1e-20)  # the present mean is recovered from the samples, up to rounding
         assert not gradient_of(chain).any()
     move_parameters(chain, 0.1)
-    rollout = Rollout(chain.sample(["red", "blue b"], [0, 1]), torch.zeros(2), torch.zeros(2), None)
+    rollout = Rollout(chain.sample(["red", "blue b"], [0, 1]), torch.zeros(2), None)
     divergence = accumulate(chain, rollout, KLPenalty(BETA, "all"))
     assert torch.all(divergence > 1e-6) and gradient_of(chain).norm() > 0
     torch.testing.assert_close(accumulate(chain, rollout, KLPenalty(0.0, "all")), divergence)

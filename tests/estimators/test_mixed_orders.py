@@ -12,18 +12,19 @@ from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 
-def linear() -> tuple[Chain, Rollout]:
+def linear() -> tuple[Chain, Rollout, torch.Tensor]:
     chain = LinearGaussianChain(num_steps=5)
-    return chain, rollout_of(chain, 8, 4)
+    return chain, *rollout_of(chain, 8, 4)
 
 
-def stable_diffusion() -> tuple[Chain, Rollout]:
+def stable_diffusion() -> tuple[Chain, Rollout, torch.Tensor]:
     chain = adapted_chain(4)
     move_parameters(chain, 0.1)
     trajectory = chain.sample(["red", "blue b"], [0, 1])
     reward = CallableReward("brightness", lambda images, prompts: images.square().mean((1, 2, 3)))
     measured = DecodedReward(chain, reward, 2).measure(trajectory.latents[0], trajectory.prompts)
-    return chain, Rollout(trajectory, measured.scored.scores, torch.tensor([0.7, -1.1]), measured.reward_gradient)
+    rollout = Rollout(trajectory, measured.scored.scores, measured.reward_gradient)
+    return chain, rollout, torch.tensor([0.7, -1.1])
 
 
 def pathwise_by_autograd(chain: Chain, rollout: Rollout, length: int) -> list[torch.Tensor]:
@@ -42,7 +43,7 @@ def pathwise_by_autograd(chain: Chain, rollout: Rollout, length: int) -> list[to
     return gradients
 
 
-def scores_by_autograd(chain: Chain, rollout: Rollout, length: int) -> list[torch.Tensor]:
+def scores_by_autograd(chain: Chain, rollout: Rollout, advantages: torch.Tensor, length: int) -> list[torch.Tensor]:
     """Gradient of ``A log p(x_{t-1} | x_t)`` for every step with noise, 0 for others."""
     gradients = []
     for t in range(1, length + 1):
@@ -51,8 +52,8 @@ def scores_by_autograd(chain: Chain, rollout: Rollout, length: int) -> list[torc
             gradients.append(torch.zeros_like(_gradient(chain, step.mean.sum())))
             continue
         log_density = torch.distributions.Normal(step.mean, std).log_prob(rollout.trajectory.latents[t - 1])
-        advantages = rollout.advantages.to(log_density)
-        gradients.append(_gradient(chain, (log_density.flatten(1).sum(1) * advantages).sum()))
+        weighted = log_density.flatten(1).sum(1) * advantages.to(log_density)
+        gradients.append(_gradient(chain, weighted.sum()))
     return gradients
 
 
@@ -61,12 +62,17 @@ def _gradient(chain: Chain, value: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("build", [linear, stable_diffusion], ids=["linear chain", "Stable Diffusion"])
-def test_the_mixed_segment_is_the_weighted_sum_of_both_terms(build: Callable[[], tuple[Chain, Rollout]]) -> None:
-    chain, rollout = build()
+def test_the_mixed_segment_is_the_weighted_sum_of_both_terms(
+    build: Callable[[], tuple[Chain, Rollout, torch.Tensor]],
+) -> None:
+    chain, rollout, advantages = build()
     mixture = torch.tensor([1.0, 0.3, 0.0, 0.8], dtype=torch.float64)
-    pathwise, scores = pathwise_by_autograd(chain, rollout, 4), scores_by_autograd(chain, rollout, 4)
+    pathwise = pathwise_by_autograd(chain, rollout, 4)
+    scores = scores_by_autograd(chain, rollout, advantages, 4)
     for first_order, half_order in [(1.0, 1.0), (0.5, 3.0)]:
-        booking = adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, mixture, first_order, half_order))
+        booking = adjoint.run(
+            chain, rollout.trajectory, mixed_segment(rollout, advantages, mixture, first_order, half_order)
+        )
         expected = sum(
             first_order * share * pathwise[i] + half_order * (1 - share) * scores[i]
             for i, share in enumerate(mixture.tolist())
@@ -77,14 +83,14 @@ def test_the_mixed_segment_is_the_weighted_sum_of_both_terms(build: Callable[[],
 
 
 def test_a_mixture_of_ones_is_the_pathwise_gradient() -> None:
-    chain, rollout = linear()
-    adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, torch.ones(5)))
+    chain, rollout, advantages = linear()
+    adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, advantages, torch.ones(5)))
     mixed = gradient_of(chain)
     adjoint.run(chain, rollout.trajectory, adjoint.Segment("first_order", range(1, 6), rollout.reward_gradient))
     torch.testing.assert_close(mixed, gradient_of(chain))
 
 
 def test_pathwise_weight_on_every_noiseless_step_is_required() -> None:
-    chain, rollout = linear()
+    chain, rollout, advantages = linear()
     with pytest.raises(ValueError, match="Expected noise at step 1"):
-        adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, torch.tensor([0.5, 0.5])))
+        adjoint.run(chain, rollout.trajectory, mixed_segment(rollout, advantages, torch.tensor([0.5, 0.5])))

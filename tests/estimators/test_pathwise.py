@@ -47,13 +47,13 @@ def test_it_differentiates_the_reward_of_the_prediction_at_one_of_the_last_steps
 ) -> None:
     """Without a number it is one of the last quarter, rounded up: 2 of 6."""
     chain = LinearGaussianChain(num_steps=6)
-    rollout = rollout_of(chain, 8, 4)
+    rollout, advantages = rollout_of(chain, 8, 4)
     candidates = gradients_by_step(chain, rollout)
     drawn = []
     for seed in range(30):
         evaluations = chain.denoiser_evaluations
         member("refl", fo_steps=last_steps).accumulate(
-            chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(seed)
+            chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(seed)
         )
         assert chain.denoiser_evaluations == evaluations + 8, "it costs one replay"
         gradient = gradient_of(chain)
@@ -71,8 +71,8 @@ def test_on_stable_diffusion_it_is_plain_autograd_through_denoiser_and_decoder()
 
     objective = DecodedReward(chain, CallableReward("brightness", brightness), 1)
     measured = objective.measure(trajectory.latents[0], trajectory.prompts)
-    rollout = Rollout(trajectory, measured.scored.scores, measured.scored.scores, measured.reward_gradient)
-    member("refl", fo_steps=1).accumulate(chain, objective, rollout, torch.Generator())
+    rollout = Rollout(trajectory, measured.scored.scores, measured.reward_gradient)
+    member("refl", fo_steps=1).accumulate(chain, objective, rollout, rollout.rewards, torch.Generator())
     actual = gradient_of(chain)
     predicted = chain.replay(trajectory, 1).pred_original_sample
     reward = brightness(chain.decode(predicted, trajectory.prompts), trajectory.prompts).sum()
@@ -122,12 +122,14 @@ def drawn_sets(chain: LinearGaussianChain, count: int) -> list[tuple[int, ...]]:
 
 def test_sparse_steps_follow_the_formula_with_the_velocity_held() -> None:
     chain = LinearGaussianChain(num_steps=5)
-    rollout = rollout_of(chain, 8, 4)
+    rollout, advantages = rollout_of(chain, 8, 4)
     sizes, estimator = step_sizes(chain), member("flowbp-sparse", fo_steps=2, step_correction=0.5)
     seen = set()
     for seed in range(25):
         chain.denoiser_evaluations = 0
-        book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(seed))
+        book = estimator.accumulate(
+            chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(seed)
+        )
         assert chain.denoiser_evaluations == 2 * 8 and book.backward_passes == 2 and book.first_order_steps == 2
         gradient = gradient_of(chain)
         for steps in drawn_sets(chain, 2):
@@ -142,11 +144,13 @@ def test_sparse_steps_follow_the_formula_with_the_velocity_held() -> None:
 
 def test_a_bridge_passes_one_denoiser_by_half() -> None:
     chain = LinearGaussianChain(num_steps=4)
-    rollout = rollout_of(chain, 8, 4)
+    rollout, advantages = rollout_of(chain, 8, 4)
     estimator = member("flowbp-bridge", fo_steps=4, step_correction=0.0)
     bridges = set()
     for seed in range(12):
-        book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(seed))
+        book = estimator.accumulate(
+            chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(seed)
+        )
         assert book.backward_passes == 4
         gradient = gradient_of(chain)
         bridges |= {
@@ -161,9 +165,9 @@ def test_a_bridge_passes_one_denoiser_by_half() -> None:
 
 def test_drtune_follows_the_prediction_of_a_late_step() -> None:
     chain = LinearGaussianChain(num_steps=5)
-    rollout = rollout_of(chain, 8, 4)
+    rollout, advantages = rollout_of(chain, 8, 4)
     member("drtune", fo_steps=2, stop_share=0.2).accumulate(
-        chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0)
+        chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0)
     )
     gradient = gradient_of(chain)
     trajectory = rollout.trajectory
@@ -181,8 +185,8 @@ def test_two_leaps_stand_in_for_the_chain() -> None:
     """On the mixture, whose predictions lie on a path: x_k leaps to x_j, x_j to the clean end, straight through."""
     chain = GuidedMixtureChain(num_steps=4, dimension=3)
     trajectory = chain.sample(["a", "b"], [0, 1])
-    rollout = Rollout(trajectory, torch.zeros(2), torch.zeros(2), torch.randn(2, 3, dtype=torch.float64))
-    member("leap", fo_carry=0.3).accumulate(chain, None, rollout, torch.Generator().manual_seed(3))
+    rollout = Rollout(trajectory, torch.zeros(2), torch.randn(2, 3, dtype=torch.float64))
+    member("leap", fo_carry=0.3).accumulate(chain, None, rollout, rollout.rewards, torch.Generator().manual_seed(3))
     gradient = gradient_of(chain)
     candidates = []
     for later, earlier in itertools.combinations(range(1, 5), 2):
@@ -204,9 +208,9 @@ def test_two_leaps_stand_in_for_the_chain() -> None:
 def test_renoised_copies_are_averaged_with_the_image() -> None:
     """A linear reward has the same gradient everywhere, so that copies differ in their inputs alone."""
     chain = LinearGaussianChain(num_steps=3)
-    rollout = rollout_of(chain, 4, 4)
+    rollout, advantages = rollout_of(chain, 4, 4)
     book = member("draft-lv", renoised_copies=3).accumulate(
-        chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0)
+        chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0)
     )
     assert [booking.weight for booking in book.bookings] == [0.25] * 4 and book.backward_passes == 4
     gradient_of(chain)
@@ -219,26 +223,29 @@ def test_renoised_copies_are_averaged_with_the_image() -> None:
 
 def renoised(chain: LinearGaussianChain, rollout: Rollout, copies: int) -> list[Segment]:
     generator = torch.Generator().manual_seed(0)
-    segments = member("draft-lv", renoised_copies=copies).segments(chain, QuadraticReward(chain), rollout, generator)
+    segments = member("draft-lv", renoised_copies=copies).segments(
+        chain, QuadraticReward(chain), rollout, rollout.rewards, generator
+    )
     return list(segments)[1:]
 
 
 def test_rsm_clips_long_reward_gradients_at_their_running_quantile() -> None:
     chain = LinearGaussianChain(num_steps=3, last_std=0.2)
-    rollout = rollout_of(chain, 10, 10)
+    rollout, advantages = rollout_of(chain, 10, 10)
     gradient = rollout.reward_gradient.clone()
     gradient[0] *= 1000
     estimator = member("rsm", fo_steps=3)
-    segments = estimator.segments(
-        chain, QuadraticReward(chain), replace(rollout, reward_gradient=gradient), torch.Generator()
-    )
+    steep = replace(rollout, reward_gradient=gradient)
+    segments = estimator.segments(chain, QuadraticReward(chain), steep, advantages, torch.Generator())
     (segment,) = segments
     norms = gradient.norm(dim=1)
     limit = norms.quantile(0.8)
     torch.testing.assert_close(segment.cotangent.norm(dim=1), norms.clamp(max=limit))
     assert segment.sample_weights[:, 0].mean() == pytest.approx(1) and segment.note == pytest.approx(norms.tolist())
     restored = member("rsm")
-    estimator.learn([estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))])
+    estimator.learn(
+        [estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))]
+    )
     restored.load_state_dict(estimator.state_dict())
     assert restored.state_dict() == estimator.state_dict() and len(estimator.state_dict()["norms"]) == 10
 
@@ -247,10 +254,10 @@ def test_adjoint_matching_sweeps_through_the_base_and_pulls_towards_it() -> None
     chain = LinearGaussianChain(num_steps=3, last_std=0.2)
     with torch.no_grad():
         chain.parameters[0].add_(0.1)
-    rollout = rollout_of(chain, 8, 8)
+    rollout, advantages = rollout_of(chain, 8, 8)
     trajectory = rollout.trajectory
     estimator = build_estimator(METHODS["adjoint-matching"](fo_steps=3, reward_scale=10.0), RunShape(3))
-    estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+    estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))
     actual = gradient_of(chain)
     total, cotangent = 0, rollout.reward_gradient
     for t in (1, 2, 3):
@@ -265,19 +272,21 @@ def test_adjoint_matching_sweeps_through_the_base_and_pulls_towards_it() -> None
 
 def test_at_the_base_adjoint_matching_is_full_backpropagation() -> None:
     chain = LinearGaussianChain(num_steps=3, last_std=0.2)
-    rollout = rollout_of(chain, 8, 8)
+    rollout, advantages = rollout_of(chain, 8, 8)
     for estimator in (build_estimator(METHODS["adjoint-matching"](fo_steps=3), RunShape(3)), member("full-bp")):
-        estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+        estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))
     both = gradient_of(chain)
-    member("full-bp").accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    member("full-bp").accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator())
     torch.testing.assert_close(both, 2 * gradient_of(chain))
 
 
 def test_a_random_tail_is_drawn_evenly() -> None:
     chain = LinearGaussianChain(num_steps=4)
-    rollout, generator = rollout_of(chain, 4, 4), torch.Generator().manual_seed(0)
+    (rollout, advantages), generator = rollout_of(chain, 4, 4), torch.Generator().manual_seed(0)
     estimator = member("truncated-bp", fo_steps="random")
-    segments = [next(estimator.segments(chain, QuadraticReward(chain), rollout, generator)) for _ in range(400)]
+    segments = [
+        next(estimator.segments(chain, QuadraticReward(chain), rollout, advantages, generator)) for _ in range(400)
+    ]
     counts = torch.bincount(torch.tensor([len(segment.steps) for segment in segments]), minlength=5)
     # 400 draws of probability 1/4 have a standard deviation of 8.7
     assert counts[0] == 0 and all(abs(int(count) - 100) < 5 * 8.7 for count in counts[1:])

@@ -1,9 +1,12 @@
 """The choice of K, of the mixture's weights, and of h from a budget."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from rlr_peft.estimators import (
+    StepVariances,
     best_first_order_steps,
     half_order_length_for_compute,
     half_order_length_for_memory,
@@ -11,25 +14,33 @@ from rlr_peft.estimators import (
 )
 
 
+def variances(
+    first_order: Sequence[float] | None, half_order: Sequence[float], noiseless: Sequence[int] = ()
+) -> StepVariances:
+    """Of steps 1..T, of which some have no noise."""
+    has_noise = torch.tensor([t not in noiseless for t in range(1, len(half_order) + 1)])
+    first = None if first_order is None else torch.tensor(first_order, dtype=torch.float64)
+    return StepVariances(first, torch.tensor(half_order, dtype=torch.float64), has_noise)
+
+
 def test_the_best_k_has_the_smallest_sum_of_variances() -> None:
-    inf = torch.inf
-    first_order = torch.tensor([0.1, 0.2, 0.15, 6.4, 8.0])
-    half_order = torch.tensor([inf, 40.0, 0.17, 0.06, 0.05])
-    assert best_first_order_steps(first_order, half_order) == 3
-    assert best_first_order_steps(first_order, torch.full((5,), inf)) == 5
-    assert best_first_order_steps(torch.full((5,), inf), half_order.nan_to_num(posinf=9.0)) == 0
+    first_order, half_order = [0.1, 0.2, 0.15, 6.4, 8.0], [0.0, 40.0, 0.17, 0.06, 0.05]
+    assert best_first_order_steps(variances(first_order, half_order, noiseless=[1])) == 3
+    assert best_first_order_steps(variances([6.4, 8.0], [0.06, 0.05])) == 0
+    assert best_first_order_steps(variances([6.4, 8.0], [0.06, 0.05], noiseless=[1])) == 1
+    assert best_first_order_steps(variances([6.4, 8.0], [0.06, 0.05], noiseless=[2])) == 2, "it has no score term"
+    assert best_first_order_steps(variances(None, half_order)) == 0, "there is no pathwise term"
 
 
 def test_a_smaller_k_must_halve_the_sum() -> None:
-    first_order, half_order = torch.tensor([1.0, 1.0]), torch.tensor([9.0, 0.1])
-    assert best_first_order_steps(first_order, half_order) == 2, "1.1 is not half of 2"
-    assert best_first_order_steps(torch.tensor([1.0, 1.3]), half_order) == 1, "1.1 is less than half of 2.3"
+    assert best_first_order_steps(variances([1.0, 1.0], [9.0, 0.1])) == 2, "1.1 is not half of 2"
+    assert best_first_order_steps(variances([1.0, 1.3], [9.0, 0.1])) == 1, "1.1 is less than half of 2.3"
 
 
 def test_inverse_variance_weights_minimise_the_variance_of_a_step() -> None:
     first_order = torch.tensor([3.0, 1.0, 0.0, 2.0], dtype=torch.float64)
     half_order = torch.tensor([1.0, 1.0, 5.0, 8.0], dtype=torch.float64)
-    weights = inverse_variance_weights(first_order, half_order)
+    weights = inverse_variance_weights(StepVariances(first_order, half_order, torch.ones(4, dtype=torch.bool)))
     assert weights.tolist() == pytest.approx([0.25, 0.5, 1.0, 0.8])
 
     def variance(w: torch.Tensor) -> torch.Tensor:
@@ -40,10 +51,8 @@ def test_inverse_variance_weights_minimise_the_variance_of_a_step() -> None:
 
 
 def test_inverse_variance_weights_where_a_term_is_missing_or_negligible() -> None:
-    inf = torch.inf
-    first_order = torch.tensor([1.0, inf, inf, 1e-4, 1.0, 0.0], dtype=torch.float64)
-    half_order = torch.tensor([inf, 1.0, inf, 1.0, 1e-4, 0.0], dtype=torch.float64)
-    assert inverse_variance_weights(first_order, half_order).tolist() == [1, 0, 1, 1, 0, 0]
+    measured = variances([1.0, 1e-4, 1.0, 0.0], [0.0, 1.0, 1e-4, 0.0], noiseless=[1])
+    assert inverse_variance_weights(measured).tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(8 + 0.24 * 48, 1), (30, 2), (40, 3), (1000, 49)])

@@ -61,15 +61,15 @@ def test_chances_stay_monotone_and_above_the_floor_where_gradients_grow_or_vanis
 
 def test_the_walk_costs_what_it_walks_and_the_book_says_so() -> None:
     chain = LinearGaussianChain(num_steps=6)
-    rollout = rollout_of(chain, 16, 4)
+    rollout, advantages = rollout_of(chain, 16, 4)
     estimator = RLREstimator(RLRSettings(6, HalfOrder(1, "all"), roulette=True))
     with pytest.raises(RuntimeError, match="calibrate"):
-        estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+        estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator())
     assert estimator.wants_calibration(True)
-    estimator.calibrate(chain, [rollout], decay=0.0)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     expected = float(estimator.roulette(chain, 6).sum())
     chain.denoiser_evaluations = 0
-    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))
     gradient_of(chain)
     assert book.first_order_steps == book.backward_passes == chain.denoiser_evaluations / 16
     assert abs(book.first_order_steps - expected) <= 6 / 16, "stratified: at most one sample more or less at every step"
@@ -78,15 +78,15 @@ def test_the_walk_costs_what_it_walks_and_the_book_says_so() -> None:
 
 def test_what_was_measured_is_restored() -> None:
     chain = LinearGaussianChain(num_steps=4)
-    rollout = rollout_of(chain, 16, 4)
+    rollout, advantages = rollout_of(chain, 16, 4)
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all"), roulette=True))
-    estimator.calibrate(chain, [rollout], decay=0.0)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     restored = RLREstimator(estimator.settings)
     restored.load_state_dict(estimator.state_dict())
     for one in (estimator, restored):
-        one.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+        one.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))
     both = gradient_of(chain)
-    restored.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator().manual_seed(0))
+    restored.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator().manual_seed(0))
     torch.testing.assert_close(both, 2 * gradient_of(chain))
 
 
@@ -94,7 +94,7 @@ def test_a_chain_whose_samples_depend_on_their_batch_is_walked_in_full() -> None
     """As with LoRA dropout, whose masks differ in a narrower batch."""
     chain = LinearGaussianChain(num_steps=4)
     chain.mixes_samples = True
-    rollout = rollout_of(chain, 16, 4)
+    rollout, advantages = rollout_of(chain, 16, 4)
     estimator = RLREstimator(RLRSettings(4, HalfOrder(1, "all"), roulette=True))
-    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator())
     assert book.first_order_steps == 4

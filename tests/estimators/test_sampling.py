@@ -50,9 +50,12 @@ def test_antithetic_samples_have_the_noises_of_the_first_seed_of_their_pair(micr
     assert torch.equal(noises[:, ::2], chain.draw_noises([0, 2, 4, 6]))
     assert torch.equal(noises[:, 1::2], -noises[:, ::2])
     advantages = leave_one_out(batch.scored.scores, 4, antithetic=True)
-    parts = [rollout.advantages for rollout in batch.rollouts(advantages)]
+    pairs = batch.scored.scores.reshape(2, 2, 2)
+    others = pairs.flip(1).mean(2, keepdim=True)
+    torch.testing.assert_close(advantages, (pairs - others).flatten(), msg="the partner's noise is the sample's own")
+    parts = [rollout.rewards for rollout in batch.rollouts]
     assert [len(part) for part in parts] == [micro_batch_size] * (8 // micro_batch_size)
-    assert torch.equal(torch.cat(parts), advantages)
+    assert torch.equal(torch.cat(parts), batch.rewards)
 
 
 def test_the_size_of_a_micro_batch_changes_nothing() -> None:

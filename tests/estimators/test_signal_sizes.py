@@ -21,10 +21,12 @@ from tests.estimators.chains import gradient_of, rollout_of
 @pytest.mark.parametrize("mixed", [False, True], ids=["first order", "mixed orders"])
 def test_a_walk_books_the_squares_of_its_cotangents(mixed: bool) -> None:
     chain = LinearGaussianChain(num_steps=4)
-    rollout = rollout_of(chain, 8, 4)
+    rollout, advantages = rollout_of(chain, 8, 4)
     mixture = torch.tensor([1.0, 0.5, 0.25])
     segment = (
-        mixed_segment(rollout, mixture) if mixed else adjoint.Segment("first_order", (1, 2, 3), rollout.reward_gradient)
+        mixed_segment(rollout, advantages, mixture)
+        if mixed
+        else adjoint.Segment("first_order", (1, 2, 3), rollout.reward_gradient)
     )
     booking = adjoint.run(chain, rollout.trajectory, segment)
     assert rollout.reward_gradient is not None
@@ -60,7 +62,7 @@ def test_variances_are_gains_times_sizes() -> None:
     seen = SignalSizes.of_walk(torch.tensor([2.0, 0.0]), [4.0, 20.0, 8.0])
     variances = gains.variances(seen)
     assert variances.first_order.tolist() == [4, 40, 0]  # gains 2 and 4, cotangents 2 and 10; none measured at step 3
-    assert variances.half_order.tolist() == [torch.inf, 10, 14]
+    assert variances.half_order[1:].tolist() == [10, 14] and variances.has_noise.tolist() == [False, True, True]
 
 
 def test_rewards_that_are_all_the_same_in_a_calibration_do_not_make_score_terms_quiet() -> None:
@@ -75,11 +77,11 @@ def test_rewards_that_are_all_the_same_in_a_calibration_do_not_make_score_terms_
 
 def test_a_chain_without_pathwise_steps_still_sees_the_rewards_slope() -> None:
     chain = LinearGaussianChain(num_steps=3, last_std=0.2)
-    rollout = rollout_of(chain, 8, 4)
+    rollout, advantages = rollout_of(chain, 8, 4)
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all")))
     quiet, noisy = torch.full((3,), 1e-9, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    estimator.statistics.variances = StepVariances(first_order=noisy, half_order=quiet)
-    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, torch.Generator())
+    estimator.statistics.variances = StepVariances(noisy, quiet, torch.ones(3, dtype=torch.bool))
+    book = estimator.accumulate(chain, QuadraticReward(chain), rollout, advantages, torch.Generator())
     assert book.first_order_steps == 0
     assert SignalSizes.of_book(book).cotangents == [pytest.approx(float(rollout.reward_gradient.square().sum()))]
 
@@ -89,17 +91,18 @@ def test_updates_reveal_the_heavy_tail_that_a_calibration_missed() -> None:
     chain = GuidedMixtureChain(20, width=0.8)
     objective, generator = WaveReward(chain), torch.Generator()
     estimator = RLREstimator(RLRSettings("auto", HalfOrder(1, "all")))
-    estimator.calibrate(chain, [rollout_of(chain, 16, 4, seed=3, objective=objective)], decay=0.0)
+    rollout, advantages = rollout_of(chain, 16, 4, seed=3, objective=objective)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     before = estimator.layout(chain, True).first_order_steps
     for update in range(8):
-        rollout = rollout_of(chain, 128, 4, seed=1000 * (update + 1), objective=objective)
-        estimator.learn([estimator.accumulate(chain, objective, rollout, generator)])
+        rollout, advantages = rollout_of(chain, 128, 4, seed=1000 * (update + 1), objective=objective)
+        estimator.learn([estimator.accumulate(chain, objective, rollout, advantages, generator)])
     after = estimator.layout(chain, True).first_order_steps
     assert after < before
     many = GuidedMixtureChain(20, width=0.8, replicates=2000)
-    rollout = rollout_of(many, 8000, 4, seed=77, objective=objective)
+    rollout, advantages = rollout_of(many, 8000, 4, seed=77, objective=objective)
     variances = {}
     for k in (after, before):
-        RLREstimator(RLRSettings(k, HalfOrder(1, "all"))).accumulate(many, objective, rollout, generator)
+        RLREstimator(RLRSettings(k, HalfOrder(1, "all"))).accumulate(many, objective, rollout, advantages, generator)
         variances[k] = float(gradient_of(many).reshape(2000, -1).var(0).sum())
     assert variances[after] < 0.5 * variances[before]

@@ -1,5 +1,7 @@
 """Windows by stage: the measured one is where the gradient is, and coverage says what it leaves out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,7 +69,8 @@ def test_the_measured_window_follows_the_gradient() -> None:
     assert estimator.wants_calibration(True)
     with pytest.raises(RuntimeError, match="calibrate"):
         estimator.layout(chain, True)
-    estimator.calibrate(chain, [rollout_of(chain, 64, 2)], decay=0.0)
+    rollout, advantages = rollout_of(chain, 64, 2)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     energies = estimator.statistics.energies
     assert energies is not None and energies.shape == (6,) and (energies > 0).all()
     chosen = choose_stage(STAGES, energies, 1)
@@ -94,8 +97,10 @@ def test_a_black_box_tail_covers_its_stages_as_first_order_steps_do() -> None:
 
 def test_measurements_survive_a_checkpoint() -> None:
     chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto")
-    estimator.calibrate(chain, [rollout_of(chain, 8, 2)], decay=0.9)
-    estimator.calibrate(chain, [rollout_of(chain, 8, 2, seed=9)], decay=0.9)
+    rollout, advantages = rollout_of(chain, 8, 2)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.9)
+    rollout, advantages = rollout_of(chain, 8, 2, seed=9)
+    estimator.calibrate(chain, [rollout], advantages, decay=0.9)
     resumed = estimator_of("auto")
     resumed.load_state_dict(estimator.state_dict())
     assert resumed.statistics.energies is not None and estimator.statistics.energies is not None
@@ -105,8 +110,8 @@ def test_measurements_survive_a_checkpoint() -> None:
 def test_a_reward_without_gradient_can_choose_too() -> None:
     chain, estimator = LinearGaussianChain(num_steps=6), estimator_of("auto", black_box_steps=0)
     assert estimator.wants_calibration(False) and not estimator_of("mid").wants_calibration(False)
-    rollout = rollout_of(chain, 8, 2)
-    blind = type(rollout)(rollout.trajectory, rollout.rewards, rollout.advantages, None)
-    estimator.calibrate(chain, [blind], decay=0.0)
+    rollout, advantages = rollout_of(chain, 8, 2)
+    blind = replace(rollout, reward_gradient=None)
+    estimator.calibrate(chain, [blind], advantages, decay=0.0)
     layout = estimator.layout(chain, False)
     assert "measured: stage" in layout.coverage.describe()

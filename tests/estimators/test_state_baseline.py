@@ -51,39 +51,39 @@ def test_predictions_that_are_all_the_same_correct_nothing() -> None:
 
 def test_the_correction_takes_off_what_past_updates_predict() -> None:
     chain = LinearGaussianChain(num_steps=4)
-    objective, rollout = QuadraticReward(chain), rollout_of(chain, 8, 4)
+    objective, (rollout, advantages) = QuadraticReward(chain), rollout_of(chain, 8, 4)
     baseline = StateBaseline()
-    first, observation = baseline.correct(objective, rollout, 3)
-    assert torch.equal(first, rollout.advantages), "nothing is known yet"
+    first, observation = baseline.correct(objective, rollout, advantages, 3)
+    assert torch.equal(first, advantages), "nothing is known yet"
     predicted = objective.score(rollout.trajectory.pred_original_samples[2], rollout.trajectory.prompts)
     expected = predicted - (rollout.rewards.reshape(2, 4).sum(1, keepdim=True) - rollout.rewards.reshape(2, 4)).div(
         3
     ).reshape(-1)
-    assert observation.t == 3 and observation.advantages == rollout.advantages.tolist()
+    assert observation.t == 3 and observation.advantages == advantages.tolist()
     assert observation.predictions == pytest.approx(expected.tolist())
     baseline.learn([observation])
-    fresh = rollout_of(chain, 8, 4, seed=50)
-    corrected, later = baseline.correct(objective, fresh, 3)
+    fresh, of_fresh = rollout_of(chain, 8, 4, seed=50)
+    corrected, later = baseline.correct(objective, fresh, of_fresh, 3)
     mean = sum(observation.predictions) / 8
     torch.testing.assert_close(
-        corrected, fresh.advantages - baseline.kappa(3) * (torch.tensor(later.predictions).double() - mean)
+        corrected, of_fresh - baseline.kappa(3) * (torch.tensor(later.predictions).double() - mean)
     )
-    assert 0 < float(corrected.var()) < 0.5 * float(fresh.advantages.var())
+    assert 0 < float(corrected.var()) < 0.5 * float(of_fresh.var())
 
 
 def test_the_correction_of_a_sample_never_contains_its_own_reward() -> None:
     """Only then is it free of the step's noise: the sample's reward comes into its advantage once, and not again."""
     chain = LinearGaussianChain(num_steps=4)
-    objective, rollout = QuadraticReward(chain), rollout_of(chain, 4, 4)
+    objective, (rollout, advantages) = QuadraticReward(chain), rollout_of(chain, 4, 4)
     baseline = StateBaseline()
     baseline.learn([BaselineObservation(3, [1.0, -1.0], [1.0, -1.0])])
     rewards = rollout.rewards.clone()
     rewards[0] += 5
-    advantages = rollout.advantages.clone()
-    advantages[0] += 5
-    advantages[1:] -= 5 / 3
-    before, _ = baseline.correct(objective, rollout, 3)
-    after, _ = baseline.correct(objective, replace(rollout, rewards=rewards, advantages=advantages), 3)
+    raised = advantages.clone()
+    raised[0] += 5
+    raised[1:] -= 5 / 3
+    before, _ = baseline.correct(objective, rollout, advantages, 3)
+    after, _ = baseline.correct(objective, replace(rollout, rewards=rewards), raised, 3)
     assert float(after[0] - before[0]) == pytest.approx(5)
 
 

@@ -40,10 +40,10 @@ T = 6
 class EvenlyMixed(RLREstimator):
     """Measures equal variances everywhere, so that every step with noise gets weight 1/2 of both terms."""
 
-    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], decay: float) -> None:
+    def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], advantages: torch.Tensor, decay: float) -> None:
         noisy = torch.tensor([chain.std(t) > 0 for t in range(1, chain.num_steps + 1)])
         ones = torch.ones(chain.num_steps, dtype=torch.float64)
-        self.statistics.variances = StepVariances(ones, torch.where(noisy, ones, torch.inf))
+        self.statistics.variances = StepVariances(ones, ones, noisy)
 
 
 class UndividedPolicyGradient(PolicyGradientEstimator):

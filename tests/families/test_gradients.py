@@ -98,8 +98,8 @@ def test_steps_that_share_no_weight_are_of_different_experts(name: str, folder_o
     chain = trained_chain(name, folder_of)
     trajectory = chain.sample(prompts_of(name), [0, 1])
     towards, rewards = torch.ones_like(trajectory.latents[0]), torch.tensor([0.0, 1.0])
-    rollout = Rollout(trajectory, rewards, rewards - 0.5, towards)
-    measured = measure_step_gradients(chain, [rollout], GradientSketch(chain.parameters))
+    rollout = Rollout(trajectory, rewards, towards)
+    measured = measure_step_gradients(chain, [rollout], rewards - 0.5, GradientSketch(chain.parameters))
     assert measured.experts is not None
     steps_of_each = measured.experts.bincount().tolist()
     assert len(steps_of_each) == (2 if name == "wan-2.2" else 1) and sum(steps_of_each) == NUM_STEPS

@@ -25,10 +25,15 @@ class ScoreFunction(Estimator):
         return rewards
 
     def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
     ) -> Iterable[Segment]:
         for t in range(1, chain.num_steps + 1):
-            yield Segment("score", (t,), rollout.score_cotangent(t), self.scale)
+            yield Segment("score", (t,), rollout.score_cotangent(t, advantages), self.scale)
 
 
 class Scaled(ScoreFunction):
@@ -46,7 +51,12 @@ class Pathwise(ScoreFunction):
         self.steps = steps
 
     def segments(
-        self, chain: Chain, objective: Objective, rollout: Rollout, generator: torch.Generator
+        self,
+        chain: Chain,
+        objective: Objective,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        generator: torch.Generator,
     ) -> Iterable[Segment]:
         assert rollout.reward_gradient is not None
         return [Segment("pathwise", range(1, self.steps + 1), rollout.reward_gradient)]

@@ -65,13 +65,13 @@ def test_early_steps_are_chaotic() -> None:
 def _rollout(chain: GuidedMixtureChain, samples: int) -> Rollout:
     trajectory = chain.sample([""] * samples, list(range(samples)))
     rewards, gradient = WaveReward(chain).score_with_gradient(trajectory.latents[0], trajectory.prompts)
-    return Rollout(trajectory, rewards, leave_one_out(rewards, 4), gradient)
+    return Rollout(trajectory, rewards, gradient)
 
 
 def _gradients(chain: GuidedMixtureChain, rollout: Rollout, t: int) -> list[torch.Tensor]:
     """Pathwise gradient and score term of step t, (R, number of parameters) each."""
-    gradients = []
-    for cotangent in (_pathwise_cotangent(chain, rollout, t), rollout.score_cotangent(t)):
+    gradients, advantages = [], leave_one_out(rollout.rewards, 4)
+    for cotangent in (_pathwise_cotangent(chain, rollout, t), rollout.score_cotangent(t, advantages)):
         mean = chain.replay(rollout.trajectory, t).mean
         gradients.append(torch.autograd.grad((mean * cotangent).sum(), chain.parameters)[0].flatten(1))
     return gradients
