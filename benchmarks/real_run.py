@@ -10,9 +10,11 @@ file layout, with a tokenizer of the true size; the reward is the aesthetic pred
 - **updates**: seconds and peak memory of one update for several methods, in one process,
 - **run**: the training script with the case's recipe, from loading to the card; and the same interrupted half-way and
   resumed: are the adapters equal byte for byte?
+- **sharded**: two processes, the denoiser whole in each and shared out (``--shard_denoiser``): seconds, memory, and are
+  the adapters equal byte for byte? Two GPUs, or a CPU; asked for by name.
 
-Written to ``benchmarks/results/real_run.json`` after every part; what is there already of the same machine is not run
-again.
+Written to ``benchmarks/results/real_run.json`` after every part, without a GPU to ``real_run_rehearsed.json``; what is
+there already of the same machine is not run again.
 """
 
 import argparse
@@ -28,14 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
-from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from safetensors.torch import load
 
 from benchmarks.machine import describe_machine, read_results, write_results
+from benchmarks.random_files import base_folder, reward_files, save_base, save_reward
 from rlr_peft.build import Run, build_run, peak_memory_mb
 from rlr_peft.config import load_config
 from rlr_peft.estimators import RunShape, build_estimator
-from rlr_peft.plan import BlankTokenizer, build_pipeline, find_architecture
 from rlr_peft.tiny_shapes import PIPELINE_NAME
 from rlr_peft.training import calibrate, take_update
 
@@ -51,42 +52,33 @@ METHODS = {
     "refl": "--estimator refl",
     "grpo": "--estimator grpo",
     "nft": "--estimator nft",
+    "ram": "--estimator ram",
 }
-BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --gradient_accumulation_steps 1".split()
+BATCH = {"train_batch_size": 2, "num_images_per_prompt": 2, "gradient_accumulation_steps": 1}
+RESULTS = "real_run" if torch.cuda.is_available() else "real_run_rehearsed"
+SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+# Flags of an update that a run's other parts do not depend on; two methods show by how much.
+FLAGS = {
+    "fp16": "--mixed_precision fp16",
+    "tf32": "--mixed_precision no --allow_tf32 true",
+    "8bit-adam": "--use_8bit_adam true",
+    "compiled": "--torch_compile true",
+    "batch-1": "--train_batch_size 1 --num_images_per_prompt 1",
+    "batch-4": "--train_batch_size 4",
+}
+UPDATES_ONLY = {
+    **{f"stable-diffusion-1.5-512-{name}": (SD15, "configs/sd14.yaml", flags) for name, flags in FLAGS.items()},
+    **{f"stable-diffusion-xl-1024-{name}": (SDXL, "configs/sdxl.yaml", FLAGS[name]) for name in ("batch-1", "batch-4")},
+}
 # Hub id of the architecture, recipe and flags of each case.
 CASES = {
     "tiny": (PIPELINE_NAME, "configs/tiny_shapes.yaml", "--mixed_precision no"),
     "tiny-deterministic": (PIPELINE_NAME, "configs/tiny_shapes.yaml", "--mixed_precision no --full_determinism true"),
-    "stable-diffusion-1.5-512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "configs/sd14.yaml", ""),
-    "stable-diffusion-1.5-512-deterministic": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "configs/sd14.yaml",
-        "--full_determinism true",
-    ),
-    "stable-diffusion-1.5-512-8bit-adam": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "configs/sd14.yaml",
-        "--use_8bit_adam true",
-    ),
-    "stable-diffusion-1.5-512-compiled": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "configs/sd14.yaml",
-        "--torch_compile true",
-    ),
-    "stable-diffusion-1.5-512-fp16": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "configs/sd14.yaml",
-        "--mixed_precision fp16",
-    ),
-    "stable-diffusion-1.5-512-tf32": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "configs/sd14.yaml",
-        "--mixed_precision no --allow_tf32 true",
-    ),
-    "stable-diffusion-xl-1024": ("stabilityai/stable-diffusion-xl-base-1.0", "configs/sdxl.yaml", ""),
+    "stable-diffusion-1.5-512": (SD15, "configs/sd14.yaml", ""),
+    "stable-diffusion-1.5-512-deterministic": (SD15, "configs/sd14.yaml", "--full_determinism true"),
+    "stable-diffusion-xl-1024": (SDXL, "configs/sdxl.yaml", ""),
+    **UPDATES_ONLY,
 }
-# These flags change an update, not the rest of a run; two methods show by how much.
-UPDATES_ONLY = tuple(f"stable-diffusion-1.5-512-{flag}" for flag in ("fp16", "tf32", "8bit-adam", "compiled"))
 UPDATES_ONLY_METHODS = ("truncated-bp, K = 1", "full-bp, K = T")
 
 
@@ -95,51 +87,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whole runs at real size on random weights.")
     parser.add_argument("--case", choices=list(CASES), action="append", help="one case; may be given again")
     parser.add_argument("--folder", type=Path, help="where the random pipelines are kept; default: a temporary folder")
-    parser.add_argument("--part", choices=["updates", "run"], action="append", help="one part; default: both")
+    parser.add_argument(
+        "--part", choices=["updates", "run", "sharded"], action="append", help="one part; default: updates and run"
+    )
     parser.add_argument("--updates", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.updates:
         measure_updates(parsed.updates, parsed.folder)
         return
+    parts = parsed.part or ["updates", "run"]
+    if "sharded" in parts and torch.cuda.device_count() == 1:
+        parser.error("expected two GPUs, or none, for the part sharded, got one")
+    failed = False
     with tempfile.TemporaryDirectory() as temporary:
         folder = parsed.folder or Path(temporary)
         for case in parsed.case or [name for name in CASES if not name.startswith("tiny")]:
-            for part in parsed.part or ["updates", "run"]:
-                print(json.dumps({case: {part: measure(case, part, folder)}}, indent=2), flush=True)
+            for part in parts:
+                measured = measure(case, part, folder)
+                failed |= "error" in measured
+                print(json.dumps({case: {part: measured}}, indent=2), flush=True)
+    sys.exit(failed)
 
 
 def measure(case: str, part: str, folder: Path) -> dict[str, Any]:
     """One part of one case; what the results file has of the same machine is not measured again."""
     if part == "run" and case in UPDATES_ONLY:
         return {}
-    make_files(case, folder)
-    if part == "run":
+    if CASES[case][0] != PIPELINE_NAME:
+        save_base(CASES[case][0], folder)
+        save_reward(folder)
+    if part in WHOLE_RUNS:
         if part not in _kept(case):
-            _keep(case, part, measure_run(case, folder))
+            measured = WHOLE_RUNS[part](case, folder)
+            if "error" in measured:
+                return measured
+            _keep(case, part, measured)
     else:
         error = _fails([sys.executable, "-m", "benchmarks.real_run", "--folder", str(folder), "--updates", case])
         if error is not None:
-            print(f"{case}: {error}", file=sys.stderr)
-    measured: dict[str, Any] = _kept(case).get(part, {})
-    return measured
+            return {"error": error}
+    kept: dict[str, Any] = _kept(case).get(part, {})
+    return kept
 
 
 def _kept(case: str) -> dict[str, Any]:
-    results = read_results("real_run")
+    results = read_results(RESULTS)
     cases: dict[str, Any] = results["cases"] if results.get("machine") == describe_machine() else {}
     return cases.get(case, {"recipe": CASES[case][1], "flags": CASES[case][2], "steps": STEPS, "samples": 2})
 
 
 def _keep(case: str, part: str, measured: dict[str, Any]) -> None:
-    results = read_results("real_run")
+    results = read_results(RESULTS)
     cases = results["cases"] if results.get("machine") == describe_machine() else {}
-    write_results("real_run", {"cases": cases | {case: _kept(case) | {part: measured}}})
+    write_results(RESULTS, {"cases": cases | {case: _kept(case) | {part: measured}}})
 
 
 def measure_updates(case: str, folder: Path) -> None:
     """Seconds (mean of ``TIMED`` after a warm-up) and peak memory in MB of an update, kept method by method."""
     output = ("--output_dir", str(folder / "unused"))
-    run = build_run(load_config([*_flags(case, folder), *METHODS["rlr, K = 1"].split(), *output]))
+    run = build_run(load_config([*_flags(case, folder), *METHODS["full-bp, K = T"].split(), *output]))
     if "sampling" not in _kept(case):
         _keep(case, "sampling", _time_sampling(run))
     measured = _kept(case).get("updates", {})
@@ -217,7 +223,7 @@ def measure_run(case: str, folder: Path) -> dict[str, Any]:
         errors = list(pool.map(lambda run: _train(flags, *run), runs))
     errors.append(_train([*flags, "--resume_from_checkpoint", "latest"], half, UPDATES))
     if any(errors):
-        return {"errors": errors}
+        return {"error": errors}
     adapters = [(output / "pytorch_lora_weights.safetensors").read_bytes() for output in (first, second, half)]
     metrics = json.loads((first / "metrics.json").read_text())
     return {
@@ -228,6 +234,35 @@ def measure_run(case: str, folder: Path) -> dict[str, Any]:
         "second_differs_by": _distance(adapters[1], adapters[0]),
         "resumed_differs_by": _distance(adapters[2], adapters[0]),
     }
+
+
+def measure_sharded(case: str, folder: Path) -> dict[str, Any]:
+    """Two processes with the denoiser whole in each, and shared out."""
+    launch = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu" if torch.cuda.is_available() else "--cpu",
+        *launch,
+    ]
+    flags = [*_flags(case, folder), *METHODS["rlr, K = 1"].split(), "--max_train_steps", str(UPDATES)]
+    flags += "--validation_steps null --report_to none --evaluation_prompt_path null --learning_rate 0.0001".split()
+    results: dict[str, Any] = {}
+    adapters = []
+    for name, sharded in (("whole", "false"), ("sharded", "true")):
+        output, started = folder / f"{case}-{name}", time.perf_counter()
+        words = ["train_rlr_lora.py", *flags, "--shard_denoiser", sharded, "--output_dir", str(output)]
+        error = _fails([*launch, *words])
+        if error is not None:
+            return {"error": error}
+        memory = json.loads((output / "metrics.json").read_text())["peak_memory_mb"]
+        results[name] = {"seconds": time.perf_counter() - started, "peak_memory_mb": memory}
+        adapters.append((output / "pytorch_lora_weights.safetensors").read_bytes())
+    return results | {"sharded_equals_whole": adapters[0] == adapters[1]}
+
+
+WHOLE_RUNS = {"run": measure_run, "sharded": measure_sharded}
 
 
 def _distance(file: bytes, other: bytes) -> float:
@@ -242,58 +277,24 @@ def _train(flags: Sequence[str], output: Path, updates: int) -> str | None:
     return _fails([sys.executable, "train_rlr_lora.py", *flags, *words])
 
 
-def _flags(case: str, folder: Path) -> list[str]:
+def flags_of(case: str) -> list[str]:
+    """The case's recipe, batch and rewards, without places of files."""
     name, recipe, flags = CASES[case]
-    words = ["--config", recipe, "--num_inference_steps", str(STEPS), *BATCH, *flags.split()]
+    words = ["--config", recipe, "--num_inference_steps", str(STEPS), *flags.split()]
+    for option, count in BATCH.items():
+        words += [] if f"--{option}" in words else [f"--{option}", str(count)]
     if name == PIPELINE_NAME:
         return words
-    stand_ins = {"openai/clip-vit-large-patch14": str(folder / "clip"), "trl-lib/ddpo-aesthetic-predictor": str(folder)}
-    words += ["--pretrained_model_name_or_path", str(_pipeline_folder(case, folder))]
     words += ["--pretrained_vae_model_name_or_path", "null", "--reward_fn", "aesthetic", "--heldout_reward_fn", "null"]
-    return [*words, "--reward_model_path", json.dumps(stand_ins)]
+    return words
 
 
-def make_files(case: str, folder: Path) -> None:
-    """Saves the case's pipeline and reward with random weights, if they are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if CASES[case][0] == PIPELINE_NAME:
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = _pipeline_folder(case, folder)
-    if not (target / "model_index.json").exists():
-        pipeline = build_pipeline(find_architecture(CASES[case][0]), device, torch.float16)
-        for name, component in pipeline.components.items():
-            if isinstance(component, BlankTokenizer):
-                setattr(pipeline, name, _tokenizer(component.model_max_length))
-        pipeline.save_pretrained(target, safe_serialization=True)
-    if not (folder / "clip").exists():
-        config = CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            patch_size=14,
-            projection_dim=768,
-        )
-        CLIPVisionModelWithProjection(config).save_pretrained(folder / "clip")
-        widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
-        layers = {number: torch.nn.Linear(*width) for number, width in widths.items()}
-        head = {f"layers.{n}.{key}": value for n, layer in layers.items() for key, value in layer.state_dict().items()}
-        save_file(head, folder / "aesthetic-model.safetensors")
-
-
-def _pipeline_folder(case: str, folder: Path) -> Path:
-    return folder / CASES[case][0].replace("/", "--")
-
-
-def _tokenizer(model_max_length: int) -> CLIPTokenizer:
-    """CLIP's vocabulary by size: its 256 bytes, alone and at the end of a word, and names for the rest; no merges."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
-    words = [*letters, *(f"{letter}</w>" for letter in letters)]
-    words += [f"<{i}>" for i in range(49406 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=model_max_length)
+def _flags(case: str, folder: Path) -> list[str]:
+    name = CASES[case][0]
+    if name == PIPELINE_NAME:
+        return flags_of(case)
+    places = ["--pretrained_model_name_or_path", str(base_folder(name, folder))]
+    return [*flags_of(case), *places, "--reward_model_path", json.dumps(reward_files(folder))]
 
 
 def _fails(command: Sequence[str]) -> str | None:

@@ -1,12 +1,13 @@
 """Peak memory and time of every phase of a training step at real sizes, against the memory plan.
 
     python -m benchmarks.real_size                                   # on a GPU: all cases
-    python -m benchmarks.real_size --case stable-diffusion-1.5-512   # one of them
+    python -m benchmarks.real_size --case stable-diffusion-1.5-512   # one of them; also on a CPU
     python -m benchmarks.real_size --tiny                            # on a CPU: the same code on a pipeline of toy size
 
 Weights are random: memory and time do not depend on them, and nothing is downloaded. Each case runs in a process of its
-own. Real sizes are written to ``benchmarks/results/real_size.json``; what is there already of the same machine is not
-measured again.
+own. Real sizes are written to ``benchmarks/results/real_size.json``, those of a CPU to ``real_size_cpu.json``; what is
+there already of the same machine is not measured again. On a CPU an update has one sample and nothing is run twice: the
+tape is counted, and the process's resident memory beside it.
 """
 
 import argparse
@@ -39,13 +40,18 @@ from rlr_peft.config import Config, load_config
 from rlr_peft.config.model import read_quantization
 from rlr_peft.estimators import DecodedReward
 from rlr_peft.plan import MemoryPlan, build_pipeline, find_architecture, plan_run
-from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING
+from rlr_peft.plan.parts import ADJOINT, DECODE, LIBRARIES_BYTES, SAMPLING
 from rlr_peft.rewards import CallableReward
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
+IS_GPU = torch.cuda.is_available()
+RESIDENT_PEAK = Path("/proc/self/clear_refs")  # of Linux
+RESULTS = "real_size" if IS_GPU else "real_size_cpu"
 SEGMENT_STEPS = 3
 CHECKPOINTED = "--gradient_checkpointing true --vae_gradient_checkpointing true".split()
 BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --decode_batch_size 1 --num_inference_steps 4".split()
+ONE_SAMPLE = "--train_batch_size 1 --num_images_per_prompt 1 --num_inference_steps 2 --estimator full-bp".split()
+FP32 = ("--mixed_precision", "no")
 CASES = {
     "stable-diffusion-1.5-512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, ()),
     "stable-diffusion-1.5-512-checkpointed": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, CHECKPOINTED),
@@ -54,7 +60,19 @@ CASES = {
     "stable-diffusion-3.5-medium-512-checkpointed": ("stabilityai/stable-diffusion-3.5-medium", 512, CHECKPOINTED),
     "flux.1-dev-512-checkpointed": ("black-forest-labs/FLUX.1-dev", 512, CHECKPOINTED),
     "flux.1-dev-512-nf4-checkpointed": ("black-forest-labs/FLUX.1-dev", 512, (*CHECKPOINTED, "nf4")),
+    "stable-diffusion-1.5-512-fp32-checkpointed": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        512,
+        (*CHECKPOINTED, *FP32),
+    ),
+    "stable-diffusion-xl-512-checkpointed": ("stabilityai/stable-diffusion-xl-base-1.0", 512, CHECKPOINTED),
 }
+ON_CPU = (
+    "stable-diffusion-1.5-512",
+    "stable-diffusion-1.5-512-checkpointed",
+    "stable-diffusion-1.5-512-fp32-checkpointed",
+    "stable-diffusion-xl-512-checkpointed",
+)
 TINY = {
     "tiny": (PIPELINE_NAME, 64, ()),
     "tiny-checkpointed": (PIPELINE_NAME, 64, CHECKPOINTED),
@@ -69,25 +87,25 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--here", metavar="FILE.json", help="run the one case in this process")
     parsed = parser.parse_args()
-    names = parsed.case or list(TINY if parsed.tiny else CASES)
+    names = parsed.case or list(TINY if parsed.tiny else CASES if IS_GPU else ON_CPU)
     if parsed.here:
         Path(parsed.here).write_text(json.dumps(measure_case(names[0])), encoding="utf-8")
         return
-    if not torch.cuda.is_available() and not set(names) <= set(TINY):
-        parser.error("expected a GPU for real sizes, got a machine without one; use --tiny")
-    kept = read_results("real_size")
+    kept = read_results(RESULTS)
     results = kept["cases"] if kept.get("machine") == describe_machine() else {}
     for name in names:
         if "phases" not in results.get(name, {}):
             results[name] = _in_process(name)
             if name not in TINY:
-                write_results("real_size", {"cases": results})
+                write_results(RESULTS, {"cases": results})
         print(_table(name, results[name]), flush=True)
+    if any("error" in results[name] for name in names):
+        sys.exit(1)
 
 
 def measure_case(name: str) -> dict[str, Any]:
     """Peaks in bytes and seconds of one case's phases, with what the plan says of each."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if IS_GPU else "cpu")
     base, resolution, flags = (CASES | TINY)[name]
     with tempfile.TemporaryDirectory() as folder:
         config = _config(base, resolution, flags, Path(folder))
@@ -99,8 +117,10 @@ def measure_case(name: str) -> dict[str, Any]:
 
 def _config(base: str, resolution: int, flags: Sequence[str], folder: Path) -> Config:
     words = ["--pretrained_model_name_or_path", base, "--resolution", str(resolution)]
-    words += ["--prompt_path", "tiny-shapes/train", "--reward_fn", "benchmarks.rewards:Centered", *BATCH]
-    words += ["--mixed_precision", "no" if base == PIPELINE_NAME else "bf16"]
+    words += ["--prompt_path", "tiny-shapes/train", "--reward_fn", "benchmarks.rewards:Centered"]
+    words += BATCH if IS_GPU or base == PIPELINE_NAME else ONE_SAMPLE
+    if "--mixed_precision" not in flags:
+        words += ["--mixed_precision", "no" if base == PIPELINE_NAME else "bf16"]
     if "nf4" in flags:
         path = folder / "nf4.json"
         path.write_text(json.dumps({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}), encoding="utf-8")
@@ -142,8 +162,11 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             gradient = objective.measure(sampled[-1].latents[0], prompts).reward_gradient
             measured.append(torch.zeros_like(sampled[-1].latents[0]) if gradient is None else gradient)
 
+        steps_back = min(SEGMENT_STEPS, chain.num_steps - 1)
+        warms_up = chain.num_steps > SEGMENT_STEPS  # on a CPU a step of a large model takes a minute
+
         def pull_back() -> None:
-            run(chain, sampled[-1], Segment("first_order", range(1, SEGMENT_STEPS + 1), measured[-1]))
+            run(chain, sampled[-1], Segment("first_order", range(1, steps_back + 1), measured[-1]))
 
         def call_plainly() -> None:
             options = chain.call_arguments
@@ -151,9 +174,10 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
 
         chain.encode(prompts)
         phases = {}
-        works = ((SAMPLING, sample, chain.num_steps), (DECODE, score, 1), (ADJOINT, pull_back, SEGMENT_STEPS))
+        works = ((SAMPLING, sample, chain.num_steps), (DECODE, score, 1), (ADJOINT, pull_back, steps_back))
         for phase, work, steps in works:
-            work()  # warms up: kernels are chosen and workspaces allocated
+            if warms_up:
+                work()  # kernels are chosen and workspaces allocated
             del sampled[:-1], measured[:-1]
             with _watched(device) as watched:
                 work()
@@ -166,6 +190,8 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             if phases[phase]["peak"]:
                 phases[phase]["planned_over_measured"] = phases[phase]["planned"] / phases[phase]["peak"]
         # The pipeline's own call with its own scheduler: what driving it as a chain adds.
+        if not warms_up:
+            return phases
         call_plainly()
         with _watched(device) as watched:
             call_plainly()
@@ -204,14 +230,26 @@ def _watched(device: torch.device) -> Iterator[dict[str, Any]]:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
+    elif RESIDENT_PEAK.exists():
+        RESIDENT_PEAK.write_text("5")  # it is counted anew
+    started, worked = time.perf_counter(), time.process_time()
     with counted_tape() as tape:
         yield result
         if device.type == "cuda":
             torch.cuda.synchronize()
     result["seconds"] = time.perf_counter() - started
+    if device.type == "cpu":
+        result["processor_seconds"] = time.process_time() - worked
+        if RESIDENT_PEAK.exists():
+            result["resident"] = _most_resident()
     result["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else tape.peak
     result["peak_of"] = "all tensors" if device.type == "cuda" else "autograd's tape"
+
+
+def _most_resident() -> int:
+    """Bytes that this process had in memory at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _prediction(planned: MemoryPlan, phase: str, device: torch.device) -> dict[str, Any]:
@@ -223,7 +261,7 @@ def _prediction(planned: MemoryPlan, phase: str, device: torch.device) -> dict[s
         DECODE: measured.decode[options.decode_batch_size, options.vae_gradient_checkpointing].saved,
         ADJOINT: measured.step[options.gradient_checkpointing].saved,
     }
-    return {"planned": tape[phase]}
+    return {"planned": tape[phase], "planned_resident": LIBRARIES_BYTES + planned.tensors(phase)}
 
 
 def _in_process(name: str) -> dict[str, Any]:
@@ -249,6 +287,11 @@ def _table(name: str, result: dict[str, Any]) -> str:
             f"  {phase:<16} measured {measured:7.3f} GiB, planned {planned:7.3f} GiB, ratio "
             f"{numbers.get('planned_over_measured', 1):5.2f}, {numbers['seconds_per_step']:.3f} s a step{beside}"
         )
+        if "resident" in numbers:
+            lines.append(
+                f"  {'':16} resident {numbers['resident'] / 2**30:7.3f} GiB, planned "
+                f"{numbers['planned_resident'] / 2**30:7.3f} GiB, {numbers['processor_seconds']:.1f} s of the processor"
+            )
     return "\n".join(lines)
 
 

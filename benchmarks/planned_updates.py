@@ -1,0 +1,39 @@
+"""What `rlr-peft plan` foresees of the updates that `benchmarks.real_run` measured on a GPU, method by method.
+
+    python -m benchmarks.planned_updates
+
+Needs neither the GPU nor weights. The measured peak is that of torch's allocator in the three phases of an update, so
+the plan's tensors of these phases stand beside it, without allowances. Prints a table and writes
+``benchmarks/results/planned_updates.json``.
+"""
+
+from typing import Any
+
+from benchmarks.machine import read_results, write_results
+from benchmarks.real_run import CASES, METHODS, flags_of
+from rlr_peft.config import load_config
+from rlr_peft.plan import plan_run
+from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING
+
+UPDATE = (SAMPLING, DECODE, ADJOINT)
+MB = 2**20
+
+
+def main() -> None:
+    """Plans every measured update."""
+    results: dict[str, dict[str, Any]] = {}
+    print("| case | method | measured, MB | planned, MB | ratio | phase |\n|---|---|---|---|---|---|")
+    for case, measured in read_results("real_run")["cases"].items():
+        results[case] = {}
+        for method, update in measured.get("updates", {}).items():
+            base = ["--pretrained_model_name_or_path", CASES[case][0]]
+            plan = plan_run(load_config([*flags_of(case), *base, *METHODS[method].split()]))
+            phase = max(UPDATE, key=plan.tensors)
+            planned, peak = plan.tensors(phase) / MB, update["peak_memory_mb"]
+            results[case][method] = {"measured_mb": peak, "planned_mb": planned, "phase": phase}
+            print(f"| {case} | {method} | {peak:.0f} | {planned:.0f} | {planned / peak:.2f} | {phase} |", flush=True)
+    print(write_results("planned_updates", {"cases": results}))
+
+
+if __name__ == "__main__":
+    main()
