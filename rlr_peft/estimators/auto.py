@@ -212,15 +212,18 @@ class AutoEstimator(Estimator):
         if has_gradient is False:
             return f"as the reward has no gradient, ram: {self._ram.describe(has_gradient)}"
         if not self._promises:
-            return f"the method that promises most for its cost is measured in the first update; until then {UNBIASED}"
+            return (
+                f"the first update measures which method improves the reward most for its cost; until then {UNBIASED}"
+            )
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
         words = f"by measurement, {self.chosen.describe(has_gradient)}"
-        words += f"; cosine with the measured samples' full gradient {best.cosine:.2f}"
+        words += f"; its cosine with the full gradient of the measured samples is {best.cosine:.2f}"
         if self._chosen == UNBIASED:
             return words
         if unbiased.improvement == 0:
-            return f"{words}; {UNBIASED} promises nothing on them"
-        return f"{words}; {best.improvement / unbiased.improvement:.2g} times the improvement per cost of {UNBIASED}"
+            return f"{words}, and {UNBIASED} would not improve the reward on them"
+        ratio = best.improvement / unbiased.improvement
+        return f"{words}, and it improves the reward {ratio:.2g} times as much as {UNBIASED} for the same cost"
 
     def for_reward(self, has_gradient: bool) -> Estimator:
         """``ram`` for a reward without gradient."""

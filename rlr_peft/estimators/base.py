@@ -87,7 +87,7 @@ class Coverage:
             steps = [t for t in off if self.gaps.get(t) == reason]
             subject, verb = ("step", "is") if len(steps) == 1 else ("steps", "are")
             clauses.append(f"{subject} {step_ranges(steps)} of {len(self.weights)} {verb} {reason}")
-        return f"Biased: {'; '.join(clauses)}."
+        return f"The gradient is biased: {'; '.join(clauses)}."
 
 
 def step_ranges(steps: list[int]) -> str:

@@ -128,13 +128,18 @@ class ProgressPage:
             text += f", of which {duration(progress.evaluation_seconds)} for the final evaluation"
         return text
 
+    def _rate(self) -> str:
+        """The present one, and where the schedule has changed it the highest too."""
+        now, highest = self._run.lr_scheduler.get_last_lr()[0], self._run.lr_scheduler.base_lrs[0]
+        return f"{highest:.2g}" if now == highest else f"{now:.2g} now, {highest:.2g} at the most"
+
     def _facts(self, progress: Progress, each: float) -> dict[str, str]:
         run = self._run
         return {
             "method": f"{run.method}: {run.method_in_words}",
             "coverage": progress.coverage,
-            "samples per update": str(run.samples_per_update),
-            "learning rate": f"{run.lr_scheduler.get_last_lr()[0]:.2g}",
+            "images per update": str(run.samples_per_update),
+            "learning rate": self._rate(),
             "time per update": duration(each) if each else "",
             "denoiser evaluations": f"{progress.denoiser_evaluations:,}" if each else "",
             "peak memory": f"{progress.peak_memory_mb / 1024:.1f} GiB" if each else "",

@@ -232,7 +232,7 @@ class RunLog:
         """Says what the estimate covers whenever that changes, and which score terms sit on hot steps."""
         coverage = update.coverage.describe()
         if coverage != progress.coverage:
-            logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "Coverage: %s", coverage)
+            logger.log(logging.INFO if update.coverage.unbiased else logging.WARNING, "%s", coverage)
             if self._run.method == AUTO and not self._run.objective.has_gradient:
                 logger.info("The reward has no gradient: %s is ram; --estimator rlr is unbiased, and slower.", AUTO)
             for t, ratio in update.books[0].hot_steps.items():
@@ -241,19 +241,19 @@ class RunLog:
 
 
 def _announce(run: Run, progress: Progress) -> None:
-    training = run.config.training
+    training, processes = run.config.training, run.accelerator.num_processes
     trainable = sum(parameter.numel() for parameter in run.chain.parameters)
     stages = stages_from_config(run.config)
     chain_of_thought = [] if stages is None else [f"{form_in_words(run)} = {stages.describe(run.chain.num_steps)}"]
-    is_measured = "; the accumulation steps are measured" if training.gradient_accumulation_steps == AUTO else ""
+    is_measured = "; how many steps, is measured" if training.gradient_accumulation_steps == AUTO else ""
     for line in (
         "***** Running training *****",
         f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",
         f"  Trainable LoRA parameters = {trainable:,}",
         f"  Prompts = {len(run.prompts):,} ({_sources(run)})",
-        f"  Samples per update = {training.train_batch_size} on the tape x {run.gradient_accumulation_steps} "
-        f"accumulation steps x {run.accelerator.num_processes} processes = {run.samples_per_update} "
-        f"({run.num_images_per_prompt} per prompt{is_measured})",
+        f"  Images per update = {run.samples_per_update}, {run.num_images_per_prompt} of a prompt (train_batch_size "
+        f"{training.train_batch_size} x gradient_accumulation_steps {run.gradient_accumulation_steps} x "
+        f"{processes} process{'es' if processes > 1 else ''}{is_measured})",
         f"  Denoising steps = {run.chain.num_steps}, guidance scale = {run.chain.guidance_scale:g}",
         *(f"  Chain-of-Thought {line}" for line in chain_of_thought),
         *(f"    {line}" for line in stage_prompts_in_words(run)),

@@ -146,7 +146,7 @@ def evaluate_base(run: Run) -> Evaluation | None:
         return None
     arithmetic = run.arithmetic
     logger.info(
-        "Evaluating the base on %d images, %.0f %% of those that training draws; the adapter follows on as many.",
+        "Evaluating the base on %d images, %.0f %% as many as training draws; the adapter follows at the end.",
         arithmetic.evaluation_images,
         100 * arithmetic.evaluation_share,
     )

@@ -94,8 +94,8 @@ def test_truncation_is_taken_where_the_last_step_says_it_all() -> None:
     chain = LinearGaussianChain(num_steps=6, decay=(0.05, 0.05), gain=(1.0, 0.05))
     truncated = calibrated(chain)
     words = truncated.describe(True)
-    assert words.startswith("by measurement, ") and "cosine with the measured samples' full gradient 0.9" in words
-    assert "through the last step" in words and "times the improvement per cost of rlr" in words
+    assert words.startswith("by measurement, ") and "full gradient of the measured samples is 0.9" in words
+    assert "through the last step" in words and "times as much as rlr for the same cost" in words
     assert not truncated.coverage(chain, True).unbiased
 
 
@@ -129,7 +129,7 @@ def test_a_reward_without_gradient_is_left_to_ram() -> None:
     estimator.calibrate(chain, [rollout], advantages, decay=0.0)
     assert not estimator.is_calibrated, "there is nothing to measure"
     assert estimator.describe(False) == f"as the reward has no gradient, ram: {ram.describe()}"
-    assert "is measured in the first update; until then rlr" in estimator.describe(True)
+    assert "the first update measures which method" in estimator.describe(True)
     assert estimator.coverage(chain, False).describe() == ram.coverage(chain, False).describe()
     gradients = []
     for one in (estimator.for_reward(False), ram):
@@ -150,7 +150,7 @@ def test_a_member_is_described_where_rlr_promises_nothing() -> None:
     state = estimator.state_dict()
     state["promises"]["rlr"] |= {"cosine": -0.1, "improvement": 0.0}
     estimator.load_state_dict(state)
-    assert "rlr promises nothing" in estimator.describe(True)
+    assert "rlr would not improve the reward on them" in estimator.describe(True)
 
 
 def means_of_gradients(signal: float, seed: int = 0) -> Callable[[int], torch.nn.Parameter]:

@@ -125,7 +125,10 @@ def test_a_window_that_the_tail_has_come_to_cover_is_drawn_from_no_more(
     assert (layout.first_order_steps, layout.black_box_steps) == ((4, []) if differentiable else (0, [1, 2, 3, 4]))
     assert layout.blocks == []
     if perturbed is None:
-        assert layout.coverage.describe() == "Biased: steps 5-6 of 6 are left out, outside the chosen window."
+        assert (
+            layout.coverage.describe()
+            == "The gradient is biased: steps 5-6 of 6 are left out, outside the chosen window."
+        )
     else:
         assert layout.left == [5, 6] and layout.coverage.complete
 
@@ -149,7 +152,7 @@ def test_coverage_is_checked_and_described() -> None:
         Coverage(torch.tensor([1.0, 0.5, 1.0]), {}).check()
     gaps = Coverage(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]), {2: "left out", 3: "left out", 5: "noiseless"})
     gaps.check()
-    assert gaps.describe() == "Biased: steps 2-3 of 5 are left out; step 5 of 5 is noiseless."
+    assert gaps.describe() == "The gradient is biased: steps 2-3 of 5 are left out; step 5 of 5 is noiseless."
     whole = Coverage(torch.ones(3), {})
     assert whole.unbiased and "unbiased" in whole.describe()
     smoothed = Coverage(torch.ones(3), {}, smoothing=0.5)
@@ -157,12 +160,12 @@ def test_coverage_is_checked_and_described() -> None:
     assert "unbiased" not in smoothed.describe() and "smoothed at s = 0.5" in smoothed.describe()
     both = Coverage(torch.tensor([1.0, 0.5]), {2: "halved"}, smoothing=0.5, departures=("rewards are clipped",))
     assert both.describe() == (
-        "Biased: rewards are clipped; the zeroth-order term estimates the gradient of the objective smoothed "
-        "at s = 0.5, with a bias of order s squared; step 2 of 2 is halved."
+        "The gradient is biased: rewards are clipped; the zeroth-order term estimates the gradient of the objective "
+        "smoothed at s = 0.5, with a bias of order s squared; step 2 of 2 is halved."
     )
     departed = Coverage(torch.ones(3), {}, departures=("rewards are clipped", "so are ratios"))
     assert departed.complete and not departed.unbiased
-    assert departed.describe() == "Biased: rewards are clipped; so are ratios."
+    assert departed.describe() == "The gradient is biased: rewards are clipped; so are ratios."
 
 
 def test_hot_steps_under_a_score_term_are_named() -> None:

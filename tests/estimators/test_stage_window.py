@@ -60,7 +60,7 @@ def test_a_given_window_is_all_that_half_order_covers(
     chain = LinearGaussianChain(num_steps=6)
     layout = estimator_of(*window).layout(chain, True)
     assert {t for t in range(2, 7) if layout.coverage.weights[t - 1] > 0} == steps
-    assert f"Biased: {words}" in layout.coverage.describe()
+    assert f"The gradient is biased: {words}" in layout.coverage.describe()
 
 
 def test_the_measured_window_follows_the_gradient() -> None:

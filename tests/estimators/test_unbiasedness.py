@@ -228,4 +228,4 @@ def test_bias_by_choice_is_detected_and_declared(name: str) -> None:
     assert bias.max_abs_z > 10, bias
     assert not bias.coverage.unbiased
     described = bias.coverage.describe()
-    assert described.startswith("Biased: ") and reason in described
+    assert described.startswith("The gradient is biased: ") and reason in described

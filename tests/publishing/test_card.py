@@ -105,7 +105,7 @@ def test_a_full_card_tells_what_was_measured(folder: Path) -> None:
     assert "| packages | torch 2.13.0, diffusers 0.42.1 |\n| commit of rlr-peft | `abc123` |" in text
     assert "https://arxiv.org/abs/2502.00639" in text
     assert "The first 10 of its 12,000 training prompts:" in text
-    assert "\n\nDrawn with 20 steps, eta 0.\nTraining ended after as many updates as it was set to; the" in text
+    assert "\n\nDrawn with 20 steps, eta 0.\nThe run took all its updates. The numbers" in text
     assert "![base and adapter side by side](before_after.png)" in text and "![base](images/base_0.png)" not in text
     assert "accelerate launch train_rlr_lora.py \\\n    --config configs/tiny_shapes.yaml\n```" in text
     row = "| a \\| b | ![base](images/base_0.png)<br>0.400 | ![adapter](images/adapter_0.png)<br>0.750 |"
@@ -169,7 +169,7 @@ def test_a_reward_with_missing_numbers_gets_no_row(folder: Path) -> None:
     text = write(folder, changed(FULL, metrics=partial))
     check_sections(text)
     assert "(held out)" not in text
-    assert "`tiny-shapes-heldout` was measured while training, on training prompts (the curve above), but not" in text
+    assert "`tiny-shapes-heldout` was measured while training, on training prompts (the curve above), but base" in text
     text = write(folder, changed(FULL, metrics=partial, rewards={"heldout": ()}))
     assert "No held-out reward was measured" in text
 
@@ -284,18 +284,18 @@ def test_stages_of_a_chain_of_thought(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "stopped", "expected"),
     [
-        ({}, None, "Training ended after as many updates as it was set to; the numbers were measured once, then."),
+        ({}, None, "The run took all its updates. The numbers were measured once, at the end."),
         (
             {"early_stopping_steps": 20},
             None,
-            "Early stopping watched the held-out reward on training prompts and did not step in; the numbers here were "
+            "Early stopping watched the held-out reward on training prompts and did not end the run. The numbers were "
             "measured once, at the end.",
         ),
         (
             {"early_stopping_steps": 20},
             "It fell.",
-            "Early stopping on the held-out reward, measured on training prompts, ended the run and so chose these "
-            "weights; the numbers here were measured once, afterwards.",
+            "Early stopping on the held-out reward, measured on training prompts, ended the run and chose these "
+            "weights. The numbers were measured once, afterwards.",
         ),
         (
             {"early_stopping_steps": 20, "kl_limit": 3.0},
@@ -309,7 +309,7 @@ def test_what_chose_the_weights(folder: Path, config: dict[str, float], stopped:
     text = write(folder, record)
     check_sections(text)
     assert f"eta 0.\n{expected}" in text
-    assert "\nWhether the recipe was tuned on such numbers before this run is not recorded.\n" in text
+    assert "\nIt is not recorded whether the settings were tuned on such numbers before.\n" in text
     assert (f"10 in its updates. {stopped} Every step" in text) == (stopped is not None)
 
 
@@ -326,7 +326,10 @@ def test_what_chose_the_weights(folder: Path, config: dict[str, float], stopped:
         ({"metrics": METRICS | {"kl": 0.79, "kl_se": 0.14, "kl_n": 2}}, "0.79 ± 0.14 nats (KL of 2 sampled paths) |"),
         ({"training": {"first_order": [10, 10]}}, "K was 10 of 10 in its updates, that is full backpropagation."),
         ({"training": {"reward_decoder": "tae"}}, "on images of the small decoder `tae`, so its gradient is biased"),
-        ({"base": {"dtype": "bfloat16"}}, "```\n\nIn bfloat16 it rounds its latents at every step, which were float32"),
+        (
+            {"base": {"dtype": "bfloat16"}},
+            "```\n\nThis code draws in bfloat16. The numbers were measured with float32 latents",
+        ),
         ({"config": CONFIG | {"bnb_quantization_config_path": "b.json"}}, "a base that bitsandbytes held in few bits"),
         ({"sampling": {"difference": "Other noise."}}, "```\n\nOther noise.\n\nThe adapter has"),
         ({"prompts": {"count": 10}}, "Its training prompts:"),

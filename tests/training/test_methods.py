@@ -68,7 +68,7 @@ def test_two_updates(workplace: Path, tmp_path: Path, name: str) -> None:
     assert any(value.any() for key, value in moved.items() if "lora_B" in key), "lora_B starts at zero"
     is_unbiased = name.startswith("rlr") or (term != "forward" and run.estimator.state_dict().get("chosen") == "rlr")
     assert ("unbiased" in progress.coverage) == is_unbiased
-    assert progress.coverage.startswith("Biased: ") == (not is_unbiased)
+    assert progress.coverage.startswith("The gradient is biased: ") == (not is_unbiased)
     (optimizer_steps,) = {float(state["step"]) for state in run.optimizer.state_dict()["state"].values()}
     assert optimizer_steps == 2 * run.estimator.inner_epochs
     if name == "ddpo":
@@ -184,7 +184,7 @@ def test_early_stopping_goes_back_to_the_best_weights_and_survives_an_interrupti
 def test_a_detached_negative_branch_is_said(workplace: Path, tmp_path: Path) -> None:
     values = {"estimator": "full-bp", "num_inference_steps": 2, "detach_negative": True}
     _, progress = train_here(config_file(workplace, tmp_path / "out", max_train_steps=1, **values))
-    assert progress.coverage == "Biased: no gradient passes through the negative branch of guidance."
+    assert progress.coverage == "The gradient is biased: no gradient passes through the negative branch of guidance."
 
 
 def test_a_divergence_beyond_its_limit_stops_the_run(workplace: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_reward_without_gradient_trains(workplace: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     values = {"max_train_steps": 1, "num_inference_steps": 5, "black_box_steps": 3}
     output = finish(start(config_file(workplace, out, "blind_redness", **values)))
-    assert "Biased: step 1 of 5 is left out because a score term needs noise there" in output
+    assert "The gradient is biased: step 1 of 5 is left out because a score term needs noise there" in output
     (line,) = read_metrics(out / "metrics.jsonl")
     assert line["first_order_steps"] == 0
     assert line["gradient_norm/black_box"] > 0 and line["gradient_norm/half_order"] > 0
