@@ -101,14 +101,18 @@ def restore_optimizer(
     lr_scheduler: LambdaLR,
     optimizer_state: Mapping[str, Any],
     lr_scheduler_state: Mapping[str, Any],
+    halvings: int = 0,
 ) -> None:
     """Puts both where a checkpoint left them, but with the learning rate, betas and so on that this run asks for.
 
     Their own `load_state_dict` would bring back those of the checkpoint, whatever the config of the resumed run says.
-    With `learning_rate: auto` the rate is the checkpoint's.
+    The rate is the checkpoint's with `learning_rate: auto`, and where it is the rate asked for, halved so often.
     """
     asked = [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
-    base_rates = [ours or theirs for ours, theirs in zip(lr_scheduler.base_lrs, lr_scheduler_state["base_lrs"])]
+    base_rates = [
+        theirs if ours in (0, theirs * 2**halvings) else ours
+        for ours, theirs in zip(lr_scheduler.base_lrs, lr_scheduler_state["base_lrs"])
+    ]
     optimizer.load_state_dict(dict(optimizer_state))
     lr_scheduler.load_state_dict(dict(lr_scheduler_state))
     for group, settings in zip(optimizer.param_groups, asked, strict=True):

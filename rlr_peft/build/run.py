@@ -49,6 +49,7 @@ from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
 from rlr_peft.errors import extra
+from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.estimators.base import Estimator, RunShape, build_estimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
@@ -105,7 +106,7 @@ class Run:
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
-        rollback: goes back with half the rate where the reward falls; None with a rate that is given.
+        rollback: goes back with half the rate where the reward falls; None where both the rate and the method are given.
         arithmetic: the derived numbers.
         given: names of what came as a Python object, which no config can load: `pipeline`, `reward`, `prompts`,
             `estimator`.
@@ -309,7 +310,7 @@ def build_run(
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     lr_scheduler = build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps)
     ema = build_ema(chain.parameters, config.optimizer)
-    finds_rate = config.optimizer.learning_rate == AUTO
+    watches = config.optimizer.learning_rate == AUTO or isinstance(estimator, AutoEstimator)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -329,7 +330,7 @@ def build_run(
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         ema=ema,
-        rollback=Rollback(chain.parameters, optimizer, lr_scheduler, estimator, ema) if finds_rate else None,
+        rollback=Rollback(chain.parameters, optimizer, lr_scheduler, estimator, ema) if watches else None,
         arithmetic=arithmetic,
         given=given,
     )

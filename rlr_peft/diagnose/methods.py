@@ -219,8 +219,8 @@ class _Builder:
         perturbed = ZerothOrder("two-point", paper.zo_scale)
         alone = RLREstimator(RLRSettings(first_order_steps=0, half_order=None, zeroth_order=perturbed))
         self.methods.append(Method("zeroth order on all steps", "", alone, max_samples=MAX_ZEROTH_ORDER_SAMPLES))
-        # Of the three losses one: they share their direction. What it draws, noises, is of every sample by itself.
-        self._add("ram", None, {"estimator": "ram"}, shares_draws=False, own_units=True)
+        for name in ("ram", "nft", "awm"):  # what they draw, noises, is of every sample by itself
+            self._add(name, None, {"estimator": name}, shares_draws=False, own_units=True)
         if not differentiable:
             return
         self._add("refl", None, {"estimator": "refl"})

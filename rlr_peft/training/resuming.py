@@ -127,7 +127,8 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     _check_identity(run, path, state["identity"])
     _load_adapter(run, path, state["lora"])
     _check_optimizer(run, path, state["optimizer_class"])
-    restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"])
+    halvings = state["rollback"].get("halvings", 0)
+    restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"], halvings)
     if run.ema is not None:
         restore_ema(run.ema, state["ema"])
     if run.rollback is not None and state["rollback"]:

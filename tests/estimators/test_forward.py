@@ -169,14 +169,18 @@ def directions(chain: GaussianDataChain, samples: int) -> tuple[torch.Tensor, to
     return gradients[0], gradients[1]
 
 
-def test_where_the_model_is_exact_every_step_points_along_the_score_function_and_levels_count_otherwise() -> None:
-    score, forward = directions(GaussianDataChain(10, [1.0, 0.5, 0.2]), 50_000)
+@pytest.mark.parametrize(("num_steps", "whole"), [(5, 0.91), (10, 0.82), (20, 0.71)])
+def test_where_the_model_is_exact_every_step_points_along_the_score_function_and_levels_count_otherwise(
+    num_steps: int, whole: float
+) -> None:
+    score, forward = directions(GaussianDataChain(num_steps, [1.0, 0.5, 0.2]), 50_000)
     cosines = torch.cosine_similarity(score, forward, dim=1)
-    assert cosines.min() > 0.96, "0.991 to 0.9997 with 200,000 samples"
+    assert cosines.min() > (0.96 if num_steps < 20 else 0.9), "0.991 to 0.9997 with T = 10 and 200,000 samples"
     lengths = forward.norm(dim=1) / score.norm(dim=1)
-    assert torch.all(lengths[1:] > lengths[:-1]) and lengths[-1] > 30 * lengths[0], "noisy levels count more"
-    whole = torch.cosine_similarity(score.flatten(), forward.flatten(), dim=0)
-    assert 0.75 < whole < 0.88, "0.82, for that reason alone"
+    assert torch.all(lengths[1:] > lengths[:-1]), "noisy levels count more"
+    assert num_steps != 10 or 35 < lengths[-1] / lengths[0] < 60
+    got = torch.cosine_similarity(score.flatten(), forward.flatten(), dim=0)
+    assert float(got) == pytest.approx(whole, abs=0.04), "less than 1 for that reason alone"
 
 
 def test_where_the_model_is_not_exact_it_estimates_something_else() -> None:
@@ -184,7 +188,7 @@ def test_where_the_model_is_not_exact_it_estimates_something_else() -> None:
     chain = GaussianDataChain(10, [1.0, 0.5, 0.2])
     move_parameters(chain, 0.3)
     score, forward = directions(chain, 50_000)
-    assert torch.cosine_similarity(score.flatten(), forward.flatten(), dim=0) < 0.6
+    assert float(torch.cosine_similarity(score.flatten(), forward.flatten(), dim=0)) == pytest.approx(0.46, abs=0.08)
 
 
 def test_noise_that_a_prompts_images_share_cancels_and_the_mean_stays() -> None:

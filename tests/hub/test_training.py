@@ -3,8 +3,13 @@
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from tests.hub.processes import OWNER, READER, LoopbackHub, run
+from tests.pipelines import tiny_stable_diffusion
 from tests.programs import LIBRARIES
+from tests.test_lora_fitting import adapter_of
 from tests.training.runs import WEIGHTS, config_file
 
 SCRIPT = ["tests/hub/impatient.py", "train_rlr_lora.py", "--config"]
@@ -128,6 +133,29 @@ def test_a_failing_hub_stops_no_training_and_loses_nothing(hub: LoopbackHub, wor
     run(["-m", "rlr_peft", "push", out / "checkpoint-1", *flags], environment)
     for name, revision in ((out, "main"), (out / "checkpoint-1", "checkpoint-1")):
         assert hub.repository("owner/failing").read(WEIGHTS, revision) == (name / WEIGHTS).read_bytes()
+
+
+PUT = """
+import sys
+from huggingface_hub import HfApi
+HfApi().create_repo("owner/first", private=True)
+HfApi().upload_folder(repo_id="owner/first", folder_path=sys.argv[1])
+"""
+
+
+def test_a_private_repository_is_a_start(hub: LoopbackHub, workplace: Path, tmp_path: Path) -> None:
+    """Supervised first and on the Hub, then by reward: a rate of nearly 0 leaves the weights that it began with."""
+    first = adapter_of(tiny_stable_diffusion(), tmp_path / "first", rank=2)
+    run(["-c", PUT, first], hub.environment(OWNER), imported=LIBRARIES)
+    values = {"estimator": "nft", "rank": 2, "max_train_steps": 1, "learning_rate": 1e-9}
+    config = config_file(workplace, tmp_path / "out", **values, init_adapter="owner/first")
+    train(hub, config)
+    begun, ended = load_file(first / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert begun.keys() == ended.keys()
+    for name, weight in begun.items():
+        torch.testing.assert_close(ended[name], weight, rtol=0, atol=1e-6)
+    refused = train(hub, config, code=1, token=None)
+    assert "owner/first was not found, or is private" in refused.stderr and "Steps" not in refused.stderr
 
 
 def test_access_is_checked_before_training(hub: LoopbackHub, workplace: Path, tmp_path: Path) -> None:

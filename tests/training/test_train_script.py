@@ -223,9 +223,12 @@ PROMPT_STATISTICS = {"estimator": "ddpo", "per_prompt_stat_tracking_min_count": 
 
 
 LAGGING = {"estimator": "awm", "step_kind": "ode", "old_decay_growth": 0.2, "noise_levels": 2}
+WINDOWED = {"estimator": "grpo", "step_kind": "cps", "eta": 0.8, "noise_window": [2, 4], "noise_steps": 2}
 
 
-@pytest.mark.parametrize("estimator", [DRAWN_BLOCKS, PROMPT_STATISTICS, LAGGING], ids=["rlr", "ddpo", "awm"])
+@pytest.mark.parametrize(
+    "estimator", [DRAWN_BLOCKS, PROMPT_STATISTICS, LAGGING, WINDOWED], ids=["rlr", "ddpo", "awm", "grpo"]
+)
 def test_two_processes_make_the_update_of_one(workplace: Path, tmp_path: Path, estimator: dict[str, object]) -> None:
     """The same seed and global batch: one process with two micro-batches against two processes with one each."""
     # A large epsilon keeps Adam's steps proportional to the gradient, so that rounding is not blown up to a sign.
