@@ -106,7 +106,7 @@ class Run:
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
-        rollback: goes back with half the rate where the reward falls; None where both the rate and the method are given.
+        rollback: goes back with half the rate where the reward falls; None if both rate and method are given.
         arithmetic: the derived numbers.
         given: names of what came as a Python object, which no config can load: `pipeline`, `reward`, `prompts`,
             `estimator`.

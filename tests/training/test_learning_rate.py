@@ -155,7 +155,7 @@ def test_auto_goes_back_from_a_given_rate_too_and_resumes_with_the_half(
     (tmp_path / "falling.py").write_text(FALLING.replace("calls = 0", "calls, differentiable = 1, False"))  # no trial
     values = {"estimator": estimator, "learning_rate": 0.01, "max_train_steps": 6, "checkpointing_steps": 4}
     config = config_file(workplace, tmp_path / "run", **values, reward_fn=f"{tmp_path / 'falling.py'}:Falling")
-    run, _ = train_here(config)
+    train_here(config)
     expected = 0.005 if estimator == "auto" else 0.01
     rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert rates == [0.01] * 4 + [expected] * 2
