@@ -24,15 +24,14 @@ import torch
 from benchmarks.dcot_report import report
 from benchmarks.machine import write_results
 from benchmarks.race import base_evaluation, claimed
+from rlr_peft import tiny_shapes
 from rlr_peft.build import Run, build_run, load_pipeline, render
 from rlr_peft.chain import DenoisingChain
 from rlr_peft.compare import evaluate, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, make_stages, texts_of
-from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import SCALES, as_contrast
+from rlr_peft.prompts import SCALES, as_contrast, decompose_by_rules
 from rlr_peft.rewards import HeldoutRewards, TinyShapesJudgeReward
-from rlr_peft.tiny_shapes import scenes
 from rlr_peft.training import calibrate, calibration_due, evaluate_adapter, take_update
 
 ATTRIBUTES = ("shape", "texture")
@@ -178,8 +177,8 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
         split: DenoisingChain(pipeline, knobs, stages=stages, stage_form=as_contrast if split == "contrast" else None)
         for split in SPLITS
     }
-    heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
-    prompts, seeds = prompts_and_seeds(as_prompts(scenes.prompts("test")), images, TUNING_SEED)
+    heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in tiny_shapes.ATTRIBUTES])
+    prompts, seeds = prompts_and_seeds(as_prompts(tiny_shapes.prompts("test")), images, TUNING_SEED)
     rows, pictures = [], {}
     for split in SPLITS:
         staged = [split_caption(prompt.text, split) for prompt in prompts]
@@ -198,10 +197,12 @@ def measure_splits(folder: Path, images: int) -> list[dict[str, Any]]:
 
 def split_caption(caption: str, split: str) -> Prompt:
     """A caption with the stage prompts of one way to split it."""
-    attributes = scenes.parse_caption(caption)
+    attributes = tiny_shapes.parse_caption(caption)
 
     def naming(*scales: str) -> str:
-        return scenes.describe({name: value for name, value in attributes.items() if scenes.SCALES[name] in scales})
+        return tiny_shapes.describe(
+            {name: value for name, value in attributes.items() if tiny_shapes.SCALES[name] in scales}
+        )
 
     if split == "plain":
         return Prompt(caption)

@@ -29,15 +29,14 @@ from benchmarks.machine import write_results
 from benchmarks.tiny_shapes.dataset import as_images, build_drawings, scene_at
 from benchmarks.tiny_shapes.denoiser import confuse, sample_timesteps
 from benchmarks.tiny_shapes.loop import LoopSettings, load_averaged_weights, train
+from rlr_peft import tiny_shapes
 from rlr_peft.build import load_pipeline, render
 from rlr_peft.chain import DenoisingChain
 from rlr_peft.compare import evaluate, prompts_and_seeds
 from rlr_peft.config import ChainArguments, load_config
 from rlr_peft.prompt import Prompt, as_prompts, make_stages
-from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import SCALES, as_contrast
+from rlr_peft.prompts import SCALES, as_contrast, decompose_by_rules
 from rlr_peft.rewards import HeldoutRewards, TinyShapesJudgeReward
-from rlr_peft.tiny_shapes import scenes
 
 TOKENS = 20
 """What the text encoder holds of a prompt, with start and end: the longest usual caption has 19, the long one 31."""
@@ -50,25 +49,28 @@ SPLITS = ("plain", "alone", "growing", "contrast")
 
 
 def long_caption(attributes: Mapping[str, str], order: list[str]) -> str:
-    """A clause for every attribute; ``scenes.parse_caption`` reads it as the usual one."""
-    return " ".join(scenes.describe({name: attributes[name]}) for name in order)
+    """A clause for every attribute; ``tiny_shapes.parse_caption`` reads it as the usual one."""
+    return " ".join(tiny_shapes.describe({name: attributes[name]}) for name in order)
 
 
 def training_caption(row: int, confused: bool, generator: torch.Generator) -> str:
     """The caption of drawing ``row`` for the second base."""
-    kind, part, *coins = torch.rand(2 + len(scenes.ATTRIBUTES), generator=generator).tolist()
-    order = [list(scenes.ATTRIBUTES)[i] for i in torch.randperm(len(scenes.ATTRIBUTES), generator=generator).tolist()]
+    kind, part, *coins = torch.rand(2 + len(tiny_shapes.ATTRIBUTES), generator=generator).tolist()
+    order = [
+        list(tiny_shapes.ATTRIBUTES)[i]
+        for i in torch.randperm(len(tiny_shapes.ATTRIBUTES), generator=generator).tolist()
+    ]
     attributes = asdict(scene_at(row))
     if confused:
         attributes = {name: confuse(name, attributes[name], coin) for name, coin in zip(attributes, coins, strict=True)}
     if kind < EMPTY:
         return ""
     if kind < EMPTY + DENSE:
-        return scenes.describe(attributes)
+        return tiny_shapes.describe(attributes)
     if kind < EMPTY + DENSE + LONG:
         return long_caption(attributes, order)
     told = PARTS[int(part * len(PARTS))]
-    return scenes.describe({name: value for name, value in attributes.items() if scenes.SCALES[name] in told})
+    return tiny_shapes.describe({name: value for name, value in attributes.items() if tiny_shapes.SCALES[name] in told})
 
 
 def shipped() -> StableDiffusionPipeline:
@@ -144,21 +146,23 @@ def split_caption(usual: str, caption: str, split: str) -> Prompt:
         caption: what the user wrote, usual or long.
         split: ``alone`` names every attribute in its own stage only; ``growing`` and ``contrast`` are the rules.
     """
-    attributes = scenes.parse_caption(usual)
+    attributes = tiny_shapes.parse_caption(usual)
     if split == "plain":
         return Prompt(caption)
     if split == "alone":
-        told = [{name: value for name, value in attributes.items() if scenes.SCALES[name] == scale} for scale in SCALES]
-        return Prompt(caption, stages=tuple(map(scenes.describe, told)))
+        told = [
+            {name: value for name, value in attributes.items() if tiny_shapes.SCALES[name] == scale} for scale in SCALES
+        ]
+        return Prompt(caption, stages=tuple(map(tiny_shapes.describe, told)))
     return Prompt(caption, stages=decompose_by_rules(caption))
 
 
 def measure(folder: Path, images: int, bases: list[str]) -> list[dict[str, Any]]:
     """The held-out judge's opinion of every attribute, for all bases, captions and splits."""
-    heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in scenes.ATTRIBUTES])
+    heldout = HeldoutRewards([TinyShapesJudgeReward("heldout", name) for name in tiny_shapes.ATTRIBUTES])
     knobs, stages = ChainArguments(num_inference_steps=10, eta=0.0, guidance_scale=4.0), make_stages()
-    prompts, seeds = prompts_and_seeds(as_prompts(scenes.prompts("test")), images, 0)
-    orders = [np.random.default_rng([1, i]).permutation(list(scenes.ATTRIBUTES)).tolist() for i in range(images)]
+    prompts, seeds = prompts_and_seeds(as_prompts(tiny_shapes.prompts("test")), images, 0)
+    orders = [np.random.default_rng([1, i]).permutation(list(tiny_shapes.ATTRIBUTES)).tolist() for i in range(images)]
     rows = []
     for name in bases:
         pipeline = base(name, folder)
@@ -167,7 +171,7 @@ def measure(folder: Path, images: int, bases: list[str]) -> list[dict[str, Any]]
                 form = as_contrast if split == "contrast" else None
                 chain = DenoisingChain(pipeline, knobs, stages=stages, stage_form=form)
                 told = [
-                    prompt.text if kind == "usual" else long_caption(scenes.parse_caption(prompt.text), order)
+                    prompt.text if kind == "usual" else long_caption(tiny_shapes.parse_caption(prompt.text), order)
                     for prompt, order in zip(prompts, orders, strict=True)
                 ]
                 staged = [split_caption(p.text, text, split) for p, text in zip(prompts, told, strict=True)]
@@ -184,7 +188,7 @@ def measure(folder: Path, images: int, bases: list[str]) -> list[dict[str, Any]]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown."""
-    names = [*scenes.ATTRIBUTES, "all"]
+    names = [*tiny_shapes.ATTRIBUTES, "all"]
     lines = [f"| base | caption | split | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
     for row in rows:
         numbers = " | ".join(f"{row[name]:.3f}" for name in names)

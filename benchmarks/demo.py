@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import write_results
-from rlr_peft.build import build_run, evaluation_chain
-from rlr_peft.build.chain import render
+from rlr_peft.build import build_run, evaluation_chain, render
 from rlr_peft.config import load_config
 from rlr_peft.figures import save_before_after
 from rlr_peft.prompt import Prompt

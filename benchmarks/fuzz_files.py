@@ -15,9 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.fuzz_inputs import ROOT, TEXTS, FindingError, Target, as_json, bent, damaged, odd
-from rlr_peft.config.arguments import config_to_dict, knobs
-from rlr_peft.config.parsing import DESCRIPTION, NoFlags, load_config, read_words
-from rlr_peft.config.yaml_files import save_config
+from rlr_peft.config import DESCRIPTION, NoFlags, config_to_dict, knobs, load_config, read_words, save_config
 from rlr_peft.lora import (
     adapter_loaded,
     attach_lora,
@@ -28,10 +26,8 @@ from rlr_peft.lora import (
     save_lora,
     unload_lora,
 )
-from rlr_peft.prompts import load_prompts
-from rlr_peft.prompts.rows import Columns
-from rlr_peft.training import CheckpointManager, read_manifest
-from rlr_peft.training.checkpoints import MANIFEST_NAME
+from rlr_peft.prompts import Columns, load_prompts
+from rlr_peft.training import MANIFEST_NAME, CheckpointManager, read_manifest
 
 
 class Configs(Target):

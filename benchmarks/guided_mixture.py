@@ -7,7 +7,7 @@ import torch
 
 from rlr_peft.chain import GaussianStep, PathPoint, step_std
 from rlr_peft.prompt import PromptLike
-from rlr_peft.testing.chains import ReplicatedChain
+from rlr_peft.testing import ReplicatedChain
 
 # Stable Diffusion's noise levels.
 TRAINING_STEPS, FIRST_BETA, LAST_BETA = 1000, 0.00085, 0.012

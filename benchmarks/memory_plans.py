@@ -13,8 +13,7 @@ from typing import Any
 
 from benchmarks.machine import write_results
 from rlr_peft.config import load_config
-from rlr_peft.plan import plan_run
-from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, SAMPLING
+from rlr_peft.plan import ADJOINT, DECODE, ENCODING, SAMPLING, plan_run
 
 COMMON = (
     "--prompt_path tiny-shapes/train --reward_fn hpsv2 --mixed_precision bf16 --rank 4 --train_batch_size 2 "

@@ -25,8 +25,7 @@ from diffusers import DiffusionPipeline
 from benchmarks.machine import read_results, write_results
 from benchmarks.pipeline_parts import build, calling_with, text_to_pixels, use_tests
 from rlr_peft.build import prepare_pipeline
-from rlr_peft.chain import build_scheduler, default_lora_targets, families, family_of, family_of_class
-from rlr_peft.chain.pipeline import FRAMES_ARGUMENTS
+from rlr_peft.chain import FRAMES_ARGUMENTS, build_scheduler, default_lora_targets, families, family_of, family_of_class
 from rlr_peft.config import ModelArguments
 from rlr_peft.lora import attach_lora, save_lora, verify_lora_reloads
 from tests.families.image_pipelines import sd3, sdxl, z_image

@@ -12,8 +12,7 @@ from typing import Any
 from benchmarks.machine import read_results, write_results
 from benchmarks.real_run import CASES, METHODS, flags_of
 from rlr_peft.config import load_config
-from rlr_peft.plan import plan_run
-from rlr_peft.plan.parts import ADJOINT, DECODE, SAMPLING
+from rlr_peft.plan import ADJOINT, DECODE, SAMPLING, plan_run
 
 UPDATE = (SAMPLING, DECODE, ADJOINT)
 MB = 2**20

@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race import REWARDS
-from rlr_peft.build import build_run
-from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build import build_run, derive_seed
 from rlr_peft.config import load_config
 from rlr_peft.estimators import GradientSketch, measure_step_gradients, sample_batch
 

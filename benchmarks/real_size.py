@@ -26,6 +26,7 @@ from torch import nn
 
 from benchmarks.machine import describe_machine, read_results, write_results
 from rlr_peft.build import (
+    DTYPES,
     attach_adapters,
     build_chain,
     build_optimizer,
@@ -33,14 +34,20 @@ from rlr_peft.build import (
     keep_weights_as_quantized,
     prepare_machine,
 )
-from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain import Segment, Trajectory, family_of, run
-from rlr_peft.config import Config, load_config
-from rlr_peft.config.model import read_quantization
+from rlr_peft.config import Config, load_config, read_quantization
 from rlr_peft.estimators import DecodedReward
-from rlr_peft.plan import MemoryPlan, build_pipeline, find_architecture, plan_run
-from rlr_peft.plan.parts import ADJOINT, DECODE, LIBRARIES_BYTES, SAMPLING
+from rlr_peft.plan import (
+    ADJOINT,
+    DECODE,
+    LIBRARIES_BYTES,
+    SAMPLING,
+    MemoryPlan,
+    build_pipeline,
+    find_architecture,
+    plan_run,
+)
 from rlr_peft.rewards import CallableReward
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 

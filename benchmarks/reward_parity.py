@@ -25,7 +25,18 @@ from benchmarks.large_parity import detector_parity, unified_parity, videoreward
 from benchmarks.machine import write_results
 from benchmarks.reward_checkpoints import Sizes
 from benchmarks.vlm_parity import KINDS, hpsv3_parity, judge_parity
-from rlr_peft.rewards import ModelFiles, ModelSettings, clip_pixels, padded_clip_pixels, score_images, squared_pixels
+from rlr_peft.rewards import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ModelFiles,
+    ModelSettings,
+    RewardSettings,
+    clip_pixels,
+    load_reward,
+    padded_clip_pixels,
+    score_images,
+    squared_pixels,
+)
 from rlr_peft.rewards.model_files import (
     AESTHETIC_HEAD,
     AESTHETIC_V2_5_HEAD,
@@ -38,8 +49,6 @@ from rlr_peft.rewards.model_files import (
     PICKSCORE,
     SIGLIP,
 )
-from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
-from rlr_peft.rewards.registry import RewardSettings, load_reward
 
 PROMPTS = ["a red fox", "two boats at sea, oil on canvas", "x", "an Owl  reading a very long book " * 9]
 SHAPES = [(512, 512), (300, 500), (640, 384), (224, 224), (97, 180)]

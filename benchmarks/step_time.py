@@ -48,7 +48,7 @@ def watch(run: Run) -> Stopwatch:
     stopwatch = Stopwatch()
     stopwatch.wrap(run.chain, "sample", "sampling")
     stopwatch.wrap(run.objective, "measure", "reward")
-    stopwatch.wrap(update, "accumulate", "adjoint")
+    stopwatch.wrap(update, "add_term", "adjoint")
     stopwatch.wrap(run.chain.denoiser, "forward", "denoiser forward")
     stopwatch.wrap(run.pipeline.vae, "decode", "VAE forward")
     stopwatch.wrap(torch.autograd, "grad", "backward passes")

@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.machine import write_results
-from rlr_peft.config.methods import METHODS
-from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments
+from rlr_peft.config import METHODS, D3POArguments, DDPOArguments, GRPOArguments
 from rlr_peft.estimators import (
     Coefficients,
     Estimator,
@@ -23,8 +22,7 @@ from rlr_peft.estimators import (
     ZerothOrder,
     build_estimator,
 )
-from rlr_peft.testing import measure_bias
-from rlr_peft.testing.unbiasedness import critical_z
+from rlr_peft.testing import critical_z, measure_bias
 
 T = 6
 COMPONENTS = 12  # parameters of the chain: a 3 x 3 matrix and a vector

@@ -20,10 +20,8 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race import REWARDS
-from rlr_peft.build import Run, build_run
-from rlr_peft.build.randomness import derive_seed
-from rlr_peft.config import load_config
-from rlr_peft.config.methods import METHODS
+from rlr_peft.build import Run, build_run, derive_seed
+from rlr_peft.config import METHODS, load_config
 from rlr_peft.estimators import Batch, RunShape, build_estimator, sample_batch
 from rlr_peft.prompt import Prompt
 

@@ -16,17 +16,17 @@ from rlr_peft.lora import (
     WEIGHT_NAME,
     AdapterFormatError,
     AdapterMismatchError,
+    LayerNames,
     attach_lora,
+    check_arrived,
     find_adapter,
+    layers_of,
     load_lora,
     lora_parameters,
     merge_lora,
     save_lora,
     unload_lora,
 )
-from rlr_peft.lora.formats import layers_of
-from rlr_peft.lora.loading import check_arrived
-from rlr_peft.lora.placing import LayerNames
 from tests.families.image_pipelines import flux, pixart_sigma, sdxl
 from tests.families.video_pipelines import wan, wan_two_experts
 from tests.pipelines import tiny_stable_diffusion

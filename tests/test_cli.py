@@ -12,8 +12,7 @@ import yaml
 
 from rlr_peft import __version__
 from rlr_peft.cli.main import main
-from rlr_peft.config.arguments import knobs
-from rlr_peft.config.parsing import MOST_USED
+from rlr_peft.config import MOST_USED, knobs
 from tests.programs import ROOT, completed
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()

@@ -10,8 +10,7 @@ from torch import nn
 from rlr_peft.build import build_optimizer, build_run, pipeline_quantization
 from rlr_peft.config import ModelArguments, OptimizerArguments, load_config
 from rlr_peft.errors import UserError
-from rlr_peft.prompts import DatasetSpec, dataset_rows
-from rlr_peft.prompts.tables import Columns
+from rlr_peft.prompts import Columns, DatasetSpec, dataset_rows
 from rlr_peft.rewards import load_reward
 
 

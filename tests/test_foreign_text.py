@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm.auto import tqdm
 
-from rlr_peft.compare import markdown, page
-from rlr_peft.compare.figures import figures
-from rlr_peft.config.yaml_files import yaml_text
+from rlr_peft.compare import draw_figures, markdown, page
+from rlr_peft.config import yaml_text
 from rlr_peft.foreign_text import MessageHandler, in_cell, in_code, in_text, printable, say
 from rlr_peft.rewards import info_of
 from tests.compare.comparisons import comparison, evaluation
@@ -112,7 +111,7 @@ def test_a_comparison_shows_it_written_out() -> None:
         evaluation({"reward": [0.3, 0.5]}, prompts=[HOSTILE, "b"], info={f"reward/{name}": [1.5, 2.0]}),
         facts={"base": HOSTILE},
     )
-    html, text = page(drawn, figures(drawn)), markdown(drawn)
+    html, text = page(drawn, draw_figures(drawn)), markdown(drawn)
     assert is_clean(html) and is_clean(text)
     assert html.count(r"\x1b]0;owned") >= 5 and r"**base:** \x1b]0;owned\x07\x1b&#91;31m" in text
     found = re.search('<script type="application/json" id="data">(.*?)</script>', html)

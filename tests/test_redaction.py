@@ -12,11 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, config_to_yaml, load_config
-from rlr_peft.config.arguments import knobs
+from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, config_to_yaml, knobs, load_config
 from rlr_peft.errors import RewardError, UserError
 from rlr_peft.json_server import JsonServer
-from rlr_peft.lora.files import AdapterNotFoundError
+from rlr_peft.lora import AdapterNotFoundError
 from rlr_peft.prompt import PromptError
 from rlr_peft.prompts import EndpointModel
 from rlr_peft.redaction import (

@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.tiny_shapes.drawing import draw
-from rlr_peft.tiny_shapes import IMAGE_SIZE
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene, scenes
+from rlr_peft.tiny_shapes import ATTRIBUTES, IMAGE_SIZE, Scene, scenes_of
 
 _CHUNK = 500
 
@@ -43,7 +42,7 @@ def _draw_chunk(task: tuple[Path, int, int, int]) -> None:
 
 def scene_at(index: int) -> Scene:
     """The scene of a training drawing: all training scenes in turn, as often as needed."""
-    training_scenes = scenes("train")
+    training_scenes = scenes_of("train")
     return training_scenes[index % len(training_scenes)]
 
 
@@ -54,7 +53,7 @@ def labels_of(scene: Scene) -> list[int]:
 
 def label_table() -> torch.Tensor:
     """Class numbers of all training scenes, (scenes, 7) int64."""
-    return torch.tensor([labels_of(scene) for scene in scenes("train")])
+    return torch.tensor([labels_of(scene) for scene in scenes_of("train")])
 
 
 def as_images(drawings: npt.NDArray[np.uint8]) -> torch.Tensor:
@@ -64,7 +63,7 @@ def as_images(drawings: npt.NDArray[np.uint8]) -> torch.Tensor:
 
 def fresh_drawings(count: int, seed: int, split: str = "test") -> tuple[torch.Tensor, torch.Tensor]:
     """New drawings that no training has seen: images (count, 3, 64, 64) in [0, 1] and class numbers (count, 7)."""
-    chosen = scenes("train" if split == "train" else "test")
+    chosen = scenes_of("train" if split == "train" else "test")
     rng = np.random.default_rng(seed)
     picked = [chosen[index % len(chosen)] for index in range(count)]
     images = as_images(np.stack([draw(scene, rng) for scene in picked]))

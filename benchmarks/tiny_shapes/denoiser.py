@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from benchmarks.tiny_shapes.dataset import scene_at
 from benchmarks.tiny_shapes.loop import LoopSettings, load_averaged_weights, train
 from benchmarks.tiny_shapes.text import create_text_encoder, token_ids
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, describe
+from rlr_peft.tiny_shapes import ATTRIBUTES, describe
 
 _EMPTY_SHARE = 0.1
 _PARTIAL_SHARE = 0.25

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from rlr_peft.tiny_shapes import IMAGE_SIZE
-from rlr_peft.tiny_shapes.scenes import Scene
+from rlr_peft.tiny_shapes import IMAGE_SIZE, Scene
 
 Points = npt.NDArray[np.float64]
 

@@ -10,9 +10,7 @@ from diffusers import AutoencoderKL
 
 from benchmarks.tiny_shapes.dataset import as_images, label_table
 from benchmarks.tiny_shapes.loop import LoopSettings, load_averaged_weights, train
-from rlr_peft.tiny_shapes import IMAGE_SIZE
-from rlr_peft.tiny_shapes.judges import Judge, JudgeName, create_judge
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
+from rlr_peft.tiny_shapes import ATTRIBUTES, IMAGE_SIZE, Judge, JudgeName, create_judge
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rlr_peft.tiny_shapes.scenes import caption_words
+from rlr_peft.tiny_shapes import caption_words
 
 MAX_TOKENS = 32
 """Tokens per prompt, start and end tokens included; the longest dense caption has 19."""

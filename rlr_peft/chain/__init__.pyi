@@ -14,6 +14,7 @@ from .families import lora_targets as lora_targets
 from .grid import build_scheduler as build_scheduler
 from .grid import diffusion_grid as diffusion_grid
 from .interface import Chain as Chain
+from .interface import MovingWindow as MovingWindow
 from .interface import Trajectory as Trajectory
 from .memory import ModelOffload as ModelOffload
 from .memory import largest_block as largest_block
@@ -27,3 +28,5 @@ from .path import gaussian_step as gaussian_step
 from .path import output_sensitivity as output_sensitivity
 from .path import prediction_sensitivity as prediction_sensitivity
 from .path import step_std as step_std
+from .pipeline import FRAMES_ARGUMENTS as FRAMES_ARGUMENTS
+from .pipeline import batches_of_one_call as batches_of_one_call

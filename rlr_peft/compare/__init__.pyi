@@ -21,6 +21,7 @@ from .evaluation import make_pictures as make_pictures
 from .evaluation import mean_and_standard_error as mean_and_standard_error
 from .evaluation import paired_gains as paired_gains
 from .evaluation import prompts_and_seeds as prompts_and_seeds
+from .figures import draw_figures as draw_figures
 from .kept import KeptFeatures as KeptFeatures
 from .kept import KeptImages as KeptImages
 from .kept import KeptReward as KeptReward
@@ -35,3 +36,4 @@ from .report import tables as tables
 from .report import write_page_and_scores as write_page_and_scores
 from .report import write_report as write_report
 from .report import write_scores as write_scores
+from .run import images_of_each as images_of_each

@@ -25,7 +25,7 @@ from rlr_peft.figures import (
 FEWEST_BINS, MOST_BINS = 8, 30
 
 
-def figures(comparison: Comparison) -> dict[str, Figure]:
+def draw_figures(comparison: Comparison) -> dict[str, Figure]:
     """All figures that the comparison has numbers for, by the name of their file without suffix."""
     with matplotlib.rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
         found = {

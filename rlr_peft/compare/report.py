@@ -16,7 +16,7 @@ from torch import Tensor
 from rlr_peft.compare.comparison import Comparison, notes
 from rlr_peft.compare.distances import Estimate
 from rlr_peft.compare.evaluation import SMALL_SIDE, make_pictures
-from rlr_peft.compare.figures import figures
+from rlr_peft.compare.figures import draw_figures
 from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import inline_svg, save_figure
 from rlr_peft.foreign_text import in_text, inside_script, listed, page_environment
@@ -121,7 +121,7 @@ def write_report(folder: Path, comparison: Comparison) -> list[Path]:
     Returns:
         Their paths, the page first.
     """
-    drawn = figures(comparison)
+    drawn = draw_figures(comparison)
     saved = [save_figure(folder / FIGURES / f"{name}.png", figure) for name, figure in drawn.items()]
     return [
         write_text(folder / PAGE, page(comparison, drawn)),
@@ -134,7 +134,7 @@ def write_report(folder: Path, comparison: Comparison) -> list[Path]:
 
 def write_page_and_scores(folder: Path, comparison: Comparison) -> list[Path]:
     """Writes only `compare.html`, `scores.parquet` and `scores.csv`, for a folder that holds much else; their paths."""
-    return [write_text(folder / PAGE, page(comparison, figures(comparison))), *write_scores(folder, comparison)]
+    return [write_text(folder / PAGE, page(comparison, draw_figures(comparison))), *write_scores(folder, comparison)]
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ class _Comparer:
             "adapters": ", ".join(hub.get(label, label) for label in adapters),
             "sampler": sampler,
             "prompts": f"{len(set(prompts))} of {len(set(texts_of(self.all_prompts)))} in {prompt_source(config)}, "
-            f"{_images_of_each(prompts)}",
+            f"{images_of_each(prompts)}",
             **({"stages": chain_of_thought} if chain_of_thought else {}),
             "seed": str(config.training.seed),
             "rewards": ", ".join(f"{reward.name}{' (held out)' if reward.heldout else ''}" for reward in measured),
@@ -226,7 +226,7 @@ class _Comparer:
         }
 
 
-def _images_of_each(prompts: Sequence[str]) -> str:
+def images_of_each(prompts: Sequence[str]) -> str:
     """How many images a prompt has; the last one may have fewer."""
     fewest, most = min(counts := Counter(prompts).values()), max(counts)
     return f"{most} image{'s' if most > 1 else ''} each" if fewest == most else f"{fewest} to {most} images each"

@@ -1,6 +1,8 @@
+from .advantages import STD_FLOOR as STD_FLOOR
 from .advantages import PromptStatistics as PromptStatistics
 from .advantages import group_normalized as group_normalized
 from .advantages import leave_one_out as leave_one_out
+from .advantages import separately_normalized as separately_normalized
 from .auto import AutoEstimator as AutoEstimator
 from .auto import Weights as Weights
 from .auto import promise as promise
@@ -13,6 +15,7 @@ from .base import build_estimator as build_estimator
 from .block_length import half_order_length_for_compute as half_order_length_for_compute
 from .block_length import half_order_length_for_memory as half_order_length_for_memory
 from .forward import ForwardEstimator as ForwardEstimator
+from .forward import LevelOutputs as LevelOutputs
 from .forward import awm_pull as awm_pull
 from .forward import nft_pull as nft_pull
 from .forward import noise_share as noise_share
@@ -53,6 +56,8 @@ from .policy import PreferenceEstimator as PreferenceEstimator
 from .policy import clipped_cotangent as clipped_cotangent
 from .policy import preference_cotangent as preference_cotangent
 from .policy import single_steps as single_steps
+from .rlr import SMALLEST_PROBABILITY as SMALLEST_PROBABILITY
+from .rlr import STEP_COST as STEP_COST
 from .rlr import RLREstimator as RLREstimator
 from .rlr import mixed_segment as mixed_segment
 from .rlr import roulette_probabilities as roulette_probabilities
@@ -61,6 +66,7 @@ from .step_gradients import GradientSketch as GradientSketch
 from .step_gradients import StepGradients as StepGradients
 from .step_gradients import measure_step_gradients as measure_step_gradients
 from .step_gradients import step_energies as step_energies
+from .variance import NORM_DECAY as NORM_DECAY
 from .variance import GradientMoments as GradientMoments
 from .variance import SignalSizes as SignalSizes
 from .variance import StepGains as StepGains

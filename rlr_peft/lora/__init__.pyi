@@ -3,6 +3,7 @@ from .attach import adapter_disabled as adapter_disabled
 from .attach import attach_lora as attach_lora
 from .attach import lora_parameters as lora_parameters
 from .attach import lora_size as lora_size
+from .export import KOHYA_NAME as KOHYA_NAME
 from .export import check_kohya as check_kohya
 from .export import export_adapter as export_adapter
 from .export import save_lora as save_lora
@@ -12,14 +13,17 @@ from .files import AdapterFormatError as AdapterFormatError
 from .files import AdapterMismatchError as AdapterMismatchError
 from .files import AdapterNotFoundError as AdapterNotFoundError
 from .files import find_adapter as find_adapter
+from .formats import layers_of as layers_of
 from .loading import adapted_parts as adapted_parts
 from .loading import adapter_loaded as adapter_loaded
 from .loading import check_adapter as check_adapter
+from .loading import check_arrived as check_arrived
 from .loading import diffusers_loads as diffusers_loads
 from .loading import load_fitting_lora as load_fitting_lora
 from .loading import load_lora as load_lora
 from .loading import merge_lora as merge_lora
 from .loading import start_from as start_from
 from .loading import unload_lora as unload_lora
+from .placing import LayerNames as LayerNames
 from .proof import check_adapter_saves as check_adapter_saves
 from .proof import verify_lora_reloads as verify_lora_reloads

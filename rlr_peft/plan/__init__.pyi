@@ -14,6 +14,16 @@ from .measurements import blank_trajectory as blank_trajectory
 from .measurements import measure as measure
 from .measurements import optimizer_bytes as optimizer_bytes
 from .measurements import weight_bytes as weight_bytes
+from .parts import ADJOINT as ADJOINT
+from .parts import DECODE as DECODE
+from .parts import ENCODING as ENCODING
+from .parts import EVALUATION as EVALUATION
+from .parts import LIBRARIES_BYTES as LIBRARIES_BYTES
+from .parts import LOADING as LOADING
+from .parts import PHASES as PHASES
+from .parts import SAMPLING as SAMPLING
+from .parts import TRAINING as TRAINING
+from .parts import VERIFICATION as VERIFICATION
 from .parts import Facts as Facts
 from .parts import HostPlan as HostPlan
 from .parts import MemoryPlan as MemoryPlan

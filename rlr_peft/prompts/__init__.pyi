@@ -1,10 +1,13 @@
+from .chain_of_thought import SCALES as SCALES
 from .chain_of_thought import MalformedStagesError as MalformedStagesError
 from .chain_of_thought import RememberedStages as RememberedStages
+from .chain_of_thought import as_contrast as as_contrast
 from .chain_of_thought import decompose_by_rules as decompose_by_rules
 from .chain_of_thought import decompose_prompts as decompose_prompts
 from .chain_of_thought import parse_stages as parse_stages
 from .chain_of_thought import read_stages as read_stages
 from .chain_of_thought import staged_prompt as staged_prompt
+from .chain_of_thought import without_stage as without_stage
 from .language_models import EndpointModel as EndpointModel
 from .language_models import LanguageModelDecomposer as LanguageModelDecomposer
 from .language_models import TransformersModel as TransformersModel
@@ -12,6 +15,8 @@ from .language_models import instructions as instructions
 from .lengths import TextRoom as TextRoom
 from .lengths import default_sequence_length as default_sequence_length
 from .lengths import find_over_long as find_over_long
+from .rows import MANY_ROWS as MANY_ROWS
+from .rows import Columns as Columns
 from .sampler import MixedPromptSampler as MixedPromptSampler
 from .sampler import PromptSampler as PromptSampler
 from .sampler import StreamingPromptSampler as StreamingPromptSampler

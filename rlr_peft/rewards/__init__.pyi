@@ -1,3 +1,4 @@
+from .base import Metadata as Metadata
 from .base import Reward as Reward
 from .base import Scored as Scored
 from .base import measure_images as measure_images
@@ -7,6 +8,7 @@ from .combination import HeldoutRewards as HeldoutRewards
 from .combination import RunningScale as RunningScale
 from .combination import Term as Term
 from .combination import WeightedRewards as WeightedRewards
+from .embedded import HALF_SCORE_SURPRISE as HALF_SCORE_SURPRISE
 from .embedded import JpegReward as JpegReward
 from .embedded import TinyShapesJudgeReward as TinyShapesJudgeReward
 from .model_files import ModelFiles as ModelFiles
@@ -17,7 +19,11 @@ from .model_reward import SeeingReward as SeeingReward
 from .model_reward import load_weights as load_weights
 from .model_reward import loading as loading
 from .model_reward import weights_dtype as weights_dtype
+from .names import LARGE_REWARDS as LARGE_REWARDS
+from .names import MODEL_REWARDS as MODEL_REWARDS
 from .names import available_rewards as available_rewards
+from .preprocessing import CLIP_MEAN as CLIP_MEAN
+from .preprocessing import CLIP_STD as CLIP_STD
 from .preprocessing import clip_pixels as clip_pixels
 from .preprocessing import imagenet_pixels as imagenet_pixels
 from .preprocessing import padded_clip_pixels as padded_clip_pixels
@@ -41,3 +47,5 @@ from .scores import is_attached as is_attached
 from .scores import join_info as join_info
 from .server import RewardServer as RewardServer
 from .server import ServerLimits as ServerLimits
+from .vlm import read_scores as read_scores
+from .vlm_inputs import read_inputs as read_inputs

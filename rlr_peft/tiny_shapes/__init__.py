@@ -3,10 +3,10 @@
 Importing this package is cheap: nothing here loads torch. The parts are
 
 - ``scenes``: what can be drawn, captions and the train/test split;
-- ``drawing``: a scene as a 64x64 picture;
 - ``judges``: two frozen classifiers that read every attribute off an image.
 
-How the shipped weights were made is in ``benchmarks/tiny_shapes`` (``python -m benchmarks.tiny_shapes.build``).
+How scenes are drawn, and how the shipped weights were made, is in ``benchmarks/tiny_shapes``
+(``python -m benchmarks.tiny_shapes.build``).
 
 The pipeline was left imperfect on purpose: trained on true captions alone it draws nearly every prompt right and leaves
 a reward nothing to improve. In the last quarter of its training some captions therefore name a similar shape, color or
@@ -15,6 +15,10 @@ one shape or color in ten and one texture in four is not the one asked for.
 """
 
 from pathlib import Path
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 PIPELINE_NAME = "tiny-shapes"
 """The name that stands for the shipped pipeline wherever a model name or path is asked for."""

@@ -125,7 +125,7 @@ def caption_words() -> tuple[str, ...]:
     return tuple(sorted(words | {"top", "bottom", "left", "right"}))
 
 
-def scenes(split: Split) -> tuple[Scene, ...]:
+def scenes_of(split: Split) -> tuple[Scene, ...]:
     """All scenes of a split, in a fixed and well shuffled order.
 
     About one combination in ten is kept for ``test``: no drawing of it is ever shown to the pipeline or the judges.

@@ -1,4 +1,5 @@
 from .card_facts import run_record as run_record
+from .checkpoints import MANIFEST_NAME as MANIFEST_NAME
 from .checkpoints import CheckpointError as CheckpointError
 from .checkpoints import CheckpointManager as CheckpointManager
 from .checkpoints import load_tensors as load_tensors
@@ -7,9 +8,11 @@ from .checkpoints import write_manifest as write_manifest
 from .dry_run import Seconds as Seconds
 from .dry_run import dry_run as dry_run
 from .finishing import divergence_from_base as divergence_from_base
+from .finishing import evaluation_source as evaluation_source
 from .finishing import finish as finish
 from .finishing import summary as summary
 from .interruption import GracefulInterruption as GracefulInterruption
+from .progress import KL_WINDOW as KL_WINDOW
 from .progress import EarlyStopping as EarlyStopping
 from .progress import LearningSignal as LearningSignal
 from .progress import Progress as Progress
@@ -31,6 +34,7 @@ from .trainer import train as train
 from .update import calibrate as calibrate
 from .update import calibration_due as calibration_due
 from .update import calibration_samples as calibration_samples
+from .update import sample_step as sample_step
 from .update import take_update as take_update
 from .validation import evaluate_adapter as evaluate_adapter
 from .validation import evaluate_base as evaluate_base

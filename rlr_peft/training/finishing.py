@@ -236,13 +236,13 @@ def _facts(run: Run, before: Evaluation) -> dict[str, str]:
         "base": shown_name(config.model.pretrained_model_name_or_path),
         "adapter": f"rank {config.lora.rank}, trained with {run.method}",
         "sampler": evaluation_in_words(config, run.chain),
-        "prompts": f"{len(set(texts_of(before.prompts)))} of {len(set(unseen))} {_source(run)}",
+        "prompts": f"{len(set(texts_of(before.prompts)))} of {len(set(unseen))} {evaluation_source(run)}",
         "seed": str(config.training.seed),
         "hardware": describe_hardware(run.accelerator.device),
     }
 
 
-def _source(run: Run) -> str:
+def evaluation_source(run: Run) -> str:
     """Where the evaluation's prompts come from."""
     is_own_file = run.config.validation.evaluation_prompt_path is not None
     return f"{'in' if is_own_file else 'held back of'} {prompt_source(run.config)}"

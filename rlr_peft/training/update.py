@@ -99,7 +99,7 @@ def take_update(run: Run, step: int) -> Update:
         run.chain.place_noise(*moving.at(step, derive_seed(run.config.training.seed, "noise_window", step)))
     images_per_prompt = run.num_images_per_prompt
     chain = run.update_chain
-    batch = _sample(run, chain, step, images_per_prompt)
+    batch = sample_step(run, chain, step, images_per_prompt)
     prompts = run.processes.gather_objects(batch.prompts, "the prompts")
     scores = run.processes.gather(batch.scored.scores, "the rewards")
     info = _gather_info(run, batch)
@@ -211,7 +211,7 @@ def calibrate(run: Run, step: int) -> None:
         logger.info("Estimator = %s: %s.", run.method, after)
 
 
-def _sample(run: Run, chain: DenoisingChain, step: int, images_per_prompt: int) -> Batch:
+def sample_step(run: Run, chain: DenoisingChain, step: int, images_per_prompt: int) -> Batch:
     """This process's samples of a step; a pure function of the config's seed, the weights and the step.
 
     Whether the reward has a gradient may show only with the first ones.

@@ -10,8 +10,14 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_dispatch import attention_backend
 
-from rlr_peft.build import build_run, compile_denoisers, load_pipeline, prepare_machine, set_attention_backend
-from rlr_peft.build.machine import WITHOUT_GPU
+from rlr_peft.build import (
+    WITHOUT_GPU,
+    build_run,
+    compile_denoisers,
+    load_pipeline,
+    prepare_machine,
+    set_attention_backend,
+)
 from rlr_peft.chain import (
     DenoisingChain,
     ModelOffload,

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from rlr_peft.build.reporting import work_offline_without_hub
+from rlr_peft.build import work_offline_without_hub
 
 
 @pytest.fixture

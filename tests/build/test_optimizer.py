@@ -8,8 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlr_peft.build import build_lr_scheduler, build_optimizer, restore_optimizer
-from rlr_peft.config import OptimizerArguments
-from rlr_peft.config.training import LrScheduler
+from rlr_peft.config import LrScheduler, OptimizerArguments
 
 
 def new_parameters() -> list[nn.Parameter]:

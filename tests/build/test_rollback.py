@@ -9,7 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from rlr_peft.build.optimizer import BLOCK_PROMPTS, BLOCK_UPDATES, WINDOW_BLOCKS, Rollback
+from rlr_peft.build import BLOCK_PROMPTS, BLOCK_UPDATES, WINDOW_BLOCKS, Rollback
 from rlr_peft.estimators import PathwiseEstimator, PathwiseSettings
 
 SAMPLES = 2 * BLOCK_PROMPTS // BLOCK_UPDATES

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, safe_open
 from torch.testing import assert_close
 
 from rlr_peft import Trainer
-from rlr_peft.build import build_run
-from rlr_peft.build.sharding import blocks_of
+from rlr_peft.build import blocks_of, build_run
 from rlr_peft.config import ConfigError, load_config
 from tests.families.image_pipelines import sdxl
 from tests.families.table import CASES, NUM_STEPS

@@ -10,15 +10,13 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 
-from rlr_peft.build.chain import choose_stage_form
+from rlr_peft.build import choose_stage_form
 from rlr_peft.chain import DenoisingChain
-from rlr_peft.config import ChainArguments
-from rlr_peft.config.chain import StageFormName
+from rlr_peft.config import ChainArguments, StageFormName
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.prompt import Prompt, make_stages
-from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import without_stage
-from rlr_peft.tiny_shapes import pipeline_path, scenes
+from rlr_peft.prompts import decompose_by_rules, without_stage
+from rlr_peft.tiny_shapes import pipeline_path, scenes_of
 from tests.families.image_pipelines import flux
 from tests.pipelines import tiny_stable_diffusion
 from tests.training.runs import WEIGHTS, run_script, train_here
@@ -105,7 +103,7 @@ def test_tiny_shapes_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A caption that fits is trained and drawn as a contrast, one that is cut as parts; a named form goes on alike."""
-    captions = [scene.caption() for scene in scenes.scenes("test")[:2]]
+    captions = [scene.caption() for scene in scenes_of("test")[:2]]
     (tmp_path / "captions.txt").write_text("\n".join(captions))
     values = {
         **{"pretrained_model_name_or_path": "tiny-shapes", "prompt_path": str(tmp_path / "captions.txt")},

@@ -17,6 +17,7 @@ from rlr_peft.compare import (
     Model,
     chosen_pairs,
     console_text,
+    draw_figures,
     markdown,
     notes,
     plain_numbers,
@@ -27,7 +28,6 @@ from rlr_peft.compare import (
     write_report,
     write_scores,
 )
-from rlr_peft.compare.figures import figures
 from rlr_peft.figures import inline_svg
 from rlr_peft.reports import with_error, write_numbers
 from tests.compare.comparisons import HELDOUT, TRAINED, comparison, evaluation, flat_images
@@ -132,7 +132,7 @@ def test_every_figure_has_a_file_and_a_drawing(tmp_path: Path) -> None:
     for path in (tmp_path / "figures").iterdir():
         with Image.open(path) as picture:
             assert picture.width == 1000
-    for name, figure in figures(example()).items():
+    for name, figure in draw_figures(example()).items():
         svg = inline_svg(figure, name, f"the <figure> {name}")
         assert svg.startswith(f'<svg role="img" aria-label="the &lt;figure&gt; {name}"')
         assert "var(--ink)" in svg and "first" in svg and "http" not in re.sub(r'xmlns[:\w]*="[^"]*"', "", svg)
@@ -145,7 +145,7 @@ def test_one_outlier_does_not_ask_for_billions_of_bins(outlier: float) -> None:
         evaluation({"reward": [*scores, 0.0]}),
         evaluation({"reward": [*scores, outlier]}, images=flat_images([0.5] * 64, color=1)),
     )
-    (axes, *_) = figures(drawn)["rewards"].axes
+    (axes, *_) = draw_figures(drawn)["rewards"].axes
     bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     assert sum(bar.get_height() for bar in bars) == 2 * 64 and len(bars) <= 2 * 30
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
+from rlr_peft.cli import ServeFlags
 from rlr_peft.cli.main import main
-from rlr_peft.cli.serve_reward_command import ServeFlags
 from rlr_peft.compare import CompareFlags
-from rlr_peft.config.knob import Group
-from rlr_peft.config.parsing import read_words
+from rlr_peft.config import Group, read_words
 from rlr_peft.diagnose import DiagnoseFlags
 from rlr_peft.plan import PlanFlags
 from rlr_peft.publishing import CardFlags, MergeFlags, PushFlags

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlr_peft.config.arguments import knobs
-from rlr_peft.config.found import read_found_config
+from rlr_peft.config import knobs, read_found_config
 
 
 def test_of_a_found_config_texts_are_taken_only_where_a_knob_says_so(tmp_path: Path) -> None:

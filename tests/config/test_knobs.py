@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlr_peft.config import Config, config_to_dict, save_config
+from rlr_peft.config import METHODS, Config, Knob, bounds_of, config_to_dict, knobs, save_config
 from rlr_peft.config import load_config as load
-from rlr_peft.config.arguments import knobs
-from rlr_peft.config.knob import Knob, bounds_of
-from rlr_peft.config.methods import METHODS
 from tests.config.loading import DEMO, REQUIRED, refusal
 
 

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, save_config
+from rlr_peft.config import (
+    METHODS,
+    ConfigError,
+    DDPOArguments,
+    GRPOArguments,
+    RLRArguments,
+    RLRPaperArguments,
+    config_from_dict,
+    config_to_dict,
+    knobs,
+    save_config,
+)
 from rlr_peft.config import load_config as load
-from rlr_peft.config.arguments import knobs
-from rlr_peft.config.methods import METHODS, DDPOArguments, GRPOArguments, RLRArguments, RLRPaperArguments
 from tests.config.loading import DEMO, REQUIRED, refusal, write
 
 

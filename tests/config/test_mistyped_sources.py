@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_peft.config import ConfigError, load_config
-from rlr_peft.config.prompts import nearest_source
+from rlr_peft.config import ConfigError, load_config, nearest_source
 from rlr_peft.errors import did_you_mean
 
 BASE = ["--pretrained_model_name_or_path", "tiny-shapes", "--reward_fn", "tiny-shapes"]

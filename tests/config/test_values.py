@@ -9,10 +9,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlr_peft.config import ConfigError, config_from_dict, config_to_dict, config_to_yaml, save_config
+from rlr_peft.config import (
+    ConfigError,
+    RLRArguments,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    knobs,
+    save_config,
+)
 from rlr_peft.config import load_config as load
-from rlr_peft.config.arguments import knobs
-from rlr_peft.config.methods import RLRArguments
 from tests.config.loading import REQUIRED, refusal, write
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlr_peft.cli.main import main
-from rlr_peft.config import ConfigError
+from rlr_peft.config import ELSEWHERE, ConfigError, knobs
 from rlr_peft.config import load_config as load
-from rlr_peft.config.arguments import ELSEWHERE, knobs
 from tests.config.loading import REQUIRED, refusal, write
 
 

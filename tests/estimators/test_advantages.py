@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from rlr_peft.estimators import PromptStatistics, group_normalized, leave_one_out
-from rlr_peft.estimators.advantages import STD_FLOOR, separately_normalized
+from rlr_peft.estimators import STD_FLOOR, PromptStatistics, group_normalized, leave_one_out, separately_normalized
 
 
 def test_leave_one_out_compares_with_the_mean_of_the_others() -> None:

@@ -8,9 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rlr_peft.config.methods import METHODS
-from rlr_peft.estimators import AutoEstimator, GradientMoments, RunShape, Weights, build_estimator, promise
-from rlr_peft.estimators.rlr import STEP_COST
+from rlr_peft.config import METHODS
+from rlr_peft.estimators import STEP_COST, AutoEstimator, GradientMoments, RunShape, Weights, build_estimator, promise
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 

@@ -8,10 +8,11 @@ import torch
 
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain import GaussianStep, PathPoint, ReplayedStep, step_std
-from rlr_peft.config.forward import AWMArguments, NFTArguments, RAMArguments
+from rlr_peft.config import AWMArguments, NFTArguments, RAMArguments
 from rlr_peft.estimators import (
     ForwardEstimator,
     HalfOrder,
+    LevelOutputs,
     RLREstimator,
     RLRSettings,
     Rollout,
@@ -23,10 +24,8 @@ from rlr_peft.estimators import (
     noise_share,
     ram_pull,
 )
-from rlr_peft.estimators.forward import LevelOutputs
 from rlr_peft.prompt import as_prompts
-from rlr_peft.testing import LinearGaussianChain, QuadraticReward
-from rlr_peft.testing.chains import ReplicatedChain
+from rlr_peft.testing import LinearGaussianChain, QuadraticReward, ReplicatedChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 
 SHAPE = (6, 2, 3)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.guided_mixture import GuidedMixtureChain
 from rlr_peft.chain import Segment
-from rlr_peft.config.methods import METHODS
+from rlr_peft.config import METHODS
 from rlr_peft.estimators import (
     CoverageError,
     DecodedReward,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlr_peft.chain import Chain
-from rlr_peft.config.policy import DDPOArguments, GRPOArguments
+from rlr_peft.config import DDPOArguments, GRPOArguments
 from rlr_peft.estimators import (
     Book,
     HalfOrder,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.config.policy import D3POArguments
+from rlr_peft.config import D3POArguments
 from rlr_peft.estimators import (
     HalfOrder,
     PreferenceEstimator,

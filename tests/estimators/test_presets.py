@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlr_peft.config import EstimatorArguments
-from rlr_peft.config.methods import METHODS
+from rlr_peft.config import METHODS, EstimatorArguments
 from rlr_peft.estimators import (
     Coefficients,
     HalfOrder,

@@ -5,8 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.estimators import Book, Coefficients, HalfOrder, RLREstimator, RLRSettings, StepGains, StepVariances
-from rlr_peft.estimators.variance import NORM_DECAY
+from rlr_peft.estimators import (
+    NORM_DECAY,
+    Book,
+    Coefficients,
+    HalfOrder,
+    RLREstimator,
+    RLRSettings,
+    StepGains,
+    StepVariances,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import book_of_blocks, gradient_of, rollout_of
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlr_peft.estimators import (
+    SMALLEST_PROBABILITY,
     GradientMoments,
     HalfOrder,
     RLREstimator,
@@ -11,7 +12,6 @@ from rlr_peft.estimators import (
     roulette_probabilities,
     roulette_weights,
 )
-from rlr_peft.estimators.rlr import SMALLEST_PROBABILITY
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 

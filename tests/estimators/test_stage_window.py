@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlr_peft.config.methods import RLRArguments
+from rlr_peft.config import RLRArguments
 from rlr_peft.estimators import (
     RLREstimator,
     RunShape,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlr_peft.chain import Chain, Trajectory
-from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments
+from rlr_peft.config import D3POArguments, DDPOArguments, GRPOArguments
 from rlr_peft.estimators import (
     Coefficients,
     Estimator,
@@ -30,8 +30,7 @@ from rlr_peft.estimators import (
     build_estimator,
     leave_one_out,
 )
-from rlr_peft.testing import EstimatorBias, LinearGaussianChain, measure_bias
-from rlr_peft.testing.unbiasedness import critical_z
+from rlr_peft.testing import EstimatorBias, LinearGaussianChain, critical_z, measure_bias
 
 SINGLE = HalfOrder(length=1, blocks="all")
 T = 6

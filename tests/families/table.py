@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from rlr_peft.build.pipeline import PictureProcessor
+from rlr_peft.build import PictureProcessor
 from rlr_peft.chain import DenoisingChain, build_scheduler, family_of
 from rlr_peft.prompt import ConditionImage, Prompt
 from tests.families import image_pipelines as images

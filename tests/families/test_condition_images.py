@@ -13,11 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from rlr_peft.chain import family_of
-from rlr_peft.chain.pipeline import batches_of_one_call
+from rlr_peft.chain import batches_of_one_call, family_of
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError
-from rlr_peft.prompts import load_prompts
-from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts import Columns, load_prompts
 from rlr_peft.rewards import CallableReward, score_images
 from tests.families.image_pipelines import flux_kontext, qwen_image_edit, qwen_image_edit_plus
 from tests.families.table import CASES, COLOURS, SMALL, drawn_alone, load, picture, prompts_of

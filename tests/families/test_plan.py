@@ -12,8 +12,7 @@ from rlr_peft.build import attach_adapters, build_chain
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain import ReplayedStep, family_of
 from rlr_peft.config import Config, load_config
-from rlr_peft.plan import ArchitectureError, PlanError, build_pipeline, find_architecture, plan_run
-from rlr_peft.plan.parts import PHASES
+from rlr_peft.plan import PHASES, ArchitectureError, PlanError, build_pipeline, find_architecture, plan_run
 from tests.families.table import CASES
 
 

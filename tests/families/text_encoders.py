@@ -19,7 +19,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from rlr_peft.build.pipeline import PictureProcessor
+from rlr_peft.build import PictureProcessor
 from tests.pipelines import WIDTH
 
 SMALL = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2}

@@ -15,8 +15,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from rlr_peft.cli.main import main
 from rlr_peft.config import load_config
-from rlr_peft.plan import HostPlan, MemoryPlan, Options, add_up, host_plan, host_verdict, plan_run
-from rlr_peft.plan.parts import ENCODING, EVALUATION, LIBRARIES_BYTES, LOADING, TRAINING, VERIFICATION
+from rlr_peft.plan import (
+    ENCODING,
+    EVALUATION,
+    LIBRARIES_BYTES,
+    LOADING,
+    TRAINING,
+    VERIFICATION,
+    HostPlan,
+    MemoryPlan,
+    Options,
+    add_up,
+    host_plan,
+    host_verdict,
+    plan_run,
+)
 from rlr_peft.tiny_shapes import pipeline_path
 from tests.pipelines import tiny_stable_diffusion
 

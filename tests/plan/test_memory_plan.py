@@ -22,6 +22,12 @@ from rlr_peft.cli.main import main
 from rlr_peft.config import Config, ConfigError, OptimizerArguments, load_config
 from rlr_peft.lora import attach_lora
 from rlr_peft.plan import (
+    ADJOINT,
+    DECODE,
+    ENCODING,
+    PHASES,
+    SAMPLING,
+    VERIFICATION,
     ArchitectureError,
     Facts,
     MemoryPlan,
@@ -41,7 +47,6 @@ from rlr_peft.plan import (
     verdict,
     weight_bytes,
 )
-from rlr_peft.plan.parts import ADJOINT, DECODE, ENCODING, PHASES, SAMPLING, VERIFICATION
 from rlr_peft.prompt import Prompt
 from tests.families.image_pipelines import flux
 from tests.pipelines import chain_over, tiny_stable_diffusion

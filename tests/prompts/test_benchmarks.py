@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rlr_peft.build.prompts import read_prompts
+from rlr_peft.build import read_prompts
 from rlr_peft.config import config_from_dict
 from rlr_peft.prompt import PromptError
-from rlr_peft.prompts import load_prompts
-from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts import Columns, load_prompts
 
 GENEVAL = {"tag": "counting", "include": [{"class": "bird", "count": 2}], "prompt": "a photo of two birds"}
 FILES = {

@@ -2,18 +2,18 @@
 
 import pytest
 
-from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import SCALES, without_stage
-from rlr_peft.tiny_shapes import scenes
+from rlr_peft.prompts import SCALES, decompose_by_rules, without_stage
+from rlr_peft.tiny_shapes import ATTRIBUTES, parse_caption, scenes_of
+from rlr_peft.tiny_shapes import SCALES as SCALE_OF
 
 
 def test_of_a_caption_exactly_the_attributes_of_the_stage_are_missing() -> None:
-    for scene in scenes.scenes("test")[:200]:
+    for scene in scenes_of("test")[:200]:
         stages = decompose_by_rules(scene.caption())
         for index, scale in enumerate(SCALES):
             rest = without_stage(scene.caption(), stages, index)
-            assert rest is not None and scenes.parse_caption(rest) == {
-                name: getattr(scene, name) for name in scenes.ATTRIBUTES if scenes.SCALES[name] != scale
+            assert rest is not None and parse_caption(rest) == {
+                name: getattr(scene, name) for name in ATTRIBUTES if SCALE_OF[name] != scale
             }
 
 

@@ -12,8 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from rlr_peft.prompt import Prompt, PromptError, texts_of
-from rlr_peft.prompts import DatasetSpec, dataset_prompts, load_prompts
-from rlr_peft.prompts.rows import MANY_ROWS, Columns
+from rlr_peft.prompts import MANY_ROWS, Columns, DatasetSpec, dataset_prompts, load_prompts
 
 GENEVAL = """\
 {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}

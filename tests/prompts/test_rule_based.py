@@ -2,19 +2,17 @@
 
 import pytest
 
-from rlr_peft.prompts import decompose_by_rules
-from rlr_peft.prompts.chain_of_thought import SCALES
-from rlr_peft.tiny_shapes import scenes
+from rlr_peft.prompts import SCALES, decompose_by_rules
+from rlr_peft.tiny_shapes import ATTRIBUTES, parse_caption, scenes_of
+from rlr_peft.tiny_shapes import SCALES as SCALE_OF
 
 
 def test_every_stage_adds_exactly_the_attributes_of_its_scale() -> None:
-    for scene in scenes.scenes("test")[:200]:
+    for scene in scenes_of("test")[:200]:
         told: set[str] = set()
         for scale, text in zip(SCALES, decompose_by_rules(scene.caption()), strict=True):
-            told |= {name for name, of in scenes.SCALES.items() if of == scale}
-            assert scenes.parse_caption(text) == {
-                name: getattr(scene, name) for name in scenes.ATTRIBUTES if name in told
-            }
+            told |= {name for name, of in SCALE_OF.items() if of == scale}
+            assert parse_caption(text) == {name: getattr(scene, name) for name in ATTRIBUTES if name in told}
         assert text == scene.caption()
 
 

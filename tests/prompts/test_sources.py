@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from rlr_peft.prompt import PromptError, texts_of
 from rlr_peft.prompts import MixedPromptSampler, PromptSampler, load_prompts
-from rlr_peft.tiny_shapes import scenes
+from rlr_peft.tiny_shapes import prompts as scene_prompts
 
 
 def test_tiny_shapes_splits_do_not_overlap() -> None:
     train, test = load_prompts("tiny-shapes/train"), load_prompts("tiny-shapes/test")
-    assert texts_of(train) == scenes.prompts("train")
+    assert texts_of(train) == scene_prompts("train")
     assert not set(train) & set(test)
     assert load_prompts("tiny-shapes/test", 7) == test[:7]
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlr_peft.config.prompts import BUILTIN_SETS
+from rlr_peft.config import BUILTIN_SETS
 from rlr_peft.prompt import Prompt, PromptError, texts_of
-from rlr_peft.prompts import DatasetSpec, dataset_prompts, load_prompts
-from rlr_peft.prompts.rows import Columns
+from rlr_peft.prompts import Columns, DatasetSpec, dataset_prompts, load_prompts
 
 ROWS = [
     {"text": "a cat", "ugly": "blurry", "far": "a room", "near": "fur", "points": 3, "tags": ["x", "y"]},

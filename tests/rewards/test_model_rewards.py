@@ -23,7 +23,9 @@ from benchmarks.reward_parity import (
 )
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards import (
+    MODEL_REWARDS,
     LinearHead,
+    Metadata,
     ModelFiles,
     ModelReward,
     ModelSettings,
@@ -34,7 +36,6 @@ from rlr_peft.rewards import (
     score_images,
     weights_dtype,
 )
-from rlr_peft.rewards.base import Metadata
 from rlr_peft.rewards.model_files import (
     AESTHETIC_HEAD,
     AESTHETIC_V2_5_HEAD,
@@ -45,7 +46,6 @@ from rlr_peft.rewards.model_files import (
     OPENAI_CLIP,
     SIGLIP,
 )
-from rlr_peft.rewards.names import MODEL_REWARDS
 from tests.programs import LIBRARIES, completed
 
 IMAGE_REWARDS = ["aesthetic", "aesthetic-v2.5", "clipscore", "hpsv2", "hpsv2/v2.0", "imagereward", "pickscore"]

@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks.vlm_checkpoints import write_got_ocr, write_trocr, write_vlm
 from rlr_peft.errors import RewardError
 from rlr_peft.plan import reward_memory
-from rlr_peft.rewards import Reward, load_reward, measure_images
+from rlr_peft.rewards import Reward, load_reward, measure_images, read_inputs
 from rlr_peft.rewards.ocr import asked_texts, plain, similarity
-from rlr_peft.rewards.vlm_inputs import read_inputs
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,15 @@ import torch
 from transformers import CLIPImageProcessorPil
 
 from benchmarks.reward_parity import mixed_images, published_hps_pixels, to_tensor
-from rlr_peft.rewards import clip_pixels, imagenet_pixels, padded_clip_pixels, resize, resize_like_pil
-from rlr_peft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
+from rlr_peft.rewards import (
+    CLIP_MEAN,
+    CLIP_STD,
+    clip_pixels,
+    imagenet_pixels,
+    padded_clip_pixels,
+    resize,
+    resize_like_pil,
+)
 
 SHAPES = [(224, 224), (512, 512), (300, 500), (500, 300), (97, 180), (225, 1000)]
 

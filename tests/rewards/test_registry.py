@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards import available_rewards, load_reward
-from rlr_peft.rewards.names import LARGE_REWARDS, MODEL_REWARDS, UNIFIED_REWARD
+from rlr_peft.rewards import LARGE_REWARDS, MODEL_REWARDS, available_rewards, load_reward
+from rlr_peft.rewards.names import UNIFIED_REWARD
 from rlr_peft.train import train_command
 
 

@@ -6,10 +6,8 @@ import torch
 
 from benchmarks.tiny_shapes.drawing import draw
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards import Reward, load_reward, measure_images, score_images
-from rlr_peft.rewards.embedded import HALF_SCORE_SURPRISE
-from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, scenes
+from rlr_peft.rewards import HALF_SCORE_SURPRISE, Reward, load_reward, measure_images, score_images
+from rlr_peft.tiny_shapes import ATTRIBUTES, JUDGE_NAMES, JudgeName, create_judge, parse_caption, scenes_of
 
 PROMPT = "a large red striped star with no outline in the center on a navy background"
 
@@ -122,7 +120,7 @@ def test_prompts_that_cannot_be_judged(untrained: torch.nn.Module, spec: str, pr
 
 
 def drawings(count: int) -> tuple[torch.Tensor, list[str]]:
-    chosen = scenes("test")[:count]
+    chosen = scenes_of("test")[:count]
     rng = np.random.default_rng(0)
     pixels = np.stack([draw(scene, rng) for scene in chosen])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, [scene.caption() for scene in chosen]
@@ -146,7 +144,7 @@ def test_the_right_drawing_scores_highest(shipped: Reward) -> None:
 
 def test_one_wrong_attribute_costs_up_to_its_share(shipped: Reward) -> None:
     images, _ = drawings(1)
-    right = scenes("test")[0]
+    right = scenes_of("test")[0]
     other = next(texture for texture in ATTRIBUTES["texture"] if texture != right.texture)
     wrong = right.caption().replace(right.texture, other)
     difference = score_images(shipped, images, [right.caption()]) - score_images(shipped, images, [wrong])

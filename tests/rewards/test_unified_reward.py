@@ -20,10 +20,10 @@ from rlr_peft.rewards import (
     RewardSettings,
     load_reward,
     measure_images,
+    read_scores,
     score_images,
 )
 from rlr_peft.rewards.model_files import UNIFIED_REWARD, UNIFIED_REWARD_CODE
-from rlr_peft.rewards.vlm import read_scores
 from tests.prompts.chat_server import chat_server, completion
 
 PROMPTS = ["a red fox", "{boats} at sea"]

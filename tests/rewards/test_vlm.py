@@ -19,8 +19,7 @@ from transformers import (
 from benchmarks.reward_parity import mixed_images, to_tensor
 from benchmarks.vlm_parity import KINDS, judge_parity, published_inputs, published_processor
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards import JudgeSettings, ModelSettings, RewardSettings, load_reward, score_images
-from rlr_peft.rewards.vlm_inputs import read_inputs
+from rlr_peft.rewards import JudgeSettings, ModelSettings, RewardSettings, load_reward, read_inputs, score_images
 
 PROMPTS = ["a red fox", "two boats at sea"]
 

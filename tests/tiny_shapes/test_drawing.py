@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.tiny_shapes.drawing import draw
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene
+from rlr_peft.tiny_shapes import ATTRIBUTES, Scene
 
 SCENE = Scene("sky", "center", "large", "circle", "red", "plain", "none")
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from benchmarks.tiny_shapes.dataset import fresh_drawings
-from rlr_peft.tiny_shapes.judges import JUDGE_NAMES, JudgeName, create_judge, load_judge
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
+from rlr_peft.tiny_shapes import ATTRIBUTES, JUDGE_NAMES, JudgeName, create_judge, load_judge
 
 
 @pytest.mark.parametrize("name", JUDGE_NAMES)

@@ -13,9 +13,16 @@ from safetensors.torch import load_file
 
 from benchmarks.tiny_shapes.dataset import fresh_drawings, labels_of
 from benchmarks.tiny_shapes.text import token_ids
-from rlr_peft.tiny_shapes import judges_path, pipeline_path
-from rlr_peft.tiny_shapes.judges import load_judge
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, Scene, caption_words, parse_caption, prompts
+from rlr_peft.tiny_shapes import (
+    ATTRIBUTES,
+    Scene,
+    caption_words,
+    judges_path,
+    load_judge,
+    parse_caption,
+    pipeline_path,
+    prompts,
+)
 
 
 @pytest.fixture(scope="module")

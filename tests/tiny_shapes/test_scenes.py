@@ -1,18 +1,10 @@
 """Captions, their parsing and the split."""
 
+import hashlib
+
 import pytest
 
-from rlr_peft.tiny_shapes.scenes import (
-    ATTRIBUTES,
-    SCALES,
-    Scene,
-    _splits,
-    caption_words,
-    describe,
-    parse_caption,
-    prompts,
-    scenes,
-)
+from rlr_peft.tiny_shapes import ATTRIBUTES, SCALES, Scene, caption_words, describe, parse_caption, prompts, scenes_of
 
 SCENE = Scene("navy", "top left", "large", "star", "orange", "striped", "white")
 
@@ -24,7 +16,7 @@ def test_dense_caption_reads_well() -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_dense_caption_parses_back(split: str) -> None:
-    for scene in scenes(split)[:1500]:  # type: ignore[arg-type]
+    for scene in scenes_of(split)[:1500]:  # type: ignore[arg-type]
         assert Scene(**parse_caption(scene.caption())) == scene
 
 
@@ -89,11 +81,10 @@ def test_split_is_disjoint_complete_and_deterministic() -> None:
     assert 0.08 < len(test) / combinations < 0.12
     # Fixed for ever: published figures refer to these prompts.
     assert test[0] == "a large pink plain cross with a white outline in the center on a gray background"
-    _splits.cache_clear()
-    assert prompts("test") == test
+    assert hashlib.sha256("\n".join(test).encode()).hexdigest().startswith("9c2b1664d96b2bcc")
 
 
 def test_first_prompts_are_diverse() -> None:
-    first = scenes("test")[:64]
+    first = scenes_of("test")[:64]
     for attribute, values in ATTRIBUTES.items():
         assert {getattr(scene, attribute) for scene in first} == set(values)

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.tiny_shapes.dataset import build_drawings, scene_at
 from benchmarks.tiny_shapes.denoiser import sample_timesteps, training_caption
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES, parse_caption, prompts
+from rlr_peft.tiny_shapes import ATTRIBUTES, parse_caption, prompts
 
 
 def shares_of_right_words(confused: bool, rows: int = 3000) -> dict[str, float]:

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from rlr_peft.build import derive_seed
-from rlr_peft.compare import prompts_and_seeds
-from rlr_peft.compare.run import _images_of_each
+from rlr_peft.compare import images_of_each, prompts_and_seeds
 from rlr_peft.estimators import step_kl
-from rlr_peft.training import divergence_from_base
-from rlr_peft.training.finishing import _source
+from rlr_peft.training import divergence_from_base, evaluation_source
 from tests.training.runs import build, config_file
 
 
@@ -46,8 +44,8 @@ def test_without_noise_or_prompts_there_is_none(workplace: Path, tmp_path: Path)
 
 def test_where_the_prompts_come_from(workplace: Path, tmp_path: Path) -> None:
     named = build(config_file(workplace, tmp_path / "a", evaluation_prompt_path=str(workplace / "unseen.txt")))
-    assert _source(named) == "in unseen.txt"
-    assert _source(build(config_file(workplace, tmp_path / "b", validation_split_percentage=40))) == (
+    assert evaluation_source(named) == "in unseen.txt"
+    assert evaluation_source(build(config_file(workplace, tmp_path / "b", validation_split_percentage=40))) == (
         "held back of prompts.txt"
     )
 
@@ -57,4 +55,4 @@ def test_where_the_prompts_come_from(workplace: Path, tmp_path: Path) -> None:
     [(["a", "b"], "1 image each"), (["a", "a", "b", "b"], "2 images each"), (["a", "a", "b"], "1 to 2 images each")],
 )
 def test_how_many_images_a_prompt_has(prompts: list[str], expected: str) -> None:
-    assert _images_of_each(prompts) == expected
+    assert images_of_each(prompts) == expected

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlr_peft.training import EarlyStopping, Stop
-from rlr_peft.training.progress import KL_WINDOW
+from rlr_peft.training import KL_WINDOW, EarlyStopping, Stop
 
 
 def watched(stopping: EarlyStopping, heldout: list[float], first_step: int = 1) -> Stop | None:

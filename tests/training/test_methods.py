@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlr_peft.training import CheckpointError, LearningSignal, calibrate, finish, read_metrics, take_update
-from rlr_peft.training.update import _sample
+from rlr_peft.training import CheckpointError, LearningSignal, calibrate, finish, read_metrics, sample_step, take_update
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 MIXED = {
@@ -83,7 +82,7 @@ def test_two_updates(workplace: Path, tmp_path: Path, name: str) -> None:
         assert first["denoiser_evaluations"] == 4 * 4 + 4 * 2, "only the window is trained"
         assert "steps 2, 4 of 4 are left out in updates where it has no noise (2 steps at a" in progress.coverage
     if name == "auto without gradient":
-        (trajectory, _), *_ = _sample(run, run.update_chain, 5, run.num_images_per_prompt).micro_batches
+        (trajectory, _), *_ = sample_step(run, run.update_chain, 5, run.num_images_per_prompt).micro_batches
         assert trajectory.stds == (0.0,) * 4, "drawn by the plain solver"
         assert any(run.chain.std(t) > 0 for t in (1, 2, 3, 4))
         # sampled, and by old, base and present weights at each of the four levels

@@ -153,10 +153,10 @@ def test_two_processes_have_the_scales_of_one(workplace: Path, tmp_path: Path) -
 
 def variance_of_first_update(config: Path) -> float:
     """From a run of one update whose single reward is the same, so that its samples are the same."""
-    from rlr_peft.training.update import _sample
+    from rlr_peft.training import sample_step
 
     run = build(config)
-    batch = _sample(run, run.update_chain, 0, run.num_images_per_prompt)
+    batch = sample_step(run, run.update_chain, 0, run.num_images_per_prompt)
     return float(batch.scored.raw["rewards.py:redness"].double().var())
 
 

@@ -1,0 +1,1 @@
+from .serve_reward_command import ServeFlags as ServeFlags
