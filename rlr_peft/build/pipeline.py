@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import diffusers
 import torch
@@ -27,7 +27,7 @@ from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base
 from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
 from rlr_peft.config import Config, ConfigError, ModelArguments
-from rlr_peft.config.model import is_single_file, read_quantization
+from rlr_peft.config.model import DTYPE_NAMES, is_single_file, read_quantization
 from rlr_peft.errors import extra
 from rlr_peft.tiny_shapes import PIPELINE_NAME, pipeline_path
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 QWEN_PROCESSOR = ["transformers", "Qwen2VLProcessor"]
 Precision = Literal["no", "fp16", "bf16"]
-DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items()}
 UNET_MULTIPLE = 8  # of pixels: diffusers' pipelines with a UNet refuse another height or width, whatever their VAE
 # Options about loading, which an object leaves no choice of.
 LOADING_OPTIONS = (
@@ -220,7 +220,7 @@ def described_by(pipeline: object, arguments: ModelArguments, denoisers: Sequenc
             raise ConfigError(
                 f"pipeline: expected a base without adapters, got one in its {name}; fuse or unload it first."
             )
-    formats = {dtype: name for name, dtype in DTYPES.items()}
+    formats: dict[torch.dtype, Precision] = {DTYPES[name]: name for name in get_args(Precision)}
     dtype = getattr(pipeline, family_of(pipeline, denoisers).denoisers[0]).dtype
     if dtype not in formats:
         raise ConfigError(f"pipeline: expected weights in fp32, fp16 or bf16, got {dtype}.")

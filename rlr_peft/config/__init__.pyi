@@ -30,8 +30,11 @@ from .knob import Group as Group
 from .knob import Knob as Knob
 from .knob import bounds_of as bounds_of
 from .methods import METHODS as METHODS
+from .methods import FullBPArguments as FullBPArguments
+from .methods import ReFLArguments as ReFLArguments
 from .methods import RLRArguments as RLRArguments
 from .methods import RLRPaperArguments as RLRPaperArguments
+from .methods import TruncatedBPArguments as TruncatedBPArguments
 from .model import read_quantization as read_quantization
 from .parsing import DESCRIPTION as DESCRIPTION
 from .parsing import MOST_USED as MOST_USED

@@ -21,6 +21,8 @@ class EstimatorArguments(Group):
     """Module in `rlr_peft.estimators` and class of the estimator that these knobs are of."""
     normalizes_groups: ClassVar[bool] = False
     """Whether its advantages are rewards divided by their standard deviation within a prompt's group."""
+    differentiates_reference: ClassVar[bool] = False
+    """Whether the reference itself is differentiated, and not only asked."""
     trains_steps_alone: ClassVar[bool] = False
     """Whether the steps that train may differ from update to update: each counts by itself, and none is measured."""
 

@@ -220,6 +220,7 @@ class AdjointMatchingArguments(DrawnStepsArguments):
     estimator = "adjoint-matching"
     made_by = "adjoint_matching.AdjointMatchingEstimator"
     weighs_by_noise = True
+    differentiates_reference = True
 
     reward_scale: float = knob(
         1000.0,

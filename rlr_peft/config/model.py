@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
 
 
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "no": "float32"}
+"""Number formats as torch calls them, by the names that flags have; `no` is what accelerate calls fp32."""
+
+
 @dataclass(frozen=True)
 class ModelArguments(Group):
     """Model: the pretrained pipeline and how it is held in memory"""
@@ -187,10 +191,10 @@ class LoraArguments(Group):
     def check(self, config: "Config") -> Iterator[str]:
         if self.reference == "init_adapter" and self.init_adapter is None:
             yield "reference: expected base without an init_adapter, got init_adapter; give --init_adapter."
-        if self.reference == "init_adapter" and config.estimator.estimator == "adjoint-matching":
+        if self.reference == "init_adapter" and config.estimator.differentiates_reference:
             yield (
-                "reference: expected base with adjoint-matching, which differentiates it, got init_adapter; drop "
-                "--reference."
+                f"reference: expected base with {config.estimator.estimator}, which differentiates it, got "
+                "init_adapter; drop --reference."
             )
         if self.output_kohya_format and self.use_dora:
             yield (

@@ -48,7 +48,6 @@ from .objective import Rollout as Rollout
 from .objective import mirrored_pairs as mirrored_pairs
 from .objective import sample_batch as sample_batch
 from .pathwise import PathwiseEstimator as PathwiseEstimator
-from .pathwise import PathwiseSettings as PathwiseSettings
 from .pathwise import leap_weights as leap_weights
 from .pathwise import step_sizes as step_sizes
 from .policy import PolicyGradientEstimator as PolicyGradientEstimator

@@ -31,12 +31,13 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
+from rlr_peft.config.estimator import PathwiseArguments
 from rlr_peft.config.forward import RAMArguments
-from rlr_peft.config.methods import AutoArguments
+from rlr_peft.config.methods import AutoArguments, FlowBPSparseArguments, FullBPArguments, TruncatedBPArguments
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.forward import ForwardEstimator
 from rlr_peft.estimators.objective import Objective, Rollout
-from rlr_peft.estimators.pathwise import PathwiseEstimator, PathwiseSettings
+from rlr_peft.estimators.pathwise import PathwiseEstimator
 from rlr_peft.estimators.rlr import STEP_COST, RLREstimator
 from rlr_peft.estimators.step_gradients import (
     FIRST_PAIRS,
@@ -174,11 +175,10 @@ class AutoEstimator(Estimator):
         self._unchanged_since = 0
         self._sketch: GradientSketch | None = None
         quarter = -(-num_steps // 4)
-        drawn = PathwiseSettings("flowbp-sparse", "drawn", 3, carry=0.0, step_correction=1.0)
-        members = [PathwiseSettings("full-bp"), drawn]
-        members += [PathwiseSettings("truncated-bp", num_steps=k) for k in sorted({1, quarter})]
+        knobs: list[PathwiseArguments] = [FullBPArguments(), FlowBPSparseArguments(step_density=0.0)]
+        knobs += [TruncatedBPArguments(fo_steps=k) for k in sorted({1, quarter})]
         self._members: dict[str, Estimator] = {UNBIASED: rlr}
-        self._members |= {settings.describe(): PathwiseEstimator(settings) for settings in members}
+        self._members |= {member.describe(): member for member in map(PathwiseEstimator, knobs)}
         self._moments: GradientMoments | None = None
         self._promises: dict[str, Promise] = {}
         self._chosen = UNBIASED

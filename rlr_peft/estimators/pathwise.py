@@ -197,15 +197,15 @@ class PathwiseEstimator(Estimator):
 
     uses_reward_gradient = True
 
-    def __init__(self, settings: PathwiseSettings) -> None:
-        self.settings = settings
+    def __init__(self, arguments: PathwiseArguments | ReFLArguments) -> None:
+        self.settings = pathwise_settings(arguments)
         # For mirrored noises, and for weights by the steps' noise.
-        self.needs_noise = settings.antithetic or settings.weighted_by_std
+        self.needs_noise = self.settings.antithetic or self.settings.weighted_by_std
         self._norms: deque[float] = deque(maxlen=CLIP_WINDOW)
 
     @classmethod
     def from_arguments(cls, arguments: PathwiseArguments | ReFLArguments, shape: RunShape) -> Self:
-        return cls(pathwise_settings(arguments))
+        return cls(arguments)
 
     def describe(self, has_gradient: bool | None = None) -> str:
         return self.settings.describe()

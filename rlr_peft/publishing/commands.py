@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlr_peft.config import ConfigError, HubArguments
 from rlr_peft.config.found import config_beside, read_found_config
 from rlr_peft.config.knob import Group, knob, preset
-from rlr_peft.config.model import check_revision
+from rlr_peft.config.model import DTYPE_NAMES, check_revision
 from rlr_peft.config.parsing import check_output, read_words
 from rlr_peft.errors import UserError
 from rlr_peft.foreign_text import say
@@ -212,7 +212,7 @@ def merge_command(words: Sequence[str]) -> int:
                 adapter=own.adapter,
                 adapter_revision=revision,
                 parts=merged,
-                dtype=str(DTYPES["no" if own.dtype == "fp32" else own.dtype]).removeprefix("torch."),
+                dtype=DTYPE_NAMES[own.dtype],
                 pipeline_tag=family.pipeline_tag,
                 tags=family.tags,
                 record=record,

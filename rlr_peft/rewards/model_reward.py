@@ -16,17 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlr_peft.config.model import DTYPE_NAMES
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.scores import Info
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format by its name; `auto` is fp16, but on a CPU, where it is slow, fp32."""
-    return _DTYPES[("fp32" if device.type == "cpu" else "fp16") if name == "auto" else name]
+    chosen = ("fp32" if device.type == "cpu" else "fp16") if name == "auto" else name
+    dtype: torch.dtype = getattr(torch, DTYPE_NAMES[chosen])
+    return dtype
 
 
 def load_weights(reward_name: str, path: Path) -> dict[str, Any]:

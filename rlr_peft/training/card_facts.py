@@ -14,12 +14,11 @@ from typing import Any
 import rlr_peft
 from rlr_peft.build.chain import evaluation_chain, evaluation_in_words
 from rlr_peft.build.machine import describe_hardware, package_versions
-from rlr_peft.build.pipeline import DTYPES
 from rlr_peft.build.prompts import describe_chain_of_thought, source_shares
 from rlr_peft.build.run import Run
 from rlr_peft.build.single_file import place_of_configs
 from rlr_peft.config import config_to_dict, stages_from_config
-from rlr_peft.config.model import is_single_file
+from rlr_peft.config.model import DTYPE_NAMES, is_single_file
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import adapted_denoisers, diffusers_loads
 from rlr_peft.prompt import Prompt, texts_of
@@ -81,7 +80,7 @@ def _base(run: Run) -> Base:
         components=_given(
             vae=model.pretrained_vae_model_name_or_path, motion_adapter=model.pretrained_motion_adapter_name_or_path
         ),
-        dtype=str(DTYPES[model.mixed_precision]).removeprefix("torch."),
+        dtype=DTYPE_NAMES[model.mixed_precision],
         pipeline_tag=run.family.pipeline_tag,
         tags=run.family.tags,
         license=base_license(name, revision=model.revision, cache_dir=model.cache_dir),

@@ -10,7 +10,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from rlr_peft.build import BLOCK_PROMPTS, BLOCK_UPDATES, WINDOW_BLOCKS, Rollback
-from rlr_peft.estimators import PathwiseEstimator, PathwiseSettings
+from rlr_peft.config import FullBPArguments
+from rlr_peft.estimators import PathwiseEstimator
 
 SAMPLES = 2 * BLOCK_PROMPTS // BLOCK_UPDATES
 
@@ -35,7 +36,7 @@ class Training:
         self.optimizer = torch.optim.AdamW([self.weight], lr=rate, weight_decay=0.0)
         name = "constant_with_warmup" if warmup else "constant"
         self.scheduler = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=100)
-        self.estimator = Counting(PathwiseSettings("full-bp"))
+        self.estimator = Counting(FullBPArguments())
         self.ema = EMAModel([self.weight])
         self.rollback = Rollback([self.weight], self.optimizer, self.scheduler, self.estimator, self.ema)
         self.generator = torch.Generator().manual_seed(0)

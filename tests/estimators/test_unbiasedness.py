@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from rlr_peft.chain import Chain, Trajectory
-from rlr_peft.config import D3POArguments, DDPOArguments, GRPOArguments
+from rlr_peft.config import D3POArguments, DDPOArguments, GRPOArguments, ReFLArguments, TruncatedBPArguments
 from rlr_peft.estimators import (
     Coefficients,
     Estimator,
     HalfOrder,
     PathwiseEstimator,
-    PathwiseSettings,
     PolicyGradientEstimator,
     RLREstimator,
     RLRSettings,
@@ -163,17 +162,17 @@ def test_a_policy_gradient_is_unbiased_but_for_the_division_by_the_deviation(ste
 
 BIASED: dict[str, tuple[Callable[[], Estimator], dict, str]] = {
     "truncated-bp K=1": (
-        lambda: PathwiseEstimator(PathwiseSettings("truncated-bp", num_steps=1)),
+        lambda: PathwiseEstimator(TruncatedBPArguments(fo_steps=1)),
         {},
         "steps 2-6 of 6 are left out because the gradient is truncated",
     ),
     "truncated-bp K=3": (
-        lambda: PathwiseEstimator(PathwiseSettings("truncated-bp", num_steps=3)),
+        lambda: PathwiseEstimator(TruncatedBPArguments(fo_steps=3)),
         {},
         "steps 4-6 of 6 are left out because the gradient is truncated",
     ),
     "truncated-bp K random": (
-        lambda: PathwiseEstimator(PathwiseSettings("truncated-bp", "random")),
+        lambda: PathwiseEstimator(TruncatedBPArguments(fo_steps="random")),
         {},
         "steps 2-6 of 6 are left out at times because the gradient is truncated at a random step",
     ),
@@ -213,7 +212,7 @@ BIASED: dict[str, tuple[Callable[[], Estimator], dict, str]] = {
         "the likelihood of pairwise preferences is raised, not the expected reward",
     ),
     "refl": (
-        lambda: PathwiseEstimator(PathwiseSettings("refl", "late", 2, sees_prediction=True)),
+        lambda: PathwiseEstimator(ReFLArguments(fo_steps=2)),
         {},
         "the reward of the image predicted at a late step stands in for the image's",
     ),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlr_peft.config.methods import METHODS
+from rlr_peft.config import METHODS
 from rlr_peft.lora import AdapterMismatchError, attach_lora, find_adapter, load_fitting_lora, merge_lora, start_from
 from rlr_peft.training import read_metrics
 from tests import test_adapter_formats as formats
