@@ -25,59 +25,34 @@ from diffusers import DiffusionPipeline
 from benchmarks.machine import read_results, write_results
 from benchmarks.pipeline_parts import build, calling_with, text_to_pixels, use_tests
 from rlr_peft.build import prepare_pipeline
-from rlr_peft.chain import FRAMES_ARGUMENTS, build_scheduler, default_lora_targets, families, family_of, family_of_class
+from rlr_peft.chain import (
+    FRAMES_ARGUMENTS,
+    build_scheduler,
+    default_lora_targets,
+    families,
+    family_of,
+    family_of_class,
+    refusal,
+)
 from rlr_peft.config import ModelArguments
 from rlr_peft.lora import attach_lora, save_lora, verify_lora_reloads
-from tests.families.image_pipelines import sd3, sdxl, z_image
+from tests.families.image_pipelines import sana, sd3, z_image
 from tests.families.video_pipelines import text_to_video_sd
-from tests.pipelines import chain_over, tiny_stable_diffusion
+from tests.pipelines import chain_over
 
 PROMPTS, SEEDS = ["a red ball", "sky"], [3, 4]
 BEGIN, END = "<!-- classes: made by benchmarks/pipeline_classes.py -->", "<!-- end of classes -->"
-SOUND = "it draws sound in the same loop, which is no part of the chain"
-CONSISTENCY = "its scheduler takes the steps of a consistency model, not Gaussian steps along a path"
-FIXED_STEPS = "its call starts its motion at steps 44 and 47 of a chain of its own"
-WHY = {
-    "AnyFlowFARPipeline": "its scheduler jumps along a flow map, not in Gaussian steps along a path",
-    "AnyFlowPipeline": "its scheduler jumps along a flow map, not in Gaussian steps along a path",
-    "Cosmos2TextToImagePipeline": "it cannot be built without its safety checker",
-    "CosmosTextToWorldPipeline": "it cannot be built without its safety checker",
-    "GlmImagePipeline": "an autoregressive model draws the layout first",
-    "IFPipeline": "its call takes no `latents`",
-    "KandinskyV22CombinedPipeline": "two pipelines in one, without an `encode_prompt`",
-    "LDMTextToImagePipeline": "it has no `encode_prompt`",
-    "LTX2Pipeline": SOUND,
-    "LTX2ConditionPipeline": SOUND,
-    "LTXConditionPipeline": "every token has a timestep of its own",
-    "LatentConsistencyModelPipeline": CONSISTENCY,
-    "PRXPipeline": "diffusers saves no adapter of its transformer with the metadata that scale it",
-    "SanaSprintPipeline": CONSISTENCY,
-    "SemanticStableDiffusionPipeline": "it has no `encode_prompt`",
-    "SkyReelsV2DiffusionForcingPipeline": "every frame has a timestep of its own",
-    "StableDiffusionSAGPipeline": "its guidance reads `alphas_cumprod` of its own scheduler",
-    "TextToVideoZeroPipeline": FIXED_STEPS,
-    "TextToVideoZeroSDXLPipeline": FIXED_STEPS,
-    "ZImageOmniPipeline": "its embeddings of a prompt are lists in lists, a text cut at its pictures",
-}
-"""In plain words, where the error is not."""
-REFUSED = {
-    "Cosmos2_5_PredictBasePipeline": "it cannot be built without its safety checker",
-    "HeliosPyramidPipeline": "it draws at three resolutions one after the other, with new noise in between",
-    "Kandinsky6TI2VAPipeline": SOUND,
-    "LTX2DFRPipeline": SOUND,
-    "LTX2DFRTemporalRefinePipeline": SOUND,
-}
-"""Classes without tests whose own code shows why: they are not built."""
 UNTRIED = {
     "AltDiffusionPipeline": "deprecated; its text encoder is a class of diffusers' own that nobody makes tiny here",
     "BriaFibo2Pipeline": "nobody makes its `BriaFibo2Transformer2DModel` and Qwen3-VL tiny here",
+    "Cosmos3OmniPipeline": "nobody makes the tokenizer of its tests tiny here",
     "ErnieImagePipeline": "nobody makes its `ErnieImageTransformer2DModel` and Mistral3 tiny here",
     "Ideogram4Pipeline": "two denoisers, `transformer` and `unconditional_transformer`, which nobody makes tiny here",
     "LongCatImagePipeline": "its call has the text encoder rewrite the prompt first, which a tiny random one cannot",
+    "OmniGenPipeline": "its code needs torchvision, which is not installed here",
     "QwenImage21Pipeline": "nobody makes its `QwenImage21Transformer2DModel`, VAE and Qwen3-VL tiny here",
-    "UniDiffuserPipeline": "deprecated; nobody makes its `UniDiffuserModel` of pictures and texts tiny here",
 }
-"""Classes that diffusers' tests do not hold in the checkout that was used, and what would have to be made."""
+"""Classes that could not be built here, and what would have to be there."""
 
 
 def of_parts(kind: type[DiffusionPipeline], make: Callable[[], DiffusionPipeline], **others: Any) -> DiffusionPipeline:
@@ -90,24 +65,16 @@ def of_parts(kind: type[DiffusionPipeline], make: Callable[[], DiffusionPipeline
 OWN: dict[str, Callable[[], DiffusionPipeline]] = {
     "StableDiffusion3Pipeline": sd3,  # of diffusers' tests it has a single layer, which lacks some of the row's targets
     "TextToVideoSDPipeline": text_to_video_sd,
-    "StableDiffusionSAGPipeline": lambda: of_parts(
-        diffusers.StableDiffusionSAGPipeline, tiny_stable_diffusion, requires_safety_checker=False
-    ),
-    "SemanticStableDiffusionPipeline": lambda: of_parts(
-        diffusers.SemanticStableDiffusionPipeline, tiny_stable_diffusion, requires_safety_checker=False
-    ),
-    "TextToVideoZeroPipeline": lambda: of_parts(
-        diffusers.TextToVideoZeroPipeline, tiny_stable_diffusion, requires_safety_checker=False
-    ),
-    "TextToVideoZeroSDXLPipeline": lambda: of_parts(
-        diffusers.TextToVideoZeroSDXLPipeline, sdxl, image_encoder=None, feature_extractor=None
-    ),
+    "SanaPAGPipeline": lambda: of_parts(diffusers.SanaPAGPipeline, sana),  # diffusers' tests take logits for embeddings
     "ZImageOmniPipeline": lambda: of_parts(diffusers.ZImageOmniPipeline, z_image, siglip=None, siglip_processor=None),
 }
 LIMIT = 180
 """Seconds for one class."""
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
-NOT_CALLED = {"prompt", "negative_prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents"}
+NOT_CALLED = {
+    *("prompt", "negative_prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents"),
+    *("image", "conditions"),  # texts alone are tried
+}
 
 
 def try_class(pipeline: Any, inputs: dict[str, Any]) -> None:
@@ -186,8 +153,8 @@ def check_training(pipeline: Any, options: dict[str, Any]) -> None:
 
 def outcome(kind: type[DiffusionPipeline], tests: dict[str, type], show_traceback: bool) -> dict[str, Any]:
     """What came of a class."""
-    if kind.__name__ not in OWN and (refused := lacking(kind)) and not family_of_class(kind.__name__):
-        return {"works": False, "why": refused}
+    if (reason := refusal(kind)) is not None:
+        return {"works": False, "why": reason}
     if kind.__name__ not in tests and kind.__name__ not in OWN:
         return {"works": None, "why": UNTRIED.get(kind.__name__, "no tests of it in the checkout of diffusers")}
     torch.manual_seed(0)
@@ -198,20 +165,9 @@ def outcome(kind: type[DiffusionPipeline], tests: dict[str, type], show_tracebac
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
-        return {"works": None, "why": in_short(error)}
+        return {"works": None, "why": UNTRIED.get(kind.__name__) or in_short(error)}
     row = family_of_class(kind.__name__)
     return {"row": row.name if row else None} | tried(pipeline, inputs, show_traceback)
-
-
-def lacking(kind: type[DiffusionPipeline]) -> str | None:
-    """What the class itself shows to be missing, whatever its weights; None for nothing."""
-    if kind.__name__ in REFUSED:
-        return REFUSED[kind.__name__]
-    if not hasattr(kind, "encode_prompt"):
-        return "it has no `encode_prompt`"
-    if "latents" not in inspect.signature(inspect.unwrap(kind.__call__)).parameters:
-        return "its call takes no `latents`"
-    return None
 
 
 def tried(pipeline: Any, inputs: dict[str, Any], show_traceback: bool) -> dict[str, Any]:
@@ -258,18 +214,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "|---|---|",
     ]
     failed = {name: result["why"] for name, result in results.items() if result["works"] is False}
-    lines += [f"| {named([name])} | {WHY.get(name) or escaped(why)} |" for name, why in failed.items()]
+    lines += [f"| {named([name])} | {escaped(why)} |" for name, why in failed.items()]
     lines += ["", "| not tried | why |", "|---|---|"]
     by_reason: dict[str, list[str]] = {}
     for name, result in results.items():
         if result["works"] is None:
-            by_reason.setdefault(WHY.get(name) or escaped(result["why"]), []).append(name)
+            by_reason.setdefault(escaped(result["why"]), []).append(name)
     return "\n".join([*lines, *(f"| {named(names)} | {why} |" for why, names in by_reason.items())])
 
 
 def escaped(text: str) -> str:
     """In a cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("<", "&lt;")[:160]
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def write_docs(results: dict[str, dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from rlr_peft.lora import (
     AdapterMismatchError,
     adapter_disabled,
     attach_lora,
+    diffusers_loads,
     lora_parameters,
     lora_size,
     save_lora,
@@ -169,6 +170,25 @@ def test_a_pipeline_that_would_lose_the_metadata_is_refused(tmp_path: Path) -> N
     pipeline = NoMetadata(**trained_pipeline().components, requires_safety_checker=False)
     with pytest.raises(ValueError, match="NoMetadata cannot save a LoRA of its unet with metadata"):
         save_lora(pipeline, tmp_path)
+
+
+class NoLoader(StableDiffusionPipeline):
+    """As PRX's, whose methods are those of another denoiser."""
+
+    _lora_loadable_modules = ("text_encoder",)  # type: ignore[assignment]
+
+    @classmethod
+    def save_lora_weights(cls, **_: Any) -> None:
+        raise AssertionError("must not be called")
+
+    load_lora_weights = save_lora_weights
+
+
+def test_a_denoiser_that_diffusers_does_not_load_is_saved_and_loaded_all_the_same(tmp_path: Path) -> None:
+    pipeline = NoLoader(**trained_pipeline().components, requires_safety_checker=False)
+    assert not diffusers_loads(pipeline, pipeline.unet)
+    assert save_lora(pipeline, tmp_path).read_bytes() == save_lora(trained_pipeline(), tmp_path / "own").read_bytes()
+    verify_lora_reloads(pipeline, tmp_path, render)
 
 
 def test_a_peft_folder_is_detected_as_loading_nothing(tmp_path: Path) -> None:

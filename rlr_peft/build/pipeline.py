@@ -24,7 +24,7 @@ from transformers.utils import is_torchvision_available
 from rlr_peft.build.reporting import hide_loading_bars
 from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
-from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, family_of, family_of_class
+from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, TILED_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
 from rlr_peft.config import Config, ConfigError, ModelArguments
 from rlr_peft.config.model import DTYPE_NAMES, is_single_file, read_quantization
@@ -185,6 +185,8 @@ def prepare_pipeline(
         vae.to(torch.float32)
     if vae is not None and type(vae).__name__ in ONE_VIDEO_VAES:
         vae.enable_slicing()
+    if vae is not None and type(vae).__name__ in TILED_VAES:
+        vae.enable_tiling()
     if arguments.vae_gradient_checkpointing:
         enable_checkpointing(vae, "vae_gradient_checkpointing")
     if arguments.attention_backend is not None:

@@ -30,3 +30,4 @@ from .path import prediction_sensitivity as prediction_sensitivity
 from .path import step_std as step_std
 from .pipeline import FRAMES_ARGUMENTS as FRAMES_ARGUMENTS
 from .pipeline import batches_of_one_call as batches_of_one_call
+from .refusals import refusal as refusal

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from rlr_peft.chain.families import models_of
+from rlr_peft.chain.refusals import refusal
 from rlr_peft.config import ConfigError
 from rlr_peft.errors import UserError, did_you_mean
 from rlr_peft.foreign_text import listed
@@ -78,7 +79,7 @@ def read_model_index(name: str, *, revision: str | None = None, cache_dir: str |
 
 
 def check_model_index(name: str, index: Any) -> None:
-    """Raises a BaseModelError where the index names what cannot be loaded, or only by running code of its own."""
+    """Raises a BaseModelError where the index names what cannot be loaded or driven, or needs code of its own."""
     if not isinstance(index, dict):
         raise BaseModelError(f"The base {name}: expected {MODEL_INDEX} to be a mapping, got {type(index).__name__}.")
     class_name = index.get("_class_name")
@@ -91,6 +92,8 @@ def check_model_index(name: str, index: Any) -> None:
             f"The base {name}: expected a pipeline class of diffusers {diffusers.__version__} in {MODEL_INDEX}, got "
             f"{class_name!r}; correct the file or upgrade diffusers."
         )
+    if (reason := refusal(getattr(diffusers, class_name))) is not None:
+        raise BaseModelError(f"The base {name}: {class_name} cannot be driven as a chain: {reason}.")
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, (list, dict)):  # plain values are settings of the class
             continue

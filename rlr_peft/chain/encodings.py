@@ -20,7 +20,7 @@ from PIL import Image
 
 from rlr_peft.prompt import ConditionImage
 
-Embedding: TypeAlias = torch.Tensor | list[torch.Tensor] | None
+Embedding: TypeAlias = torch.Tensor | list[Any] | None
 Embeddings: TypeAlias = tuple[Embedding, ...]
 Key: TypeAlias = tuple[Any, ...]
 
@@ -32,8 +32,8 @@ class PromptCache:
     """Replaces a pipeline's ``encode_prompt``.
 
     Args:
-        encode_prompt: the pipeline's bound method; its result is a tuple of (B, ...) tensors, lists of B tensors,
-            tensors that all prompts share, or None.
+        encode_prompt: the pipeline's bound method; its result is a tuple of (B, ...) tensors, lists of B tensors or of
+            B lists of them, tensors that all prompts share, or None.
         dtype: floating-point embeddings are handed out in this: pipelines cast their latents to it.
     """
 
@@ -211,13 +211,13 @@ def _length(embedding: Embedding) -> int:
 
 def _tensors(row: Embeddings) -> Iterator[torch.Tensor]:
     for entry in row:
-        yield from [entry] if torch.is_tensor(entry) else entry or ()
+        yield from [entry] if torch.is_tensor(entry) else _tensors(tuple(entry or ()))
 
 
 def _to(embedding: Embedding, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Embedding:
     """The embedding there, and, if it is of floating point, in this dtype."""
     if isinstance(embedding, list):
-        return [entry.to(device=device, dtype=dtype) for entry in embedding]
+        return [_to(entry, device, dtype) for entry in embedding]
     if embedding is None:
         return None
     return embedding.to(device=device, dtype=dtype if embedding.is_floating_point() else None)

@@ -82,9 +82,13 @@ class Family:
         return (self.name, f"{self.name}-diffusers") if self.own_tags is None else self.own_tags
 
 
-# VAEs that decode one video at a time, because the mask of their attention fits a single one; by their classes, which
-# pipelines of any family may have.
-ONE_VIDEO_VAES = ("AutoencoderKLHunyuanVideo15",)
+# VAEs that decode one video at a time, because their tiles or the mask of their attention fit a single one; by their
+# classes, which pipelines of any family may have.
+ONE_VIDEO_VAES = ("AutoencoderKLHunyuanVideo15", "AutoencoderKLAllegro")
+# VAEs that decode tile by tile alone.
+TILED_VAES = ("AutoencoderKLAllegro",)
+# Classes that guide away from a negative prompt without having an empty one by themselves.
+NEED_NEGATIVE_PROMPT = ("EasyAnimatePipeline",)
 FAMILIES = (
     Family(  # its grid is the checkpoint's own, so that runs repeat published ones
         name="stable-diffusion",

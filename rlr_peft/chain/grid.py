@@ -49,10 +49,6 @@ def base_scheduler(
     if kind == "flow":
         if timestep_spacing == "leading":
             raise ValueError("Expected timestep_spacing trailing or linspace for a flow-matching model, got leading.")
-        if config.get("invert_sigmas"):
-            raise ValueError(
-                f"{type(scheduler).__name__} runs with invert_sigmas, which the chain's steps do not know."
-            )
         shift = config.get("flow_shift") or config.get("shift") or 1.0
         own = {"shift": shift, "stochastic_sampling": False}
         if timestep_spacing == "trailing":
@@ -144,9 +140,15 @@ def make_grid(
     if timesteps is not None and sigmas is not None:
         told["timesteps"] = [float(sigma) * base.config.num_train_timesteps for sigma in sigmas]
     base.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas, **shift, **told)
-    levels = [float(sigma) for sigma in base.sigmas]
+    levels = noise_levels(base)
     points = tuple(PathPoint(1 - sigma, sigma) for sigma in levels)
     return Grid(timesteps=base.timesteps.clone(), points=points[:-1], followings=points[1:])
+
+
+def noise_levels(scheduler: FlowMatchEulerDiscreteScheduler) -> list[float]:
+    """Of the grid that a flow's scheduler was set to, clean last; Mochi's and OmniGen's count the other way, from 0."""
+    levels: list[float] = scheduler.sigmas.tolist()
+    return [1 - level for level in levels] if scheduler.config.invert_sigmas else levels
 
 
 def requested_sigmas(
@@ -336,7 +338,7 @@ def _same_grid(scheduler: BaseScheduler, grid: Grid, request: Mapping[str, Any])
     """Whether the scheduler, asked as the pipeline asks, visits the points of the grid."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         scheduler.set_timesteps(**request)
-        got, levels = scheduler.sigmas.tolist(), [point.sigma for point in (*grid.points, grid.followings[-1])]
+        got, levels = noise_levels(scheduler), [point.sigma for point in (*grid.points, grid.followings[-1])]
     else:
         scheduler.set_timesteps(request["num_inference_steps"])
         got, levels = scheduler.timesteps.tolist(), grid.timesteps.tolist()

@@ -19,6 +19,7 @@ from rlr_peft.chain.denoiser_forwards import DetachedNegative
 from rlr_peft.chain.encodings import EncodedImages, PromptCache
 from rlr_peft.chain.families import DENOISERS, Family, ImagesOfCall, trained_module
 from rlr_peft.chain.memory import cast_inputs_to_weights, working_device
+from rlr_peft.chain.refusals import refusal
 from rlr_peft.chain.scheduler import RecordedSteps, RecordingScheduler
 from rlr_peft.errors import extra
 from rlr_peft.prompt import ConditionImage, Prompt
@@ -63,6 +64,8 @@ class PipelineDriver:
         family: Family,
         reward_decoder: torch.nn.Module | None = None,
     ) -> None:
+        if (reason := refusal(type(pipeline))) is not None:
+            raise ValueError(f"{type(pipeline).__name__} cannot be driven as a chain: {reason}.")
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError("Expected a pipeline without safety checker: load it with safety_checker=None.")
         self.pipeline = pipeline
@@ -71,14 +74,6 @@ class PipelineDriver:
         self.reward_decoder = reward_decoder
         self._undecorated: Callable[..., Any] = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
         self.parameters = inspect.signature(self._undecorated).parameters
-        for needed in ("prompt", "latents", "num_inference_steps", "output_type"):
-            if needed not in self.parameters:
-                raise ValueError(f"{self.name} cannot be driven as a chain: its call takes no `{needed}`.")
-        if "audio_latents" in self.parameters and not family.has_sound:
-            raise ValueError(
-                f"{self.name} cannot be driven as a chain: it draws sound in the loop of its pictures; of such classes "
-                "LTX2Pipeline alone is known here."
-            )
         if family.needs_package is not None:
             extra(family.needs_package, family.needs_package, self.name)
         self.prepared: torch.Tensor | None = None
@@ -87,7 +82,8 @@ class PipelineDriver:
         self.device = working_device(first)
         self.denoiser = trained_module(pipeline, family.denoisers)
         self.latents_dtype = torch.promote_types(first.dtype, torch.float32)
-        self._encode_prompt = PromptCache(pipeline.encode_prompt, self.latents_dtype)
+        encode_prompt = getattr(pipeline, "encode_prompt", None)  # OmniGen's transformer reads the prompt itself
+        self._encode_prompt = None if encode_prompt is None else PromptCache(encode_prompt, self.latents_dtype)
         self._encoded_images = EncodedImages(pipeline)
         self._given = 0
         self.negative_branch = None
@@ -271,14 +267,17 @@ class PipelineDriver:
     def _driven_by(self, scheduler: RecordingScheduler | SchedulerMixin) -> Iterator[DiffusionPipeline]:
         pipeline = self.pipeline
         own, progress = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
-        pipeline.scheduler, pipeline.encode_prompt = scheduler, self._encode_prompt
+        pipeline.scheduler = scheduler
+        if self._encode_prompt is not None:
+            pipeline.encode_prompt = self._encode_prompt
         pipeline.set_progress_bar_config(**{**progress, "disable": True})
         try:
             with self._on_known_device():
                 yield pipeline
         finally:
             pipeline.scheduler, pipeline._progress_bar_config = own, progress
-            del pipeline.encode_prompt
+            if self._encode_prompt is not None:
+                del pipeline.encode_prompt
 
     @contextmanager
     def _on_known_device(self) -> Iterator[None]:

@@ -99,6 +99,7 @@ class RecordingScheduler:
         self.sound: RecordingScheduler | None = None
         self._is_sound = False
         self._base = base
+        self._is_inverted = bool(self.config.get("invert_sigmas"))  # time and velocity lead from noise to data
         self._timestep_spacing = timestep_spacing
         self.noise_window = noise_window
         self._settled: Grid | None = None
@@ -164,7 +165,8 @@ class RecordingScheduler:
         first = grid.num_steps - self._exposed.start if len(self._exposed) else grid.num_steps
         stop = first + len(self._exposed)
         self.timesteps = grid.timesteps[first:stop].to(device)
-        self.sigmas = torch.tensor([point.sigma for point in grid.points[first:stop]])  # pipelines read them as numbers
+        points = grid.points[first:stop]  # pipelines read their levels as numbers
+        self.sigmas = torch.tensor([point.alpha if self._is_inverted else point.sigma for point in points])
         self._announce_step()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -181,12 +183,18 @@ class RecordingScheduler:
         sample: torch.Tensor,
         generator: Any = None,
         return_dict: bool = True,
+        per_token_timesteps: torch.Tensor | None = None,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """Takes and records the Gaussian step; the latents keep their own precision, and the generator is not used."""
+        """Takes and records the Gaussian step; the latents keep their own precision, and the generator is not used.
+
+        Raises:
+            ValueError: tokens with timesteps of their own.
+        """
         t = self._next_step
         current, following = self.grid.step_points(t)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)  # a double denoiser may get single latents
         latents, output = self._unfolded(sample.to(dtype)), self._unfolded(model_output.to(dtype))
+        output = output * self._sign(timestep, per_token_timesteps)
         kind = self._kind(t, following)
         step = gaussian_step(kind, self.prediction_type, latents, output, current, following, self.eta)
         latents = step.mean if self._noises is None else step.next_latents(self._own(self._noises[t - 1], latents))
@@ -251,6 +259,15 @@ class RecordingScheduler:
         if alternative >= 2 * sensitivity:
             text += f" With --timestep_spacing trailing it is {alternative:.3f}."
         return text
+
+    def _sign(self, timestep: Any, per_token_timesteps: torch.Tensor | None) -> int:
+        """Of what the denoiser outputs: -1 where its velocity leads from noise to data."""
+        sign = -1 if self._is_inverted else 1
+        if per_token_timesteps is None:
+            return sign
+        if (per_token_timesteps - timestep).abs().max() > 1e-3:
+            raise ValueError("expected one timestep for all latents, got tokens with others: those of a condition")
+        return -sign  # as diffusers takes it with timesteps of tokens
 
     def _own(self, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The noise of these latents: of a video with sound that of its first tokens, of its sound that of the last."""

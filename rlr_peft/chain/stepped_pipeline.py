@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.chain.families import GENERIC, explaining_unknown_class, family_of, first_frames
+from rlr_peft.chain.families import (
+    GENERIC,
+    NEED_NEGATIVE_PROMPT,
+    explaining_unknown_class,
+    family_of,
+    first_frames,
+)
 from rlr_peft.chain.grid import InferenceScheduler, base_scheduler
 from rlr_peft.chain.interface import moving_window
 from rlr_peft.chain.path import PathPoint
@@ -301,6 +307,8 @@ class CallArguments:
         self._negative_prompt = self._checked({"negative_prompt": knobs.negative_prompt}).get("negative_prompt")
         if self._negative_prompt is None and self.guidance.get("true_cfg_scale", 1.0) > 1:
             self._negative_prompt = " "  # without one these pipelines switch their guidance off
+        if self._negative_prompt is None and self._name in NEED_NEGATIVE_PROMPT:
+            self._negative_prompt = ""
         negative = {} if self._negative_prompt is None else {"negative_prompt": self._negative_prompt}
         self.for_card: dict[str, Any] = {**self.guidance, **options, **negative}
         self._fixed = {"num_inference_steps": knobs.num_inference_steps, **options, **self.guidance}

@@ -60,7 +60,8 @@ def save_lora(pipeline: Any, directory: str | Path) -> Path:
 def _save_denoiser(pipeline: Any, name: str, directory: Path) -> Path:
     denoiser = getattr(pipeline, name)
     prefix = adapter_prefix(name)
-    save = getattr(pipeline, "save_lora_weights", None)
+    has_own = name in getattr(pipeline, "_lora_loadable_modules", ())  # PRX's are of a UNet, and PixArt has none
+    save = pipeline.save_lora_weights if has_own else None
     if save is not None and f"{prefix}_lora_adapter_metadata" not in inspect.signature(save).parameters:
         raise ValueError(
             f"{type(pipeline).__name__} cannot save a LoRA of its {name} with metadata: expected a pipeline "
@@ -93,7 +94,7 @@ def _adapter(denoiser: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _write(path: Path, prefix: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-    """The same file for a pipeline without `save_lora_weights`, such as PixArt's."""
+    """The same file for a pipeline without a `save_lora_weights` of this denoiser."""
     text = json.dumps({f"{prefix}.{key}": value for key, value in metadata.items()}, indent=2, sort_keys=True)
     named = {f"{prefix}.{key}": tensor for key, tensor in tensors.items()}
     save_file(named, path, metadata={"format": "pt", "lora_adapter_metadata": text})

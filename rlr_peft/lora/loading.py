@@ -31,8 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 def diffusers_loads(pipeline: Any, denoiser: nn.Module) -> bool:
-    """Whether `pipeline.load_lora_weights` reaches this denoiser. UNet3DConditionModel and PixArt have no loader."""
-    return hasattr(pipeline, "load_lora_weights") and hasattr(denoiser, "load_lora_adapter")
+    """Whether `pipeline.load_lora_weights` reaches this denoiser.
+
+    UNet3DConditionModel and PixArt have no loader, and that of PRX looks for a UNet.
+    """
+    is_named = any(
+        getattr(pipeline, name, None) is denoiser for name in getattr(pipeline, "_lora_loadable_modules", ())
+    )
+    return is_named and hasattr(denoiser, "load_lora_adapter")
 
 
 def load_lora(pipeline: Any, place: str | Path) -> int:

@@ -59,6 +59,14 @@ INDICES = {
     "too deep": (text("[" * 100_000), "model_index.json cannot be read: nested deeper than 20 levels"),
     "no class": (index(_class_name=None), "expected a pipeline class of diffusers .* got None"),
     "unknown class": (index(_class_name="NoSuchPipeline"), "got 'NoSuchPipeline'; correct the file or upgrade"),
+    "no chain": (
+        index(_class_name="SanaSprintPipeline"),
+        "SanaSprintPipeline cannot .* a consistency model.*SanaPipeline",
+    ),
+    "no prompt": (
+        index(_class_name="DDPMPipeline"),
+        "DDPMPipeline cannot be driven as a chain: its call takes no `prom",
+    ),
     "code of a pipeline": (index(_class_name=["own", "Own"]), "a pipeline class of its own code, which is not run"),
     "code of a part": (index(unet=["own", "Own"]), "its unet from own.Own, code that is .* not run"),
     "any module": (index(unet=["os", "system"]), "its unet from os.system, code that is .* not run"),

@@ -489,7 +489,7 @@ def test_an_unknown_checkpoint_without_network_is_explained() -> None:
 
 def test_a_component_outside_of_its_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(
-        '{"_class_name": "DDPMPipeline", "../../secret": ["diffusers", "UNet2DModel"]}'
+        '{"_class_name": "StableDiffusionPipeline", "../../secret": ["diffusers", "UNet2DModel"]}'
     )
     with pytest.raises(ArchitectureError, match=r"names of components in model_index.json of .*, got '../../secret'"):
         find_architecture(str(tmp_path))
