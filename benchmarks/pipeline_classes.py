@@ -69,7 +69,7 @@ OWN: dict[str, Callable[[], DiffusionPipeline]] = {
     "ZImageOmniPipeline": lambda: of_parts(diffusers.ZImageOmniPipeline, z_image, siglip=None, siglip_processor=None),
 }
 LIMIT = 180
-"""Seconds for one class."""
+"""Seconds of the processor for one class."""
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
 NOT_CALLED = {
     *("prompt", "negative_prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents"),
@@ -172,7 +172,7 @@ def outcome(kind: type[DiffusionPipeline], tests: dict[str, type], show_tracebac
 
 def tried(pipeline: Any, inputs: dict[str, Any], show_traceback: bool) -> dict[str, Any]:
     """Whether it works, on a copy, and if not why."""
-    signal.alarm(LIMIT)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
         try_class(copy.deepcopy(pipeline), inputs)
     except Exception as error:
@@ -180,7 +180,7 @@ def tried(pipeline: Any, inputs: dict[str, Any], show_traceback: bool) -> dict[s
             traceback.print_exc()
         return {"works": False, "why": in_short(error.__cause__ or error)}
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return {"works": True, "why": ""}
 
 
@@ -201,6 +201,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     def named(chosen: list[str]) -> str:
         return ", ".join(f"`{name.removesuffix('Pipeline')}`" for name in chosen)
 
+    def by_reason(outcome: bool | None) -> list[str]:
+        of_reason: dict[str, list[str]] = {}
+        for name, result in results.items():
+            if result["works"] is outcome:
+                of_reason.setdefault(escaped(result["why"]), []).append(name)
+        return [f"| {named(names)} | {why} |" for why, names in of_reason.items()]
+
     works = [name for name, result in results.items() if result["works"]]
     lines = [
         f"{len(results)} classes, {len(works)} work: {len([n for n in works if not results[n]['row']])} as they are.",
@@ -213,14 +220,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "| does not work | why |",
         "|---|---|",
     ]
-    failed = {name: result["why"] for name, result in results.items() if result["works"] is False}
-    lines += [f"| {named([name])} | {escaped(why)} |" for name, why in failed.items()]
-    lines += ["", "| not tried | why |", "|---|---|"]
-    by_reason: dict[str, list[str]] = {}
-    for name, result in results.items():
-        if result["works"] is None:
-            by_reason.setdefault(escaped(result["why"]), []).append(name)
-    return "\n".join([*lines, *(f"| {named(names)} | {why} |" for why, names in by_reason.items())])
+    lines += by_reason(False)
+    lines += ["", "| not tried | why |", "|---|---|", *by_reason(None)]
+    return "\n".join(lines)
 
 
 def escaped(text: str) -> str:
@@ -236,7 +238,7 @@ def write_docs(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGPROF, too_long)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tests", type=Path, required=True, help="folder `tests` of a checkout of diffusers")
     parser.add_argument("--only", nargs="*", help="names of classes; the results of the others stay")

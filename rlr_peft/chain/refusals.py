@@ -10,8 +10,7 @@ CODE_BOOK = "it draws tokens of a code book, not latents with Gaussian noise; ta
 CONSISTENCY = "its scheduler takes the steps of a consistency model, not Gaussian steps along a path"
 FLOW_MAP = "its scheduler jumps along a flow map, not in Gaussian steps along a path; take WanPipeline"
 GUARDRAIL = (
-    "its call demands a safety checker, by which it turns what was decoded into numbers without a gradient, and its "
-    "licence forbids to leave that out"
+    "its call demands a safety checker, which no gradient passes, and its licence forbids to leave the checker out"
 )
 PRIOR = "its prior draws another embedding at every call, so that no step can be taken again"
 MOTION = "its call moves latents in steps 44 and 47 of a chain of its own"
