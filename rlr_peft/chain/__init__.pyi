@@ -7,10 +7,12 @@ from .adjoint import walk as walk
 from .base_files import BaseModelError as BaseModelError
 from .base_files import read_model_index as read_model_index
 from .denoising_chain import DenoisingChain as DenoisingChain
+from .encodings import PromptCache as PromptCache
 from .families import default_lora_targets as default_lora_targets
 from .families import family_of as family_of
 from .families import family_of_class as family_of_class
 from .families import lora_targets as lora_targets
+from .grid import base_scheduler as base_scheduler
 from .grid import build_scheduler as build_scheduler
 from .grid import diffusion_grid as diffusion_grid
 from .interface import Chain as Chain
@@ -30,4 +32,6 @@ from .path import prediction_sensitivity as prediction_sensitivity
 from .path import step_std as step_std
 from .pipeline import FRAMES_ARGUMENTS as FRAMES_ARGUMENTS
 from .pipeline import batches_of_one_call as batches_of_one_call
+from .refusals import REFUSED as REFUSED
 from .refusals import refusal as refusal
+from .scheduler import RecordingScheduler as RecordingScheduler

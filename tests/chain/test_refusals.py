@@ -6,8 +6,7 @@ import diffusers
 import pytest
 
 from benchmarks.machine import read_results
-from rlr_peft.chain import refusal
-from rlr_peft.chain.refusals import REFUSED
+from rlr_peft.chain import REFUSED, refusal
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 

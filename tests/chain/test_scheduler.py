@@ -6,9 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from rlr_peft.chain.encodings import PromptCache
-from rlr_peft.chain.grid import base_scheduler
-from rlr_peft.chain.scheduler import RecordingScheduler
+from rlr_peft.chain import PromptCache, RecordingScheduler, base_scheduler
 
 
 @pytest.mark.parametrize("invert_sigmas", [False, True])
