@@ -9,14 +9,6 @@ from tqdm.auto import tqdm
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import DEAD_STEP
 from rlr_peft.config import Config
-from rlr_peft.diagnose.estimates import (
-    Cosine,
-    SampleEstimates,
-    cosine_to_reference,
-    first_and_half_order,
-    first_half,
-    squared_deviations,
-)
 from rlr_peft.diagnose.evidence import (
     Cost,
     Evidence,
@@ -29,6 +21,14 @@ from rlr_peft.diagnose.evidence import (
     update_size,
 )
 from rlr_peft.diagnose.methods import ComparedMethods, Method, methods_to_compare
+from rlr_peft.diagnose.single_samples import (
+    Cosine,
+    SampleEstimates,
+    cosine_to_reference,
+    first_and_half_order,
+    first_half,
+    squared_deviations,
+)
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import Coverage, hot_steps
 from rlr_peft.estimators.objective import Objective, Rollout

@@ -14,7 +14,7 @@ import torch
 from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain.interface import Chain
 from rlr_peft.config import Config
-from rlr_peft.diagnose.estimates import Cosine, SampleEstimates, mean_product, mean_square, sample_estimates
+from rlr_peft.diagnose.single_samples import Cosine, SampleEstimates, mean_product, mean_square, sample_estimates
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.base import Coverage, Estimator, coverage_of
 from rlr_peft.estimators.half_order import mirrored_advantages

@@ -10,9 +10,9 @@ from rlr_peft.chain.interface import Chain
 from rlr_peft.config import Config, EstimatorArguments
 from rlr_peft.config.methods import METHODS, DrawnStepsArguments, RLRPaperArguments
 from rlr_peft.config.policy import D3POArguments, ReusedSamplesArguments
-from rlr_peft.diagnose import estimates as estimates_of
-from rlr_peft.diagnose.estimates import SampleEstimates, sample_estimates
+from rlr_peft.diagnose import single_samples
 from rlr_peft.diagnose.evidence import Evidence, update_size
+from rlr_peft.diagnose.single_samples import SampleEstimates, sample_estimates
 from rlr_peft.estimators.auto import weights_of
 from rlr_peft.estimators.base import Estimator, RunShape, build_estimator
 from rlr_peft.estimators.layout import RLRSettings
@@ -125,11 +125,11 @@ class _Builder:
     def pathwise(self) -> None:
         """Methods of a reward with a gradient."""
         gradients, num_steps, best = self.evidence.gradients, self.evidence.num_steps, self.first_order_steps
-        self._add("full-bp", estimates_of.pathwise_tail(gradients, num_steps), {"estimator": "full-bp"})
+        self._add("full-bp", single_samples.pathwise_tail(gradients, num_steps), {"estimator": "full-bp"})
         for k in sorted({1, math.ceil(num_steps / 4)}):
-            tail = estimates_of.pathwise_tail(gradients, k)
+            tail = single_samples.pathwise_tail(gradients, k)
             self._add(f"truncated-bp, K = {k}", tail, {"estimator": "truncated-bp", "fo_steps": k})
-        crossing = estimates_of.first_and_half_order(gradients, best)
+        crossing = single_samples.first_and_half_order(gradients, best)
         self._add(
             f"rlr, K = {best} (measured)", crossing, {"estimator": "rlr", "fo_steps": best, "fo_roulette": "false"}
         )
@@ -137,10 +137,10 @@ class _Builder:
         if best > 1:
             roulette: Changes = {"estimator": "rlr", "fo_steps": best, "fo_roulette": "true"}
             self._add_weighted(f"rlr, K = {best}, roulette", roulette)
-        mixed = estimates_of.mixed_orders(gradients, weights)
+        mixed = single_samples.mixed_orders(gradients, weights)
         self._add("rlr, mixed orders", mixed, {"estimator": "rlr", "step_choice": "inverse-variance"})
         if self.evidence.noisy_steps:
-            single = estimates_of.first_and_half_order(gradients, 1)
+            single = single_samples.first_and_half_order(gradients, 1)
             self._add("rlr, K = 1", single, {"estimator": "rlr", "fo_steps": 1})
             self._drawn_steps(f"rlr, K = {best}", best, {"fo_steps": best, "fo_roulette": "false"})
 
@@ -170,7 +170,7 @@ class _Builder:
         evidence, chosen = self.evidence, self.black_box_steps
         if not evidence.noisy_steps:
             return
-        tail = estimates_of.black_box_tail(evidence.gradients, evidence.mirrored[:chosen])
+        tail = single_samples.black_box_tail(evidence.gradients, evidence.mirrored[:chosen])
         name = f"rlr, black-box tail of {chosen} (measured)"
         self._add(name, tail, {"estimator": "rlr", "black_box_steps": chosen})
         self._drawn_steps("rlr, no black-box tail", 0, {"black_box_steps": 0})
@@ -179,7 +179,7 @@ class _Builder:
         gradients = self.evidence.gradients
         beyond, name = sum(t > tail for t in self.evidence.noisy_steps), f"{name}, {NUM_DRAWN_STEPS} drawn score terms"
         if beyond > NUM_DRAWN_STEPS:
-            drawn = estimates_of.drawn_score_terms(gradients, tail, NUM_DRAWN_STEPS, self.generator)
+            drawn = single_samples.drawn_score_terms(gradients, tail, NUM_DRAWN_STEPS, self.generator)
             self._add(name, drawn, {"estimator": "rlr", **changes, "ho_blocks": NUM_DRAWN_STEPS})
         else:
             few = f"only {beyond} of the steps are left for score terms, too few to draw {NUM_DRAWN_STEPS} from"
@@ -191,7 +191,7 @@ class _Builder:
         for name in ("reinforce", "ddpo", "grpo"):
             estimator = build_estimator(self._arguments({"estimator": name}), RunShape(evidence.num_steps))
             advantages = estimator.advantages(evidence.rewards, evidence.prompts, evidence.group_size)
-            vectors = estimates_of.score_terms(evidence.gradients, advantages)
+            vectors = single_samples.score_terms(evidence.gradients, advantages)
             self._add(name, vectors, {"estimator": name}, own_units=name != "reinforce")
         if evidence.group_size % 2 or evidence.micro_batch_size < 2:
             self.left_out["d3po"] = (
@@ -203,7 +203,7 @@ class _Builder:
         # At the reference every pair's slope is beta / 2, whatever the margin of its rewards.
         first, second = evidence.rewards.reshape(-1, 2).T
         slope = torch.sign(first - second) * dpo_beta / 2
-        vectors = estimates_of.score_terms(evidence.gradients, torch.stack([slope, -slope], dim=1).reshape(-1))
+        vectors = single_samples.score_terms(evidence.gradients, torch.stack([slope, -slope], dim=1).reshape(-1))
         self._add("d3po", vectors, {"estimator": "d3po"}, own_units=True)
 
     def run_only(self) -> None:
@@ -251,7 +251,7 @@ class _Builder:
     def _add_weighted(self, name: str, changes: Changes, factors: torch.Tensor | None = None) -> None:
         """A method that weights the measured gradients, times factors of the samples."""
         weights = weights_of(self._estimator(changes), self.chain)
-        self._add(name, estimates_of.weighted_rows(self.evidence.gradients, weights, factors), changes)
+        self._add(name, single_samples.weighted_rows(self.evidence.gradients, weights, factors), changes)
 
     def _estimator(self, changes: Changes) -> Estimator:
         shape = RunShape(self.evidence.num_steps, samples=update_size(self.config).samples)
@@ -276,7 +276,7 @@ def best_black_box_steps(evidence: Evidence) -> int:
     """The length n of the black-box tail whose estimate has the smallest variance times cost, in 0..n tried."""
     scores = []
     for n in range(len(evidence.mirrored) + 1):
-        estimates = sample_estimates(estimates_of.black_box_tail(evidence.gradients, evidence.mirrored[:n]))
+        estimates = sample_estimates(single_samples.black_box_tail(evidence.gradients, evidence.mirrored[:n]))
         extra = sum(t - 1 for t in evidence.noisy_steps if t <= n)
         work = evidence.num_steps + extra + 3 * len(evidence.noisy_steps)
         scores.append((estimates.variance + estimates.variance_error) * work)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from rlr_peft.config.estimator import ThreeOrdersArguments
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, bias_rank, squares_by_first_order_steps
-from rlr_peft.diagnose.estimates import Cosine, is_clearly_larger, noise_scale, paired_difference
 from rlr_peft.diagnose.evidence import agreement, update_size
 from rlr_peft.diagnose.methods import quoted
+from rlr_peft.diagnose.single_samples import Cosine, is_clearly_larger, noise_scale, paired_difference
 from rlr_peft.estimators.base import step_ranges
 from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from rlr_peft.config import config_to_dict
 from rlr_peft.diagnose.diagnosis import Diagnosis, MethodResult, StepProfile
-from rlr_peft.diagnose.estimates import gradient_norm, noise_scale
 from rlr_peft.diagnose.evidence import update_size
 from rlr_peft.diagnose.methods import Method, quoted
 from rlr_peft.diagnose.recommendation import Recommendation
+from rlr_peft.diagnose.single_samples import gradient_norm, noise_scale
 from rlr_peft.figures import (
     ACCENT,
     INK,

@@ -101,13 +101,8 @@ def squared_deviations(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def pathwise_tail(gradients: StepGradients, first_order_steps: int) -> torch.Tensor:
-    """Truncated backpropagation through the last K steps, (N, d); the whole of it for K = T.
-
-    Raises:
-        ValueError: the reward has no gradient.
-    """
-    if gradients.pathwise is None:
-        raise ValueError("Expected a reward with a gradient.")
+    """Truncated backpropagation through the last K steps, (N, d); the whole of it for K = T."""
+    assert gradients.pathwise is not None  # as the reward has a gradient
     return gradients.pathwise[:first_order_steps].sum(0)
 
 
@@ -129,8 +124,7 @@ def mixed_orders(gradients: StepGradients, weights: torch.Tensor) -> torch.Tenso
         gradients: must hold the pathwise gradients.
         weights: w_t at index t - 1, (T,).
     """
-    if gradients.pathwise is None:
-        raise ValueError("Expected a reward with a gradient.")
+    assert gradients.pathwise is not None  # as the reward has a gradient
     share = weights.float()[:, None, None]
     return (share * gradients.pathwise + (1 - share) * gradients.half_order).sum(0)
 
