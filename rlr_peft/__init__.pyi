@@ -3,7 +3,7 @@ from .chain.denoising_chain import DenoisingChain as DenoisingChain
 from .config.parsing import load_config as load_config
 from .estimators.base import Coverage as Coverage
 from .estimators.base import Estimator as Estimator
-from .estimators.base import Rollout as Rollout
+from .estimators.objective import Rollout as Rollout
 from .inference import DiffusiveChainOfThought as DiffusiveChainOfThought
 from .lora.loading import load_lora as load_lora
 from .prompt import Prompt as Prompt
