@@ -51,6 +51,7 @@ from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SH
 from rlr_peft.errors import extra
 from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.estimators.base import Estimator, RunShape, build_estimator
+from rlr_peft.estimators.forward import ForwardEstimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.lora import AdapterFiles, check_adapter, check_adapter_saves, check_kohya, find_adapter, start_from
@@ -59,6 +60,9 @@ from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 
 logger = logging.getLogger(__name__)
+
+# Go back where the reward falls whatever the rate: `auto`, which chooses for the user, and losses that nothing holds.
+WATCHED = (AutoEstimator, ForwardEstimator)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Run:
         optimizer: of the LoRA weights.
         lr_scheduler: its learning rate.
         ema: the average of the LoRA weights, which is evaluated and saved in their place; None without one.
-        rollback: goes back with half the rate where the reward falls; None if both rate and method are given.
+        rollback: goes back with half the rate where the reward falls; None where nothing watches the rewards.
         arithmetic: the derived numbers.
         given: names of what came as a Python object, which no config can load: `pipeline`, `reward`, `prompts`,
             `estimator`.
@@ -310,7 +314,7 @@ def build_run(
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     lr_scheduler = build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps)
     ema = build_ema(chain.parameters, config.optimizer)
-    watches = config.optimizer.learning_rate == AUTO or isinstance(estimator, AutoEstimator)
+    watches = config.optimizer.learning_rate == AUTO or isinstance(estimator, WATCHED)
     return Run(
         config=config,
         accelerator=accelerator,

@@ -1,5 +1,6 @@
 """A config holds the knobs of its method and no others: which those are, and what is said about the rest."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,6 +41,25 @@ def test_the_presets_are_those_of_old() -> None:
         *(1, 2, 1, "two-point", 0),
     )
     assert (DDPOArguments().inner_epochs, GRPOArguments().inner_epochs) == (2, 1)
+
+
+def test_the_published_settings_of_grpo_that_the_documentation_names_are_taken() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text(encoding="utf-8")
+    table = text.split("**Published settings of `grpo`**")[1].split("`--config sd35_medium_grpo`")[0]
+    flags = {
+        row.split("|")[1].split("(")[0].strip(): [
+            word for span in re.findall("`(--[^`]*)`", row.split("|")[2]) for word in span.split()
+        ]
+        for row in re.findall(r"^ +\|.*\|$", table, re.M)[2:]
+    }
+    assert list(flags) == ["Flow-GRPO", "Flow-GRPO-Fast, SD3.5 and FLUX", "MixGRPO", "GRPO-Guard", "Flow-DPPO", "GDPO"]
+    fast = flags["Flow-GRPO-Fast, SD3.5 and FLUX"]
+    given = {"--kl_beta": ["0.1"], "--divergence_limit": ["1"]}  # they depend on the reward and on the size
+    for name, words in flags.items():
+        base = [] if name.startswith("Flow-GRPO") or name == "MixGRPO" else fast
+        flat = [part for word in words for part in (word, *given.get(word, ()))]
+        rewards = ["--reward_fn", "{jpeg-compressibility: 1, tiny-shapes: 1}"]
+        assert load([*REQUIRED, *rewards, "--estimator", "grpo", *base, *flat]).chain.eta in (0.7, 0.8), name
 
 
 @pytest.mark.parametrize("name", [name for name, knob in knobs().items() if knob.methods])

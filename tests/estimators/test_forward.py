@@ -24,9 +24,12 @@ from rlr_peft.estimators import (
     noise_share,
     ram_pull,
 )
+from rlr_peft.lora import attach_lora
 from rlr_peft.prompt import as_prompts
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward, ReplicatedChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
+from tests.families.image_pipelines import sd3
+from tests.pipelines import chain_over, tiny_stable_diffusion
 
 SHAPE = (6, 2, 3)
 SIZE = 6
@@ -260,6 +263,49 @@ def test_old_weights_lag_behind_and_are_restored() -> None:
     twice = gradient_of(chain)
     estimator.accumulate(chain, None, rollout, advantages, torch.Generator())
     torch.testing.assert_close(twice, 2 * gradient_of(chain))
+
+
+@pytest.mark.parametrize("space", ["epsilon", "v_prediction", "flow"])
+def test_on_policy_it_is_the_pretraining_loss_weighted_by_advantages(space: str) -> None:
+    """``-sum A mean |o - u|^2`` by autograd of the denoiser alone, u being what such a model was trained on."""
+    pipeline = sd3() if space == "flow" else tiny_stable_diffusion(space, dtype=torch.float64)
+    denoiser = pipeline.transformer if space == "flow" else pipeline.unet
+    parameters = attach_lora(denoiser, target_modules=["to_q", "to_v"], rank=2)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(denoiser.dtype)
+    chain = chain_over(pipeline, parameters=parameters, num_inference_steps=3, guidance_scale=3.0, step_kind="ode")
+    move_parameters(chain, 0.1)
+    trajectory = chain.sample(["red", "red", "blue b", "blue b"], [0, 1, 2, 3])
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.25], dtype=denoiser.dtype)
+    calls: list[dict] = []
+
+    def keep(_: torch.nn.Module, arguments: tuple, named: dict) -> None:
+        if torch.is_grad_enabled():
+            calls.append({**dict(zip(("sample", "timestep"), arguments, strict=False)), **named})
+
+    handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    estimator = ForwardEstimator(replace(FREE, noise_levels=2, base_pull=0.0))
+    estimator.accumulate(chain, None, Rollout(trajectory, torch.zeros(4), None), advantages, torch.Generator())
+    handle.remove()
+    got, generator, loss = gradient_of(chain), torch.Generator(), torch.zeros(())
+    estimator._draw(chain, generator)
+    assert len(calls) == 2
+    for call in calls:
+        noised, timestep = call.pop("sample" if space != "flow" else "hidden_states"), call.pop("timestep")
+        clean = trajectory.latents[0]
+        drawn = torch.randn((2, *clean.shape[1:]), generator=generator, dtype=clean.dtype)
+        noise = drawn.repeat_interleave(2, dim=0)
+        sigma = float(timestep.flatten()[0]) / 1000
+        alpha = 1 - sigma
+        if space != "flow":
+            alpha = float(pipeline.scheduler.alphas_cumprod[int(timestep.flatten()[0])]) ** 0.5
+            sigma = (1 - alpha**2) ** 0.5
+        torch.testing.assert_close(noised, alpha * clean + sigma * noise, rtol=1e-5, atol=1e-5)
+        target = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "flow": noise - clean}[space]
+        output = denoiser(noised, timestep=timestep, **call)[0]
+        loss = loss + (advantages * (output - target).square().flatten(1).mean(1)).sum() / len(calls)
+    expected = -flat(torch.autograd.grad(loss, chain.parameters))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", METHODS)

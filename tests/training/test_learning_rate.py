@@ -145,18 +145,18 @@ def test_where_the_reward_falls_it_goes_back_and_the_card_says_so(
     assert again.rollback is not None and again.rollback.state_dict()["best"]["last"] == 2
 
 
-@pytest.mark.parametrize("estimator", ["auto", "ram"])
-def test_auto_goes_back_from_a_given_rate_too_and_resumes_with_the_half(
+@pytest.mark.parametrize("estimator", ["auto", "ram", "grpo"])
+def test_some_methods_go_back_from_a_given_rate_too_and_resumes_with_the_half(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
-    """A method by its name keeps the rate that is given."""
+    """`auto`, and losses that nothing holds; the other methods keep the rate that is given."""
     monkeypatch.setattr(optimizer, "BLOCK_UPDATES", 2)
     monkeypatch.setattr(optimizer, "BLOCK_PROMPTS", 2)
     (tmp_path / "falling.py").write_text(FALLING.replace("calls = 0", "calls, differentiable = 1, False"))  # no trial
     values = {"estimator": estimator, "learning_rate": 0.01, "max_train_steps": 6, "checkpointing_steps": 4}
     config = config_file(workplace, tmp_path / "run", **values, reward_fn=f"{tmp_path / 'falling.py'}:Falling")
     train_here(config)
-    expected = 0.005 if estimator == "auto" else 0.01
+    expected = 0.01 if estimator == "grpo" else 0.005
     rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert rates == [0.01] * 4 + [expected] * 2
     for rate, then in ((0.01, expected), (0.003, 0.003)):
