@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlr_peft.estimators.auto import Weights, rows_of
+from rlr_peft.estimators.auto import RowWeights, rows_of
 from rlr_peft.estimators.step_gradients import StepGradients
 from rlr_peft.estimators.variance import GradientMoments
 from rlr_peft.reports import direction
@@ -71,7 +71,9 @@ def _mean_products(vectors: torch.Tensor, draws: torch.Tensor) -> tuple[float, f
     return (within - own) / (pairs - count) if pairs > count else apart, apart
 
 
-def weighted_rows(gradients: StepGradients, weights: Weights, factors: torch.Tensor | None = None) -> SampleEstimates:
+def weighted_rows(
+    gradients: StepGradients, weights: RowWeights, factors: torch.Tensor | None = None
+) -> SampleEstimates:
     """``sum_r w_r v_r`` with drawn weights of the rows of ``auto``, averaged over all draws.
 
     Args:

@@ -4,7 +4,7 @@ from .advantages import group_normalized as group_normalized
 from .advantages import leave_one_out as leave_one_out
 from .advantages import separately_normalized as separately_normalized
 from .auto import AutoEstimator as AutoEstimator
-from .auto import Weights as Weights
+from .auto import RowWeights as RowWeights
 from .auto import promise as promise
 from .base import Book as Book
 from .base import Coverage as Coverage

@@ -24,7 +24,7 @@ class AdjointMatchingEstimator(Estimator):
     uses_reward_gradient = True
 
     def __init__(self, arguments: AdjointMatchingArguments) -> None:
-        self.num_steps, self.scale = arguments.fo_steps, arguments.reward_scale
+        self.first_order_steps, self.scale = arguments.fo_steps, arguments.reward_scale
         self.coefficient = arguments.fo_coefficient
 
     @classmethod
@@ -38,7 +38,7 @@ class AdjointMatchingEstimator(Estimator):
     def describe(self, has_gradient: bool | None = None) -> str:
         return (
             f"the base's reward gradient and the pull to the base on "
-            f"{counted(self.num_steps, 'drawn step')}, "
+            f"{counted(self.first_order_steps, 'drawn step')}, "
             f"for {self.scale:g} times the reward minus the divergence"
         )
 
@@ -68,7 +68,7 @@ class AdjointMatchingEstimator(Estimator):
         assert rollout.reward_gradient is not None  # as the coverage has checked
         trajectory, cotangent = rollout.trajectory, rollout.reward_gradient
         noisy = _noisy(chain)
-        count = min(self.num_steps, len(noisy))
+        count = min(self.first_order_steps, len(noisy))
         drawn = {noisy[i] for i in torch.randperm(len(noisy), generator=generator)[:count].tolist()}
         weight = self.coefficient * len(noisy) / count
         for t in range(1, max(drawn) + 1):

@@ -61,7 +61,7 @@ WEIGHT_DRAWS = 500
 
 
 @dataclass(frozen=True)
-class Weights:
+class RowWeights:
     """A member's random weights of the rows.
 
     Attributes:
@@ -77,12 +77,12 @@ class Weights:
     shared: bool = False
 
     @classmethod
-    def fixed(cls, rows: torch.Tensor) -> "Weights":
+    def fixed(cls, rows: torch.Tensor) -> "RowWeights":
         """Weights (R,) that are not drawn."""
         return cls(rows, torch.outer(rows, rows), float((rows != 0).sum()))
 
     @classmethod
-    def drawn(cls, draws: torch.Tensor) -> "Weights":
+    def drawn(cls, draws: torch.Tensor) -> "RowWeights":
         """Of equally likely draws (D, R), each for a whole update."""
         return cls(draws.mean(0), draws.T @ draws / len(draws), float((draws != 0).sum(1).double().mean()), shared=True)
 
@@ -102,7 +102,7 @@ class Promise:
 
 def promise(
     moments: GradientMoments,
-    weights: Weights,
+    weights: RowWeights,
     full: torch.Tensor,
     samples: int,
     fixed_cost: float,
@@ -338,7 +338,7 @@ class AutoEstimator(Estimator):
         self.rlr.samples = self._samples * self.micro_batches
 
 
-def weights_of(member: Estimator, chain: Chain) -> Weights:
+def weights_of(member: Estimator, chain: Chain) -> RowWeights:
     """Of the rows: T exact pathwise gradients, T with the velocity held fixed, T score terms.
 
     The member is ``rlr`` without a mixture, or a pathwise one that carries all or nothing between its steps.
@@ -353,7 +353,7 @@ def weights_of(member: Estimator, chain: Chain) -> Weights:
     for row in draws:
         chosen = member.choose(chain, generator)
         row[[num_steps * is_held + t - 1 for t in chosen.steps]] = torch.tensor(chosen.weights, dtype=torch.float64)
-    return Weights.drawn(draws) if is_drawn else Weights.fixed(draws[0])
+    return RowWeights.drawn(draws) if is_drawn else RowWeights.fixed(draws[0])
 
 
 def rows_of(gradients: StepGradients) -> torch.Tensor:
@@ -362,16 +362,16 @@ def rows_of(gradients: StepGradients) -> torch.Tensor:
     return torch.cat([gradients.pathwise, gradients.held, gradients.half_order])
 
 
-def _rlr_weights(rlr: RLREstimator, chain: Chain) -> Weights:
+def _rlr_weights(rlr: RLREstimator, chain: Chain) -> RowWeights:
     """Pathwise gradients up to K, by roulette if it has one, and score terms on all noisy steps beyond."""
     num_steps, length = chain.num_steps, rlr.layout(chain, has_gradient=True).first_order_steps
     fixed = torch.zeros(3 * num_steps, dtype=torch.float64)
     fixed[:length] = 1
     fixed[[2 * num_steps + t - 1 for t in range(length + 1, num_steps + 1) if chain.std(t) > 0]] = 1
-    weights = Weights.fixed(fixed)
+    weights = RowWeights.fixed(fixed)
     if not rlr.walks_by_roulette(chain, length):
         return weights
     probabilities = rlr.roulette(chain, length)
     square = weights.square.clone()
     square[:length, :length] = 1 / torch.maximum(probabilities[:, None], probabilities[None])
-    return Weights(fixed, square, float(probabilities.sum()) + float(fixed[length:].sum()))
+    return RowWeights(fixed, square, float(probabilities.sum()) + float(fixed[length:].sum()))

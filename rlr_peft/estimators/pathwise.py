@@ -68,7 +68,7 @@ class PathwiseSettings:
         steps: which are differentiated: the "last" ones, a "random" number of last ones, one drawn "late" one, some
             "spaced" evenly from a stop step on, some "drawn" without replacement with a probability that grows towards
             the clean end, or two drawn "leap"s.
-        num_steps: K; None for all of them. A late step is one of the last K; None for a quarter of them.
+        first_order_steps: K; None for all of them. A late step is one of the last K; None for a quarter of them.
         carry: a_t, None for 1 everywhere; of drawn steps it holds at one of them, of leaps at the later one, 0 at the
             others.
         density: b, a step is drawn in proportion to ``(T - t + 1)^b``.
@@ -84,7 +84,7 @@ class PathwiseSettings:
 
     method: str
     steps: Literal["last", "random", "late", "spaced", "drawn", "leap"] = "last"
-    num_steps: int | None = None
+    first_order_steps: int | None = None
     carry: float | None = None
     density: float = 0.0
     step_correction: float = 0.0
@@ -98,12 +98,12 @@ class PathwiseSettings:
 
     def describe(self) -> str:
         """In words, for logs and cards."""
-        count = "all steps" if self.num_steps is None else counted(self.num_steps, "step")
+        count = "all steps" if self.first_order_steps is None else counted(self.first_order_steps, "step")
         which = {
-            "last": "all steps" if self.num_steps is None else last_steps(self.num_steps),
+            "last": "all steps" if self.first_order_steps is None else last_steps(self.first_order_steps),
             "random": "steps 1..K, K drawn from 1..T",
             "late": "a random one of the last "
-            + ("quarter of the steps" if self.num_steps is None else counted(self.num_steps, "step")),
+            + ("quarter of the steps" if self.first_order_steps is None else counted(self.first_order_steps, "step")),
             "spaced": f"{count} spaced evenly from a step on that is drawn from the last {self.stop_share:.0%}",
             "drawn": f"{count} drawn in proportion to (T - t + 1)^{self.density:g}",
             "leap": "two drawn steps, each taken as one leap",
@@ -145,34 +145,39 @@ def pathwise_settings(arguments: PathwiseArguments | ReFLArguments) -> PathwiseS
         case TruncatedBPArguments(fo_steps="random"):
             return replace(settings, steps="random")
         case TruncatedBPArguments(fo_steps=int(steps)):
-            return replace(settings, num_steps=steps)
+            return replace(settings, first_order_steps=steps)
         case DRaFTLVArguments():
-            return replace(settings, num_steps=1, renoised=arguments.renoised_copies)
+            return replace(settings, first_order_steps=1, renoised=arguments.renoised_copies)
         case ReFLArguments():
-            return replace(settings, steps="late", num_steps=arguments.fo_steps, sees_prediction=True)
+            return replace(settings, steps="late", first_order_steps=arguments.fo_steps, sees_prediction=True)
         case DRTuneArguments():
             return replace(
                 settings,
                 steps="spaced",
-                num_steps=arguments.fo_steps,
+                first_order_steps=arguments.fo_steps,
                 carry=0.0,
                 stop_share=arguments.stop_share,
                 sees_prediction=True,
             )
         case LeapArguments():
-            return replace(settings, steps="leap", num_steps=2, carry=arguments.fo_carry)
+            return replace(settings, steps="leap", first_order_steps=2, carry=arguments.fo_carry)
         case FlowBPSparseArguments():
             return replace(
                 settings,
                 steps="drawn",
-                num_steps=arguments.fo_steps,
+                first_order_steps=arguments.fo_steps,
                 carry=arguments.fo_carry if isinstance(arguments, FlowBPBridgeArguments) else 0.0,
                 density=arguments.step_density,
                 step_correction=arguments.step_correction,
             )
         case RSMArguments():
             return replace(
-                settings, steps="drawn", num_steps=arguments.fo_steps, carry=0.0, weighted_by_std=True, clips=True
+                settings,
+                steps="drawn",
+                first_order_steps=arguments.fo_steps,
+                carry=0.0,
+                weighted_by_std=True,
+                clips=True,
             )
         case _:
             raise TypeError(f"expected a method of the pathwise family, got {arguments.estimator}")
@@ -322,7 +327,7 @@ class PathwiseEstimator(Estimator):
             case "random":
                 return ChosenSteps.last(_draw(total, generator))
             case "late":
-                step = _draw(settings.num_steps or math.ceil(total / 4), generator)
+                step = _draw(settings.first_order_steps or math.ceil(total / 4), generator)
                 return ChosenSteps([step], [1.0], [0.0])
             case "leap":
                 later, earlier = sorted((1 + torch.randperm(total, generator=generator)[:2]).tolist())
@@ -341,7 +346,7 @@ class PathwiseEstimator(Estimator):
                 return chosen
 
     def _count(self, total: int) -> int:
-        return total if self.settings.num_steps is None else min(self.settings.num_steps, total)
+        return total if self.settings.first_order_steps is None else min(self.settings.first_order_steps, total)
 
     def _weighted(self, chain: Chain, first: int, chosen: list[int]) -> ChosenSteps:
         """The chosen steps with their weights, and those between with 0, past which cotangents go by a number."""

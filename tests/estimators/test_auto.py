@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from rlr_peft.config import METHODS
-from rlr_peft.estimators import STEP_COST, AutoEstimator, GradientMoments, RunShape, Weights, build_estimator, promise
+from rlr_peft.estimators import (
+    STEP_COST,
+    AutoEstimator,
+    GradientMoments,
+    RowWeights,
+    RunShape,
+    build_estimator,
+    promise,
+)
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
 from tests.estimators.chains import gradient_of, rollout_of
 
@@ -28,9 +36,9 @@ def test_a_promise_is_what_simulated_batches_keep() -> None:
     choices = torch.tensor([[3.0, 0, 0], [0, 3.0, 0], [0, 0, 3.0]], dtype=torch.float64)
     truth = center.sum(0).flatten()
     for weights, shared in (
-        (Weights.fixed(torch.tensor([1.0, 0, 0], dtype=torch.float64)), False),
+        (RowWeights.fixed(torch.tensor([1.0, 0, 0], dtype=torch.float64)), False),
         (
-            Weights.drawn(choices),
+            RowWeights.drawn(choices),
             True,
         ),
     ):
@@ -55,7 +63,7 @@ def test_experts_improve_each_by_itself() -> None:
     full, first, second, skewed = (
         torch.tensor(weights, dtype=torch.float64) for weights in ([1, 1], [1, 0], [0, 1], [1, 100])
     )
-    promises = [promise(moments, Weights.fixed(w), full, 1, 7.0, experts) for w in (full, first, second, skewed)]
+    promises = [promise(moments, RowWeights.fixed(w), full, 1, 7.0, experts) for w in (full, first, second, skewed)]
     costs = [7.0 + STEP_COST * n for n in (2, 1, 1, 2)]
     improvements = [promised.improvement * cost for promised, cost in zip(promises, costs, strict=True)]
     assert improvements == pytest.approx([1, 2**0.5 * 3 / 4, 2**0.5 / 4, 1])
@@ -70,7 +78,7 @@ def test_without_signal_members_are_judged_by_what_they_share_with_the_samples_g
     of_the_samples = moments.of_the_samples(16)
     mean = rows.double().mean(1)
     torch.testing.assert_close(of_the_samples.means, mean @ mean.T)
-    cosines = [promise(of_the_samples, Weights.fixed(w), full, 4, 7.0).cosine for w in (full, first, third)]
+    cosines = [promise(of_the_samples, RowWeights.fixed(w), full, 4, 7.0).cosine for w in (full, first, third)]
     assert cosines == pytest.approx([1, 0.5**0.5, 0], abs=0.05)
 
 

@@ -50,7 +50,10 @@ def test_the_other_methods_are_built_from_their_knobs() -> None:
     for fo_steps in (None, 3):
         refl = build_estimator(method(estimator="refl", fo_steps=fo_steps), RunShape(50))
         assert isinstance(refl, PathwiseEstimator)
-        assert (refl.settings.steps, refl.settings.num_steps) == ("late", fo_steps) and refl.settings.sees_prediction
+        assert (refl.settings.steps, refl.settings.first_order_steps) == (
+            "late",
+            fo_steps,
+        ) and refl.settings.sees_prediction
 
 
 def test_explicit_values_replace_the_presets() -> None:
