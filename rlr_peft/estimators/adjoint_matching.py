@@ -58,12 +58,7 @@ class AdjointMatchingEstimator(Estimator):
         return Coverage(torch.zeros(chain.num_steps, dtype=torch.float64), {}, departures=(departure,))
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterator[Segment]:
         assert rollout.reward_gradient is not None  # as the coverage has checked
         trajectory, cotangent = rollout.trajectory, rollout.reward_gradient

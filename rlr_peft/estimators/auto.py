@@ -236,12 +236,7 @@ class AutoEstimator(Estimator):
         return (self.chosen if has_gradient else self._ram).coverage(chain, has_gradient)
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterator[Segment | Perturbation]:
         yield from self.chosen.segments(chain, objective, rollout, advantages, generator)
 

@@ -217,12 +217,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterable[Segment | Perturbation]:
         """The terms of the gradient of the micro-batch's SUMMED reward, made one by one as they are run.
 
@@ -235,12 +230,7 @@ class Estimator(ABC):
         """
 
     def accumulate(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Book:
         """Runs the segments of a micro-batch: adds its gradient to ``.grad`` of the chain's parameters."""
         terms = self.segments(chain, objective, rollout, advantages, generator)

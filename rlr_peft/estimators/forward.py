@@ -171,12 +171,7 @@ class ForwardEstimator(Estimator):
         return self._clipped_advantages(group_normalized(rewards, group_size, self.arguments.advantage_std))
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterator[Segment]:
         """One segment for every drawn level, without guidance, of the loss's mean over levels and latents."""
         old = self._following(chain)

@@ -265,12 +265,7 @@ class PathwiseEstimator(Estimator):
             yield "the reward's gradient is clipped"
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterator[Segment]:
         """The chosen steps as one segment, and one more for every re-noised copy."""
         assert rollout.reward_gradient is not None  # as the coverage has checked

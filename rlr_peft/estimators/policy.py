@@ -66,12 +66,7 @@ class SingleStepsEstimator(Estimator):
         return replace(single_steps(self.steps, chain).coverage, departures=self.departures)
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterator[Segment]:
         """The gradient of the method's own objective, summed over samples, step by step."""
         blocks, _ = single_steps(self.steps, chain).draw(generator)

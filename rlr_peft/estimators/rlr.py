@@ -132,12 +132,7 @@ class RLREstimator(Estimator):
         return roulette_probabilities(self.statistics.moments.first(length), self.samples, chain.num_steps)
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterator[Segment | Perturbation]:
         c = self.settings.coefficients
         layout = self.layout(chain, rollout.reward_gradient is not None)

@@ -25,12 +25,7 @@ class ScoreFunction(Estimator):
         return rewards
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterable[Segment]:
         for t in range(1, chain.num_steps + 1):
             yield Segment("score", (t,), rollout.score_cotangent(t, advantages), self.scale)
@@ -51,12 +46,7 @@ class Pathwise(ScoreFunction):
         self.steps = steps
 
     def segments(
-        self,
-        chain: Chain,
-        objective: Objective,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        generator: torch.Generator,
+        self, chain: Chain, objective: Objective, rollout: Rollout, advantages: torch.Tensor, generator: torch.Generator
     ) -> Iterable[Segment]:
         assert rollout.reward_gradient is not None
         return [Segment("pathwise", range(1, self.steps + 1), rollout.reward_gradient)]
