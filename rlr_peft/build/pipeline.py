@@ -26,6 +26,7 @@ from rlr_peft.build.single_file import load_single_file, place_of_configs
 from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
 from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, TILED_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, offload_models, offload_text_encoders, text_encoders
+from rlr_peft.chain.tiled_decoder import in_tiles
 from rlr_peft.config import Config, ConfigError, ModelArguments
 from rlr_peft.config.model import DTYPE_NAMES, is_single_file, read_quantization
 from rlr_peft.errors import extra
@@ -239,16 +240,16 @@ def described_by(pipeline: object, arguments: ModelArguments, denoisers: Sequenc
 
 def load_reward_decoder(
     arguments: ModelArguments, pipeline: DiffusionPipeline, device: torch.device
-) -> AutoencoderTiny | None:
-    """The small VAE that decodes for the training reward, frozen; None if none is asked for.
+) -> torch.nn.Module | None:
+    """The small VAE that decodes for the training reward, frozen, or the pipeline's in tiles; None for the pipeline's.
 
     Raises:
         OSError: the folder or the Hub repository does not hold an AutoencoderTiny.
-        ValueError: it decodes other latents than the pipeline's.
+        ValueError: it decodes other latents than the pipeline's, or the pipeline's VAE knows no tiles.
     """
     name = arguments.pretrained_tiny_vae_name_or_path
     if name is None:
-        return None
+        return own_reward_decoder(arguments, pipeline)
     decoder = AutoencoderTiny.from_pretrained(
         name, dtype=DTYPES[arguments.mixed_precision], cache_dir=arguments.cache_dir
     )
@@ -256,6 +257,16 @@ def load_reward_decoder(
     if arguments.vae_gradient_checkpointing:
         enable_checkpointing(decoder, "vae_gradient_checkpointing")
     return decoder.to(device).requires_grad_(False).eval()
+
+
+def own_reward_decoder(arguments: ModelArguments, pipeline: Any) -> torch.nn.Module | None:
+    """The pipeline's VAE in tiles, if they are asked for.
+
+    Raises:
+        ValueError: it knows none.
+    """
+    size = arguments.vae_tile_size
+    return None if size is None else in_tiles(getattr(pipeline, "vae", None), size)
 
 
 def check_reward_decoder(pipeline: Any, decoder: Any) -> None:

@@ -35,3 +35,4 @@ from .pipeline import batches_of_one_call as batches_of_one_call
 from .refusals import REFUSED as REFUSED
 from .refusals import refusal as refusal
 from .scheduler import RecordingScheduler as RecordingScheduler
+from .tiled_decoder import in_tiles as in_tiles

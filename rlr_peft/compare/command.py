@@ -37,6 +37,7 @@ BESIDES = (
 )
 TRAINING_ONLY = (
     *("gradient_checkpointing", "vae_gradient_checkpointing", "pretrained_tiny_vae_name_or_path", "torch_compile"),
+    "vae_tile_size",
     *("max_train_samples", "reward_scaling", "reward_minimum", "reward_minimum_penalty", "decode_batch_size"),
     "decoded_frames",
 )

@@ -70,6 +70,13 @@ class ModelArguments(Group):
         "a biased objective, since validation and evaluation still use the real VAE.",
         found="model",
     )
+    vae_tile_size: int | None = knob(
+        None,
+        "Decode for the training reward in tiles of so many pixels, each recomputed in the backward pass: memory for "
+        "one tile; a slightly biased objective, since the VAE sees less of the image at once.",
+        unit="pixels",
+        within="[32, inf)",
+    )
     offload: bool = knob(
         False,
         "Keep text encoders, denoiser and VAE in host memory and only the one at work on the GPU: less memory, time "
@@ -99,6 +106,11 @@ class ModelArguments(Group):
         if self.variant is not None and not re.fullmatch(r"[\w.-]+", self.variant):
             yield f"variant: expected a word of a file name such as fp16, got {self.variant!r}; correct it."
         yield from self._check_single_file()
+        if self.vae_tile_size is not None and self.pretrained_tiny_vae_name_or_path is not None:
+            yield (
+                "vae_tile_size: expected the pipeline's own VAE, got pretrained_tiny_vae_name_or_path "
+                f"{self.pretrained_tiny_vae_name_or_path}, which needs little memory as it is; drop one of the two."
+            )
         path = self.bnb_quantization_config_path
         if path is not None:
             try:

@@ -69,7 +69,7 @@ def last_resorts(config: Config) -> str:
     if config.model.mixed_precision == "no":
         ways.append("use --mixed_precision bf16")
     if config.model.pretrained_tiny_vae_name_or_path is None:
-        ways.append("decode with --pretrained_tiny_vae_name_or_path")
+        ways.append("decode with --pretrained_tiny_vae_name_or_path or, of an AutoencoderKL, --vae_tile_size")
     return listed(ways, "or")
 
 
@@ -94,5 +94,7 @@ def _title(config: Config, num_processes: int) -> str:
     if training.shard_denoiser:
         facts.append(f"denoiser shared by {num_processes} processes")
     switched = ("gradient_checkpointing", "vae_gradient_checkpointing", "offload", "offload_text_encoders")
+    if model.vae_tile_size is not None:
+        facts.append(f"decoded in tiles of {model.vae_tile_size} pixels")
     facts += [option for option in switched if getattr(model, option)]
     return ", ".join(facts)

@@ -11,7 +11,7 @@ from rlr_peft.build.chain import (
     build_training_chain,
     evaluation_chain,
 )
-from rlr_peft.build.pipeline import DTYPES, check_reward_decoder
+from rlr_peft.build.pipeline import DTYPES, check_reward_decoder, own_reward_decoder
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.sharding import sharded_bytes
 from rlr_peft.build.single_file import place_of_configs
@@ -81,7 +81,7 @@ def plan_memory(
     )
     parameters = list(chain.parameters)
     models: dict[str, Any] = models_of(chain.pipeline)
-    if chain.reward_decoder is not None:
+    if config.model.pretrained_tiny_vae_name_or_path is not None:
         models[TINY_VAE] = chain.reward_decoder
     denoisers = {name: models[name] for name in chain.family.denoisers}
     held = quantization or NF4
@@ -229,7 +229,7 @@ def _replaced(model: ModelArguments, dtype: torch.dtype) -> dict[str, torch.nn.M
 def _reward_decoder(model: ModelArguments, pipeline: Any, dtype: torch.dtype) -> torch.nn.Module | None:
     name = model.pretrained_tiny_vae_name_or_path
     if name is None:
-        return None
+        return own_reward_decoder(model, pipeline)
     decoder = build_model(find_component(name, model.cache_dir), "AutoencoderTiny", META, dtype)
     check_reward_decoder(pipeline, decoder)
     return decoder

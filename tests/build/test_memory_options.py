@@ -226,6 +226,25 @@ def test_a_tiny_vae_of_another_family_is_refused(workplace: Path) -> None:
         build_run(load_config(["--config", str(config)]))
 
 
+# --- the VAE in tiles -------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_sees_tiles_and_everyone_else_the_whole_image(workplace: Path) -> None:
+    config = config_file(workplace, workplace / "tiles-run", resolution=64, vae_tile_size=32)
+    built, progress = train_here(config, "--max_train_steps", "1")
+    assert progress.step == 1
+    vae, tiled = built.pipeline.vae, built.chain.reward_decoder
+    assert tiled is not vae and not vae.use_tiling
+    side = 64 // 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for chain, decoder in ((built.chain, tiled), (built.chain.at(whole=True), vae)):
+            expected = (decoder.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+            assert torch.allclose(chain.decode(latents, ["a"]), expected, atol=1e-6)
+    finish(built, progress, None)
+    assert "decoded in tiles of 32 pixels, which differ a little" in (workplace / "tiles-run" / "README.md").read_text()
+
+
 # --- attention and compilation ----------------------------------------------------------------------------------------
 
 

@@ -312,6 +312,10 @@ REFUSED = [
         "--bnb_quantization_config_path README.md",
         "bnb_quantization_config_path: expected a JSON file or nf4, got README",
     ),
+    (
+        "--vae_tile_size 512 --pretrained_tiny_vae_name_or_path madebyollin/taesd",
+        "vae_tile_size: expected the pipeline's own VAE, got pretrained_tiny_vae_name_or_path madebyollin/taesd",
+    ),
     ("--offload --torch_compile", "torch_compile: expected weights that stay where they are, got offload"),
 ]
 

@@ -419,6 +419,16 @@ def command(folder: str, *more: str) -> list[str]:
     return ["plan", "--pretrained_model_name_or_path", folder, *required, "--resolution", "16", *more]
 
 
+def test_a_decode_in_tiles_is_planned_as_one_tile(tiny_folder: str) -> None:
+    words = [*command(tiny_folder)[1:-2], "--resolution", "128"]
+    whole, tiles = (plan_run(load_config([*words, *more])) for more in ([], ["--vae_tile_size", "32"]))
+    assert tiles.facts.weights == whole.facts.weights
+    for is_checkpointed in (False, True):
+        of_whole, of_tiles = (plan.facts.measured.decode[1, is_checkpointed] for plan in (whole, tiles))
+        assert of_tiles.saved < of_whole.saved / 3 and of_tiles.peak < of_whole.peak / 2
+    assert tiles.total(DECODE) < whole.total(DECODE)
+
+
 def test_a_reward_without_gradient_leaves_no_tape_whatever_auto_would_choose(tiny_folder: str) -> None:
     with_gradient = plan_run(load_config(command(tiny_folder)[1:]))
     assert with_gradient.options.reward_gradient and not with_gradient.options.keeps_old_weights
@@ -473,6 +483,14 @@ def test_the_command_prints_parts_and_a_verdict(
     assert main(command(tiny_folder, "--gpu_memory", "0.1")) == 1
     assert "Does not fit 0.1 GiB" in capsys.readouterr().out
     assert logging.getLogger("rlr_peft").level == logging.INFO  # Quiet while it plans, not for ever after.
+
+
+def test_the_advised_flags_make_a_command_that_fits(tiny_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*command(tiny_folder)[:-2], "--resolution", "64", "--train_batch_size", "4"]
+    limit = ["--gpu_memory", f"{plan_run(load_config(words[1:])).peak / GIB - 0.01:.4f}"]
+    assert main([*words, *limit]) == 1
+    advised = re.search(r"All of them: add (.+) to the command", capsys.readouterr().out)
+    assert advised is not None and main([*words, *limit, *advised[1].split()]) == 0
 
 
 def test_an_unknown_reward_is_refused_before_planning(tiny_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
