@@ -325,8 +325,7 @@ def restrain(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "both", t
     axes.grid(True, axis=grid, color=GRID_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.tick_params(colors=QUIET_INK, labelsize=10, length=0)
-    axes.tick_params(which="minor", length=0)
+    axes.tick_params(which="both", colors=QUIET_INK, labelsize=10, length=0)
 
 
 def save_figure(path: Path, figure: Figure) -> Path:

@@ -225,12 +225,9 @@ def _title(comparison: Comparison, labels: Sequence[str]) -> str:
 def _shown(comparison: Comparison, chosen: Sequence[int]) -> str:
     total = len(comparison.base.evaluation.prompts)
     if len(chosen) == total:
-        return f"All {total}, worst cases first."
+        return f"All {total}, the largest losses first."
     where = " All of them are in the folder images." if comparison.base.image_files else ""
-    return (
-        f"{len(chosen)} of {total}, worst cases first: those that lost most, those that gained most and the first "
-        f"ones.{where}"
-    )
+    return f"{len(chosen)} of {total}: those that lost most, those that gained most and the first ones.{where}"
 
 
 def _worst_first(comparison: Comparison, chosen: Sequence[int]) -> list[tuple[int, int]]:
@@ -356,10 +353,9 @@ def _reward_table(comparison: Comparison) -> Table:
         f"Rewards ({count} images each)",
         ("reward", "model", "mean", "paired difference", "win rate"),
         rows,
-        "Mean and standard error over the images; images of one prompt are taken together, as they are alike. The "
-        "difference is taken image by image, adapter minus base at the same prompt and seed; its error is the paired "
-        "one. The win rate is the share of images that scored higher "
-        "than the base's, ties counting one half.",
+        "Mean and standard error over the images, in which the images of one prompt count together. The difference is "
+        "adapter minus base at the same prompt and seed, with its paired error. The win rate is the share of images "
+        "that scored higher than the base's; ties count one half.",
     )
 
 
@@ -396,6 +392,6 @@ def _variety_table(comparison: Comparison) -> Table:
         columns,
         rows,
         f"Mean cosine distance of image features ({comparison.features}): {within}between all images, and between an "
-        "image and the base's at the same prompt and seed. Less variety than the base's is what collapse looks "
-        f"like.{kl_text}",
+        "image and the base's at the same prompt and seed. Less variety than the base is a sign of "
+        f"collapse.{kl_text}",
     )

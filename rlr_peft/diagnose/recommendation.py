@@ -155,8 +155,8 @@ def _evidence(diagnosis: Diagnosis) -> Iterator[str]:
         )
     else:
         yield (
-            f"With {name}, the reference, a mean over about {max(1, round(scale)):,} samples holds as much gradient as "
-            f"noise; here were {count}."
+            f"The reference is {name}. Its mean over about {max(1, round(scale)):,} samples has as much gradient as "
+            f"noise; this measurement had {count}."
         )
     if reference.cosine.low <= 0:
         yield "Cosines say little here: even two halves of the reference's samples do not clearly agree."
@@ -366,9 +366,12 @@ def _why_not(diagnosis: Diagnosis, safe: MethodResult, best: MethodResult) -> st
         biased = "unbiased" if safe.coverage.unbiased else "as little biased as can be here"
         return f"It is {biased}, and no biased method promises more."
     cosine = _agreement(diagnosis, best)
-    unsure = "shows no signal of its own" if cosine is None else f"may point elsewhere (cosine {cosine})"
+    unsure = "shows no signal" if cosine is None else f"may point in another direction (cosine {cosine})"
     times = short_number(best.improvement / safe.improvement)
-    return f"{quoted(best.method.name)} promises {times} times as much, but is biased and {unsure}: raise `--samples`."
+    return (
+        f"{quoted(best.method.name)} promises {times} times as much, but it is biased, and its gradient {unsure}: "
+        "measure again with more `--samples`."
+    )
 
 
 def _batch(diagnosis: Diagnosis, chosen: MethodResult) -> str:
@@ -381,4 +384,4 @@ def _batch(diagnosis: Diagnosis, chosen: MethodResult) -> str:
         rough = f" These numbers are rough: two halves of the {samples} samples do not clearly agree."
     size = max(1, round(scale))
     images = "1 image" if size == 1 else f"{size:,} images"
-    return f"A batch of {images} would be half noise; an update has {own} now.{rough}"
+    return f"In an update of {images} gradient and noise would be equal; an update has {own} now.{rough}"

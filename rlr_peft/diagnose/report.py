@@ -187,10 +187,13 @@ def _best_first(results: Sequence[MethodResult]) -> list[MethodResult]:
 
 
 def _with_code(text: str) -> Markup:
-    """Words between backticks as code; everything else is escaped."""
+    """Words between backticks as code, each flag by itself: lines break between flags; everything else is escaped."""
     parts = printable(text).split("`")
     return Markup("").join(
-        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
+        Markup(" ").join(Markup("<code>{}</code>").format(flag) for flag in re.split(" (?=--)", part))
+        if i % 2
+        else escape(part)
+        for i, part in enumerate(parts)
     )
 
 

@@ -33,6 +33,7 @@ import os
 from pathlib import Path
 
 os.chdir(Path(__file__).parent)  # the adapter lies here
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it would warn that no text encoder has an adapter
 
 {pipeline}
 TITLE = {title}
