@@ -97,7 +97,7 @@ def test_a_biased_method_that_may_point_elsewhere_is_not_named(short: Diagnosis)
     ]
     advice = recommend(replace(diagnosis, results=changed))
     assert advice.flags.startswith("--estimator rlr")
-    assert '"refl" promises 2.00 times as much, but is biased and' in advice.answer[1]
+    assert '"refl" promises 2.00 times as much, but it is biased, and' in advice.answer[1]
 
 
 def test_without_signal_the_least_noisy_unbiased_method_is_named(short: Diagnosis) -> None:
