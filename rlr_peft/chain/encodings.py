@@ -26,6 +26,9 @@ Key: TypeAlias = tuple[Any, ...]
 
 # A pipeline with two guidance branches encodes prompts and negative prompts in two calls.
 MAX_PROMPTS, MAX_IMAGES, JOINED_BATCHES = 256, 128, 4
+# LTX-2 takes every layer of its text encoder, .7 GiB a prompt of 1,024 tokens: fewer are remembered then, and two
+# batches at least, of prompts and of negative prompts.
+MAX_PROMPT_BYTES, MAX_JOINED_BYTES = 2**34, 2**31
 
 
 class PromptCache:
@@ -49,6 +52,7 @@ class PromptCache:
         """Embeddings of a list of prompts, joined from what is remembered of every prompt."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         joined = _remembered(self._joined, _key(arguments), lambda: self._encode_all(arguments), JOINED_BATCHES)
+        _shrink(self._joined, MAX_JOINED_BYTES, least=2)
         # fresh lists: pipelines put theirs together with `+`
         return tuple(list(entry) if isinstance(entry, list) else entry for entry in joined)
 
@@ -74,7 +78,9 @@ class PromptCache:
             host = torch.device("cpu") if self._device is not None and self._device.type == "cuda" else None
             return tuple(_to(embedding, host) for embedding in row)
 
-        return _remembered(self._single, _key(arguments), encode, MAX_PROMPTS)
+        embeddings: Embeddings = _remembered(self._single, _key(arguments), encode, MAX_PROMPTS)
+        _shrink(self._single, MAX_PROMPT_BYTES, least=1)
+        return embeddings
 
 
 class EncodedImages:
@@ -212,6 +218,12 @@ def _length(embedding: Embedding) -> int:
 def _tensors(row: Embeddings) -> Iterator[torch.Tensor]:
     for entry in row:
         yield from [entry] if torch.is_tensor(entry) else _tensors(tuple(entry or ()))
+
+
+def _shrink(cache: OrderedDict[Key, Embeddings], most: int, least: int) -> None:
+    """Forgets the least recently used entries until the others have so many bytes at most, or are so few."""
+    while len(cache) > least and sum(tensor.nbytes for row in cache.values() for tensor in _tensors(row)) > most:
+        cache.popitem(last=False)
 
 
 def _to(embedding: Embedding, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Embedding:

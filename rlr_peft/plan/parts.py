@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from rlr_peft.chain.encodings import MAX_JOINED_BYTES, MAX_PROMPT_BYTES
 from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.plan.measurements import Measurements
 from rlr_peft.plan.reward_memory import RewardMemory
@@ -204,7 +205,10 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
         Part("average of the LoRA weights (fp32)", facts.lora if options.use_ema else 0),
         Part("old copy of the LoRA weights (fp32)", facts.lora if options.keeps_old_weights else 0),
         Part("trajectory", measured.trajectory, (SAMPLING, DECODE, ADJOINT)),
-        Part("prompt embeddings", KEPT_BATCHES * measured.embeddings),
+        Part(
+            "prompt embeddings",
+            min(KEPT_BATCHES * measured.embeddings, max(MAX_JOINED_BYTES, 2 * measured.embeddings)),
+        ),
         Part("encoding prompts", measured.encoding, (ENCODING,)),
         Part("block of a text encoder", facts.encoding_block if options.moves_text_encoders else 0, (ENCODING,)),
         Part("denoiser step, no tape", measured.sampling + dequantized, (SAMPLING,)),
@@ -339,12 +343,13 @@ def _kept_on_host(plan: MemoryPlan) -> tuple[Part, ...]:
     after_loading = (TRAINING, EVALUATION, VERIFICATION)
     picture = facts.measured.picture
     pictures = round(picture * (min(facts.compared, FIGURE_PAIRS) + facts.compared * BYTES_OF_PICTURE))
+    remembered = min(REMEMBERED_PROMPTS * facts.prompt, max(MAX_PROMPT_BYTES, facts.prompt))
     parts = (
         # rewards come after the pipeline, of which what rests on the host is still there
         Part("weights while they are loaded", max(pipeline, resting + facts.rewards), (LOADING,)),
         Part("offloaded models", resting, after_loading),
         Part("offloaded rewards", facts.rewards if options.offload_rewards else 0, after_loading),
-        Part(f"embeddings of {REMEMBERED_PROMPTS} prompts", REMEMBERED_PROMPTS * facts.prompt, after_loading),
+        Part(f"embeddings of {REMEMBERED_PROMPTS} prompts", remembered, after_loading),
         Part("checkpoint while it is written", facts.lora + facts.optimizer[options.use_8bit_adam], (TRAINING,)),
         # one by one, joined, and as an image file's numbers
         Part("validation images", 3 * facts.validated * picture, (TRAINING, EVALUATION)),

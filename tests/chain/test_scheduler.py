@@ -59,3 +59,20 @@ def test_embeddings_in_lists_of_lists_are_remembered() -> None:
         assert [[entry.tolist() for entry in own] for own in embeddings] == [[[[1.0] * 2]], [[[3.0] * 2] * 3]]
         assert embeddings[0][0].dtype == torch.float32
     assert asked == [["a"], ["sky"]]
+
+
+def test_large_embeddings_are_forgotten_before_small_ones_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def encode_prompt(prompt: list[str]) -> tuple[torch.Tensor]:
+        asked.append(prompt[0])
+        return (torch.zeros(1, 4, 8),)
+
+    cache = PromptCache(encode_prompt, torch.float32)
+    monkeypatch.setattr("rlr_peft.chain.encodings.MAX_PROMPT_BYTES", 2 * 4 * 8 * 4)
+    monkeypatch.setattr("rlr_peft.chain.encodings.MAX_JOINED_BYTES", 0)
+    for text in "abcab":
+        cache(prompt=[text])
+    assert asked == ["a", "b", "c", "a", "b"], "two fit, and the oldest one goes"
+    cache(prompt=["a"])
+    assert len(asked) == 5
