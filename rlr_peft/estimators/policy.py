@@ -90,7 +90,8 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         self.advantage_clip = arguments.advantage_clip
         self.departures = ("advantages are divided by a standard deviation that contains the sample's own reward",)
         if arguments.inner_epochs > 1:
-            self.departures += ("later inner epochs use samples of earlier weights, with clipped ratios",)
+            held = "clipped" if arguments.divergence_limit is None else "masked"
+            self.departures += (f"later inner epochs use samples of earlier weights, with {held} ratios",)
         if arguments.ratio_norm:
             self.departures += ("every step is weighted by its noise over its length",)
         ddpo = arguments if isinstance(arguments, DDPOArguments) else DDPOArguments()  # of GRPO they stay empty
@@ -102,11 +103,11 @@ class PolicyGradientEstimator(SingleStepsEstimator):
         knobs, normalised = self.arguments, "per-prompt statistics"
         if isinstance(knobs, GRPOArguments):
             normalised = normalised_in_words(knobs.advantage_std)
-        trust = f"{'normalised ' if knobs.ratio_norm else ''}ratios clipped at {knobs.clip_range:g}"
+        kind, trust = "clipped ", f"{'normalised ' if knobs.ratio_norm else ''}ratios clipped at {knobs.clip_range:g}"
         if knobs.divergence_limit is not None:
-            trust = f"masked beyond {knobs.divergence_limit:g} nats"
+            kind, trust = "", f"masked beyond {knobs.divergence_limit:g} nats"
         return (
-            f"clipped policy gradient on {self.steps_in_words()}, {normalised} advantages, {trust}, "
+            f"{kind}policy gradient on {self.steps_in_words()}, {normalised} advantages, {trust}, "
             f"{counted(self.inner_epochs, 'inner epoch')}"
         )
 

@@ -122,6 +122,13 @@ def test_beyond_the_divergence_limit_samples_are_masked_that_would_move_further_
     assert numbers["policy_clip_fraction"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(("knobs", "word"), [({}, "clipped"), ({"divergence_limit": 1.0}, "masked")])
+def test_what_holds_later_epochs_is_said(knobs: dict, word: str) -> None:
+    estimator = policy_gradient(inner_epochs=2, **knobs)
+    assert f"with {word} ratios" in estimator.coverage(sampled()[0], False).describe()
+    assert ("clipped" in estimator.describe()) == (word == "clipped")
+
+
 @pytest.mark.parametrize("clip_range", [0.05, 1e9])
 def test_the_normalised_ratio_is_grpo_guards(clip_range: float) -> None:
     """min(A r, A clip(r)) / dt with r = exp((log p - log p_old + KL) std), densities by torch.distributions."""
