@@ -174,9 +174,9 @@ class ChainOfThoughtArguments(Group):
     )
     dcot_form: StageFormName = knob(
         AUTO,
-        "How stage prompts condition a stage: as its prompt (parts), or as a contrast, where the whole prompt "
-        "conditions all stages and guidance steers away from it without that stage's part. `auto` is a contrast for "
-        "what the rules split, where there is such guidance and the text encoder holds the whole prompt; else parts.",
+        "How stage prompts are used. `parts` gives each stage its own prompt. `contrast` gives all stages the whole "
+        "prompt, and as negative prompt the whole without the part of the stage. `auto` takes the contrast for prompts "
+        "that the rules split, if they fit the text encoder and guidance has a negative prompt, and parts for others.",
     )
     dcot_stages: tuple[str, ...] | None = knob(
         None,

@@ -28,8 +28,8 @@ class EstimatorArguments(Group):
 
     calibration_samples: int = knob(
         16,
-        "Images sampled for one measurement of the per-step variances, fewer in a run too short to pay for them, and "
-        "for the first scales of several rewards.",
+        "Images for one measurement of the variances of the steps, and for the first scales of several rewards; a "
+        "short run takes fewer.",
         unit="images",
         within="[2, 100000]",
     )

@@ -33,8 +33,8 @@ class ModelArguments(Group):
     )
     single_file_config: str | None = knob(
         None,
-        "Hub id or local folder of a diffusers pipeline of the same family, whose configs and tokenizers, and of a "
-        "folder text encoders, a single file is completed with; null asks the Hub for those of the family.",
+        "Hub id or local folder of a diffusers pipeline of the same family, for the configs and tokenizers that a "
+        "single file lacks, and from a folder the text encoders; null takes those of the family from the Hub.",
         found="model",
     )
     revision: str | None = knob(None, "Branch, tag or commit of the Hub repository to load.", found="words")

@@ -74,8 +74,8 @@ class PromptArguments(Group):
     )
     image_column: str | None = knob(
         None,
-        "Column of the pictures that samples are drawn from besides their prompts, for bases that edit or animate one: "
-        "paths from the table's own folder on, or a dataset's images.",
+        "Column of pictures, for bases that edit or animate one: paths relative to the folder of the table, or the "
+        "images of a dataset.",
         found="words",
     )
     prompt_filter: str | None = knob(

@@ -55,8 +55,8 @@ class TrainingArguments(Group):
     )
     num_images_per_prompt: int | Literal["auto"] = knob(
         AUTO,
-        "Images of a prompt in an update: its group, within which rewards are compared; `auto` draws 4 where they are, "
-        "or as many as divide the update, and else 1, since the reward's gradient hardly differs between them.",
+        "Images of each prompt in an update: its group. `auto` is 4, or as many as divide the update, for methods that "
+        "compare the rewards of a group, and 1 for others: the images of a prompt have nearly the same gradient.",
         unit="images",
         within="[1, 100000]",
     )
