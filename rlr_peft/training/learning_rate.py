@@ -52,6 +52,11 @@ def aimed_change(samples: int) -> float:
     return CHANGE * min(max(correction, 1 / LARGEST_CORRECTION), LARGEST_CORRECTION)
 
 
+def rate_is_to_be_found(run: Run) -> bool:
+    """Whether `learning_rate: auto` has still to find its rate, which is 0 until then."""
+    return bool(run.lr_scheduler.base_lrs[0] == 0)
+
+
 def take_first_step(run: Run, step: int) -> None:
     """Finds the rate and takes the optimiser's step with it; if nothing moves the images, the next update tries again.
 

@@ -22,7 +22,7 @@ from rlr_peft.estimators.kl import kl_segments, path_kl, reference_steps
 from rlr_peft.estimators.objective import Batch, Rollout, sample_batch
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.scores import info_means, join_info
-from rlr_peft.training.learning_rate import take_first_step
+from rlr_peft.training.learning_rate import rate_is_to_be_found, take_first_step
 from rlr_peft.training.progress import SATISFIED, is_due_after
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def take_update(run: Run, step: int) -> Update:
         all_reduce_mean_descent(run.chain.parameters, run.samples_per_update, run.processes)
         run.estimator.see_gradient(run.chain.parameters, run.samples_per_update)
         gradient_norm = _clip(run, step)
-        if run.lr_scheduler.base_lrs[0] == 0:  # `learning_rate: auto`, still to be found
+        if rate_is_to_be_found(run):
             take_first_step(run, step)
         else:
             run.optimizer.step()
