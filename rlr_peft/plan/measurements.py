@@ -88,7 +88,10 @@ def measure(
     counts = {VERIFIED_IMAGES} if evaluation_batch_size is None else {VERIFIED_IMAGES, 1, evaluation_batch_size}
     denoisers = [getattr(chain.pipeline, name) for name in chain.family.denoisers]
     decoder = chain.reward_decoder or getattr(chain.pipeline, "vae", None)
-    with fused_attention(), tqdm(desc="Planning memory", unit="phase", leave=False) as bar:
+    with (
+        fused_attention(),
+        tqdm(desc="Planning memory", bar_format="{desc}: {n_fmt} phases done [{elapsed}]", leave=False) as bar,
+    ):
 
         def counted(found: T) -> T:
             bar.update()
