@@ -26,6 +26,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def most_resident(process: int | str = "self") -> int:
+    """Bytes that a process of Linux had in memory at most."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def read_results(name: str) -> dict[str, Any]:
     """What ``write_results`` wrote; empty if nothing."""
     path = _path(name)

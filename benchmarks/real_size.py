@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.machine import describe_machine, read_results, write_results
+from benchmarks.machine import describe_machine, most_resident, read_results, write_results
 from rlr_peft.build import (
     DTYPES,
     attach_adapters,
@@ -248,15 +248,9 @@ def _watched(device: torch.device) -> Iterator[dict[str, Any]]:
     if device.type == "cpu":
         result["processor_seconds"] = time.process_time() - worked
         if RESIDENT_PEAK.exists():
-            result["resident"] = _most_resident()
+            result["resident"] = most_resident()
     result["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else tape.peak
     result["peak_of"] = "all tensors" if device.type == "cuda" else "autograd's tape"
-
-
-def _most_resident() -> int:
-    """Bytes that this process had in memory at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _prediction(planned: MemoryPlan, phase: str, device: torch.device) -> dict[str, Any]:

@@ -12,13 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import urllib3
 from PIL import Image
 
-from benchmarks.machine import write_results
+from benchmarks.machine import most_resident, write_results
 
 POOL = urllib3.PoolManager(retries=False, maxsize=20)
 
@@ -47,8 +46,7 @@ def ask(url: str, body: bytes) -> tuple[int, float]:
 
 def peak_gib(process: "subprocess.Popen[str]") -> float:
     """The most memory that the process has had so far."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20, 2)
+    return round(most_resident(process.pid) / 2**30, 2)
 
 
 def eight_large_bodies(url: str) -> dict[str, object]:
