@@ -198,7 +198,7 @@ def describe_chain_of_thought(config: Config, pipeline: DiffusionPipeline, promp
     contrasts, checked = stage_form(config, pipeline).contrasts_among(prompts)
     if contrasts == 0:
         return f"Every step was conditioned on the prompt of its stage: {steps}. The stage prompts came from {source}."
-    whole = "on the whole prompt, and steered away from it without the part of its stage"
+    whole = "on the whole prompt, with the prompt without the part of its stage as negative prompt"
     if contrasts < checked:
         whole += f" (with {contrasts} of {checked} prompts; on the prompt of its stage with the others)"
     return f"Every step was conditioned {whole}: {steps}. The stages' parts came from {source}."

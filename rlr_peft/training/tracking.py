@@ -279,7 +279,7 @@ def form_in_words(run: Run) -> str:
 def stage_prompts_in_words(run: Run) -> list[str]:
     """What the Chain-of-Thought makes of the first prompts: `a cat on a beach -> coarse: a beach; fine: a cat`.
 
-    Of a contrast, what guidance leads away from: `... -> the whole, away from coarse: a cat; fine: a beach`.
+    Of a contrast the negative prompts: `... -> the whole prompt; negative prompts: coarse: a cat; fine: a beach`.
     """
     stages, lines = stages_from_config(run.config), []
     if stages is None:
@@ -289,7 +289,8 @@ def stage_prompts_in_words(run: Run) -> list[str]:
         texts, is_contrast = away_from or conditions, bool(away_from)
         parts = "; ".join(f"{name}: {text}" for name, text in zip(stages.names, texts, strict=True))
         if is_contrast:
-            parts = f"the whole, away from {parts}" if len(set(texts)) > 1 else "the whole in every stage"
+            differ = len(set(texts)) > 1
+            parts = f"the whole prompt; negative prompts: {parts}" if differ else "the whole prompt in every stage"
         lines.append(f"{prompt.text} -> {parts}")
     return lines
 

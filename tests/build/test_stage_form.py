@@ -117,10 +117,11 @@ def test_tiny_shapes_end_to_end(
         run_script(monkeypatch, tmp_path / "run.yaml")
     assert "  Chain-of-Thought as a contrast = coarse (steps 3-3), mid (2-2), fine (1-1)" in caplog.messages
     away = contrasts_in_words(captions[0])
-    assert f"    {captions[0]} -> the whole, away from {'; '.join(away)}" in caplog.messages
+    assert f"    {captions[0]} -> the whole prompt; negative prompts: {'; '.join(away)}" in caplog.messages
     card = (tmp_path / "auto" / "README.md").read_text()
     assert f"| coarse | 33% | {captions[0]} | {away[0].removeprefix('coarse: ')} |" in card
-    assert "on the whole prompt, and steered away from it without the part of its stage: coarse (steps 3-3)" in card
+    whole = "on the whole prompt, with the prompt without the part of its stage as negative prompt"
+    assert f"{whole}: coarse (steps 3-3)" in card
     (tmp_path / "named").mkdir()
     shutil.copytree(tmp_path / "auto" / "checkpoint-1", tmp_path / "named" / "checkpoint-1")
     flags = ["--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path / "named")]

@@ -24,7 +24,7 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
     assert re.search(r"Update: the first [\d.]+ s, then [\d.]+ s each, for 4 samples on \d+ CPU cores", text)
     assert re.search(r"Whole run: about .* for 30 updates", text)
     assert re.search(r"base and adapter on 12 images each: .* s\n", text) and "validation images: " in text
-    assert "  Chain-of-Thought as a contrast, for example:\n    red ball -> the whole in every stage\n" in text
+    assert "  Chain-of-Thought as a contrast, for example:\n    red ball -> the whole prompt in every stage\n" in text
     assert re.search(r"share of evaluations: \d+%\n  Chain-of-Thought", text)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -252,7 +252,7 @@ def test_a_stream_can_be_split_too(workplace: Path, place: Path) -> None:
     assert not set(texts_of(used)) & set(texts_of(run.evaluation_prompts))
     assert all(isinstance(prompt, Prompt) and len(prompt.stages) == 3 for prompt in [*used, *run.evaluation_prompts])
     first, *others = stage_prompts_in_words(run)
-    assert len(others) == 2 and first == f"{run.prompts[0].text} -> the whole in every stage"
+    assert len(others) == 2 and first == f"{run.prompts[0].text} -> the whole prompt in every stage"
     with pytest.raises(ConfigError, match="expected prompts on both sides of the split"):
         build(config_of(workplace, place, **SOURCES["streaming"], validation_split_percentage=0.001))
 
