@@ -14,8 +14,7 @@ import torch
 from benchmarks.machine import read_results, write_results
 from rlr_peft.build import build_run
 from rlr_peft.config import load_config
-from rlr_peft.plan import plan_run
-from rlr_peft.plan.parts import DECODE
+from rlr_peft.plan import DECODE, plan_run
 
 SAMPLES, TILE = 32, 32
 SDXL_TILES = (None, 768, 512)
