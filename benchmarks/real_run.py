@@ -20,6 +20,7 @@ there already of the same machine is not run again.
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -238,14 +239,10 @@ def measure_run(case: str, folder: Path) -> dict[str, Any]:
 
 def measure_sharded(case: str, folder: Path) -> dict[str, Any]:
     """Two processes with the denoiser whole in each, and shared out."""
-    launch = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu" if torch.cuda.is_available() else "--cpu",
-        *launch,
-    ]
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "1"  # of the processes that are launched
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += "--config_file configs/accelerate/several_gpus.yaml --main_process_port 0".split()
     flags = [*_flags(case, folder), *METHODS["rlr, K = 1"].split(), "--max_train_steps", str(UPDATES)]
     flags += "--validation_steps null --report_to none --evaluation_prompt_path null --learning_rate 0.0001".split()
     results: dict[str, Any] = {}
