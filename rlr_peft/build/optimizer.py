@@ -36,7 +36,8 @@ def build_optimizer(
     """The optimiser of that name; AdamW with `use_8bit_adam` keeps its state in 8 bits (of 4096 elements or more).
 
     What has no knob is the class's own default, but Muon's steps are scaled to the size of AdamW's
-    (https://arxiv.org/abs/2502.16982), so that learning rates of AdamW are of use.
+    (https://arxiv.org/abs/2502.16982), so that learning rates of AdamW are of use. Adafactor's are not scaled
+    down to the size of small weights: half of an adapter starts at zero, and would stay there.
 
     Args:
         parameters: the trainable ones, in an order that is the same in every run: a resumed state is matched by it.
@@ -56,6 +57,8 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": arguments.adam_weight_decay}
     if name in ("AdamW", "AdamW8bit", "Prodigy"):
         options |= {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
+    elif name == "Adafactor":
+        options["eps"] = (None, 1.0)
     elif name == "Muon":
         options["adjust_lr_fn"] = "match_rms_adamw"
     with redirect_stdout(StringIO()):  # Prodigy prints that it decays weights

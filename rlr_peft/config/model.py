@@ -75,7 +75,7 @@ class ModelArguments(Group):
         "Decode for the training reward in tiles of so many pixels, each recomputed in the backward pass: memory for "
         "one tile; a slightly biased objective, since the VAE sees less of the image at once.",
         unit="pixels",
-        within="[32, inf)",
+        within="[32, 16384]",
     )
     offload: bool = knob(
         False,

@@ -260,13 +260,12 @@ def _component(
     needs_image = family is not None and family.needs_image
     if library is None or name in ABSENT or (name in OF_IMAGES and not needs_image):
         return None
-    pipeline_class = getattr(diffusers, architecture.model_index["_class_name"])
-    if "Processor" in class_name and name in pipeline_class._optional_components:
-        return None
     config = architecture.components.get(name, {})
     if name == "image_processor":
         return BlankImageProcessor(architecture.components["image_encoder"]["image_size"])
     if "Processor" in class_name:
+        if name in getattr(diffusers, architecture.model_index["_class_name"])._optional_components:
+            return None
         raise ArchitectureError(
             f"{architecture.model_index['_class_name']} cannot be planned: its text encoder reads pictures through "
             f"{class_name}. Start it with a small --max_train_steps and read the peak memory in its metrics instead."

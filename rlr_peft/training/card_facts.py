@@ -172,6 +172,7 @@ def _training(run: Run, progress: Progress) -> dict[str, Any]:
         "images_per_prompt": run.num_images_per_prompt,
         "processes": run.accelerator.num_processes,
         "learning_rate": run.lr_scheduler.base_lrs[0],
+        "schedule": run.config.optimizer.schedule,
         "learning_rate_halvings": 0 if run.rollback is None else run.rollback.halvings,
         "weights": sum(parameter.numel() for parameter in run.chain.parameters),
         "first_order": (min(used), max(used)) if any(used) else None,

@@ -245,7 +245,7 @@ def _announce(run: Run, progress: Progress) -> None:
     trainable = sum(parameter.numel() for parameter in run.chain.parameters)
     stages = stages_from_config(run.config)
     chain_of_thought = [] if stages is None else [f"{form_in_words(run)} = {stages.describe(run.chain.num_steps)}"]
-    is_measured = "; how many steps, is measured" if training.gradient_accumulation_steps == AUTO else ""
+    is_measured = "; the accumulation steps are measured" if training.gradient_accumulation_steps == AUTO else ""
     for line in (
         "***** Running training *****",
         f"  Base = {run.config.model.pretrained_model_name_or_path}, reward = {run.reward.name}",

@@ -69,6 +69,14 @@ def test_the_8_bit_step_is_near_the_full_one_and_its_state_is_in_8_bits() -> Non
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
+def test_weights_at_zero_move_by_the_rate_with_adafactor() -> None:
+    arguments = OptimizerArguments(optimizer="Adafactor", learning_rate=0.01, adam_weight_decay=0.0)
+    weight = nn.Parameter(torch.zeros(64, 8))
+    optimizer = build_optimizer([weight], arguments)
+    take_steps([weight], optimizer, build_lr_scheduler(optimizer, arguments, 10), 0, 1)
+    assert weight.detach().square().mean().sqrt() == pytest.approx(0.01, rel=0.1)
+
+
 def test_one_step_of_lion_is_the_sign_and_one_of_muon_is_orthogonal() -> None:
     """https://arxiv.org/abs/2302.06675; https://arxiv.org/abs/2502.16982, whose root mean square is that of AdamW."""
     for name in ("Lion", "Muon"):

@@ -55,8 +55,9 @@ def outputs_detached(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
         middle = len(output) // 2
         if name == "z-image":
             return ([*output[:middle], *(one.detach() for one in output[middle:])],)
-        joined = tuple(torch.cat([part[:middle].detach(), part[middle:]]) for part in result)
-        return joined if isinstance(result, tuple) else type(result)(sample=joined[0])
+        if not isinstance(result, tuple):
+            return type(result)(sample=torch.cat([output[:middle].detach(), output[middle:]]))
+        return tuple(torch.cat([part[:middle].detach(), part[middle:]]) for part in result)
 
     parts = [getattr(pipeline, part, None) for part in ("unet", "transformer", "transformer_2")]
     hooks = [part.register_forward_hook(detach) for part in parts if part is not None]
