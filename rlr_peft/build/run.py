@@ -49,9 +49,7 @@ from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.training import LONGEST_UNSAVED, MOST_EVALUATION_IMAGES, SHARE
 from rlr_peft.errors import extra
-from rlr_peft.estimators.auto import AutoEstimator
 from rlr_peft.estimators.base import Estimator, RunShape, build_estimator
-from rlr_peft.estimators.forward import ForwardEstimator
 from rlr_peft.estimators.kl import KLPenalty
 from rlr_peft.estimators.objective import DecodedReward
 from rlr_peft.lora import AdapterFiles, check_adapter, check_adapter_saves, check_kohya, find_adapter, start_from
@@ -60,9 +58,6 @@ from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward
 
 logger = logging.getLogger(__name__)
-
-# Go back where the reward falls whatever the rate: `auto`, which chooses for the user, and losses that nothing holds.
-WATCHED = (AutoEstimator, ForwardEstimator)
 
 
 @dataclass(frozen=True)
@@ -314,7 +309,7 @@ def build_run(
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     lr_scheduler = build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps)
     ema = build_ema(chain.parameters, config.optimizer)
-    watches = config.optimizer.learning_rate == AUTO or isinstance(estimator, WATCHED)
+    watches = config.optimizer.learning_rate == AUTO or estimator.goes_back
     return Run(
         config=config,
         accelerator=accelerator,

@@ -19,6 +19,7 @@ from .interface import Chain as Chain
 from .interface import MovingWindow as MovingWindow
 from .interface import Trajectory as Trajectory
 from .memory import ModelOffload as ModelOffload
+from .memory import in_tiles as in_tiles
 from .memory import largest_block as largest_block
 from .memory import offload_models as offload_models
 from .memory import offload_text_encoders as offload_text_encoders
@@ -35,4 +36,3 @@ from .pipeline import batches_of_one_call as batches_of_one_call
 from .refusals import REFUSED as REFUSED
 from .refusals import refusal as refusal
 from .scheduler import RecordingScheduler as RecordingScheduler
-from .tiled_decoder import in_tiles as in_tiles

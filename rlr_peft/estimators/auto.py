@@ -158,6 +158,7 @@ class AutoEstimator(Estimator):
     """
 
     uses_reward_gradient = True
+    goes_back = True  # it chooses for the user
 
     def __init__(
         self,

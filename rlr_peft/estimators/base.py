@@ -189,6 +189,7 @@ class Estimator(ABC):
         advantage_clip: normalised advantages are clipped to plus or minus this; None leaves them.
         shares_draws: whether the images of a prompt share the estimator's draws, also those of different micro-batches.
         needs_noise: whether the samples of the next update must come from steps with noise.
+        goes_back: whether training goes back where the reward falls with a learning rate that is given too.
     """
 
     inner_epochs: int = 1
@@ -198,6 +199,7 @@ class Estimator(ABC):
     advantage_clip: float | None = None
     shares_draws: bool = False
     needs_noise: bool = True
+    goes_back: bool = False
 
     @abstractmethod
     def describe(self, has_gradient: bool | None = None) -> str:

@@ -135,6 +135,7 @@ class ForwardEstimator(Estimator):
 
     shares_draws = True
     needs_noise = False
+    goes_back = True  # nothing but the pulls holds these losses
 
     def __init__(self, arguments: ForwardArguments) -> None:
         self.arguments = arguments
