@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from rlr_peft.build import Run, optimizer
 from rlr_peft.training import finish, read_metrics, resume, take_update
-from rlr_peft.training.learning_rate import CHANGE, SAMPLES, aimed_change
+from rlr_peft.training.learning_rate import CHANGE, MOST_STEPS, SAMPLES, TRIES, aimed_change
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 VALUES = {"estimator": "full-bp", "learning_rate": "auto", "max_train_steps": 4, "num_inference_steps": 3}
@@ -39,6 +39,26 @@ def test_the_first_update_changes_the_images_by_the_set_amount(workplace: Path, 
     assert aim > 1.5 * CHANGE
     assert float(changes.log().mean().exp()) == pytest.approx(aim, rel=0.3)  # on other samples than its own
     assert run.lr_scheduler.get_last_lr() == [rate_of(run)]
+
+
+def test_a_long_chain_draws_in_fewer_steps(workplace: Path, tmp_path: Path) -> None:
+    """The change of the images that take all steps is the same; where the smallest stage of a prompt would be left none,
+    it draws in more."""
+    values = VALUES | {"estimator": "refl", "max_train_steps": 120, "num_inference_steps": 16}
+    run = build(config_file(workplace, tmp_path / "run", **values))
+    prompts = run.sampler.sample(7, SAMPLES)
+    before = run.chain.sample(prompts, range(SAMPLES)).latents[0]
+    drawn = run.denoiser_evaluations
+    take_update(run, 0)
+    searched = run.denoiser_evaluations - drawn - run.samples_per_update * 17
+    assert searched in {SAMPLES * tries * MOST_STEPS for tries in range(2, TRIES + 3)}
+    after = run.chain.sample(prompts, range(SAMPLES)).latents[0]
+    changes = (after - before).flatten(1).pow(2).mean(1).sqrt() / before.flatten(1).std(1)
+    assert float(changes.log().mean().exp()) == pytest.approx(aimed_change(120 * run.samples_per_update), rel=0.3)
+    stages = {"dcot_rules": True, "dcot_fractions": [0.48, 0.48, 0.04]}  # at 10 steps the last stage would have none
+    staged = build(config_file(workplace, tmp_path / "staged", **values, **stages))
+    take_update(staged, 0)
+    assert rate_of(staged) == pytest.approx(rate_of(run), rel=0.5)
 
 
 def test_a_longer_run_takes_smaller_steps_whose_noise_adds_up_to_the_same() -> None:
