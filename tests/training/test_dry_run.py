@@ -18,14 +18,16 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
     values = {"evaluation_prompt_path": str(workplace / "unseen.txt"), "max_train_steps": 30, "dcot_rules": True}
     config = config_file(workplace, tmp_path / "out", **values)
     before = sorted(tmp_path.rglob("*"))
-    run_script(monkeypatch, config, "--dry_run", "--validation_prompt", "a cat", "--validation_steps", "10")
+    shown = ["--validation_prompt", "a cat", "--validation_steps", "10"]
+    run_script(monkeypatch, config, "--dry_run", "--num_inference_steps", "20", *shown)
     text = capsys.readouterr().out
     assert re.search(r"Memory: [\d.]+ of [\d.]+ GiB used.*\n    planned for the whole run: [\d.]+ GiB", text)
     assert re.search(r"Update: the first [\d.]+ s, then [\d.]+ s each, for 4 samples on \d+ CPU cores", text)
     assert re.search(r"Whole run: about .* for 30 updates", text)
     assert re.search(r"base and adapter on 12 images each: .* s\n", text) and "validation images: " in text
     assert "  Chain-of-Thought as a contrast, for example:\n    red ball -> the whole prompt in every stage\n" in text
-    assert re.search(r"share of evaluations: \d+%\n  Chain-of-Thought", text)
+    assert re.search(r"share of evaluations: \d+%\n  Every sample .* in 20 steps.*\n  Chain-of", text)
+    assert "try --num_inference_steps 10 --evaluation_steps 20.\n" in text
     assert sorted(tmp_path.rglob("*")) == before
 
 
