@@ -42,8 +42,7 @@ def test_the_first_update_changes_the_images_by_the_set_amount(workplace: Path, 
 
 
 def test_a_long_chain_draws_in_fewer_steps(workplace: Path, tmp_path: Path) -> None:
-    """The change of the images that take all steps is the same; where the smallest stage of a prompt would be left none,
-    it draws in more."""
+    """The images of all steps change as much; where the smallest stage would be left none, it draws in more."""
     values = VALUES | {"estimator": "refl", "max_train_steps": 120, "num_inference_steps": 16}
     run = build(config_file(workplace, tmp_path / "run", **values))
     prompts = run.sampler.sample(7, SAMPLES)
@@ -55,7 +54,7 @@ def test_a_long_chain_draws_in_fewer_steps(workplace: Path, tmp_path: Path) -> N
     after = run.chain.sample(prompts, range(SAMPLES)).latents[0]
     changes = (after - before).flatten(1).pow(2).mean(1).sqrt() / before.flatten(1).std(1)
     assert float(changes.log().mean().exp()) == pytest.approx(aimed_change(120 * run.samples_per_update), rel=0.3)
-    stages = {"dcot_rules": True, "dcot_fractions": [0.48, 0.48, 0.04]}  # at 10 steps the last stage would have none
+    stages = {"dcot_rules": True, "dcot_fractions": [0.48, 0.48, 0.04]}  # no step of ten for the last
     staged = build(config_file(workplace, tmp_path / "staged", **values, **stages))
     take_update(staged, 0)
     assert rate_of(staged) == pytest.approx(rate_of(run), rel=0.5)
