@@ -132,9 +132,10 @@ def in_words(run: Run, plan: MemoryPlan | UserError, seconds: Seconds) -> str:
         lines.append(f"    validation images: {duration(seconds.validation)}")
     lines.append(f"    share of evaluations: {seconds.evaluation_share:.0%}")
     if run.chain.num_steps >= MANY_STEPS and run.config.validation.evaluation_steps is None:
+        steps = run.chain.num_steps
         lines.append(
-            f"  Every sample is drawn in {run.chain.num_steps} steps. Trained in fewer, adapters gained as much in a race "
-            f"for less: try --num_inference_steps {FEWER_STEPS} --evaluation_steps {run.chain.num_steps}."
+            f"  Every sample is drawn in {steps} steps. Trained in fewer, adapters gained as much in a race for less: "
+            f"try --num_inference_steps {FEWER_STEPS} --evaluation_steps {steps}."
         )
     if stage_prompts := stage_prompts_in_words(run):
         lines += [f"  Chain-of-Thought {form_in_words(run)}, for example:", *(f"    {line}" for line in stage_prompts)]
