@@ -20,7 +20,6 @@ from benchmarks.machine import write_results
 from rlr_peft.build import build_run, derive_seed
 from rlr_peft.config import load_config
 from rlr_peft.diagnose import first_and_half_order, sample_estimates
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators import (
     GradientSketch,
     SignalSizes,
@@ -32,6 +31,7 @@ from rlr_peft.estimators import (
     sample_batch,
     step_variances,
 )
+from rlr_peft.files import replacing_file
 
 GROUP = 4
 CALIBRATION_SAMPLES = 16

@@ -33,8 +33,8 @@ from benchmarks.two_experts import two_expert_pipeline
 from rlr_peft.build import Run, build_run
 from rlr_peft.compare import Evaluation, flat_metrics, measure_divergence, paired_gains, path_divergence, variety
 from rlr_peft.config import AUTO, load_config
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.estimators import AutoEstimator, ForwardEstimator
+from rlr_peft.files import replacing_file
 from rlr_peft.tiny_shapes import pipeline_path
 from rlr_peft.training import (
     calibrate,

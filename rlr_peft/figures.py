@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.files import replacing_file
 from rlr_peft.foreign_text import printable
 from rlr_peft.reports import decimals_of_scores
 from rlr_peft.rewards.preprocessing import to_8_bit

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.files import replacing_file
 from rlr_peft.foreign_text import one_line
 from rlr_peft.redaction import redacted, redacted_values
 

@@ -59,8 +59,8 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
         return dry_run_command(config)
 
     from rlr_peft.build.folder_lock import only_writer
+    from rlr_peft.build.processes import stopping_with_launcher
     from rlr_peft.publishing.publisher import open_publisher
-    from rlr_peft.training.interruption import stopping_with_launcher
 
     output_dir = Path(config.training.output_dir)
     with (
@@ -89,9 +89,9 @@ def train_command(words: Sequence[str], prog: str | None = "rlr-peft train") -> 
 def dry_run_command(config: Config) -> int:
     """Prints what a dry run finds out."""
     with reporting_errors():
-        from rlr_peft.training.dry_run import dry_run
+        from rlr_peft.training.dry_run import take_dry_run
 
-        text = dry_run(config)
+        text = take_dry_run(config)
     if os.environ.get("RANK", "0") == "0":
         say(text)
     return 0

@@ -36,7 +36,7 @@ LONGEST = (
     "hub/test_training.py",
     "compare/test_command.py",
     "training/test_notebook.py",
-    "training/test_interruption.py",
+    "build/test_interruption.py",
     "diagnose/test_report.py",
     "tiny_shapes/test_build.py",
     "training/test_learning_signal.py",

@@ -12,6 +12,7 @@ from .folder_lock import Owner as Owner
 from .folder_lock import only_writer as only_writer
 from .folder_lock import this_process as this_process
 from .machine import WITHOUT_GPU as WITHOUT_GPU
+from .machine import derive_seed as derive_seed
 from .machine import peak_memory_mb as peak_memory_mb
 from .machine import prepare_machine as prepare_machine
 from .optimizer import BLOCK_PROMPTS as BLOCK_PROMPTS
@@ -33,7 +34,7 @@ from .pipeline import pipeline_quantization as pipeline_quantization
 from .pipeline import prepare_pipeline as prepare_pipeline
 from .pipeline import set_attention_backend as set_attention_backend
 from .prompts import read_prompts as read_prompts
-from .randomness import derive_seed as derive_seed
+from .reporting import GracefulInterruption as GracefulInterruption
 from .reporting import reporting_errors as reporting_errors
 from .reporting import work_offline_without_hub as work_offline_without_hub
 from .run import Arithmetic as Arithmetic

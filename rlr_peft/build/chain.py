@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from rlr_peft.build.machine import total_memory
+from rlr_peft.build.machine import derive_seed, total_memory
 from rlr_peft.build.pipeline import enable_checkpointing
-from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.encodings import MAX_CHECKED, TextRoom
 from rlr_peft.chain.families import DENOISERS, Family, lora_targets
 from rlr_peft.chain.memory import working_device
 from rlr_peft.chain.stepped_pipeline import steers_from_texts
@@ -30,7 +30,6 @@ from rlr_peft.estimators.forward import holding
 from rlr_peft.lora import adapter_disabled, attach_lora, lora_size
 from rlr_peft.prompt import Prompt
 from rlr_peft.prompts.chain_of_thought import as_contrast, as_part, is_split_by_rules
-from rlr_peft.prompts.lengths import MAX_CHECKED, TextRoom
 
 
 @as_config_error()

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from rlr_peft.build.processes import is_running, repeating
 from rlr_peft.config import ConfigError
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.files import replacing_file
 
 logger = logging.getLogger(__name__)
 

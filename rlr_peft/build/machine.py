@@ -1,4 +1,4 @@
-"""What a run runs on, in words and numbers: hardware, memory, versions of packages."""
+"""What a run's numbers depend on besides its config: hardware, versions of packages, and the seeds of its draws."""
 
 import math
 import os
@@ -6,8 +6,10 @@ import platform
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, get_args
 
 import torch
+from numpy.random import SeedSequence
 
 from rlr_peft.config import ConfigError, ModelArguments
 
@@ -75,3 +77,25 @@ def prepare_machine(arguments: ModelArguments, device: torch.device) -> None:
     if arguments.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when the process first uses it
         torch.use_deterministic_algorithms(True)
+
+
+Purpose = Literal[
+    "lora",
+    "samples",
+    "calibration",
+    "estimator",
+    "validation",
+    "evaluation",
+    "process",
+    "divergence",
+    "reward_scale",
+    "learning_rate",
+    "noise_window",
+]
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+
+
+def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:
+    """A seed in 0..2**62 - 1 that differs for every purpose and key, such as (step, sample)."""
+    state = SeedSequence([seed, _PURPOSES.index(purpose), *key]).generate_state(2)
+    return (int(state[0]) << 32 | int(state[1])) >> 2

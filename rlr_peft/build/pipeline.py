@@ -22,8 +22,14 @@ from transformers import ProcessorMixin, Qwen2VLProcessor
 from transformers.utils import is_torchvision_available
 
 from rlr_peft.build.reporting import hide_loading_bars
-from rlr_peft.build.single_file import load_single_file, place_of_configs
-from rlr_peft.chain.base_files import check_loaded, class_settings, loading_base, read_model_index
+from rlr_peft.chain.base_files import (
+    check_loaded,
+    class_settings,
+    load_single_file,
+    loading_base,
+    place_of_configs,
+    read_model_index,
+)
 from rlr_peft.chain.families import DENOISERS, GENERIC, ONE_VIDEO_VAES, TILED_VAES, family_of, family_of_class
 from rlr_peft.chain.memory import hidden, in_tiles, offload_models, offload_text_encoders, text_encoders
 from rlr_peft.config import Config, ConfigError, ModelArguments

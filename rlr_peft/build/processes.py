@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: every exchange between them, and what a wait that does not end says.
+"""Where the processes of a run meet: every exchange between them, what a wait that does not end says, and the launcher.
 
 An exchange waits for the slowest process, which may rightly take hours, in an evaluation for example. So whoever waits
 says, after a minute and ever more rarely, for whom and what that one is at; and where a process is gone, which.
@@ -7,6 +7,7 @@ says, after a minute and ever more rarely, for whom and what that one is at; and
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -359,3 +361,39 @@ def is_running(process: int, started: float | None = None) -> bool:
         return bool(is_same and found.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
+
+
+@contextmanager
+def stopping_with_launcher() -> Iterator[None]:
+    """Inside, the end of the launcher that started this process counts as a SIGTERM, whatever ended it.
+
+    `accelerate launch` of one process does not pass signals on: a training would run on without anybody. Only a
+    launcher is watched: a program behind `nohup` outlives its shell on purpose.
+    """
+    launcher = os.getppid()
+    if not _is_launcher(launcher):
+        yield
+        return
+    said = False
+
+    def look() -> None:
+        nonlocal said
+        if os.getppid() == launcher or said:
+            return
+        said = True
+        os.write(2, f"\nThe launcher (process {launcher}) has ended: stopping as on SIGTERM.\n".encode())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with repeating(1.0, look):
+        yield
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        words = psutil.Process(process).cmdline()[:4]
+    except psutil.Error:
+        return False
+    return any(word in LAUNCHERS or Path(word).name in LAUNCHERS for word in words)

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from rlr_peft.build.chain import stage_form
 from rlr_peft.build.processes import Processes
+from rlr_peft.chain.encodings import TextRoom, find_over_long
 from rlr_peft.config import Config, ConfigError, stages_from_config
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
 from rlr_peft.prompt import Prompt, PromptError, as_prompts
@@ -27,7 +28,6 @@ from rlr_peft.prompts.chain_of_thought import (
 )
 from rlr_peft.prompts.files import prompt_lines
 from rlr_peft.prompts.language_models import EndpointModel, LanguageModelDecomposer, TransformersModel
-from rlr_peft.prompts.lengths import TextRoom, find_over_long
 from rlr_peft.prompts.rows import Columns
 from rlr_peft.prompts.sampler import MixedPromptSampler, PromptSampler, Sampler, StreamingPromptSampler
 from rlr_peft.prompts.tables import DatasetSpec, dataset_prompts, hold_back, is_held_back, load_prompts, prompts_of_rows

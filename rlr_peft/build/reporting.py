@@ -1,14 +1,17 @@
-"""What a program says, and how it starts: logs without noise, errors that explain themselves as one clear message, and
-no long wait for a Hub that does not answer.
+"""What a program says, how it starts and how it stops: logs without noise, errors that explain themselves as one clear
+message, no long wait for a Hub that does not answer, and an orderly end at the first signal.
 """
 
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -197,3 +200,50 @@ def refuse_missing_rewards(config: Config) -> None:
     files = ModelFiles(reward.reward_model_path, config.model.cache_dir)
     for spec in reward.specs:
         files.refuse_missing(spec, reward.vlm_endpoint)
+
+
+class GracefulInterruption:
+    """Inside this context, SIGTERM and SIGINT set a flag instead of ending the process.
+
+    The training loop looks at `exit_code` after every step; where it is not 0, the loop saves a checkpoint, leaves the
+    context and exits with it. A SIGINT after that first signal raises KeyboardInterrupt at once. The former handlers
+    are back when the context ends. Only the main thread can enter it (as Python demands for signals).
+
+    With several processes a signal may reach one of them a step before the others: take the largest `exit_code` of all
+    processes at the same place of every step before acting on it.
+
+    Attributes:
+        signal_number: the first signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._former_handlers: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it: 143 for SIGTERM, 130 for SIGINT; 0 when none came."""
+        return 128 + self.signal_number if self.signal_number is not None else 0
+
+    def __enter__(self) -> "GracefulInterruption":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._former_handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._former_handlers.items():
+            # None stands for a handler that was not set from Python: it cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._former_handlers.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal_number = number
+        name = signal.Signals(number).name
+        # straight to the file: a print may be what the signal has interrupted, and print cannot be entered twice
+        os.write(2, f"\n{name}: finishing this step, then saving a checkpoint. Ctrl-C now stops at once.\n".encode())

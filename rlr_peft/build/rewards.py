@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from rlr_peft.build.machine import derive_seed
 from rlr_peft.build.processes import Processes
-from rlr_peft.build.randomness import derive_seed
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.stepped_pipeline import DEFAULT_FPS
 from rlr_peft.config import Config, ConfigError
@@ -19,9 +19,9 @@ from rlr_peft.rewards.callables import CallableReward
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import ModelSettings, weights_dtype
-from rlr_peft.rewards.questions import JudgeSettings
 from rlr_peft.rewards.registry import RewardSettings, load_reward
 from rlr_peft.rewards.remote import RemoteSettings
+from rlr_peft.rewards.vlm_endpoint import JudgeSettings
 
 
 def name_reward(config: Config, given: Callable[..., Any]) -> Config:

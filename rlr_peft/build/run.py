@@ -26,7 +26,7 @@ from rlr_peft.build.chain import (
     check_trajectory,
     evaluation_chain,
 )
-from rlr_peft.build.machine import prepare_machine
+from rlr_peft.build.machine import derive_seed, prepare_machine
 from rlr_peft.build.optimizer import Rollback, averaged, build_ema, build_lr_scheduler, build_optimizer
 from rlr_peft.build.pipeline import (
     check_image_sizes,
@@ -39,7 +39,6 @@ from rlr_peft.build.pipeline import (
 )
 from rlr_peft.build.processes import PATIENCE, Processes
 from rlr_peft.build.prompts import given_prompts, read_prompts, warn_of_long_prompts, with_stage_prompts
-from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import load_rewards, measure_scales, name_of_object, name_reward
 from rlr_peft.build.sharding import ShardedDenoisers

@@ -7,7 +7,11 @@ from .adjoint import walk as walk
 from .base_files import BaseModelError as BaseModelError
 from .base_files import read_model_index as read_model_index
 from .denoising_chain import DenoisingChain as DenoisingChain
+from .encodings import MAX_CHECKED as MAX_CHECKED
 from .encodings import PromptCache as PromptCache
+from .encodings import TextRoom as TextRoom
+from .encodings import default_sequence_length as default_sequence_length
+from .encodings import find_over_long as find_over_long
 from .families import default_lora_targets as default_lora_targets
 from .families import family_of as family_of
 from .families import family_of_class as family_of_class
@@ -32,7 +36,7 @@ from .path import output_sensitivity as output_sensitivity
 from .path import prediction_sensitivity as prediction_sensitivity
 from .path import step_std as step_std
 from .pipeline import FRAMES_ARGUMENTS as FRAMES_ARGUMENTS
+from .pipeline import REFUSED as REFUSED
 from .pipeline import batches_of_one_call as batches_of_one_call
-from .refusals import REFUSED as REFUSED
-from .refusals import refusal as refusal
+from .pipeline import refusal as refusal
 from .scheduler import RecordingScheduler as RecordingScheduler

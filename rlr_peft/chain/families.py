@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from rlr_peft.config.chain import TimestepSpacing
-from rlr_peft.durable_files import SECOND_EXPERT
+from rlr_peft.files import SECOND_EXPERT
 
 EXPERTS = ("transformer", SECOND_EXPERT)
 DENOISERS = ("unet", *EXPERTS)

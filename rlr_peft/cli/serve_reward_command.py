@@ -58,9 +58,9 @@ def serve_reward_command(words: Sequence[str]) -> int:
     from rlr_peft.compare.kept import digest, reward_identity
     from rlr_peft.rewards.model_files import ModelFiles
     from rlr_peft.rewards.model_reward import ModelSettings, weights_dtype
-    from rlr_peft.rewards.questions import JudgeSettings
     from rlr_peft.rewards.registry import RewardSettings, load_reward
     from rlr_peft.rewards.server import ServerLimits
+    from rlr_peft.rewards.vlm_endpoint import JudgeSettings
 
     device = _device(own.device)
     files = ModelFiles(own.reward_model_path)

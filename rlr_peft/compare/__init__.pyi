@@ -2,6 +2,7 @@ from .command import CompareFlags as CompareFlags
 from .comparison import Comparison as Comparison
 from .comparison import MeasuredReward as MeasuredReward
 from .comparison import Model as Model
+from .comparison import draw_figures as draw_figures
 from .comparison import notes as notes
 from .comparison import unique_labels as unique_labels
 from .distances import RewardFeatures as RewardFeatures
@@ -21,7 +22,6 @@ from .evaluation import make_pictures as make_pictures
 from .evaluation import mean_and_standard_error as mean_and_standard_error
 from .evaluation import paired_gains as paired_gains
 from .evaluation import prompts_and_seeds as prompts_and_seeds
-from .figures import draw_figures as draw_figures
 from .kept import KeptFeatures as KeptFeatures
 from .kept import KeptImages as KeptImages
 from .kept import KeptReward as KeptReward

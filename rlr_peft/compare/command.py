@@ -9,7 +9,7 @@ from rlr_peft.build.reporting import work_offline_without_hub
 from rlr_peft.config import Config, ConfigError, HubArguments, config_from_dict
 from rlr_peft.config.arguments import knobs
 from rlr_peft.config.chain import SOURCES
-from rlr_peft.config.found import config_beside, read_found_config
+from rlr_peft.config.files import config_beside, read_found_config
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.parsing import Words, check_output, read_words
 from rlr_peft.errors import did_you_mean

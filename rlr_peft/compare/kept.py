@@ -1,7 +1,7 @@
 """Drawn images and measured numbers on disk, so that a comparison that was stopped goes on where it stood.
 
 Everything is kept under a key of all that would change it, and is complete or absent: files are written aside and
-renamed (`durable_files`), and what cannot be read back whole counts as absent. Images are PNG files that anyone can
+renamed (`rlr_peft.files`), and what cannot be read back whole counts as absent. Images are PNG files that anyone can
 look at. They hold 8 bits a channel, so a fresh image is rounded likewise before anything looks at it: scores do not
 depend on whether the image was drawn now or earlier.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 from rlr_peft.compare.distances import MeasureDivergence
 from rlr_peft.compare.evaluation import FeatureExtractor, Render
 from rlr_peft.config.reward import model_in
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.files import replacing_file
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit

@@ -13,12 +13,11 @@ from pyarrow.csv import write_csv
 from pyarrow.parquet import write_table
 from torch import Tensor
 
-from rlr_peft.compare.comparison import Comparison, notes
+from rlr_peft.compare.comparison import Comparison, draw_figures, notes
 from rlr_peft.compare.distances import Estimate
 from rlr_peft.compare.evaluation import SMALL_SIDE, make_pictures
-from rlr_peft.compare.figures import draw_figures
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import inline_svg, save_figure
+from rlr_peft.files import replacing_file
 from rlr_peft.foreign_text import in_text, inside_script, listed, page_environment
 from rlr_peft.prompt import ConditionImage, as_prompt
 from rlr_peft.reports import aligned, decimals_of_scores, gain_with_error, with_error, write_numbers, write_text

@@ -14,10 +14,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rlr_peft.build.chain import build_chain, evaluation_chain, evaluation_in_words, render
-from rlr_peft.build.machine import describe_hardware, package_versions, prepare_machine
+from rlr_peft.build.machine import derive_seed, describe_hardware, package_versions, prepare_machine
 from rlr_peft.build.pipeline import check_image_sizes, load_pipeline
 from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
-from rlr_peft.build.randomness import derive_seed
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.chain.denoising_chain import DenoisingChain

@@ -10,10 +10,10 @@ from .chain import StageFormName as StageFormName
 from .chain import stages_from_config as stages_from_config
 from .chain import window_steps as window_steps
 from .estimator import EstimatorArguments as EstimatorArguments
-from .forward import AWMArguments as AWMArguments
-from .forward import NFTArguments as NFTArguments
-from .forward import RAMArguments as RAMArguments
-from .found import read_found_config as read_found_config
+from .files import config_to_yaml as config_to_yaml
+from .files import read_found_config as read_found_config
+from .files import save_config as save_config
+from .files import yaml_text as yaml_text
 from .knob import ConfigError as ConfigError
 from .knob import Group as Group
 from .knob import Knob as Knob
@@ -32,9 +32,12 @@ from .parsing import MOST_USED as MOST_USED
 from .parsing import NoFlags as NoFlags
 from .parsing import load_config as load_config
 from .parsing import read_words as read_words
+from .policy import AWMArguments as AWMArguments
 from .policy import D3POArguments as D3POArguments
 from .policy import DDPOArguments as DDPOArguments
 from .policy import GRPOArguments as GRPOArguments
+from .policy import NFTArguments as NFTArguments
+from .policy import RAMArguments as RAMArguments
 from .prompts import BUILTIN_SETS as BUILTIN_SETS
 from .prompts import PromptArguments as PromptArguments
 from .prompts import nearest_source as nearest_source
@@ -47,6 +50,3 @@ from .training import LrScheduler as LrScheduler
 from .training import OptimizerArguments as OptimizerArguments
 from .training import TrainingArguments as TrainingArguments
 from .training import ValidationArguments as ValidationArguments
-from .yaml_files import config_to_yaml as config_to_yaml
-from .yaml_files import save_config as save_config
-from .yaml_files import yaml_text as yaml_text

@@ -16,8 +16,8 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rlr_peft.errors import UserError
+from rlr_peft.files import AMBIGUOUS, MAX_DIGITS, YAML_VALUES, Ambiguous
 from rlr_peft.foreign_text import listed
-from rlr_peft.plain_files import AMBIGUOUS, MAX_DIGITS, YAML_VALUES, Ambiguous
 from rlr_peft.redaction import HIDDEN
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def knob(
         sentence: one plain sentence, shown by `--help`.
         unit: what one of it is, shown by `--help` in brackets.
         within: the allowed interval of a number, such as `[0, 1)`.
-        found: what of its texts is taken from a config that was merely found, see `found.py`; None for nothing.
+        found: what of its texts is taken from a config that was merely found, see `config/files.py`; None for nothing.
             Numbers, true and false, and choices of fixed words always are.
         secret: never shown or written: null stands for it in `repr`, YAML, trackers and cards.
         fine: tunes a part of some methods, but does not say whether there is one. A file that serves several methods

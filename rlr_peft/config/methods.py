@@ -17,9 +17,8 @@ from rlr_peft.config.estimator import (
     ThreeOrdersArguments,
     at_most_all_steps,
 )
-from rlr_peft.config.forward import AWMArguments, NFTArguments, RAMArguments
 from rlr_peft.config.knob import knob, preset
-from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments
+from rlr_peft.config.policy import AWMArguments, D3POArguments, DDPOArguments, GRPOArguments, NFTArguments, RAMArguments
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -218,7 +217,7 @@ class AdjointMatchingArguments(DrawnStepsArguments):
     """Drawn steps that follow the reward's gradient carried through the base (adjoint matching)."""
 
     estimator = "adjoint-matching"
-    made_by = "adjoint_matching.AdjointMatchingEstimator"
+    made_by = "kl.AdjointMatchingEstimator"
     weighs_by_noise = True
     differentiates_reference = True
 

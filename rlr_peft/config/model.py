@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlr_peft.config.knob import ConfigError, Group, knob
-from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import did_you_mean
+from rlr_peft.files import PlainFileError, parse_json, quantizations, read_plain_text, stays_inside
 from rlr_peft.foreign_text import listed
-from rlr_peft.plain_files import PlainFileError, parse_json, read_plain_text
-from rlr_peft.recipes import quantizations
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config

@@ -27,13 +27,11 @@ from rlr_peft.config.arguments import (
     refuse_gone,
     refuse_missing,
 )
+from rlr_peft.config.files import config_to_yaml, read_config
 from rlr_peft.config.knob import ConfigError, Group, Knob, knob
-from rlr_peft.config.yaml_files import config_to_yaml, read_yaml
-from rlr_peft.durable_files import why_no_place
 from rlr_peft.errors import nearest_path
+from rlr_peft.files import PlainFileError, first_sentence, parse_yaml, recipes, why_no_place
 from rlr_peft.foreign_text import listed, say
-from rlr_peft.plain_files import PlainFileError, parse_yaml
-from rlr_peft.recipes import first_sentence, recipes
 from rlr_peft.redaction import redacted, secrets_of_command
 
 DESCRIPTION = "Train a LoRA adapter of a diffusers pipeline on a reward."
@@ -119,18 +117,6 @@ def exit_with(error: ConfigError) -> NoReturn:
     """Prints the error for a person and leaves with exit code 2."""
     say(f"error: {error}", sys.stderr)
     raise SystemExit(2)
-
-
-def read_config(path: Path, names: Collection[str]) -> dict[str, Any]:
-    """The typed values that a YAML file gives to these names; what else it holds is passed over.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds an unknown name or a wrong type.
-    """
-    where = f"--config {path}: "
-    written = read_yaml(path)
-    refuse_gone(written, where)
-    return {name: knobs()[name].read(value, where) for name, value in written.items() if name in names}
 
 
 def read_words(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.errors import nearest_path
-from rlr_peft.recipes import prompt_sets
+from rlr_peft.files import prompt_sets
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config

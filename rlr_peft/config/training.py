@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.config.model import check_revision
-from rlr_peft.durable_files import stays_inside, why_no_place
+from rlr_peft.files import stays_inside, why_no_place
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config

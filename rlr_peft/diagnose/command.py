@@ -81,7 +81,7 @@ def diagnose_command(words: Sequence[str]) -> int:
 
 
 def _sample(run: "Run", num_groups: int, group_size: int) -> "Batch":
-    from rlr_peft.build.randomness import derive_seed
+    from rlr_peft.build.machine import derive_seed
     from rlr_peft.estimators.objective import sample_batch
 
     training = run.config.training

@@ -13,7 +13,7 @@ from rlr_peft.diagnose.evidence import agreement, update_size
 from rlr_peft.diagnose.methods import quoted
 from rlr_peft.diagnose.single_samples import Cosine, is_clearly_larger, noise_scale, paired_difference
 from rlr_peft.estimators.base import step_ranges
-from rlr_peft.estimators.block_length import half_order_length_for_compute, half_order_length_for_memory
+from rlr_peft.estimators.half_order import half_order_length_for_compute, half_order_length_for_memory
 from rlr_peft.foreign_text import listed
 from rlr_peft.reports import counted, short_number
 

@@ -12,8 +12,6 @@ from .base import CoverageError as CoverageError
 from .base import Estimator as Estimator
 from .base import RunShape as RunShape
 from .base import build_estimator as build_estimator
-from .block_length import half_order_length_for_compute as half_order_length_for_compute
-from .block_length import half_order_length_for_memory as half_order_length_for_memory
 from .forward import ForwardEstimator as ForwardEstimator
 from .forward import LevelOutputs as LevelOutputs
 from .forward import awm_pull as awm_pull
@@ -29,6 +27,8 @@ from .half_order import draw as draw
 from .half_order import draw_probabilities as draw_probabilities
 from .half_order import expected_draws as expected_draws
 from .half_order import free_blocks as free_blocks
+from .half_order import half_order_length_for_compute as half_order_length_for_compute
+from .half_order import half_order_length_for_memory as half_order_length_for_memory
 from .half_order import tiles as tiles
 from .kl import KLPenalty as KLPenalty
 from .kl import NoDivergenceError as NoDivergenceError

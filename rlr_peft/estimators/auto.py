@@ -32,8 +32,8 @@ import torch
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.interface import Chain
 from rlr_peft.config.estimator import PathwiseArguments
-from rlr_peft.config.forward import RAMArguments
 from rlr_peft.config.methods import AutoArguments, FlowBPSparseArguments, FullBPArguments, TruncatedBPArguments
+from rlr_peft.config.policy import RAMArguments
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.forward import ForwardEstimator
 from rlr_peft.estimators.objective import Objective, Rollout

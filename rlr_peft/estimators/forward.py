@@ -39,7 +39,7 @@ import torch
 from rlr_peft.chain.adjoint import Segment, per_sample
 from rlr_peft.chain.interface import Chain
 from rlr_peft.chain.path import PathPoint
-from rlr_peft.config.forward import AWMArguments, BasePulledArguments, ForwardArguments, NFTArguments, RAMArguments
+from rlr_peft.config.policy import AWMArguments, BasePulledArguments, ForwardArguments, NFTArguments, RAMArguments
 from rlr_peft.estimators.advantages import group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.objective import Objective, Rollout

@@ -14,7 +14,6 @@ import torch
 from rlr_peft.chain.interface import Chain
 from rlr_peft.config.estimator import CalibratedArguments, ThreeOrdersArguments
 from rlr_peft.estimators.base import Coverage, CoverageError, RunShape
-from rlr_peft.estimators.block_length import half_order_length
 from rlr_peft.estimators.half_order import (
     DEFENSIVE_SHARE,
     HalfOrder,
@@ -22,6 +21,7 @@ from rlr_peft.estimators.half_order import (
     draw_probabilities,
     expected_draws,
     free_blocks,
+    half_order_length,
     tiles,
 )
 from rlr_peft.estimators.zeroth_order import ZerothOrder

@@ -28,10 +28,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlr_peft.durable_files import ADAPTER_FILES, WEIGHT_NAME, stays_inside
 from rlr_peft.errors import UserError, did_you_mean
+from rlr_peft.files import ADAPTER_FILES, WEIGHT_NAME, PlainFileError, parse_json, stays_inside
 from rlr_peft.foreign_text import printable
-from rlr_peft.plain_files import PlainFileError, parse_json
 
 
 class AdapterFormatError(UserError, ValueError):

@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rlr_peft.chain.families import denoiser_of_file, models_of
-from rlr_peft.lora.attach import ADAPTER
+from rlr_peft.lora.adapter import ADAPTER
 from rlr_peft.lora.files import AdapterFiles, AdapterFormatError, AdapterMismatchError, find_adapter, read_tensors
 from rlr_peft.lora.formats import AdapterLayer, apply_settings, format_name, layers_of
 from rlr_peft.lora.placing import LayerNames, place_layers, quiet_diffusers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_peft.chain.families import DENOISERS, adapter_prefix, models_of
-from rlr_peft.lora.attach import ADAPTABLE
+from rlr_peft.lora.adapter import ADAPTABLE
 from rlr_peft.lora.files import AdapterFormatError, AdapterMismatchError
 from rlr_peft.lora.formats import AdapterLayer, layers_of
 

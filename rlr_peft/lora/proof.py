@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlr_peft.chain.families import EXPERTS, adapter_folder, adapter_loading, adapter_prefix, models_of
-from rlr_peft.durable_files import WEIGHT_NAME
-from rlr_peft.lora.attach import ADAPTER, adapted_denoisers, lora_parameters
-from rlr_peft.lora.export import save_lora
+from rlr_peft.files import WEIGHT_NAME
+from rlr_peft.lora.adapter import ADAPTER, adapted_denoisers, lora_parameters, save_lora
 from rlr_peft.lora.files import AdapterMismatchError
 from rlr_peft.lora.loading import diffusers_loads, load_lora
 

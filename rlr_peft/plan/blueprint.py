@@ -31,9 +31,8 @@ from transformers import BatchEncoding
 
 from rlr_peft.chain.base_files import MODEL_INDEX, check_model_index, read_model_index
 from rlr_peft.chain.families import family_of_class
-from rlr_peft.durable_files import stays_inside
 from rlr_peft.errors import UserError
-from rlr_peft.plain_files import read_plain_text
+from rlr_peft.files import read_plain_text, stays_inside
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 CONFIG = "config.json"

@@ -41,7 +41,7 @@ from rlr_peft.plan.measurements import weight_bytes
 from rlr_peft.redaction import is_address
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.names import BLACK_BOXES
-from rlr_peft.rewards.vlm_inputs import QWEN, SMOL
+from rlr_peft.rewards.vlm import QWEN, SMOL
 
 VIT_L_14 = {
     "hidden_size": 1024,

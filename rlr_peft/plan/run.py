@@ -14,9 +14,8 @@ from rlr_peft.build.chain import (
 from rlr_peft.build.pipeline import DTYPES, check_reward_decoder, own_reward_decoder
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.sharding import sharded_bytes
-from rlr_peft.build.single_file import place_of_configs
 from rlr_peft.byte_counters import fused_attention
-from rlr_peft.chain.base_files import loading_base
+from rlr_peft.chain.base_files import loading_base, place_of_configs
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.families import family_of, models_of
 from rlr_peft.chain.memory import largest_block

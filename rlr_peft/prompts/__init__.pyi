@@ -12,9 +12,6 @@ from .language_models import EndpointModel as EndpointModel
 from .language_models import LanguageModelDecomposer as LanguageModelDecomposer
 from .language_models import TransformersModel as TransformersModel
 from .language_models import instructions as instructions
-from .lengths import TextRoom as TextRoom
-from .lengths import default_sequence_length as default_sequence_length
-from .lengths import find_over_long as find_over_long
 from .rows import MANY_ROWS as MANY_ROWS
 from .rows import Columns as Columns
 from .sampler import MixedPromptSampler as MixedPromptSampler

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlr_peft.plain_files import parse_json
+from rlr_peft.files import parse_json
 from rlr_peft.prompt import Prompt, PromptError, PromptLike, as_prompt
 from rlr_peft.tiny_shapes import scenes
 

@@ -9,8 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlr_peft.durable_files import stays_inside
-from rlr_peft.plain_files import MAX_DEPTH, is_nested_too_deep
+from rlr_peft.files import MAX_DEPTH, is_nested_too_deep, stays_inside
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError
 
 logger = logging.getLogger(__name__)

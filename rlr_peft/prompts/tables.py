@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 from rlr_peft.config.prompts import BUILTIN_SETS, TABLES, nearest_source
 from rlr_peft.errors import UserError, extra
+from rlr_peft.files import prompt_sets
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError, as_prompts
 from rlr_peft.prompts.files import csv_rows, json_rows, parquet_rows, prompt_lines, without_nulls
 from rlr_peft.prompts.rows import Columns, Row, RowReader, in_words, one_row_a_prompt
-from rlr_peft.recipes import prompt_sets
 from rlr_peft.tiny_shapes import scenes
 
 logger = logging.getLogger(__name__)

@@ -28,18 +28,20 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from yaml import YAMLError
 
-from rlr_peft.config.yaml_files import yaml_text
-from rlr_peft.durable_files import replacing_file, stays_inside
+from rlr_peft.config.files import yaml_text
 from rlr_peft.errors import UserError
+from rlr_peft.files import replacing_file, stays_inside
 from rlr_peft.foreign_text import fenced, in_cell, in_code, listed, one_line, printable, printable_values
-from rlr_peft.publishing.bases import License, base_kind, hub_link
 from rlr_peft.publishing.record import (
     RECORD_NAME,
     ImagePair,
+    License,
     RecordError,
     Rewards,
     RunRecord,
     StoredCard,
+    base_kind,
+    hub_link,
     load_stored_card,
     save_stored_card,
 )

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlr_peft.config import ConfigError, HubArguments
-from rlr_peft.config.found import config_beside, read_found_config
+from rlr_peft.config.files import config_beside, read_found_config
 from rlr_peft.config.knob import Group, knob, preset
 from rlr_peft.config.model import DTYPE_NAMES, check_revision
 from rlr_peft.config.parsing import check_output, read_words
 from rlr_peft.errors import UserError
+from rlr_peft.files import PlainFileError, read_plain_text
 from rlr_peft.foreign_text import say
-from rlr_peft.plain_files import PlainFileError, read_plain_text
 
 if TYPE_CHECKING:
     from rlr_peft.publishing.record import RunRecord
@@ -182,7 +182,7 @@ def merge_command(words: Sequence[str]) -> int:
     from rlr_peft.chain.families import GENERIC, family_of_class
     from rlr_peft.chain.grid import build_scheduler
     from rlr_peft.config import ModelArguments
-    from rlr_peft.durable_files import rename_directory
+    from rlr_peft.files import rename_directory
     from rlr_peft.lora import check_adapter, find_adapter, load_fitting_lora, merge_lora
     from rlr_peft.publishing.card import stored_record
     from rlr_peft.publishing.merged_card import Merged, write_merged_card

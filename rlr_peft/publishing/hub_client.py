@@ -33,8 +33,8 @@ from huggingface_hub.utils import (
 from huggingface_hub.utils._http import default_client_factory
 from urllib3 import Retry
 
-from rlr_peft.durable_files import WEIGHT_NAME, stays_inside
 from rlr_peft.errors import UserError
+from rlr_peft.files import WEIGHT_NAME, stays_inside
 from rlr_peft.redaction import redacted_address
 
 logger = logging.getLogger(__name__)

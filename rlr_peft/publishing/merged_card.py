@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlr_peft.durable_files import replacing_file
+from rlr_peft.files import replacing_file
 from rlr_peft.foreign_text import in_code, printable_values
-from rlr_peft.publishing.bases import BaseKind, base_kind, base_license, hub_link
 from rlr_peft.publishing.card import card_metadata, render_template
-from rlr_peft.publishing.record import RunRecord
+from rlr_peft.publishing.record import BaseKind, RunRecord, base_kind, base_license, hub_link
 from rlr_peft.publishing.snippet import call_arguments, told_sigmas
 
 TEMPLATE = Path(__file__).parent / "merged_card_template.md"

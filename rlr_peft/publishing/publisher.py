@@ -20,7 +20,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from rlr_peft.config import Config
-from rlr_peft.durable_files import ADAPTER_FILES, WEIGHT_NAME
+from rlr_peft.files import ADAPTER_FILES, WEIGHT_NAME
 from rlr_peft.publishing.card import addressed_card, card_text, stored_record, write_card
 from rlr_peft.publishing.hub_client import (
     FAILURES,

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlr_peft.chain.families import adapter_folder, adapter_loading
-from rlr_peft.publishing.bases import base_kind
-from rlr_peft.publishing.record import RunRecord
+from rlr_peft.publishing.record import RunRecord, base_kind
 
 
 def usage_snippet(record: RunRecord, prompt: str) -> str:

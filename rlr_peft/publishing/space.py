@@ -13,14 +13,13 @@ from pathlib import Path
 from huggingface_hub import SpaceCardData
 
 from rlr_peft.config import ConfigError
-from rlr_peft.config.found import config_beside, read_found_config
+from rlr_peft.config.files import config_beside, read_found_config
 from rlr_peft.config.model import is_single_file
-from rlr_peft.durable_files import SECOND_EXPERT
+from rlr_peft.files import SECOND_EXPERT
 from rlr_peft.foreign_text import in_text
 from rlr_peft.lora import AdapterFiles, check_adapter
-from rlr_peft.publishing.bases import base_kind, base_license
 from rlr_peft.publishing.card import names_in_words, stored_record
-from rlr_peft.publishing.record import Adapter, Base, Rewards, RunRecord, Sampling
+from rlr_peft.publishing.record import Adapter, Base, Rewards, RunRecord, Sampling, base_kind, base_license
 from rlr_peft.publishing.snippet import call_arguments, pipeline_code, quoted
 
 GRADIO = "6.31.0"  # the version that the page was looked at with

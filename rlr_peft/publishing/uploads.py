@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from rlr_peft.durable_files import ADAPTER_FILES, WEIGHT_NAME
+from rlr_peft.files import ADAPTER_FILES, WEIGHT_NAME
 from rlr_peft.publishing.hub_client import (
     FAILURES,
     Destination,

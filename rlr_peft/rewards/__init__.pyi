@@ -31,7 +31,6 @@ from .preprocessing import resize as resize
 from .preprocessing import resize_like_pil as resize_like_pil
 from .preprocessing import squared_pixels as squared_pixels
 from .preprocessing import vbench_pixels as vbench_pixels
-from .questions import JudgeSettings as JudgeSettings
 from .registry import RewardSettings as RewardSettings
 from .registry import load_reward as load_reward
 from .remote import RemoteReward as RemoteReward
@@ -47,5 +46,6 @@ from .scores import is_attached as is_attached
 from .scores import join_info as join_info
 from .server import RewardServer as RewardServer
 from .server import ServerLimits as ServerLimits
+from .vlm import read_inputs as read_inputs
 from .vlm import read_scores as read_scores
-from .vlm_inputs import read_inputs as read_inputs
+from .vlm_endpoint import JudgeSettings as JudgeSettings

@@ -19,13 +19,13 @@ MODEL_REWARDS: dict[str, tuple[Any, ...]] = {
     "hpsv2": ("clip_rewards", "HPSv2", "v2.1"),
     "hpsv2/v2.0": ("clip_rewards", "HPSv2", "v2.0"),
     "hpsv2/v2.1": ("clip_rewards", "HPSv2", "v2.1"),
-    "imagereward": ("image_reward", "ImageReward"),
+    "imagereward": ("preference_rewards", "ImageReward"),
     "pickscore": ("clip_rewards", "PickScore"),
     "subject-consistency": ("video_rewards", "SubjectConsistency"),
 }
 LARGE_REWARDS: dict[str, tuple[Any, ...]] = {
     "detector": ("detector", "Detector"),
-    "hpsv3": ("hpsv3", "HPSv3"),
+    "hpsv3": ("preference_rewards", "HPSv3"),
     "videoreward": ("video_rewards", "VideoReward"),
 }
 """Called with the settings of their networks, as those before."""

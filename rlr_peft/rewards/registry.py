@@ -23,9 +23,8 @@ from rlr_peft.rewards.names import (
     available_rewards,
     unknown_reward,
 )
-from rlr_peft.rewards.questions import JudgeSettings
 from rlr_peft.rewards.remote import RemoteReward, RemoteSettings
-from rlr_peft.rewards.vlm_endpoint import VlmEndpoint
+from rlr_peft.rewards.vlm_endpoint import JudgeSettings, VlmEndpoint
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def load_reward(spec: str, settings: RewardSettings | None = None) -> Reward:
     if spec.startswith(VLM_PREFIX):
         return _vlm(spec.removeprefix(VLM_PREFIX), settings)
     if spec.startswith(OCR_PREFIX):
-        return _load("ocr_model", "OcrModel", spec.removeprefix(OCR_PREFIX), settings.model)
+        return _load("ocr", "OcrModel", spec.removeprefix(OCR_PREFIX), settings.model)
     if ":" in spec:
         return load_callable_reward(spec, settings.model.device)
     raise RewardError(unknown_reward(spec, available_rewards()))

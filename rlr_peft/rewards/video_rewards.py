@@ -17,11 +17,11 @@ from transformers import AutoConfig, ViTModel
 
 from rlr_peft.errors import RewardError
 from rlr_peft.rewards.base import Metadata, Reward, Scored
-from rlr_peft.rewards.hpsv3 import qwen2_vl_network, read_as_plain_text
 from rlr_peft.rewards.model_files import constant_in
 from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, load_weights, loading, unit
+from rlr_peft.rewards.preference_rewards import qwen2_vl_network, read_as_plain_text
 from rlr_peft.rewards.preprocessing import vbench_pixels
-from rlr_peft.rewards.vlm_inputs import QwenVideoInputs
+from rlr_peft.rewards.vlm import QwenVideoInputs
 
 
 class TemporalFlicker(Reward):

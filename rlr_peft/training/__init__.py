@@ -1,4 +1,4 @@
-"""The training loop and what it stands on: checkpoints, metrics, interruption, optimisers."""
+"""The training loop and what it stands on: checkpoints, metrics, what a run leaves."""
 
 import lazy_loader
 

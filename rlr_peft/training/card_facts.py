@@ -1,4 +1,4 @@
-"""The facts of a run that its card is made of: all are gathered here, as plain values; the words are the template's."""
+"""The facts of a run and the single images that its card is made of; the words are the template's."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import rlr_peft
 from rlr_peft.build.chain import evaluation_chain, evaluation_in_words
 from rlr_peft.build.machine import describe_hardware, package_versions
 from rlr_peft.build.prompts import describe_chain_of_thought, source_shares
 from rlr_peft.build.run import Run
-from rlr_peft.build.single_file import place_of_configs
+from rlr_peft.chain.base_files import place_of_configs
 from rlr_peft.config import config_to_dict, stages_from_config
 from rlr_peft.config.model import DTYPE_NAMES, is_single_file
+from rlr_peft.figures import save_image, save_video
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import adapted_denoisers, diffusers_loads
-from rlr_peft.prompt import Prompt, texts_of
-from rlr_peft.publishing.bases import base_kind, base_license
+from rlr_peft.prompt import Prompt, PromptLike, as_prompt, texts_of
 from rlr_peft.publishing.record import (
     SHOWN_PROMPTS,
     Adapter,
     Base,
+    ImagePair,
     Images,
     Prompts,
     Rewards,
     RunRecord,
     Sampling,
+    base_kind,
+    base_license,
 )
 from rlr_peft.redaction import redacted_command
 from rlr_peft.training.progress import LearningSignal, Progress
@@ -210,3 +215,76 @@ def _commit() -> str | None:
     words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+IMAGES = "images"
+MAX_GALLERY = 6
+MAX_PAIRS = 4
+
+
+def clear_card_images(output_dir: Path) -> None:
+    """Removes those of an earlier run into the same folder."""
+    for kind in ("validation", "base", "adapter", "condition"):
+        for path in (output_dir / IMAGES).glob(f"{kind}_*"):
+            path.unlink()
+
+
+def save_gallery(output_dir: Path, images: Tensor, prompts: Sequence[str], fps: int | None) -> None:
+    """Saves the first image or video of every prompt as `images/validation_I.*`.
+
+    Args:
+        images: (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1].
+        prompts: N prompts, equal ones beside each other.
+        fps: frames per second of videos.
+    """
+    for number, prompt in enumerate(list(dict.fromkeys(prompts))[:MAX_GALLERY]):
+        image, path = images[prompts.index(prompt)], output_dir / IMAGES / f"validation_{number}"
+        if image.ndim == 4:
+            save_video(path, image, fps or 8)
+        else:
+            save_image(path.with_suffix(".png"), image)
+
+
+def gallery(output_dir: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
+    """What `save_gallery` left: file name in the card's folder, and prompt."""
+    found = []
+    for number, prompt in enumerate(list(dict.fromkeys(map(str, prompts)))[:MAX_GALLERY]):
+        found += [
+            (f"{IMAGES}/{path.name}", str(prompt))
+            for path in sorted((output_dir / IMAGES).glob(f"validation_{number}.*"))
+        ]
+    return found
+
+
+def save_pairs(
+    output_dir: Path,
+    prompts: Sequence[PromptLike],
+    images: tuple[Tensor, Tensor],
+    scores: tuple[Tensor, Tensor],
+    drawn: tuple[int, int] | None = None,
+    image_area: int | None = None,
+) -> list[ImagePair]:
+    """Saves the first images of the comparison as `images/base_I.png` and `images/adapter_I.png`, and the pictures that
+    they were drawn from, if there are any, as `images/condition_I.png`.
+
+    Args:
+        prompts: n of them.
+        images: of base and adapter, each (k, 3, H, W) in [0, 1] of the first k <= n prompts.
+        scores: of base and adapter, each (n,): the trained reward.
+        drawn: width and height that were drawn, of videos those of a frame; None for those of the images.
+        image_area: pixels of the pictures that they were drawn from, where these are more than what was drawn.
+    """
+    pairs = []
+    for number, (prompt, *both) in enumerate(zip(prompts[:MAX_PAIRS], *images)):
+        files = [f"{IMAGES}/{name}_{number}.png" for name in ("base", "adapter")]
+        for file, image in zip(files, both, strict=True):
+            save_image(output_dir / file, image)
+        base, adapter = files
+        condition, picture = None, as_prompt(prompt).image
+        if picture is not None:
+            condition = f"{IMAGES}/condition_{number}.png"
+            width, height = drawn or (images[0].shape[-1], images[0].shape[-2])
+            picture.fitted(width, height, image_area).save(output_dir / condition)
+        before, after = (float(of_one[number]) for of_one in scores)
+        pairs.append(ImagePair(str(prompt), base, adapter, before, after, condition))
+    return pairs

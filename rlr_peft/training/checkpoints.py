@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from rlr_peft.build.machine import package_versions
-from rlr_peft.durable_files import rename_directory, stays_inside
 from rlr_peft.errors import UserError
+from rlr_peft.files import rename_directory, stays_inside
 
 logger = logging.getLogger(__name__)
 

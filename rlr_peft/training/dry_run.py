@@ -55,7 +55,7 @@ class Seconds:
         return (self.evaluation + self.validation) / self.total
 
 
-def dry_run(config: Config) -> str:
+def take_dry_run(config: Config) -> str:
     """Does it, in a folder of its own that is gone afterwards; returns what there is to say.
 
     Raises:

@@ -16,8 +16,7 @@ from rlr_peft.build.chain import (
     in_eval_mode,
     render,
 )
-from rlr_peft.build.machine import describe_hardware
-from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.machine import derive_seed, describe_hardware
 from rlr_peft.build.run import Run
 from rlr_peft.chain.families import adapter_folder, adapter_loading
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
@@ -25,8 +24,8 @@ from rlr_peft.compare.distances import has_noise, measure_divergence, path_diver
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.compare.report import PAGE, write_page_and_scores
 from rlr_peft.compare.run import prompt_source
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
+from rlr_peft.files import replacing_file
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import (
     adapted_denoisers,
@@ -36,17 +35,15 @@ from rlr_peft.lora import (
     save_lora,
     verify_lora_reloads,
 )
-from rlr_peft.lora.export import KOHYA_NAME
+from rlr_peft.lora.adapter import KOHYA_NAME
 from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card
-from rlr_peft.publishing.card_images import clear_card_images, gallery, save_pairs
 from rlr_peft.publishing.record import Images, StoredCard
 from rlr_peft.reports import counted, gain_with_error
 from rlr_peft.tiny_shapes import PIPELINE_NAME
-from rlr_peft.training.card_facts import logged_metrics, run_record
-from rlr_peft.training.progress import LearningSignal, Progress
-from rlr_peft.training.progress_page import ProgressPage
+from rlr_peft.training.card_facts import clear_card_images, gallery, logged_metrics, run_record, save_pairs
+from rlr_peft.training.progress import LearningSignal, Progress, ProgressPage
 from rlr_peft.training.validation import NUM_PAIRS, evaluate_adapter, evaluation_features, save_validation_images
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from statistics import fmean
 
 import torch
 
-from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.machine import derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.chain.interface import Trajectory

@@ -17,10 +17,9 @@ import torch
 from rlr_peft.build.optimizer import restore_ema, restore_optimizer
 from rlr_peft.build.run import Run
 from rlr_peft.config import ConfigError, HubArguments, config_to_yaml
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.errors import UserError
+from rlr_peft.files import PlainFileError, parse_yaml, read_plain_text, replacing_file
 from rlr_peft.lora import lora_parameters, save_lora
-from rlr_peft.plain_files import PlainFileError, parse_yaml, read_plain_text
 from rlr_peft.publishing.record import RECORD_NAME
 from rlr_peft.publishing.uploads import PUBLISHED
 from rlr_peft.training.checkpoints import (
@@ -30,8 +29,7 @@ from rlr_peft.training.checkpoints import (
     checkpoint_folders,
     understanding,
 )
-from rlr_peft.training.progress import EarlyStopping, Progress
-from rlr_peft.training.progress_page import PROGRESS_PAGE, VALIDATION
+from rlr_peft.training.progress import PROGRESS_PAGE, VALIDATION, EarlyStopping, Progress
 from rlr_peft.training.tracking import METRICS_LOG
 
 logger = logging.getLogger(__name__)

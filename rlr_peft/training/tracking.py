@@ -24,13 +24,12 @@ from rlr_peft.build.prompts import source_shares
 from rlr_peft.build.run import Run
 from rlr_peft.config import Config, config_to_dict, stages_from_config
 from rlr_peft.config.chain import AUTO
-from rlr_peft.durable_files import flush_to_disk, replacing_file
 from rlr_peft.errors import UserError, extra
+from rlr_peft.files import flush_to_disk, replacing_file
 from rlr_peft.foreign_text import printable
 from rlr_peft.prompt import Prompt, Stages
 from rlr_peft.redaction import redacted, secrets_of_command
-from rlr_peft.training.progress import LearningSignal, Progress
-from rlr_peft.training.progress_page import ProgressPage
+from rlr_peft.training.progress import LearningSignal, Progress, ProgressPage
 from rlr_peft.training.update import Update
 
 logger = logging.getLogger(__name__)

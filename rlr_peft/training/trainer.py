@@ -16,22 +16,24 @@ from diffusers import DiffusionPipeline
 
 from rlr_peft.build.folder_lock import only_writer
 from rlr_peft.build.machine import peak_memory_mb
+from rlr_peft.build.reporting import GracefulInterruption
 from rlr_peft.build.run import Run, build_run
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains
 from rlr_peft.config import Config as RunConfig
 from rlr_peft.config import ConfigError, config_from_dict, save_config
-from rlr_peft.durable_files import why_no_place
 from rlr_peft.estimators.base import Estimator
+from rlr_peft.files import why_no_place
 from rlr_peft.prompt import Prompt
 from rlr_peft.publishing.uploads import published_files
 from rlr_peft.training.checkpoints import CheckpointManager
 from rlr_peft.training.finishing import finish, summary
-from rlr_peft.training.interruption import GracefulInterruption
 from rlr_peft.training.progress import Progress, is_due_after
 from rlr_peft.training.resuming import CONFIG, claim_output_dir, open_checkpoints, resume, save_checkpoint
 from rlr_peft.training.tracking import MetricsError, RunLog, start_trackers
 from rlr_peft.training.update import Update, calibrate, calibration_due, take_update
 from rlr_peft.training.validation import evaluate_adapter, evaluate_base, save_validation_images
+
+logger = logging.getLogger(__name__)
 
 AS_OBJECT = "given as an object"
 SOME_PROMPTS = "simple-animals"  # for the config's own checks, which ask for prompts
@@ -183,9 +185,6 @@ class Trainer:
         """Ends the exchange between processes and the trackers."""
         self.run.processes.close()
         self.run.accelerator.end_training()
-
-
-logger = logging.getLogger(__name__)
 
 
 def train(

@@ -9,8 +9,8 @@ from statistics import fmean
 
 import torch
 
+from rlr_peft.build.machine import Purpose, derive_seed
 from rlr_peft.build.processes import Processes
-from rlr_peft.build.randomness import Purpose, derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.adjoint import DerivativeError
 from rlr_peft.chain.denoising_chain import DenoisingChain

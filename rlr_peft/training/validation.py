@@ -9,22 +9,22 @@ import torch
 from tqdm.auto import tqdm
 
 from rlr_peft.build.chain import ImagesError, evaluation_chain, render_with_latents
-from rlr_peft.build.randomness import derive_seed
+from rlr_peft.build.machine import derive_seed
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.build.run import Run
 from rlr_peft.chain.denoising_chain import DenoisingChain
 from rlr_peft.compare.distances import AUTO, FeatureExtractor, find_features
 from rlr_peft.compare.evaluation import Evaluation, evaluate, make_pictures, prompts_and_seeds
-from rlr_peft.durable_files import replacing_file
 from rlr_peft.errors import RewardError
 from rlr_peft.figures import as_images, save_image_grid, save_video
+from rlr_peft.files import replacing_file
 from rlr_peft.lora import adapter_disabled
 from rlr_peft.prompt import Prompt, texts_of
-from rlr_peft.publishing.card_images import save_gallery
 from rlr_peft.reports import decimals_of_scores
 from rlr_peft.rewards.base import Metadata, Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
-from rlr_peft.training.progress_page import VALIDATION
+from rlr_peft.training.card_facts import save_gallery
+from rlr_peft.training.progress import VALIDATION
 from rlr_peft.training.resuming import capture_random_states, restore_random_states
 from rlr_peft.training.tracking import track_images
 

@@ -7,7 +7,7 @@ from tests.hub.processes import LoopbackHub, run
 CODE = """
 import dataclasses, json
 from huggingface_hub import HfApi
-from rlr_peft.publishing.bases import base_license
+from rlr_peft.publishing.record import base_license
 api = HfApi()
 api.create_repo("owner/base")
 card = b"---\\nlicense: other\\nlicense_name: mine\\nlicense_link: LICENSE.md\\n---\\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from rlr_peft.durable_files import WEIGHT_NAME
+from rlr_peft.files import WEIGHT_NAME
 from rlr_peft.publishing import Destination, Publisher
 
 OFFLINE = Destination(HfApi(token=False), "owner/name", "main")  # HF_HUB_OFFLINE is set in tests

@@ -8,7 +8,7 @@ import pytest
 from rlr_peft.config import load_config
 from rlr_peft.prompt import PromptError
 from rlr_peft.reports import duration
-from rlr_peft.training import Seconds, dry_run
+from rlr_peft.training import Seconds, take_dry_run
 from tests.training.runs import config_file, run_script
 
 
@@ -49,5 +49,5 @@ def test_what_cannot_be_read_is_refused_before_the_memory_is_planned(
     (tmp_path / "bad.txt").write_bytes(b"a cat\x00")
     config = config_file(workplace, tmp_path / "out", prompt_path=str(tmp_path / "bad.txt"), max_train_steps=2)
     with pytest.raises(PromptError, match=r"bad\.txt"):
-        dry_run(load_config(["--config", str(config)]))
+        take_dry_run(load_config(["--config", str(config)]))
     assert "Planning memory" not in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlr_peft.config import ConfigError, load_config, read_quantization
-from rlr_peft.plain_files import MAX_BYTES, PlainFileError, parse_json, parse_yaml, read_plain_text
+from rlr_peft.files import MAX_BYTES, PlainFileError, parse_json, parse_yaml, read_plain_text
 
 REQUIRED = "--pretrained_model_name_or_path tiny-shapes --prompt_path tiny-shapes/train --reward_fn tiny-shapes".split()
 

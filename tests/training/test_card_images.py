@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from rlr_peft.publishing import clear_card_images, gallery, save_gallery, save_pairs
+from rlr_peft.training import clear_card_images, gallery, save_gallery, save_pairs
 
 
 def test_the_gallery_shows_the_first_image_or_video_of_every_prompt(tmp_path: Path) -> None:

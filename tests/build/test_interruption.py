@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlr_peft.training import GracefulInterruption
+from rlr_peft.build import GracefulInterruption
 
 LOOP = """
 import signal, sys, time
-from rlr_peft.training.interruption import GracefulInterruption
+from rlr_peft.build import GracefulInterruption
 
 former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 with GracefulInterruption() as interruption:
@@ -87,7 +87,7 @@ def test_without_a_signal_nothing_is_requested_and_handlers_come_back_after_an_e
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
 
 
-LAUNCHED = "from rlr_peft.training.interruption import stopping_with_launcher\nwith stopping_with_launcher():\n"
+LAUNCHED = "from rlr_peft.build.processes import stopping_with_launcher\nwith stopping_with_launcher():\n"
 LAUNCHED += "".join(f"    {line}\n" for line in LOOP.splitlines())
 LAUNCHER = "import subprocess, sys\nsubprocess.Popen(sys.argv[1:]).wait()\n"
 

@@ -4,9 +4,8 @@ import pytest
 from diffusers import CogVideoXPipeline, FluxPipeline, LTXPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import T5Tokenizer
 
+from rlr_peft.chain import MAX_CHECKED, TextRoom, default_sequence_length, find_over_long
 from rlr_peft.prompt import Prompt, as_prompts
-from rlr_peft.prompts import TextRoom, default_sequence_length, find_over_long
-from rlr_peft.prompts.lengths import MAX_CHECKED
 from tests.pipelines import PROMPT_LENGTH, letter_tokenizer
 
 
