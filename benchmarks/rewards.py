@@ -4,8 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlr_peft.rewards import Scored, TinyShapesJudgeReward
-from rlr_peft.tiny_shapes import JudgeName
+from rlr_peft.rewards import JudgeName, Scored, TinyShapesJudgeReward
 
 
 def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

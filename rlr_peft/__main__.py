@@ -1,5 +1,5 @@
 """`python -m rlr_peft` is `rlr-peft`."""
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 
 raise SystemExit(main())

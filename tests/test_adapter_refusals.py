@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.lora import (
     WEIGHT_NAME,
     AdapterFormatError,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rlr_peft import __version__
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.config import MOST_USED, knobs
 from tests.programs import ROOT, completed
 

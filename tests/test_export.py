@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.lora import (
     AdapterFormatError,
     attach_lora,

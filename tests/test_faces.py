@@ -8,7 +8,6 @@ from tests.programs import ROOT
 # Modules that are asked for names of their own, and why.
 PAST_A_FACE = {
     "rlr_peft.build.folder_lock": "names of the lock's files",
-    "rlr_peft.cli.main": "the address of the console script",
     "rlr_peft.prompts.sampler": "a limit that the test has to exceed",
     "rlr_peft.rewards.combination": "a weight that the closed form needs",
     "rlr_peft.rewards.detector": "what one reward computes, against its authors' code",

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.lora import WEIGHT_NAME, load_lora, save_lora
 from rlr_peft.publishing import Base, Merged, Rewards, RunRecord, StoredCard, save_stored_card, write_merged_card
 from tests.families.image_pipelines import pixart_sigma

@@ -22,7 +22,8 @@ from benchmarks.tiny_shapes.denoiser import train_unet
 from benchmarks.tiny_shapes.export import export_all
 from benchmarks.tiny_shapes.judges import train_judge
 from benchmarks.tiny_shapes.loop import LoopSettings, process_count, training_effort
-from rlr_peft.tiny_shapes import JUDGE_NAMES, pipeline_path
+from rlr_peft.rewards import JUDGE_NAMES
+from rlr_peft.tiny_shapes import pipeline_path
 
 STAGES = ("drawings", "vae", "latents", "judges", "unet", "export")
 

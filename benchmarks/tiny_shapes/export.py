@@ -13,7 +13,7 @@ from benchmarks.tiny_shapes.denoiser import create_scheduler, finished_denoiser
 from benchmarks.tiny_shapes.judges import finished_judge
 from benchmarks.tiny_shapes.loop import training_effort
 from benchmarks.tiny_shapes.text import create_tokenizer, write_legacy_tokenizer_files
-from rlr_peft.tiny_shapes import JUDGE_NAMES, judge_file
+from rlr_peft.rewards import JUDGE_NAMES, judge_file
 
 _TEXT_PREFIX = "text_model."
 

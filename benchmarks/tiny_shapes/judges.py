@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 
 from benchmarks.tiny_shapes.dataset import as_images, label_table
 from benchmarks.tiny_shapes.loop import LoopSettings, load_averaged_weights, train
-from rlr_peft.tiny_shapes import ATTRIBUTES, IMAGE_SIZE, Judge, JudgeName, create_judge
+from rlr_peft.rewards import Judge, JudgeName, create_judge
+from rlr_peft.tiny_shapes import ATTRIBUTES, IMAGE_SIZE
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 

@@ -26,17 +26,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from benchmarks.machine import describe_machine
 from benchmarks.tiny_shapes.dataset import fresh_drawings, labels_of
-from rlr_peft.tiny_shapes import (
-    ATTRIBUTES,
-    JUDGE_NAMES,
-    Judge,
-    Scene,
-    judges_path,
-    load_judge,
-    parse_caption,
-    pipeline_path,
-    prompts,
-)
+from rlr_peft.rewards import JUDGE_NAMES, Judge, load_judge
+from rlr_peft.tiny_shapes import ATTRIBUTES, Scene, judges_path, parse_caption, pipeline_path, prompts
 
 BATCH = 32
 

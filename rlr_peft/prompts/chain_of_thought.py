@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlr_peft import tiny_shapes
 from rlr_peft.files import parse_json
 from rlr_peft.prompt import Prompt, PromptError, PromptLike, as_prompt
-from rlr_peft.tiny_shapes import scenes
 
 Decomposer = Callable[[str], Sequence[str]]
 """Splits a prompt into one text per stage, noise first; raises ``PromptError`` for one that it cannot split."""
@@ -219,13 +219,15 @@ def decompose_by_rules(prompt: str) -> tuple[str, str, str]:
     A stage to which nothing belongs yet gets the whole text as well.
     """
     try:
-        attributes = scenes.parse_caption(prompt)
+        attributes = tiny_shapes.parse_caption(prompt)
     except ValueError:
         subject, *phrases = _phrases(prompt)
         scales = [_scale(phrase) for phrase in phrases]
         return _growing(prompt, phrases, scales, lambda chosen: ", ".join([subject, *chosen]))
-    scales = [scenes.SCALES[name] for name in attributes]
-    return _growing(prompt, list(attributes), scales, lambda names: scenes.describe({n: attributes[n] for n in names}))
+    scales = [tiny_shapes.SCALES[name] for name in attributes]
+    return _growing(
+        prompt, list(attributes), scales, lambda names: tiny_shapes.describe({n: attributes[n] for n in names})
+    )
 
 
 def is_split_by_rules(text: str, stages: Sequence[str]) -> bool:
@@ -266,11 +268,11 @@ def without_stage(prompt: str, stages: Sequence[str], index: int) -> str | None:
         return None
     earlier = [stage for stage in stages[:index] if stage != prompt]
     try:
-        whole = scenes.parse_caption(prompt)
-        known = {name for stage in earlier for name in scenes.parse_caption(stage)}
-        own = scenes.parse_caption(stages[index]).keys() - known
+        whole = tiny_shapes.parse_caption(prompt)
+        known = {name for stage in earlier for name in tiny_shapes.parse_caption(stage)}
+        own = tiny_shapes.parse_caption(stages[index]).keys() - known
         rest = {name: value for name, value in whole.items() if name not in own}
-        return scenes.describe(rest) if own and rest else None
+        return tiny_shapes.describe(rest) if own and rest else None
     except ValueError:
         subject, *phrases = _phrases(prompt)
         told = {phrase for stage in earlier for phrase in _phrases(stage)}

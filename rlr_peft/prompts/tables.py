@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rlr_peft import tiny_shapes
 from rlr_peft.config.prompts import BUILTIN_SETS, TABLES, nearest_source
 from rlr_peft.errors import UserError, extra
 from rlr_peft.files import prompt_sets
 from rlr_peft.prompt import ConditionImage, Prompt, PromptError, as_prompts
 from rlr_peft.prompts.files import csv_rows, json_rows, parquet_rows, prompt_lines, without_nulls
 from rlr_peft.prompts.rows import Columns, Row, RowReader, in_words, one_row_a_prompt
-from rlr_peft.tiny_shapes import scenes
 
 logger = logging.getLogger(__name__)
 
@@ -262,9 +262,9 @@ def _quiet_library(datasets: Any) -> Iterator[None]:
 def builtin_texts(name: str) -> list[str] | None:
     """The texts of a built-in set in a fixed order; None for a name that is none, or that of a file."""
     if name == "tiny-shapes/train":
-        return scenes.prompts("train")
+        return tiny_shapes.prompts("train")
     if name == "tiny-shapes/test":
-        return scenes.prompts("test")
+        return tiny_shapes.prompts("test")
     if name == "simple-animals":
         return list(ANIMALS)
     if name == "simple-animals/train":

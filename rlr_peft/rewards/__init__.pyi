@@ -9,8 +9,14 @@ from .combination import RunningScale as RunningScale
 from .combination import Term as Term
 from .combination import WeightedRewards as WeightedRewards
 from .embedded import HALF_SCORE_SURPRISE as HALF_SCORE_SURPRISE
+from .embedded import JUDGE_NAMES as JUDGE_NAMES
 from .embedded import JpegReward as JpegReward
+from .embedded import Judge as Judge
+from .embedded import JudgeName as JudgeName
 from .embedded import TinyShapesJudgeReward as TinyShapesJudgeReward
+from .embedded import create_judge as create_judge
+from .embedded import judge_file as judge_file
+from .embedded import load_judge as load_judge
 from .model_files import ModelFiles as ModelFiles
 from .model_reward import LinearHead as LinearHead
 from .model_reward import ModelReward as ModelReward

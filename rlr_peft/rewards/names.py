@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlr_peft.config import ConfigError
 from rlr_peft.config.reward import OCR_PREFIX, model_in
-from rlr_peft.tiny_shapes.scenes import ATTRIBUTES
+from rlr_peft.tiny_shapes import ATTRIBUTES
 
 MODEL_REWARDS: dict[str, tuple[Any, ...]] = {
     "aesthetic": ("clip_rewards", "Aesthetic"),

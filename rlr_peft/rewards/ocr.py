@@ -14,7 +14,7 @@ from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, describe_samples
-from rlr_peft.rewards.vlm import load_judge, read_inputs, shown_spec
+from rlr_peft.rewards.vlm import load_vlm, read_inputs, shown_spec
 
 TEXT = "text"  # in the metadata
 # Straight, curly and pointed ones. Single ones count only at the edges of words: elsewhere they are apostrophes.
@@ -135,7 +135,7 @@ class OcrModel(ModelReward):
         self._similarity = similarity()
         name = shown_spec(OCR_PREFIX, model)
         folder = settings.files.snapshot(name, model)
-        network = load_judge(name, folder, settings)
+        network = load_vlm(name, folder, settings)
         super().__init__(name, settings, network)
         self.differentiable = False
         with loading(name, folder):

@@ -266,7 +266,7 @@ class VlmJudge(ModelReward):
     def __init__(self, model: str, judge: JudgeSettings, settings: ModelSettings) -> None:
         name = shown_spec(VLM_PREFIX, model)
         folder = settings.files.snapshot(name, model)
-        network = load_judge(name, folder, settings)
+        network = load_vlm(name, folder, settings)
         super().__init__(name, settings, network)
         with loading(name, folder):
             self._inputs = read_inputs(name, folder, network.config)
@@ -319,7 +319,7 @@ def shown_spec(prefix: str, model: str) -> str:
     return f"{prefix}{place.resolve().name if place.is_dir() else model}"
 
 
-def load_judge(name: str, folder: Path, settings: ModelSettings) -> Any:
+def load_vlm(name: str, folder: Path, settings: ModelSettings) -> Any:
     """A network that answers questions about images, from a folder with its files.
 
     Raises:
@@ -347,7 +347,7 @@ class UnifiedReward(ModelReward):
     def __init__(self, settings: ModelSettings) -> None:
         script, folder = settings.files.of(UNIFIED_REWARD)
         self._question = published_question(script)
-        network = load_judge(UNIFIED_REWARD, folder, settings)
+        network = load_vlm(UNIFIED_REWARD, folder, settings)
         super().__init__(UNIFIED_REWARD, settings, network)
         self.differentiable = False
         with loading(UNIFIED_REWARD, folder):

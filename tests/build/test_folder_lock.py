@@ -18,7 +18,7 @@ import pytest
 
 from rlr_peft.build import FolderInUseError, Owner, folder_lock, only_writer, this_process
 from rlr_peft.build.folder_lock import LOCK, OWNER, PATIENCE
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.publishing import Base, Rewards, RunRecord, StoredCard, write_card
 from tests.programs import Program
 from tests.training.runs import config_file, finish, start

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME
 from tests.compare.adapter_hub import adapter_hub

@@ -21,8 +21,16 @@ from transformers import (
 
 from rlr_peft.compare import RewardFeatures, Thumbnails, VisionModelFeatures, find_features
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards import HeldoutRewards, Metadata, ModelSettings, SeeingReward, Term, WeightedRewards, load_reward
-from rlr_peft.tiny_shapes import load_judge
+from rlr_peft.rewards import (
+    HeldoutRewards,
+    Metadata,
+    ModelSettings,
+    SeeingReward,
+    Term,
+    WeightedRewards,
+    load_judge,
+    load_reward,
+)
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGES = torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(0))

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from rlr_peft.cli import ServeFlags
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.compare import CompareFlags
 from rlr_peft.config import Group, read_words
 from rlr_peft.diagnose import DiagnoseFlags
 from rlr_peft.plan import PlanFlags
 from rlr_peft.publishing import CardFlags, MergeFlags, PushFlags
+from rlr_peft.serve_reward import ServeFlags
 
 
 def read(flags: type[Group], *words: str, place: str | None = None) -> Any:

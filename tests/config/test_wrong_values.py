@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.config import ELSEWHERE, ConfigError, knobs
 from rlr_peft.config import load_config as load
 from tests.config.loading import REQUIRED, refusal, write

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.config import load_config
 from rlr_peft.plan import (
     ENCODING,

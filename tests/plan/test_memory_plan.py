@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from rlr_peft.build import build_optimizer
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain import DenoisingChain, ReplayedStep
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.config import Config, ConfigError, OptimizerArguments, load_config
 from rlr_peft.lora import attach_lora
 from rlr_peft.plan import (

@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from playwright.sync_api import expect, sync_playwright
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.lora import attach_lora, lora_parameters, save_lora
 from rlr_peft.publishing import StoredCard, save_stored_card
 from rlr_peft.tiny_shapes import pipeline_path

@@ -8,7 +8,7 @@ from time import sleep
 
 import pytest
 
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.publishing import StoredCard, TemplateError, addressed_card, load_stored_card, write_card
 from tests.publishing.records import FULL, write
 from tests.publishing.test_card import check_sections

@@ -6,8 +6,17 @@ import torch
 
 from benchmarks.tiny_shapes.drawing import draw
 from rlr_peft.errors import RewardError
-from rlr_peft.rewards import HALF_SCORE_SURPRISE, Reward, load_reward, measure_images, score_images
-from rlr_peft.tiny_shapes import ATTRIBUTES, JUDGE_NAMES, JudgeName, create_judge, parse_caption, scenes_of
+from rlr_peft.rewards import (
+    HALF_SCORE_SURPRISE,
+    JUDGE_NAMES,
+    JudgeName,
+    Reward,
+    create_judge,
+    load_reward,
+    measure_images,
+    score_images,
+)
+from rlr_peft.tiny_shapes import ATTRIBUTES, parse_caption, scenes_of
 
 PROMPT = "a large red striped star with no outline in the center on a navy background"
 

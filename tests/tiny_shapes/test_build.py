@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from benchmarks.tiny_shapes.build import build, parse_arguments
 from benchmarks.tiny_shapes.loop import LoopSettings, train
-from rlr_peft.tiny_shapes import JUDGE_NAMES, create_judge, judge_file
+from rlr_peft.rewards import JUDGE_NAMES, create_judge, judge_file
 
 TOY = [
     *("--drawings", "24", "--processes", "1", "--log_every", "1", "--checkpoint_every", "100"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.tiny_shapes.dataset import fresh_drawings
-from rlr_peft.tiny_shapes import ATTRIBUTES, JUDGE_NAMES, JudgeName, create_judge, load_judge
+from rlr_peft.rewards import JUDGE_NAMES, JudgeName, create_judge, load_judge
+from rlr_peft.tiny_shapes import ATTRIBUTES
 
 
 @pytest.mark.parametrize("name", JUDGE_NAMES)

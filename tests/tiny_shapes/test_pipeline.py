@@ -13,16 +13,8 @@ from safetensors.torch import load_file
 
 from benchmarks.tiny_shapes.dataset import fresh_drawings, labels_of
 from benchmarks.tiny_shapes.text import token_ids
-from rlr_peft.tiny_shapes import (
-    ATTRIBUTES,
-    Scene,
-    caption_words,
-    judges_path,
-    load_judge,
-    parse_caption,
-    pipeline_path,
-    prompts,
-)
+from rlr_peft.rewards import load_judge
+from rlr_peft.tiny_shapes import ATTRIBUTES, Scene, caption_words, judges_path, parse_caption, pipeline_path, prompts
 
 
 @pytest.fixture(scope="module")

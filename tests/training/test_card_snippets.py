@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
 from rlr_peft.build import Run, build_chain, evaluation_chain, in_eval_mode
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.config import save_config
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME, save_lora

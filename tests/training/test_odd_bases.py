@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train_rlr_lora
 from rlr_peft.build import ImagesError, build_chain, render
-from rlr_peft.cli.main import main
+from rlr_peft.cli import main
 from rlr_peft.inference import DiffusiveChainOfThought
 from rlr_peft.lora import WEIGHT_NAME, attach_lora, save_lora
 from rlr_peft.prompt import as_prompts

@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "serve-reward": (
         "Serve a reward over HTTP, for --reward_fn http://HOST:PORT/.",
-        "rlr_peft.cli.serve_reward_command",
+        "rlr_peft.serve_reward",
     ),
 }
 

@@ -1,1 +1,0 @@
-from .serve_reward_command import ServeFlags as ServeFlags
