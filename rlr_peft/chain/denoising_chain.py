@@ -228,10 +228,6 @@ class DenoisingChain(SteppedPipeline):
         with self.reference(self.denoiser):
             return self.replay(trajectory, t, latents)
 
-    @torch.no_grad()
-    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
-        return self.replay_reference(trajectory, t).mean
-
     def denoise(
         self,
         trajectory: Trajectory,

@@ -175,9 +175,6 @@ class Chain(Protocol):
     def replay_reference(self, trajectory: Trajectory, t: int, latents: torch.Tensor | None = None) -> GaussianStep:
         """Step t once more by the reference, the base without adapter."""
 
-    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
-        """The mean of step t, (B, ...), that the reference gives from the same x_t, without a tape."""
-
     def denoise(
         self,
         trajectory: Trajectory,

@@ -55,7 +55,7 @@ class Evaluation:
         images: (k, 3, H, W) in [0, 1] on the CPU, the first k <= n images, for figures; of videos strips of frames.
         info: numbers that the rewards give beside their scores for every image, `REWARD/NAME` -> (n,).
         features: (n, D) float32 on the CPU, by which sets of images are compared; None if no extractor was given.
-        pictures: all n images as small files for a page; empty if they were not asked for.
+        pictures: all n images as small files for a page.
     """
 
     prompts: list[Prompt]
@@ -105,7 +105,6 @@ def evaluate(
     *,
     num_kept_images: int = 6,
     features: FeatureExtractor | None = None,
-    with_pictures: bool = False,
     description: str = "Evaluating",
     processes: Processes | None = None,
 ) -> Evaluation:
@@ -118,7 +117,6 @@ def evaluate(
         rewards: by the name under which the scores are kept, for example "reward" and "heldout".
         num_kept_images: how many of the first images to keep.
         features: keeps the features of every image.
-        with_pictures: whether to keep every image as a small file for a page.
         processes: share the batches out, and all get the whole evaluation; None for this process alone.
 
     Raises:
@@ -142,7 +140,7 @@ def evaluate(
             {name: {key: value.cpu() for key, value in found.logged.items()} for name, found in scored.items()},
             as_images(images[: num_kept_images - start].float().cpu()) if start < num_kept_images else None,
             features(images) if features is not None else None,
-            make_pictures(images) if with_pictures else [],
+            make_pictures(images),
         )
 
     with torch.no_grad():

@@ -184,7 +184,6 @@ class _Comparer:
             self.batch_size,
             num_kept_images=0,
             features=self.extractor,
-            with_pictures=True,
             description=label,
         )
 

@@ -34,6 +34,7 @@ from .kl import KLPenalty as KLPenalty
 from .kl import NoDivergenceError as NoDivergenceError
 from .kl import kl_segments as kl_segments
 from .kl import path_kl as path_kl
+from .kl import reference_mean as reference_mean
 from .kl import reference_steps as reference_steps
 from .kl import step_kl as step_kl
 from .layout import Coefficients as Coefficients

@@ -53,6 +53,12 @@ class ReferenceStep:
     weight: float = 1.0
 
 
+@torch.no_grad()
+def reference_mean(chain: Chain, trajectory: Trajectory, t: int) -> torch.Tensor:
+    """The mean of step t, (B, ...), that the base gives from the same x_t."""
+    return chain.replay_reference(trajectory, t).mean
+
+
 def reference_steps(
     chain: Chain, trajectory: Trajectory, steps: int | Literal["all"], generator: torch.Generator
 ) -> list[ReferenceStep]:
@@ -78,7 +84,7 @@ def reference_steps(
         weights = [1 / chance for chance in expected_draws(probabilities, steps).tolist()]
         chosen = draw(probabilities, steps, generator)
     drawn = [(blocks[i][0], weights[i]) for i in chosen]
-    return [ReferenceStep(t, chain.reference_mean(trajectory, t), weight) for t, weight in drawn]
+    return [ReferenceStep(t, reference_mean(chain, trajectory, t), weight) for t, weight in drawn]
 
 
 def path_kl(trajectory: Trajectory, references: Sequence[ReferenceStep]) -> torch.Tensor:
@@ -103,9 +109,9 @@ def kl_segments(trajectory: Trajectory, references: Sequence[ReferenceStep], bet
         yield Segment("kl", (step.t,), None, step.weight, into_parameters=pull)
 
 
-def step_kl(mean: torch.Tensor, reference_mean: torch.Tensor, std: float) -> torch.Tensor:
+def step_kl(mean: torch.Tensor, of_reference: torch.Tensor, std: float) -> torch.Tensor:
     """KL of two Gaussian steps of the same std, summed over latent dimensions, (B,)."""
-    return (mean - reference_mean).square().flatten(1).sum(1) / (2 * std**2)
+    return (mean - of_reference).square().flatten(1).sum(1) / (2 * std**2)
 
 
 class AdjointMatchingEstimator(Estimator):

@@ -32,7 +32,7 @@ from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments, 
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
 from rlr_peft.estimators.half_order import HalfOrder
-from rlr_peft.estimators.kl import step_kl
+from rlr_peft.estimators.kl import reference_mean, step_kl
 from rlr_peft.estimators.layout import Layout, RLRSettings, lay_out
 from rlr_peft.estimators.objective import Objective, Rollout
 from rlr_peft.reports import counted
@@ -259,8 +259,8 @@ class PreferenceEstimator(SingleStepsEstimator):
         )
 
     def pull(self, chain: Chain, rollout: Rollout, advantages: torch.Tensor, t: int) -> IntoParameters:
-        reference_mean = chain.reference_mean(rollout.trajectory, t)
-        return partial(preference_cotangent, rollout, reference_mean=reference_mean, beta=self.beta)
+        of_reference = reference_mean(chain, rollout.trajectory, t)
+        return partial(preference_cotangent, rollout, of_reference=of_reference, beta=self.beta)
 
 
 def preference_cotangent(
@@ -269,7 +269,7 @@ def preference_cotangent(
     mean: torch.Tensor,
     _: torch.Tensor | None = None,
     *,
-    reference_mean: torch.Tensor,
+    of_reference: torch.Tensor,
     beta: float,
 ) -> tuple[torch.Tensor, Mapping[str, float]]:
     """Derivative of the pairs' log likelihood by the present mean of step t.
@@ -278,7 +278,7 @@ def preference_cotangent(
         rollout: samples 2i and 2i + 1 are a pair; equal rewards prefer neither and give nothing.
         t: a step with noise.
         mean: of step t under the present weights, (B, ...).
-        reference_mean: under the reference's, (B, ...).
+        of_reference: under the reference's, (B, ...).
         beta: strength of the pull towards the reference.
 
     Returns:
@@ -286,7 +286,7 @@ def preference_cotangent(
         log p / p_ref (other)`` is positive.
     """
     noise = standardized_noise(rollout.trajectory, t, mean)
-    reference_noise = standardized_noise(rollout.trajectory, t, reference_mean)
+    reference_noise = standardized_noise(rollout.trajectory, t, of_reference)
     log_ratio = (reference_noise.square() - noise.square()).flatten(1).sum(1) / 2
     first, second = rollout.rewards.reshape(-1, 2).to(log_ratio.dtype).T
     preference = torch.sign(first - second)

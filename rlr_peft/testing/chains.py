@@ -123,11 +123,6 @@ class ReplicatedChain(ABC):
         return self.step(latents, t, self._reference)
 
     @torch.no_grad()
-    def reference_mean(self, trajectory: Trajectory, t: int) -> torch.Tensor:
-        """The mean of step t with the parameters that the chain was built with."""
-        return self.replay_reference(trajectory, t).mean
-
-    @torch.no_grad()
     def denoise(
         self,
         trajectory: Trajectory,

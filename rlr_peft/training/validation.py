@@ -197,7 +197,6 @@ def _evaluate(
         arguments.evaluation_batch_size,
         num_kept_images=NUM_PAIRS,
         features=evaluation_features(run),
-        with_pictures=True,
         description=description,
         processes=run.processes,
     )

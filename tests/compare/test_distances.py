@@ -9,6 +9,7 @@ import torch
 from scipy.spatial.distance import cosine
 
 from rlr_peft.compare import has_noise, mean_distances, measure_divergence, path_divergence, prompt_distances, variety
+from rlr_peft.estimators import reference_mean
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import move_parameters
 
@@ -92,7 +93,7 @@ def test_the_divergence_of_a_path_sums_the_kl_of_its_steps() -> None:
     with torch.no_grad():
         for t in (2, 3, 4):  # step 1 has no noise
             step = chain.replay(trajectory, t)
-            means = (step.mean, chain.reference_mean(trajectory, t))
+            means = (step.mean, reference_mean(chain, trajectory, t))
             normals = [torch.distributions.Normal(mean, step.std) for mean in means]
             expected += torch.distributions.kl_divergence(*normals).sum(1)
     assert float(expected.min()) > 0

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from rlr_peft.chain import adjoint
-from rlr_peft.estimators import KLPenalty, NoDivergenceError, Rollout, kl_segments, path_kl, reference_steps, step_kl
+from rlr_peft.estimators import (
+    KLPenalty,
+    NoDivergenceError,
+    Rollout,
+    kl_segments,
+    path_kl,
+    reference_mean,
+    reference_steps,
+    step_kl,
+)
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import adapted_chain, flat, gradient_of, move_parameters, rollout_of
 from tests.pipelines import chain_over, tiny_stable_diffusion
@@ -24,7 +33,7 @@ def exact_kl(chain: LinearGaussianChain, rollout: Rollout) -> torch.Tensor:
     for t in (2, 3, 4):
         step = chain.replay(rollout.trajectory, t)
         present = torch.distributions.Normal(step.mean, step.std)
-        reference = torch.distributions.Normal(chain.reference_mean(rollout.trajectory, t), step.std)
+        reference = torch.distributions.Normal(reference_mean(chain, rollout.trajectory, t), step.std)
         total = total + torch.distributions.kl_divergence(present, reference).sum(1)
     return total
 
@@ -113,7 +122,7 @@ def test_the_reference_is_the_base_and_leaves_the_adapter_as_it_was() -> None:
     base = tiny_stable_diffusion("v_prediction", timestep_spacing="trailing", dtype=torch.float64)
     bare_chain = chain_over(base, num_inference_steps=4, guidance_scale=3.0)
     for t in range(1, 5):
-        reference = chain.reference_mean(trajectory, t)
+        reference = reference_mean(chain, trajectory, t)
         assert not reference.requires_grad
         with torch.no_grad():
             torch.testing.assert_close(reference, bare_chain.replay(trajectory, t).mean, rtol=0, atol=1e-12)
@@ -128,4 +137,4 @@ def test_the_reference_is_the_base_and_leaves_the_adapter_as_it_was() -> None:
 def test_a_chain_without_reference_says_so() -> None:
     chain = chain_over(tiny_stable_diffusion(), num_inference_steps=2)
     with pytest.raises(RuntimeError, match="a chain with a reference model"):
-        chain.reference_mean(chain.sample(["red"], [0]), 1)
+        reference_mean(chain, chain.sample(["red"], [0]), 1)

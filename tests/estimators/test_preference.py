@@ -12,6 +12,7 @@ from rlr_peft.estimators import (
     Rollout,
     RunShape,
     preference_cotangent,
+    reference_mean,
     single_steps,
 )
 from rlr_peft.testing import LinearGaussianChain, QuadraticReward
@@ -28,7 +29,7 @@ def preference(**knobs) -> PreferenceEstimator:
 def log_likelihood(chain, rollout: Rollout, t: int, mean: torch.Tensor) -> torch.Tensor:
     """Sum of ``log sigmoid(beta * margin)`` over the pairs whose rewards differ, by torch.distributions."""
     taken, std = rollout.trajectory.latents[t - 1], rollout.trajectory.std(t)
-    reference = torch.distributions.Normal(chain.reference_mean(rollout.trajectory, t), std).log_prob(taken)
+    reference = torch.distributions.Normal(reference_mean(chain, rollout.trajectory, t), std).log_prob(taken)
     log_ratio = (torch.distributions.Normal(mean, std).log_prob(taken) - reference).flatten(1).sum(1)
     total = torch.zeros((), dtype=mean.dtype)
     for i in range(0, len(rollout.rewards), 2):
@@ -54,8 +55,8 @@ def test_the_cotangent_is_the_derivative_of_the_log_likelihood() -> None:
     for t in (2, 3, 4):
         mean = chain.replay(rollout.trajectory, t).mean.detach().requires_grad_()
         (expected,) = torch.autograd.grad(log_likelihood(chain, rollout, t, mean), mean)
-        reference = chain.reference_mean(rollout.trajectory, t)
-        cotangent, numbers = preference_cotangent(rollout, t, mean.detach(), reference_mean=reference, beta=BETA)
+        reference = reference_mean(chain, rollout.trajectory, t)
+        cotangent, numbers = preference_cotangent(rollout, t, mean.detach(), of_reference=reference, beta=BETA)
         torch.testing.assert_close(cotangent, expected, rtol=1e-9, atol=1e-12)
         assert torch.all(cotangent[2:4] == 0), "equal rewards prefer neither"
         assert numbers["preference_accuracy"] <= 0.75, "nor does their pair count"
@@ -100,8 +101,8 @@ def test_at_the_reference_no_pair_has_a_margin_and_a_step_along_the_gradient_giv
     estimator = preference()
     for t in (2, 3):
         mean = chain.replay(trajectory, t).mean.detach()
-        reference = chain.reference_mean(trajectory, t)
-        _, numbers = preference_cotangent(rollout, t, mean, reference_mean=reference, beta=BETA)
+        reference = reference_mean(chain, trajectory, t)
+        _, numbers = preference_cotangent(rollout, t, mean, of_reference=reference, beta=BETA)
         assert numbers["preference_accuracy"] == 0
     book = estimator.accumulate(chain, None, rollout, advantages, torch.Generator())
     assert book.numbers()["preference_accuracy"] == 0

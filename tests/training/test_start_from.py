@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlr_peft.config import METHODS
+from rlr_peft.estimators import reference_mean
 from rlr_peft.lora import AdapterMismatchError, attach_lora, find_adapter, load_fitting_lora, merge_lora, start_from
 from rlr_peft.training import read_metrics
 from tests import test_adapter_formats as formats
@@ -88,7 +89,7 @@ def test_a_run_starts_from_an_adapter_and_may_measure_from_it(workplace: Path, t
         config = config_file(workplace, tmp_path / reference, **values, init_adapter=str(first), reference=reference)
         begun[reference] = run = build(config)
         trajectory = run.chain.sample(["red ball"] * 2, [0, 1])
-        distance = (run.chain.reference_mean(trajectory, 2) - run.chain.replay(trajectory, 2).mean).abs().max()
+        distance = (reference_mean(run.chain, trajectory, 2) - run.chain.replay(trajectory, 2).mean).abs().max()
         assert (distance < 1e-6) == (reference == "init_adapter")
     weights = torch.load(first / "lora.pt", weights_only=True).values()
     for start, weight in zip(begun["base"].chain.parameters, weights, strict=True):
