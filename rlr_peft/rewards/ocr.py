@@ -14,7 +14,7 @@ from rlr_peft.rewards.base import Metadata, Reward, Scored
 from rlr_peft.rewards.model_reward import ModelReward, ModelSettings, loading
 from rlr_peft.rewards.preprocessing import to_8_bit
 from rlr_peft.rewards.scores import Info, describe_samples
-from rlr_peft.rewards.vlm import load_vlm, read_inputs, shown_spec
+from rlr_peft.rewards.vlm import load_vlm, read_inputs, shown_spec, written_answers
 
 TEXT = "text"  # in the metadata
 # Straight, curly and pointed ones. Single ones count only at the edges of words: elsewhere they are apostrophes.
@@ -113,7 +113,6 @@ def plain(text: str) -> str:
     return "".join(text.casefold().split())
 
 
-MOST_TOKENS = 256
 QUESTIONS = {"glm_ocr": "Text Recognition:"}  # by the model's type, as its authors ask it
 QUESTION = "OCR:"
 END = "<|im_end|>"  # of a turn; GOT-OCR 2 does not name it in its own settings
@@ -152,6 +151,4 @@ class OcrModel(ModelReward):
         inputs = self._inputs(images, [self._question] * len(images))
         tokenizer = self._inputs.tokenizer
         end = {"stop_strings": [END], "tokenizer": tokenizer} if END in tokenizer.get_vocab() else {}
-        written = self.network.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False, **end)
-        start = 0 if self.network.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        return compared(self._similarity, asked, tokenizer.batch_decode(written[:, start:], skip_special_tokens=True))
+        return compared(self._similarity, asked, written_answers(self.network, inputs, tokenizer, **end))

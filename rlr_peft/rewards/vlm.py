@@ -11,6 +11,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -332,8 +333,18 @@ def load_vlm(name: str, folder: Path, settings: ModelSettings) -> Any:
         )
 
 
+MOST_TOKENS = 256  # of an answer
+
+
+def written_answers(network: Any, inputs: Mapping[str, Any], tokenizer: Any, **options: Any) -> list[str]:
+    """What a model writes down, word by likeliest word."""
+    written = network.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False, **options)
+    start = 0 if network.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    answers: list[str] = tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)
+    return answers
+
+
 SERVED_NAME = "UnifiedReward"  # as its authors' server calls it
-MOST_TOKENS = 256
 _SCORE = re.compile(r"(Alignment|Coherence|Style) Score \(1-5\):\s*(-?\d+(?:\.\d+)?)")
 
 
@@ -356,10 +367,7 @@ class UnifiedReward(ModelReward):
     def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) float32 from 1 to 5, and the three scores."""
         inputs = self._inputs(images, [self._question.replace("{prompt}", prompt) for prompt in prompts])
-        written = self.network.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
-        length = inputs["input_ids"].shape[1]
-        answers = self._inputs.tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
-        return read_scores(answers, prompts)
+        return read_scores(written_answers(self.network, inputs, self._inputs.tokenizer), prompts)
 
 
 class UnifiedRewardEndpoint(Reward):

@@ -72,7 +72,7 @@ def test_what_a_model_of_transformers_writes_is_compared(
 ) -> None:
     """The other side is the model's own processor and its own way of writing, on random weights."""
     pytest.importorskip("rapidfuzz", reason="the extra [ocr] is not installed")
-    monkeypatch.setattr("rlr_peft.rewards.ocr.MOST_TOKENS", 6)  # random weights never come to an end
+    monkeypatch.setattr("rlr_peft.rewards.vlm.MOST_TOKENS", 6)  # random weights never come to an end
     torch.manual_seed(0)
     model, processor = write(tmp_path)
     images = drawn("OPEN", "SHUT")
@@ -95,7 +95,7 @@ def test_what_a_model_of_transformers_writes_is_compared(
 
 def test_a_model_with_a_chat_template_is_asked_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rapidfuzz", reason="the extra [ocr] is not installed")
-    monkeypatch.setattr("rlr_peft.rewards.ocr.MOST_TOKENS", 6)
+    monkeypatch.setattr("rlr_peft.rewards.vlm.MOST_TOKENS", 6)
     torch.manual_seed(0)
     network, images = write_vlm(tmp_path, "qwen2_vl"), drawn("OPEN")
     reward: Any = load_reward(f"ocr:{tmp_path}")
