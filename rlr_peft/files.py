@@ -4,6 +4,7 @@ Of small YAML and JSON files what is unclear is refused with its place. Nothing 
 into gigabytes or nest without end, and no plain value means one thing here and another to a YAML 1.1 reader.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -274,6 +275,9 @@ def _shipped(pattern: str) -> dict[str, Path]:
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """The adapter's file: the one name that `pipeline.load_lora_weights(folder_or_repo)` finds by itself."""
 
+KOHYA_NAME = "kohya/lora_kohya.safetensors"
+"""A copy for other programs, in a subfolder: `load_lora_weights` would take a second file beside the adapter for it."""
+
 SECOND_EXPERT = "transformer_2"
 """The attribute of a second denoiser, and the subfolder of its adapter."""
 
@@ -310,6 +314,12 @@ def why_no_place(path: Path, is_file: bool = False) -> str | None:
     if any(len(os.fsencode(name)) > longest for name in path.parts):
         return f"a name is longer than {longest} bytes"
     return None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 sum of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:

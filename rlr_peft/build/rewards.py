@@ -15,7 +15,7 @@ from rlr_peft.config import Config, ConfigError
 from rlr_peft.estimators.objective import DecodedReward, sample_batch
 from rlr_peft.prompts.sampler import Sampler
 from rlr_peft.rewards.base import Reward, refuse_latents
-from rlr_peft.rewards.callables import CallableReward
+from rlr_peft.rewards.callables import reward_of
 from rlr_peft.rewards.combination import MIN_SCORES, HeldoutRewards, Term, WeightedRewards
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import ModelSettings, weights_dtype
@@ -55,24 +55,18 @@ def load_rewards(
         refuse_latents(one, "a held-out reward gets")
     minimums = arguments.reward_minimum or {}
     weights = {arguments.reward_fn: 1.0} if isinstance(arguments.reward_fn, str) else arguments.reward_fn
-    trained = {spec: load_reward(spec, settings) if given is None else _as_reward(given, device) for spec in weights}
+    trained = {}
+    for spec in weights:
+        if given is None:
+            trained[spec] = load_reward(spec, settings)
+        else:
+            trained[spec] = given if isinstance(given, Reward) else reward_of(name_of_object(given), given, device)
     if isinstance(arguments.reward_fn, str) and not minimums:
         reward = trained[arguments.reward_fn]
     else:
         terms = [Term(trained[spec], weight, minimums.get(spec)) for spec, weight in weights.items()]
         reward = WeightedRewards(terms, arguments.reward_scaling, arguments.reward_minimum_penalty)
     return reward, heldout[0] if len(heldout) == 1 else HeldoutRewards(heldout) if heldout else None
-
-
-def _as_reward(given: Callable[..., Any], device: torch.device) -> Reward:
-    if isinstance(given, Reward):
-        return given
-    name = name_of_object(given)
-    if isinstance(given, type):
-        given = given()
-    if isinstance(given, torch.nn.Module):
-        given.to(device).eval().requires_grad_(False)
-    return CallableReward(name, given)
 
 
 def name_of_object(given: object) -> str:

@@ -29,7 +29,7 @@ from torch import Tensor
 from rlr_peft.compare.distances import MeasureDivergence
 from rlr_peft.compare.evaluation import FeatureExtractor, Render
 from rlr_peft.config.reward import model_in
-from rlr_peft.files import replacing_file
+from rlr_peft.files import replacing_file, sha256_of
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards.base import Reward, Scored, measure_images
 from rlr_peft.rewards.preprocessing import to_8_bit
@@ -67,11 +67,6 @@ def model_identity(name: str | None, revision: str | None = None, cache_dir: str
     return [name, revision]
 
 
-def file_identity(path: Path) -> str:
-    """SHA-256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def reward_identity(spec: str) -> Any:
     """Of a reward: its spec, and the files of a judge or the source of a user's callable. A server is asked for its
     version besides.
@@ -83,13 +78,13 @@ def reward_identity(spec: str) -> Any:
     if not source or spec.startswith(("http://", "https://")):
         return [spec]
     if source.endswith(".py"):
-        return [spec, file_identity(Path(source))]
+        return [spec, sha256_of(Path(source))]
     try:
         found = importlib.util.find_spec(source)
     except (ImportError, ValueError):
         return [spec]
     origin = None if found is None else found.origin
-    return [spec, file_identity(Path(origin)) if origin is not None and Path(origin).is_file() else None]
+    return [spec, sha256_of(Path(origin)) if origin is not None and Path(origin).is_file() else None]
 
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,6 @@ from rlr_peft.compare.kept import (
     KeptImages,
     KeptReward,
     digest,
-    file_identity,
     image_paths,
     kept_divergence,
     model_identity,
@@ -37,6 +36,7 @@ from rlr_peft.compare.kept import (
 from rlr_peft.config import Config, stages_from_config
 from rlr_peft.config.model import quantization_file
 from rlr_peft.config.training import MOST_EVALUATION_IMAGES
+from rlr_peft.files import sha256_of
 from rlr_peft.foreign_text import listed, shown_name
 from rlr_peft.lora import AdapterFiles, adapted_parts, adapter_loaded, check_adapter, find_adapter
 from rlr_peft.prompt import Prompt, texts_of
@@ -259,7 +259,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """All but adapter, prompt and seed that an image depends on, in plain values."""
     model, stages = config.model, stages_from_config(config)
     settings = model.bnb_quantization_config_path
-    quantization = None if settings is None else file_identity(quantization_file(settings))
+    quantization = None if settings is None else sha256_of(quantization_file(settings))
     names = (
         model.pretrained_model_name_or_path,
         model.pretrained_vae_model_name_or_path,

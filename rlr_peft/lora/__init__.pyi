@@ -1,4 +1,3 @@
-from .adapter import KOHYA_NAME as KOHYA_NAME
 from .adapter import adapted_denoisers as adapted_denoisers
 from .adapter import adapter_disabled as adapter_disabled
 from .adapter import attach_lora as attach_lora

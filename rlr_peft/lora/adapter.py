@@ -185,8 +185,6 @@ METADATA_KEYS = (
     "lora_bias",
 )
 """What a reader must know to apply the weights, and no more: a key that its peft lacks is a TypeError there."""
-KOHYA_NAME = "kohya/lora_kohya.safetensors"
-"""In a subfolder: `load_lora_weights` would take a second file beside the adapter for it."""
 # Layers of images' UNets, and of the transformers with joint attention, whose blocks have one `attn`.
 _OF_UNET = re.compile(r"unet\.(?!.*(?:motion_modules|temp_|transformer_in))")
 _OF_TRANSFORMER = re.compile(r"transformer\.(?!.*\.(?:attn[12]|attention)\.)(?!blocks\.|layers\.)")

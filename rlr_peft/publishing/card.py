@@ -7,7 +7,6 @@ a repository, without losing a user's edits.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import shlex
@@ -30,7 +29,7 @@ from yaml import YAMLError
 
 from rlr_peft.config.files import yaml_text
 from rlr_peft.errors import UserError
-from rlr_peft.files import replacing_file, stays_inside
+from rlr_peft.files import replacing_file, sha256_of, stays_inside
 from rlr_peft.foreign_text import fenced, in_cell, in_code, listed, one_line, printable, printable_values
 from rlr_peft.publishing.record import (
     RECORD_NAME,
@@ -47,7 +46,7 @@ from rlr_peft.publishing.record import (
 )
 from rlr_peft.publishing.snippet import usage_snippet
 from rlr_peft.redaction import redacted
-from rlr_peft.reports import decimals_of, decimals_of_scores, direction, half_width, with_error
+from rlr_peft.reports import decimals_of, decimals_of_scores, direction, duration, half_width, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def write_card(directory: Path, card: StoredCard) -> Path:
     _keep_edited(directory)
     with replacing_file(path) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
-    save_stored_card(directory, replace(card, readme_sha256=_sha256(path)))
+    save_stored_card(directory, replace(card, readme_sha256=sha256_of(path)))
     return path
 
 
@@ -143,7 +142,7 @@ def addressed_card(directory: Path, repo_id: str, revision: str | None = None) -
     adapter = card.record.adapter
     if (adapter.repo_id, adapter.revision) == (repo_id, revision):
         return None
-    if _sha256(readme) != card.readme_sha256:
+    if sha256_of(readme) != card.readme_sha256:
         logger.warning("%s was edited: it is published as it is; its snippet may name another place.", readme)
         return None
     return replace(card, record=replace(card.record, adapter=replace(adapter, repo_id=repo_id, revision=revision)))
@@ -340,14 +339,6 @@ def _in_time(render: Callable[[], str]) -> str:
     return rendered.result()
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def _in_lines(command: str) -> str:
     """The command with a line for every flag."""
     try:
@@ -374,7 +365,7 @@ FILTERS = {
     "number": lambda value: f"{value:g}",
     "count": lambda value: f"{value:,.0f}",
     "percent": lambda share: f"{share:.0%}",
-    "duration": _duration,
+    "duration": duration,
     "with_error": with_error,
 }
 
@@ -394,10 +385,6 @@ def _keep_edited(directory: Path) -> None:
         written = load_stored_card(directory).readme_sha256
     except RecordError:  # of another version: whether it was edited is not known
         written = None
-    if _sha256(readme) != written:
+    if sha256_of(readme) != written:
         os.replace(readme, directory / EDITED)
         logger.warning("%s was edited by hand: that card is now %s.", readme, EDITED)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from rlr_peft.files import ADAPTER_FILES, WEIGHT_NAME
+from rlr_peft.files import ADAPTER_FILES, KOHYA_NAME, WEIGHT_NAME
 from rlr_peft.publishing.hub_client import (
     FAILURES,
     Destination,
@@ -143,7 +143,7 @@ def _over_xet_or_http(commit: Callable[[], CommitInfo]) -> CommitInfo:
 # Nothing else ever leaves the folder: no checkpoint, no optimiser state, no logs.
 PUBLISHED = (
     *ADAPTER_FILES,
-    "kohya/lora_kohya.safetensors",
+    KOHYA_NAME,
     "README.md",
     "before_after.png",
     "reward_curve.png",

@@ -44,17 +44,13 @@ from rlr_peft.rewards.scores import check_scores, info_of, is_attached
 
 logger = logging.getLogger(__name__)
 
-# Enough to find out about the gradient, few enough to be cheap.
-PROBE_BATCH_SIZE = 2
+PROBE_BATCH_SIZE = 2  # enough to find out about the gradient, few enough to be cheap
 
 EXPECTED_ARGUMENTS = "(images, prompts) or (images, prompts, metadata)"
 
 
 class CallableReward(Reward):
     """A user's callable as a reward.
-
-    Args:
-        name: the reward's name in metrics and messages.
 
     Raises:
         RewardError: `function` cannot take the arguments of a reward, does not return when it is called (it has a
@@ -168,12 +164,17 @@ def load_callable_reward(spec: str, device: str | torch.device = "cpu") -> Calla
         near = difflib.get_close_matches(attribute, public, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(sorted(public)) or 'no callable'}"
         raise RewardError(f"reward '{spec}': '{location}' has no '{attribute}'; {hint}")
+    return reward_of(name, function, device)
+
+
+def reward_of(name: str, function: Any, device: str | torch.device) -> CallableReward:
+    """What a user's function, callable object or class of one is as a reward; args and errors as when it is loaded."""
     if inspect.isclass(function):
         with loading_user_code(f"reward '{name}'", "cannot be instantiated without arguments:"):
             function = function()
     if not callable(function):
         raise RewardError(
-            f"reward '{spec}': expected a function or a callable object taking {EXPECTED_ARGUMENTS}, "
+            f"reward '{name}': expected a function or a callable object taking {EXPECTED_ARGUMENTS}, "
             f"got {type(function).__name__}"
         )
     if isinstance(function, torch.nn.Module):
@@ -190,8 +191,7 @@ def _import_file(path: Path) -> ModuleType:
         )
     name = f"_rlr_peft_reward_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None or module_spec.loader is None:
-        raise RewardError(f"reward file '{path}' cannot be imported as Python code")
+    assert module_spec is not None and module_spec.loader is not None  # as of every .py file
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up here
     try:
@@ -221,10 +221,10 @@ def _import_module(name: str) -> ModuleType:
 
 def _check_returns(name: str, function: Callable[..., Any]) -> None:
     for called in (function, type(function).__call__):
-        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
-            raise RewardError(f"reward '{name}': expected a function that returns scores, got one with `yield`")
-        if inspect.iscoroutinefunction(called):
-            raise RewardError(f"reward '{name}': expected a function that returns scores, got an `async` one")
+        yields = inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called)
+        if yields or inspect.iscoroutinefunction(called):
+            got = "one with `yield`" if yields else "an `async` one"
+            raise RewardError(f"reward '{name}': expected a function that returns scores, got {got}")
 
 
 def _passes_metadata(name: str, function: Callable[..., Any]) -> str:

@@ -150,5 +150,5 @@ class OcrModel(ModelReward):
         asked = asked_texts(self.name, prompts, metadata)
         inputs = self._inputs(images, [self._question] * len(images))
         tokenizer = self._inputs.tokenizer
-        end = {"stop_strings": [END], "tokenizer": tokenizer} if END in tokenizer.get_vocab() else {}
-        return compared(self._similarity, asked, written_answers(self.network, inputs, tokenizer, **end))
+        stop = END if END in tokenizer.get_vocab() else None
+        return compared(self._similarity, asked, written_answers(self.network, inputs, tokenizer, stop))

@@ -336,9 +336,10 @@ def load_vlm(name: str, folder: Path, settings: ModelSettings) -> Any:
 MOST_TOKENS = 256  # of an answer
 
 
-def written_answers(network: Any, inputs: Mapping[str, Any], tokenizer: Any, **options: Any) -> list[str]:
-    """What a model writes down, word by likeliest word."""
-    written = network.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False, **options)
+def written_answers(network: Any, inputs: Mapping[str, Any], tokenizer: Any, stop: str | None = None) -> list[str]:
+    """What a model writes down, word by likeliest word, up to its end or the stop."""
+    end = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
+    written = network.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False, **end)
     start = 0 if network.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     answers: list[str] = tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)
     return answers

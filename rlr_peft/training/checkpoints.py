@@ -21,7 +21,7 @@ import torch
 
 from rlr_peft.build.machine import package_versions
 from rlr_peft.errors import UserError
-from rlr_peft.files import rename_directory, stays_inside
+from rlr_peft.files import rename_directory, sha256_of, stays_inside
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def write_manifest(folder: Path, *, step: int, num_processes: int) -> None:
         "num_processes": num_processes,
         "packages": package_versions(),
         "files": {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256_of_file(path)}
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
@@ -334,7 +334,7 @@ def read_manifest(folder: Path, *, check_sums: bool = True) -> dict[str, Any]:
             raise CheckpointError(f"{name} is missing")
         if path.stat().st_size != expected["size"]:
             raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
-        if check_sums and _sha256_of_file(path) != expected["sha256"]:
+        if check_sums and sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{name} is damaged (its SHA-256 sum is wrong)")
     return contents
 
@@ -356,14 +356,6 @@ def _check_contents(contents: dict[str, Any]) -> None:
 
 def _is_number(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
-
-
-def _sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sha256_of_contents(contents: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, 
 from rlr_peft.compare.report import PAGE, write_page_and_scores
 from rlr_peft.compare.run import prompt_source
 from rlr_peft.figures import CurvePoint, save_before_after, save_reward_curve
-from rlr_peft.files import replacing_file
+from rlr_peft.files import KOHYA_NAME, replacing_file
 from rlr_peft.foreign_text import shown_name
 from rlr_peft.lora import (
     adapted_denoisers,
@@ -35,7 +35,6 @@ from rlr_peft.lora import (
     save_lora,
     verify_lora_reloads,
 )
-from rlr_peft.lora.adapter import KOHYA_NAME
 from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.prompt import texts_of
 from rlr_peft.publishing.card import write_card

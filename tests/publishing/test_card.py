@@ -11,8 +11,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from rlr_peft.files import KOHYA_NAME, WEIGHT_NAME
 from rlr_peft.foreign_text import fenced
-from rlr_peft.lora import KOHYA_NAME, WEIGHT_NAME
 from rlr_peft.publishing import ImagePair, License, Rewards, RunRecord, is_ours
 from rlr_peft.redaction import redacted, redacted_command
 from rlr_peft.reports import with_error
