@@ -227,6 +227,11 @@ class Block:
     estimator: dict[str, Any]
 
 
+def goes_back(arguments: OptimizerArguments, estimator: Estimator) -> bool:
+    """Whether a run watches its rewards, to go back where they fall."""
+    return arguments.learning_rate == AUTO or estimator.goes_back
+
+
 class Rollback:
     """Watches the rewards of a run and goes back where they fall.
 

@@ -27,7 +27,7 @@ from rlr_peft.build.chain import (
     evaluation_chain,
 )
 from rlr_peft.build.machine import derive_seed, prepare_machine
-from rlr_peft.build.optimizer import Rollback, averaged, build_ema, build_lr_scheduler, build_optimizer
+from rlr_peft.build.optimizer import Rollback, averaged, build_ema, build_lr_scheduler, build_optimizer, goes_back
 from rlr_peft.build.pipeline import (
     check_image_sizes,
     compile_denoisers,
@@ -308,7 +308,7 @@ def build_run(
     measure_scales(trained_reward, chain, objective, run_prompts.sampler, config, processes)
     lr_scheduler = build_lr_scheduler(optimizer, config.optimizer, arithmetic.max_train_steps)
     ema = build_ema(chain.parameters, config.optimizer)
-    watches = config.optimizer.learning_rate == AUTO or estimator.goes_back
+    watches = goes_back(config.optimizer, estimator)
     return Run(
         config=config,
         accelerator=accelerator,

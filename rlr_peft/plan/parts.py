@@ -35,6 +35,9 @@ class Options:
     use_8bit_adam: bool = False
     use_ema: bool = False
     keeps_old_weights: bool = False
+    keeps_reference: bool = False
+    keeps_best_weights: bool = False
+    goes_back: bool = False
     reward_gradient: bool = True
     shard_denoiser: bool = False
     evaluation_batch_size: int = 1
@@ -204,6 +207,8 @@ def add_up(facts: Facts, options: Options, unknown: tuple[str, ...] = ()) -> Mem
         ),
         Part("average of the LoRA weights (fp32)", facts.lora if options.use_ema else 0),
         Part("old copy of the LoRA weights (fp32)", facts.lora if options.keeps_old_weights else 0),
+        Part("reference's copy of the LoRA weights (fp32)", facts.lora if options.keeps_reference else 0),
+        Part("best LoRA weights (fp32)", facts.lora if options.keeps_best_weights else 0),
         Part("trajectory", measured.trajectory, (SAMPLING, DECODE, ADJOINT)),
         Part(
             "prompt embeddings",
@@ -344,13 +349,17 @@ def _kept_on_host(plan: MemoryPlan) -> tuple[Part, ...]:
     picture = facts.measured.picture
     pictures = round(picture * (min(facts.compared, FIGURE_PAIRS) + facts.compared * BYTES_OF_PICTURE))
     remembered = min(REMEMBERED_PROMPTS * facts.prompt, max(MAX_PROMPT_BYTES, facts.prompt))
+    old_weights = facts.lora if options.keeps_old_weights else 0
+    state = facts.lora + facts.optimizer[options.use_8bit_adam] + old_weights
     parts = (
         # rewards come after the pipeline, of which what rests on the host is still there
         Part("weights while they are loaded", max(pipeline, resting + facts.rewards), (LOADING,)),
         Part("offloaded models", resting, after_loading),
         Part("offloaded rewards", facts.rewards if options.offload_rewards else 0, after_loading),
         Part(f"embeddings of {REMEMBERED_PROMPTS} prompts", remembered, after_loading),
-        Part("checkpoint while it is written", facts.lora + facts.optimizer[options.use_8bit_adam], (TRAINING,)),
+        # the best state so far, and the sum of the weights since; a checkpoint or the next best state is made beside it
+        Part("state to go back to", state + facts.lora if options.goes_back else 0, after_loading),
+        Part("checkpoint while it is written", state, (TRAINING,)),
         # one by one, joined, and as an image file's numbers
         Part("validation images", 3 * facts.validated * picture, (TRAINING, EVALUATION)),
         Part("images of the base", pictures, after_loading),

@@ -11,6 +11,7 @@ from rlr_peft.build.chain import (
     build_training_chain,
     evaluation_chain,
 )
+from rlr_peft.build.optimizer import goes_back
 from rlr_peft.build.pipeline import DTYPES, check_reward_decoder, own_reward_decoder
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.sharding import sharded_bytes
@@ -136,6 +137,9 @@ def plan_memory(
         use_8bit_adam=config.optimizer.use_8bit_adam,
         use_ema=config.optimizer.use_ema,
         keeps_old_weights=is_forward,
+        keeps_reference=config.lora.reference == "init_adapter",
+        keeps_best_weights=config.regularization.early_stopping_steps is not None,
+        goes_back=goes_back(config.optimizer, estimator),
         reward_gradient=with_gradient,
         shard_denoiser=sharding,
         evaluation_batch_size=max(counts, default=1),

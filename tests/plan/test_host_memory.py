@@ -13,8 +13,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from rlr_peft.build import BLOCK_PROMPTS, BLOCK_UPDATES, Rollback, build_lr_scheduler, build_optimizer
 from rlr_peft.cli import main
 from rlr_peft.config import load_config
+from rlr_peft.estimators import RunShape, build_estimator
 from rlr_peft.plan import (
     ENCODING,
     EVALUATION,
@@ -120,6 +122,41 @@ def test_pictures_wait_until_the_page_is_written(plan: MemoryPlan) -> None:
     assert LOADING not in phases["validation images"]
     without = sizes(host_plan(add_up(replace(facts, compared=0), plan.options)))
     assert "images of the base" not in without
+
+
+def test_copies_of_the_adapter_are_counted_where_they_are_kept(tmp_path: Path) -> None:
+    """On the host what a real rollback holds; on the GPU the start that is the reference, and the best weights."""
+    tiny_stable_diffusion(sample_size=32).save_pretrained(tmp_path)
+    flags = words(tmp_path, "--resolution", "16", "--learning_rate", "0.001", "--heldout_reward_fn", "ocr")
+    config = load_config([*flags, "--estimator", "nft"])
+    plan = plan_run(config)
+    weight = torch.nn.Parameter(torch.zeros(plan.facts.lora // 4))
+    optimizer = build_optimizer([weight], config.optimizer)
+    estimator = build_estimator(config.estimator, RunShape(2))
+    estimator.load_state_dict({"old": [weight.detach().clone()], "updates": 0, "followed": 0})
+    rollback = Rollback([weight], optimizer, build_lr_scheduler(optimizer, config.optimizer, 9), estimator, None)
+    for _ in range(BLOCK_UPDATES):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        rollback.see(torch.ones(BLOCK_PROMPTS), 1)
+    assert sizes(host_plan(plan))["state to go back to"] == pytest.approx(tensor_bytes(rollback.state_dict()), rel=0.01)
+
+    rlr = plan_run(load_config([*flags, "--estimator", "rlr"]))
+    assert "state to go back to" not in sizes(host_plan(rlr))
+    start = ["--init_adapter", str(tmp_path), "--reference", "init_adapter", "--early_stopping_steps", "5"]
+    kept = plan_run(load_config([*flags, "--estimator", "nft", *start]))
+    assert {part.name: part.size for part in kept.parts if part not in plan.parts} == {
+        "reference's copy of the LoRA weights (fp32)": plan.facts.lora,
+        "best LoRA weights (fp32)": plan.facts.lora,
+    }
+
+
+def tensor_bytes(state: Any) -> int:
+    """Of all tensors in nested containers."""
+    if torch.is_tensor(state):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(tensor_bytes, values))
 
 
 def test_the_proof_of_the_adapter_loads_nothing_but_the_adapter_again(plan: MemoryPlan) -> None:
