@@ -1,6 +1,6 @@
 """Bases and a reward with random weights and real sizes, in the files in which the Hub has them.
 
-Random weights cost what trained ones cost. A model at a time is in memory; its file is in float16.
+Random weights cost what trained ones cost. A model at a time is in memory.
 """
 
 from pathlib import Path
@@ -22,13 +22,13 @@ def base_folder(name: str, folder: Path) -> Path:
     return folder / name.replace("/", "--")
 
 
-def save_base(name: str, folder: Path) -> None:
+def save_base(name: str, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Saves a pipeline of a shipped architecture, if it is not there yet: sharded weights, tokenizers of true size."""
     target = base_folder(name, folder)
     if (target / "model_index.json").exists():
         return
     architecture = find_architecture(name)
-    pipeline: Any = build_pipeline(architecture, torch.device("meta"), torch.float16)
+    pipeline: Any = build_pipeline(architecture, torch.device("meta"), dtype)
     for part, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             fill(component)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.machine import describe_machine, most_resident, read_results, write_results
+from benchmarks.machine import describe_machine, most_resident, read_results, return_freed_memory, write_results
 from rlr_peft.build import (
     DTYPES,
     attach_adapters,
@@ -238,6 +238,7 @@ def _watched(device: torch.device) -> Iterator[dict[str, Any]]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     elif RESIDENT_PEAK.exists():
+        return_freed_memory()
         RESIDENT_PEAK.write_text("5")  # it is counted anew
     started, worked = time.perf_counter(), time.process_time()
     with counted_tape() as tape:
