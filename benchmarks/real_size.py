@@ -12,6 +12,7 @@ tape is counted, and the process's resident memory beside it.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,8 @@ CHECKPOINTED = "--gradient_checkpointing true --vae_gradient_checkpointing true"
 BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --decode_batch_size 1 --num_inference_steps 4".split()
 ONE_SAMPLE = "--train_batch_size 1 --num_images_per_prompt 1 --num_inference_steps 2 --estimator full-bp".split()
 FP32 = ("--mixed_precision", "no")
+# The C library of Linux keeps freed blocks for later, of up to 32 MiB; with this it gives all above 1 MiB back at once.
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 CASES = {
     "stable-diffusion-1.5-512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, ()),
     "stable-diffusion-1.5-512-checkpointed": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, CHECKPOINTED),
@@ -74,11 +77,14 @@ CASES = {
     ),
     "stable-diffusion-xl-512-checkpointed": ("stabilityai/stable-diffusion-xl-base-1.0", 512, CHECKPOINTED),
 }
+FREED_CASES = {"stable-diffusion-1.5-512-freed-at-once": CASES["stable-diffusion-1.5-512"]}
 ON_CPU = (
     "stable-diffusion-1.5-512",
+    *FREED_CASES,
     "stable-diffusion-1.5-512-checkpointed",
     "stable-diffusion-1.5-512-fp32-checkpointed",
     "stable-diffusion-xl-512-checkpointed",
+    "stable-diffusion-3.5-medium-512-checkpointed",
 )
 TINY = {
     "tiny": (PIPELINE_NAME, 64, ()),
@@ -90,7 +96,9 @@ TINY = {
 def main() -> None:
     """Runs the cases, each in its own process, prints and writes the comparison."""
     parser = argparse.ArgumentParser(description="Real sizes on random weights, against the memory plan.")
-    parser.add_argument("--case", choices=[*CASES, *TINY], action="append", help="one case; may be given again")
+    parser.add_argument(
+        "--case", choices=[*CASES, *FREED_CASES, *TINY], action="append", help="one case; may be given again"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--here", metavar="FILE.json", help="run the one case in this process")
     parsed = parser.parse_args()
@@ -113,7 +121,7 @@ def main() -> None:
 def measure_case(name: str) -> dict[str, Any]:
     """Peaks in bytes and seconds of one case's phases, with what the plan says of each."""
     device = torch.device("cuda" if IS_GPU else "cpu")
-    base, resolution, flags = (CASES | TINY)[name]
+    base, resolution, flags = (CASES | FREED_CASES | TINY)[name]
     with tempfile.TemporaryDirectory() as folder:
         config = _config(base, resolution, flags, Path(folder))
         planned = plan_run(config)
@@ -270,7 +278,8 @@ def _in_process(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.real_size", "--case", name, "--here", str(path)]
-        finished = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        environment = os.environ | (FREED_AT_ONCE if name in FREED_CASES else {})
+        finished = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)
         if finished.returncode != 0:
             return {"error": finished.stderr.strip().splitlines()[-8:]}
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
