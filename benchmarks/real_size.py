@@ -60,6 +60,7 @@ CHECKPOINTED = "--gradient_checkpointing true --vae_gradient_checkpointing true"
 BATCH = "--train_batch_size 2 --num_images_per_prompt 2 --decode_batch_size 1 --num_inference_steps 4".split()
 ONE_SAMPLE = "--train_batch_size 1 --num_images_per_prompt 1 --num_inference_steps 2 --estimator full-bp".split()
 FP32 = ("--mixed_precision", "no")
+OFFLOADED = ("--offload_text_encoders", "true")
 # The C library of Linux keeps freed blocks for later, of up to 32 MiB; with this it gives all above 1 MiB back at once.
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 CASES = {
@@ -78,18 +79,27 @@ CASES = {
     "stable-diffusion-xl-512-checkpointed": ("stabilityai/stable-diffusion-xl-base-1.0", 512, CHECKPOINTED),
 }
 FREED_CASES = {"stable-diffusion-1.5-512-freed-at-once": CASES["stable-diffusion-1.5-512"]}
+CPU_CASES = {
+    **FREED_CASES,
+    "stable-diffusion-3.5-medium-512-checkpointed-encoded": (
+        "stabilityai/stable-diffusion-3.5-medium",
+        512,
+        (*CHECKPOINTED, *OFFLOADED),
+    ),
+}
 ON_CPU = (
     "stable-diffusion-1.5-512",
     *FREED_CASES,
     "stable-diffusion-1.5-512-checkpointed",
     "stable-diffusion-1.5-512-fp32-checkpointed",
     "stable-diffusion-xl-512-checkpointed",
-    "stable-diffusion-3.5-medium-512-checkpointed",
+    "stable-diffusion-3.5-medium-512-checkpointed-encoded",
 )
 TINY = {
     "tiny": (PIPELINE_NAME, 64, ()),
     "tiny-checkpointed": (PIPELINE_NAME, 64, CHECKPOINTED),
     "tiny-nf4": (PIPELINE_NAME, 64, ("nf4",)),
+    "tiny-encoded": (PIPELINE_NAME, 64, OFFLOADED),
 }
 
 
@@ -97,7 +107,7 @@ def main() -> None:
     """Runs the cases, each in its own process, prints and writes the comparison."""
     parser = argparse.ArgumentParser(description="Real sizes on random weights, against the memory plan.")
     parser.add_argument(
-        "--case", choices=[*CASES, *FREED_CASES, *TINY], action="append", help="one case; may be given again"
+        "--case", choices=[*CASES, *CPU_CASES, *TINY], action="append", help="one case; may be given again"
     )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--here", metavar="FILE.json", help="run the one case in this process")
@@ -121,7 +131,7 @@ def main() -> None:
 def measure_case(name: str) -> dict[str, Any]:
     """Peaks in bytes and seconds of one case's phases, with what the plan says of each."""
     device = torch.device("cuda" if IS_GPU else "cpu")
-    base, resolution, flags = (CASES | FREED_CASES | TINY)[name]
+    base, resolution, flags = (CASES | CPU_CASES | TINY)[name]
     with tempfile.TemporaryDirectory() as folder:
         config = _config(base, resolution, flags, Path(folder))
         planned = plan_run(config)
@@ -188,6 +198,9 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             pipeline(prompt=prompts, num_inference_steps=chain.num_steps, output_type="latent", **options)
 
         chain.encode(prompts)
+        if model.offload_text_encoders:  # the phases that follow are without them; on a CPU they would rest beside
+            for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
+                setattr(pipeline, name, None)
         phases = {}
         works = ((SAMPLING, sample, chain.num_steps), (DECODE, score, 1), (ADJOINT, pull_back, steps_back))
         for phase, work, steps in works:
@@ -205,7 +218,7 @@ def _build(config: Config, device: torch.device) -> Callable[[MemoryPlan], dict[
             if phases[phase]["peak"]:
                 phases[phase]["planned_over_measured"] = phases[phase]["planned"] / phases[phase]["peak"]
         # The pipeline's own call with its own scheduler: what driving it as a chain adds.
-        if not warms_up:
+        if not warms_up or model.offload_text_encoders:
             return phases
         call_plainly()
         with _watched(device) as watched:
