@@ -7,11 +7,13 @@ same length whatever the estimate, so that an update of B independent samples ra
     <gradient, E g> / sqrt(E |mean of B g|^2),
 
 which is |gradient| for a full gradient without noise and less for one that is biased or noisy. Divided by the cost of B
-samples it is the expected improvement per cost. Where several models share out the steps, as in Wan 2.2, each takes
-steps of that length by itself, so that their improvements add up. A member that never reaches one gains nothing there,
-but a rate that is measured by the change of the images is higher for it, by the root of how many fewer it moves. The
-gradient is that of the measured samples' own mean reward: so few do not tell the true one, which is often too small to
-be seen in them at all, but a member that misses theirs sample by sample will miss it too.
+samples it is the expected improvement per cost. The gradient is that of the measured samples' own mean reward: so few
+do not tell the true one, which is often too small to be seen in them at all, but a member that misses theirs sample by
+sample will miss it too.
+
+Where several models share out the steps, as in Wan 2.2, three drawn steps are taken whatever they promise: in races
+truncated gradients, which never reach the model of the noisy steps, promised more and gained less and not with every
+seed, and so did `rlr`.
 
 The batch may be chosen too. With N the noise scale, tr(covariance) / |mean|^2 of a single sample's estimate, a step of
 the best length improves the reward in proportion to ``B / (B + N)`` (McCandlish et al. 2018, arXiv:1812.06162): per
@@ -106,7 +108,6 @@ def promise(
     full: torch.Tensor,
     samples: int,
     fixed_cost: float,
-    experts: torch.Tensor | None = None,
 ) -> Promise:
     """Judges a member.
 
@@ -116,27 +117,22 @@ def promise(
         full: weights of the rows that give the whole gradient, (R,).
         samples: B, of an update.
         fixed_cost: of a sample without replays, in denoiser evaluations.
-        experts: number of the model that every row belongs to, (R,), of about the same size; None for a single model.
     """
-    numbers = torch.zeros(len(full), dtype=torch.int64) if experts is None else experts
-    of_expert = torch.nn.functional.one_hot(numbers).to(full).T  # (E, R)
 
-    def squares(products: torch.Tensor) -> torch.Tensor:
-        """Sums over the pairs of rows of each expert, (E,)."""
-        return torch.einsum("er,rs,es->e", of_expert, products, of_expert).clamp(min=1e-300)
+    def square(products: torch.Tensor) -> torch.Tensor:
+        """Of a length: the sum over all pairs of rows."""
+        return products.sum().clamp(min=1e-300)
 
-    along = torch.einsum("er,rs,es->e", of_expert * full, moments.means, of_expert * weights.mean)
-    length = squares(torch.outer(full, full) * moments.means)
-    expected = squares(torch.outer(weights.mean, weights.mean) * moments.means)
-    single = squares(weights.square * moments.products)
-    alike = squares(weights.square * moments.means) if weights.shared else expected
-    square = (single + (samples - 1) * alike) / samples
+    along = full @ moments.means @ weights.mean
+    length = square(torch.outer(full, full) * moments.means)
+    expected = square(torch.outer(weights.mean, weights.mean) * moments.means)
+    single = square(weights.square * moments.products)
+    alike = square(weights.square * moments.means) if weights.shared else expected
+    of_update = (single + (samples - 1) * alike) / samples
     cost = samples * (fixed_cost + STEP_COST * weights.replays)
-    moved = (of_expert @ weights.square.diagonal() > 0).sum()
-    per_step = (along.clamp(min=0) / square.sqrt()).sum() / length.sqrt().sum() * (len(of_expert) / moved).sqrt()
     return Promise(
-        cosine=float((along.sum() / (length.sum() * expected.sum()).sqrt()).clamp(-1, 1)),
-        improvement=float(per_step / cost),
+        cosine=float((along / (length * expected).sqrt()).clamp(-1, 1)),
+        improvement=float(along.clamp(min=0) / (length * of_update).sqrt() / cost),
     )
 
 
@@ -176,9 +172,11 @@ class AutoEstimator(Estimator):
         self._unchanged_since = 0
         self._sketch: GradientSketch | None = None
         quarter = -(-num_steps // 4)
-        knobs: list[PathwiseArguments] = [FullBPArguments(), FlowBPSparseArguments(step_density=0.0)]
+        drawn = PathwiseEstimator(FlowBPSparseArguments(step_density=0.0))
+        knobs: list[PathwiseArguments] = [FullBPArguments()]
         knobs += [TruncatedBPArguments(fo_steps=k) for k in sorted({1, quarter})]
-        self._members: dict[str, Estimator] = {UNBIASED: rlr}
+        self._drawn = drawn.describe()
+        self._members: dict[str, Estimator] = {UNBIASED: rlr, self._drawn: drawn}
         self._members |= {member.describe(): member for member in map(PathwiseEstimator, knobs)}
         self._moments: GradientMoments | None = None
         self._promises: dict[str, Promise] = {}
@@ -217,7 +215,8 @@ class AutoEstimator(Estimator):
                 f"the first update measures which method improves the reward most for its cost; until then {UNBIASED}"
             )
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
-        words = f"by measurement, {self.chosen.describe(has_gradient)}"
+        why = "by measurement" if self._chosen == self._most_promising else "as several models share out the steps"
+        words = f"{why}, {self.chosen.describe(has_gradient)}"
         words += f"; its cosine with the full gradient of the measured samples is {best.cosine:.2f}"
         if self._chosen == UNBIASED:
             return words
@@ -264,8 +263,8 @@ class AutoEstimator(Estimator):
         self.rlr.statistics.calibrate(gradients, decay)
         newer = GradientMoments.of(rows_of(gradients))
         self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
-        assert gradients.experts is not None  # as the reward has a gradient
-        self._choose(chain, len(gradients.advantages), gradients.experts.repeat(3))
+        self._judge(chain, len(gradients.advantages))
+        self._chosen = self._drawn if gradients.of_several_models else self._most_promising
 
     def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:
         """Measures the noise scale, and B by it."""
@@ -317,17 +316,20 @@ class AutoEstimator(Estimator):
         self._noise_scale.load_state_dict(state["noise_scale"])
         self._share_batch()
 
-    def _choose(self, chain: Chain, count: int, experts: torch.Tensor) -> None:
-        """Judges the members on as many samples as were measured, and by the rows' experts."""
+    def _judge(self, chain: Chain, count: int) -> None:
+        """What the members promise, judged on as many samples as were measured."""
         assert self._moments is not None  # as calibrate has just measured
         moments = self._moments.of_the_samples(count)
         full = torch.zeros(3 * chain.num_steps, dtype=torch.float64)
         full[: chain.num_steps] = 1
         self._promises = {
-            name: promise(moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps, experts)
+            name: promise(moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps)
             for name, member in self._members.items()
         }
-        self._chosen = max(self._promises, key=lambda name: self._promises[name].improvement)
+
+    @property
+    def _most_promising(self) -> str:
+        return max(self._promises, key=lambda name: self._promises[name].improvement)
 
     def _share_batch(self) -> None:
         """The roulette's chances depend on B."""

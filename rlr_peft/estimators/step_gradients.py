@@ -62,8 +62,8 @@ class StepGradients:
             a reward without gradient.
         held: the same as `pathwise` with the velocity held fixed between step t and the image, (T, N, d); None where
             that was not asked for.
-        experts: number of the model that takes step t, (T,), int64: steps without a weight in common are of different
-            ones, as in Wan 2.2; None where it was not measured.
+        of_several_models: whether some steps have no weight in common, as with the two experts of Wan 2.2; not measured
+            of a reward without gradient.
     """
 
     pathwise: torch.Tensor | None
@@ -72,7 +72,7 @@ class StepGradients:
     has_noise: torch.Tensor
     cotangent_squares: torch.Tensor | None = None
     held: torch.Tensor | None = None
-    experts: torch.Tensor | None = None
+    of_several_models: bool = False
 
     @property
     def half_order(self) -> torch.Tensor:
@@ -126,7 +126,7 @@ def measure_step_gradients(
         measured.has_noise,
         measured.cotangent_squares,
         measured.held if with_held else None,
-        measured.experts(),
+        measured.of_several_models(),
     )
 
 
@@ -176,10 +176,9 @@ class _Measured:
             if step.t in self._scored:
                 self.scores[step.t - 1, rows] = probed[-1]
 
-    def experts(self) -> torch.Tensor:
-        """(T,) number of the model that takes each step."""
+    def of_several_models(self) -> bool:
         in_common = self._touched @ self._touched.T
-        return torch.from_numpy(connected_components(in_common.numpy(), directed=False)[1]).long()
+        return bool(connected_components(in_common.numpy(), directed=False)[0] > 1)
 
     def _probes(self, batch: Rollout, t: int) -> list[torch.Tensor]:
         assert batch.reward_gradient is not None  # where there are probes

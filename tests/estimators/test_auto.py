@@ -55,21 +55,6 @@ def test_a_promise_is_what_simulated_batches_keep() -> None:
         assert promised.improvement == pytest.approx(float(improvement / cost), rel=0.05)
 
 
-def test_experts_improve_each_by_itself() -> None:
-    """Two rows of noiseless gradients 3 and 1: with one expert alone 3/4 or 1/4 are left, in steps longer by a root."""
-    rows = torch.zeros(2, 8, 2)
-    rows[0, :, 0], rows[1, :, 1] = 3, 1
-    moments, experts = GradientMoments.of(rows), torch.tensor([0, 1])
-    full, first, second, skewed = (
-        torch.tensor(weights, dtype=torch.float64) for weights in ([1, 1], [1, 0], [0, 1], [1, 100])
-    )
-    promises = [promise(moments, RowWeights.fixed(w), full, 1, 7.0, experts) for w in (full, first, second, skewed)]
-    costs = [7.0 + STEP_COST * n for n in (2, 1, 1, 2)]
-    improvements = [promised.improvement * cost for promised, cost in zip(promises, costs, strict=True)]
-    assert improvements == pytest.approx([1, 2**0.5 * 3 / 4, 2**0.5 / 4, 1])
-    assert promises[1].cosine == pytest.approx(3 / 10**0.5)
-
-
 def test_without_signal_members_are_judged_by_what_they_share_with_the_samples_gradients() -> None:
     """Rows of pure noise: of the whole gradient v_1 + v_2 the member v_1 has half the square, v_3 nothing."""
     rows = torch.randn(3, 16, 4000, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlr_peft.chain import DenoisingChain, Segment, run, walk
-from rlr_peft.estimators import GradientSketch, Rollout, measure_step_gradients
+from rlr_peft.config import METHODS
+from rlr_peft.estimators import GradientSketch, Rollout, RunShape, build_estimator, measure_step_gradients
 from tests.families.table import CASES, NUM_STEPS, load, prompts_of
 from tests.pipelines import chain_over
 
@@ -94,12 +95,25 @@ def test_gradients_of_separated_samples_are_those_of_single_ones(name: str, fold
 
 
 @pytest.mark.parametrize("name", ["wan-2.2", "wan-2.1"])
-def test_steps_that_share_no_weight_are_of_different_experts(name: str, folder_of: Callable[[str], str]) -> None:
+def test_steps_that_share_no_weight_are_of_several_models(name: str, folder_of: Callable[[str], str]) -> None:
     chain = trained_chain(name, folder_of)
     trajectory = chain.sample(prompts_of(name), [0, 1])
     towards, rewards = torch.ones_like(trajectory.latents[0]), torch.tensor([0.0, 1.0])
     rollout = Rollout(trajectory, rewards, towards)
     measured = measure_step_gradients(chain, [rollout], rewards - 0.5, GradientSketch(chain.parameters))
-    assert measured.experts is not None
-    steps_of_each = measured.experts.bincount().tolist()
-    assert len(steps_of_each) == (2 if name == "wan-2.2" else 1) and sum(steps_of_each) == NUM_STEPS
+    assert measured.of_several_models == (name == "wan-2.2")
+
+
+@pytest.mark.parametrize("name", ["wan-2.2", "wan-2.1"])
+def test_auto_takes_what_trains_every_expert(name: str, folder_of: Callable[[str], str]) -> None:
+    """Here the last step alone promises most for its cost, and that never reaches the first expert."""
+    chain = trained_chain(name, folder_of)
+    trajectory = chain.sample(prompts_of(name), [0, 1])
+    rollout = Rollout(trajectory, torch.tensor([0.0, 1.0]), torch.ones_like(trajectory.latents[0]))
+    estimator = build_estimator(METHODS["auto"](), RunShape(NUM_STEPS, samples=2))
+    estimator.calibrate(chain, [rollout], torch.tensor([-0.5, 0.5]), decay=0.0)
+    words = estimator.describe(True)
+    if name == "wan-2.2":
+        assert words.startswith("as several models share out the steps, reward gradient through 3 steps drawn")
+    else:
+        assert words.startswith("by measurement, ")
