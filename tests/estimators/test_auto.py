@@ -10,7 +10,6 @@ import torch
 
 from rlr_peft.config import METHODS
 from rlr_peft.estimators import (
-    STEP_COST,
     AutoEstimator,
     GradientMoments,
     RowWeights,
