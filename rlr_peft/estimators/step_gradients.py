@@ -177,7 +177,9 @@ class _Measured:
                 self.scores[step.t - 1, rows] = probed[-1]
 
     def of_several_models(self) -> bool:
-        in_common = self._touched @ self._touched.T
+        """Steps of a model that is not trained touch no weight, and do not count."""
+        touched = self._touched[self._touched.any(1)]
+        in_common = touched @ touched.T
         return bool(connected_components(in_common.numpy(), directed=False)[0] > 1)
 
     def _probes(self, batch: Rollout, t: int) -> list[torch.Tensor]:

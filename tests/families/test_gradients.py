@@ -102,6 +102,9 @@ def test_steps_that_share_no_weight_are_of_several_models(name: str, folder_of: 
     rollout = Rollout(trajectory, rewards, towards)
     measured = measure_step_gradients(chain, [rollout], rewards - 0.5, GradientSketch(chain.parameters))
     assert measured.of_several_models == (name == "wan-2.2")
+    chain.parameters = chain.parameters[:1]
+    alone = measure_step_gradients(chain, [rollout], rewards - 0.5, GradientSketch(chain.parameters))
+    assert not alone.of_several_models
 
 
 @pytest.mark.parametrize("name", ["wan-2.2", "wan-2.1"])
