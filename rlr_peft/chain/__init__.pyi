@@ -22,6 +22,7 @@ from .grid import diffusion_grid as diffusion_grid
 from .interface import Chain as Chain
 from .interface import MovingWindow as MovingWindow
 from .interface import Trajectory as Trajectory
+from .interface import noisy_steps as noisy_steps
 from .memory import ModelOffload as ModelOffload
 from .memory import in_tiles as in_tiles
 from .memory import largest_block as largest_block

@@ -281,7 +281,7 @@ def _held(chain: Chain, t: int, leads_to: LeadsTo) -> float:
     if leads_to == "mean":
         return chain.input_sensitivity(t)
     start, end = chain.path_point(t), PathPoint(1.0, 0.0) if leads_to == "prediction" else chain.path_point(leads_to)
-    return (end.alpha + end.sigma) / (start.alpha + start.sigma)
+    return end.scale / start.scale
 
 
 def _into_parameters(

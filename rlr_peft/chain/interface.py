@@ -54,6 +54,10 @@ class Trajectory:
         """The standard normal draw of step t, (B, ...); ``noise(T + 1)`` is the initial latents."""
         return self.noises[t - 1]
 
+    def mean(self, t: int) -> torch.Tensor:
+        """The mean of step t by the weights that sampled it, (B, ...): what is left of x_{t-1} without its noise."""
+        return self.latents[t - 1] - self.std(t) * self.noise(t)
+
     def select(self, samples: list[int]) -> "Trajectory":
         """The trajectory of some of the samples."""
         return replace(
@@ -190,6 +194,11 @@ class Chain(Protocol):
 
     def draw_noises(self, seeds: Sequence[int]) -> torch.Tensor:
         """Standard normal noises in the layout of ``Trajectory.noises``, (T + 1, B, ...)."""
+
+
+def noisy_steps(chain: Chain) -> list[int]:
+    """Its steps that have noise, from 1 on."""
+    return [t for t in range(1, chain.num_steps + 1) if chain.std(t) > 0]
 
 
 class Decoder(Protocol):

@@ -34,6 +34,16 @@ class PathPoint:
     alpha: float
     sigma: float
 
+    @property
+    def scale(self) -> float:
+        """What the latents are divided by on the flow path that any path becomes by rescaling."""
+        return self.alpha + self.sigma
+
+    @property
+    def noise_share(self) -> float:
+        """sigma on that flow path, in [0, 1]: its time."""
+        return self.sigma / self.scale
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -167,8 +177,8 @@ def step_std(kind: StepKind, current: PathPoint, following: PathPoint, eta: floa
     if kind == "cps":
         return following.sigma * math.sin(eta * math.pi / 2)
     if kind == "flow-sde":
-        sigma, next_sigma = _flow_sigma(current), _flow_sigma(following)
-        return (following.alpha + following.sigma) * _flow_sde_std(sigma, next_sigma, eta)
+        sigma, next_sigma = current.noise_share, following.noise_share
+        return following.scale * _flow_sde_std(sigma, next_sigma, eta)
     raise ValueError(f"Expected step_kind in {get_args(StepKind)}, got {kind!r}.")
 
 
@@ -193,7 +203,7 @@ def input_sensitivity(kind: StepKind, current: PathPoint, following: PathPoint, 
     eps both move by ``1 / (alpha + sigma)``. For steps other than ``flow-sde`` it comes to
     ``(alpha' + sqrt(sigma'^2 - std^2)) / (alpha + sigma)``.
     """
-    moved = torch.tensor(1 / (current.alpha + current.sigma), dtype=torch.float64)
+    moved = torch.tensor(1 / current.scale, dtype=torch.float64)
     return float(_mean_and_std(kind, moved, moved, current, following, eta)[0])
 
 
@@ -219,10 +229,10 @@ def _flow_sde(
     eta: float,
 ) -> tuple[torch.Tensor, float]:
     """Flow-GRPO's step. Dividing x by ``alpha + sigma`` turns any path into the flow path, where it is defined."""
-    sigma, next_sigma = _flow_sigma(current), _flow_sigma(following)
+    sigma, next_sigma = current.noise_share, following.noise_share
     latents = (1 - sigma) * pred_original_sample + sigma * pred_noise
     velocity = pred_noise - pred_original_sample
-    scale = following.alpha + following.sigma
+    scale = following.scale
     step = next_sigma - sigma
     if next_sigma == 0:  # noise here would stay in the image: the last step is the plain flow
         return scale * (latents + velocity * step), 0.0
@@ -241,7 +251,3 @@ def _flow_sde_std(sigma: float, next_sigma: float, eta: float) -> float:
     if next_sigma == 0:
         return 0.0
     return _flow_sde_diffusion(sigma, next_sigma, eta) * math.sqrt(sigma - next_sigma)
-
-
-def _flow_sigma(point: PathPoint) -> float:
-    return point.sigma / (point.alpha + point.sigma)

@@ -9,7 +9,6 @@ from .distances import RewardFeatures as RewardFeatures
 from .distances import Thumbnails as Thumbnails
 from .distances import VisionModelFeatures as VisionModelFeatures
 from .distances import find_features as find_features
-from .distances import has_noise as has_noise
 from .distances import mean_distances as mean_distances
 from .distances import measure_divergence as measure_divergence
 from .distances import path_divergence as path_divergence

@@ -169,11 +169,6 @@ def path_divergence(chain: Chain, prompts: Sequence[Prompt], seeds: Sequence[int
     return path_kl(trajectory, references).float().cpu()
 
 
-def has_noise(chain: Chain) -> bool:
-    """Whether any step of the chain is stochastic."""
-    return any(chain.std(t) > 0 for t in range(1, chain.num_steps + 1))
-
-
 def measure_divergence(
     measure: MeasureDivergence,
     prompts: Sequence[Prompt],

@@ -20,8 +20,9 @@ from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.chain.denoising_chain import DenoisingChain
+from rlr_peft.chain.interface import noisy_steps
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model, file_name, unique_labels
-from rlr_peft.compare.distances import find_features, has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.distances import find_features, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, FeatureExtractor, Render, evaluate, prompts_and_seeds
 from rlr_peft.compare.kept import (
     KeptFeatures,
@@ -191,7 +192,7 @@ class _Comparer:
         """KL from the base of the adapter that is in the pipeline; None where it is not defined."""
         count, seed = self.options.kl_images, derive_seed(self.config.training.seed, "divergence")
         count = min(MOST_KL_IMAGES, len(self.drawn[0])) if count is None else count
-        if count == 0 or not has_noise(chain):
+        if count == 0 or not noisy_steps(chain):
             return None
         if set(adapted_parts(self.pipeline)) - set(chain.family.denoisers):
             logger.warning("%s also adapts the text encoder: its KL from the base is not measured.", label)

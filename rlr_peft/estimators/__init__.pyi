@@ -16,7 +16,6 @@ from .forward import ForwardEstimator as ForwardEstimator
 from .forward import LevelOutputs as LevelOutputs
 from .forward import awm_pull as awm_pull
 from .forward import nft_pull as nft_pull
-from .forward import noise_share as noise_share
 from .forward import ram_pull as ram_pull
 from .half_order import BaselineObservation as BaselineObservation
 from .half_order import HalfOrder as HalfOrder

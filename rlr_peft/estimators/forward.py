@@ -59,7 +59,7 @@ class LevelOutputs:
         residual: g, training target minus the output of the old weights, (B, ...).
         from_base: present output minus the base's, (B, ...); None where nothing asks for it.
         advantages: A, (B,).
-        noise_share: sigma / (alpha + sigma) of the level.
+        noise_share: of the level.
     """
 
     moved: torch.Tensor
@@ -234,7 +234,7 @@ class ForwardEstimator(Estimator):
 
     def _draw(self, chain: Chain, generator: torch.Generator) -> list[int]:
         steps = range(1, chain.num_steps + 1)
-        density = torch.tensor([noise_share(chain.path_point(t)) for t in steps], dtype=torch.float64)
+        density = torch.tensor([chain.path_point(t).noise_share for t in steps], dtype=torch.float64)
         count = min(self.arguments.noise_levels, chain.num_steps)
         drawn = torch.multinomial(density**self.arguments.level_density, count, generator=generator)
         return sorted((1 + drawn).tolist())
@@ -258,7 +258,7 @@ class ForwardEstimator(Estimator):
         """
         moved, residual = -slope * (prediction - of_old), -slope * (clean - of_old)
         from_base = None if of_base is None else -slope * (prediction - of_base)
-        compared = LevelOutputs(moved, residual, from_base, advantages, noise_share(point))
+        compared = LevelOutputs(moved, residual, from_base, advantages, point.noise_share)
         pull, numbers = self._pull(compared)
         if from_base is not None:
             pull = pull - 2 * self.base_pull * from_base
@@ -270,7 +270,7 @@ class ForwardEstimator(Estimator):
         growth, outward = norm_excess(velocity, of_base, self.arguments.norm_margin)
         numbers = {**numbers, "velocity_growth": float(growth.mean())}
         # Less prediction of x_0 is more velocity, by (alpha + sigma) / sigma.
-        return cotangent + self.arguments.norm_penalty * outward / noise_share(point), numbers
+        return cotangent + self.arguments.norm_penalty * outward / point.noise_share, numbers
 
 
 def shared_noise(clean: torch.Tensor, prompts: Sequence[Prompt], generator: torch.Generator) -> torch.Tensor:
@@ -280,14 +280,9 @@ def shared_noise(clean: torch.Tensor, prompts: Sequence[Prompt], generator: torc
     return noise.repeat_interleave(torch.tensor(counts, device=clean.device), dim=0)
 
 
-def noise_share(point: PathPoint) -> float:
-    """sigma of the flow path that the point lies on after rescaling, in (0, 1] for a noised one."""
-    return point.sigma / (point.alpha + point.sigma)
-
-
 def flow_velocity(noised: torch.Tensor, prediction: torch.Tensor, point: PathPoint) -> torch.Tensor:
     """``eps - x_0`` as a prediction of x_0 implies it, (B, ...)."""
-    return (noised - (point.alpha + point.sigma) * prediction) / point.sigma
+    return (noised - point.scale * prediction) / point.sigma
 
 
 def norm_excess(velocity: torch.Tensor, of_base: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Literal, Self
 import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment
-from rlr_peft.chain.interface import Chain, Trajectory
+from rlr_peft.chain.interface import Chain, Trajectory, noisy_steps
 from rlr_peft.config.methods import AdjointMatchingArguments
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator, RunShape
@@ -72,7 +72,7 @@ def reference_steps(
     Raises:
         NoDivergenceError: no step of the chain has noise.
     """
-    blocks = [range(t, t + 1) for t in range(1, chain.num_steps + 1) if chain.std(t) > 0]
+    blocks = [range(t, t + 1) for t in noisy_steps(chain)]
     if not blocks:
         raise NoDivergenceError(
             f"Expected noise in the chain, without which the divergence from the base is not defined, got none in its "
@@ -91,9 +91,7 @@ def path_kl(trajectory: Trajectory, references: Sequence[ReferenceStep]) -> torc
     """KL of the sampled paths from the base's, of the weights that sampled them, (B,) in nats."""
     divergence = torch.zeros(trajectory.batch_size, device=trajectory.latents.device, dtype=trajectory.latents.dtype)
     for step in references:
-        # What is left of x_{t-1} without its noise is the mean.
-        mean = trajectory.latents[step.t - 1] - trajectory.std(step.t) * trajectory.noise(step.t)
-        divergence += step.weight * step_kl(mean, step.mean, trajectory.std(step.t))
+        divergence += step.weight * step_kl(trajectory.mean(step.t), step.mean, trajectory.std(step.t))
     return divergence
 
 
@@ -153,7 +151,7 @@ class AdjointMatchingEstimator(Estimator):
             raise CoverageError(
                 "Expected a differentiable reward for adjoint-matching, got one without gradient. Use --estimator rlr."
             )
-        if not _noisy(chain):
+        if not noisy_steps(chain):
             raise CoverageError("Expected noise in the chain for adjoint-matching, got none. Raise eta.")
         departure = "the reward's gradient is carried by the base model, and a pull to the base is added"
         return Coverage(torch.zeros(chain.num_steps, dtype=torch.float64), {}, departures=(departure,))
@@ -163,7 +161,7 @@ class AdjointMatchingEstimator(Estimator):
     ) -> Iterator[Segment]:
         assert rollout.reward_gradient is not None  # as the coverage has checked
         trajectory, cotangent = rollout.trajectory, rollout.reward_gradient
-        noisy = _noisy(chain)
+        noisy = noisy_steps(chain)
         count = min(self.first_order_steps, len(noisy))
         drawn = {noisy[i] for i in torch.randperm(len(noisy), generator=generator)[:count].tolist()}
         weight = self.coefficient * len(noisy) / count
@@ -181,7 +179,3 @@ class AdjointMatchingEstimator(Estimator):
             return cotangent - (mean - base_mean) / (self.scale * std**2), {}
 
         return pull
-
-
-def _noisy(chain: Chain) -> list[int]:
-    return [t for t in range(1, chain.num_steps + 1) if chain.std(t) > 0]

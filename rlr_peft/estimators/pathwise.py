@@ -358,9 +358,8 @@ class PathwiseEstimator(Estimator):
 
 
 def step_sizes(chain: Chain) -> list[float]:
-    """How far every step leads in flow time ``sigma / (alpha + sigma)``, at index t - 1."""
-    points = [chain.path_point(t) for t in range(chain.num_steps + 1)]
-    times = [point.sigma / (point.alpha + point.sigma) for point in points]
+    """How far every step leads in flow time, at index t - 1."""
+    times = [chain.path_point(t).noise_share for t in range(chain.num_steps + 1)]
     return [start - end for end, start in pairwise(times)]
 
 

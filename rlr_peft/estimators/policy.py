@@ -178,8 +178,7 @@ def clipped_cotangent(
     if divergence_limit is None:
         outside = (ratio - 1).abs() > clip_range
     else:
-        sampled_mean = trajectory.latents[t - 1] - trajectory.std(t) * trajectory.noise(t)
-        outside = step_kl(mean, sampled_mean, trajectory.std(t)) > divergence_limit
+        outside = step_kl(mean, trajectory.mean(t), trajectory.std(t)) > divergence_limit
     factor = _kept(advantages.to(ratio.dtype), ratio, outside)
     return per_sample(factor, noise) * noise / trajectory.std(t), _numbers(ratio, outside)
 
@@ -202,20 +201,17 @@ def normalized_cotangent(
         t: a step with noise.
         mean: of step t under the present weights, (B, ...).
         clip_range: c.
-        points: where the step starts and where it leads. Shares of noise s of the flow path give the length dt, and
-            ``alpha + sigma`` the scale of the latents.
+        points: where the step starts and where it leads. Their shares of noise give the length dt.
 
     Returns:
         As ``clipped_cotangent``.
     """
     eps = trajectory.noise(t)
-    moved = mean - (trajectory.latents[t - 1] - trajectory.std(t) * eps)
     start, end = points
-    scale = end.alpha + end.sigma
-    length = start.sigma / (start.alpha + start.sigma) - end.sigma / scale
-    ratio = ((moved * eps).flatten(1).sum(1) / scale).exp()
+    ratio = (((mean - trajectory.mean(t)) * eps).flatten(1).sum(1) / end.scale).exp()
     outside = (ratio - 1).abs() > clip_range
-    factor = _kept(advantages.to(ratio.dtype), ratio, outside) / (scale * length)
+    length = start.noise_share - end.noise_share
+    factor = _kept(advantages.to(ratio.dtype), ratio, outside) / (end.scale * length)
     return per_sample(factor, eps) * eps, _numbers(ratio, outside)
 
 

@@ -19,8 +19,9 @@ from rlr_peft.build.chain import (
 from rlr_peft.build.machine import derive_seed, describe_hardware
 from rlr_peft.build.run import Run
 from rlr_peft.chain.families import adapter_folder, adapter_loading
+from rlr_peft.chain.interface import noisy_steps
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
-from rlr_peft.compare.distances import has_noise, measure_divergence, path_divergence
+from rlr_peft.compare.distances import measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds
 from rlr_peft.compare.report import PAGE, write_page_and_scores
 from rlr_peft.compare.run import prompt_source
@@ -215,7 +216,7 @@ def divergence_from_base(run: Run) -> Tensor | None:
 
 def num_divergence_samples(run: Run) -> int:
     """Samples on which the divergence from the base is measured; 0 where the chain has no noise."""
-    return max(2, min(MOST_KL_IMAGES, run.arithmetic.evaluation_images // KL_SHARE)) if has_noise(run.chain) else 0
+    return max(2, min(MOST_KL_IMAGES, run.arithmetic.evaluation_images // KL_SHARE)) if noisy_steps(run.chain) else 0
 
 
 def divergence_metrics(comparison: Comparison) -> dict[str, float]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.spatial.distance import cosine
 
-from rlr_peft.compare import has_noise, mean_distances, measure_divergence, path_divergence, prompt_distances, variety
+from rlr_peft.chain import noisy_steps
+from rlr_peft.compare import mean_distances, measure_divergence, path_divergence, prompt_distances, variety
 from rlr_peft.estimators import reference_mean
 from rlr_peft.testing import LinearGaussianChain
 from tests.estimators.chains import move_parameters
@@ -114,6 +115,6 @@ def test_a_plan_is_measured_in_batches() -> None:
 
 def test_a_chain_without_noise_has_no_divergence() -> None:
     chain = LinearGaussianChain(num_steps=1)
-    assert not has_noise(chain)
+    assert not noisy_steps(chain)
     with pytest.raises(ValueError, match="Expected noise in the chain, without which the divergence"):
         path_divergence(chain, [""], [0])

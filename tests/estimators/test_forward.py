@@ -21,7 +21,6 @@ from rlr_peft.estimators import (
     build_estimator,
     leave_one_out,
     nft_pull,
-    noise_share,
     ram_pull,
 )
 from rlr_peft.lora import attach_lora
@@ -105,7 +104,7 @@ def test_on_policy_all_three_follow_the_same_direction(name: str) -> None:
         residual = -slope * clean - output.detach()
         factors = {
             "ram": torch.full((8,), 2 * 100.0),
-            "nft": 2 * noise_share(point) / residual.abs().mean(1),
+            "nft": 2 * point.noise_share / residual.abs().mean(1),
             "awm": torch.full((8,), 2.0),
         }[name]
         weighted = (factors * advantages)[:, None] * residual / chain.dimension / 3
