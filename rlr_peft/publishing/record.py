@@ -66,6 +66,11 @@ def base_kind(base_model: str) -> BaseKind:
     return "folder" if path.is_absolute() or path.exists() else "hub"
 
 
+def whole_place(name: str) -> str:
+    """A Hub id as it is; what lies on this machine with its whole path."""
+    return str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name
+
+
 def hub_link(name: str) -> str:
     """A repository of the Hub in Markdown; a name that no repository can have is no link."""
     is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)

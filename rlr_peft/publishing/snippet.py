@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlr_peft.chain.families import adapter_folder, adapter_loading
-from rlr_peft.publishing.record import RunRecord, base_kind
+from rlr_peft.publishing.record import (
+    RunRecord,
+    base_kind,
+    whole_place,
+)
 
 
 def usage_snippet(record: RunRecord, prompt: str) -> str:
@@ -53,7 +56,7 @@ def pipeline_code(record: RunRecord, others: Sequence[str] = ()) -> str:
         imports += ["", "from rlr_peft.tiny_shapes import pipeline_path"]
         base = "pipeline_path()"
     elif kind == "folder":
-        base = _place(record.base.model)
+        base = quoted(whole_place(record.base.model))
     else:
         base = quoted(record.base.model)
     options = "".join(f", {name}={quoted(value)}" for name, value in record.base.options.items())
@@ -116,18 +119,13 @@ def _parts(record: RunRecord) -> tuple[str, str, list[str]]:
     classes = {"motion_adapter": "MotionAdapter"}
     used = [classes.get(name, "AutoModel") for name in record.base.components]
     lines = [
-        f"{name} = {class_name}.from_pretrained({_place(place)}, dtype=torch.{record.base.dtype})\n"
+        f"{name} = {class_name}.from_pretrained({quoted(whole_place(place))}, dtype=torch.{record.base.dtype})\n"
         for (name, place), class_name in zip(record.base.components.items(), used, strict=True)
     ]
     # A base of Stable Diffusion with a motion adapter is another pipeline than the base's own.
     of_videos = "motion_adapter" in record.base.components
     pipeline_class = "AnimateDiffPipeline" if of_videos else record.base.single_file_class or "DiffusionPipeline"
     return pipeline_class, "".join(lines), used
-
-
-def _place(name: str) -> str:
-    """A Hub id as it is; a folder with its whole path."""
-    return quoted(str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name)
 
 
 def _sorted_imports(imports: list[str], extra: list[str]) -> list[str]:

@@ -156,14 +156,11 @@ PUBLISHED = (
     "scores.parquet",
     "compare.html",
 )
+CARD_IMAGES = ("validation", "base", "adapter", "condition")
 # What a run itself makes: on the Hub these files are an earlier run's where this one lacks them, all others the user's.
 MADE = (
     *(name for name in PUBLISHED if "*" not in name),
-    *(
-        f"images/{kind}_*.{suffix}"
-        for kind in ("validation", "base", "adapter", "condition")
-        for suffix in ("png", "gif", "mp4")
-    ),
+    *(f"images/{kind}_*.{suffix}" for kind in CARD_IMAGES for suffix in ("png", "gif", "mp4")),
 )
 TEXT_SUFFIXES = (".md", ".yaml", ".json", ".jsonl", ".html")
 

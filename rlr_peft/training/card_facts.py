@@ -35,9 +35,10 @@ from rlr_peft.publishing.record import (
     Rewards,
     RunRecord,
     Sampling,
-    base_kind,
     base_license,
+    whole_place,
 )
+from rlr_peft.publishing.uploads import CARD_IMAGES
 from rlr_peft.redaction import redacted_command
 from rlr_peft.training.progress import LearningSignal, Progress
 from rlr_peft.training.tracking import METRICS_LOG, read_metrics, stage_conditions
@@ -76,11 +77,11 @@ def _base(run: Run) -> Base:
     model = run.config.model
     name = model.pretrained_model_name_or_path
     return Base(
-        model=_place(name),
+        model=whole_place(name),
         options=_given(
             revision=model.revision,
             variant=model.variant,
-            config=_place(place_of_configs(model)) if is_single_file(name) else None,
+            config=whole_place(place_of_configs(model)) if is_single_file(name) else None,
         ),
         components=_given(
             vae=model.pretrained_vae_model_name_or_path, motion_adapter=model.pretrained_motion_adapter_name_or_path
@@ -91,11 +92,6 @@ def _base(run: Run) -> Base:
         license=base_license(name, revision=model.revision, cache_dir=model.cache_dir),
         single_file_class=type(run.pipeline).__name__ if is_single_file(name) else None,
     )
-
-
-def _place(name: str) -> str:
-    """A Hub id as it is; what lies on this machine with its whole path."""
-    return str(Path(name).expanduser().resolve()) if base_kind(name) == "folder" else name
 
 
 def _given(**values: str | None) -> dict[str, str]:
@@ -224,7 +220,7 @@ MAX_PAIRS = 4
 
 def clear_card_images(output_dir: Path) -> None:
     """Removes those of an earlier run into the same folder."""
-    for kind in ("validation", "base", "adapter", "condition"):
+    for kind in CARD_IMAGES:
         for path in (output_dir / IMAGES).glob(f"{kind}_*"):
             path.unlink()
 
