@@ -20,7 +20,6 @@ from .grid import base_scheduler as base_scheduler
 from .grid import build_scheduler as build_scheduler
 from .grid import diffusion_grid as diffusion_grid
 from .interface import Chain as Chain
-from .interface import MovingWindow as MovingWindow
 from .interface import Trajectory as Trajectory
 from .interface import noisy_steps as noisy_steps
 from .memory import ModelOffload as ModelOffload

@@ -16,7 +16,6 @@ from rlr_peft.chain.families import (
     first_frames,
 )
 from rlr_peft.chain.grid import InferenceScheduler, base_scheduler
-from rlr_peft.chain.interface import moving_window
 from rlr_peft.chain.path import PathPoint
 from rlr_peft.chain.pipeline import PipelineDriver
 from rlr_peft.chain.scheduler import RecordingScheduler
@@ -53,7 +52,6 @@ class SteppedPipeline:
         device: where the models work.
         denoiser: what is trained; of a pipeline with several denoisers a ``ModuleDict`` of all.
         num_steps: T.
-        moving_window: where noise is in which update; None where the same steps have it in all.
         denoiser_evaluations: of single samples so far; a guided pair counts once.
         latents_shape: shape of one sample's latents.
         latents_dtype: their precision.
@@ -92,7 +90,6 @@ class SteppedPipeline:
         self.arguments = arguments
         self.num_steps = arguments.num_inference_steps
         self.denoiser_evaluations = 0
-        self.moving_window = moving_window(arguments)
         self._call = CallArguments(self._driver, arguments)
         spacing = arguments.timestep_spacing or self.family.timestep_spacing
         base = base_scheduler(self.pipeline.scheduler, spacing, arguments.scheduler_type)

@@ -6,6 +6,7 @@ from .arguments import knobs as knobs
 from .chain import AUTO as AUTO
 from .chain import ChainArguments as ChainArguments
 from .chain import ChainOfThoughtArguments as ChainOfThoughtArguments
+from .chain import MovingWindow as MovingWindow
 from .chain import StageFormName as StageFormName
 from .chain import stages_from_config as stages_from_config
 from .chain import window_steps as window_steps

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from rlr_peft.config.knob import Group, knob
 from rlr_peft.prompt import Stages, make_stages
+from rlr_peft.reports import counted
 
 if TYPE_CHECKING:
     from rlr_peft.config.arguments import Config
@@ -16,6 +17,45 @@ StageFormName = Literal["auto", "parts", "contrast"]
 AUTO: Final = "auto"
 SOURCES = ("dcot_columns", "dcot_rules", "dcot_model", "dcot_endpoint")
 """The knobs that say where stage prompts come from."""
+
+
+@dataclass(frozen=True)
+class MovingWindow:
+    """Some neighbouring steps with noise, drawn anew for every update (Flow-GRPO-Fast) or sliding (MixGRPO 2507.21802).
+
+    Attributes:
+        first, last: the steps among which it moves, counted from the clean end.
+        length: number of its steps.
+        slide: updates after which it moves one step towards the clean end, from where it begins again at the noise;
+            None draws it.
+    """
+
+    first: int
+    last: int
+    length: int
+    slide: int | None
+
+    @property
+    def places(self) -> int:
+        """Number of places where it may lie."""
+        return self.last - self.first - self.length + 2
+
+    def at(self, update: int, seed: int) -> tuple[int, int]:
+        """First and last step with noise in an update."""
+        place = seed % self.places if self.slide is None else update // self.slide % self.places
+        last = self.last - place
+        return last - self.length + 1, last
+
+    def shares(self) -> dict[int, float]:
+        """In what share of the updates every step from ``first`` to ``last`` has noise."""
+        ends = range(self.first + self.length - 1, self.last + 1)
+        steps = range(self.first, self.last + 1)
+        return {t: sum(end - self.length < t <= end for end in ends) / self.places for t in steps}
+
+    def describe(self) -> str:
+        """In words, what a step of it is."""
+        how = "drawn for every update" if self.slide is None else f"sliding every {counted(self.slide, 'update')}"
+        return f"left out in updates where it has no noise ({counted(self.length, 'step')} at a time, {how})"
 
 
 @dataclass(frozen=True)
@@ -103,6 +143,14 @@ class ChainArguments(Group):
     def kind_of_steps(self) -> StepKind:
         """Of the chain, as long as it has noise."""
         return "ancestral" if self.step_kind == AUTO else self.step_kind
+
+    @property
+    def moving_window(self) -> MovingWindow | None:
+        """Where noise is in which update; None where the same steps have it in all."""
+        if self.noise_steps is None or self.noise_window is None:
+            return None
+        first, last = self.noise_window
+        return MovingWindow(first, last, self.noise_steps, self.noise_slide)
 
     @property
     def why_noiseless(self) -> str | None:

@@ -94,7 +94,7 @@ def take_update(run: Run, step: int) -> Update:
         RewardError: bad scores; nothing has been updated.
         DerivativeError: the gradient is not finite; this optimiser step has not been taken.
     """
-    moving = run.chain.moving_window
+    moving = run.config.chain.moving_window
     if moving is not None:
         run.chain.place_noise(*moving.at(step, derive_seed(run.config.training.seed, "noise_window", step)))
     images_per_prompt = run.num_images_per_prompt

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from rlr_peft.build import derive_seed
-from rlr_peft.chain import MovingWindow
+from rlr_peft.config import MovingWindow
 
 
 def test_a_sliding_window_goes_from_the_noise_to_the_clean_end_and_begins_again() -> None:
