@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlr_peft.chain.interface import Chain, Trajectory
-from rlr_peft.chain.path import PathPoint, leap
+from rlr_peft.chain.steps import Chain, PathPoint, Trajectory, leap
 from rlr_peft.errors import UserError
 
 

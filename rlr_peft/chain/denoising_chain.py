@@ -17,10 +17,9 @@ from diffusers import DiffusionPipeline
 from rlr_peft.chain.denoiser_forwards import can_separate, separate_weights
 from rlr_peft.chain.families import GENERIC
 from rlr_peft.chain.grid import InferenceScheduler, own_scheduler
-from rlr_peft.chain.interface import Trajectory
-from rlr_peft.chain.path import GaussianStep
 from rlr_peft.chain.scheduler import RecordedSteps
 from rlr_peft.chain.stepped_pipeline import SteppedPipeline
+from rlr_peft.chain.steps import GaussianStep, Trajectory
 from rlr_peft.config import ChainArguments
 from rlr_peft.config.chain import StepKind
 from rlr_peft.prompt import Prompt, PromptLike, Stages, as_prompts
@@ -29,7 +28,7 @@ StageForm: TypeAlias = Callable[[Prompt, int], Prompt]
 
 
 class DenoisingChain(SteppedPipeline):
-    """A diffusers pipeline as a ``Chain``; see ``rlr_peft.chain.interface`` for the members shared with other chains.
+    """A diffusers pipeline as a ``Chain``; see ``rlr_peft.chain.steps`` for the members shared with other chains.
 
     Args:
         pipeline, denoisers, decoded_frames, reward_decoder, detach_negative: see ``SteppedPipeline``; LoRA layers are

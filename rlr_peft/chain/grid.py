@@ -19,7 +19,7 @@ import numpy
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from rlr_peft.chain.path import Grid, PathPoint, PredictionType
+from rlr_peft.chain.steps import Grid, PathPoint, PredictionType
 from rlr_peft.config.chain import TimestepSpacing
 
 SchedulerType = Literal["diffusion", "flow"]

@@ -20,7 +20,7 @@ from rlr_peft.chain.grid import (
     make_grid,
     prediction_type,
 )
-from rlr_peft.chain.path import (
+from rlr_peft.chain.steps import (
     DEAD_STEP,
     GaussianStep,
     Grid,

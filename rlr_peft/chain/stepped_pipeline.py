@@ -16,9 +16,9 @@ from rlr_peft.chain.families import (
     first_frames,
 )
 from rlr_peft.chain.grid import InferenceScheduler, base_scheduler
-from rlr_peft.chain.path import PathPoint
 from rlr_peft.chain.pipeline import PipelineDriver
 from rlr_peft.chain.scheduler import RecordingScheduler
+from rlr_peft.chain.steps import PathPoint
 from rlr_peft.config import ChainArguments
 from rlr_peft.prompt import Prompt, PromptLike, as_prompts
 

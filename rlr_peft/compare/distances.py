@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlr_peft.build.processes import Processes
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.compare.evaluation import FeatureExtractor, in_batches, independent_groups, mean_and_standard_error
 from rlr_peft.errors import RewardError
 from rlr_peft.estimators.kl import path_kl, reference_steps

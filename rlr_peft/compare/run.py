@@ -20,7 +20,7 @@ from rlr_peft.build.prompts import comparison_prompts, describe_chain_of_thought
 from rlr_peft.build.reporting import as_config_error
 from rlr_peft.build.rewards import reward_settings
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.interface import noisy_steps
+from rlr_peft.chain.steps import noisy_steps
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model, file_name, unique_labels
 from rlr_peft.compare.distances import find_features, measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, FeatureExtractor, Render, evaluate, prompts_and_seeds

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.path import DEAD_STEP
+from rlr_peft.chain.steps import DEAD_STEP, Chain
 from rlr_peft.config import Config
 from rlr_peft.diagnose.evidence import (
     Cost,

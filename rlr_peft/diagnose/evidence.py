@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.config import Config
 from rlr_peft.diagnose.single_samples import Cosine, SampleEstimates, mean_product, mean_square, sample_estimates
 from rlr_peft.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.config import Config, EstimatorArguments
 from rlr_peft.config.methods import METHODS, DrawnStepsArguments, RLRPaperArguments
 from rlr_peft.config.policy import D3POArguments, ReusedSamplesArguments

@@ -32,7 +32,7 @@ from typing import Any, Self
 import torch
 
 from rlr_peft.chain.adjoint import Segment
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.config.estimator import PathwiseArguments
 from rlr_peft.config.methods import AutoArguments, FlowBPSparseArguments, FullBPArguments, TruncatedBPArguments
 from rlr_peft.config.policy import RAMArguments

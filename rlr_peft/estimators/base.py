@@ -12,7 +12,7 @@ import torch
 
 from rlr_peft.chain import adjoint
 from rlr_peft.chain.adjoint import Booking, Segment
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.config.chain import MovingWindow
 from rlr_peft.config.estimator import EstimatorArguments
 from rlr_peft.errors import UserError

@@ -37,8 +37,7 @@ from typing import Any, Self
 import torch
 
 from rlr_peft.chain.adjoint import Segment, per_sample
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.path import PathPoint
+from rlr_peft.chain.steps import Chain, PathPoint
 from rlr_peft.config.policy import AWMArguments, BasePulledArguments, ForwardArguments, NFTArguments, RAMArguments
 from rlr_peft.estimators.advantages import group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape

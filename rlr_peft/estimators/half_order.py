@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 
 from rlr_peft.chain.adjoint import Segment
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.config import window_steps
 from rlr_peft.config.chain import AUTO
 from rlr_peft.config.estimator import ScoreTermArguments, ThreeOrdersArguments

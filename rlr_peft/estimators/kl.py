@@ -12,7 +12,7 @@ from typing import Literal, Self
 import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, ReplayedStep, Segment
-from rlr_peft.chain.interface import Chain, Trajectory, noisy_steps
+from rlr_peft.chain.steps import Chain, Trajectory, noisy_steps
 from rlr_peft.config.methods import AdjointMatchingArguments
 from rlr_peft.errors import UserError
 from rlr_peft.estimators.base import FIRST_ORDER, Coverage, CoverageError, Estimator, RunShape

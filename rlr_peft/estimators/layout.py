@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.config.estimator import CalibratedArguments, ThreeOrdersArguments
 from rlr_peft.estimators.base import Coverage, CoverageError, RunShape
 from rlr_peft.estimators.half_order import (

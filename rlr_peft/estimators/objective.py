@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from rlr_peft.chain.adjoint import per_sample, scaled_gradients
-from rlr_peft.chain.interface import Chain, Decoder, Trajectory
+from rlr_peft.chain.steps import Chain, Decoder, Trajectory
 from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt, PromptLike, texts_of
 from rlr_peft.rewards.base import Reward, Scored, join_scored, measure_images, score_images

@@ -30,8 +30,7 @@ from typing import Any, Literal, Self
 import torch
 
 from rlr_peft.chain.adjoint import Segment, per_sample
-from rlr_peft.chain.interface import Chain
-from rlr_peft.chain.path import leap
+from rlr_peft.chain.steps import Chain, leap
 from rlr_peft.config.estimator import PathwiseArguments
 from rlr_peft.config.methods import (
     DRaFTLVArguments,

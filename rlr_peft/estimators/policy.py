@@ -26,8 +26,7 @@ from typing import Any, Self
 import torch
 
 from rlr_peft.chain.adjoint import IntoParameters, Segment, per_sample
-from rlr_peft.chain.interface import Chain, Trajectory
-from rlr_peft.chain.path import PathPoint
+from rlr_peft.chain.steps import Chain, PathPoint, Trajectory
 from rlr_peft.config.policy import D3POArguments, DDPOArguments, GRPOArguments, ReusedSamplesArguments
 from rlr_peft.estimators.advantages import PromptStatistics, group_normalized, normalised_in_words
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape

@@ -22,7 +22,7 @@ import torch
 from scipy.optimize import isotonic_regression
 
 from rlr_peft.chain.adjoint import Segment
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.config.estimator import CalibratedArguments
 from rlr_peft.estimators.advantages import leave_one_out
 from rlr_peft.estimators.base import FIRST_ORDER, MIXED_ORDER, Book, Coverage, Estimator, RunShape

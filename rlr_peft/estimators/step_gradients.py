@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from rlr_peft.chain.adjoint import Segment, walk
-from rlr_peft.chain.interface import Chain
+from rlr_peft.chain.steps import Chain
 from rlr_peft.estimators.base import FIRST_ORDER, CoverageError
 from rlr_peft.estimators.objective import Rollout
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from rlr_peft.chain.adjoint import Booking, add_to_gradients
-from rlr_peft.chain.interface import Chain, Trajectory
+from rlr_peft.chain.steps import Chain, Trajectory
 from rlr_peft.estimators.objective import Objective
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from rlr_peft.byte_counters import LiveMemory, counted_tape, fused_attention
 from rlr_peft.chain.adjoint import ReplayedStep
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.interface import Trajectory
+from rlr_peft.chain.steps import Trajectory
 from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.prompt import ConditionImage, Prompt
 

@@ -11,13 +11,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from rlr_peft.chain.interface import Trajectory
-from rlr_peft.chain.path import GaussianStep, PathPoint
+from rlr_peft.chain.steps import GaussianStep, PathPoint, Trajectory
 from rlr_peft.prompt import PromptLike, as_prompts
 
 
 class ReplicatedChain(ABC):
-    """A chain of ``rlr_peft.chain.interface.Chain`` whose step is a formula, in float64.
+    """A chain of ``rlr_peft.chain.steps.Chain`` whose step is a formula, in float64.
 
     Args:
         stds: standard deviation of every step, at index t - 1.

@@ -19,7 +19,7 @@ from rlr_peft.build.chain import (
 from rlr_peft.build.machine import derive_seed, describe_hardware
 from rlr_peft.build.run import Run
 from rlr_peft.chain.families import adapter_folder, adapter_loading
-from rlr_peft.chain.interface import noisy_steps
+from rlr_peft.chain.steps import noisy_steps
 from rlr_peft.compare.comparison import BASE, Comparison, MeasuredReward, Model
 from rlr_peft.compare.distances import measure_divergence, path_divergence
 from rlr_peft.compare.evaluation import Evaluation, flat_metrics, paired_gains, prompts_and_seeds

@@ -27,7 +27,7 @@ import torch
 from rlr_peft.build.machine import derive_seed
 from rlr_peft.build.run import Run
 from rlr_peft.chain.denoising_chain import DenoisingChain
-from rlr_peft.chain.interface import Trajectory
+from rlr_peft.chain.steps import Trajectory
 from rlr_peft.config import stages_from_config
 
 logger = logging.getLogger(__name__)
