@@ -33,7 +33,7 @@ from .parts import host_plan as host_plan
 from .report import host_verdict as host_verdict
 from .report import suggestions as suggestions
 from .report import verdict as verdict
-from .reward_memory import is_black_box as is_black_box
-from .reward_memory import reward_memory as reward_memory
+from .rewards import is_black_box as is_black_box
+from .rewards import reward_memory as reward_memory
 from .run import PlanError as PlanError
 from .run import plan_run as plan_run

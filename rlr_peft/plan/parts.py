@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from rlr_peft.chain.encodings import MAX_JOINED_BYTES, MAX_PROMPT_BYTES
 from rlr_peft.lora.proof import VERIFIED_IMAGES
 from rlr_peft.plan.measurements import Measurements
-from rlr_peft.plan.reward_memory import RewardMemory
+from rlr_peft.plan.rewards import RewardMemory
 
 PHASES = ("encoding", "sampling", "decode + reward", "adjoint", "evaluation", "verification")
 ENCODING, SAMPLING, DECODE, ADJOINT, EVALUATION, VERIFICATION = PHASES

@@ -35,7 +35,7 @@ from rlr_peft.plan.measurements import (
     weight_bytes,
 )
 from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
-from rlr_peft.plan.reward_memory import RewardMemory, is_black_box, reward_memory, reward_names
+from rlr_peft.plan.rewards import RewardMemory, is_black_box, reward_memory, reward_names
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import weights_dtype
 
