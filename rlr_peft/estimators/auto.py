@@ -32,7 +32,7 @@ from typing import Any, Self
 import torch
 
 from rlr_peft.chain.adjoint import Segment
-from rlr_peft.chain.steps import Chain
+from rlr_peft.chain.steps import Chain, noisy_steps
 from rlr_peft.config.estimator import PathwiseArguments
 from rlr_peft.config.methods import AutoArguments, FlowBPSparseArguments, FullBPArguments, TruncatedBPArguments
 from rlr_peft.config.policy import RAMArguments
@@ -365,7 +365,7 @@ def _rlr_weights(rlr: RLREstimator, chain: Chain) -> RowWeights:
     num_steps, length = chain.num_steps, rlr.layout(chain, has_gradient=True).first_order_steps
     fixed = torch.zeros(3 * num_steps, dtype=torch.float64)
     fixed[:length] = 1
-    fixed[[2 * num_steps + t - 1 for t in range(length + 1, num_steps + 1) if chain.std(t) > 0]] = 1
+    fixed[[2 * num_steps + t - 1 for t in noisy_steps(chain) if t > length]] = 1
     weights = RowWeights.fixed(fixed)
     if not rlr.walks_by_roulette(chain, length):
         return weights

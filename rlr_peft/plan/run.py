@@ -38,6 +38,7 @@ from rlr_peft.plan.parts import TINY_VAE, Facts, MemoryPlan, Options, add_up
 from rlr_peft.plan.rewards import RewardMemory, is_black_box, reward_memory, reward_names
 from rlr_peft.rewards.model_files import ModelFiles
 from rlr_peft.rewards.model_reward import weights_dtype
+from rlr_peft.rewards.names import UNIFIED_REWARD
 
 # What is suggested where a base does not fit.
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -181,7 +182,8 @@ def plan_run(config: Config, num_processes: int = 1) -> MemoryPlan:
             "leave --shard_denoiser out."
         )
     with as_config_error():
-        architecture, replaced = _architecture(model), _replaced(model, dtype)
+        architecture = find_architecture(place_of_configs(model), model.revision, model.cache_dir)
+        replaced = _replaced(model, dtype)
         with loading_base(model.pretrained_model_name_or_path):
             pipeline = build_pipeline(architecture, META, dtype, replaced)
         family = family_of(pipeline, config.lora.denoisers)
@@ -207,14 +209,8 @@ def plan_run(config: Config, num_processes: int = 1) -> MemoryPlan:
 def _reward_memory(
     config: Config, name: str, count: int, dtype: torch.dtype, pixels: int, files: ModelFiles, with_gradient: bool
 ) -> RewardMemory | None:
-    is_elsewhere = name.startswith((VLM_PREFIX, "unifiedreward")) and config.reward.vlm_endpoint is not None
-    if is_elsewhere:
-        return RewardMemory(0, 0)
-    return reward_memory(name, count, dtype, pixels, files, with_gradient)
-
-
-def _architecture(model: ModelArguments) -> Any:
-    return find_architecture(place_of_configs(model), model.revision, model.cache_dir)
+    is_elsewhere = name.startswith((VLM_PREFIX, UNIFIED_REWARD)) and config.reward.vlm_endpoint is not None
+    return RewardMemory(0, 0) if is_elsewhere else reward_memory(name, count, dtype, pixels, files, with_gradient)
 
 
 def _replaced(model: ModelArguments, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
