@@ -178,11 +178,7 @@ class BlankTokenizer:
 
 
 class BlankImageProcessor:
-    """Stands in for what scales pictures for their encoder.
-
-    Args:
-        size: height and width of what it gives.
-    """
+    """Stands in for what scales pictures for their encoder, to a height and width of `size`."""
 
     def __init__(self, size: int) -> None:
         self._size = size
