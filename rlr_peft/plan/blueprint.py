@@ -192,13 +192,14 @@ def build_pipeline(
     architecture: Architecture,
     device: torch.device,
     dtype: torch.dtype,
-    replaced: Mapping[str, nn.Module] | None = None,
+    replaced: Mapping[str, nn.Module | None] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline with weights as they are initialised, in eval mode, without safety checker, frozen.
 
     Args:
         device: meta for weights without bytes.
         dtype: of all weights, except of a VAE that overflows in half precision (as in training).
+        replaced: parts in place of its own; None leaves one out.
 
     Raises:
         ArchitectureError: a class that the installed libraries do not have.
