@@ -239,9 +239,10 @@ def build_model(
         model: nn.Module = model_class.from_config(dict(config))
     # As loading does: what comes from a file has the dtype, except what the class wants in float32.
     saved = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
+    for name, buffer in list(model.named_buffers()):
         if name in saved and buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, buffer.to(dtype))  # its data alone would keep what it is a view of
     for name, parameter in model.named_parameters():
         if set(name.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ()):
             parameter.data = parameter.data.float()
