@@ -48,7 +48,7 @@ from rlr_peft.plan import (
     weight_bytes,
 )
 from rlr_peft.prompt import Prompt
-from tests.families.image_pipelines import flux
+from tests.families.image_pipelines import flux, sd3
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 META = torch.device("meta")
@@ -438,6 +438,15 @@ def test_a_reward_without_gradient_leaves_no_tape_whatever_auto_would_choose(tin
         assert not black_box.facts.measured.decode[1, False].saved, reward
     rlr = plan_run(load_config([*command(tiny_folder)[1:], "--reward_fn", "ocr", "--estimator", "rlr"]))
     assert not rlr.options.reward_gradient and not rlr.options.keeps_old_weights
+
+
+def test_random_weights_are_held_in_their_dtype_alone(tmp_path: Path) -> None:
+    """SD3's table of positions is made in float32, and is a view of what is wider."""
+    sd3().save_pretrained(tmp_path)
+    pipeline = build_pipeline(find_architecture(str(tmp_path)), torch.device("cpu"), torch.bfloat16)
+    table = pipeline.transformer.pos_embed.pos_embed
+    assert table.dtype == torch.bfloat16 and table._base is None
+    assert "pos_embed.pos_embed" in pipeline.transformer.state_dict()
 
 
 def test_processes_that_share_the_denoiser_hold_a_part_of_it(tmp_path: Path) -> None:
