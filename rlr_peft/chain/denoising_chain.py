@@ -120,6 +120,17 @@ class DenoisingChain(SteppedPipeline):
         super()._arrange(arguments)
 
     @property
+    def _models(self) -> list[torch.nn.Module]:
+        """The denoiser, or those that share out the steps."""
+        several = isinstance(self.denoiser, torch.nn.ModuleDict)
+        return list(self.denoiser.children()) if several else [self.denoiser]
+
+    @property
+    def trained_models(self) -> int:
+        trained = set(map(id, self.parameters))
+        return sum(any(id(parameter) in trained for parameter in model.parameters()) for model in self._models)
+
+    @property
     def mixes_samples(self) -> bool:
         return self.denoiser.training
 
@@ -208,9 +219,7 @@ class DenoisingChain(SteppedPipeline):
     @contextmanager
     def _separated(self, count: int) -> Iterator[None]:
         shared = self.parameters
-        several = isinstance(self.denoiser, torch.nn.ModuleDict)
-        models = list(self.denoiser.children()) if several else [self.denoiser]
-        with separate_weights(models, shared, count) as self.parameters:
+        with separate_weights(self._models, shared, count) as self.parameters:
             try:
                 yield
             finally:

@@ -324,6 +324,10 @@ class Chain(Protocol):
     denoiser_evaluations: int
 
     @property
+    def trained_models(self) -> int:
+        """How many models with trainable parameters share out the steps: two with both experts of Wan 2.2, else one."""
+
+    @property
     def mixes_samples(self) -> bool:
         """Whether a sample's step depends on the others of its batch, as masks of LoRA dropout do."""
 

@@ -210,13 +210,14 @@ class AutoEstimator(Estimator):
         """The member in use and why, for logs and cards."""
         if has_gradient is False:
             return f"as the reward has no gradient, ram: {self._ram.describe(has_gradient)}"
+        if not self._promises and self._chosen != UNBIASED:
+            return f"as several models share out the steps, {self.chosen.describe(has_gradient)}"
         if not self._promises:
             return (
                 f"the first update measures which method improves the reward most for its cost; until then {UNBIASED}"
             )
         best, unbiased = self._promises[self._chosen], self._promises[UNBIASED]
-        why = "by measurement" if self._chosen == self._most_promising else "as several models share out the steps"
-        words = f"{why}, {self.chosen.describe(has_gradient)}"
+        words = f"by measurement, {self.chosen.describe(has_gradient)}"
         words += f"; its cosine with the full gradient of the measured samples is {best.cosine:.2f}"
         if self._chosen == UNBIASED:
             return words
@@ -244,17 +245,23 @@ class AutoEstimator(Estimator):
         return self.rlr.advantages(rewards, prompts, group_size)
 
     def wants_calibration(self, has_gradient: bool) -> bool:
-        """Whether there is a choice."""
-        return has_gradient
+        """Whether there is a choice: not with several models, which the first samples show."""
+        return has_gradient and (self._chosen == UNBIASED or bool(self._promises))
 
     @property
     def is_calibrated(self) -> bool:  # type: ignore[override]
-        """Whether the steps have been measured, in this session or before the checkpoint that was loaded."""
-        return self.rlr.is_calibrated
+        """Whether the method was chosen, in this session or before the checkpoint that was loaded."""
+        return self.rlr.is_calibrated or self._chosen != UNBIASED
 
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], advantages: torch.Tensor, decay: float) -> None:
-        """Measures all rows on rollouts that no update uses, and chooses; nothing if these show no gradient."""
+        """Measures all rows on rollouts that no update uses, and chooses; nothing if these show no gradient.
+
+        Where several models share out the steps nothing is measured.
+        """
         if rollouts[0].reward_gradient is None:
+            return
+        if chain.trained_models > 1:
+            self._chosen = self._drawn
             return
         gradients = measure_step_gradients(
             chain, rollouts, advantages, GradientSketch(chain.parameters), with_held=True, description="Calibrating"
@@ -263,8 +270,7 @@ class AutoEstimator(Estimator):
         self.rlr.statistics.calibrate(gradients, decay)
         newer = GradientMoments.of(rows_of(gradients))
         self._moments = newer if self._moments is None else self._moments.blend(newer, decay)
-        self._judge(chain, len(gradients.advantages))
-        self._chosen = self._drawn if gradients.of_several_models else self._most_promising
+        self._choose(chain, len(gradients.advantages))
 
     def see_gradient(self, parameters: Sequence[torch.nn.Parameter], samples: int) -> None:
         """Measures the noise scale, and B by it."""
@@ -316,8 +322,8 @@ class AutoEstimator(Estimator):
         self._noise_scale.load_state_dict(state["noise_scale"])
         self._share_batch()
 
-    def _judge(self, chain: Chain, count: int) -> None:
-        """What the members promise, judged on as many samples as were measured."""
+    def _choose(self, chain: Chain, count: int) -> None:
+        """Judges the members on as many samples as were measured."""
         assert self._moments is not None  # as calibrate has just measured
         moments = self._moments.of_the_samples(count)
         full = torch.zeros(3 * chain.num_steps, dtype=torch.float64)
@@ -326,10 +332,7 @@ class AutoEstimator(Estimator):
             name: promise(moments, weights_of(member, chain), full, self.rlr.samples, chain.num_steps)
             for name, member in self._members.items()
         }
-
-    @property
-    def _most_promising(self) -> str:
-        return max(self._promises, key=lambda name: self._promises[name].improvement)
+        self._chosen = max(self._promises, key=lambda name: self._promises[name].improvement)
 
     def _share_batch(self) -> None:
         """The roulette's chances depend on B."""

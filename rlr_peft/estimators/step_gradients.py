@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from rlr_peft.chain.adjoint import Segment, walk
@@ -62,8 +61,6 @@ class StepGradients:
             a reward without gradient.
         held: the same as `pathwise` with the velocity held fixed between step t and the image, (T, N, d); None where
             that was not asked for.
-        of_several_models: whether some steps have no weight in common, as with the two experts of Wan 2.2; not measured
-            of a reward without gradient.
     """
 
     pathwise: torch.Tensor | None
@@ -72,7 +69,6 @@ class StepGradients:
     has_noise: torch.Tensor
     cotangent_squares: torch.Tensor | None = None
     held: torch.Tensor | None = None
-    of_several_models: bool = False
 
     @property
     def half_order(self) -> torch.Tensor:
@@ -126,7 +122,6 @@ def measure_step_gradients(
         measured.has_noise,
         measured.cotangent_squares,
         measured.held if with_held else None,
-        measured.of_several_models(),
     )
 
 
@@ -152,7 +147,6 @@ class _Measured:
         self.has_noise = torch.tensor([chain.std(t) > 0 for t in steps])
         self._scored = [t for t in steps if self.has_noise[t - 1] and not first_order_only]
         self._kept = _kept(chain) if with_held else []
-        self._touched = torch.zeros(chain.num_steps, len(chain.parameters), dtype=torch.int64)
         self._chain, self._added = chain, 0
 
     def add(self, batch: Rollout, sketched: Callable[[list[torch.Tensor]], torch.Tensor]) -> None:
@@ -169,18 +163,11 @@ class _Measured:
             assert step.cotangent is not None  # as the segment has one
             self.cotangent_squares[step.t - 1, rows] = step.cotangent.double().square().flatten(1).sum(1).cpu()
             self.pathwise[step.t - 1, rows] = sketched(step.gradients)
-            self._touched[step.t - 1] |= torch.stack([gradient.any() for gradient in step.gradients]).cpu()
             probed = [sketched(gradients) for gradients in step.probed]
             if self._kept:
                 self.held[step.t - 1, rows] = probed[0]
             if step.t in self._scored:
                 self.scores[step.t - 1, rows] = probed[-1]
-
-    def of_several_models(self) -> bool:
-        """Steps of a model that is not trained touch no weight, and do not count."""
-        touched = self._touched[self._touched.any(1)]
-        in_common = touched @ touched.T
-        return bool(connected_components(in_common.numpy(), directed=False)[0] > 1)
 
     def _probes(self, batch: Rollout, t: int) -> list[torch.Tensor]:
         assert batch.reward_gradient is not None  # where there are probes

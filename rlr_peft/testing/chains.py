@@ -30,12 +30,14 @@ class ReplicatedChain(ABC):
         parameters: each (R, ...).
         denoiser_evaluations: number of single-sample evaluations so far.
         mixes_samples: False, no sample's step depends on the others.
+        trained_models: 1, that takes all steps.
         departures: none, as its derivatives are those of its samples.
     """
 
     departures: tuple[str, ...] = ()
 
     mixes_samples = False
+    trained_models = 1
 
     def __init__(self, stds: Sequence[float], dimension: int, parameters: Sequence[torch.Tensor], replicates: int):
         self.num_steps, self.dimension, self.replicates = len(stds), dimension, replicates

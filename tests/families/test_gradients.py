@@ -7,7 +7,7 @@ import torch
 
 from rlr_peft.chain import DenoisingChain, Segment, run, walk
 from rlr_peft.config import METHODS
-from rlr_peft.estimators import GradientSketch, Rollout, RunShape, build_estimator, measure_step_gradients
+from rlr_peft.estimators import Estimator, Rollout, RunShape, build_estimator
 from tests.families.table import CASES, NUM_STEPS, load, prompts_of
 from tests.pipelines import chain_over
 
@@ -95,28 +95,26 @@ def test_gradients_of_separated_samples_are_those_of_single_ones(name: str, fold
 
 
 @pytest.mark.parametrize("name", ["wan-2.2", "wan-2.1"])
-def test_steps_that_share_no_weight_are_of_several_models(name: str, folder_of: Callable[[str], str]) -> None:
-    chain = trained_chain(name, folder_of)
-    trajectory = chain.sample(prompts_of(name), [0, 1])
-    towards, rewards = torch.ones_like(trajectory.latents[0]), torch.tensor([0.0, 1.0])
-    rollout = Rollout(trajectory, rewards, towards)
-    measured = measure_step_gradients(chain, [rollout], rewards - 0.5, GradientSketch(chain.parameters))
-    assert measured.of_several_models == (name == "wan-2.2")
-    chain.parameters = chain.parameters[:1]
-    alone = measure_step_gradients(chain, [rollout], rewards - 0.5, GradientSketch(chain.parameters))
-    assert not alone.of_several_models
-
-
-@pytest.mark.parametrize("name", ["wan-2.2", "wan-2.1"])
 def test_auto_takes_what_trains_every_expert(name: str, folder_of: Callable[[str], str]) -> None:
-    """Here the last step alone promises most for its cost, and that never reaches the first expert."""
+    """It measures nothing there; with one expert alone it does, and the last step promises most."""
     chain = trained_chain(name, folder_of)
+    assert chain.trained_models == (2 if name == "wan-2.2" else 1)
     trajectory = chain.sample(prompts_of(name), [0, 1])
     rollout = Rollout(trajectory, torch.tensor([0.0, 1.0]), torch.ones_like(trajectory.latents[0]))
-    estimator = build_estimator(METHODS["auto"](), RunShape(NUM_STEPS, samples=2))
-    estimator.calibrate(chain, [rollout], torch.tensor([-0.5, 0.5]), decay=0.0)
-    words = estimator.describe(True)
+
+    def calibrated() -> Estimator:
+        estimator = build_estimator(METHODS["auto"](), RunShape(NUM_STEPS, samples=2))
+        assert estimator.wants_calibration(True) and not estimator.is_calibrated
+        estimator.calibrate(chain, [rollout], torch.tensor([-0.5, 0.5]), decay=0.0)
+        return estimator
+
     if name == "wan-2.2":
-        assert words.startswith("as several models share out the steps, reward gradient through 3 steps drawn")
-    else:
-        assert words.startswith("by measurement, ")
+        estimator, restored = calibrated(), build_estimator(METHODS["auto"](), RunShape(NUM_STEPS, samples=2))
+        restored.load_state_dict(estimator.state_dict())
+        for one in (estimator, restored):
+            assert one.describe(True).startswith("as several models share out the steps, reward gradient through 3 st")
+            assert one.is_calibrated and not one.wants_calibration(True) and not one.needs_noise
+            assert one.coverage(chain, True).describe() == one.chosen.coverage(chain, True).describe()
+        chain.parameters = chain.parameters[-1:]  # of the last steps' expert
+        assert chain.trained_models == 1
+    assert calibrated().describe(True).startswith("by measurement, reward gradient through the last step; ")
