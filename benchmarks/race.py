@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.machine import write_results
 from benchmarks.race_report import report
-from benchmarks.two_experts import two_expert_pipeline
+from benchmarks.two_experts import TwoExpertChain, two_expert_pipeline
 from rlr_peft.build import Run, build_run
 from rlr_peft.compare import Evaluation, flat_metrics, measure_divergence, paired_gains, path_divergence, variety
 from rlr_peft.config import AUTO, load_config
@@ -190,6 +190,8 @@ def race(folder: Path, reward: str, setting: Setting, seed: int, arguments: argp
     number, *course = rate.partition(",")
     words += ["--learning_rate", number, "--lr_scheduler", COURSES.get("".join(course), AUTO), "--seed", str(seed)]
     run = build_run(load_config(words), two_expert_pipeline(pipeline_path()) if arguments.experts == 2 else None)
+    if arguments.experts == 2:
+        run.chain.__class__ = TwoExpertChain
     scoring = cost_of_scoring(run, folder / "unit.json")
     base = base_evaluation(run, folder / "base" / f"seed {seed}, {arguments.images} images.pt")
     points: list[dict[str, float]] = []

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from rlr_peft.chain import DenoisingChain
+
 # Timesteps from here on, of the 1000 that the pipeline was trained on, are the noisy expert's.
 BOUNDARY = 500
 
@@ -29,6 +31,12 @@ class TwoExperts(UNet2DConditionModel):
         if not noisy.any():
             return self.low_noise(sample, timestep, encoder_hidden_states, **options)
         raise ValueError("Expected timesteps of one expert in a call, got both; race methods that replay single steps.")
+
+
+class TwoExpertChain(DenoisingChain):
+    """Here both experts are parts of one module, where a chain sees a single model."""
+
+    trained_models = 2  # type: ignore[assignment]
 
 
 def two_expert_pipeline(path: str | Path) -> DiffusionPipeline:
