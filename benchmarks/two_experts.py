@@ -36,7 +36,7 @@ class TwoExperts(UNet2DConditionModel):
 class TwoExpertChain(DenoisingChain):
     """Here both experts are parts of one module, where a chain sees a single model."""
 
-    trained_models = 2  # type: ignore[assignment]
+    trained_models = 2
 
 
 def two_expert_pipeline(path: str | Path) -> DiffusionPipeline:
