@@ -11,9 +11,8 @@ samples it is the expected improvement per cost. The gradient is that of the mea
 do not tell the true one, which is often too small to be seen in them at all, but a member that misses theirs sample by
 sample will miss it too.
 
-Where several models share out the steps, as in Wan 2.2, three drawn steps are taken whatever they promise: in races
-truncated gradients, which never reach the model of the noisy steps, promised more and gained less and not with every
-seed, and so did `rlr`.
+Where several models share out the steps, as in Wan 2.2, three drawn steps are taken, unmeasured: in races truncated
+gradients, which never reach the model of the noisy steps, and ``rlr`` promised more and gained less.
 
 The batch may be chosen too. With N the noise scale, tr(covariance) / |mean|^2 of a single sample's estimate, a step of
 the best length improves the reward in proportion to ``B / (B + N)`` (McCandlish et al. 2018, arXiv:1812.06162): per
