@@ -5,7 +5,7 @@
 The race of `refl` on the coarse reward in fifty steps (`benchmarks.race`), where three updates of four take up the
 prompts, the noises and the latents x_13 of the one before them and draw the last thirteen steps alone. So a sample
 costs 21 evaluations in place of 58, and an update's prefix is of weights up to three updates old. The package has no
-such option, as it gained less. Twelve minutes of one core a run; `benchmarks/results/prefix_reuse.json`.
+such option, as it gained less. Six minutes of one core a run; `benchmarks/results/prefix_reuse.json`.
 """
 
 import argparse
