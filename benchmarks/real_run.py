@@ -47,7 +47,7 @@ WARM_UPS, TIMED = 1, 3
 METHODS = {
     "truncated-bp, K = 1": "--estimator truncated-bp --fo_steps 1",
     "full-bp, K = T": "--estimator full-bp",
-    "auto": "--estimator auto --calibration_samples 4",
+    "auto": "--estimator auto --calibration_samples 4 --calibration_interval 100",
     "rlr, K = 1": "--estimator rlr --fo_steps 1",
     "rlr, K measured": "--estimator rlr --calibration_samples 4",
     "refl": "--estimator refl",

@@ -11,8 +11,10 @@ samples it is the expected improvement per cost. The gradient is that of the mea
 do not tell the true one, which is often too small to be seen in them at all, but a member that misses theirs sample by
 sample will miss it too.
 
-Where several models share out the steps, as in Wan 2.2, three drawn steps are taken, unmeasured: in races truncated
-gradients, which never reach the model of the noisy steps, and ``rlr`` promised more and gained less.
+Two choices are made unmeasured. Where several models share out the steps, as in Wan 2.2, three drawn steps are taken:
+in races truncated gradients, which never reach the model of the noisy steps, and ``rlr`` promised more and gained less.
+And a run too short to pay for a few measured samples takes the last step alone, which won or was level in races with
+one model.
 
 The batch may be chosen too. With N the noise scale, tr(covariance) / |mean|^2 of a single sample's estimate, a step of
 the best length improves the reward in proportion to ``B / (B + N)`` (McCandlish et al. 2018, arXiv:1812.06162): per
@@ -32,7 +34,6 @@ import torch
 
 from rlr_peft.chain.adjoint import Segment
 from rlr_peft.chain.steps import Chain, noisy_steps
-from rlr_peft.config.estimator import PathwiseArguments
 from rlr_peft.config.methods import AutoArguments, FlowBPSparseArguments, FullBPArguments, TruncatedBPArguments
 from rlr_peft.config.policy import RAMArguments
 from rlr_peft.estimators.base import Book, Coverage, Estimator, RunShape
@@ -57,6 +58,8 @@ UNBIASED = "rlr"
 # Samples of an update, where they are measured, as a share of the noise scale; and how fast they may grow or shrink.
 BATCH_OF_NOISE_SCALE = 0.25
 FASTEST_GROWTH = 2.0
+# Fewer samples choose nothing.
+FEWEST_CHOOSING = 4
 # Draws that the moments of a member's random weights are averaged over.
 WEIGHT_DRAWS = 500
 
@@ -154,6 +157,7 @@ class AutoEstimator(Estimator):
 
     uses_reward_gradient = True
     goes_back = True  # it chooses for the user
+    fewest_measured = 2  # which show whether there is a gradient, and how many models
 
     def __init__(
         self,
@@ -170,13 +174,12 @@ class AutoEstimator(Estimator):
         self._noise_scale = NoiseScale()
         self._unchanged_since = 0
         self._sketch: GradientSketch | None = None
-        quarter = -(-num_steps // 4)
         drawn = PathwiseEstimator(FlowBPSparseArguments(step_density=0.0))
-        knobs: list[PathwiseArguments] = [FullBPArguments()]
-        knobs += [TruncatedBPArguments(fo_steps=k) for k in sorted({1, quarter})]
-        self._drawn = drawn.describe()
-        self._members: dict[str, Estimator] = {UNBIASED: rlr, self._drawn: drawn}
-        self._members |= {member.describe(): member for member in map(PathwiseEstimator, knobs)}
+        full = PathwiseEstimator(FullBPArguments())
+        last, quarter = (PathwiseEstimator(TruncatedBPArguments(fo_steps=k)) for k in (1, -(-num_steps // 4)))
+        self._drawn, self._last = drawn.describe(), last.describe()
+        self._members: dict[str, Estimator] = {UNBIASED: rlr}
+        self._members |= {member.describe(): member for member in (drawn, full, last, quarter)}
         self._moments: GradientMoments | None = None
         self._promises: dict[str, Promise] = {}
         self._chosen = UNBIASED
@@ -209,8 +212,10 @@ class AutoEstimator(Estimator):
         """The member in use and why, for logs and cards."""
         if has_gradient is False:
             return f"as the reward has no gradient, ram: {self._ram.describe(has_gradient)}"
-        if not self._promises and self._chosen != UNBIASED:
+        if not self._promises and self._chosen == self._drawn:
             return f"as several models share out the steps, {self.chosen.describe(has_gradient)}"
+        if not self._promises and self._chosen == self._last:
+            return f"as the run is too short to measure, {self.chosen.describe(has_gradient)}"
         if not self._promises:
             return (
                 f"the first update measures which method improves the reward most for its cost; until then {UNBIASED}"
@@ -244,7 +249,7 @@ class AutoEstimator(Estimator):
         return self.rlr.advantages(rewards, prompts, group_size)
 
     def wants_calibration(self, has_gradient: bool) -> bool:
-        """Whether there is a choice: not with several models, which the first samples show."""
+        """Whether there is a choice: not with several models or in a short run, which the first samples show."""
         return has_gradient and (self._chosen == UNBIASED or bool(self._promises))
 
     @property
@@ -255,12 +260,12 @@ class AutoEstimator(Estimator):
     def calibrate(self, chain: Chain, rollouts: Sequence[Rollout], advantages: torch.Tensor, decay: float) -> None:
         """Measures all rows on rollouts that no update uses, and chooses; nothing if these show no gradient.
 
-        Where several models share out the steps nothing is measured.
+        Where several models share out the steps, or samples are too few, nothing is measured.
         """
         if rollouts[0].reward_gradient is None:
             return
-        if chain.trained_models > 1:
-            self._chosen = self._drawn
+        if chain.trained_models > 1 or len(advantages) < FEWEST_CHOOSING:
+            self._chosen = self._drawn if chain.trained_models > 1 else self._last
             return
         gradients = measure_step_gradients(
             chain, rollouts, advantages, GradientSketch(chain.parameters), with_held=True, description="Calibrating"

@@ -186,6 +186,7 @@ class Estimator(ABC):
         inner_epochs: optimiser steps taken on the same samples.
         uses_reward_gradient: whether a reward's gradient is of use; without, its tape and the decoder's are spared.
         is_calibrated: whether ``calibrate`` has run, in this session or before the checkpoint that was loaded.
+        fewest_measured: samples of a calibration, however short the run.
         micro_batches: that an update should have on every process, where the config leaves it to the estimator.
         advantage_clip: normalised advantages are clipped to plus or minus this; None leaves them.
         shares_draws: whether the images of a prompt share the estimator's draws, also those of different micro-batches.
@@ -196,6 +197,7 @@ class Estimator(ABC):
     inner_epochs: int = 1
     uses_reward_gradient: bool = False
     is_calibrated: bool = True
+    fewest_measured: int = 4
     micro_batches: int = 1
     advantage_clip: float | None = None
     shares_draws: bool = False

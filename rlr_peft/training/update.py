@@ -29,12 +29,11 @@ logger = logging.getLogger(__name__)
 
 # Squares of entries much below this vanish in float32, and with them the norm.
 TINY_NORM = 1e-15
-# Of a run's cost, where calibrations are as frequent and as large as that allows; and their fewest samples.
+# Of a run's cost, where calibrations are as frequent and as large as that allows.
 CALIBRATION_SHARE = 0.05
-FEWEST_MEASURED = 4
-# A measured sample costs its chain of T steps and T replays with up to three backward passes each, 8 T; a trained one
-# with a short tail about 2 T.
-COST_OF_MEASURING = 4
+# A measured sample costs its chain of T steps and T replays with up to three backward passes each; a trained one its
+# chain, a short tail and its reward. In denoiser evaluations, for T steps and besides them.
+MEASURED_STEP, TRAINED_TAIL = 8.0, 5.0
 # Images of a prompt in a calibration, unless that is given: as few as can be compared, which are much alike.
 FEWEST_COMPARED = 2
 
@@ -178,7 +177,7 @@ def calibration_interval(run: Run, knobs: MeasuringArguments) -> int:
     """Updates between two calibrations."""
     if knobs.calibration_interval != "auto":
         return knobs.calibration_interval
-    share = COST_OF_MEASURING * calibration_samples(run, knobs) / run.samples_per_update
+    share = _cost_of_measuring(run) * calibration_samples(run, knobs) / run.samples_per_update
     return math.ceil(share / CALIBRATION_SHARE)
 
 
@@ -187,8 +186,14 @@ def calibration_samples(run: Run, knobs: MeasuringArguments) -> int:
     if knobs.calibration_interval != "auto":
         return knobs.calibration_samples
     trained = run.arithmetic.max_train_steps * run.samples_per_update
-    paid_for = int(CALIBRATION_SHARE * trained / COST_OF_MEASURING)
-    return min(knobs.calibration_samples, max(FEWEST_MEASURED, paid_for))
+    paid_for = int(CALIBRATION_SHARE * trained / _cost_of_measuring(run))
+    return min(knobs.calibration_samples, max(run.estimator.fewest_measured, paid_for))
+
+
+def _cost_of_measuring(run: Run) -> float:
+    """Of a sample, in trained ones."""
+    steps = run.chain.num_steps
+    return MEASURED_STEP * steps / (steps + TRAINED_TAIL)
 
 
 def calibrate(run: Run, step: int) -> None:

@@ -99,13 +99,13 @@ def test_auto_takes_what_trains_every_expert(name: str, folder_of: Callable[[str
     """It measures nothing there; with one expert alone it does, and the last step promises most."""
     chain = trained_chain(name, folder_of)
     assert chain.trained_models == (2 if name == "wan-2.2" else 1)
-    trajectory = chain.sample(prompts_of(name), [0, 1])
-    rollout = Rollout(trajectory, torch.tensor([0.0, 1.0]), torch.ones_like(trajectory.latents[0]))
+    trajectory = chain.sample(2 * prompts_of(name), range(4))
+    rollout = Rollout(trajectory, torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.ones_like(trajectory.latents[0]))
 
     def calibrated() -> Estimator:
         estimator = build_estimator(METHODS["auto"](), RunShape(NUM_STEPS, samples=2))
         assert estimator.wants_calibration(True) and not estimator.is_calibrated
-        estimator.calibrate(chain, [rollout], torch.tensor([-0.5, 0.5]), decay=0.0)
+        estimator.calibrate(chain, [rollout], torch.tensor([-0.5, 0.5, -0.5, 0.5]), decay=0.0)
         return estimator
 
     if name == "wan-2.2":

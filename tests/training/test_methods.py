@@ -7,7 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlr_peft.training import CheckpointError, LearningSignal, calibrate, finish, read_metrics, sample_step, take_update
+from rlr_peft.training import (
+    CheckpointError,
+    LearningSignal,
+    calibrate,
+    calibration_due,
+    finish,
+    read_metrics,
+    sample_step,
+    take_update,
+)
 from tests.training.runs import WEIGHTS, build, config_file, train_here
 
 MIXED = {
@@ -36,8 +45,12 @@ METHODS = {
     "grpo in a window": (MOVING, "policy_gradient"),
     "ram in two steps": ({"estimator": "ram", "step_kind": "ode", **FEW_STEPS}, "forward"),
     "leap in two steps": ({"estimator": "leap", **FEW_STEPS}, "first_order"),
-    "auto in one step": ({"estimator": "auto", **FEW_STEPS, "num_inference_steps": 1}, "first_order"),
-    "auto": ({"estimator": "auto", "fo_roulette": True, "calibration_samples": 4}, "first_order"),
+    "auto in one step": (
+        {"estimator": "auto", **FEW_STEPS, "num_inference_steps": 1, "calibration_interval": 5},
+        "first_order",
+    ),
+    "auto": ({"estimator": "auto", "fo_roulette": True, "calibration_interval": 5}, "first_order"),
+    "auto in a short run": ({"estimator": "auto"}, "first_order"),
     "auto without gradient": ({"estimator": "auto", "reward_fn": "jpeg-compressibility"}, "forward"),
     "auto near the base": (
         {"estimator": "auto", "reward_fn": "jpeg-compressibility", "kl_beta": 0.1, "kl_steps": 2},
@@ -244,16 +257,24 @@ def test_a_mapping_of_one_reward_divides_its_gradient_and_leaves_the_penaltys_we
 
 
 def test_a_short_run_measures_on_fewer_samples(workplace: Path, tmp_path: Path) -> None:
-    """On as many as a twentieth of its cost pays for, but at least four; a given interval leaves their number alone."""
-    values = {"estimator": "auto", "calibration_samples": 16, "num_inference_steps": 3}
-    cases = {"short": (10, {}, 4), "longer": (200, {}, 10), "long": (1000, {}, 16)}
-    cases["given"] = (10, {"calibration_interval": 5}, 16)
-    for name, (length, given, samples) in cases.items():
-        run = build(config_file(workplace, tmp_path / name, max_train_steps=length, **values, **given))
+    """On as many as a twentieth of its cost pays for; a given interval leaves their number alone.
+
+    Where that is fewer than four, `rlr` measures on four and `auto` draws two, and chooses unmeasured, once.
+    """
+    both = 3 + 3  # every step once to sample it, and once to replay it
+    cases = {"short rlr": ("rlr", 10, {}, 4 * both), "short": ("auto", 10, {}, 2 * 3)}
+    cases |= {"longer": ("auto", 200, {}, 14 * both), "long": ("auto", 1000, {}, 16 * both)}
+    cases["given"] = ("auto", 10, {"calibration_interval": 5}, 16 * both)
+    for name, (estimator, length, given, evaluations) in cases.items():
+        values = {"calibration_samples": 16, "num_inference_steps": 3, "estimator": estimator, **given}
+        run = build(config_file(workplace, tmp_path / name, max_train_steps=length, **values))
+        assert calibration_due(run, 0)
         calibrate(run, 0)
-        assert run.denoiser_evaluations == samples * (3 + 3), (
-            name
-        )  # every step once to sample it, and once to replay it
+        assert run.denoiser_evaluations == evaluations, name
+        unmeasured = "too short to measure, reward gradient through the last step"
+        assert (unmeasured in run.method_in_words) == (name == "short")
+        again = any(calibration_due(run, step) for step in range(1, length))
+        assert again == (name in {"longer", "long", "given"}), "as often as 5 % of the cost pay for"
 
 
 def test_a_run_with_a_measured_batch_says_so_and_resumes_with_it(

@@ -50,7 +50,7 @@ def test_noise_stays_where_it_is_needed_or_asked_for(workplace: Path, tmp_path: 
 
 
 def test_auto_measures_with_noise_and_trains_as_its_choice_wants(workplace: Path, tmp_path: Path) -> None:
-    run = build(config_file(workplace, tmp_path / "out", estimator="auto"))
+    run = build(config_file(workplace, tmp_path / "out", estimator="auto", calibration_interval=5))
     calibrate(run, 0)
     state = run.estimator.state_dict()
     for chosen, noiseless in (("rlr", False), ("reward gradient through the last step", True)):
