@@ -29,7 +29,7 @@ class EstimatorArguments(Group):
     calibration_samples: int = knob(
         16,
         "Images for one measurement of the variances of the steps, and for the first scales of several rewards; a "
-        "short run takes fewer, and where `auto` would get fewer than four it measures nothing.",
+        "short run takes fewer, and `auto` in a very short one measures nothing.",
         unit="images",
         within="[2, 100000]",
     )
