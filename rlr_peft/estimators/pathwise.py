@@ -206,6 +206,7 @@ class PathwiseEstimator(Estimator):
         # For mirrored noises, and for weights by the steps' noise.
         self.needs_noise = self.settings.antithetic or self.settings.weighted_by_std
         self._norms: deque[float] = deque(maxlen=CLIP_WINDOW)
+        self._expected: dict[tuple[float, ...], torch.Tensor] = {}
 
     @classmethod
     def from_arguments(cls, arguments: PathwiseArguments | ReFLArguments, shape: RunShape) -> Self:
@@ -230,19 +231,27 @@ class PathwiseEstimator(Estimator):
                 f"Expected a differentiable reward for {settings.method}, got one without gradient. "
                 "Use --estimator rlr."
             )
-        weights = torch.zeros(chain.num_steps, dtype=torch.float64)
-        if not settings.sees_prediction and settings.steps != "leap":
-            generator = torch.Generator().manual_seed(0)
-            is_drawn = settings.steps in ("random", "drawn")
-            for _ in range(COVERAGE_DRAWS if is_drawn else 1):
-                chosen = self.choose(chain, generator)
-                weights[[t - 1 for t in chosen.steps]] += torch.tensor(chosen.weights, dtype=torch.float64)
-            weights *= settings.coefficient / (COVERAGE_DRAWS if is_drawn else 1)
         departures = tuple(self._departures())
         if settings.sees_prediction or settings.steps == "leap":
-            return Coverage(weights, {}, None, departures)
+            return Coverage(torch.zeros(chain.num_steps, dtype=torch.float64), {}, None, departures)
+        weights = settings.coefficient * self._expected_weights(chain)
         gaps = {t: self._gap(weight) for t, weight in enumerate(weights.tolist(), start=1)}
         return Coverage(weights, gaps, None, departures)
+
+    def _expected_weights(self, chain: Chain) -> torch.Tensor:
+        """Of every step, (T,), float64, before the coefficient; every update asks, and steps are drawn for it once."""
+        total = chain.num_steps
+        if self.settings.steps == "random":
+            return torch.arange(total, 0, -1, dtype=torch.float64) / total
+        steps = (*step_sizes(chain), *(chain.std(t) for t in range(1, total + 1)))
+        if steps not in self._expected:
+            draws = COVERAGE_DRAWS if self.settings.steps == "drawn" else 1
+            weights, generator = torch.zeros(total, dtype=torch.float64), torch.Generator().manual_seed(0)
+            for _ in range(draws):
+                chosen = self.choose(chain, generator)
+                weights[[t - 1 for t in chosen.steps]] += torch.tensor(chosen.weights, dtype=torch.float64)
+            self._expected[steps] = weights / draws
+        return self._expected[steps]
 
     def _gap(self, weight: float) -> str:
         """Why a step has this expected weight, where it is not 1."""
