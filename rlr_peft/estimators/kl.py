@@ -112,6 +112,16 @@ def step_kl(mean: torch.Tensor, of_reference: torch.Tensor, std: float) -> torch
     return (mean - of_reference).square().flatten(1).sum(1) / (2 * std**2)
 
 
+def _through_base(
+    chain: Chain, trajectory: Trajectory, t: int, cotangent: torch.Tensor, travels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base's mean of step t and, if it travels on, the cotangent at the step's input; no tape is left behind."""
+    if not travels:
+        return reference_mean(chain, trajectory, t), cotangent
+    step = ReplayedStep(chain, trajectory, t, of_reference=True)
+    return step.output.detach(), step.into_latents(cotangent)
+
+
 class AdjointMatchingEstimator(Estimator):
     """Maximises ``scale R(x_0) - KL(path from the base)`` without differentiating the chain by the adapter.
 
@@ -164,13 +174,13 @@ class AdjointMatchingEstimator(Estimator):
         noisy = noisy_steps(chain)
         count = min(self.first_order_steps, len(noisy))
         drawn = {noisy[i] for i in torch.randperm(len(noisy), generator=generator)[:count].tolist()}
-        weight = self.coefficient * len(noisy) / count
-        for t in range(1, max(drawn) + 1):
-            base = ReplayedStep(chain, trajectory, t, of_reference=True)
+        weight, last = self.coefficient * len(noisy) / count, max(drawn)
+        for t in range(1, last + 1):
+            mean, carried = _through_base(chain, trajectory, t, cotangent, travels=t < last)
             if t in drawn:
-                pull = self._pull(cotangent, base.output.detach(), chain.std(t))
+                pull = self._pull(cotangent, mean, chain.std(t))
                 yield Segment(FIRST_ORDER, (t,), None, weight, into_parameters=pull)
-            cotangent = base.into_latents(cotangent)
+            cotangent = carried
 
     def _pull(self, cotangent: torch.Tensor, base_mean: torch.Tensor, std: float) -> IntoParameters:
         def pull(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.guided_mixture import GuidedMixtureChain
+from rlr_peft.byte_counters import counted_tape
 from rlr_peft.chain import Segment
 from rlr_peft.config import METHODS
 from rlr_peft.estimators import (
@@ -271,6 +272,21 @@ def test_adjoint_matching_sweeps_through_the_base_and_pulls_towards_it() -> None
     assert (actual - expected).norm() <= 1e-9 * expected.norm()
 
 
+def test_adjoint_matching_holds_one_tape_at_a_time() -> None:
+    """Each of the base's is gone before one of the adapter's is made."""
+    chain, peaks = adapted_chain(num_steps=3), []
+    objective = DecodedReward(chain, CallableReward("unasked", lambda images, prompts: images), 2)
+    trajectory = chain.sample(["red", "blue"], [0, 1])
+    rollout = Rollout(trajectory, torch.zeros(2), torch.ones_like(trajectory.latents[0]))
+    for estimator in (METHODS["full-bp"](), METHODS["adjoint-matching"](fo_steps=3)):
+        with counted_tape() as tape:
+            build_estimator(estimator, RunShape(3)).accumulate(
+                chain, objective, rollout, torch.zeros(2), torch.Generator().manual_seed(0)
+            )
+        peaks.append(tape.peak)
+    assert peaks[1] <= peaks[0]
+
+
 def test_at_the_base_adjoint_matching_is_full_backpropagation() -> None:
     chain = LinearGaussianChain(num_steps=3, last_std=0.2)
     rollout, advantages = rollout_of(chain, 8, 8)
@@ -292,7 +308,24 @@ def test_a_random_tail_is_drawn_evenly() -> None:
     # 400 draws of probability 1/4 have a standard deviation of 8.7
     assert counts[0] == 0 and all(abs(int(count) - 100) < 5 * 8.7 for count in counts[1:])
     weights = estimator.coverage(chain, True).weights
-    torch.testing.assert_close(weights, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64), atol=0.05, rtol=0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64))
+
+
+def test_the_coverage_of_drawn_steps_is_simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every update asks for it."""
+    estimator, drawn = member("flowbp-sparse"), [0]
+    own = estimator.choose
+
+    def choose(*arguments: Any) -> Any:
+        drawn[0] += 1
+        return own(*arguments)
+
+    monkeypatch.setattr(estimator, "choose", choose)
+    chain = LinearGaussianChain(num_steps=6)
+    weights = estimator.coverage(chain, True).weights
+    once = drawn[0]
+    assert torch.equal(estimator.coverage(chain, True).weights, weights) and drawn[0] == once
+    assert len(estimator.coverage(LinearGaussianChain(num_steps=8), True).weights) == 8 and drawn[0] == 2 * once
 
 
 def test_what_is_left_out_and_what_is_weighted_otherwise_is_told_apart() -> None:
