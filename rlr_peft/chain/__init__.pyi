@@ -3,6 +3,7 @@ from .adjoint import IntoParameters as IntoParameters
 from .adjoint import ReplayedStep as ReplayedStep
 from .adjoint import Segment as Segment
 from .adjoint import run as run
+from .adjoint import scaled_gradients as scaled_gradients
 from .adjoint import walk as walk
 from .base_files import BaseModelError as BaseModelError
 from .base_files import read_model_index as read_model_index

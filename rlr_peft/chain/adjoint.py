@@ -358,7 +358,8 @@ def scaled_gradients(
         )
     if not output.requires_grad:  # of two experts the one that is not trained took this step
         return [torch.zeros_like(tensor) for tensor in inputs]
-    scale = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
+    # Within float32, with its reciprocal: by that GPUs divide.
+    scale = 2.0 ** min(max(math.ceil(math.log2(largest)), -126), 127) if largest > 0 else 1.0
     gradients = torch.autograd.grad(
         output,
         inputs,

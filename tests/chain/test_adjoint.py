@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlr_peft.byte_counters import counted_tape
-from rlr_peft.chain import DenoisingChain, IntoParameters, ReplayedStep, Segment, run
+from rlr_peft.chain import DenoisingChain, IntoParameters, ReplayedStep, Segment, run, scaled_gradients
 from tests.pipelines import chain_over, tiny_stable_diffusion
 
 
@@ -114,6 +114,14 @@ def test_tiny_cotangents_survive_half_precision() -> None:
     run(chain, trajectory, Segment("term", (1, 2), cotangent * 2.0**-60))
     for parameter, gradient in zip(chain.parameters, expected, strict=True):
         assert torch.equal(parameter.grad, gradient * 2.0**-60)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 3e38), (torch.float32, 1e-44), (torch.float64, 1e308)])
+def test_cotangents_at_the_ends_of_their_format_are_scaled_within_it(dtype: torch.dtype, size: float) -> None:
+    leaf = torch.ones(2, dtype=dtype, requires_grad=True)
+    cotangent = torch.tensor([size, 0.0], dtype=dtype)
+    (gradient,) = scaled_gradients(leaf / 2, [leaf], cotangent, "here")
+    assert torch.equal(gradient, cotangent / 2)
 
 
 def test_bad_segments_and_derivatives_are_refused() -> None:
