@@ -104,23 +104,30 @@ def restore_optimizer(
     lr_scheduler: LambdaLR,
     optimizer_state: Mapping[str, Any],
     lr_scheduler_state: Mapping[str, Any],
-    halvings: int = 0,
 ) -> None:
     """Puts both where a checkpoint left them, but with the learning rate, betas and so on that this run asks for.
 
     Their own `load_state_dict` would bring back those of the checkpoint, whatever the config of the resumed run says.
-    The rate is the checkpoint's with `learning_rate: auto`, and where it is the rate asked for, halved so often.
+    The rate is the checkpoint's with `learning_rate: auto`, and where its run was asked for the same one, which may
+    have been halved since.
     """
-    asked = [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
     base_rates = [
-        theirs if ours in (0, theirs * 2**halvings) else ours
-        for ours, theirs in zip(lr_scheduler.base_lrs, lr_scheduler_state["base_lrs"])
+        theirs if ours in (0, group["initial_lr"]) else ours
+        for ours, theirs, group in zip(
+            lr_scheduler.base_lrs, lr_scheduler_state["base_lrs"], optimizer_state["param_groups"], strict=True
+        )
     ]
-    optimizer.load_state_dict(dict(optimizer_state))
+    _restore_moments(optimizer, optimizer_state)
     lr_scheduler.load_state_dict(dict(lr_scheduler_state))
+    _set_base_rates(optimizer, lr_scheduler, base_rates)
+
+
+def _restore_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """All of an optimiser's state but the settings, which stay."""
+    asked = [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
     for group, settings in zip(optimizer.param_groups, asked, strict=True):
         group.update(settings)
-    _set_base_rates(optimizer, lr_scheduler, base_rates)
 
 
 def _set_base_rates(optimizer: torch.optim.Optimizer, lr_scheduler: LambdaLR, base_rates: list[Any]) -> None:
@@ -338,7 +345,7 @@ class Rollback:
                 parameter.copy_(weight)
             for shadow, weight in zip(() if self._ema is None else self._ema.shadow_params, best.weights):
                 shadow.copy_(weight)
-        self._optimizer.load_state_dict(_copied(best.optimizer))
+        _restore_moments(self._optimizer, _copied(best.optimizer))
         self._estimator.load_state_dict(_copied(best.estimator))
         self.halvings += 1
         halved = [rate / 2 for rate in self._lr_scheduler.base_lrs]

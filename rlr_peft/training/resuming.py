@@ -125,8 +125,7 @@ def _load(run: Run, loaded: LoadedCheckpoint) -> Progress:
     _check_identity(run, path, state["identity"])
     _load_adapter(run, path, state["lora"])
     _check_optimizer(run, path, state["optimizer_class"])
-    halvings = state["rollback"].get("halvings", 0)
-    restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"], halvings)
+    restore_optimizer(run.optimizer, run.lr_scheduler, state["optimizer"], state["lr_scheduler"])
     if run.ema is not None:
         restore_ema(run.ema, state["ema"])
     if run.rollback is not None and state["rollback"]:

@@ -150,6 +150,23 @@ def test_a_resumed_optimizer_takes_the_settings_that_the_config_asks_for_now() -
     assert group["lr"] == pytest.approx(0.5 * 3 / 8)
 
 
+@pytest.mark.parametrize("first", [0.5, 0.01])
+def test_a_rate_that_was_halved_stays_so_while_the_config_asks_for_the_same(first: float) -> None:
+    """Whatever the first session of the run was asked for."""
+    parameters, saved = new_parameters(), {}
+    for asked in (first, 0.5, 0.5):
+        arguments = OptimizerArguments(learning_rate=asked)
+        optimizer = build_optimizer(parameters, arguments)
+        scheduler = build_lr_scheduler(optimizer, arguments, 8)
+        if saved:
+            restore_optimizer(optimizer, scheduler, saved["optimizer"], saved["scheduler"])
+        rate = scheduler.base_lrs[0]
+        scheduler.base_lrs = [asked / 4]  # halved twice since
+        take_steps(parameters, optimizer, scheduler, 0, 1)
+        saved = through_a_file({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+    assert rate == 0.5 / 4
+
+
 def learning_rates(arguments: OptimizerArguments, steps: int, samples_per_step: int = 1) -> list[float]:
     parameters = new_parameters()
     optimizer = build_optimizer(parameters, arguments, samples_per_step=samples_per_step)

@@ -83,6 +83,18 @@ def test_a_clear_fall_ends_in_the_best_blocks_mean_weights_and_half_the_rate() -
     torch.testing.assert_close(training.weight.detach(), torch.full((3,), sum(again) / BLOCK_UPDATES))
 
 
+def test_going_back_keeps_the_settings_of_the_config_that_a_run_was_resumed_with() -> None:
+    training = Training()
+    for _ in range(BLOCK_UPDATES):
+        training.update(0.6)
+    training.optimizer.param_groups[0].update(betas=(0.5, 0.9), weight_decay=0.2, initial_lr=0.1)
+    for _ in range(BLOCK_UPDATES):
+        training.update(0.2)
+    assert training.rollback.halvings == 1
+    (group,) = training.optimizer.param_groups
+    assert group["betas"] == (0.5, 0.9) and group["weight_decay"] == 0.2 and group["lr"] == pytest.approx(0.05)
+
+
 def test_a_small_fall_and_a_rise_change_nothing() -> None:
     training, plain = Training(), Training()
     for reward in (0.2, 0.5, 0.47, 0.6):
