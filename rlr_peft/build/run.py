@@ -391,8 +391,9 @@ def _shards(config: Config, accelerator: Accelerator) -> bool:
 
 
 def _images_per_prompt(config: Config, estimator: Estimator, chain: DenoisingChain, objective: DecodedReward) -> int:
-    asked = config.training.num_images_per_prompt
-    compared = asked != AUTO or estimator.compares_images(chain, objective.has_gradient)
+    is_given = config.training.num_images_per_prompt != AUTO
+    is_mirrored = config.estimator.antithetic  # a pair is of one prompt
+    compared = is_given or is_mirrored or estimator.compares_images(chain, objective.has_gradient)
     return config.training.compared_images if compared else 1
 
 
