@@ -204,9 +204,10 @@ def divergence_from_base(run: Run) -> Tensor | None:
     if run.evaluation_prompts is None or not count:
         return None
     prompts, seeds = prompts_and_seeds(run.evaluation_prompts, count, derive_seed(config.training.seed, "divergence"))
-    with in_eval_mode(run.chain):
+    chain = run.chain.at()  # noise in all steps that may have some, wherever the last update had it
+    with in_eval_mode(chain):
         return measure_divergence(
-            lambda texts, numbers: path_divergence(run.chain, texts, numbers),
+            lambda texts, numbers: path_divergence(chain, texts, numbers),
             prompts,
             seeds,
             config.validation.evaluation_batch_size,

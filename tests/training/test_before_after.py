@@ -35,6 +35,21 @@ def test_it_is_the_kl_of_the_steps_of_sampled_paths(workplace: Path, tmp_path: P
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_it_is_that_of_the_whole_window_wherever_the_last_update_had_its_noise(workplace: Path, tmp_path: Path) -> None:
+    """A run that is resumed after its last update must find the same, and `compare` too."""
+    moving = {"estimator": "grpo", "step_kind": "cps", "eta": 0.8, "noise_window": [2, 4], "noise_steps": 1}
+    unseen = {"evaluation_prompt_path": str(workplace / "unseen.txt"), "num_evaluation_images": 8}
+    run = build(config_file(workplace, tmp_path / "out", **moving, **unseen))
+    with torch.no_grad():
+        for parameter in run.chain.parameters:
+            parameter.fill_(0.02)
+    before = divergence_from_base(run)
+    run.chain.place_noise(3, 3)
+    after = divergence_from_base(run)
+    assert before is not None and after is not None and float(before.min()) > 0
+    assert torch.equal(after, before)
+
+
 def test_without_noise_or_prompts_there_is_none(workplace: Path, tmp_path: Path) -> None:
     unseen = {"evaluation_prompt_path": str(workplace / "unseen.txt")}
     still = {"eta": 0.0, "estimator": "full-bp", **unseen}
