@@ -35,4 +35,5 @@ from .report import tables as tables
 from .report import write_page_and_scores as write_page_and_scores
 from .report import write_report as write_report
 from .report import write_scores as write_scores
+from .run import image_setup as image_setup
 from .run import images_of_each as images_of_each

@@ -261,6 +261,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
     model, stages = config.model, stages_from_config(config)
     settings = model.bnb_quantization_config_path
     quantization = None if settings is None else sha256_of(quantization_file(settings))
+    form = [config.chain_of_thought.dcot_form, config.chain_of_thought.dcot_rules]  # `auto` goes by both
     names = (
         model.pretrained_model_name_or_path,
         model.pretrained_vae_model_name_or_path,
@@ -273,7 +274,7 @@ def image_setup(config: Config, pipeline: DiffusionPipeline) -> dict[str, Any]:
         "precision": [model.mixed_precision, quantization],
         "kernels": [model.attention_backend, model.allow_tf32, model.full_determinism],
         "chain": {name: value for name, value in asdict(config.chain).items() if name != "eta"},
-        "stages": None if stages is None else asdict(stages) | {"form": config.chain_of_thought.dcot_form},
+        "stages": None if stages is None else asdict(stages) | {"form": form},
         "evaluation": [
             *(config.validation.evaluation_eta, config.validation.evaluation_steps),
             *(config.validation.evaluation_guidance_scale, config.validation.evaluation_resolution),

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from rlr_peft.compare import KeptFeatures, KeptImages, KeptReward, Thumbnails, kept_divergence
+from rlr_peft.compare import KeptFeatures, KeptImages, KeptReward, Thumbnails, image_setup, kept_divergence
+from rlr_peft.config import config_from_dict
 from rlr_peft.errors import RewardError
 from rlr_peft.prompt import Prompt
 from rlr_peft.rewards import RemoteReward, Reward, RewardServer, Scored, measure_images
@@ -208,3 +209,12 @@ def test_features_and_divergences_are_kept_too(tmp_path: Path) -> None:
         found = kept_divergence(measure, tmp_path, identity)(PROMPTS, SEEDS)
         assert torch.equal(found, torch.tensor(SEEDS) / 3)
     assert asked == [SEEDS, SEEDS]
+
+
+def test_other_sources_of_the_same_stage_prompts_are_other_images() -> None:
+    """`dcot_form auto` takes the contrast of what the rules split, and the parts of what a column has."""
+    values = {"pretrained_model_name_or_path": "tiny-shapes", "prompt_path": "scenes", "reward_fn": "aesthetic"}
+    sources = {"dcot_rules": True}, {"dcot_columns": ["coarse", "mid", "fine"]}
+    pipeline: Any = object()
+    rules, columns = (image_setup(config_from_dict(values | source), pipeline)["stages"] for source in sources)
+    assert rules != columns
