@@ -155,9 +155,14 @@ def _owner(folder: Path) -> Owner | None:
 
 
 def _remove_half_written(folder: Path) -> None:
-    """`.writing-*` folders of killed programs, those of earlier runs that were moved aside too."""
+    """`.writing-*` folders of killed programs, those of earlier runs that were moved aside too.
+
+    A folder inside with a lock of its own is another run's, which may be writing now.
+    """
     for leftover in folder.rglob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        within = [folder / place for place in leftover.relative_to(folder).parents][:-1]
+        if not any((place / LOCK).exists() for place in within):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _Holder:

@@ -73,6 +73,15 @@ def test_a_second_writer_is_told_of_the_first_until_that_is_killed(
     assert not (out / OWNER).exists()
 
 
+def test_a_run_in_a_folder_inside_keeps_what_it_is_writing(tmp_path: Path) -> None:
+    writing, left = tmp_path / "inner" / "images" / ".writing-1", tmp_path / "earlier-run-1" / ".writing-2"
+    left.mkdir(parents=True)
+    with only_writer(tmp_path / "inner"):
+        writing.mkdir(parents=True)
+        with only_writer(tmp_path):
+            assert writing.is_dir() and not left.exists()
+
+
 def test_only_the_main_process_takes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with only_writer(tmp_path / "out"):
         monkeypatch.setenv("RANK", "1")
