@@ -90,11 +90,13 @@ def check_grid(grid: Grid, kind: PredictionType) -> None:
     """Refuses a grid on which a step is not defined.
 
     Raises:
-        ValueError: epsilon prediction from pure noise, or noise levels that are no numbers or grow along the chain.
+        ValueError: epsilon prediction from pure noise, noise levels that are no numbers or grow along the chain, or a
+            step from where no noise is left.
     """
     for number, (point, following) in enumerate(zip(grid.points, grid.followings, strict=True)):
         levels = (point.alpha, point.sigma, following.alpha, following.sigma)
-        if not all(map(math.isfinite, levels)) or following.sigma > point.sigma or following.alpha == 0:
+        is_rising = following.sigma > point.sigma or point.sigma == 0 or following.alpha == 0
+        if not all(map(math.isfinite, levels)) or is_rising:
             raise ValueError(
                 f"The base's scheduler leads from noise level {point.sigma:.4g} to {following.sigma:.4g} in step "
                 f"{number + 1} of {grid.num_steps}: expected levels that fall. Correct its betas or sigmas in "

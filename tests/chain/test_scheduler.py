@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from rlr_peft.chain import PromptCache, RecordingScheduler, base_scheduler
 
@@ -76,3 +76,11 @@ def test_large_embeddings_are_forgotten_before_small_ones_would_be(monkeypatch: 
     assert asked == ["a", "b", "c", "a", "b"], "two fit, and the oldest one goes"
     cache(prompt=["a"])
     assert len(asked) == 5
+
+
+def test_a_step_from_where_no_noise_is_left_is_refused() -> None:
+    own = DDIMScheduler(num_train_timesteps=10, trained_betas=[0.0, *[0.01] * 9], clip_sample=False)
+    chain = RecordingScheduler(base_scheduler(own), "ancestral", eta=1.0)
+    chain.expose(5, 0, None)
+    with pytest.raises(ValueError, match="from noise level 0 to 0 in step 5 of 5: expected levels that fall"):
+        chain.set_timesteps(5)
