@@ -47,8 +47,9 @@ class PromptArguments(Group):
 
     prompt_path: dict[str, float] | str | None = knob(
         None,
-        "Training prompts: a `.txt` (one a line), `.jsonl`, `.csv` or `.parquet` file, or the built-in "
-        "`simple-animals/train` or `tiny-shapes/train`; or several files and datasets, `{NAME: WEIGHT, ...}`.",
+        "Training prompts: a `.txt` file (one a line), a table (`.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`), or a "
+        "built-in set such as `simple-animals/train`, `scenes` or `tiny-shapes/train`; or several files and datasets, "
+        "`{NAME: WEIGHT, ...}`.",
         found="prompts",
     )
     dataset_name: str | None = knob(
@@ -63,9 +64,7 @@ class PromptArguments(Group):
         unit="prompts",
         within="[1, 1e7]",
     )
-    caption_column: str = knob(
-        "text", "Column of the prompts in a dataset or a .jsonl, .csv or .parquet file.", found="words"
-    )
+    caption_column: str = knob("text", "Column of the prompts in a dataset or a table.", found="words")
     negative_prompt_column: str | None = knob(
         None, "Column of the prompts' own negative prompts, in place of negative_prompt.", found="words"
     )

@@ -28,7 +28,7 @@ class RewardArguments(Group):
 
     reward_fn: dict[str, float] | str = knob(
         MISSING,
-        "Reward: a registered name, `vlm:MODEL` or `ocr:MODEL` (judges, reads), `package.module:callable`, "
+        "Reward: a registered name, `vlm:MODEL` (judges), `ocr:MODEL` (reads text), `package.module:callable`, "
         "`file.py:callable` or http(s) URL; or several and their weights, `{NAME: WEIGHT, ...}`.",
         found="reward",
     )
@@ -65,7 +65,7 @@ class RewardArguments(Group):
         "auto", "Number format of the weights of built-in reward models; `auto` is fp16 on a GPU and fp32 on a CPU."
     )
     offload_rewards: bool = knob(
-        False, "Keep built-in reward models in CPU memory between uses: less GPU memory, more time."
+        False, "Keep built-in reward models in host memory between uses: less GPU memory, more time."
     )
     reward_model_path: dict[str, str] | None = knob(
         None,

@@ -171,8 +171,8 @@ class OptimizerArguments(Group):
 
     optimizer: Literal["AdamW", "Adafactor", "Lion", "Muon", "Prodigy"] = knob(
         "AdamW",
-        "Optimiser. Learning rates differ: Muon's are those of AdamW, Lion's 3 to 10 times lower, Adafactor's are "
-        "relative to the size of the weights, and Prodigy's is 1.",
+        "Optimiser. Learning rates differ: Muon's and Adafactor's are those of AdamW, Lion's are 3 to 10 times "
+        "lower, and Prodigy's is 1.",
     )
     learning_rate: float | Literal["auto"] = knob(
         "auto",
@@ -368,7 +368,8 @@ class HubArguments(Group):
     )
     hub_token: str | None = knob(
         None,
-        "Access token with the right to write, never shown or saved; null takes that of HF_TOKEN or `hf auth login`.",
+        "Access token, never shown or saved, with the right to write where it publishes; null takes that of HF_TOKEN "
+        "or `hf auth login`.",
         secret=True,
     )
     hub_private_repo: bool = knob(False, "Make the repository a private one; one that exists must be private.")

@@ -32,7 +32,7 @@ BASE_FILES = (
 class CardFlags(Group):
     """The card"""
 
-    folder: str = knob(MISSING, "An output folder of train_rlr_lora.py.")
+    folder: str = knob(MISSING, "Output folder of a run.")
     template: str | None = knob(
         None, "Jinja2 template in place of the shipped one; it gets the variables of model_card_template.md."
     )
@@ -84,7 +84,7 @@ def _text(name: str, path: str) -> str:
 class PushFlags(Group):
     """Where to"""
 
-    folder: str = knob(MISSING, "An output folder of train_rlr_lora.py, or a checkpoint's.")
+    folder: str = knob(MISSING, "Output folder of a run, or of a checkpoint.")
     hub_model_id: str | None = knob(
         None, "`owner/name` or `name`; null means that of config.yaml, or the folder's name."
     )
