@@ -47,9 +47,8 @@ class PromptArguments(Group):
 
     prompt_path: dict[str, float] | str | None = knob(
         None,
-        "Training prompts: a `.txt` file (one a line), a table (`.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`), or a "
-        "built-in set such as `simple-animals/train`, `scenes` or `tiny-shapes/train`; or several files and datasets, "
-        "`{NAME: WEIGHT, ...}`.",
+        "Training prompts: a `.txt` file (one a line), a table (`.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`) or a "
+        "built-in set such as `scenes`; or several sources, `{NAME: WEIGHT, ...}`.",
         found="prompts",
     )
     dataset_name: str | None = knob(
